@@ -1,0 +1,285 @@
+"""A component's folder <-> a network: diffusers' layout (safetensors, `.bin`) and ours (Orbax), read and written.
+
+A folder of ours has the same files as diffusers' (`model_index.json`, `config.json`, tokenizer, ...), except that a
+network's tensors lie in an Orbax checkpoint, `params/`, from which a pod restores its shards straight onto its devices.
+Either form is checked whole before a network is handed out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from convert_weights import files, names
+from convert_weights.files import CheckpointError
+from kandinsky_jax.models.layers import abstract
+
+__all__ = [
+    "CheckpointError",
+    "Layout",
+    "Progress",
+    "complete_or_absent",
+    "default_dtype",
+    "flat_params",
+    "load_network",
+    "read_json",
+    "save_network",
+    "stored_bytes",
+]
+
+Layout = Literal["diffusers", "orbax"]
+ORBAX = "params"
+
+
+class Progress(Protocol):
+    """What `load_network` and `save_network` need of a progress bar."""
+
+    def update(self, n: float | None = 1, /) -> Any: ...
+
+
+def default_dtype() -> jnp.dtype:
+    """float32 on a CPU, bfloat16 on a TPU or GPU."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path} holds {type(parsed).__name__}, needed is an object")
+    return parsed
+
+
+def flat_params(module: nnx.Module) -> dict[str, Any]:
+    """A network's parameters by their dotted Flax names."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+
+
+def _with_params(module: nnx.Module, params: Mapping[str, jax.Array]) -> nnx.Module:
+    state = nnx.state(module, nnx.Param)
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    flat = {path: params[".".join(map(str, path))] for path in paths}
+    nnx.update(module, nnx.from_flat_state(flat))
+    return module
+
+
+def load_network(
+    cls: type[nnx.Module],
+    folder: str | os.PathLike[str],
+    dtype: Any = None,
+    sharding: jax.sharding.Sharding | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Build the network in `folder`.
+
+    Args:
+        cls: a network class of `kandinsky_jax.models`.
+        folder: holds `config.json` and tensors in either layout.
+        dtype: of the parameters, and so of the computation; None keeps each tensor's own.
+        sharding: where the arrays shall live; None is JAX's default device.
+        progress: told the number of bytes as they are read.
+    Raises:
+        CheckpointError: listing every tensor that is missing, unexpected, of another shape than the configuration
+            asks for, or not finite.
+        ConfigError: where the configuration is not supported.
+    """
+    folder = Path(folder)
+    config = cls.CONFIG.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    module = abstract(cls, config)
+    expected = {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
+    if (folder / ORBAX).is_dir():
+        params = _read_orbax(folder, expected, dtype, sharding, progress)
+    else:
+        params = _read_torch(folder, expected, dtype, sharding, progress)
+    return _with_params(module, params)
+
+
+def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    faults = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - found.keys())]
+    faults += [f"unexpected: {n} {list(found[n])}" for n in sorted(found.keys() - expected.keys())]
+    faults += [
+        f"shape: {n} is {list(found[n])}, {folder / 'config.json'} asks for {list(expected[n])}"
+        for n in sorted(expected.keys() & found.keys())
+        if found[n] != expected[n]
+    ]
+    _report(folder, faults)
+
+
+def _report(folder: Path, faults: list[str]) -> None:
+    if faults:
+        raise CheckpointError(
+            f"{folder} does not hold the network that its config.json describes, {len(faults)} tensors differ:\n  "
+            + "\n  ".join(faults)
+        )
+
+
+def _not_finite(name: str, array: np.ndarray) -> list[str]:
+    finite = np.isfinite(array)
+    return [] if finite.all() else [f"not finite: {name}, {array.size - int(finite.sum())} of {array.size} numbers"]
+
+
+def _read_torch(
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: Any,
+    sharding: jax.sharding.Sharding | None,
+    progress: Progress | None,
+) -> dict[str, jax.Array]:
+    path = files.find(folder)
+    if path is None:
+        raise CheckpointError(f"{folder} has no tensors: looked for {ORBAX}/, {files.STEMS[0]}.safetensors and its kin")
+    by_torch_name = {names.torch_name(name): name for name in expected}
+    params, faults = {}, []
+    with files.open_tensors(path) as stored:
+        tensors = {modern: t for name, t in stored.items() if (modern := names.modern_name(name)) is not None}
+        wanted = {torch: names.torch_shape(flax, expected[flax]) for torch, flax in by_torch_name.items()}
+        _compare(folder, wanted, {name: tensor.shape for name, tensor in tensors.items()})
+        for torch_name, name in by_torch_name.items():
+            array = tensors[torch_name].read()
+            faults += _not_finite(torch_name, array)
+            params[name] = _place(names.to_flax(name, array), dtype, sharding)
+            if progress is not None:
+                progress.update(array.nbytes)
+    _report(folder, faults)
+    return params
+
+
+def _place(array: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    # A private, contiguous copy: on a CPU, JAX may otherwise keep looking at the file's memory.
+    own = np.array(array, dtype=array.dtype if dtype is None else dtype, order="C")
+    return jax.device_put(own, sharding)
+
+
+def _read_orbax(
+    folder: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: Any,
+    sharding: jax.sharding.Sharding | None,
+    progress: Progress | None,
+) -> dict[str, jax.Array]:
+    path = (folder / ORBAX).absolute()
+    where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = dict(checkpointer.metadata(path).item_metadata)
+        except (ValueError, OSError, TypeError) as error:
+            raise CheckpointError(f"{path} is no complete Orbax checkpoint: {error}") from None
+        _compare(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
+        target = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=where)
+            for name, leaf in stored.items()
+        }
+        try:
+            params = checkpointer.restore(path, target)
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+    faults = []
+    for name, array in params.items():
+        if not bool(jnp.isfinite(array).all()):
+            faults.append(f"not finite: {name}")
+        if progress is not None:
+            progress.update(array.size * stored[name].dtype.itemsize)
+    _report(folder, faults)
+    return params
+
+
+def stored_bytes(folder: str | os.PathLike[str]) -> int:
+    """How many bytes of tensors a component's folder holds."""
+    folder = Path(folder)
+    if (folder / ORBAX).is_dir():
+        return sum(path.stat().st_size for path in (folder / ORBAX).rglob("*") if path.is_file())
+    path = files.find(folder)
+    if path is not None and path.name.endswith(".index.json"):
+        return sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
+    return 0 if path is None else path.stat().st_size
+
+
+def save_network(
+    module: nnx.Module,
+    folder: str | os.PathLike[str],
+    layout: Layout = "diffusers",
+    progress: Progress | None = None,
+) -> None:
+    """Write a network's `config.json` and tensors into `folder`, which is made where it is missing.
+
+    Args:
+        layout: "diffusers" writes the safetensors file that diffusers or transformers reads; "orbax" writes `params/`.
+        progress: told the number of bytes as they are handed over.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config: Any = module.config  # type: ignore[attr-defined]
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    params = flat_params(module)
+    if layout == "orbax":
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((folder / ORBAX).absolute(), params)
+    else:
+        tensors = {
+            names.torch_name(n): np.ascontiguousarray(names.to_torch(n, np.asarray(a))) for n, a in params.items()
+        }
+        stem = "diffusion_pytorch_model" if "_class_name" in config.to_dict() else "model"
+        files.write(folder / f"{stem}.safetensors", tensors)
+    if progress is not None:
+        progress.update(sum(leaf.nbytes for leaf in params.values()))
+
+
+@contextlib.contextmanager
+def complete_or_absent(
+    target: str | os.PathLike[str], needed_bytes: int = 0, overwrite: bool = False
+) -> Iterator[Path]:
+    """A scratch folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+
+    What a killed run leaves behind is the scratch folder `.NAME.partial`, which the next run for the same target
+    removes; `target` itself is never half written.
+
+    Raises:
+        FileExistsError: where `target` exists and `overwrite` is not given.
+        OSError: where the disk has less than `needed_bytes` free, before anything is written.
+    """
+    target = Path(target)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already; choose another folder, or ask to overwrite it")
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise OSError(errno.ENOSPC, f"{parent} has {free:,} bytes free, {target.name} needs about {needed_bytes:,}")
+    scratch = parent / f".{target.name}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    _swap(scratch, target)
+
+
+def _swap(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    scratch.rename(target)
+    shutil.rmtree(old)
+

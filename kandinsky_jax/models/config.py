@@ -1,0 +1,71 @@
+"""Reading the networks' `config.json` files, strictly.
+
+A configuration is a frozen dataclass: hashable, so that it can be part of a jitted function's static arguments. Its
+fields are the ones that change the shape or the result of the network here. Fields that the reference has but that
+this port supports in one form only stand in `FIXED`; another value is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+
+class ConfigError(ValueError):
+    """A configuration that this library cannot follow faithfully."""
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Base of all network configurations.
+
+    `FIXED` maps a field name of the reference to the values that lead to the network as it is built here; the first
+    one is the reference's default, written back by `to_dict`. `IGNORED` names fields that never change the result at
+    inference (initialisers, dropout, bookkeeping).
+    """
+
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
+    CLASS_NAME: ClassVar[str] = ""
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
+        """Build the configuration from a parsed `config.json`.
+
+        Args:
+            raw: the parsed file; names beginning with `_` are the reference's own bookkeeping.
+            source: what to call the file in an error.
+        Raises:
+            ConfigError: listing every field that is unknown or has an unsupported value.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        known, faults = {}, []
+        for name, given in raw.items():
+            value = _freeze(given)
+            if name.startswith("_") or name in cls.IGNORED:
+                continue
+            if name in names:
+                known[name] = value
+            elif name not in cls.FIXED:
+                faults.append(f"{name}={given!r} is a field this version does not know")
+            elif value not in cls.FIXED[name]:
+                allowed = " or ".join(repr(v) for v in cls.FIXED[name])
+                faults.append(f"{name}={given!r} is not supported, only {allowed}")
+        if not faults:
+            try:
+                return cls(**known)
+            except ConfigError as error:
+                faults.append(str(error))
+        raise ConfigError(f"{source} describes a {cls.CLASS_NAME} that cannot be built here: " + "; ".join(faults))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as the reference would write it, ready for `json.dump`."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fixed = {name: values[0] for name, values in self.FIXED.items()}
+        listed = {k: list(v) if isinstance(v, tuple) else v for k, v in (fixed | own).items()}
+        return {"_class_name": self.CLASS_NAME, **listed} if self.CLASS_NAME else listed

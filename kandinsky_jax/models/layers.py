@@ -1,0 +1,172 @@
+"""What two or more of the networks share: norms, convolutions, attention, the ResNet block's parts, time embedding.
+
+Pictures inside are NHWC. Layers compute in the dtype of their parameters, except statistics of norms and softmax,
+which are float32. Epsilons follow PyTorch's defaults (1e-5), not Flax's (1e-6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kandinsky_jax.models.config import NetworkConfig
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+
+def dtype_of(module: nnx.Module) -> jnp.dtype:
+    """The dtype in which `module` computes: that of its first floating-point parameter."""
+    leaves = jax.tree.leaves(nnx.state(module, nnx.Param))
+    return next(leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+class Shapes:
+    """Stands in for `nnx.Rngs` when a network is built for its structure alone.
+
+    Parameters are then `jax.ShapeDtypeStruct`s. `nnx.eval_shape` gives the same, but traces every random initialiser:
+    8 seconds for the official UNet against 0.2.
+    """
+
+    def params(self) -> None:
+        return None
+
+
+Rngs = nnx.Rngs | Shapes
+
+
+def abstract(cls: type[nnx.Module], config: NetworkConfig) -> Any:
+    """A network of `cls` whose parameters are shapes and dtypes, no arrays."""
+    return cls(config, rngs=Shapes())  # type: ignore[call-arg]
+
+
+def _shape_or(init: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def make(key: jax.Array | None, shape: tuple[int, ...], dtype: Any = jnp.float32, **kwargs: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype) if key is None else init(key, shape, dtype, **kwargs)
+
+    return make
+
+
+_normal, _embedding = _shape_or(nnx.initializers.lecun_normal()), _shape_or(nnx.initializers.normal(0.02))
+_zeros, _ones = _shape_or(nnx.initializers.zeros_init()), _shape_or(nnx.initializers.ones_init())
+
+
+def param(shape: tuple[int, ...], rngs: Rngs) -> nnx.Param:
+    return nnx.Param(_embedding(rngs.params(), shape))
+
+
+def linear(cin: int, cout: int, rngs: Rngs, bias: bool = True) -> nnx.Linear:
+    return nnx.Linear(cin, cout, use_bias=bias, kernel_init=_normal, bias_init=_zeros, rngs=rngs)  # type: ignore[arg-type]
+
+
+def embed(count: int, dim: int, rngs: Rngs) -> nnx.Embed:
+    return nnx.Embed(count, dim, embedding_init=_embedding, rngs=rngs)  # type: ignore[arg-type]
+
+
+class GroupNorm(nnx.GroupNorm):
+    """GroupNorm over all but the batch and the group's channels, statistics in float32.
+
+    In two passes, as the reference: the one-pass variance E[x^2] - E[x]^2 cancels badly.
+    """
+
+    def __init__(self, channels: int, groups: int, eps: float, rngs: Rngs):
+        super().__init__(
+            channels,
+            num_groups=groups,
+            epsilon=eps,
+            use_fast_variance=False,
+            scale_init=_ones,
+            bias_init=_zeros,
+            rngs=rngs,  # type: ignore[arg-type]
+        )
+
+
+def layer_norm(channels: int, rngs: Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        channels,
+        epsilon=eps,
+        use_fast_variance=False,
+        scale_init=_ones,
+        bias_init=_zeros,
+        rngs=rngs,  # type: ignore[arg-type]
+    )
+
+
+def conv(
+    cin: int, cout: int, rngs: Rngs, kernel: int = 3, stride: int = 1, padding: Any = None, bias: bool = True
+) -> nnx.Conv:
+    """A convolution, by default with PyTorch's symmetric padding; Flax's SAME pads one-sidedly at stride 2."""
+    return nnx.Conv(
+        cin,
+        cout,
+        (kernel, kernel),
+        strides=stride,
+        padding=kernel // 2 if padding is None else padding,
+        use_bias=bias,
+        kernel_init=_normal,
+        bias_init=_zeros,
+        rngs=rngs,  # type: ignore[arg-type]
+    )
+
+
+def upsample_nearest(x: jax.Array) -> jax.Array:
+    """Double both sides, `[B, H, W, C] -> [B, 2H, 2W, C]`, each pixel four times."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def downsample_mean(x: jax.Array) -> jax.Array:
+    """Halve both sides, `[B, H, W, C] -> [B, H/2, W/2, C]`, the mean of each 2x2 square (an odd last row or column
+    is dropped, as by the reference's average pooling)."""
+    b, h, w, c = x.shape
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4), dtype=x.dtype)
+
+
+def timestep_embedding(timestep: jax.Array, dim: int) -> jax.Array:
+    """Sinusoidal embedding, cosines first, of `timestep [B]` -> float32 `[B, dim]`.
+
+    Reference: `diffusers.models.embeddings.Timesteps` with flip_sin_to_cos=True, freq_shift=0.
+    """
+    half = dim // 2
+    frequency = np.exp(np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32) / half)
+    angle = timestep.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers with SiLU between, on the sinusoidal embedding."""
+
+    def __init__(self, channels: int, hidden: int, out: int, *, rngs: Rngs):
+        self.linear_1 = linear(channels, hidden, rngs)
+        self.linear_2 = linear(hidden, out, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)  # [B, T, D] -> [B, T, N, D/N]
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+        q: `[B, T, N, H]`; k, v: `[B, S, N, H]`.
+        mask: bool, broadcastable to `[B, N, T, S]`; True is visible.
+    Returns:
+        `[B, T, N * H]`.
+    """
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # [B, T, N, H]
+    return out.reshape(*out.shape[:-2], -1)

@@ -1,0 +1,303 @@
+"""MoVQ: pictures to latents and back.
+
+Reference: Zheng et al. 2022 (arXiv 2209.09002); diffusers' VQModel with norm_type "spatial". The decoder's norms are
+scaled and shifted by the latents themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kandinsky_jax.models.config import ConfigError, NetworkConfig
+from kandinsky_jax.models.layers import GroupNorm, Rngs, attend, conv, dtype_of, embed, linear, upsample_nearest
+
+EPS = 1e-6
+SPATIAL_GROUPS = 32  # fixed in the reference's SpatialNorm, whatever norm_num_groups says
+
+
+@dataclasses.dataclass(frozen=True)
+class MoVQConfig(NetworkConfig):
+    """The MoVQ's `config.json`; defaults are diffusers', except the block types, which are Kandinsky 2.2's."""
+
+    CLASS_NAME: ClassVar[str] = "VQModel"
+    # sample_size and scaling_factor are never read by the Kandinsky 2.2 pipelines.
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"sample_size", "force_upcast"})
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu", "swish"),
+        "norm_type": ("spatial",),
+        "mid_block_add_attention": (True,),
+        "lookup_from_codebook": (False,),
+    }
+    DOWN: ClassVar[tuple[str, str]] = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+    UP: ClassVar[tuple[str, str]] = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = (DOWN[0], DOWN[0], DOWN[0], DOWN[1])
+    up_block_types: tuple[str, ...] = (UP[1], UP[0], UP[0], UP[0])
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    num_vq_embeddings: int = 16384
+    norm_num_groups: int = 32
+    vq_embed_dim: int | None = None
+    scaling_factor: float = 0.18215
+
+    def __post_init__(self) -> None:
+        faults = []
+        for field, allowed in (("down_block_types", self.DOWN), ("up_block_types", self.UP)):
+            faults += [f"{field} has {n!r}, supported: {allowed}" for n in getattr(self, field) if n not in allowed]
+        if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
+            faults.append("down_block_types, up_block_types and block_out_channels differ in length")
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+    @property
+    def embed_dim(self) -> int:
+        return self.vq_embed_dim or self.latent_channels
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class SpatialNorm(nnx.Module):
+    """GroupNorm whose scale and shift are read off the latents, resized to the hidden picture (equation 4)."""
+
+    def __init__(self, dim: int, zq_dim: int, *, rngs: Rngs):
+        self.norm_layer = GroupNorm(dim, SPATIAL_GROUPS, EPS, rngs)
+        self.conv_y = conv(zq_dim, dim, rngs, kernel=1)
+        self.conv_b = conv(zq_dim, dim, rngs, kernel=1)
+
+    def __call__(self, x: jax.Array, zq: jax.Array) -> jax.Array:
+        # A 1x1 convolution commutes with nearest resizing: do it on the small picture, then resize.
+        scale, shift = (_nearest(c(zq), x.shape[1], x.shape[2]) for c in (self.conv_y, self.conv_b))
+        return self.norm_layer(x) * scale + shift
+
+
+class PlainNorm(GroupNorm):
+    """The encoder's GroupNorm, called like a SpatialNorm."""
+
+    def __init__(self, dim: int, groups: int, *, rngs: Rngs):
+        super().__init__(dim, groups, EPS, rngs)
+
+    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
+        return super().__call__(x)
+
+
+def _nearest(x: jax.Array, height: int, width: int) -> jax.Array:
+    b, h, w, c = x.shape
+    fy, fx = height // h, width // w
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, fy, w, fx, c)).reshape(b, height, width, c)
+
+
+def _norm(config: MoVQConfig, dim: int, spatial: bool, rngs: Rngs) -> SpatialNorm | PlainNorm:
+    if spatial:
+        return SpatialNorm(dim, config.latent_channels, rngs=rngs)
+    return PlainNorm(dim, config.norm_num_groups, rngs=rngs)
+
+
+class ResnetBlock(nnx.Module):
+    def __init__(self, config: MoVQConfig, cin: int, cout: int, spatial: bool, *, rngs: Rngs):
+        self.norm1 = _norm(config, cin, spatial, rngs)
+        self.conv1 = conv(cin, cout, rngs)
+        self.norm2 = _norm(config, cout, spatial, rngs)
+        self.conv2 = conv(cout, cout, rngs)
+        self.conv_shortcut = conv(cin, cout, rngs, kernel=1) if cin != cout else None
+
+    def __call__(self, x: jax.Array, zq: jax.Array | None) -> jax.Array:
+        hidden = self.conv1(jax.nn.silu(self.norm1(x, zq)))
+        hidden = self.conv2(jax.nn.silu(self.norm2(hidden, zq)))
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class PixelAttention(nnx.Module):
+    """One-headed self-attention over all pixels."""
+
+    def __init__(self, config: MoVQConfig, dim: int, spatial: bool, *, rngs: Rngs):
+        if spatial:
+            self.spatial_norm = SpatialNorm(dim, config.latent_channels, rngs=rngs)
+        else:
+            self.group_norm = PlainNorm(dim, config.norm_num_groups, rngs=rngs)
+        self.to_q = linear(dim, dim, rngs)
+        self.to_k = linear(dim, dim, rngs)
+        self.to_v = linear(dim, dim, rngs)
+        self.to_out = nnx.List([linear(dim, dim, rngs)])
+
+    def __call__(self, x: jax.Array, zq: jax.Array | None) -> jax.Array:
+        b, h, w, c = x.shape
+        norm = self.group_norm if zq is None else self.spatial_norm
+        hidden = norm(x, zq).reshape(b, h * w, c)
+        q, k, v = (proj(hidden)[:, :, None] for proj in (self.to_q, self.to_k, self.to_v))  # [B, hw, 1, C]
+        return x + self.to_out[0](attend(q, k, v)).reshape(b, h, w, c)
+
+
+class Conv(nnx.Module):
+    """A convolution one level down, as the reference names its resamplers' (`downsamplers.0.conv`)."""
+
+    def __init__(self, dim: int, stride: int, *, rngs: Rngs):
+        # The reference pads right and bottom only before its strided convolution.
+        padding = ((0, 1), (0, 1)) if stride == 2 else 1
+        self.conv = conv(dim, dim, rngs, stride=stride, padding=padding)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class Block(nnx.Module):
+    """ResNet blocks, each followed by an attention if `cross`; then a halving or doubling of the sides, if any."""
+
+    def __init__(
+        self,
+        config: MoVQConfig,
+        cin: int,
+        cout: int,
+        layers: int,
+        *,
+        attention: bool,
+        down: bool = False,
+        up: bool = False,
+        spatial: bool,
+        rngs: Rngs,
+    ):
+        self.resnets = nnx.List(
+            [ResnetBlock(config, cin if i == 0 else cout, cout, spatial, rngs=rngs) for i in range(layers)]
+        )
+        self.attentions = nnx.List(
+            [PixelAttention(config, cout, spatial, rngs=rngs) for _ in range(layers * attention)]
+        )
+        self.downsamplers = nnx.List([Conv(cout, 2, rngs=rngs) for _ in range(down)])
+        self.upsamplers = nnx.List([Conv(cout, 1, rngs=rngs) for _ in range(up)])
+
+    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, zq)
+            if self.attentions:
+                x = self.attentions[i](x, zq)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+        for upsampler in self.upsamplers:
+            x = upsampler(upsample_nearest(x))
+        return x
+
+
+class MidBlock(nnx.Module):
+    def __init__(self, config: MoVQConfig, dim: int, spatial: bool, *, rngs: Rngs):
+        self.resnets = nnx.List([ResnetBlock(config, dim, dim, spatial, rngs=rngs) for _ in range(2)])
+        self.attentions = nnx.List([PixelAttention(config, dim, spatial, rngs=rngs)])
+
+    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, zq), zq), zq)
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: MoVQConfig, *, rngs: Rngs):
+        widths = config.block_out_channels
+        self.conv_in = conv(config.in_channels, widths[0], rngs)
+        self.down_blocks = nnx.List(
+            [
+                Block(
+                    config,
+                    widths[max(i - 1, 0)],
+                    widths[i],
+                    config.layers_per_block,
+                    attention=kind == config.DOWN[1],
+                    down=i < len(widths) - 1,
+                    spatial=False,
+                    rngs=rngs,
+                )
+                for i, kind in enumerate(config.down_block_types)
+            ]
+        )
+        self.mid_block = MidBlock(config, widths[-1], spatial=False, rngs=rngs)
+        self.conv_norm_out = PlainNorm(widths[-1], config.norm_num_groups, rngs=rngs)
+        self.conv_out = conv(widths[-1], config.latent_channels, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: MoVQConfig, *, rngs: Rngs):
+        widths = config.block_out_channels[::-1]
+        self.conv_in = conv(config.latent_channels, widths[0], rngs)
+        self.mid_block = MidBlock(config, widths[0], spatial=True, rngs=rngs)
+        self.up_blocks = nnx.List(
+            [
+                Block(
+                    config,
+                    widths[max(i - 1, 0)],
+                    widths[i],
+                    config.layers_per_block + 1,
+                    attention=kind == config.UP[1],
+                    up=i < len(widths) - 1,
+                    spatial=True,
+                    rngs=rngs,
+                )
+                for i, kind in enumerate(config.up_block_types)
+            ]
+        )
+        self.conv_norm_out = SpatialNorm(widths[-1], config.latent_channels, rngs=rngs)
+        self.conv_out = conv(widths[-1], config.out_channels, rngs)
+
+    def __call__(self, x: jax.Array, zq: jax.Array) -> jax.Array:
+        x = self.mid_block(self.conv_in(x), zq)
+        for block in self.up_blocks:
+            x = block(x, zq)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x, zq)))
+
+
+class VectorQuantizer(nnx.Module):
+    """The codebook. The pipelines decode without it (`force_not_quantize`); training and `quantize` use it."""
+
+    def __init__(self, codes: int, dim: int, *, rngs: Rngs):
+        self.embedding = embed(codes, dim, rngs)
+
+    def __call__(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The nearest codes of `z [..., D]`: (codes `[..., D]`, their indices `[...]`)."""
+        codebook = self.embedding.embedding[...]
+        distance = (
+            jnp.sum(z**2, axis=-1, keepdims=True) - 2 * z @ codebook.T + jnp.sum(codebook**2, axis=-1)
+        )
+        indices = jnp.argmin(distance, axis=-1)
+        return codebook[indices], indices
+
+
+class VQModel(nnx.Module):
+    """The MoVQ autoencoder, NHWC."""
+
+    CONFIG = MoVQConfig
+
+    def __init__(self, config: MoVQConfig, *, rngs: Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.quant_conv = conv(config.latent_channels, config.embed_dim, rngs, kernel=1)
+        self.quantize = VectorQuantizer(config.num_vq_embeddings, config.embed_dim, rngs=rngs)
+        self.post_quant_conv = conv(config.embed_dim, config.latent_channels, rngs, kernel=1)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def encode(self, pixels: jax.Array) -> jax.Array:
+        """Pictures `[B, H, W, 3]` in -1..1, sides multiples of 8 -> latents `[B, H/8, W/8, 4]`, unscaled."""
+        return self.quant_conv(self.encoder(pixels.astype(dtype_of(self))))
+
+    def decode(self, latents: jax.Array, force_not_quantize: bool = True) -> jax.Array:
+        """Latents `[B, h, w, 4]` -> pictures `[B, 8h, 8w, 3]`, about -1..1, not clamped.
+
+        Args:
+            force_not_quantize: decode the latents as they are, as the pipelines do; False snaps them to the codebook.
+        """
+        latents = latents.astype(dtype_of(self))
+        if not force_not_quantize:
+            latents, _ = self.quantize(latents)
+        # The spatial norms see the latents before post_quant_conv.
+        return self.decoder(self.post_quant_conv(latents), latents)

@@ -1,0 +1,192 @@
+"""The prior: a diffusion transformer that turns a prompt's CLIP text features into a CLIP image embedding.
+
+Reference: Ramesh et al. 2022 (arXiv 2204.06125), section 2.2; diffusers' PriorTransformer.
+
+The sequence is [text tokens, pooled text, time | noisy embedding, prediction slot] under a causal mask. Nothing left
+of `time` depends on the step, so `condition` runs those rows once and keeps every layer's keys and values; a step then
+runs three tokens. This is exact, and 27 times less arithmetic per step than the whole sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kandinsky_jax.models.config import ConfigError, NetworkConfig
+from kandinsky_jax.models.layers import (
+    Rngs,
+    TimestepEmbedding,
+    attend,
+    dtype_of,
+    layer_norm,
+    linear,
+    param,
+    split_heads,
+    timestep_embedding,
+)
+
+KeyValue = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorConfig(NetworkConfig):
+    """The prior's `config.json`; defaults are diffusers'."""
+
+    CLASS_NAME: ClassVar[str] = "PriorTransformer"
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "time_embed_act_fn": ("silu",),
+        "norm_in_type": (None,),
+        "embedding_proj_norm_type": (None,),
+        "encoder_hid_proj_type": ("linear",),
+        "added_emb_type": ("prd",),
+    }
+
+    num_attention_heads: int = 32
+    attention_head_dim: int = 64
+    num_layers: int = 20
+    embedding_dim: int = 768
+    num_embeddings: int = 77
+    additional_embeddings: int = 4
+    dropout: float = 0.0
+    time_embed_dim: int | None = None
+    embedding_proj_dim: int | None = None
+    clip_embed_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.additional_embeddings != 4:
+            raise ConfigError(f"additional_embeddings={self.additional_embeddings} is not supported, only 4")
+
+
+class GELU(nnx.Module):
+    def __init__(self, dim: int, hidden: int, *, rngs: Rngs):
+        self.proj = linear(dim, hidden, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.gelu(self.proj(x), approximate=False)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, dim: int, *, rngs: Rngs):
+        # Index 1 is the reference's dropout, which has no tensors.
+        self.net = nnx.List([GELU(dim, 4 * dim, rngs=rngs), None, linear(4 * dim, dim, rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net[2](self.net[0](x))
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, dim: int, heads: int, *, rngs: Rngs):
+        self.heads = heads
+        self.to_q = linear(dim, dim, rngs)
+        self.to_k = linear(dim, dim, rngs)
+        self.to_v = linear(dim, dim, rngs)
+        self.to_out = nnx.List([linear(dim, dim, rngs)])
+
+    def __call__(self, x: jax.Array, mask: jax.Array, past: KeyValue | None) -> tuple[jax.Array, KeyValue]:
+        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.to_q, self.to_k, self.to_v))
+        if past is not None:
+            k = jnp.concatenate([past[0], k], axis=1)
+            v = jnp.concatenate([past[1], v], axis=1)
+        return self.to_out[0](attend(q, k, v, mask)), (k, v)
+
+
+class BasicTransformerBlock(nnx.Module):
+    def __init__(self, dim: int, heads: int, *, rngs: Rngs):
+        self.norm1 = layer_norm(dim, rngs)
+        self.attn1 = SelfAttention(dim, heads, rngs=rngs)
+        self.norm3 = layer_norm(dim, rngs)  # norm2 belongs to a cross-attention that the prior does not have
+        self.ff = FeedForward(dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, past: KeyValue | None = None) -> tuple[jax.Array, KeyValue]:
+        attended, kv = self.attn1(self.norm1(x), mask, past)
+        x = x + attended
+        return x + self.ff(self.norm3(x)), kv
+
+
+class PriorCondition(NamedTuple):
+    """What a prompt contributes to every step: each layer's keys and values of the text rows, and who may see them."""
+
+    kv: list[KeyValue]  # per layer, [B, num_embeddings + 1, heads, head_dim]
+    visible: jax.Array  # bool [B, num_embeddings + 1]
+
+
+class PriorTransformer(nnx.Module):
+    """The prior network: `condition` once per prompt, then `__call__` once per step."""
+
+    CONFIG = PriorConfig
+
+    def __init__(self, config: PriorConfig, *, rngs: Rngs):
+        self.config = config
+        inner = config.num_attention_heads * config.attention_head_dim
+        embed, out = config.embedding_dim, config.clip_embed_dim or config.embedding_dim
+        length = config.num_embeddings + config.additional_embeddings
+        self.time_embedding = TimestepEmbedding(inner, config.time_embed_dim or inner, inner, rngs=rngs)
+        self.proj_in = linear(embed, inner, rngs)
+        self.embedding_proj = linear(config.embedding_proj_dim or embed, inner, rngs)
+        self.encoder_hidden_states_proj = linear(embed, inner, rngs)
+        self.positional_embedding = param((1, length, inner), rngs)
+        self.prd_embedding = param((1, 1, inner), rngs)
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(inner, config.num_attention_heads, rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.norm_out = layer_norm(inner, rngs)
+        self.proj_to_clip_embeddings = linear(inner, out, rngs)
+        self.clip_mean = param((1, out), rngs)
+        self.clip_std = param((1, out), rngs)
+
+    def condition(
+        self, proj_embedding: jax.Array, encoder_hidden_states: jax.Array, attention_mask: jax.Array
+    ) -> PriorCondition:
+        """Run the rows that no step changes.
+
+        Args:
+            proj_embedding: the pooled text embedding, `[B, embedding_proj_dim]`.
+            encoder_hidden_states: the text tower's hidden states, `[B, num_embeddings, embedding_dim]`.
+            attention_mask: bool `[B, num_embeddings]`, False at padding.
+        """
+        dtype = dtype_of(self)
+        text = self.encoder_hidden_states_proj(encoder_hidden_states.astype(dtype))  # [B, T, D]
+        pooled = self.embedding_proj(proj_embedding.astype(dtype))[:, None]  # [B, 1, D]
+        x = jnp.concatenate([text, pooled], axis=1)
+        rows = x.shape[1]
+        x = x + self.positional_embedding[...][:, :rows]
+        visible = jnp.pad(attention_mask, ((0, 0), (0, 1)), constant_values=True)  # [B, T + 1]
+        mask = jnp.tril(jnp.ones((rows, rows), bool)) & visible[:, None, None]  # [B, 1, T + 1, T + 1]
+        cache = []
+        for block in self.transformer_blocks:
+            x, kv = block(x, mask)
+            cache.append(kv)
+        return PriorCondition(cache, visible)
+
+    def __call__(self, hidden_states: jax.Array, timestep: jax.Array, condition: PriorCondition) -> jax.Array:
+        """One evaluation.
+
+        Args:
+            hidden_states: the noisy image embedding, `[B, embedding_dim]`.
+            timestep: `[B]`, 0 .. num_train_timesteps - 1.
+            condition: of the same batch, from `condition`.
+        Returns:
+            the predicted (normalised) image embedding, `[B, clip_embed_dim]`.
+        """
+        config, dtype = self.config, dtype_of(self)
+        inner = config.num_attention_heads * config.attention_head_dim
+        time = self.time_embedding(timestep_embedding(timestep, inner).astype(dtype))[:, None]
+        noisy = self.proj_in(hidden_states.astype(dtype))[:, None]
+        slot = jnp.broadcast_to(self.prd_embedding[...], noisy.shape)
+        x = jnp.concatenate([time, noisy, slot], axis=1)  # [B, 3, D]
+        x = x + self.positional_embedding[...][:, -3:]
+        causal = jnp.broadcast_to(jnp.tril(jnp.ones((3, 3), bool)), (x.shape[0], 3, 3))
+        text = jnp.broadcast_to(condition.visible[:, None], (x.shape[0], 3, condition.visible.shape[1]))
+        mask = jnp.concatenate([text, causal], axis=-1)[:, None]  # [B, 1, 3, T + 4]
+        for block, past in zip(self.transformer_blocks, condition.kv, strict=True):
+            x, _ = block(x, mask, past)
+        return self.proj_to_clip_embeddings(self.norm_out(x)[:, -1])
+
+    def post_process_latents(self, latents: jax.Array) -> jax.Array:
+        """From the normalised space in which the prior samples to CLIP's own, `[B, clip_embed_dim]`."""
+        return latents * self.clip_std[...] + self.clip_mean[...]

@@ -1,0 +1,255 @@
+"""The decoder's UNet: predicts the noise in a latent picture, conditioned on a CLIP image embedding.
+
+Reference: diffusers' UNet2DConditionModel as Kandinsky 2.2 configures it (embedding type "image" or "image_hint",
+simple cross-attention blocks, scale-shift ResNet blocks that also do the down- and upsampling).
+
+`condition` does everything that depends on the condition alone (image tokens, their keys and values in every
+attention, the embedding added to the time embedding, the hint's latent channels); `__call__` is one evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kandinsky_jax.models.config import ConfigError, NetworkConfig
+from kandinsky_jax.models.layers import (
+    GroupNorm,
+    Rngs,
+    TimestepEmbedding,
+    conv,
+    dtype_of,
+    layer_norm,
+    linear,
+    timestep_embedding,
+)
+from kandinsky_jax.models.unet_blocks import DownBlock, KeyValue, MidBlock, SimpleCrossAttention, UpBlock
+
+IMAGE_TOKENS = 32  # fixed in the reference's ImageProjection, in no configuration
+HINT_LATENTS = 4
+# (channels in, channels out, stride) of the hint encoder, fixed in the reference's ImageHintTimeEmbedding
+HINT_LAYERS = (
+    (3, 16, 1),
+    (16, 16, 1),
+    (16, 32, 2),
+    (32, 32, 1),
+    (32, 96, 2),
+    (96, 96, 1),
+    (96, 256, 2),
+    (256, HINT_LATENTS, 1),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(NetworkConfig):
+    """The UNet's `config.json`. Defaults are diffusers', except where diffusers' belong to another family of UNets
+    than Kandinsky 2.2's."""
+
+    CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        # sample_size is a default that the pipelines never read; the others only matter to blocks not used here.
+        {
+            "sample_size",
+            "addition_embed_type_num_heads",
+            "addition_time_embed_dim",
+            "attention_type",
+            "downsample_padding",
+            "reverse_transformer_layers_per_block",
+            "transformer_layers_per_block",
+            "use_linear_projection",
+            "dual_cross_attention",
+            "upcast_attention",
+            "projection_class_embeddings_input_dim",
+            "class_embeddings_concat",
+            "dropout",
+        }
+    )
+    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "act_fn": ("silu", "swish"),
+        "center_input_sample": (False,),
+        "class_embed_type": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "cross_attention_norm": (None,),
+        "encoder_hid_dim_type": ("image_proj",),
+        "flip_sin_to_cos": (True,),
+        "freq_shift": (0,),
+        "mid_block_only_cross_attention": (None, False),
+        "mid_block_scale_factor": (1, 1.0),
+        "mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",),
+        "num_attention_heads": (None,),
+        "num_class_embeds": (None,),
+        "only_cross_attention": (False,),
+        "resnet_out_scale_factor": (1.0, 1),
+        "resnet_skip_time_act": (False,),
+        "resnet_time_scale_shift": ("scale_shift",),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "time_embedding_type": ("positional",),
+        "timestep_post_act": (None,),
+    }
+    DOWN: ClassVar[tuple[str, str]] = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
+    UP: ClassVar[tuple[str, str]] = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
+
+    in_channels: int = 4
+    out_channels: int = 8
+    down_block_types: tuple[str, ...] = (DOWN[0], DOWN[1], DOWN[1], DOWN[1])
+    up_block_types: tuple[str, ...] = (UP[1], UP[1], UP[1], UP[0])
+    block_out_channels: tuple[int, ...] = (384, 768, 1152, 1536)
+    layers_per_block: int = 3
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 768
+    encoder_hid_dim: int = 1280
+    attention_head_dim: int = 64
+    time_embedding_dim: int | None = None
+    addition_embed_type: str = "image"
+
+    def __post_init__(self) -> None:
+        faults = []
+        for field, allowed in (("down_block_types", self.DOWN), ("up_block_types", self.UP)):
+            faults += [f"{field} has {n!r}, supported: {allowed}" for n in getattr(self, field) if n not in allowed]
+        if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
+            faults.append("down_block_types, up_block_types and block_out_channels differ in length")
+        if self.addition_embed_type not in ("image", "image_hint"):
+            faults.append(f"addition_embed_type={self.addition_embed_type!r} is not supported, only image, image_hint")
+        for field in ("layers_per_block", "cross_attention_dim", "attention_head_dim"):
+            if not isinstance(getattr(self, field), int):
+                faults.append(f"{field}={getattr(self, field)!r} is not supported, only one number for all blocks")
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+    @property
+    def takes_hint(self) -> bool:
+        return self.addition_embed_type == "image_hint"
+
+    @property
+    def time_dim(self) -> int:
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+
+class ImageProjection(nnx.Module):
+    """The image embedding as tokens for cross-attention."""
+
+    def __init__(self, image_embed_dim: int, cross_attention_dim: int, *, rngs: Rngs):
+        self.image_embeds = linear(image_embed_dim, IMAGE_TOKENS * cross_attention_dim, rngs)
+        self.norm = layer_norm(cross_attention_dim, rngs)
+
+    def __call__(self, image_embeds: jax.Array) -> jax.Array:
+        tokens = self.image_embeds(image_embeds)
+        return self.norm(tokens.reshape(tokens.shape[0], IMAGE_TOKENS, -1))  # [B, 32, cross_attention_dim]
+
+
+class ImageTimeEmbedding(nnx.Module):
+    """The image embedding as an addition to the time embedding; with `hint`, also the hint encoder."""
+
+    def __init__(self, image_embed_dim: int, time_embed_dim: int, hint: bool, *, rngs: Rngs):
+        self.image_proj = linear(image_embed_dim, time_embed_dim, rngs)
+        self.image_norm = layer_norm(time_embed_dim, rngs)
+        if hint:
+            layers: list[nnx.Conv | None] = []
+            for cin, cout, stride in HINT_LAYERS:
+                layers += [conv(cin, cout, rngs, stride=stride), None]  # odd indices are the reference's SiLU
+            self.input_hint_block = nnx.List(layers[:-1])
+
+    def __call__(self, image_embeds: jax.Array) -> jax.Array:
+        return self.image_norm(self.image_proj(image_embeds))
+
+    def encode_hint(self, hint: jax.Array) -> jax.Array:
+        x = self.input_hint_block[0](hint)
+        for layer in self.input_hint_block[2::2]:
+            x = layer(jax.nn.silu(x))
+        return x  # [B, H/8, W/8, 4]
+
+
+class UNetCondition(NamedTuple):
+    """What a condition contributes to every step."""
+
+    embedding: jax.Array  # added to the time embedding, [B, time_dim]
+    added_kv: list[KeyValue]  # per attention in order of execution, [B, 32, heads, head_dim]
+    hint: jax.Array | None  # further input channels, [B, h, w, 4]
+
+
+class UNet2DConditionModel(nnx.Module):
+    """The UNet: `condition` once per picture, then `__call__` once per step. NHWC throughout."""
+
+    CONFIG = UNetConfig
+
+    def __init__(self, config: UNetConfig, *, rngs: Rngs):
+        self.config = config
+        widths, time_dim = config.block_out_channels, config.time_dim
+        self.conv_in = conv(config.in_channels, widths[0], rngs)
+        self.time_embedding = TimestepEmbedding(widths[0], time_dim, time_dim, rngs=rngs)
+        self.encoder_hid_proj = ImageProjection(config.encoder_hid_dim, config.cross_attention_dim, rngs=rngs)
+        self.add_embedding = ImageTimeEmbedding(config.encoder_hid_dim, time_dim, config.takes_hint, rngs=rngs)
+
+        last = len(widths) - 1
+        self.down_blocks = nnx.List([])
+        for i, kind in enumerate(config.down_block_types):
+            cross = kind == config.DOWN[1]
+            self.down_blocks.append(
+                DownBlock(config, widths[max(i - 1, 0)], widths[i], cross=cross, sample=i < last, rngs=rngs)
+            )
+        self.mid_block = MidBlock(config, widths[-1], rngs=rngs)
+        self.up_blocks = nnx.List([])
+        reverse = widths[::-1]
+        for i, kind in enumerate(config.up_block_types):
+            previous, out, skip = reverse[max(i - 1, 0)], reverse[i], reverse[min(i + 1, last)]
+            cross = kind == config.UP[1]
+            self.up_blocks.append(UpBlock(config, previous, out, skip, cross=cross, sample=i < last, rngs=rngs))
+
+        self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, config.norm_eps, rngs)
+        self.conv_out = conv(widths[0], config.out_channels, rngs)
+
+    def _attentions(self) -> Iterator[SimpleCrossAttention]:
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from block.attentions
+
+    def condition(self, image_embeds: jax.Array, hint: jax.Array | None = None) -> UNetCondition:
+        """Do the work that depends on the condition alone.
+
+        Args:
+            image_embeds: CLIP image embeddings, `[B, encoder_hid_dim]`.
+            hint: for an "image_hint" UNet, `[B, H, W, 3]` in 0..1, H and W eight times the latents' sides.
+        """
+        dtype = dtype_of(self)
+        image_embeds = image_embeds.astype(dtype)
+        tokens = self.encoder_hid_proj(image_embeds)
+        latents = None if hint is None else self.add_embedding.encode_hint(hint.astype(dtype))
+        return UNetCondition(
+            embedding=self.add_embedding(image_embeds),
+            added_kv=[attention.added_kv(tokens) for attention in self._attentions()],
+            hint=latents,
+        )
+
+    def __call__(self, sample: jax.Array, timestep: jax.Array, condition: UNetCondition) -> jax.Array:
+        """One evaluation.
+
+        Args:
+            sample: noisy latents (and further channels of an inpainting UNet), `[B, h, w, in_channels]` (less the 4
+                of the hint), h and w multiples of 2 ** (number of downsamplings).
+            timestep: `[B]`, 0 .. num_train_timesteps - 1.
+            condition: of the same batch, from `condition`.
+        Returns:
+            `[B, h, w, out_channels]`: the noise, and for 8 channels the interpolant of the log-variance.
+        """
+        dtype = dtype_of(self)
+        time = timestep_embedding(timestep, self.config.block_out_channels[0]).astype(dtype)
+        temb = jax.nn.silu(self.time_embedding(time) + condition.embedding)  # [B, time_dim]; every block starts so
+        x = sample.astype(dtype)
+        if condition.hint is not None:
+            x = jnp.concatenate([x, condition.hint], axis=-1)
+        x = self.conv_in(x)
+        added = iter(condition.added_kv)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, temb, added, skips)
+        x = self.mid_block(x, temb, added)
+        for block in self.up_blocks:
+            x = block(x, temb, added, skips)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

@@ -1,0 +1,144 @@
+"""The UNet's rooms: ResNet block, attention with added keys and values, and the down, middle and up blocks.
+
+Reference: diffusers' ResnetBlock2D (scale_shift), AttnAddedKVProcessor and the *SimpleCrossAttn* blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kandinsky_jax.models.layers import (
+    GroupNorm,
+    Rngs,
+    attend,
+    conv,
+    downsample_mean,
+    linear,
+    split_heads,
+    upsample_nearest,
+)
+
+if TYPE_CHECKING:
+    from kandinsky_jax.models.unet import UNetConfig
+
+KeyValue = tuple[jax.Array, jax.Array]
+Resample = Literal["down", "up"] | None
+_RESAMPLE = {"down": downsample_mean, "up": upsample_nearest, None: lambda x: x}
+
+
+class ResnetBlock2D(nnx.Module):
+    """norm, SiLU, (resample,) conv, norm scaled and shifted by the time, SiLU, conv; plus the (resampled) input."""
+
+    def __init__(self, config: UNetConfig, cin: int, cout: int, *, resample: Resample = None, rngs: Rngs):
+        self.resample = resample
+        self.norm1 = GroupNorm(cin, config.norm_num_groups, config.norm_eps, rngs)
+        self.conv1 = conv(cin, cout, rngs)
+        self.time_emb_proj = linear(config.time_dim, 2 * cout, rngs)
+        self.norm2 = GroupNorm(cout, config.norm_num_groups, config.norm_eps, rngs)
+        self.conv2 = conv(cout, cout, rngs)
+        self.conv_shortcut = conv(cin, cout, rngs, kernel=1) if cin != cout else None
+
+    def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
+        """x: `[B, h, w, cin]`; temb: `[B, time_dim]`, SiLU already applied."""
+        resample = _RESAMPLE[self.resample]
+        hidden = self.conv1(resample(jax.nn.silu(self.norm1(x))))
+        scale, shift = jnp.split(self.time_emb_proj(temb)[:, None, None], 2, axis=-1)
+        hidden = self.conv2(jax.nn.silu(self.norm2(hidden) * (1 + scale) + shift))
+        x = resample(x)
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class SimpleCrossAttention(nnx.Module):
+    """Self-attention over pixels whose keys and values are preceded by those of the image tokens."""
+
+    def __init__(self, config: UNetConfig, dim: int, *, rngs: Rngs):
+        self.heads = dim // config.attention_head_dim
+        self.group_norm = GroupNorm(dim, config.norm_num_groups, 1e-5, rngs)
+        inner = self.heads * config.attention_head_dim
+        self.to_q = linear(dim, inner, rngs)
+        self.to_k = linear(dim, inner, rngs)
+        self.to_v = linear(dim, inner, rngs)
+        self.add_k_proj = linear(config.cross_attention_dim, inner, rngs)
+        self.add_v_proj = linear(config.cross_attention_dim, inner, rngs)
+        self.to_out = nnx.List([linear(inner, dim, rngs)])
+
+    def added_kv(self, tokens: jax.Array) -> KeyValue:
+        """tokens `[B, S, cross_attention_dim]` -> keys and values `[B, S, heads, head_dim]`, the same at every step."""
+        return split_heads(self.add_k_proj(tokens), self.heads), split_heads(self.add_v_proj(tokens), self.heads)
+
+    def __call__(self, x: jax.Array, added: KeyValue) -> jax.Array:
+        b, h, w, c = x.shape
+        hidden = self.group_norm(x.reshape(b, h * w, c))  # [B, hw, C]
+        q, k, v = (split_heads(proj(hidden), self.heads) for proj in (self.to_q, self.to_k, self.to_v))
+        k = jnp.concatenate([added[0], k], axis=1)
+        v = jnp.concatenate([added[1], v], axis=1)
+        return x + self.to_out[0](attend(q, k, v)).reshape(b, h, w, c)
+
+
+class DownBlock(nnx.Module):
+    """ResNet blocks, each followed by an attention if `cross`; then a halving if `sample`."""
+
+    def __init__(self, config: UNetConfig, cin: int, cout: int, *, cross: bool, sample: bool, rngs: Rngs):
+        layers = config.layers_per_block
+        self.resnets = nnx.List(
+            [ResnetBlock2D(config, cin if i == 0 else cout, cout, rngs=rngs) for i in range(layers)]
+        )
+        self.attentions = nnx.List([SimpleCrossAttention(config, cout, rngs=rngs) for _ in range(layers * cross)])
+        self.downsamplers = nnx.List(
+            [ResnetBlock2D(config, cout, cout, resample="down", rngs=rngs) for _ in range(sample)]
+        )
+
+    def __call__(self, x: jax.Array, temb: jax.Array, added: Iterator[KeyValue], skips: list[jax.Array]) -> jax.Array:
+        """Appends each layer's output to `skips`; takes as many pairs of `added` as it has attentions."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if self.attentions:
+                x = self.attentions[i](x, next(added))
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x, temb)
+            skips.append(x)
+        return x
+
+
+class MidBlock(nnx.Module):
+    def __init__(self, config: UNetConfig, dim: int, *, rngs: Rngs):
+        self.resnets = nnx.List([ResnetBlock2D(config, dim, dim, rngs=rngs) for _ in range(2)])
+        self.attentions = nnx.List([SimpleCrossAttention(config, dim, rngs=rngs)])
+
+    def __call__(self, x: jax.Array, temb: jax.Array, added: Iterator[KeyValue]) -> jax.Array:
+        x = self.attentions[0](self.resnets[0](x, temb), next(added))
+        return self.resnets[1](x, temb)
+
+
+class UpBlock(nnx.Module):
+    """The mirror of `DownBlock`, one layer longer: each layer first takes a skip connection."""
+
+    def __init__(
+        self, config: UNetConfig, previous: int, cout: int, skip: int, *, cross: bool, sample: bool, rngs: Rngs
+    ):
+        layers = config.layers_per_block + 1
+        # The first layer still has the previous block's width; the last one's skip comes from the next narrower block.
+        widths = [
+            (previous if i == 0 else cout) + (skip if i == layers - 1 else cout) for i in range(layers)
+        ]
+        self.resnets = nnx.List([ResnetBlock2D(config, width, cout, rngs=rngs) for width in widths])
+        self.attentions = nnx.List([SimpleCrossAttention(config, cout, rngs=rngs) for _ in range(layers * cross)])
+        self.upsamplers = nnx.List(
+            [ResnetBlock2D(config, cout, cout, resample="up", rngs=rngs) for _ in range(sample)]
+        )
+
+    def __call__(self, x: jax.Array, temb: jax.Array, added: Iterator[KeyValue], skips: list[jax.Array]) -> jax.Array:
+        """Takes its skip connections from the end of `skips`."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), temb)
+            if self.attentions:
+                x = self.attentions[i](x, next(added))
+        for upsampler in self.upsamplers:
+            x = upsampler(x, temb)
+        return x
