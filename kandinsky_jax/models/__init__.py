@@ -1,0 +1,30 @@
+"""The networks: pure maths on arrays; no files, no loops, no devices."""
+
+from flax import nnx
+
+from kandinsky_jax.models.clip import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+from kandinsky_jax.models.config import ConfigError
+from kandinsky_jax.models.movq import VQModel
+from kandinsky_jax.models.prior import PriorTransformer
+from kandinsky_jax.models.unet import UNet2DConditionModel
+
+NETWORKS: dict[str, type[nnx.Module]] = {
+    cls.__name__: cls
+    for cls in (
+        CLIPTextModelWithProjection,
+        CLIPVisionModelWithProjection,
+        PriorTransformer,
+        UNet2DConditionModel,
+        VQModel,
+    )
+}
+
+__all__ = [
+    "NETWORKS",
+    "CLIPTextModelWithProjection",
+    "CLIPVisionModelWithProjection",
+    "ConfigError",
+    "PriorTransformer",
+    "UNet2DConditionModel",
+    "VQModel",
+]

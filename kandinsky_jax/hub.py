@@ -1,0 +1,153 @@
+"""Where a model lies: embedded in this package, in a folder, or in a Hub repository."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from kandinsky_jax.checkpoint import CheckpointError, read_json
+
+PRIOR, DECODER = "kandinsky-2-2-prior", "kandinsky-2-2-decoder"
+INPAINT, CONTROLNET = "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"
+OFFICIAL = "kandinsky-community"
+
+# The trained small model that is shipped with the package; its three decoders share one MoVQ.
+EMBEDDED = {"tiny": Path(__file__).parent / "tiny"}
+_EMBEDDED_MOVQ = Path(DECODER) / "movq"
+
+# The safetensors of this repository are in a pull request that was never merged; its main branch has pickles only.
+_REVISIONS = {f"{OFFICIAL}/{CONTROLNET}": "refs/pr/5"}
+
+_COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
+_SMALL_FILES = ("*.json", "*.txt")
+
+
+def resolve(
+    name: str | os.PathLike[str],
+    repository: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """The local folder of a model, with `model_index.json` in it.
+
+    Args:
+        name: an embedded model ("tiny"), a folder, or a Hub repository ("owner/name"). A folder may also hold a whole
+            family, subfolders named as the official repositories; then `repository` picks one.
+        repository: which member of a family is wanted, such as "kandinsky-2-2-decoder".
+        revision: of a Hub repository: a branch, tag, commit or `refs/pr/N`.
+        cache_dir: where Hub files are kept; None is huggingface_hub's own.
+    Raises:
+        CheckpointError: saying what was looked for.
+    """
+    if str(name) in EMBEDDED:
+        return EMBEDDED[str(name)] / repository
+    folder = Path(name)
+    if folder.is_dir():
+        for candidate in (folder, folder / repository):
+            if (candidate / "model_index.json").is_file():
+                return candidate
+        raise CheckpointError(
+            f"{folder} has no model_index.json, and no subfolder {repository} with one: it is no model in diffusers' "
+            "layout or ours"
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return _download(str(name), revision or _REVISIONS.get(str(name)), cache_dir)
+    raise CheckpointError(
+        f"{name} is no folder here, no embedded model ({', '.join(EMBEDDED)}) and no Hub repository (owner/name)"
+    )
+
+
+def _download(repository: str, revision: str | None, cache_dir: Any) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def fetch(patterns: list[str]) -> Path:
+        try:
+            return Path(
+                snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
+            )
+        except RepositoryNotFoundError:
+            raise CheckpointError(f"{repository} is not on the Hub, or not open to you") from None
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{repository} could not be fetched from the Hub: {reason}") from None
+
+    root = fetch(["model_index.json", "README.md"])
+    parts = components(root)
+    folder = fetch(
+        ["model_index.json", "README.md"]
+        + [f"{part}/{pattern}" for part in parts for pattern in (*_SMALL_FILES, "*.safetensors", "params/**")]
+    )
+    # Pickles only where there is nothing else.
+    bare = [p for p in parts if not any((folder / p).rglob("*.safetensors")) and not (folder / p / "params").is_dir()]
+    networks = [p for p in bare if (folder / p / "config.json").is_file()]
+    return fetch([f"{part}/*.bin" for part in networks]) if networks else folder
+
+
+def components(folder: Path) -> dict[str, str]:
+    """A model's components and their classes, from its `model_index.json`.
+
+    Raises:
+        CheckpointError: where the file is missing or damaged, or names a component that is no plain folder name.
+    """
+    index = read_json(folder / "model_index.json")
+    parts = {}
+    for name, value in index.items():
+        if name.startswith("_"):
+            continue
+        if not (isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value)):
+            raise CheckpointError(f"{folder / 'model_index.json'}: {name} should be [library, class], is {value!r}")
+        if not _COMPONENT.fullmatch(name):
+            raise CheckpointError(f"{folder / 'model_index.json'}: {name!r} is no name of a component")
+        if value[1] is not None:
+            parts[name] = value[1]
+    return parts
+
+
+def pipeline_class(folder: Path) -> str:
+    """The class that a `model_index.json` names."""
+    return str(read_json(folder / "model_index.json").get("_class_name"))
+
+
+def component_folder(folder: Path, name: str) -> Path:
+    """Where a model's component lies."""
+    own = folder / name
+    if not own.is_dir() and name == "movq" and folder.parent in EMBEDDED.values():
+        return folder.parent / _EMBEDDED_MOVQ
+    if not own.is_dir():
+        raise CheckpointError(f"{folder} has no folder {name}, which its model_index.json names")
+    return own
+
+
+def find_prior(
+    decoder: Path,
+    prior: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """The prior that belongs to a decoder.
+
+    In this order: `prior`, where given; a folder `kandinsky-2-2-prior` beside the decoder's; the repository that the
+    front matter of the decoder's README names under `prior:`.
+    """
+    if prior is not None:
+        return resolve(prior, PRIOR, revision=revision, cache_dir=cache_dir)
+    beside = decoder.parent / PRIOR
+    if (beside / "model_index.json").is_file():
+        return beside
+    readme = decoder / "README.md"
+    if readme.is_file():
+        from huggingface_hub import ModelCard
+
+        named = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict().get("prior")
+        named = named[0] if isinstance(named, list) and named else named
+        if isinstance(named, str):
+            return resolve(named, PRIOR, revision=revision, cache_dir=cache_dir)
+    raise CheckpointError(
+        f"{decoder} does not say which prior belongs to it: there is no folder {beside} and no `prior:` in the front "
+        "matter of its README.md. Name one: from_pretrained(..., prior=FOLDER_OR_REPOSITORY)"
+    )

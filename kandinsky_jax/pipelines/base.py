@@ -1,0 +1,302 @@
+"""What all pipelines share: components, loading and saving, the progress bar, and driving the loop with callbacks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm.auto import tqdm
+
+from kandinsky_jax import hub
+from kandinsky_jax.checkpoint import (
+    CheckpointError,
+    Layout,
+    complete_or_absent,
+    default_dtype,
+    flat_params,
+    load_network,
+    read_json,
+    save_network,
+    stored_bytes,
+)
+from kandinsky_jax.images import CLIPImageProcessor
+from kandinsky_jax.models import NETWORKS
+from kandinsky_jax.noise import Source
+from kandinsky_jax.sampling import Network, sample
+from kandinsky_jax.schedulers import SCHEDULERS, Schedule, Scheduler, scheduler_from_config
+
+Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
+
+
+class ImagePipelineOutput(NamedTuple):
+    """images: a list of PIL pictures, or an array, as `output_type` asks."""
+
+    images: Any
+
+
+class Pipeline:
+    """Base of the pipelines.
+
+    A subclass's constructor takes its components by diffusers' names and hands them to `_register`.
+    """
+
+    REPOSITORY: ClassVar[str]  # the official repository, and the subfolder of a family
+    ACCEPTS: ClassVar[frozenset[str]]  # classes that a model_index.json may name for this pipeline
+
+    def _register(self, **components: Any) -> None:
+        for name, component in components.items():
+            expected = _expected_types(name)
+            if not isinstance(component, expected):
+                wanted = " or ".join(t.__name__ for t in expected)
+                raise TypeError(f"{type(self).__name__}: {name} must be a {wanted}, got {type(component).__name__}")
+            setattr(self, name, component)
+        self._component_names = tuple(components)
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components by the names that the constructor takes: `OtherPipeline(**pipe.components)` shares them."""
+        return {name: getattr(self, name) for name in self._component_names}
+
+    # Loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        dtype: Any = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **components: Any,
+    ) -> Self:
+        """Load a pipeline.
+
+        Args:
+            name: "tiny" (embedded), a folder in diffusers' layout or ours, or a Hub repository.
+            dtype: of the networks; None is float32 on a CPU and bfloat16 on a TPU or GPU.
+            revision, cache_dir: of a Hub repository.
+            components: ready components, by the constructor's names, that are not loaded.
+        Raises:
+            CheckpointError, ConfigError, SchedulerError: before any network is read where that can be known.
+        """
+        folder = hub.resolve(name, cls.REPOSITORY, revision=revision, cache_dir=cache_dir)
+        names = _parameters(cls)
+        if unknown := components.keys() - set(names):
+            raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
+        return cls(**_load_components(cls, folder, names, dtype, components))
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, layout: Layout = "diffusers", overwrite: bool = False
+    ) -> None:
+        """Write the pipeline; the folder is complete or absent.
+
+        Args:
+            layout: "diffusers" writes what diffusers loads; "orbax" what a pod restores fastest.
+        """
+        parts = self.components
+        needed = sum(
+            sum(leaf.nbytes for leaf in flat_params(part).values())
+            for part in parts.values()
+            if isinstance(part, nnx.Module)
+        )
+        with complete_or_absent(folder, needed, overwrite) as scratch:
+            index: dict[str, Any] = {"_class_name": type(self).__name__}
+            for name, part in parts.items():
+                if isinstance(part, nnx.Module):
+                    save_network(part, scratch / name, layout)
+                else:
+                    part.save_pretrained(scratch / name)
+                library = "diffusers" if isinstance(part, Scheduler) or _is_diffusers(part) else "transformers"
+                index[name] = [library, type(part).__name__]
+            (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    # Progress -----------------------------------------------------------------------------------------------------
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Arguments of `tqdm` for the progress bars; `disable=True` turns them off."""
+        self._progress_bar_config = config
+
+    # Sampling -----------------------------------------------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the current or last call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the current or last call."""
+        return self._num_timesteps
+
+    def _denoise(
+        self,
+        module: nnx.Module,
+        condition: Callable[[Network, Any, Mapping[str, Any]], Sequence[Any]],
+        tensors: dict[str, Any],
+        schedule: Schedule,
+        latents: Sequence[jax.Array],
+        source: Source,
+        guidance_scale: float,
+        callback: Callback | None,
+        callback_inputs: Sequence[str],
+    ) -> list[jax.Array]:
+        """Run the loop under a progress bar, with the user's callback after each step.
+
+        Args:
+            condition: (network, parameters, tensors) -> each lane's condition.
+            tensors: what a callback may see and change besides the latents, by diffusers' names.
+            latents: each lane's first sample.
+        """
+        network, params = Network.split(module)
+        conditions = condition(network, params, tensors)
+        self._guidance_scale, self._num_timesteps = guidance_scale, len(schedule)
+
+        def call_back(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
+            nonlocal conditions
+            seen = tensors | {"latents": _join(samples)}
+            given = {name: seen[name] for name in callback_inputs}
+            assert callback is not None
+            returned = callback(self, done - 1, int(schedule.timesteps[done - 1]), dict(given))
+            if not isinstance(returned, dict):
+                raise TypeError(f"callback_on_step_end must return a dict, returned {type(returned).__name__}")
+            changed = {k: v for k, v in returned.items() if k in seen and v is not seen[k]}
+            if new := {k: v for k, v in changed.items() if k != "latents"}:
+                tensors.update(new)
+                conditions = condition(network, params, tensors)
+            return _part(changed["latents"], samples) if "latents" in changed else None
+
+        with tqdm(**({"total": len(schedule)} | self._progress_bar_config)) as bar:
+
+            def after(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
+                jax.block_until_ready(samples)
+                bar.update(done - bar.n)
+                return call_back(done, samples) if callback is not None else None
+
+            return sample(
+                network,
+                params,
+                lambda: conditions,
+                schedule,
+                latents,
+                source,
+                guidance_scale if guidance_scale > 1 else None,
+                after=after,
+                every_step=callback is not None,
+            )
+
+
+def _join(samples: Sequence[jax.Array]) -> np.ndarray:
+    """The lanes' samples as users see them: one batch, pictures in PyTorch's order of axes."""
+    joined = np.concatenate([np.asarray(x) for x in samples])
+    return joined.transpose(0, 3, 1, 2) if joined.ndim == 4 else joined
+
+
+def _part(latents: Any, samples: Sequence[jax.Array]) -> list[jax.Array]:
+    """What a callback returned as latents, as the lanes' samples."""
+    array = np.asarray(latents, np.float32)
+    if array.shape != _join(samples).shape:
+        raise ValueError(f"the callback's latents have shape {array.shape}, needed is {_join(samples).shape}")
+    if array.ndim == 4:
+        array = array.transpose(0, 2, 3, 1)
+    return [jax.numpy.asarray(part) for part in np.split(array, len(samples))]
+
+
+# Components -------------------------------------------------------------------------------------------------------
+
+_NETWORK_OF = {
+    "unet": "UNet2DConditionModel",
+    "movq": "VQModel",
+    "prior": "PriorTransformer",
+    "text_encoder": "CLIPTextModelWithProjection",
+    "image_encoder": "CLIPVisionModelWithProjection",
+}
+
+
+def _bare(name: str) -> str:
+    """`prior_text_encoder` of a combined pipeline is a `text_encoder`; `prior_prior` a `prior`."""
+    return name.removeprefix("prior_")
+
+
+def _expected_types(name: str) -> tuple[type, ...]:
+    bare = _bare(name)
+    if bare in _NETWORK_OF:
+        return (NETWORKS[_NETWORK_OF[bare]],)
+    if bare == "scheduler":
+        return (Scheduler,)
+    if bare == "image_processor":
+        return (CLIPImageProcessor,)
+    from transformers import CLIPTokenizer
+
+    return (CLIPTokenizer,)
+
+
+def _is_diffusers(part: Any) -> bool:
+    return isinstance(part, nnx.Module) and not type(part).__name__.startswith("CLIP")
+
+
+def _parameters(cls: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.__init__).parameters)[1:]
+
+
+def _check_index(cls: type[Pipeline], folder: Path, names: Sequence[str]) -> None:
+    """Raise where a folder's model_index.json is not one of this pipeline."""
+    found = hub.pipeline_class(folder)
+    if found not in cls.ACCEPTS:
+        raise CheckpointError(
+            f"{folder} holds a {found}, which {cls.__name__} cannot use; load it with {found}, or give {cls.__name__} "
+            f"one of {', '.join(sorted(cls.ACCEPTS))}"
+        )
+    listed, faults = hub.components(folder), []
+    for name in names:
+        allowed = [t.__name__ for t in _expected_types(name)] if _bare(name) != "scheduler" else list(SCHEDULERS)
+        allowed += ["CLIPTokenizerFast"] if _bare(name) == "tokenizer" else []
+        if name not in listed:
+            faults.append(f"{name} is missing")
+        elif listed[name] not in allowed:
+            faults.append(f"{name} is a {listed[name]}, supported: {', '.join(allowed)}")
+    if faults:
+        raise CheckpointError(f"{folder / 'model_index.json'}: " + "; ".join(faults))
+
+
+def _load_components(
+    cls: type[Pipeline], folder: Path, names: Sequence[str], dtype: Any, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A pipeline's components from its folder, cheap ones first, under a progress bar."""
+    missing = [name for name in names if name not in given]
+    _check_index(cls, folder, missing)
+    folders = {name: hub.component_folder(folder, name) for name in missing}
+    dtype = default_dtype() if dtype is None else jax.numpy.dtype(dtype)
+    loaded = dict(given)
+    heavy = [name for name in missing if _bare(name) in _NETWORK_OF]
+    for name in missing:
+        if name not in heavy:
+            loaded[name] = _load_small(_bare(name), folders[name])
+    total = sum(stored_bytes(folders[name]) for name in heavy)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {folder.name}", disable=total < 1e9) as bar:
+        for name in heavy:
+            loaded[name] = load_network(NETWORKS[_NETWORK_OF[_bare(name)]], folders[name], dtype, progress=bar)
+    return loaded
+
+
+def _load_small(bare: str, folder: Path) -> Any:
+    if bare == "scheduler":
+        path = folder / "scheduler_config.json"
+        return scheduler_from_config(read_json(path), str(path))
+    if bare == "image_processor":
+        return CLIPImageProcessor.from_pretrained(folder)
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+

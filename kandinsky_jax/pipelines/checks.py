@@ -1,0 +1,100 @@
+"""What users give, checked before anything is compiled. Every message says what was given and what is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+CALLBACK_DEFAULT = ("latents",)
+
+
+def texts(value: Any, name: str) -> list[str]:
+    """A prompt argument as a list of strings."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} must be a string or a list of strings, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name} is an empty list; give one string or more")
+    for i, item in enumerate(value):
+        if not isinstance(item, str):
+            raise TypeError(f"{name}[{i}] must be a string, got {type(item).__name__} ({item!r})")
+    return list(value)
+
+
+def negative_texts(value: Any, prompts: Sequence[str]) -> list[str] | None:
+    """Negative prompts, one per prompt; a single one serves all prompts."""
+    if value is None:
+        return None
+    negatives = texts(value, "negative_prompt")
+    if isinstance(value, str):
+        return negatives * len(prompts)
+    if len(negatives) != len(prompts):
+        raise ValueError(
+            f"negative_prompt has {len(negatives)} items for {len(prompts)} prompts; give one for each, or one string"
+        )
+    return negatives
+
+
+def count(value: Any, name: str, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def side(value: Any, name: str) -> int:
+    """A picture's side in pixels."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer number of pixels, got {value!r}")
+    if value < 64:
+        raise ValueError(f"{name}={value} is too small; the smallest picture is 64 pixels")
+    return int(value)
+
+
+def guidance(value: Any, name: str = "guidance_scale") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def choice(value: Any, name: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not supported, only {', '.join(map(repr, allowed))}")
+    return str(value)
+
+
+def callback(function: Any, inputs: Any, allowed: Sequence[str]) -> tuple[str, ...]:
+    """The tensors that a callback asks for."""
+    if function is not None and not callable(function):
+        raise TypeError(f"callback_on_step_end must be callable, got {type(function).__name__}")
+    names = CALLBACK_DEFAULT if inputs is None else tuple(inputs)
+    if unknown := [name for name in names if name not in allowed]:
+        raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown}; there are {list(allowed)}")
+    return names
+
+
+def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Latents that the user gives, in PyTorch's order of axes."""
+    if value is None:
+        return None
+    array = np.asarray(value, np.float32)
+    if array.shape != shape:
+        raise ValueError(f"latents have shape {array.shape}, needed is {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError("latents are not all finite")
+    return array
+
+
+def embeds(value: Any, name: str, dim: int) -> np.ndarray:
+    """Image embeddings `[B, dim]`; a list is joined along the first axis."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    if not parts:
+        raise ValueError(f"{name} is an empty list")
+    arrays = [np.asarray(part) for part in parts]
+    for array in arrays:
+        if array.ndim != 2 or array.shape[1] != dim or array.dtype == object:
+            raise ValueError(f"{name} has shape {array.shape}, needed is [batch, {dim}]")
+    return np.concatenate(arrays)

@@ -1,0 +1,202 @@
+"""prompt -> picture: a prior and a decoder in one call.
+
+Reference: diffusers' KandinskyV22CombinedPipeline.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from kandinsky_jax import hub
+from kandinsky_jax.images import CLIPImageProcessor
+from kandinsky_jax.models import (
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PriorTransformer,
+    UNet2DConditionModel,
+    VQModel,
+)
+from kandinsky_jax.noise import Generator
+from kandinsky_jax.pipelines import checks
+from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
+from kandinsky_jax.pipelines.prior import KandinskyV22PriorPipeline
+from kandinsky_jax.pipelines.text2img import OUTPUT_TYPES, DecoderPipeline, KandinskyV22Pipeline
+from kandinsky_jax.schedulers import Scheduler
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+
+def _component(pipe: str, name: str) -> Any:
+    """A component that lives in one of the two pipelines, so that replacing it here replaces it there."""
+
+    def get(self: Any) -> Any:
+        return getattr(getattr(self, pipe), name)
+
+    def put(self: Any, value: Any) -> None:
+        setattr(getattr(self, pipe), name, value)
+
+    return property(get, put)
+
+
+class CombinedPipeline(Pipeline):
+    """What every combined pipeline shares: the prior's components under `prior_...`, the decoder's under their own."""
+
+    DECODER: ClassVar[type[DecoderPipeline]]
+
+    prior_pipe: KandinskyV22PriorPipeline
+    decoder_pipe: Any
+
+    unet = _component("decoder_pipe", "unet")
+    scheduler = _component("decoder_pipe", "scheduler")
+    movq = _component("decoder_pipe", "movq")
+    prior_prior = _component("prior_pipe", "prior")
+    prior_image_encoder = _component("prior_pipe", "image_encoder")
+    prior_text_encoder = _component("prior_pipe", "text_encoder")
+    prior_tokenizer = _component("prior_pipe", "tokenizer")
+    prior_scheduler = _component("prior_pipe", "scheduler")
+    prior_image_processor = _component("prior_pipe", "image_processor")
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: Scheduler,
+        movq: VQModel,
+        prior_prior: PriorTransformer,
+        prior_image_encoder: CLIPVisionModelWithProjection,
+        prior_text_encoder: CLIPTextModelWithProjection,
+        prior_tokenizer: CLIPTokenizer,
+        prior_scheduler: Scheduler,
+        prior_image_processor: CLIPImageProcessor,
+    ):
+        decoder = {"unet": unet, "scheduler": scheduler, "movq": movq}
+        prior = {
+            "prior": prior_prior,
+            "image_encoder": prior_image_encoder,
+            "text_encoder": prior_text_encoder,
+            "tokenizer": prior_tokenizer,
+            "scheduler": prior_scheduler,
+            "image_processor": prior_image_processor,
+        }
+        self.prior_pipe = KandinskyV22PriorPipeline(**prior)
+        self.decoder_pipe = self.DECODER(**decoder)  # type: ignore[arg-type]
+        self._register(**decoder, **{f"prior_{name}": part for name, part in prior.items()})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        prior: str | os.PathLike[str] | None = None,
+        dtype: Any = None,
+        revision: str | None = None,
+        prior_revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **components: Any,
+    ) -> Self:
+        """Load a decoder and its prior, or a combined pipeline that was saved as one.
+
+        Args:
+            name: "tiny" (embedded), a folder, or a Hub repository; of a decoder, or saved by `save_pretrained`.
+            prior: folder or Hub repository of the prior. None finds it: see `kandinsky_jax.hub.find_prior`.
+            dtype: of the networks; None is float32 on a CPU and bfloat16 on a TPU or GPU.
+            revision, prior_revision, cache_dir: of Hub repositories.
+            components: ready components, by the constructor's names, that are not loaded.
+        """
+        folder = hub.resolve(name, cls.REPOSITORY, revision=revision, cache_dir=cache_dir)
+        if any(part.startswith("prior_") for part in hub.components(folder)):
+            return super().from_pretrained(folder, dtype=dtype, **components)
+        prior_folder = hub.find_prior(folder, prior, revision=prior_revision, cache_dir=cache_dir)
+        ready = {k.removeprefix("prior_"): v for k, v in components.items() if k.startswith("prior_")}
+        own = {k: v for k, v in components.items() if not k.startswith("prior_")}
+        prior_pipe = KandinskyV22PriorPipeline.from_pretrained(prior_folder, dtype=dtype, **ready)
+        decoder_pipe = cls.DECODER.from_pretrained(folder, dtype=dtype, **own)
+        found = {f"prior_{k}": v for k, v in prior_pipe.components.items()}
+        return cls(**decoder_pipe.components, **found)
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Arguments of `tqdm` for the progress bars; `disable=True` turns them off."""
+        self.prior_pipe.set_progress_bar_config(**config)
+        self.decoder_pipe.set_progress_bar_config(**config)
+
+
+class KandinskyV22CombinedPipeline(CombinedPipeline):
+    """Draws pictures for prompts.
+
+    Args:
+        unet, scheduler, movq, prior_prior, prior_image_encoder, prior_text_encoder, prior_tokenizer, prior_scheduler,
+        prior_image_processor: as in diffusers.
+    """
+
+    REPOSITORY: ClassVar[str] = hub.DECODER
+    ACCEPTS: ClassVar[frozenset[str]] = frozenset({"KandinskyV22CombinedPipeline"})
+    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22Pipeline
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        height: int = 512,
+        width: int = 512,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        generator: Generator = None,
+        latents: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        prior_callback_on_step_end: Callback | None = None,
+        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw pictures.
+
+        Args:
+            prompt, negative_prompt, num_images_per_prompt: see `KandinskyV22PriorPipeline`.
+            num_inference_steps, guidance_scale, height, width, output_type, return_dict: see `KandinskyV22Pipeline`.
+            prior_guidance_scale, prior_num_inference_steps: the prior's own.
+            generator: one for both stages; a `TorchGenerator` goes on from the prior to the decoder.
+            latents: the prior's first noise.
+            prior_callback_on_step_end, callback_on_step_end and their ..._tensor_inputs: of each stage.
+        """
+        # The decoder's arguments are checked before the prior draws its first number.
+        checks.side(height, "height"), checks.side(width, "width")
+        checks.choice(output_type, "output_type", OUTPUT_TYPES)
+        checks.guidance(guidance_scale)
+        checks.callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self.decoder_pipe._callback_tensor_inputs
+        )
+        self.decoder_pipe._schedule(num_inference_steps)
+        image_embeds, negative_image_embeds = self.prior_pipe(
+            prompt,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=prior_num_inference_steps,
+            generator=generator,
+            latents=latents,
+            guidance_scale=prior_guidance_scale,
+            output_type="np",
+            return_dict=False,
+            callback_on_step_end=prior_callback_on_step_end,
+            callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
+        )
+        return self.decoder_pipe(
+            image_embeds,
+            negative_image_embeds,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+

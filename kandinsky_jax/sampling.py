@@ -1,0 +1,228 @@
+"""The one denoising loop: guidance, the step, and how the host drives it.
+
+A network reaches the loop as a `Network` (its structure, hashable) and its parameters (arrays). The loop asks two
+things of it: `module.condition(...)` once, and `module(sample, timestep, condition)` at every evaluation. It knows
+tables, not schedulers (see `kandinsky_jax.schedulers.table`), and its bounds are arguments of the compiled program:
+one program per network, shape and guidance on or off serves every prompt, seed, number of steps and scheduler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kandinsky_jax.noise import GivenNoise, KeyNoise, Source
+from kandinsky_jax.schedulers.table import SLOTS, Schedule, Table
+
+Params = Any  # a nested dict of arrays
+Noise = KeyNoise | GivenNoise
+
+
+class Network:
+    """A module's structure without its arrays, hashable, so that a jitted function can take it as a static argument.
+
+    Two networks built alike are equal, so pipelines that share a network share its compiled programs.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef):
+        self.graphdef = graphdef
+        self._hash = hash(graphdef)  # costs milliseconds for the UNet, and jit asks at every call
+
+    @classmethod
+    def split(cls, module: nnx.Module) -> tuple[Network, Params]:
+        graphdef, state = nnx.split(module)
+        return cls(graphdef), nnx.to_pure_dict(state)
+
+    def bind(self, params: Params) -> Any:
+        """The module again."""
+        return nnx.merge(self.graphdef, params)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Network) and (self.graphdef is other.graphdef or self.graphdef == other.graphdef)
+
+
+@contextlib.contextmanager
+def _precision(params: Params) -> Iterator[None]:
+    # On TPUs and GPUs a float32 product is by default done in bfloat16 or TF32: not what someone who asks for float32
+    # wants, and not the reference's picture.
+    exact = any(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+        yield
+
+
+@partial(jax.jit, static_argnames=("network", "method"))
+def call(network: Network, params: Params, *args: Any, method: str = "__call__") -> Any:
+    """Run one method of a network, compiled once per structure and shapes."""
+    with _precision(params):
+        return getattr(network.bind(params), method)(*args)
+
+
+def step(row: Table, state: jax.Array, output: jax.Array, variance: jax.Array, noise: jax.Array) -> jax.Array:
+    """One step of any solver.
+
+    Args:
+        row: one row of a table.
+        state: float32 `[SLOTS, B, ...]`, the sample first.
+        output: what the network predicts, `[B, ...]`.
+        variance: the network's second half, `[B, ...]`, or zeros.
+        noise: standard normal, `[B, ...]`.
+    Returns:
+        the next state.
+    """
+    sample = state[0]
+    x0 = row.x0_from[0] * sample + row.x0_from[1] * output
+    x0 = jax.lax.cond(row.threshold[0] > 0, dynamic_threshold, lambda x, _: jnp.clip(x, -row.clip, row.clip), x0, row)
+    eps = row.eps_from[0] * sample + row.eps_from[1] * x0 + row.eps_from[2] * output
+    low, high = row.log_variance[0], row.log_variance[1]
+    share = (variance + 1) / 2
+    spread = jnp.where(
+        row.variance_is_output > 0, jnp.sqrt(jnp.maximum(variance, 0)), jnp.exp((share * high + (1 - share) * low) / 2)
+    )
+    given = jnp.concatenate([state, jnp.stack([x0, eps, spread * noise])])  # [SLOTS + 3, B, ...]
+    return jnp.einsum("ij,j...->i...", row.matrix, given, precision="highest")
+
+
+def dynamic_threshold(x0: jax.Array, row: Table) -> jax.Array:
+    """Saharia et al. 2022 (arXiv 2205.11487), section 2.3: per image, clip to a quantile of |x0| and divide by it."""
+    _, quantile, largest = row.threshold
+    axes = tuple(range(1, x0.ndim))
+    bound = jnp.quantile(jnp.abs(x0), quantile, axis=axes, keepdims=True)
+    bound = jnp.clip(bound, 1.0, largest)
+    return jnp.clip(x0, -bound, bound) / bound
+
+
+def guided(output: jax.Array, channels: int, scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) in float32.
+
+    Args:
+        output: `[2B, ..., c]`, the unconditional rows first; `[B, ..., c]` where `scale` is None.
+        channels: of the sample; further ones are the variance, which guidance does not touch.
+    Returns:
+        prediction and variance `[B, ..., channels]`; the variance is zeros where the network gives none.
+    """
+    output = output.astype(jnp.float32)
+    prediction, variance = output[..., :channels], output[..., channels:]
+    if scale is not None:
+        without, given = jnp.split(prediction, 2)
+        prediction = without + scale * (given - without)
+        variance = jnp.split(variance, 2)[1]
+    return prediction, variance if variance.shape[-1] else jnp.zeros_like(prediction)
+
+
+@partial(jax.jit, static_argnames="network", donate_argnames="state")
+def denoise(
+    network: Network,
+    params: Params,
+    condition: Any,
+    table: Table,
+    state: jax.Array,
+    noise: Noise,
+    scale: jax.Array | None,
+    lo: jax.Array,
+    hi: jax.Array,
+) -> jax.Array:
+    """Rows lo .. hi - 1 of a table.
+
+    Args:
+        network, params: what predicts; `module(sample, timestep, condition)`.
+        condition: of `2B` rows, the unconditional ones first, where `scale` is given; of B rows where it is None.
+        table: float32, `[ROWS, ...]`.
+        state: float32 `[SLOTS, B, ...]`; donated.
+        noise: one of `kandinsky_jax.noise`.
+        scale: of guidance, or None for none: then half the work, in a program of its own.
+        lo, hi: int; arguments, not constants, of the compiled program.
+    Returns:
+        the state after row hi - 1.
+    """
+    with _precision(params):
+        module = network.bind(params)
+
+        def body(i: jax.Array, state: jax.Array) -> jax.Array:
+            row = jax.tree.map(lambda column: column[i], table)
+            sample = state[0] * row.input_scale
+            rows = sample if scale is None else jnp.concatenate([sample, sample])
+            output = module(rows, jnp.broadcast_to(row.timestep, rows.shape[:1]), condition)
+            prediction, variance = guided(output, sample.shape[-1], scale)
+            return step(row, state, prediction, variance, noise(i, sample.shape))
+
+        return jax.lax.fori_loop(lo, hi, body, state)
+
+
+SLICE_SECONDS = 0.1  # how long the host lets the device run before it looks up: progress, Ctrl-C
+
+# After each slice: (rows done, one sample [B, ...] per lane) -> the samples to go on with, or None for the same.
+AfterSlice = Callable[[int, list[jax.Array]], list[jax.Array] | None]
+
+
+def sample(
+    network: Network,
+    params: Params,
+    conditions: Callable[[], Sequence[Any]],
+    schedule: Schedule,
+    latents: Sequence[jax.Array],
+    source: Source,
+    scale: float | None,
+    *,
+    after: AfterSlice | None = None,
+    every_step: bool = False,
+) -> list[jax.Array]:
+    """Run a whole schedule over one or more lanes, batches of the same shape that share one compiled program.
+
+    Args:
+        conditions: gives each lane's condition; asked again after every slice, so that `after` can change it.
+        latents: each lane's first sample, float32 `[B, ...]`, already scaled.
+        source: the noise.
+        scale: of guidance, None for none.
+        after: called after each slice.
+        every_step: slices of one step, for callbacks; otherwise as many steps as take about `SLICE_SECONDS`.
+    Returns:
+        each lane's last sample.
+    """
+    shape = latents[0].shape
+    states = [_first_state(x) for x in latents]
+    table = jax.tree.map(jnp.asarray, schedule.table)
+    guidance = None if scale is None else jnp.float32(scale)
+    done, size = 0, 1
+    while done < len(schedule):
+        began = time.perf_counter()
+        hi = min(done + size, len(schedule))
+        noises = source.steps(done, hi - done, schedule.draws_noise, shape, len(states))
+        states = [
+            denoise(network, params, condition, table, state, noise, guidance, np.int32(done), np.int32(hi))
+            for condition, state, noise in zip(conditions(), states, noises, strict=True)
+        ]
+        done = hi
+        if after is not None:
+            changed = after(done, [_sample_of(state) for state in states])
+            if changed is not None:
+                states = [_with_sample(state, x) for state, x in zip(states, changed, strict=True)]
+        jax.block_until_ready(states)
+        if not every_step and time.perf_counter() - began < SLICE_SECONDS:
+            size = min(2 * size, source.chunk or len(schedule))
+    return [_sample_of(state) for state in states]
+
+
+@jax.jit
+def _first_state(sample: jax.Array) -> jax.Array:
+    return jnp.zeros((SLOTS, *sample.shape), jnp.float32).at[0].set(sample)
+
+
+@jax.jit
+def _sample_of(state: jax.Array) -> jax.Array:
+    return state[0]
+
+
+@jax.jit
+def _with_sample(state: jax.Array, sample: jax.Array) -> jax.Array:
+    return state.at[0].set(sample)

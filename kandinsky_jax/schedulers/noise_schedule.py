@@ -1,0 +1,45 @@
+"""The forward process: how much noise at which training timestep, and which timesteps to visit. Float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class SchedulerError(ValueError):
+    """A scheduler configuration or a number of steps that cannot be followed."""
+
+
+def betas_for_alpha_bar(steps: int, largest: float = 0.999) -> np.ndarray:
+    """The cosine schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672), "squaredcos_cap_v2"; float64 `[steps]`."""
+    grid = np.arange(steps + 1) / steps
+    alpha_bar = np.cos((grid + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest)
+
+
+def make_betas(schedule: str, start: float, end: float, steps: int, trained: Any = None) -> np.ndarray:
+    """The variances of the forward process by diffusers' names of schedules; float64 `[steps]`."""
+    if trained is not None:
+        return np.asarray(trained, np.float64)
+    if schedule == "linear":
+        return np.linspace(start, end, steps)
+    if schedule == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, steps) ** 2
+    if schedule == "squaredcos_cap_v2":
+        return betas_for_alpha_bar(steps)
+    if schedule == "sigmoid":
+        return (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps))) + start
+    known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
+    raise SchedulerError(f"beta_schedule={schedule!r} is not supported, only {known}")
+
+
+def spaced_timesteps(spacing: str, steps: int, train_steps: int, offset: int) -> np.ndarray:
+    """Descending int timesteps `[steps]`; Lin et al. 2023 (arXiv 2305.08891), table 2."""
+    if spacing == "linspace":
+        return np.linspace(0, train_steps - 1, steps).round()[::-1].astype(np.int64)
+    if spacing == "leading":
+        return (np.arange(steps) * (train_steps // steps))[::-1].astype(np.int64) + offset
+    if spacing == "trailing":
+        return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(np.int64) - 1
+    raise SchedulerError(f"timestep_spacing={spacing!r} is not supported, only leading, linspace, trailing")
