@@ -1,0 +1,67 @@
+"""Shared by the tests: the trained small model, the reference built from the same files, and comparisons."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kandinsky_jax import hub
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+jax.config.update("jax_platforms", "cpu")
+
+TINY = hub.EMBEDDED["tiny"]
+OFFICIAL = Path(__file__).parent / "official"
+
+
+def official_config(repository: str, component: str) -> dict:
+    """The official repositories' `config.json`."""
+    return json.loads((OFFICIAL / repository / component / "config.json").read_text())
+
+
+def nhwc(tensor) -> jax.Array:
+    """A torch picture batch as ours."""
+    return jax.numpy.asarray(tensor.numpy().transpose(0, 2, 3, 1))
+
+
+def nchw(array) -> np.ndarray:
+    """Our picture batch in torch's order of axes."""
+    return np.asarray(array, np.float32).transpose(0, 3, 1, 2)
+
+
+def worst(ours, reference) -> float:
+    """max |difference| / std(reference): the figure that the parity tests bound."""
+    reference = np.asarray(reference, np.float32)
+    ours = np.asarray(ours, np.float32)
+    assert ours.shape == reference.shape
+    return float(np.abs(ours - reference).max() / reference.std())
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe():
+    """Our combined pipeline on the trained small model, float32."""
+    from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline
+
+    pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The reference's (prior, decoder) pipelines on the same files, float32."""
+    import diffusers
+    import torch
+
+    pipes = (
+        diffusers.KandinskyV22PriorPipeline.from_pretrained(TINY / hub.PRIOR, dtype=torch.float32),
+        diffusers.KandinskyV22Pipeline.from_pretrained(TINY / hub.DECODER, dtype=torch.float32),
+    )
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    return pipes
