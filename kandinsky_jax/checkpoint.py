@@ -192,8 +192,9 @@ def _read_orbax(
             raise CheckpointError(f"{path} is damaged: {error}") from None
     faults = []
     for name, array in params.items():
-        if not bool(jnp.isfinite(array).all()):
-            faults.append(f"not finite: {name}")
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                faults += _not_finite(name, np.asarray(shard.data))
         if progress is not None:
             progress.update(array.size * stored[name].dtype.itemsize)
     _report(folder, faults)

@@ -34,16 +34,20 @@ def resolve(
     """The local folder of a model, with `model_index.json` in it.
 
     Args:
-        name: an embedded model ("tiny"), a folder, or a Hub repository ("owner/name"). A folder may also hold a whole
-            family, subfolders named as the official repositories; then `repository` picks one.
+        name: an embedded model ("tiny", or one of its family, "tiny/kandinsky-2-2-prior"), a folder, or a Hub
+            repository ("owner/name"). A folder may also hold a whole family, subfolders named as the official
+            repositories; then `repository` picks one.
         repository: which member of a family is wanted, such as "kandinsky-2-2-decoder".
         revision: of a Hub repository: a branch, tag, commit or `refs/pr/N`.
         cache_dir: where Hub files are kept; None is huggingface_hub's own.
     Raises:
         CheckpointError: saying what was looked for.
     """
-    if str(name) in EMBEDDED:
-        return EMBEDDED[str(name)] / repository
+    embedded, _, member = str(name).partition("/")
+    if embedded in EMBEDDED and not Path(name).exists():
+        if member not in ("", PRIOR, DECODER, INPAINT, CONTROLNET):
+            raise CheckpointError(f"{name}: {embedded} has {PRIOR}, {DECODER}, {INPAINT} and {CONTROLNET}")
+        return EMBEDDED[embedded] / (member or repository)
     folder = Path(name)
     if folder.is_dir():
         for candidate in (folder, folder / repository):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -32,6 +33,35 @@ def to_output(pixels: np.ndarray, output_type: OutputType) -> Any:
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     levels = (pixels * 255).round().astype(np.uint8)
     return [Image.fromarray(picture) for picture in levels]
+
+
+WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def check_writable(path: Path) -> None:
+    """Raise where a picture could not be written to `path`, before the work for it is done."""
+    if path.suffix.lower() not in WRITABLE:
+        raise ValueError(f"{path} should end in one of {', '.join(WRITABLE)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"the folder {path.absolute().parent} does not exist")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"the folder {path.absolute().parent} is not writable")
+
+
+def write(path: Path, picture: Image.Image, about: dict[str, Any] | None = None) -> None:
+    """Write a picture, complete or not at all; a PNG also carries `about`, what it takes to draw it again."""
+    info = PngInfo()
+    if about is not None:
+        info.add_itxt("kandinsky_jax", json.dumps(about, ensure_ascii=False))
+    scratch = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        options: dict[str, Any] = {"pnginfo": info} if path.suffix.lower() == ".png" else {"quality": 95}
+        picture.save(scratch, **options)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,8 @@ class UNetConfig(NetworkConfig):
 
     CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
     IGNORED: ClassVar[frozenset[str]] = frozenset(
-        # sample_size is a default that the pipelines never read; the others only matter to blocks not used here.
+        # These only matter to blocks that are not used here, or to training.
         {
-            "sample_size",
             "addition_embed_type_num_heads",
             "addition_time_embed_dim",
             "attention_type",
@@ -96,6 +95,7 @@ class UNetConfig(NetworkConfig):
     DOWN: ClassVar[tuple[str, str]] = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
     UP: ClassVar[tuple[str, str]] = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
 
+    sample_size: int | None = None  # latents along a side in training; what the command line draws by default
     in_channels: int = 4
     out_channels: int = 8
     down_block_types: tuple[str, ...] = (DOWN[0], DOWN[1], DOWN[1], DOWN[1])

@@ -49,6 +49,7 @@ class Pipeline:
 
     REPOSITORY: ClassVar[str]  # the official repository, and the subfolder of a family
     ACCEPTS: ClassVar[frozenset[str]]  # classes that a model_index.json may name for this pipeline
+    STAGE: ClassVar[str] = ""  # what the progress bar says
 
     def _register(self, **components: Any) -> None:
         for name, component in components.items():
@@ -177,7 +178,7 @@ class Pipeline:
                 conditions = condition(network, params, tensors)
             return _part(changed["latents"], samples) if "latents" in changed else None
 
-        with tqdm(**({"total": len(schedule)} | self._progress_bar_config)) as bar:
+        with tqdm(**({"total": len(schedule), "desc": self.STAGE} | self._progress_bar_config)) as bar:
 
             def after(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
                 jax.block_until_ready(samples)

@@ -49,6 +49,7 @@ class KandinskyV22PriorPipeline(Pipeline):
     """
 
     REPOSITORY: ClassVar[str] = hub.PRIOR
+    STAGE: ClassVar[str] = "prior"
     ACCEPTS: ClassVar[frozenset[str]] = frozenset(
         {"KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline", "KandinskyPriorPipeline"}
     )

@@ -27,6 +27,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class DecoderPipeline(Pipeline):
     """What every decoder shares: embeddings in, latents through the loop, pictures out."""
 
+    STAGE: ClassVar[str] = "decoder"
+
     unet: UNet2DConditionModel
     scheduler: Scheduler
     movq: VQModel

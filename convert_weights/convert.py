@@ -1,0 +1,100 @@
+"""A model in one layout -> the same model in the other: diffusers' folders <-> Orbax checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm.auto import tqdm
+
+from convert_weights import files
+from kandinsky_jax import hub
+from kandinsky_jax.checkpoint import (
+    ORBAX,
+    CheckpointError,
+    Layout,
+    complete_or_absent,
+    load_network,
+    save_network,
+    stored_bytes,
+)
+from kandinsky_jax.models import NETWORKS
+
+# What a component without tensors consists of; anything else (code, pickles) stays behind.
+_PLAIN = {".json", ".txt", ".md"}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    layout: Layout | None = None,
+    dtype: Any = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Convert a model, one component after the other.
+
+    Args:
+        source: a folder with `model_index.json` in either layout, a Hub repository, or "tiny/kandinsky-2-2-...".
+        target: the folder to make; it is complete or absent, also after a kill.
+        layout: of the target; None is the one that the source does not have.
+        dtype: of the tensors; None keeps each tensor's own.
+        overwrite: replace an existing target.
+        revision, cache_dir: of a Hub repository.
+        progress: show a bar.
+    Returns:
+        the target.
+    Raises:
+        CheckpointError, ConfigError: the source cannot be used; every fault is listed.
+        OSError: the disk has too little room, before anything is written where that can be known.
+    """
+    folder = hub.resolve(source, hub.DECODER, revision=revision, cache_dir=cache_dir)
+    parts = {name: hub.component_folder(folder, name) for name in hub.components(folder)}
+    classes = hub.components(folder)
+    networks = {name: part for name, part in parts.items() if classes[name] in NETWORKS}
+    if not networks:
+        raise CheckpointError(f"{folder} has none of the networks {', '.join(NETWORKS)}")
+    if layout is None:
+        layout = "diffusers" if all((part / ORBAX).is_dir() for part in networks.values()) else "orbax"
+    read = {name: stored_bytes(part) for name, part in networks.items()}
+    needed = sum(_target_bytes(part, read[name], dtype) for name, part in networks.items())
+    target = Path(target)
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    with (
+        complete_or_absent(target, needed, overwrite) as scratch,
+        tqdm(total=sum(read.values()), unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix in _PLAIN:
+                shutil.copy(path, scratch / path.name)
+        for name, part in parts.items():
+            bar.set_description(f"{folder.name}/{name}")
+            if name in networks:
+                module = load_network(NETWORKS[classes[name]], part, dtype, cpu, bar)
+                save_network(module, scratch / name, layout)
+                del module  # before the next is read: the peak is one component
+            else:
+                (scratch / name).mkdir()
+                for path in part.iterdir():
+                    if path.is_file() and path.suffix in _PLAIN:
+                        shutil.copy(path, scratch / name / path.name)
+    return target
+
+
+def _target_bytes(folder: Path, stored: int, dtype: Any) -> int:
+    """How many bytes a component will take in the target, nearly."""
+    if dtype is None or (folder / ORBAX).is_dir():
+        return stored
+    path = files.find(folder)
+    if path is None or path.suffix == ".bin":
+        return stored
+    with files.open_tensors(path) as tensors:
+        return sum(math.prod(t.shape) for t in tensors.values()) * jnp.dtype(dtype).itemsize

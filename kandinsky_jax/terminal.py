@@ -1,0 +1,27 @@
+"""What the command lines share: one clear line per error instead of a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+TRACEBACK = "KANDINSKY_JAX_TRACEBACK"
+
+
+def run(app: Callable[[], None]) -> None:
+    """Run a command line; print what went wrong and exit with 1, or 130 after Ctrl-C.
+
+    With KANDINSKY_JAX_TRACEBACK=1 in the environment, errors keep their traceback.
+    """
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"error: {message or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)

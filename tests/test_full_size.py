@@ -1,0 +1,37 @@
+"""Every network against its PyTorch twin at the official size, float32, random weights.
+
+Each in a process of its own, which gives its memory back: two of these networks at once would not fit a small machine.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-4  # max |difference| / std(reference)
+PEAK_GIB = 20  # of the 24 that the machine running these tests has
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "network",
+    ["unet_decoder", "unet_inpaint", "unet_controlnet_depth", "prior", "movq", "text_encoder", "image_encoder"],
+)
+def test_network_follows_the_reference(network: str, tmp_path: Path):
+    folder = tmp_path / network
+    command = [sys.executable, "-m", "tests.full_size_worker", network, str(folder)]
+    try:
+        run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=900)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # up to 7 GB, and pytest keeps tmp_path of its last three runs
+    assert run.returncode == 0, f"{' '.join(command)} failed, see its errors above"
+    line = run.stdout.splitlines()[-1]
+    print("\n" + line)
+    measured = json.loads(line)
+    assert max(measured["worst"].values()) <= TOLERANCE, line
+    assert measured["peak_gib"] < PEAK_GIB, line
