@@ -10,20 +10,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from tqdm.auto import tqdm
 
-from convert_weights import files
 from kandinsky_jax import hub
 from kandinsky_jax.checkpoint import (
     ORBAX,
     CheckpointError,
     Layout,
     complete_or_absent,
+    flat_params,
     load_network,
+    read_json,
     save_network,
     stored_bytes,
 )
 from kandinsky_jax.models import NETWORKS
+from kandinsky_jax.models.layers import abstract
 
 # What a component without tensors consists of; anything else (code, pickles) stays behind.
 _PLAIN = {".json", ".txt", ".md"}
@@ -65,7 +68,7 @@ def convert(
     if layout is None:
         layout = "diffusers" if all((part / ORBAX).is_dir() for part in networks.values()) else "orbax"
     read = {name: stored_bytes(part) for name, part in networks.items()}
-    needed = sum(_target_bytes(part, read[name], dtype) for name, part in networks.items())
+    needed = sum(_target_bytes(NETWORKS[classes[name]], part, read[name], dtype) for name, part in networks.items())
     target = Path(target)
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     with (
@@ -89,12 +92,10 @@ def convert(
     return target
 
 
-def _target_bytes(folder: Path, stored: int, dtype: Any) -> int:
+def _target_bytes(cls: type[nnx.Module], folder: Path, stored: int, dtype: Any) -> int:
     """How many bytes a component will take in the target, nearly."""
-    if dtype is None or (folder / ORBAX).is_dir():
+    if dtype is None:
         return stored
-    path = files.find(folder)
-    if path is None or path.suffix == ".bin":
-        return stored
-    with files.open_tensors(path) as tensors:
-        return sum(math.prod(t.shape) for t in tensors.values()) * jnp.dtype(dtype).itemsize
+    path = folder / "config.json"
+    params = flat_params(abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path))))  # type: ignore[attr-defined]
+    return sum(math.prod(leaf.shape) for leaf in params.values()) * jnp.dtype(dtype).itemsize

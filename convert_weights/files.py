@@ -46,17 +46,25 @@ def open_tensors(path: Path) -> Iterator[Mapping[str, Tensor]]:
     """
     with contextlib.ExitStack() as stack:
         if path.name.endswith(".index.json"):
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
             tensors: dict[str, Tensor] = {}
-            for shard in shards:
-                if Path(shard).name != shard:
-                    raise CheckpointError(f"{path} names a shard outside its folder: {shard!r}")
-                tensors |= _open_safetensors(path.parent / shard, stack)
+            for shard in _shards(path):
+                tensors |= _open_safetensors(shard, stack)
             yield tensors
         elif path.suffix == ".safetensors":
             yield _open_safetensors(path, stack)
         else:
             yield _open_pickle(path)
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files: {error!r}") from None
+    for shard in named:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names a shard outside its folder, or no safetensors file: {shard!r}")
+    return [index.parent / shard for shard in sorted(named)]
 
 
 def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
@@ -98,8 +106,8 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
             if tensor.dtype == torch.bfloat16:
                 import ml_dtypes
 
-                return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-            return tensor.numpy()
+                return tensor.detach().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+            return tensor.detach().numpy()
 
         return read
 
@@ -107,5 +115,12 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file as diffusers does (it asks for the "pt" mark)."""
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    """Write a safetensors file as diffusers does (it asks for the "pt" mark).
+
+    Raises:
+        OSError: where the disk is full, or the like.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from None

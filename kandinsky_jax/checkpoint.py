@@ -7,19 +7,25 @@ Either form is checked whole before a network is handed out.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import gc
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from flax import nnx
 
 from convert_weights import files, names
@@ -41,6 +47,8 @@ __all__ = [
 
 Layout = Literal["diffusers", "orbax"]
 ORBAX = "params"
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -111,7 +119,9 @@ def load_network(
     return _with_params(module, params)
 
 
-def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def _differences(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     faults = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - found.keys())]
     faults += [f"unexpected: {n} {list(found[n])}" for n in sorted(found.keys() - expected.keys())]
     faults += [
@@ -119,7 +129,7 @@ def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mappi
         for n in sorted(expected.keys() & found.keys())
         if found[n] != expected[n]
     ]
-    _report(folder, faults)
+    return faults
 
 
 def _report(folder: Path, faults: list[str]) -> None:
@@ -131,8 +141,9 @@ def _report(folder: Path, faults: list[str]) -> None:
 
 
 def _not_finite(name: str, array: np.ndarray) -> list[str]:
-    finite = np.isfinite(array)
-    return [] if finite.all() else [f"not finite: {name}, {array.size - int(finite.sum())} of {array.size} numbers"]
+    """Looked for in the dtype asked for, which may be too narrow for what the file holds."""
+    bad = array.size - int(np.isfinite(array).sum())
+    return [f"not finite as {array.dtype}: {name}, {bad} of {array.size} numbers"] if bad else []
 
 
 def _read_torch(
@@ -146,25 +157,27 @@ def _read_torch(
     if path is None:
         raise CheckpointError(f"{folder} has no tensors: looked for {ORBAX}/, {files.STEMS[0]}.safetensors and its kin")
     by_torch_name = {names.torch_name(name): name for name in expected}
-    params, faults = {}, []
+    params = {}
     with files.open_tensors(path) as stored:
         tensors = {modern: t for name, t in stored.items() if (modern := names.modern_name(name)) is not None}
         wanted = {torch: names.torch_shape(flax, expected[flax]) for torch, flax in by_torch_name.items()}
-        _compare(folder, wanted, {name: tensor.shape for name, tensor in tensors.items()})
-        for torch_name, name in by_torch_name.items():
-            array = tensors[torch_name].read()
-            faults += _not_finite(torch_name, array)
-            params[name] = _place(names.to_flax(name, array), dtype, sharding)
+        faults = _differences(folder, wanted, {name: tensor.shape for name, tensor in tensors.items()})
+        for torch_name in sorted(wanted.keys() & tensors.keys()):
+            name, array = by_torch_name[torch_name], tensors[torch_name].read()
+            own = _own(names.to_flax(name, array) if array.shape == wanted[torch_name] else array, dtype)
+            faults += _not_finite(torch_name, own)
+            if not faults:
+                params[name] = jax.device_put(own, sharding)
             if progress is not None:
                 progress.update(array.nbytes)
     _report(folder, faults)
     return params
 
 
-def _place(array: np.ndarray, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _own(array: np.ndarray, dtype: Any) -> np.ndarray:
     # A private, contiguous copy: on a CPU, JAX may otherwise keep looking at the file's memory.
-    own = np.array(array, dtype=array.dtype if dtype is None else dtype, order="C")
-    return jax.device_put(own, sharding)
+    with np.errstate(over="ignore", invalid="ignore"):  # _not_finite says it better
+        return np.array(array, dtype=array.dtype if dtype is None else dtype, order="C")
 
 
 def _read_orbax(
@@ -176,21 +189,17 @@ def _read_orbax(
 ) -> dict[str, jax.Array]:
     path = (folder / ORBAX).absolute()
     where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = dict(checkpointer.metadata(path).item_metadata)
-        except (ValueError, OSError, TypeError) as error:
-            raise CheckpointError(f"{path} is no complete Orbax checkpoint: {error}") from None
-        _compare(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
-        target = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=where)
-            for name, leaf in stored.items()
-        }
-        try:
-            params = checkpointer.restore(path, target)
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
-    faults = []
+    read_json(path / "_METADATA")
+    if cut := _cut_short(path):
+        raise CheckpointError(f"{path} is damaged, {len(cut)} of its files are cut short:\n  " + "\n  ".join(cut))
+    damaged = f"{path} is damaged or no Orbax checkpoint"
+    stored = _orbax(lambda checkpointer: dict(checkpointer.metadata(path).item_metadata), CheckpointError, damaged)
+    faults = _differences(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=where)
+        for name, leaf in stored.items()
+    }
+    params = _orbax(lambda checkpointer: checkpointer.restore(path, target), CheckpointError, damaged)
     for name, array in params.items():
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
@@ -199,6 +208,85 @@ def _read_orbax(
             progress.update(array.size * stored[name].dtype.itemsize)
     _report(folder, faults)
     return params
+
+
+def _cut_short(path: Path) -> list[str]:
+    """The files that an Orbax checkpoint's index names and that are missing or too short.
+
+    The index is small, so that this costs milliseconds, and it finds all files; Orbax would tell the first.
+    """
+    if not (path / "manifest.ocdbt").is_file():
+        return []  # nothing of ours; a checkpoint in Orbax's other format has no such index
+    needed: dict[str, int] = {}
+    try:
+        base = ts.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
+        nodes = [ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]]
+        while nodes:
+            for entry in ts.ocdbt.dump(base, nodes.pop()).result()["entries"]:
+                if "location" in entry:
+                    nodes.append(entry["location"])
+                elif "indirect_value" in entry:
+                    # "value:FOLDER/:FILE:OFFSET:LENGTH"
+                    file, offset, length = entry["indirect_value"].removeprefix("value:").rsplit(":", 2)
+                    file = file.replace(":", "")
+                    needed[file] = max(needed.get(file, 0), int(offset) + int(length))
+    except (ValueError, LookupError) as error:
+        raise CheckpointError(f"{path} is damaged: {_reason(error)}") from None
+    sizes = {file: (path / file).stat().st_size if (path / file).is_file() else 0 for file in needed}
+    return [f"{file}: {sizes[file]:,} of {size:,} bytes" for file, size in sorted(needed.items()) if sizes[file] < size]
+
+
+def _orbax(action: Callable[[ocp.StandardCheckpointer], T], kind: type[Exception], message: str) -> T:
+    """What `action` returns, given a checkpointer; or one error of this kind, where it fails in whatever way.
+
+    Orbax handles all tensors at once. When one fails, it abandons the others, and each of them reports itself on
+    stderr, then or later: hundreds of tracebacks for one full disk. Those are left out.
+    """
+    last_report = 0.0
+
+    def report(record: logging.LogRecord) -> bool:
+        nonlocal last_report
+        last_report = time.monotonic()
+        return record.levelno < logging.ERROR
+
+    def unraisable(args: Any) -> None:
+        nonlocal last_report
+        last_report = time.monotonic()
+        if not asyncio.iscoroutine(args.object) and "Event loop is closed" not in str(args.exc_value):
+            hook(args)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(report)
+    try:
+        result, reason = _attempt(action)
+        if reason is None:
+            return result
+        last_report = failed = time.monotonic()
+        while time.monotonic() < min(last_report + 0.2, failed + 5):
+            gc.collect()
+            time.sleep(0.02)
+    finally:
+        sys.unraisablehook = hook
+        for logger in loggers:
+            logger.removeFilter(report)
+    raise kind(f"{message}: {reason}")
+
+
+def _attempt(action: Callable[[ocp.StandardCheckpointer], T]) -> tuple[Any, str | None]:
+    """(the result, None) or (None, why it failed). A function of its own, so that nothing of a failure stays alive."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return action(checkpointer), None
+    except Exception as error:  # Orbax raises ValueError, OSError, RuntimeError, and plain Exception
+        return None, _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong at the bottom; what Orbax puts above it is a page long."""
+    text = str(error.__cause__ or error)
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def stored_bytes(folder: str | os.PathLike[str]) -> int:
@@ -230,8 +318,8 @@ def save_network(
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
     params = flat_params(module)
     if layout == "orbax":
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((folder / ORBAX).absolute(), params)
+        path = (folder / ORBAX).absolute()
+        _orbax(lambda checkpointer: checkpointer.save(path, params), OSError, f"{path} could not be written")
     else:
         tensors = {
             names.torch_name(n): np.ascontiguousarray(names.to_torch(n, np.asarray(a))) for n, a in params.items()
@@ -249,38 +337,50 @@ def complete_or_absent(
     """A scratch folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
 
     What a killed run leaves behind is the scratch folder `.NAME.partial`, which the next run for the same target
-    removes; `target` itself is never half written.
+    removes; `target` itself is never half written. Replacing a folder takes two renames: a run killed between them
+    leaves the old one as `.NAME.old`, and the next run for the same target puts it back.
 
     Raises:
         FileExistsError: where `target` exists and `overwrite` is not given.
         OSError: where the disk has less than `needed_bytes` free, before anything is written.
     """
-    target = Path(target)
+    target = Path(target).resolve()  # "." and links have no name that could be given to another folder
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already; choose another folder, or ask to overwrite it")
-    parent = target.absolute().parent
+    parent = target.parent
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise OSError(errno.ENOSPC, f"{parent} has {free:,} bytes free, {target.name} needs about {needed_bytes:,}")
     scratch = parent / f".{target.name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
+    _remove(scratch)
     scratch.mkdir()
     try:
         yield scratch
+        _swap(scratch, target, old)
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
         raise
-    _swap(scratch, target)
 
 
-def _swap(scratch: Path, target: Path) -> None:
-    if not target.exists():
-        scratch.rename(target)
-        return
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
+def _swap(scratch: Path, target: Path, old: Path) -> None:
+    _remove(old)
+    if target.exists():
+        target.rename(old)
     scratch.rename(target)
-    shutil.rmtree(old)
+    _remove(old)
 
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file, if it is there."""
+    for _ in range(20):  # after a failed save, Orbax's threads may still be putting files into it
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)

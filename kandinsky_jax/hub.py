@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kandinsky_jax.checkpoint import CheckpointError, read_json
+from convert_weights.files import STEMS, find
+from kandinsky_jax.checkpoint import ORBAX, CheckpointError, read_json
 
 PRIOR, DECODER = "kandinsky-2-2-prior", "kandinsky-2-2-decoder"
 INPAINT, CONTROLNET = "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"
@@ -21,7 +22,9 @@ _EMBEDDED_MOVQ = Path(DECODER) / "movq"
 _REVISIONS = {f"{OFFICIAL}/{CONTROLNET}": "refs/pr/5"}
 
 _COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
-_SMALL_FILES = ("*.json", "*.txt")
+# Without the half-precision twins that some repositories hold beside them ("*.fp16.safetensors").
+_FILES = ("*.json", "*.txt", "params/**", *(f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors")))
+_PICKLES = tuple(f"{stem}.bin" for stem in STEMS)
 
 
 def resolve(
@@ -83,12 +86,12 @@ def _download(repository: str, revision: str | None, cache_dir: Any) -> Path:
     parts = components(root)
     folder = fetch(
         ["model_index.json", "README.md"]
-        + [f"{part}/{pattern}" for part in parts for pattern in (*_SMALL_FILES, "*.safetensors", "params/**")]
+        + [f"{part}/{pattern}" for part in parts for pattern in _FILES]
     )
     # Pickles only where there is nothing else.
-    bare = [p for p in parts if not any((folder / p).rglob("*.safetensors")) and not (folder / p / "params").is_dir()]
-    networks = [p for p in bare if (folder / p / "config.json").is_file()]
-    return fetch([f"{part}/*.bin" for part in networks]) if networks else folder
+    networks = [part for part in parts if (folder / part / "config.json").is_file()]
+    bare = [p for p in networks if find(folder / p) is None and not (folder / p / ORBAX).is_dir()]
+    return fetch([f"{part}/{pattern}" for part in bare for pattern in _PICKLES]) if bare else folder
 
 
 def components(folder: Path) -> dict[str, str]:

@@ -22,6 +22,8 @@ def run(app: Callable[[], None]) -> None:
     except (ValueError, TypeError, OSError, MemoryError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:  # without its number
+            message = ": ".join([str(part) for part in (error.filename, error.strerror) if part])
         print(f"error: {message or type(error).__name__}", file=sys.stderr)
         sys.exit(1)

@@ -9,10 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 
 from kandinsky_jax import hub
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two threads of PyTorch that wait for each other beside XLA's lose more time than one alone.
+torch.set_num_threads(1)
 jax.config.update("jax_platforms", "cpu")
 
 TINY = hub.EMBEDDED["tiny"]
@@ -20,8 +23,9 @@ OFFICIAL = Path(__file__).parent / "official"
 
 
 def official_config(repository: str, component: str) -> dict:
-    """The official repositories' `config.json`."""
-    return json.loads((OFFICIAL / repository / component / "config.json").read_text())
+    """The official repositories' `config.json`, or whatever a component's configuration is called."""
+    [path] = (OFFICIAL / repository / component).glob("*.json")
+    return json.loads(path.read_text())
 
 
 def nhwc(tensor) -> jax.Array:
@@ -56,7 +60,6 @@ def tiny_pipe():
 def reference():
     """The reference's (prior, decoder) pipelines on the same files, float32."""
     import diffusers
-    import torch
 
     pipes = (
         diffusers.KandinskyV22PriorPipeline.from_pretrained(TINY / hub.PRIOR, dtype=torch.float32),

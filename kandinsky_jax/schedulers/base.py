@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kandinsky_jax.schedulers.noise_schedule import SchedulerError, make_betas, spaced_timesteps
+from kandinsky_jax.schedulers.noise_schedule import (
+    SchedulerError,
+    cumulative_alphas,
+    make_betas,
+    spaced_timesteps,
+)
 from kandinsky_jax.schedulers.table import ROWS, Schedule
 
 # Fields of diffusers' other schedulers. They are kept, so that `Other.from_config(this.config)` finds them, and not
@@ -62,7 +67,7 @@ class Scheduler:
         raise NotImplementedError
 
     def alphas_cumprod(self) -> np.ndarray:
-        """The share of signal's variance left at each training timestep, float64 `[num_train_timesteps]`."""
+        """See `kandinsky_jax.schedulers.noise_schedule.cumulative_alphas`."""
         raise NotImplementedError
 
     def _check_steps(self, steps: Any, least: int = 1) -> int:
@@ -164,7 +169,7 @@ class DiffusionScheduler(Scheduler):
         betas = make_betas(
             self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, self.trained_betas
         )
-        return np.cumprod(1 - betas)
+        return cumulative_alphas(betas)
 
     def timesteps(self, steps: int) -> np.ndarray:
         return spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kandinsky_jax.schedulers.base import DiffusionScheduler, Scheduler, predictions
-from kandinsky_jax.schedulers.noise_schedule import betas_for_alpha_bar
+from kandinsky_jax.schedulers.noise_schedule import betas_for_alpha_bar, cumulative_alphas
 from kandinsky_jax.schedulers.table import SLOTS, X0, Schedule, Z, build
 
 LEAST_VARIANCE = 1e-20  # the reference's, so that its logarithm exists at the last step
@@ -24,15 +24,18 @@ def posterior(
     timesteps: np.ndarray,
     alpha: np.ndarray,
     alpha_prev: np.ndarray,
+    beta: np.ndarray,
     variance_type: str,
     prediction_type: str,
     **limits: Any,
 ) -> Schedule:
-    """The table of ancestral steps from cumulative product `alpha` to `alpha_prev`, each `[n]`.
+    """The table of ancestral steps.
 
-    `limits` are `build`'s clip and threshold.
+    Args:
+        timesteps, alpha, alpha_prev: each step's timestep, and the cumulative products that it goes from and to, `[n]`.
+        beta: each step's variance, 1 - alpha / alpha_prev in exact arithmetic, `[n]`.
+        limits: `build`'s clip and threshold.
     """
-    beta = 1 - alpha / alpha_prev
     variance = np.maximum((1 - alpha_prev) / (1 - alpha) * beta, LEAST_VARIANCE)
     # Both *_log types are the same variances by way of a logarithm. (The reference takes the root of log(beta) for
     # DDPM's fixed_large_log, which is not a number.)
@@ -40,7 +43,7 @@ def posterior(
     noisy = timesteps > 0
     n = len(timesteps)
     matrix = np.zeros((n, SLOTS, SLOTS + 3))
-    matrix[:, 0, 0] = np.sqrt(alpha / alpha_prev) * (1 - alpha_prev) / (1 - alpha)
+    matrix[:, 0, 0] = np.sqrt(1 - beta) * (1 - alpha_prev) / (1 - alpha)
     matrix[:, 0, X0] = np.sqrt(alpha_prev) * beta / (1 - alpha)
     matrix[:, 0, Z] = noisy * np.sqrt(fixed.get(variance_type, 1.0))
     x0_from, eps_from = predictions(prediction_type, alpha)
@@ -77,10 +80,12 @@ class DDPMScheduler(DiffusionScheduler):
     def schedule(self, num_inference_steps: int) -> Schedule:
         timesteps = self.timesteps(self._check_steps(num_inference_steps))
         alpha = self.alphas_cumprod()[timesteps]
+        alpha_prev = np.append(alpha[1:], 1.0)
         return posterior(
             timesteps=timesteps,
             alpha=alpha,
-            alpha_prev=np.append(alpha[1:], 1.0),
+            alpha_prev=alpha_prev,
+            beta=1 - alpha / alpha_prev,
             variance_type=self.variance_type,
             prediction_type=self.prediction_type,
             **self.limits(),
@@ -103,18 +108,26 @@ class UnCLIPScheduler(Scheduler):
         "beta_schedule": ("squaredcos_cap_v2",),
     }
 
+    def _betas(self) -> np.ndarray:
+        return betas_for_alpha_bar(self.num_train_timesteps)
+
     def alphas_cumprod(self) -> np.ndarray:
-        return np.cumprod(1 - betas_for_alpha_bar(self.num_train_timesteps))
+        return cumulative_alphas(self._betas())
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         steps = self._check_steps(num_inference_steps, least=2)
         ratio = (self.num_train_timesteps - 1) / (steps - 1)
         timesteps = (np.arange(steps) * ratio).round()[::-1].astype(np.int64)
         alpha = self.alphas_cumprod()[timesteps]
+        alpha_prev = np.append(alpha[1:], 1.0)
+        # As the reference: a step to the neighbouring timestep takes the schedule's own beta. At timestep 0 the two
+        # differ by 0.06 %, since 1 - 0.99996 has lost its last digits in float32.
+        neighbour = np.append(timesteps[1:], -1) == timesteps - 1
         return posterior(
             timesteps=timesteps,
             alpha=alpha,
-            alpha_prev=np.append(alpha[1:], 1.0),
+            alpha_prev=alpha_prev,
+            beta=np.where(neighbour, self._betas()[timesteps], 1 - alpha / alpha_prev),
             variance_type=self.variance_type,
             prediction_type=self.prediction_type,
             clip=self.clip_sample_range if self.clip_sample else np.inf,

@@ -1,4 +1,4 @@
-"""The forward process: how much noise at which training timestep, and which timesteps to visit. Float64."""
+"""The forward process: how much noise at which training timestep, and which timesteps to visit."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def make_betas(schedule: str, start: float, end: float, steps: int, trained: Any
         return (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps))) + start
     known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
     raise SchedulerError(f"beta_schedule={schedule!r} is not supported, only {known}")
+
+
+def cumulative_alphas(betas: np.ndarray) -> np.ndarray:
+    """The share of the signal's variance that is left at each training timestep; float64 `[steps]`.
+
+    The values are float32 numbers, rounded where the reference rounds: near 1 that is the schedule's own last digits,
+    and 1 - alpha, by which solvers divide, would otherwise differ from the reference's by up to 0.07 %.
+    """
+    alphas = np.float32(1) - np.asarray(betas, np.float32)
+    return np.cumprod(alphas.astype(np.float64)).astype(np.float32).astype(np.float64)
 
 
 def spaced_timesteps(spacing: str, steps: int, train_steps: int, offset: int) -> np.ndarray:

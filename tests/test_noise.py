@@ -1,0 +1,140 @@
+"""The noise: `TorchGenerator` against torch itself, and what a `generator` argument promises about each image."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from kandinsky_jax.noise import DECODER, PRIOR, TorchGenerator, noise_source
+
+SHAPE = (5, 3, 4)  # of one picture, NHWC
+STEPS = 4
+
+
+draw = jax.jit(lambda noise, step, shape: noise(step, shape), static_argnums=2)
+
+
+def noises(generator, images: int, use: int = DECODER, lanes: int = 1, drawn=(True,) * STEPS) -> np.ndarray:
+    """Everything that a job draws: `[lanes, 1 + STEPS, images, *SHAPE]`, the first latents and then each step."""
+    source = noise_source(generator, images, use)
+    shape = (images, *SHAPE)
+    first = source.initial(shape, lanes)
+    steps = source.steps(0, STEPS, np.array(drawn), shape, lanes)
+    rows = [[x, *(draw(noise, i, shape) for i in range(STEPS))] for x, noise in zip(first, steps, strict=True)]
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 5, 2**63 + 11])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(1,), (3,), (3, 5), (2, 1)],  # below 16: one by one, an odd one left over for the next draw
+        [(16,), (2, 4, 8, 8)],
+        [(17,), (3, 7, 5), (31,)],  # the last 16 drawn afresh
+        [(5,), (16,), (2,), (33,), (1,), (1, 1280), (7,)],  # the one left over outlives a long draw
+    ],
+    ids=["short", "whole blocks", "tails", "mixed"],
+)
+def test_torch_generator_is_torch(seed, shapes):
+    ours, theirs = TorchGenerator(seed), torch.Generator("cpu").manual_seed(seed)
+    for shape in shapes:
+        got = ours.randn(*shape)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, torch.randn(shape, generator=theirs), rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, None, "7"])
+def test_torch_generator_wants_a_seed(seed):
+    with pytest.raises(ValueError, match=r"seed must be an integer from 0 to 2\*\*64 - 1"):
+        TorchGenerator(seed)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_one_torch_generator_draws_as_diffusers(lanes):
+    drawn = (True, False, True, True)
+    got = noises(TorchGenerator(7), 3, lanes=lanes, drawn=drawn)
+    theirs, (h, w, c) = torch.Generator("cpu").manual_seed(7), SHAPE
+    for i, draws in enumerate((True, *drawn)):  # a step without noise leaves the stream alone
+        if draws:
+            rows = randn_tensor((lanes * 3, c, h, w), generator=theirs).numpy().transpose(0, 2, 3, 1)
+            np.testing.assert_allclose(got[:, i], rows.reshape(lanes, 3, *SHAPE), rtol=0, atol=5e-7)
+
+
+def test_listed_torch_generators_draw_as_diffusers():
+    got = noises([TorchGenerator(seed) for seed in (7, 8)], 2)[0]
+    theirs, (h, w, c) = [torch.Generator("cpu").manual_seed(seed) for seed in (7, 8)], SHAPE
+    for row in got:
+        expected = randn_tensor((2, c, h, w), generator=theirs).numpy().transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(row, expected, rtol=0, atol=5e-7)
+
+
+def test_torch_generator_goes_on_from_call_to_call():
+    generator, theirs = TorchGenerator(7), torch.Generator("cpu").manual_seed(7)
+    for use in (PRIOR, DECODER):
+        got = np.asarray(noise_source(generator, 2, use).initial((2, 6))[0])
+        np.testing.assert_allclose(got, torch.randn((2, 6), generator=theirs), rtol=0, atol=5e-7)
+
+
+def test_an_image_is_the_same_in_any_batch():
+    one, three, five = (noises(7, images, lanes=2) for images in (1, 3, 5))
+    np.testing.assert_array_equal(five[:, :, :1], one)
+    np.testing.assert_array_equal(five[:, :, :3], three)
+
+
+def test_slices_of_steps_do_not_change_the_noise():
+    source, shape = noise_source(7, 2, DECODER), (2, *SHAPE)
+    [late] = source.steps(2, 2, np.ones(STEPS, bool), shape)
+    np.testing.assert_array_equal(draw(late, 2, shape), noises(7, 2)[0, 3])
+
+
+def test_no_two_draws_share_numbers():
+    """Images, steps, lanes and the two uses of one seed: all different, and standard normal."""
+    draws = np.concatenate([noises(7, 3, use, lanes=2).reshape(-1, *SHAPE) for use in (PRIOR, DECODER)])
+    assert len(np.unique(draws.reshape(len(draws), -1)[:, 0])) == len(draws) == 2 * 2 * (1 + STEPS) * 3
+    assert abs(draws.mean()) < 0.05
+    assert abs(draws.std() - 1) < 0.05
+
+
+def test_seeds_and_keys_are_the_same_thing():
+    expected = noises(7, 3)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(7), i))(jnp.arange(3))
+    for same in (np.int64(7), jax.random.key(7), jax.random.PRNGKey(7), keys):
+        np.testing.assert_array_equal(noises(same, 3), expected)
+    assert (noises(8, 3) != expected).all()
+
+
+def test_a_list_gives_each_image_as_the_first_of_its_own_job():
+    together = noises([7, 11, 7], 3)
+    for image, seed in enumerate((7, 11, 7)):
+        np.testing.assert_array_equal(together[:, :, image : image + 1], noises(seed, 1))
+
+
+def test_no_generator_is_a_fresh_seed():
+    assert (noises(None, 1) != noises(None, 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("generator", "error", "message"),
+    [
+        (True, TypeError, "must be an int, .* got bool"),
+        (1.5, TypeError, "must be an int, .* got float"),
+        ("7", TypeError, "must be an int, .* got str"),
+        (-1, ValueError, "generator=-1 is no seed"),
+        (2**63, ValueError, f"generator={2**63} is no seed"),
+        ([1, -2], ValueError, "generator=-2 is no seed"),
+        ([1, 2, 3], ValueError, "lists 3 items for 2 images"),
+        ([1, True], TypeError, "list of ints or TorchGenerators"),
+        ([1, TorchGenerator(1)], TypeError, "list of ints or TorchGenerators"),
+        (jnp.array(7.0), TypeError, "array of float32, needed is a key from jax.random.key"),
+        (jnp.array(7), TypeError, "array of int32, needed is a key from jax.random.key"),
+        (jax.random.split(jax.random.key(0), 3), ValueError, r"keys of shape \(3,\), needed is one key or \(2,\)"),
+        (torch.Generator("cpu"), TypeError, "must be an int, .* got Generator"),
+    ],
+)
+def test_bad_generators(generator, error, message):
+    with pytest.raises(error, match=message):
+        noise_source(generator, 2, DECODER)
