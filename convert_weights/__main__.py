@@ -20,9 +20,7 @@ Example: python -m convert_weights kandinsky-community/kandinsky-2-2-decoder dec
 def main(
     src: Annotated[str, typer.Argument(help="A folder with model_index.json, or a Hub repository.")],
     dst: Annotated[Path, typer.Argument(help="The folder to make.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: each tensor's own.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: each tensor's own.")] = None,
     layout: Annotated[
         str | None, typer.Option(help="orbax or diffusers; default: the one that SRC does not have.")
     ] = None,

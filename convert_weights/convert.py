@@ -97,5 +97,5 @@ def _target_bytes(cls: type[nnx.Module], folder: Path, stored: int, dtype: Any) 
     if dtype is None:
         return stored
     path = folder / "config.json"
-    params = flat_params(abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path))))  # type: ignore[attr-defined]
+    params = flat_params(abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path))))
     return sum(math.prod(leaf.shape) for leaf in params.values()) * jnp.dtype(dtype).itemsize

@@ -54,7 +54,7 @@ T = TypeVar("T")
 class Progress(Protocol):
     """What `load_network` and `save_network` need of a progress bar."""
 
-    def update(self, n: float | None = 1, /) -> Any: ...
+    def update(self, n: float | None = 1, /) -> Any: ...  # noqa: D102
 
 
 def default_dtype() -> jnp.dtype:
@@ -63,6 +63,7 @@ def default_dtype() -> jnp.dtype:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a CheckpointError."""
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -193,7 +194,9 @@ def _read_orbax(
     if cut := _cut_short(path):
         raise CheckpointError(f"{path} is damaged, {len(cut)} of its files are cut short:\n  " + "\n  ".join(cut))
     damaged = f"{path} is damaged or no Orbax checkpoint"
-    stored = _orbax(lambda checkpointer: dict(checkpointer.metadata(path).item_metadata), CheckpointError, damaged)
+    stored = _orbax(lambda checkpointer: checkpointer.metadata(path).item_metadata, CheckpointError, damaged)
+    if stored is None:  # Orbax's way to say so
+        raise CheckpointError(f"{damaged}: its list of tensors cannot be read")
     faults = _differences(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
     target = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=where)
@@ -314,7 +317,7 @@ def save_network(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config: Any = module.config  # type: ignore[attr-defined]
+    config: Any = module.config
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
     params = flat_params(module)
     if layout == "orbax":

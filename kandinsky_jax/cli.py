@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,9 @@ def generate(
     prior: Annotated[
         str | None, typer.Option(help="Folder or Hub repository of the prior; default: the one the model names.")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What to keep away from.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", "-n", help="What to keep away from.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the size the model was trained at.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: the size the model was trained at.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = 50,
@@ -79,7 +81,7 @@ def generate(
     pipe = KandinskyV22CombinedPipeline.from_pretrained(model, prior=prior, dtype=dtype and dtype.value)
     pipe.set_progress_bar_config(disable=quiet)
     native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
-    settings = {
+    settings: dict[str, Any] = {
         "negative_prompt": negative_prompt,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
@@ -88,7 +90,7 @@ def generate(
         "prior_guidance_scale": prior_guidance_scale,
         "prior_num_inference_steps": prior_steps,
     }
-    pictures = pipe(prompt, num_images_per_prompt=num_images, generator=generator, **settings).images
+    [pictures] = pipe(prompt, num_images_per_prompt=num_images, generator=generator, return_dict=False, **settings)
     for i, picture in enumerate(pictures):
         path = output if number == 1 else output.with_stem(f"{output.stem}-{i}")
         about = {"prompt": prompt[i // num_images], "model": model, "seed": seed, "image": i, **settings}

@@ -23,7 +23,12 @@ _REVISIONS = {f"{OFFICIAL}/{CONTROLNET}": "refs/pr/5"}
 
 _COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
 # Without the half-precision twins that some repositories hold beside them ("*.fp16.safetensors").
-_FILES = ("*.json", "*.txt", "params/**", *(f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors")))
+_FILES = (
+    "*.json",
+    "*.txt",
+    "params/**",
+    *(f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors")),
+)
 _PICKLES = tuple(f"{stem}.bin" for stem in STEMS)
 
 
@@ -69,25 +74,20 @@ def resolve(
 
 def _download(repository: str, revision: str | None, cache_dir: Any) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     def fetch(patterns: list[str]) -> Path:
         try:
-            return Path(
-                snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns)
-            )
+            return Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
         except RepositoryNotFoundError:
             raise CheckpointError(f"{repository} is not on the Hub, or not open to you") from None
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise CheckpointError(f"{repository} could not be fetched from the Hub: {reason}") from None
 
     root = fetch(["model_index.json", "README.md"])
     parts = components(root)
-    folder = fetch(
-        ["model_index.json", "README.md"]
-        + [f"{part}/{pattern}" for part in parts for pattern in _FILES]
-    )
+    folder = fetch(["model_index.json", "README.md"] + [f"{part}/{pattern}" for part in parts for pattern in _FILES])
     # Pickles only where there is nothing else.
     networks = [part for part in parts if (folder / part / "config.json").is_file()]
     bare = [p for p in networks if find(folder / p) is None and not (folder / p / ORBAX).is_dir()]

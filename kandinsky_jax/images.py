@@ -121,4 +121,5 @@ class CLIPImageProcessor:
         left, top = (width - self.crop) // 2, (height - self.crop) // 2
         image = image.crop((left, top, left + self.crop, top + self.crop))
         pixels = np.asarray(image, np.float32) / 255
-        return ((pixels - np.float32(self.image_mean)) / np.float32(self.image_std))[None]
+        mean, std = np.asarray(self.image_mean, np.float32), np.asarray(self.image_std, np.float32)
+        return ((pixels - mean) / std)[None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -205,33 +205,33 @@ def noise_source(generator: Generator, images: int, use: int) -> Source:
         generator = secrets.randbits(32)
     if isinstance(generator, TorchGenerator):
         return TorchSource([generator])
-    if isinstance(generator, int | np.integer) and not isinstance(generator, bool):
-        generator = _key(int(generator))
-    if isinstance(generator, jax.Array):
-        if not jnp.issubdtype(generator.dtype, jax.dtypes.prng_key):
-            if generator.dtype != jnp.uint32:
-                raise TypeError(f"generator is an array of {generator.dtype}, needed is a key from jax.random.key")
-            generator = jax.random.wrap_key_data(generator)
-        if generator.shape == ():
-            return KeySource(_image_keys(generator, images), use)
-        if generator.shape == (images,):
-            return KeySource(generator, use)
-        raise ValueError(f"generator has keys of shape {generator.shape}, needed is one key or ({images},)")
     if isinstance(generator, list | tuple):
         if len(generator) != images:
             raise ValueError(f"generator lists {len(generator)} items for {images} images; one per image is needed")
         if all(isinstance(g, TorchGenerator) for g in generator):
-            return TorchSource(generator)  # type: ignore[arg-type]
-        if all(isinstance(g, int | np.integer) and not isinstance(g, bool) for g in generator):
-            # Each image as the first of a job of its own.
-            return KeySource(jnp.concatenate([_image_keys(_key(int(g)), 1) for g in generator]), use)  # type: ignore[arg-type]
+            return TorchSource(generator)
+        # Each image is drawn as the first of a job of its own.
+        return KeySource(jnp.concatenate([_image_keys(_key(g), 1) for g in generator]), use)
+    key = _key(generator)
+    if key.shape == ():
+        return KeySource(_image_keys(key, images), use)
+    if key.shape == (images,):
+        return KeySource(key, use)
+    raise ValueError(f"generator has keys of shape {key.shape}, needed is one key or ({images},)")
+
+
+def _key(generator: Any) -> jax.Array:
+    """A seed or a JAX key, typed or raw, as a typed key."""
+    if isinstance(generator, int | np.integer) and not isinstance(generator, bool):
+        if not 0 <= generator < 2**63:
+            raise ValueError(f"generator={generator} is no seed; needed is an integer from 0 to 2**63 - 1")
+        return jax.random.key(int(generator))
+    if isinstance(generator, jax.Array) and jnp.issubdtype(generator.dtype, jax.dtypes.prng_key):
+        return generator
+    if isinstance(generator, jax.Array) and generator.dtype == jnp.uint32:
+        return jax.random.wrap_key_data(generator)
+    what = f"an array of {generator.dtype}" if isinstance(generator, jax.Array) else type(generator).__name__
     raise TypeError(
         f"generator must be an int, a jax.random.key, a TorchGenerator, a list of ints or TorchGenerators, or None, "
-        f"got {type(generator).__name__}"
+        f"got {what}"
     )
-
-
-def _key(seed: int) -> jax.Array:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"generator={seed} is no seed; needed is an integer from 0 to 2**63 - 1")
-    return jax.random.key(seed)

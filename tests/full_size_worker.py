@@ -179,11 +179,13 @@ def draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tens
     PyTorch's own initialisers leave biases at 0 and norms at 1, and queries and keys so small that attention hardly
     tells one token from another. Here matrices keep the variance of what they are applied to, and nothing is 0 or 1.
     """
+    # The MoVQ's spatial norms read scale (conv_y) and shift (conv_b) off the latents. Were these as random as the rest,
+    # the decoder would amplify float32's rounding to 1e-4 (in PyTorch too, seen against float64): keep them near 1, 0.
+    spatial = ".conv_y." in name or ".conv_b." in name
     values = torch.randn(shape, generator=generator)
     if len(shape) > 1 and shape[0] > 1:
-        return values.mul_(shape[1:].numel() ** -0.5)
-    # The MoVQ's spatial norms read their scale off the latents; about 0 instead of 1 it amplifies rounding errors.
-    is_scale = name.endswith((".weight", "conv_y.bias"))
+        return values.mul_((0.3 if spatial else 1.0) * shape[1:].numel() ** -0.5)
+    is_scale = name.endswith((".weight", ".conv_y.bias"))
     return values.mul_(0.1).add_(1.0 if is_scale else 0.0)
 
 

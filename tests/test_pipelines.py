@@ -134,7 +134,8 @@ def test_latents_given(tiny_pipe, reference):
     theirs = decoder_pipe(
         embeds, negative, latents=torch.tensor(noise), generator=torch.Generator().manual_seed(2), **size
     ).images
-    assert_same_pictures(tiny_pipe.decoder_pipe(*ours, latents=noise, generator=TorchGenerator(2), **size).images, theirs)
+    pictures = tiny_pipe.decoder_pipe(*ours, latents=noise, generator=TorchGenerator(2), **size).images
+    assert_same_pictures(pictures, theirs)
 
 
 SHORT = {"height": 64, "width": 64, "num_inference_steps": 5, "prior_num_inference_steps": 4}
@@ -250,4 +251,3 @@ def test_bfloat16_draws_nearly_the_same(tiny_pipe):
     rough = low(RED, generator=0, output_type="np", **SHORT | {"num_inference_steps": 25}).images
     assert rough.dtype == np.float32
     assert np.abs(rough - exact).mean() < 0.03
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,12 @@ class Shapes:
         return None
 
 
-Rngs = nnx.Rngs | Shapes
+Rngs: TypeAlias = "nnx.Rngs | Shapes"
 
 
 def abstract(cls: type[nnx.Module], config: NetworkConfig) -> Any:
     """A network of `cls` whose parameters are shapes and dtypes, no arrays."""
-    return cls(config, rngs=Shapes())  # type: ignore[call-arg]
+    return cls(config, rngs=Shapes())
 
 
 def _shape_or(init: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -67,11 +67,11 @@ def param(shape: tuple[int, ...], rngs: Rngs) -> nnx.Param:
 
 
 def linear(cin: int, cout: int, rngs: Rngs, bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(cin, cout, use_bias=bias, kernel_init=_normal, bias_init=_zeros, rngs=rngs)  # type: ignore[arg-type]
+    return nnx.Linear(cin, cout, use_bias=bias, kernel_init=_normal, bias_init=_zeros, rngs=rngs)
 
 
 def embed(count: int, dim: int, rngs: Rngs) -> nnx.Embed:
-    return nnx.Embed(count, dim, embedding_init=_embedding, rngs=rngs)  # type: ignore[arg-type]
+    return nnx.Embed(count, dim, embedding_init=_embedding, rngs=rngs)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -88,7 +88,7 @@ class GroupNorm(nnx.GroupNorm):
             use_fast_variance=False,
             scale_init=_ones,
             bias_init=_zeros,
-            rngs=rngs,  # type: ignore[arg-type]
+            rngs=rngs,
         )
 
 
@@ -99,7 +99,7 @@ def layer_norm(channels: int, rngs: Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
         use_fast_variance=False,
         scale_init=_ones,
         bias_init=_zeros,
-        rngs=rngs,  # type: ignore[arg-type]
+        rngs=rngs,
     )
 
 
@@ -116,7 +116,7 @@ def conv(
         use_bias=bias,
         kernel_init=_normal,
         bias_init=_zeros,
-        rngs=rngs,  # type: ignore[arg-type]
+        rngs=rngs,
     )
 
 

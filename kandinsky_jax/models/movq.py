@@ -76,7 +76,8 @@ class SpatialNorm(nnx.Module):
         self.conv_y = conv(zq_dim, dim, rngs, kernel=1)
         self.conv_b = conv(zq_dim, dim, rngs, kernel=1)
 
-    def __call__(self, x: jax.Array, zq: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, zq: jax.Array | None) -> jax.Array:
+        assert zq is not None
         # A 1x1 convolution commutes with nearest resizing: do it on the small picture, then resize.
         scale, shift = (_nearest(c(zq), x.shape[1], x.shape[2]) for c in (self.conv_y, self.conv_b))
         return self.norm_layer(x) * scale + shift
@@ -88,7 +89,7 @@ class PlainNorm(GroupNorm):
     def __init__(self, dim: int, groups: int, *, rngs: Rngs):
         super().__init__(dim, groups, EPS, rngs)
 
-    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
+    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
         return super().__call__(x)
 
 
@@ -266,9 +267,7 @@ class VectorQuantizer(nnx.Module):
     def __call__(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The nearest codes of `z [..., D]`: (codes `[..., D]`, their indices `[...]`)."""
         codebook = self.embedding.embedding[...]
-        distance = (
-            jnp.sum(z**2, axis=-1, keepdims=True) - 2 * z @ codebook.T + jnp.sum(codebook**2, axis=-1)
-        )
+        distance = jnp.sum(z**2, axis=-1, keepdims=True) - 2 * z @ codebook.T + jnp.sum(codebook**2, axis=-1)
         indices = jnp.argmin(distance, axis=-1)
         return codebook[indices], indices
 

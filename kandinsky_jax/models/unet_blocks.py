@@ -124,14 +124,10 @@ class UpBlock(nnx.Module):
     ):
         layers = config.layers_per_block + 1
         # The first layer still has the previous block's width; the last one's skip comes from the next narrower block.
-        widths = [
-            (previous if i == 0 else cout) + (skip if i == layers - 1 else cout) for i in range(layers)
-        ]
+        widths = [(previous if i == 0 else cout) + (skip if i == layers - 1 else cout) for i in range(layers)]
         self.resnets = nnx.List([ResnetBlock2D(config, width, cout, rngs=rngs) for width in widths])
         self.attentions = nnx.List([SimpleCrossAttention(config, cout, rngs=rngs) for _ in range(layers * cross)])
-        self.upsamplers = nnx.List(
-            [ResnetBlock2D(config, cout, cout, resample="up", rngs=rngs) for _ in range(sample)]
-        )
+        self.upsamplers = nnx.List([ResnetBlock2D(config, cout, cout, resample="up", rngs=rngs) for _ in range(sample)])
 
     def __call__(self, x: jax.Array, temb: jax.Array, added: Iterator[KeyValue], skips: list[jax.Array]) -> jax.Array:
         """Takes its skip connections from the end of `skips`."""

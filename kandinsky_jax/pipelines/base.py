@@ -248,7 +248,7 @@ def _is_diffusers(part: Any) -> bool:
 
 
 def _parameters(cls: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.__init__).parameters)[1:]
+    return tuple(inspect.signature(cls).parameters)
 
 
 def _check_index(cls: type[Pipeline], folder: Path, names: Sequence[str]) -> None:
@@ -300,4 +300,3 @@ def _load_small(bare: str, folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-

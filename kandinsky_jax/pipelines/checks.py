@@ -40,6 +40,7 @@ def negative_texts(value: Any, prompts: Sequence[str]) -> list[str] | None:
 
 
 def count(value: Any, name: str, least: int = 1) -> int:
+    """A whole number of things."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     return int(value)
@@ -55,12 +56,14 @@ def side(value: Any, name: str) -> int:
 
 
 def guidance(value: Any, name: str = "guidance_scale") -> float:
+    """A guidance scale; at 1 and below, guidance is off."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)
 
 
 def choice(value: Any, name: str, allowed: Sequence[str]) -> str:
+    """One of a few names."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not supported, only {', '.join(map(repr, allowed))}")
     return str(value)
@@ -84,7 +87,7 @@ def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     if array.shape != shape:
         raise ValueError(f"latents have shape {array.shape}, needed is {shape}")
     if not np.isfinite(array).all():
-        raise ValueError("latents are not all finite")
+        raise ValueError("latents has numbers that are not finite")
     return array
 
 
@@ -97,4 +100,7 @@ def embeds(value: Any, name: str, dim: int) -> np.ndarray:
     for array in arrays:
         if array.ndim != 2 or array.shape[1] != dim or array.dtype == object:
             raise ValueError(f"{name} has shape {array.shape}, needed is [batch, {dim}]")
-    return np.concatenate(arrays)
+    joined = np.concatenate(arrays)
+    if not np.isfinite(joined).all():
+        raise ValueError(f"{name} has numbers that are not finite")
+    return joined

@@ -81,7 +81,7 @@ class CombinedPipeline(Pipeline):
             "image_processor": prior_image_processor,
         }
         self.prior_pipe = KandinskyV22PriorPipeline(**prior)
-        self.decoder_pipe = self.DECODER(**decoder)  # type: ignore[arg-type]
+        self.decoder_pipe = self.DECODER(**decoder)
         self._register(**decoder, **{f"prior_{name}": part for name, part in prior.items()})
 
     @classmethod
@@ -198,5 +198,3 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-
-

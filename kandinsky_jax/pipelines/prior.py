@@ -147,9 +147,9 @@ class KandinskyV22PriorPipeline(Pipeline):
         network, params = Network.split(self.prior)
         embeds = [np.asarray(call(network, params, x, method="post_process_latents"), np.float32) for x in samples]
         negative = np.repeat(self._zero_embed(), images, axis=0) if negatives is None else embeds[1]
-        result = (embeds[0], negative)
+        result: tuple[Any, Any] = (embeds[0], negative)
         if output_type == "pt":
-            result = (jnp.asarray(result[0]), jnp.asarray(result[1]))
+            result = (jnp.asarray(embeds[0]), jnp.asarray(negative))
         return KandinskyPriorPipelineOutput(*result) if return_dict else result
 
     def _encode_prompts(
@@ -169,7 +169,8 @@ class KandinskyV22PriorPipeline(Pipeline):
             empty = self._constant("empty", self.text_encoder, lambda: self._encode([""]))
             without = lanes[1] if negatives is not None else Encoded(*(np.repeat(x, len(prompts), 0) for x in empty))
             halves.insert(0, [without] * len(lanes))
-        rows = [np.repeat(np.concatenate(parts), repeats, axis=0) for parts in zip(*sum(halves, []), strict=True)]
+        blocks = [block for half in halves for block in half]
+        rows = [np.repeat(np.concatenate(parts), repeats, axis=0) for parts in zip(*blocks, strict=True)]
         return dict(zip(("prompt_embeds", "text_encoder_hidden_states", "text_mask"), rows, strict=True))
 
     def _encode(self, texts: list[str]) -> Encoded:

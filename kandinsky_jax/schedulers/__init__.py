@@ -9,9 +9,7 @@ from kandinsky_jax.schedulers.ddpm import DDPMScheduler, UnCLIPScheduler
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
 from kandinsky_jax.schedulers.table import Schedule, Table
 
-SCHEDULERS: dict[str, type[Scheduler]] = {
-    cls.__name__: cls for cls in (DDIMScheduler, DDPMScheduler, UnCLIPScheduler)
-}
+SCHEDULERS: dict[str, type[Scheduler]] = {cls.__name__: cls for cls in (DDIMScheduler, DDPMScheduler, UnCLIPScheduler)}
 
 
 def scheduler_from_config(config: Mapping[str, Any], source: str = "scheduler_config.json") -> Scheduler:

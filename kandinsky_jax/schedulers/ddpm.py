@@ -66,7 +66,8 @@ class DDPMScheduler(DiffusionScheduler):
 
     variance_type: str = "fixed_small"
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = DiffusionScheduler.CHOICES | {
+    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **DiffusionScheduler.CHOICES,
         "variance_type": (
             "fixed_small",
             "fixed_small_log",

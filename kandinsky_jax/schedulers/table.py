@@ -29,7 +29,7 @@ class Table(NamedTuple):
     input_scale: np.ndarray  # [N] the sample is multiplied by this for the network
     x0_from: np.ndarray  # [N, 2] x0 = a * sample + b * output
     eps_from: np.ndarray  # [N, 3] eps = a * sample + b * x0 (clipped) + c * output
-    log_variance: np.ndarray  # [N, 2] bounds that a learned interpolant in -1..1 chooses between; z gets exp(half of it)
+    log_variance: np.ndarray  # [N, 2] bounds for a learned share in -1..1; z gets exp(half of the result)
     variance_is_output: np.ndarray  # [N] 1 where the network's second half is the variance itself
     clip: np.ndarray  # [N] x0 is clipped to +-clip; infinite for none
     threshold: np.ndarray  # [N, 3] on (1 or 0), quantile, largest bound of dynamic thresholding

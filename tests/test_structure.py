@@ -1,0 +1,104 @@
+"""The house keeps its shape: imports run one way, nothing needs torch at run time, files stay small."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kandinsky_jax", "convert_weights")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+# A room may import rooms of lower floors, and its own.
+FLOORS = (
+    ("convert_weights.names", "convert_weights.files", "kandinsky_jax.terminal"),
+    ("kandinsky_jax.models", "kandinsky_jax.schedulers", "kandinsky_jax.noise", "kandinsky_jax.images"),
+    ("kandinsky_jax.checkpoint", "kandinsky_jax.sampling"),
+    ("kandinsky_jax.hub",),
+    ("kandinsky_jax.pipelines", "convert_weights.convert"),
+    ("kandinsky_jax.cli", "convert_weights.__main__"),
+)
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor(module: str) -> int | None:
+    for height, rooms in enumerate(FLOORS):
+        if any(module == room or module.startswith(room + ".") for room in rooms):
+            return height
+    return None
+
+
+def imports(path: Path, everywhere: bool = True) -> set[str]:
+    """Every module that a file imports; also those inside functions, unless `everywhere` is False."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_run_one_way(path):
+    module = module_name(path)
+    if module in PACKAGES:  # a package's face hands names on
+        return
+    own = floor(module)
+    assert own is not None, f"{module} stands on no floor: give it one in FLOORS"
+    for name in imports(path):
+        other = floor(name)
+        room = ".".join(module.split(".")[:2])
+        if other is not None and not name.startswith(room):
+            assert other < own, f"{module} (floor {own}) imports {name} (floor {other})"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_nothing_imports_the_reference(path):
+    """torch may be imported in one place, to read a tensors-only pickle; diffusers nowhere."""
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert "diffusers" not in roots
+    assert "torch" not in roots or module_name(path) == "convert_weights.files"
+    assert "torch" not in {name.split(".")[0] for name in imports(path, everywhere=False)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_a_picture_without_torch():
+    """The whole way from prompt to picture, where torch and diffusers cannot be imported."""
+    program = """
+import sys
+for name in ("torch", "diffusers"):
+    sys.modules[name] = None
+from kandinsky_jax import KandinskyV22CombinedPipeline
+pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny")
+pipe.set_progress_bar_config(disable=True)
+image = pipe("a red circle", height=64, width=64, num_inference_steps=2, prior_num_inference_steps=2).images[0]
+print(image.size)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(64, 64)"
+
+
+def test_torch_is_not_imported_where_it_is_installed():
+    program = """
+import sys, kandinsky_jax
+from kandinsky_jax import KandinskyV22PriorPipeline
+KandinskyV22PriorPipeline.from_pretrained("tiny")
+assert "torch" not in sys.modules and "diffusers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
