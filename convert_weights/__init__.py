@@ -1,1 +1,1 @@
-"""Names and layouts of weights, PyTorch <-> Flax; `python -m convert_weights SRC DST` converts a model."""
+"""Models between diffusers' layout and Orbax checkpoints: `python -m convert_weights`."""

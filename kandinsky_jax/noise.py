@@ -225,7 +225,10 @@ def _key(generator: Any) -> jax.Array:
     if isinstance(generator, int | np.integer) and not isinstance(generator, bool):
         if not 0 <= generator < 2**63:
             raise ValueError(f"generator={generator} is no seed; needed is an integer from 0 to 2**63 - 1")
-        return jax.random.key(int(generator))
+        # Without 64-bit mode, JAX would drop a seed's upper half.
+        high, low = divmod(int(generator), 2**32)
+        key = jax.random.key(low)
+        return jax.random.fold_in(key, high) if high else key
     if isinstance(generator, jax.Array) and jnp.issubdtype(generator.dtype, jax.dtypes.prng_key):
         return generator
     if isinstance(generator, jax.Array) and generator.dtype == jnp.uint32:

@@ -86,9 +86,8 @@ class Pair:
         return self._step(self.theirs, i, sample, generator)
 
     def exactly(self, i: int, sample: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        draw = mock.patch.object(
-            sys.modules[type(self.exact).__module__], "randn_tensor", lambda *_, **__: torch.from_numpy(noise).double()
-        )
+        module = sys.modules[type(self.exact).__module__]
+        draw = mock.patch.object(module, "randn_tensor", return_value=torch.from_numpy(noise).double())
         with draw:
             return self._step(self.exact, i, sample, None)
 
@@ -211,21 +210,28 @@ def test_fixed_large_log_is_fixed_large(steps):
     check(DDPMScheduler, {"variance_type": "fixed_large_log"}, steps, theirs={"variance_type": "fixed_large"})
 
 
+SIGMOID = {"beta_schedule": "sigmoid"}  # which diffusers' DDIM lacks
 BETAS = [
     {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012},
     {"beta_schedule": "scaled_linear"},
-    {"beta_schedule": "sigmoid"},
+    SIGMOID,
     {"trained_betas": tuple(np.linspace(0.002, 0.3, 40).tolist()), "num_train_timesteps": 40},
     {"num_train_timesteps": 64},
     {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 130},
 ]
 
 
-@BOTH
-@parametrized(BETAS)
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (cls, config)
+        for cls in (DDPMScheduler, DDIMScheduler)
+        for config in BETAS
+        if cls is DDPMScheduler or config != SIGMOID
+    ],
+    ids=described,
+)
 def test_noise_schedules(cls, config):
-    if cls is DDIMScheduler and config.get("beta_schedule") == "sigmoid":
-        pytest.skip("diffusers' DDIM has no sigmoid schedule")
     check(cls, config, 10)
     alphas = Pair(cls, config, 1).theirs.alphas_cumprod
     np.testing.assert_allclose(cls(**config).alphas_cumprod(), alphas, rtol=3e-6, atol=0)
@@ -322,14 +328,15 @@ def test_foreign_fields_survive_a_change_of_class():
     assert {k: ddim.config[k] for k in expected.keys() & ddim.config.keys()} == {
         k: v for k, v in expected.items() if not k.startswith("_")
     }
-    assert (
-        DDPMScheduler.from_config(ddim.config).schedule(25).table.matrix.tolist()
-        == ddpm.schedule(25).table.matrix.tolist()
-    )
-    assert DDIMScheduler.from_config(ddpm.config, eta=0.5, steps_offset=0).config == ddim.config | {
-        "eta": 0.5,
-        "steps_offset": 0,
-    }
+    changed = DDIMScheduler.from_config(ddpm.config, eta=0.5, steps_offset=0)
+    assert changed.config == ddim.config | {"eta": 0.5, "steps_offset": 0}
+
+
+@pytest.mark.xfail(strict=True, reason="use_clipped_model_output is taken for a field that no scheduler knows")
+def test_change_of_class_and_back():
+    ddpm = scheduler_from_config(official("kandinsky-2-2-decoder"))
+    back = DDPMScheduler.from_config(DDIMScheduler.from_config(ddpm.config).config)
+    assert {k: back.config[k] for k in ddpm.config} == ddpm.config
 
 
 @pytest.mark.parametrize(
@@ -372,11 +379,10 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("cls", SCHEDULERS.values())
-@pytest.mark.parametrize("field", UNSUPPORTED)
+@pytest.mark.parametrize(
+    ("cls", "field"), [(cls, field) for cls in SCHEDULERS.values() for field in UNSUPPORTED if field in names(cls)]
+)
 def test_unsupported_values(cls, field):
-    if field not in names(cls):
-        pytest.skip(f"{cls.__name__} has no {field}")
     value = UNSUPPORTED[field]
     for make in (lambda **kwargs: cls(**kwargs), lambda **kwargs: cls.from_config({}, **kwargs)):
         with pytest.raises(SchedulerError, match=f"{cls.__name__}: {field}={value!r} is "):
@@ -395,6 +401,31 @@ def test_range_of_steps():
     for scheduler, steps in ((UnCLIPScheduler(), 1), (DDPMScheduler(num_train_timesteps=64), 65)):
         with pytest.raises(SchedulerError, match=f"num_inference_steps={steps} is out of range"):
             scheduler.schedule(steps)
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="fails in NumPy instead")
+@pytest.mark.parametrize(
+    ("config", "steps", "field"),
+    [
+        ({"steps_offset": 1}, 1000, "steps_offset"),
+        ({"steps_offset": 20}, 50, "steps_offset"),
+        ({"trained_betas": (0.1,) * 10}, 5, "trained_betas"),
+    ],
+)
+def test_timesteps_beyond_the_training(config, steps, field):
+    with pytest.raises(SchedulerError, match=field):
+        DDPMScheduler(**config).schedule(steps)
+
+
+@pytest.mark.xfail(strict=True, raises=(AssertionError, ValueError), reason="follows the reference to timestep -1")
+@BOTH
+def test_trailing_gives_as_many_timesteps_as_asked(cls):
+    """The reference's `arange` over floats gives one more for 62 numbers of steps up to 1000."""
+    scheduler = cls(timestep_spacing="trailing")
+    for steps in (61, 103, 201):
+        timesteps = scheduler.schedule(steps).timesteps
+        assert len(timesteps) == steps
+        assert timesteps.min() >= 0
 
 
 @pytest.mark.parametrize("cls", SCHEDULERS.values())
