@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -267,9 +268,10 @@ def _orbax(action: Callable[[ocp.StandardCheckpointer], T], kind: type[Exception
         if reason is None:
             return result
         last_report = failed = time.monotonic()
-        while time.monotonic() < min(last_report + 0.2, failed + 5):
-            gc.collect()
-            time.sleep(0.02)
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # "... was never awaited"
+            while time.monotonic() < min(last_report + 0.2, failed + 5):
+                gc.collect()
+                time.sleep(0.02)
     finally:
         sys.unraisablehook = hook
         for logger in loggers:

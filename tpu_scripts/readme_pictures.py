@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -30,10 +31,7 @@ def main() -> None:
     for i, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
         left = GAP + i * (side + GAP)
         sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, GAP))
-        words = prompt.split()
-        half = (len(words) + 1) // 2
-        lines = " ".join(words[:half]) + "\n" + " ".join(words[half:])
-        draw.multiline_text((left, GAP + side + 2), lines, "black", font)
+        draw.multiline_text((left, GAP + side + 2), textwrap.fill(prompt, 21), "black", font)
     DOCS.mkdir(exist_ok=True)
     sheet.save(DOCS / "tiny.png")
     print(DOCS / "tiny.png")

@@ -9,15 +9,13 @@ attention, the embedding added to the time embedding, the hint's latent channels
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kandinsky_jax.models.config import ConfigError, NetworkConfig
 from kandinsky_jax.models.layers import (
     GroupNorm,
     Rngs,
@@ -29,6 +27,7 @@ from kandinsky_jax.models.layers import (
     timestep_embedding,
 )
 from kandinsky_jax.models.unet_blocks import DownBlock, KeyValue, MidBlock, SimpleCrossAttention, UpBlock
+from kandinsky_jax.models.unet_config import UNetConfig
 
 IMAGE_TOKENS = 32  # fixed in the reference's ImageProjection, in no configuration
 HINT_LATENTS = 4
@@ -43,94 +42,6 @@ HINT_LAYERS = (
     (96, 256, 2),
     (256, HINT_LATENTS, 1),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class UNetConfig(NetworkConfig):
-    """The UNet's `config.json`. Defaults are diffusers', except where diffusers' belong to another family of UNets
-    than Kandinsky 2.2's."""
-
-    CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
-    IGNORED: ClassVar[frozenset[str]] = frozenset(
-        # These only matter to blocks that are not used here, or to training.
-        {
-            "addition_embed_type_num_heads",
-            "addition_time_embed_dim",
-            "attention_type",
-            "downsample_padding",
-            "reverse_transformer_layers_per_block",
-            "transformer_layers_per_block",
-            "use_linear_projection",
-            "dual_cross_attention",
-            "upcast_attention",
-            "projection_class_embeddings_input_dim",
-            "class_embeddings_concat",
-            "dropout",
-        }
-    )
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "act_fn": ("silu", "swish"),
-        "center_input_sample": (False,),
-        "class_embed_type": (None,),
-        "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,),
-        "cross_attention_norm": (None,),
-        "encoder_hid_dim_type": ("image_proj",),
-        "flip_sin_to_cos": (True,),
-        "freq_shift": (0,),
-        "mid_block_only_cross_attention": (None, False),
-        "mid_block_scale_factor": (1, 1.0),
-        "mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",),
-        "num_attention_heads": (None,),
-        "num_class_embeds": (None,),
-        "only_cross_attention": (False,),
-        "resnet_out_scale_factor": (1.0, 1),
-        "resnet_skip_time_act": (False,),
-        "resnet_time_scale_shift": ("scale_shift",),
-        "time_cond_proj_dim": (None,),
-        "time_embedding_act_fn": (None,),
-        "time_embedding_type": ("positional",),
-        "timestep_post_act": (None,),
-    }
-    DOWN: ClassVar[tuple[str, str]] = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
-    UP: ClassVar[tuple[str, str]] = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
-
-    sample_size: int | None = None  # latents along a side in training; what the command line draws by default
-    in_channels: int = 4
-    out_channels: int = 8
-    down_block_types: tuple[str, ...] = (DOWN[0], DOWN[1], DOWN[1], DOWN[1])
-    up_block_types: tuple[str, ...] = (UP[1], UP[1], UP[1], UP[0])
-    block_out_channels: tuple[int, ...] = (384, 768, 1152, 1536)
-    layers_per_block: int = 3
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int = 768
-    encoder_hid_dim: int = 1280
-    attention_head_dim: int = 64
-    time_embedding_dim: int | None = None
-    addition_embed_type: str = "image"
-
-    def __post_init__(self) -> None:
-        faults = []
-        for field, allowed in (("down_block_types", self.DOWN), ("up_block_types", self.UP)):
-            faults += [f"{field} has {n!r}, supported: {allowed}" for n in getattr(self, field) if n not in allowed]
-        if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
-            faults.append("down_block_types, up_block_types and block_out_channels differ in length")
-        if self.addition_embed_type not in ("image", "image_hint"):
-            faults.append(f"addition_embed_type={self.addition_embed_type!r} is not supported, only image, image_hint")
-        for field in ("layers_per_block", "cross_attention_dim", "attention_head_dim"):
-            if not isinstance(getattr(self, field), int):
-                faults.append(f"{field}={getattr(self, field)!r} is not supported, only one number for all blocks")
-        if faults:
-            raise ConfigError("; ".join(faults))
-
-    @property
-    def takes_hint(self) -> bool:
-        return self.addition_embed_type == "image_hint"
-
-    @property
-    def time_dim(self) -> int:
-        return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
 
 class ImageProjection(nnx.Module):

@@ -6,7 +6,7 @@ Reference: diffusers' ResnetBlock2D (scale_shift), AttnAddedKVProcessor and the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,7 @@ from kandinsky_jax.models.layers import (
     split_heads,
     upsample_nearest,
 )
-
-if TYPE_CHECKING:
-    from kandinsky_jax.models.unet import UNetConfig
+from kandinsky_jax.models.unet_config import UNetConfig
 
 KeyValue = tuple[jax.Array, jax.Array]
 Resample = Literal["down", "up"] | None
