@@ -55,7 +55,7 @@ T = TypeVar("T")
 class Progress(Protocol):
     """What `load_network` and `save_network` need of a progress bar."""
 
-    def update(self, n: float | None = 1, /) -> Any: ...  # noqa: D102
+    def update(self, n: float | None = 1, /) -> Any: ...
 
 
 def default_dtype() -> jnp.dtype:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import OFFICIAL, official_config
+from tests.conftest import OFFICIAL, official_config
 
 from convert_weights.names import torch_name, torch_shape
 from kandinsky_jax import models

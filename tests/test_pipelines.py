@@ -176,7 +176,7 @@ def test_callback_sees_and_changes(tiny_pipe, reference):
 
     def watch(who):
         def callback(pipe, i, t, tensors):
-            seen[who].append((i, int(t), {k: np.array(v) for k, v in tensors.items()}))
+            seen[who].append((i, int(t), {k: torch.as_tensor(v).numpy().copy() for k, v in tensors.items()}))
             changed = {"latents": tensors["latents"] * 0.5} if i == 1 else {}
             if i == 2 and "image_embeds" in tensors:
                 changed["image_embeds"] = tensors["image_embeds"] * 0.9

@@ -1,0 +1,271 @@
+"""Where models are found, which prior belongs to a decoder, and that a saved pipeline is the same pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
+
+from kandinsky_jax import CheckpointError, KandinskyV22CombinedPipeline, KandinskyV22Pipeline, hub
+from kandinsky_jax.checkpoint import flat_params
+from tests.conftest import TINY
+
+FAMILY = [hub.PRIOR, hub.DECODER, hub.INPAINT, hub.CONTROLNET]
+
+
+def cached(cache: Path, repository: str, source: Path, revision: str = "main") -> Path:
+    """Put a repository into a Hub cache, as huggingface_hub would; returns its snapshot."""
+    commit = hashlib.sha1(repository.encode()).hexdigest()
+    base = cache / f"models--{repository.replace('/', '--')}"
+    (base / "refs" / revision).parent.mkdir(parents=True)
+    (base / "refs" / revision).write_text(commit)
+    return Path(shutil.copytree(source, base / "snapshots" / commit))
+
+
+def assert_same_pipeline(one, other) -> None:
+    """Every component: the same numbers, or the same settings."""
+    assert one.components.keys() == other.components.keys()
+    for name, part in one.components.items():
+        twin = other.components[name]
+        assert type(part) is type(twin)
+        if isinstance(part, nnx.Module):
+            assert part.config == twin.config
+            params, expected = flat_params(part), flat_params(twin)
+            assert params.keys() == expected.keys()
+            for key in params:
+                assert params[key].dtype == expected[key].dtype
+                assert np.array_equal(np.asarray(params[key]), np.asarray(expected[key])), f"{name} {key}"
+        elif name.endswith("tokenizer"):
+            prompt = "a Red circle, on a blue background"
+            assert part(prompt, padding="max_length").input_ids == twin(prompt, padding="max_length").input_ids
+            assert part.model_max_length == twin.model_max_length == 77
+        elif name.endswith("scheduler"):
+            assert part.config == twin.config
+        else:
+            assert part == twin
+
+
+# resolve -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("member", FAMILY)
+def test_embedded_model(member: str, monkeypatch, tmp_path):
+    for name in ("tiny", f"tiny/{member}"):
+        assert hub.resolve(name, member) == TINY / member
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # a folder of one's own goes before the embedded model
+    with pytest.raises(CheckpointError, match="tiny has no model_index"):
+        hub.resolve("tiny", member)
+
+
+def test_folders(tmp_path):
+    for member in FAMILY:
+        assert hub.resolve(TINY, member) == TINY / member  # of a family
+        assert hub.resolve(str(TINY / member), hub.DECODER) == TINY / member  # of a model
+    with pytest.raises(CheckpointError, match=r"no subfolder kandinsky-2-2-decoder with one"):
+        hub.resolve(tmp_path, hub.DECODER)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tiny/other", "tiny has kandinsky-2-2-prior, kandinsky-2-2-decoder"),
+        ("./nothing", "could not be fetched from the Hub"),
+        ("/nothing/at/all", "is no folder here, no embedded model (tiny) and no Hub repository"),
+        ("nothing", "is no folder here, no embedded model (tiny) and no Hub repository"),
+        ("no-owner/no-repository", "no-owner/no-repository could not be fetched from the Hub: Cannot find"),
+        ("a--b/c", "a--b/c could not be fetched from the Hub: Cannot have -- or .."),
+    ],
+)
+def test_names_of_nothing(name: str, message: str, tmp_path):
+    with pytest.raises(CheckpointError) as raised:
+        hub.resolve(name, hub.DECODER, cache_dir=tmp_path)
+    assert message in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("repository", "stored", "asked"),
+    [
+        ("owner/model", "main", None),
+        ("owner/model", "v1", "v1"),
+        ("owner/model", "refs/pr/7", "refs/pr/7"),
+        ("kandinsky-community/kandinsky-2-2-controlnet-depth", "refs/pr/5", None),  # where its safetensors are
+        ("kandinsky-community/kandinsky-2-2-controlnet-depth", "main", "main"),
+    ],
+)
+def test_repository_in_the_cache(repository: str, stored: str, asked: str | None, tmp_path):
+    snapshot = cached(tmp_path, repository, TINY / hub.DECODER, stored)
+    assert hub.resolve(repository, hub.DECODER, revision=asked, cache_dir=tmp_path) == snapshot
+    with pytest.raises(CheckpointError, match="could not be fetched from the Hub"):
+        hub.resolve(repository, hub.DECODER, revision="another", cache_dir=tmp_path)
+
+
+def test_repository_of_pickles(tiny_pipe, tmp_path):
+    snapshot = cached(tmp_path, "owner/pickles", TINY / hub.DECODER)
+    for path in list(snapshot.rglob("*.safetensors")):
+        torch.save(load_file(path), path.with_suffix(".bin"))
+        path.unlink()
+    pipe = KandinskyV22Pipeline.from_pretrained("owner/pickles", dtype="float32", cache_dir=tmp_path)
+    assert_same_pipeline(pipe, tiny_pipe.decoder_pipe)
+
+
+def test_files_of_a_component_that_are_fetched():
+    wanted = [
+        "config.json",
+        "merges.txt",
+        "diffusion_pytorch_model.safetensors",
+        "model.safetensors",
+        "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "params/_METADATA",
+        "params/ocdbt.process_0/d/0123",
+    ]
+    unwanted = [
+        "diffusion_pytorch_model.fp16.safetensors",
+        "model.fp16-00001-of-00002.safetensors",
+        "diffusion_pytorch_model.bin",
+        "model.onnx",
+        "custom.py",
+    ]
+    assert list(filter_repo_objects(wanted + unwanted, allow_patterns=list(hub._FILES))) == wanted
+    pickles = ["diffusion_pytorch_model.bin", "pytorch_model.bin"]
+    assert list(filter_repo_objects([*wanted, *pickles, "x.fp16.bin"], allow_patterns=list(hub._PICKLES))) == pickles
+
+
+def test_bad_index_in_the_cache(tmp_path):
+    snapshot = cached(tmp_path, "owner/bad", TINY / hub.DECODER)
+    (snapshot / "model_index.json").write_text(json.dumps({"../../x": ["diffusers", "VQModel"]}))
+    with pytest.raises(CheckpointError, match="is no name of a component"):
+        hub.resolve("owner/bad", hub.DECODER, cache_dir=tmp_path)
+
+
+# The prior ---------------------------------------------------------------------------------------------------------
+
+README = {
+    "string": "---\nlicense: apache-2.0\nprior: owner/prior\n---\n# Decoder\n",
+    "list": "---\nprior:\n- owner/prior\ntags:\n- text-to-image\n---\n# Decoder\n",
+}
+
+
+@pytest.fixture(scope="module")
+def lone_decoder(tmp_path_factory) -> Path:
+    """A decoder with no prior beside it."""
+    return Path(shutil.copytree(TINY / hub.DECODER, tmp_path_factory.mktemp("lone") / "decoder"))
+
+
+def test_prior_beside_the_decoder():
+    assert hub.find_prior(TINY / hub.DECODER) == TINY / hub.PRIOR
+
+
+def test_prior_that_was_given_goes_first(tmp_path):
+    snapshot = cached(tmp_path, "owner/prior", TINY / hub.PRIOR, "v2")
+    named = hub.find_prior(TINY / hub.DECODER, "owner/prior", revision="v2", cache_dir=tmp_path)
+    assert named == snapshot
+    assert hub.find_prior(TINY / hub.DECODER, snapshot) == snapshot
+    assert hub.find_prior(tmp_path, TINY) == TINY / hub.PRIOR
+    with pytest.raises(CheckpointError, match="could not be fetched"):
+        hub.find_prior(TINY / hub.DECODER, "owner/prior", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("form", README)
+def test_prior_that_the_readme_names(form: str, tmp_path):
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "decoder/README.md").write_text(README[form])
+    snapshot = cached(tmp_path, "owner/prior", TINY / hub.PRIOR)
+    assert hub.find_prior(tmp_path / "decoder", cache_dir=tmp_path) == snapshot
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [None, "", "# prior: owner/prior", "---\nlicense: mit\n---\n", "---\nprior: 3\n---\n", "---\nprior: []\n---\n"],
+)
+def test_no_prior_says_what_to_pass(readme: str | None, tmp_path):
+    (tmp_path / "decoder").mkdir()
+    if readme is not None:
+        (tmp_path / "decoder/README.md").write_text(readme)
+    with pytest.raises(CheckpointError, match=r"Name one: from_pretrained\(..., prior=FOLDER_OR_REPOSITORY\)"):
+        hub.find_prior(tmp_path / "decoder", cache_dir=tmp_path)
+
+
+def test_combined_pipeline_without_a_prior(lone_decoder):
+    with pytest.raises(CheckpointError, match="does not say which prior belongs to it"):
+        KandinskyV22CombinedPipeline.from_pretrained(lone_decoder)
+
+
+# Loading and saving ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["family", "folder and prior", "repository"])
+def pipe(request, lone_decoder, tmp_path) -> KandinskyV22CombinedPipeline:
+    """The small model, by each of the ways to name it."""
+    if request.param == "family":
+        name, prior = TINY, None
+    elif request.param == "folder and prior":
+        name, prior = lone_decoder, TINY / hub.PRIOR
+    else:
+        snapshot = cached(tmp_path, "owner/decoder", lone_decoder)
+        (snapshot / "README.md").write_text(README["list"])
+        cached(tmp_path, "owner/prior", TINY / hub.PRIOR)
+        name, prior = "owner/decoder", None
+    return KandinskyV22CombinedPipeline.from_pretrained(name, prior=prior, dtype="float32", cache_dir=tmp_path)
+
+
+def test_combined_pipeline_from_everywhere(pipe, tiny_pipe):
+    assert_same_pipeline(pipe, tiny_pipe)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_pipe, tmp_path_factory) -> dict[str, Path]:
+    """The small model, saved in both layouts."""
+    root = tmp_path_factory.mktemp("saved")
+    for layout in ("diffusers", "orbax"):
+        tiny_pipe.save_pretrained(root / layout, layout=layout)
+    return {layout: root / layout for layout in ("diffusers", "orbax")}
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "orbax"])
+def test_saved_pipeline_is_the_same(layout: str, saved, tiny_pipe):
+    assert_same_pipeline(KandinskyV22CombinedPipeline.from_pretrained(saved[layout], dtype="float32"), tiny_pipe)
+    with pytest.raises(FileExistsError, match="exists already"):
+        tiny_pipe.save_pretrained(saved[layout])
+
+
+def test_saved_decoder_is_the_same(tiny_pipe, tmp_path):
+    tiny_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder", layout="orbax")
+    tiny_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder", layout="diffusers", overwrite=True)
+    assert not list((tmp_path / "decoder").rglob("params"))
+    pipe = KandinskyV22Pipeline.from_pretrained(tmp_path / "decoder", dtype="float32")
+    assert_same_pipeline(pipe, tiny_pipe.decoder_pipe)
+
+
+def test_reference_reads_a_saved_pipeline(saved, reference):
+    theirs = diffusers.KandinskyV22CombinedPipeline.from_pretrained(saved["diffusers"], dtype=torch.float32)
+    prior, decoder = reference
+    expected = {f"prior_{name}": part for name, part in prior.components.items()} | decoder.components
+    assert theirs.components.keys() == expected.keys()
+    for name, part in theirs.components.items():
+        assert type(part).__name__ == type(expected[name]).__name__
+        if isinstance(part, torch.nn.Module):
+            state, twin = part.state_dict(), expected[name].state_dict()
+            assert state.keys() == twin.keys()
+            assert all(torch.equal(state[key], twin[key]) for key in twin), name
+        elif name.endswith("scheduler"):
+            settings, twin = ({k: v for k, v in s.config.items() if k[0] != "_"} for s in (part, expected[name]))
+            assert settings == twin
+        elif name.endswith("tokenizer"):
+            assert part("a Red circle", padding="max_length") == expected[name]("a Red circle", padding="max_length")
+        else:
+            picture = torch.arange(3 * 80 * 100, dtype=torch.uint8).reshape(3, 80, 100)
+            assert torch.equal(
+                *(processor(picture, return_tensors="pt").pixel_values for processor in (part, expected[name]))
+            )
