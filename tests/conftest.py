@@ -38,12 +38,31 @@ def nchw(array) -> np.ndarray:
     return np.asarray(array, np.float32).transpose(0, 3, 1, 2)
 
 
+FIGURES: dict[tuple[str, str], list[float]] = {}
+
+
+def note(figure: float, what: str) -> float:
+    """Keep a measured figure for the table at the end of the run; returns it."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "::none").split(" ")[0].split("::", 1)[1].split("[")[0]
+    FIGURES.setdefault((test, what), []).append(float(figure))
+    return float(figure)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The figures that the README quotes, as measured in this run."""
+    if FIGURES:
+        terminalreporter.section("measured")
+    for (test, what), figures in FIGURES.items():
+        line = f"{test}: {what}: worst {max(figures):.3g}, median {np.median(figures):.3g} of {len(figures)}"
+        terminalreporter.write_line(line)
+
+
 def worst(ours, reference) -> float:
     """max |difference| / std(reference): the figure that the parity tests bound."""
     reference = np.asarray(reference, np.float32)
     ours = np.asarray(ours, np.float32)
     assert ours.shape == reference.shape
-    return float(np.abs(ours - reference).max() / reference.std())
+    return note(np.abs(ours - reference).max() / reference.std(), "max|d| / std")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests import shapes
+from tests.conftest import note
 
 BATCH = 25
 CAPTIONS = shapes.captions(100)
@@ -64,6 +65,8 @@ def test_scorer_finds_nothing_in_a_blank_picture():
 
 def test_drawings_obey_the_captions(verdicts):
     rates = shapes.rates(verdicts, TRUTHS)
+    for part, rate in rates.items():
+        note(rate, f"share of right pictures, {part}")
     wrong = [(c.text, verdict) for c, verdict in zip(CAPTIONS, verdicts, strict=True) if c.truth != verdict]
     assert all(rates[part] >= LEAST[part] for part in LEAST), f"{rates}, at least {LEAST}; wrong: {wrong}"
 
