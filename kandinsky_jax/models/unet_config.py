@@ -85,6 +85,11 @@ class UNetConfig(NetworkConfig):
         for field in ("layers_per_block", "cross_attention_dim", "attention_head_dim"):
             if not isinstance(getattr(self, field), int):
                 faults.append(f"{field}={getattr(self, field)!r} is not supported, only one number for all blocks")
+        cross = {
+            w for w, kind in zip(self.block_out_channels, self.down_block_types, strict=False) if kind == self.DOWN[1]
+        }
+        if isinstance(self.attention_head_dim, int) and (odd := [w for w in cross if w % self.attention_head_dim]):
+            faults.append(f"block_out_channels has {odd}, no multiples of attention_head_dim={self.attention_head_dim}")
         if faults:
             raise ConfigError("; ".join(faults))
 

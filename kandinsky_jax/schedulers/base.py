@@ -29,8 +29,12 @@ _FOREIGN = frozenset(
     "final_sigmas_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas lambda_min_clipped variance_type "
     "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value steps_offset "
     "timestep_spacing prediction_type rescale_betas_zero_snr trained_betas beta_start beta_end beta_schedule eta "
-    "num_train_timesteps interpolation_type use_flow_sigmas flow_shift predict_x0 original_inference_steps".split()
+    "num_train_timesteps interpolation_type use_flow_sigmas flow_shift predict_x0 original_inference_steps "
+    "use_clipped_model_output use_lu_lambdas use_dynamic_shifting time_shift_type shift_terminal solver_p "
+    "disable_corrector sigma_min sigma_max sigma_data sigma_schedule rho timestep_type timestep_scaling "
+    "predictor_order corrector_order tau_func".split()
 )
+_UNSET = "_use_default_values"  # diffusers' name for the fields that a configuration did not name
 
 
 def _freeze(value: Any) -> Any:
@@ -48,8 +52,12 @@ class Scheduler:
 
     num_train_timesteps: int = 1000
     extra: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), kw_only=True, repr=False)
+    unset: frozenset[str] | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.unset is None:
+            unset = {f.name for f in self._fields() if getattr(self, f.name) == f.default}
+            object.__setattr__(self, "unset", frozenset(unset))
         faults = [
             f"{name}={getattr(self, name)!r} is not supported, only {', '.join(map(repr, allowed))}"
             for name, allowed in self.CHOICES.items()
@@ -88,27 +96,37 @@ class Scheduler:
 
     # Configuration ------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def _fields(cls) -> list[dataclasses.Field[Any]]:
+        return [f for f in dataclasses.fields(cls) if f.name not in ("extra", "unset")]
+
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration, with what other schedulers' fields it was loaded with."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
-        return dict(self.extra) | own
+        """The configuration, with what other schedulers' fields it was loaded with.
+
+        As in diffusers, `_use_default_values` lists the fields that nobody set, so that another scheduler made from
+        this configuration takes its own defaults for them.
+        """
+        own = {f.name: getattr(self, f.name) for f in self._fields()}
+        return {_UNSET: sorted(self.unset or ()), **dict(self.extra), **own}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
         """Build this scheduler from any scheduler's configuration, as in diffusers; `changes` override fields.
 
-        Unknown fields are kept, with a warning where no diffusers scheduler has them.
+        Fields of other schedulers are kept for them; one that no diffusers scheduler has warns. A field that is null is
+        one that was not set.
         """
-        names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        names = {f.name for f in cls._fields()}
         if unknown := changes.keys() - names:
             raise SchedulerError(f"{cls.__name__} has no field {sorted(unknown)}; it has {sorted(names)}")
-        raw = {k: v for k, v in {**config, **changes}.items() if not k.startswith("_")}
+        unset = set(config.get(_UNSET, ())) - changes.keys()
+        raw = {k: v for k, v in {**config, **changes}.items() if not k.startswith("_") and k not in unset}
         if strange := raw.keys() - names - _FOREIGN:
-            warnings.warn(f"{cls.__name__} does not know {sorted(strange)}; ignored", stacklevel=2)
-        own = {k: _freeze(v) for k, v in raw.items() if k in names}
+            warnings.warn(f"no scheduler knows {sorted(strange)}, which {cls.__name__} does not use", stacklevel=2)
+        own = {k: _freeze(v) for k, v in raw.items() if k in names and v is not None}
         extra = tuple(sorted((k, _freeze(v)) for k, v in raw.items() if k not in names))
-        return cls(**own, extra=extra)
+        return cls(**own, extra=extra, unset=frozenset(names - own.keys()))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
@@ -118,7 +136,8 @@ class Scheduler:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `scheduler_config.json`, for this library or diffusers, into `folder` (made where it is missing)."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        named = {"_class_name": type(self).__name__, **self.config}
+        fields = {k: v for k, v in self.config.items() if k != _UNSET}
+        named = {"_class_name": type(self).__name__, **fields}
         (Path(folder) / "scheduler_config.json").write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
 
 
@@ -171,8 +190,23 @@ class DiffusionScheduler(Scheduler):
         )
         return cumulative_alphas(betas)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise SchedulerError(
+                f"{type(self).__name__}: trained_betas has {len(self.trained_betas)} items for "
+                f"num_train_timesteps={self.num_train_timesteps}"
+            )
+
     def timesteps(self, steps: int) -> np.ndarray:
-        return spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset)
+        """Descending int timesteps `[steps]`."""
+        chosen = spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset)
+        if not 0 <= chosen.min() <= chosen.max() < self.num_train_timesteps:
+            raise SchedulerError(
+                f"{type(self).__name__}: steps_offset={self.steps_offset} puts the {steps} timesteps outside 0 to "
+                f"{self.num_train_timesteps - 1}"
+            )
+        return chosen
 
     def limits(self) -> dict[str, Any]:
         """`build`'s clip and threshold; thresholding goes before clipping."""

@@ -51,5 +51,6 @@ def spaced_timesteps(spacing: str, steps: int, train_steps: int, offset: int) ->
     if spacing == "leading":
         return (np.arange(steps) * (train_steps // steps))[::-1].astype(np.int64) + offset
     if spacing == "trailing":
-        return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(np.int64) - 1
+        # arange over floats gives one timestep too many for some numbers of steps, as it does in the reference.
+        return np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]).astype(np.int64) - 1
     raise SchedulerError(f"timestep_spacing={spacing!r} is not supported, only leading, linspace, trailing")
