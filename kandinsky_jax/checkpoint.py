@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -193,11 +194,17 @@ def _read_orbax(
     where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     read_json(path / "_METADATA")
     if cut := _cut_short(path):
-        raise CheckpointError(f"{path} is damaged, {len(cut)} of its files are cut short:\n  " + "\n  ".join(cut))
+        raise CheckpointError(
+            f"{path} is damaged, {len(cut)} of its files are missing or cut short:\n  " + "\n  ".join(cut)
+        )
     damaged = f"{path} is damaged or no Orbax checkpoint"
-    stored = _orbax(lambda checkpointer: checkpointer.metadata(path).item_metadata, CheckpointError, damaged)
-    if stored is None:  # Orbax's way to say so
-        raise CheckpointError(f"{damaged}: its list of tensors cannot be read")
+
+    def listed(checkpointer: ocp.StandardCheckpointer) -> dict[str, Any]:
+        if (tensors := checkpointer.metadata(path).item_metadata) is None:  # Orbax's way to say so
+            raise CheckpointError("its list of tensors cannot be read")
+        return dict(tensors)
+
+    stored = _orbax(listed, CheckpointError, damaged)
     faults = _differences(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
     target = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=where)
@@ -269,7 +276,7 @@ def _orbax(action: Callable[[ocp.StandardCheckpointer], T], kind: type[Exception
             return result
         last_report = failed = time.monotonic()
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # "... was never awaited"
-            while time.monotonic() < min(last_report + 0.2, failed + 5):
+            while time.monotonic() < failed + 5 and (time.monotonic() < last_report + 0.2 or _abandoned()):
                 gc.collect()
                 time.sleep(0.02)
     finally:
@@ -286,6 +293,11 @@ def _attempt(action: Callable[[ocp.StandardCheckpointer], T]) -> tuple[Any, str 
             return action(checkpointer), None
     except Exception as error:  # Orbax raises ValueError, OSError, RuntimeError, and plain Exception
         return None, _reason(error)
+
+
+def _abandoned() -> bool:
+    """Whether something of a failed call to Orbax is still alive."""
+    return any(type(o) is types.CoroutineType and "orbax" in o.cr_code.co_filename for o in gc.get_objects())
 
 
 def _reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -17,6 +18,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two threads of PyTorch that wait for each other beside XLA's lose more time than one alone.
 torch.set_num_threads(1)
 jax.config.update("jax_platforms", "cpu")
+
+# What one process of the run has compiled, the command line's processes need not compile again.
+_CACHE = tempfile.TemporaryDirectory(prefix="kandinsky-jax-tests-", ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 
 TINY = hub.EMBEDDED["tiny"]
 OFFICIAL = Path(__file__).parent / "official"

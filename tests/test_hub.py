@@ -235,6 +235,7 @@ def saved(tiny_pipe, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("layout", ["diffusers", "orbax"])
 def test_saved_pipeline_is_the_same(layout: str, saved, tiny_pipe):
+    assert len(list(saved[layout].rglob("params"))) == (5 if layout == "orbax" else 0)
     assert_same_pipeline(KandinskyV22CombinedPipeline.from_pretrained(saved[layout], dtype="float32"), tiny_pipe)
     with pytest.raises(FileExistsError, match="exists already"):
         tiny_pipe.save_pretrained(saved[layout])
