@@ -13,12 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm.auto import tqdm
 
-from kandinsky_jax import hub
+from kandinsky_jax import hub, orbax
 from kandinsky_jax.checkpoint import (
-    ORBAX,
     CheckpointError,
     Layout,
-    complete_or_absent,
     flat_params,
     load_network,
     read_json,
@@ -27,6 +25,7 @@ from kandinsky_jax.checkpoint import (
 )
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
+from kandinsky_jax.storage import complete_or_absent
 
 # What a component without tensors consists of; anything else (code, pickles) stays behind.
 _PLAIN = {".json", ".txt", ".md"}
@@ -66,7 +65,7 @@ def convert(
     if not networks:
         raise CheckpointError(f"{folder} has none of the networks {', '.join(NETWORKS)}")
     if layout is None:
-        layout = "diffusers" if all((part / ORBAX).is_dir() for part in networks.values()) else "orbax"
+        layout = "diffusers" if all((part / orbax.FOLDER).is_dir() for part in networks.values()) else "orbax"
     read = {name: stored_bytes(part) for name, part in networks.items()}
     needed = sum(_target_bytes(NETWORKS[classes[name]], part, read[name], dtype) for name, part in networks.items())
     target = Path(target)

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert_weights.files import STEMS, find
-from kandinsky_jax.checkpoint import ORBAX, CheckpointError, read_json
+from convert_weights.files import STEMS, CheckpointError, find
+from kandinsky_jax import orbax
+from kandinsky_jax.storage import read_json
 
 PRIOR, DECODER = "kandinsky-2-2-prior", "kandinsky-2-2-decoder"
 INPAINT, CONTROLNET = "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"
@@ -90,7 +91,7 @@ def _download(repository: str, revision: str | None, cache_dir: Any) -> Path:
     folder = fetch(["model_index.json", "README.md"] + [f"{part}/{pattern}" for part in parts for pattern in _FILES])
     # Pickles only where there is nothing else.
     networks = [part for part in parts if (folder / part / "config.json").is_file()]
-    bare = [p for p in networks if find(folder / p) is None and not (folder / p / ORBAX).is_dir()]
+    bare = [p for p in networks if find(folder / p) is None and not (folder / p / orbax.FOLDER).is_dir()]
     return fetch([f"{part}/{pattern}" for part in bare for pattern in _PICKLES]) if bare else folder
 
 

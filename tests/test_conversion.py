@@ -22,8 +22,9 @@ from safetensors.numpy import load_file, save_file
 
 from convert_weights.convert import convert
 from kandinsky_jax import CheckpointError, ConfigError, hub
-from kandinsky_jax.checkpoint import complete_or_absent, flat_params, load_network
+from kandinsky_jax.checkpoint import flat_params, load_network
 from kandinsky_jax.models import NETWORKS, UNet2DConditionModel
+from kandinsky_jax.storage import complete_or_absent
 from tests.conftest import TINY
 
 COMMAND = [sys.executable, "-m", "convert_weights"]

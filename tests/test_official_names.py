@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.conftest import OFFICIAL, official_config
 
 from convert_weights.names import torch_name, torch_shape
 from kandinsky_jax import models
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.models.layers import abstract
+from tests.conftest import OFFICIAL, official_config
 
 CLASSES = {
     "unet": models.UNet2DConditionModel,

@@ -17,8 +17,9 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 FLOORS = (
     ("convert_weights.names", "convert_weights.files", "kandinsky_jax.terminal"),
     ("kandinsky_jax.models", "kandinsky_jax.schedulers", "kandinsky_jax.noise", "kandinsky_jax.images"),
-    ("kandinsky_jax.checkpoint", "kandinsky_jax.sampling"),
-    ("kandinsky_jax.hub",),
+    ("kandinsky_jax.storage",),
+    ("kandinsky_jax.orbax", "kandinsky_jax.sampling"),
+    ("kandinsky_jax.checkpoint", "kandinsky_jax.hub"),
     ("kandinsky_jax.pipelines", "convert_weights.convert"),
     ("kandinsky_jax.cli", "convert_weights.__main__"),
 )

@@ -18,11 +18,9 @@ from kandinsky_jax import hub
 from kandinsky_jax.checkpoint import (
     CheckpointError,
     Layout,
-    complete_or_absent,
     default_dtype,
     flat_params,
     load_network,
-    read_json,
     save_network,
     stored_bytes,
 )
@@ -31,6 +29,7 @@ from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.noise import Source
 from kandinsky_jax.sampling import Network, sample
 from kandinsky_jax.schedulers import SCHEDULERS, Schedule, Scheduler, scheduler_from_config
+from kandinsky_jax.storage import complete_or_absent, read_json
 
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
 

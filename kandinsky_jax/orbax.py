@@ -1,0 +1,144 @@
+"""Orbax checkpoints of a flat dictionary of arrays, with one clear error for whatever goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from convert_weights.files import CheckpointError
+from kandinsky_jax.storage import read_json
+
+FOLDER = "params"  # of a component, in place of diffusers' file of tensors
+
+T = TypeVar("T")
+
+
+def save(path: Path, params: Mapping[str, jax.Array]) -> None:
+    """Write a new checkpoint; OSError where that fails."""
+    path = path.absolute()
+    _run(lambda checkpointer: checkpointer.save(path, dict(params)), OSError, f"{path} could not be written")
+
+
+def listing(path: Path) -> dict[str, Any]:
+    """The arrays of a checkpoint by name, each with `shape` and `dtype`.
+
+    Raises:
+        CheckpointError: where it is damaged; every file that is cut short is listed.
+    """
+    path = path.absolute()
+    read_json(path / "_METADATA")
+    if cut := _cut_short(path):
+        raise CheckpointError(
+            f"{path} is damaged, {len(cut)} of its files are missing or cut short:\n  " + "\n  ".join(cut)
+        )
+
+    def listed(checkpointer: ocp.StandardCheckpointer) -> dict[str, Any]:
+        if (arrays := checkpointer.metadata(path).item_metadata) is None:  # Orbax's way to say so
+            raise CheckpointError("its list of arrays cannot be read")
+        return dict(arrays)
+
+    return _run(listed, CheckpointError, f"{path} is damaged or no Orbax checkpoint")
+
+
+def restore(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays of a checkpoint, in the dtypes and on the devices of `target`; CheckpointError where it is damaged."""
+    path = path.absolute()
+    damaged = f"{path} is damaged or no Orbax checkpoint"
+    return _run(lambda checkpointer: checkpointer.restore(path, dict(target)), CheckpointError, damaged)
+
+
+def _cut_short(path: Path) -> list[str]:
+    """The files that an Orbax checkpoint's index names and that are missing or too short.
+
+    The index is small, so that this costs milliseconds, and it finds all files; Orbax would tell the first.
+    """
+    if not (path / "manifest.ocdbt").is_file():
+        return []  # nothing of ours; a checkpoint in Orbax's other format has no such index
+    needed: dict[str, int] = {}
+    try:
+        base = ts.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
+        nodes = [ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]]
+        while nodes:
+            for entry in ts.ocdbt.dump(base, nodes.pop()).result()["entries"]:
+                if "location" in entry:
+                    nodes.append(entry["location"])
+                elif "indirect_value" in entry:
+                    # "value:FOLDER/:FILE:OFFSET:LENGTH"
+                    file, offset, length = entry["indirect_value"].removeprefix("value:").rsplit(":", 2)
+                    file = file.replace(":", "")
+                    needed[file] = max(needed.get(file, 0), int(offset) + int(length))
+    except (ValueError, LookupError) as error:
+        raise CheckpointError(f"{path} is damaged: {_reason(error)}") from None
+    sizes = {file: (path / file).stat().st_size if (path / file).is_file() else 0 for file in needed}
+    return [f"{file}: {sizes[file]:,} of {size:,} bytes" for file, size in sorted(needed.items()) if sizes[file] < size]
+
+
+def _run(action: Callable[[ocp.StandardCheckpointer], T], kind: type[Exception], message: str) -> T:
+    """What `action` returns, given a checkpointer; or one error of this kind, where it fails in whatever way.
+
+    Orbax handles all tensors at once. When one fails, it abandons the others, and each of them reports itself on
+    stderr, then or later: hundreds of tracebacks for one full disk. Those are left out.
+    """
+    last_report = 0.0
+
+    def report(record: logging.LogRecord) -> bool:
+        nonlocal last_report
+        last_report = time.monotonic()
+        return record.levelno < logging.ERROR
+
+    def unraisable(args: Any) -> None:
+        nonlocal last_report
+        last_report = time.monotonic()
+        if not asyncio.iscoroutine(args.object) and "Event loop is closed" not in str(args.exc_value):
+            hook(args)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(report)
+    try:
+        result, reason = _attempt(action)
+        if reason is None:
+            return result
+        last_report = failed = time.monotonic()
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # "... was never awaited"
+            while time.monotonic() < failed + 5 and (time.monotonic() < last_report + 0.2 or _abandoned()):
+                gc.collect()
+                time.sleep(0.02)
+    finally:
+        sys.unraisablehook = hook
+        for logger in loggers:
+            logger.removeFilter(report)
+    raise kind(f"{message}: {reason}")
+
+
+def _attempt(action: Callable[[ocp.StandardCheckpointer], T]) -> tuple[Any, str | None]:
+    """(the result, None) or (None, why it failed). A function of its own, so that nothing of a failure stays alive."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return action(checkpointer), None
+    except Exception as error:  # Orbax raises ValueError, OSError, RuntimeError, and plain Exception
+        return None, _reason(error)
+
+
+def _abandoned() -> bool:
+    """Whether something of a failed call to Orbax is still alive."""
+    return any(type(o) is types.CoroutineType and "orbax" in o.cr_code.co_filename for o in gc.get_objects())
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong at the bottom; what Orbax puts above it is a page long."""
+    text = str(error.__cause__ or error)
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,84 @@
+"""Files and folders: configurations read, and folders written that are complete or absent, whatever interrupts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convert_weights.files import CheckpointError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a CheckpointError."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path} holds {type(parsed).__name__}, needed is an object")
+    return parsed
+
+
+@contextlib.contextmanager
+def complete_or_absent(
+    target: str | os.PathLike[str], needed_bytes: int = 0, overwrite: bool = False
+) -> Iterator[Path]:
+    """A scratch folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+
+    What a killed run leaves behind is the scratch folder `.NAME.partial`, which the next run for the same target
+    removes; `target` itself is never half written. Replacing a folder takes two renames: a run killed between them
+    leaves the old one as `.NAME.old`, and the next run for the same target puts it back.
+
+    Raises:
+        FileExistsError: where `target` exists and `overwrite` is not given.
+        OSError: where the disk has less than `needed_bytes` free, before anything is written.
+    """
+    target = Path(target).resolve()  # "." and links have no name that could be given to another folder
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already; choose another folder, or ask to overwrite it")
+    parent = target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise OSError(errno.ENOSPC, f"{parent} has {free:,} bytes free, {target.name} needs about {needed_bytes:,}")
+    scratch = parent / f".{target.name}.partial"
+    _remove(scratch)
+    scratch.mkdir()
+    try:
+        yield scratch
+        _swap(scratch, target, old)
+    except BaseException:
+        _remove(scratch)
+        raise
+
+
+def _swap(scratch: Path, target: Path, old: Path) -> None:
+    _remove(old)
+    if target.exists():
+        target.rename(old)
+    scratch.rename(target)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file, if it is there."""
+    for _ in range(20):  # after a failed save, Orbax's threads may still be putting files into it
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)
