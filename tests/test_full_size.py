@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import note
+
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4  # max |difference| / std(reference)
@@ -33,5 +35,5 @@ def test_network_follows_the_reference(network: str, tmp_path: Path):
     line = run.stdout.splitlines()[-1]
     print("\n" + line)
     measured = json.loads(line)
-    assert max(measured["worst"].values()) <= TOLERANCE, line
-    assert measured["peak_gib"] < PEAK_GIB, line
+    assert note(max(measured["worst"].values()), f"{network}, max|d| / std") <= TOLERANCE, line
+    assert note(measured["peak_gib"], f"{network}, peak GiB of the process") < PEAK_GIB, line

@@ -33,7 +33,7 @@ from kandinsky_jax.schedulers import (
     scheduler_from_config,
 )
 from kandinsky_jax.schedulers.table import SLOTS
-from tests.conftest import OFFICIAL
+from tests.conftest import OFFICIAL, note
 
 BOUND = 1e-4  # of the difference from the reference
 EXACT = 1e-5  # of the difference from the reference in float64
@@ -137,9 +137,9 @@ def compare(cls: type[Scheduler], config: dict[str, Any], steps: int, theirs: di
 
 def check(*case: Any, **kwargs: Any) -> None:
     errors = compare(*case, **kwargs)
-    assert errors.step <= BOUND
-    assert errors.drift <= BOUND
-    assert errors.exact <= EXACT
+    assert note(errors.step, "one step, max|d| / max|reference|") <= BOUND
+    assert note(errors.drift, "whole trajectory, max|d| / max|reference|") <= BOUND
+    assert note(errors.exact, "whole trajectory, against the reference in float64") <= EXACT
 
 
 def grid(**axes: Any) -> list[dict[str, Any]]:
