@@ -25,7 +25,7 @@ from kandinsky_jax.checkpoint import (
 )
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
-from kandinsky_jax.storage import complete_or_absent
+from kandinsky_jax.storage import check_replaceable, complete_or_absent
 
 # What a component without tensors consists of; anything else (code, pickles) stays behind.
 _PLAIN = {".json", ".txt", ".md"}
@@ -69,6 +69,7 @@ def convert(
     read = {name: stored_bytes(part) for name, part in networks.items()}
     needed = sum(_target_bytes(NETWORKS[classes[name]], part, read[name], dtype) for name, part in networks.items())
     target = Path(target)
+    check_replaceable(target)
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     with (
         complete_or_absent(target, needed, overwrite) as scratch,

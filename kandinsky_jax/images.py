@@ -81,7 +81,14 @@ class CLIPImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> CLIPImageProcessor:
-        raw = json.loads((Path(folder) / cls.FILE).read_text())
+        path = Path(folder) / cls.FILE
+        try:
+            return cls._from_dict(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be used: {error}") from None
+
+    @classmethod
+    def _from_dict(cls, raw: dict[str, Any]) -> CLIPImageProcessor:
         size, crop = raw.get("size", 224), raw.get("crop_size", 224)
         side = size["shortest_edge"] if isinstance(size, dict) else size
         cropped = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
@@ -90,7 +97,7 @@ class CLIPImageProcessor:
         if cropped[0] != cropped[1]:
             faults.append(f"crop_size={crop!r}")
         if faults:
-            raise ValueError(f"{Path(folder) / cls.FILE} asks for what is not supported here: {', '.join(faults)}")
+            raise ValueError(f"not supported here: {', '.join(faults)}")
         return cls(side, cropped[0], tuple(raw["image_mean"]), tuple(raw["image_std"]))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

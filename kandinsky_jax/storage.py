@@ -28,6 +28,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
+def check_replaceable(target: str | os.PathLike[str]) -> None:
+    """Raise where `target` is something else than a model or an empty folder, which overwriting would lose."""
+    target = Path(target)
+    if (
+        target.exists()
+        and not (target / "model_index.json").is_file()
+        and not (target.is_dir() and not any(target.iterdir()))
+    ):
+        raise FileExistsError(f"{target} exists and is no model (it has no model_index.json), so it is not replaced")
+
+
 @contextlib.contextmanager
 def complete_or_absent(
     target: str | os.PathLike[str], needed_bytes: int = 0, overwrite: bool = False

@@ -238,11 +238,15 @@ def test_killed_conversion_leaves_nothing_half_done(pattern: str, overwrite: boo
     target, scratch = tmp_path / "target", tmp_path / ".target.partial"
     if overwrite:
         target.mkdir()
+        (target / "model_index.json").touch()
         (target / "old").touch()
     options = ["--overwrite"] if overwrite else []
     assert run_until(scratch, pattern, DECODER, target, *options) == -signal.SIGKILL
     assert scratch.is_dir()
-    assert [path.name for path in target.iterdir()] == ["old"] if overwrite else not target.exists()
+    if overwrite:
+        assert {path.name for path in target.iterdir()} == {"old", "model_index.json"}
+    else:
+        assert not target.exists()
     convert(DECODER, target, overwrite=overwrite, progress=False)
     assert is_complete_orbax(target)
     assert os.listdir(tmp_path) == ["target"]
@@ -350,3 +354,10 @@ def test_source_that_turns_bad_late_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="has no folder unet"):
         convert(source, tmp_path / "target", progress=False)
     assert os.listdir(tmp_path) == ["source"]
+
+
+def test_overwriting_spares_what_is_no_model(tmp_path):
+    (tmp_path / "diary.txt").write_text("dear")
+    with pytest.raises(FileExistsError, match="no model"):
+        convert("tiny/kandinsky-2-2-decoder", tmp_path, overwrite=True)
+    assert (tmp_path / "diary.txt").read_text() == "dear"

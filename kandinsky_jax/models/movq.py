@@ -26,8 +26,7 @@ class MoVQConfig(NetworkConfig):
     """The MoVQ's `config.json`; defaults are diffusers', except the block types, which are Kandinsky 2.2's."""
 
     CLASS_NAME: ClassVar[str] = "VQModel"
-    # sample_size and scaling_factor are never read by the Kandinsky 2.2 pipelines.
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"sample_size", "force_upcast"})
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "act_fn": ("silu", "swish"),
         "norm_type": ("spatial",),
@@ -47,6 +46,7 @@ class MoVQConfig(NetworkConfig):
     num_vq_embeddings: int = 16384
     norm_num_groups: int = 32
     vq_embed_dim: int | None = None
+    sample_size: int = 32  # neither this nor the scaling factor is read by the Kandinsky 2.2 pipelines
     scaling_factor: float = 0.18215
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.noise import Source
 from kandinsky_jax.sampling import Network, sample
 from kandinsky_jax.schedulers import SCHEDULERS, Schedule, Scheduler, scheduler_from_config
-from kandinsky_jax.storage import complete_or_absent, read_json
+from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
 
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
 
@@ -101,6 +101,7 @@ class Pipeline:
         Args:
             layout: "diffusers" writes what diffusers loads; "orbax" what a pod restores fastest.
         """
+        check_replaceable(folder)
         parts = self.components
         needed = sum(
             sum(leaf.nbytes for leaf in flat_params(part).values())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kandinsky_jax import hub
+from kandinsky_jax.checkpoint import CheckpointError
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import (
     CLIPTextModelWithProjection,
@@ -107,6 +108,8 @@ class CombinedPipeline(Pipeline):
         """
         folder = hub.resolve(name, cls.REPOSITORY, revision=revision, cache_dir=cache_dir)
         if any(part.startswith("prior_") for part in hub.components(folder)):
+            if prior is not None:
+                raise CheckpointError(f"{folder} has a prior of its own, so that prior={prior} has no place in it")
             return super().from_pretrained(folder, dtype=dtype, **components)
         prior_folder = hub.find_prior(folder, prior, revision=prior_revision, cache_dir=cache_dir)
         ready = {k.removeprefix("prior_"): v for k, v in components.items() if k.startswith("prior_")}

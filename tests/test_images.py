@@ -1,0 +1,66 @@
+"""Pictures in and out, beside the reference's own ways."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kandinsky_jax import hub, images
+from tests.conftest import OFFICIAL, TINY
+
+PROCESSORS = [TINY / hub.PRIOR / "image_processor", OFFICIAL / hub.PRIOR / "image_processor"]
+
+
+@pytest.mark.parametrize("folder", PROCESSORS, ids=["tiny", "official"])
+@pytest.mark.parametrize("size", [(64, 64), (300, 200), (97, 331), (224, 500), (30, 31)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_clip_image_processor(folder, size, mode):
+    """The same numbers as transformers' own, from files that it reads and writes."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+    theirs = CLIPImageProcessorPil.from_pretrained(folder)(picture, return_tensors="np").pixel_values
+    ours = images.CLIPImageProcessor.from_pretrained(folder)(picture)
+    assert ours.shape == theirs.transpose(0, 2, 3, 1).shape
+    np.testing.assert_allclose(ours, theirs.transpose(0, 2, 3, 1), atol=1e-6)
+
+
+def test_clip_image_processor_saved(tmp_path):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = images.CLIPImageProcessor.from_pretrained(PROCESSORS[0])
+    processor.save_pretrained(tmp_path)
+    assert images.CLIPImageProcessor.from_pretrained(tmp_path) == processor
+    assert CLIPImageProcessorPil.from_pretrained(tmp_path).crop_size["height"] == processor.crop
+
+
+@pytest.mark.parametrize("change", [{"do_center_crop": False}, {"resample": 2}, {"image_mean": None}])
+def test_clip_image_processor_refuses(tmp_path, change):
+    shutil.copytree(PROCESSORS[0], tmp_path / "p")
+    path = tmp_path / "p" / images.CLIPImageProcessor.FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json cannot be used"):
+        images.CLIPImageProcessor.from_pretrained(tmp_path / "p")
+
+
+def test_levels_round_as_the_reference():
+    from diffusers.image_processor import VaeImageProcessor
+
+    pixels = np.random.default_rng(0).random((2, 8, 9, 3), np.float32)
+    ours = images.to_output(pixels, "pil")
+    theirs = VaeImageProcessor.numpy_to_pil(pixels)
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(other))
+
+
+def test_a_written_picture_is_complete_or_absent(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    images.write(tmp_path / "a.png", picture, {"prompt": "é"})
+    with pytest.raises(TypeError):
+        images.write(tmp_path / "b.png", picture, {"prompt": object()})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
