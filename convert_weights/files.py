@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 
 class CheckpointError(ValueError):
@@ -23,6 +23,7 @@ class Tensor:
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    dtype: Any = None  # known where it is to be written
 
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers, transformers, transformers' .bin
@@ -37,23 +38,15 @@ def find(folder: Path) -> Path | None:
     return None
 
 
-@contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[Mapping[str, Tensor]]:
+def open_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that `find` named, by their names in the file.
 
     Raises:
         CheckpointError: where the file is truncated, is not what its name says, or would need code to be run.
     """
-    with contextlib.ExitStack() as stack:
-        if path.name.endswith(".index.json"):
-            tensors: dict[str, Tensor] = {}
-            for shard in _shards(path):
-                tensors |= _open_safetensors(shard, stack)
-            yield tensors
-        elif path.suffix == ".safetensors":
-            yield _open_safetensors(path, stack)
-        else:
-            yield _open_pickle(path)
+    if path.name.endswith(".index.json"):
+        return {name: t for shard in _shards(path) for name, t in _open_safetensors(shard).items()}
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -67,9 +60,10 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / shard for shard in sorted(named)]
 
 
-def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        file = stack.enter_context(safe_open(path, framework="numpy"))
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"{path} is named by the index but is not there") from None
     except SafetensorError as error:
@@ -78,9 +72,14 @@ def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Tens
         ) from None
 
     def reader(name: str) -> Callable[[], np.ndarray]:
-        return lambda: file.get_tensor(name)
+        def read() -> np.ndarray:
+            # Opened anew each time: a file that stays open keeps all that was read of it mapped into memory.
+            with safe_open(path, framework="numpy") as file:
+                return file.get_tensor(name)
 
-    return {name: Tensor(tuple(file.get_slice(name).get_shape()), reader(name)) for name in file.keys()}  # noqa: SIM118
+        return read
+
+    return {name: Tensor(shape, reader(name)) for name, shape in shapes.items()}
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
@@ -114,13 +113,32 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
     return {name: Tensor(tuple(tensor.shape), reader(tensor)) for name, tensor in state.items()}
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file as diffusers does (it asks for the "pt" mark).
+_SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, one tensor in memory at a time, with the "pt" mark that diffusers asks for.
+
+    The library's own writer wants all tensors at once, which is a second copy of a network.
+
+    Args:
+        tensors: by name, each with its dtype.
     Raises:
         OSError: where the disk is full, or the like.
     """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+        dtype = _SAFETENSORS_DTYPES[np.dtype(tensor.dtype).name]
+        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from None
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                array = np.ascontiguousarray(tensor.read())
+                file.write(array.reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror}") from None

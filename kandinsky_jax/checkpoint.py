@@ -135,18 +135,18 @@ def _read_torch(
         )
     by_torch_name = {names.torch_name(name): name for name in expected}
     params = {}
-    with files.open_tensors(path) as stored:
-        tensors = {modern: t for name, t in stored.items() if (modern := names.modern_name(name)) is not None}
-        wanted = {torch: names.torch_shape(flax, expected[flax]) for torch, flax in by_torch_name.items()}
-        faults = _differences(folder, wanted, {name: tensor.shape for name, tensor in tensors.items()})
-        for torch_name in sorted(wanted.keys() & tensors.keys()):
-            name, array = by_torch_name[torch_name], tensors[torch_name].read()
-            own = _own(names.to_flax(name, array) if array.shape == wanted[torch_name] else array, dtype)
-            faults += _not_finite(torch_name, own)
-            if not faults:
-                params[name] = jax.device_put(own, sharding)
-            if progress is not None:
-                progress.update(array.nbytes)
+    stored = files.open_tensors(path)
+    tensors = {modern: t for name, t in stored.items() if (modern := names.modern_name(name)) is not None}
+    wanted = {torch: names.torch_shape(flax, expected[flax]) for torch, flax in by_torch_name.items()}
+    faults = _differences(folder, wanted, {name: tensor.shape for name, tensor in tensors.items()})
+    for torch_name in sorted(wanted.keys() & tensors.keys()):
+        name, array = by_torch_name[torch_name], tensors[torch_name].read()
+        own = _own(names.to_flax(name, array) if array.shape == wanted[torch_name] else array, dtype)
+        faults += _not_finite(torch_name, own)
+        if not faults:
+            params[name] = jax.device_put(own, sharding)
+        if progress is not None:
+            progress.update(array.nbytes)
     _report(folder, faults)
     return params
 
@@ -214,10 +214,15 @@ def save_network(
     if layout == "orbax":
         orbax.save(folder / orbax.FOLDER, params)
     else:
-        tensors = {
-            names.torch_name(n): np.ascontiguousarray(names.to_torch(n, np.asarray(a))) for n, a in params.items()
-        }
+        tensors = {names.torch_name(name): _unread(name, array) for name, array in params.items()}
         stem = "diffusion_pytorch_model" if "_class_name" in config.to_dict() else "model"
         files.write(folder / f"{stem}.safetensors", tensors)
     if progress is not None:
         progress.update(sum(leaf.nbytes for leaf in params.values()))
+
+
+def _unread(name: str, array: jax.Array) -> files.Tensor:
+    """A parameter as a PyTorch tensor that is fetched from its device when it is written."""
+    return files.Tensor(
+        names.torch_shape(name, array.shape), lambda: names.to_torch(name, np.asarray(array)), np.dtype(array.dtype)
+    )

@@ -22,13 +22,19 @@ from kandinsky_jax.storage import read_json
 
 FOLDER = "params"  # of a component, in place of diffusers' file of tensors
 
+CONCURRENT_GB = 1  # how much of a checkpoint is on its way at once; Orbax's default, 96, is a second copy of a network
+
 T = TypeVar("T")
 
 
 def save(path: Path, params: Mapping[str, jax.Array]) -> None:
     """Write a new checkpoint; OSError where that fails."""
     path = path.absolute()
-    _run(lambda checkpointer: checkpointer.save(path, dict(params)), OSError, f"{path} could not be written")
+    _run(
+        lambda checkpointer: checkpointer.save(path, args=ocp.args.StandardSave(dict(params))),
+        OSError,
+        f"{path} could not be written",
+    )
 
 
 def listing(path: Path) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def listing(path: Path) -> dict[str, Any]:
             f"{path} is damaged, {len(cut)} of its files are missing or cut short:\n  " + "\n  ".join(cut)
         )
 
-    def listed(checkpointer: ocp.StandardCheckpointer) -> dict[str, Any]:
+    def listed(checkpointer: ocp.Checkpointer) -> dict[str, Any]:
         if (arrays := checkpointer.metadata(path).item_metadata) is None:  # Orbax's way to say so
             raise CheckpointError("its list of arrays cannot be read")
         return dict(arrays)
@@ -56,7 +62,11 @@ def restore(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
     """The arrays of a checkpoint, in the dtypes and on the devices of `target`; CheckpointError where it is damaged."""
     path = path.absolute()
     damaged = f"{path} is damaged or no Orbax checkpoint"
-    return _run(lambda checkpointer: checkpointer.restore(path, dict(target)), CheckpointError, damaged)
+    return _run(
+        lambda checkpointer: checkpointer.restore(path, args=ocp.args.StandardRestore(dict(target))),
+        CheckpointError,
+        damaged,
+    )
 
 
 def _cut_short(path: Path) -> list[str]:
@@ -85,7 +95,7 @@ def _cut_short(path: Path) -> list[str]:
     return [f"{file}: {sizes[file]:,} of {size:,} bytes" for file, size in sorted(needed.items()) if sizes[file] < size]
 
 
-def _run(action: Callable[[ocp.StandardCheckpointer], T], kind: type[Exception], message: str) -> T:
+def _run(action: Callable[[ocp.Checkpointer], T], kind: type[Exception], message: str) -> T:
     """What `action` returns, given a checkpointer; or one error of this kind, where it fails in whatever way.
 
     Orbax handles all tensors at once. When one fails, it abandons the others, and each of them reports itself on
@@ -124,10 +134,11 @@ def _run(action: Callable[[ocp.StandardCheckpointer], T], kind: type[Exception],
     raise kind(f"{message}: {reason}")
 
 
-def _attempt(action: Callable[[ocp.StandardCheckpointer], T]) -> tuple[Any, str | None]:
+def _attempt(action: Callable[[ocp.Checkpointer], T]) -> tuple[Any, str | None]:
     """(the result, None) or (None, why it failed). A function of its own, so that nothing of a failure stays alive."""
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        handler = ocp.StandardCheckpointHandler(save_concurrent_gb=CONCURRENT_GB, restore_concurrent_gb=CONCURRENT_GB)
+        with ocp.Checkpointer(handler) as checkpointer:
             return action(checkpointer), None
     except Exception as error:  # Orbax raises ValueError, OSError, RuntimeError, and plain Exception
         return None, _reason(error)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +35,11 @@ def write_random(folder: Path) -> int:
         cls = NETWORKS[name]
         config = cls.CONFIG()  # the defaults are the official ones
         shapes = {n: names.torch_shape(n, leaf.shape) for n, leaf in flat_params(abstract(cls, config)).items()}
-        tensors = {names.torch_name(n): rng.random(shape, np.float32) for n, shape in shapes.items()}
+        tensors = {names.torch_name(n): files.Tensor(s, partial(rng.random, s, "f4"), "f4") for n, s in shapes.items()}
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config.to_dict()))
         files.write(folder / part / "diffusion_pytorch_model.safetensors", tensors)
-        sizes.append(sum(t.nbytes for t in tensors.values()))
+        sizes.append(4 * sum(math.prod(shape) for shape in shapes.values()))
         index[part] = ["diffusers", name]
     (folder / "model_index.json").write_text(json.dumps(index))
     return max(sizes)
