@@ -1,0 +1,53 @@
+"""Configurations: what would change a result and is not supported is an error that names the field."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kandinsky_jax import ConfigError
+from kandinsky_jax.models import NETWORKS
+from tests.conftest import TINY
+
+
+def tiny_config(cls: type) -> dict:
+    """The small model's `config.json` of a network."""
+    for path in TINY.glob("*/*/config.json"):
+        config = json.loads(path.read_text())
+        if cls.__name__ in (config.get("_class_name"), *config.get("architectures", [])):
+            return config
+    raise AssertionError(cls)
+
+
+FIXED = [(cls, field) for cls in NETWORKS.values() for field in cls.CONFIG.FIXED]
+
+
+@pytest.mark.parametrize(("cls", "field"), FIXED, ids=[f"{cls.__name__}-{field}" for cls, field in FIXED])
+def test_unsupported_value_is_an_error_that_names_the_field(cls, field: str):
+    raw = tiny_config(cls)
+    for allowed in cls.CONFIG.FIXED[field]:
+        assert cls.CONFIG.from_dict(raw | {field: allowed}) == cls.CONFIG.from_dict(raw)
+    for other in ("something else", 7, ["a"], {"a": 1}):
+        with pytest.raises(
+            ConfigError, match=rf"^FILE describes a {cls.__name__} .*: {field}=.* is not supported, only"
+        ):
+            cls.CONFIG.from_dict(raw | {field: other}, "FILE")
+
+
+def test_every_network_with_fixed_fields_is_checked():
+    assert {cls.__name__ for cls, _ in FIXED} == {"PriorTransformer", "UNet2DConditionModel", "VQModel"}
+
+
+@pytest.mark.parametrize("cls", NETWORKS.values(), ids=NETWORKS)
+def test_configs(cls):
+    raw = tiny_config(cls)
+    config = cls.CONFIG.from_dict(raw)
+    ignored = dict.fromkeys(cls.CONFIG.IGNORED, "anything") | {"_name_or_path": "somewhere"}
+    assert cls.CONFIG.from_dict(raw | ignored) == config
+    assert cls.CONFIG.from_dict(config.to_dict()) == config
+    wrong = dict.fromkeys(cls.CONFIG.FIXED, "something else") | {"new_field": 1, "newer_field": 2}
+    with pytest.raises(ConfigError) as raised:
+        cls.CONFIG.from_dict(raw | wrong)
+    for field in wrong:
+        assert f"{field}=" in str(raised.value)
