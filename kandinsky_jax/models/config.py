@@ -69,3 +69,14 @@ class NetworkConfig:
         fixed = {name: values[0] for name, values in self.FIXED.items()}
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in (fixed | own).items()}
         return {"_class_name": self.CLASS_NAME, **listed} if self.CLASS_NAME else listed
+
+
+def block_faults(config: Any) -> list[str]:
+    """What is wrong with a configuration's down_block_types, up_block_types (`DOWN`, `UP` name the known ones) and
+    block_out_channels."""
+    faults = []
+    for field, allowed in (("down_block_types", config.DOWN), ("up_block_types", config.UP)):
+        faults += [f"{field} has {n!r}, supported: {allowed}" for n in getattr(config, field) if n not in allowed]
+    if not len(config.down_block_types) == len(config.up_block_types) == len(config.block_out_channels):
+        faults.append("down_block_types, up_block_types and block_out_channels differ in length")
+    return faults

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kandinsky_jax.models.config import ConfigError, NetworkConfig
+from kandinsky_jax.models.config import ConfigError, NetworkConfig, block_faults
 from kandinsky_jax.models.layers import GroupNorm, Rngs, attend, conv, dtype_of, embed, linear, upsample_nearest
 
 EPS = 1e-6
@@ -50,12 +50,7 @@ class MoVQConfig(NetworkConfig):
     scaling_factor: float = 0.18215
 
     def __post_init__(self) -> None:
-        faults = []
-        for field, allowed in (("down_block_types", self.DOWN), ("up_block_types", self.UP)):
-            faults += [f"{field} has {n!r}, supported: {allowed}" for n in getattr(self, field) if n not in allowed]
-        if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
-            faults.append("down_block_types, up_block_types and block_out_channels differ in length")
-        if faults:
+        if faults := block_faults(self):
             raise ConfigError("; ".join(faults))
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from kandinsky_jax.models.config import ConfigError, NetworkConfig
+from kandinsky_jax.models.config import ConfigError, NetworkConfig, block_faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +75,7 @@ class UNetConfig(NetworkConfig):
     addition_embed_type: str = "image"
 
     def __post_init__(self) -> None:
-        faults = []
-        for field, allowed in (("down_block_types", self.DOWN), ("up_block_types", self.UP)):
-            faults += [f"{field} has {n!r}, supported: {allowed}" for n in getattr(self, field) if n not in allowed]
-        if not len(self.down_block_types) == len(self.up_block_types) == len(self.block_out_channels):
-            faults.append("down_block_types, up_block_types and block_out_channels differ in length")
+        faults = block_faults(self)
         if self.addition_embed_type not in ("image", "image_hint"):
             faults.append(f"addition_embed_type={self.addition_embed_type!r} is not supported, only image, image_hint")
         for field in ("layers_per_block", "cross_attention_dim", "attention_head_dim"):
