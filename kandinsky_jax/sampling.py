@@ -202,12 +202,12 @@ def sample(
             denoise(network, params, condition, table, state, noise, guidance, np.int32(done), np.int32(hi))
             for condition, state, noise in zip(conditions(), states, noises, strict=True)
         ]
+        jax.block_until_ready(states)  # so that `after` tells of work that is done
         done = hi
         if after is not None:
             changed = after(done, [_sample_of(state) for state in states])
             if changed is not None:
                 states = [_with_sample(state, x) for state, x in zip(states, changed, strict=True)]
-        jax.block_until_ready(states)
         if not every_step and time.perf_counter() - began < SLICE_SECONDS:
             size = min(2 * size, source.chunk or len(schedule))
     return [_sample_of(state) for state in states]

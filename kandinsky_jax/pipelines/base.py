@@ -181,7 +181,6 @@ class Pipeline:
         with tqdm(**({"total": len(schedule), "desc": self.STAGE} | self._progress_bar_config)) as bar:
 
             def after(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
-                jax.block_until_ready(samples)
                 bar.update(done - bar.n)
                 return call_back(done, samples) if callback is not None else None
 

@@ -20,10 +20,9 @@ from kandinsky_jax.models import (
     VQModel,
 )
 from kandinsky_jax.noise import Generator
-from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
 from kandinsky_jax.pipelines.prior import KandinskyV22PriorPipeline
-from kandinsky_jax.pipelines.text2img import OUTPUT_TYPES, DecoderPipeline, KandinskyV22Pipeline
+from kandinsky_jax.pipelines.text2img import DecoderPipeline, KandinskyV22Pipeline
 from kandinsky_jax.schedulers import Scheduler
 
 if TYPE_CHECKING:
@@ -168,13 +167,15 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
             prior_callback_on_step_end, callback_on_step_end and their ..._tensor_inputs: of each stage.
         """
         # The decoder's arguments are checked before the prior draws its first number.
-        checks.side(height, "height"), checks.side(width, "width")
-        checks.choice(output_type, "output_type", OUTPUT_TYPES)
-        checks.guidance(guidance_scale)
-        checks.callback(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, self.decoder_pipe._callback_tensor_inputs
+        self.decoder_pipe._check(
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )
-        self.decoder_pipe._schedule(num_inference_steps)
         image_embeds, negative_image_embeds = self.prior_pipe(
             prompt,
             negative_prompt=negative_prompt,

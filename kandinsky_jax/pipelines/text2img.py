@@ -6,7 +6,7 @@ Reference: diffusers' KandinskyV22Pipeline.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,16 @@ from kandinsky_jax.schedulers import Schedule, Scheduler
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
+class Order(NamedTuple):
+    """A decoder's arguments after their checks."""
+
+    h: int  # latents
+    w: int
+    schedule: Schedule
+    scale: float
+    callback_inputs: tuple[str, ...]
+
+
 class DecoderPipeline(Pipeline):
     """What every decoder shares: embeddings in, latents through the loop, pictures out."""
 
@@ -32,6 +42,24 @@ class DecoderPipeline(Pipeline):
     unet: UNet2DConditionModel
     scheduler: Scheduler
     movq: VQModel
+    _callback_tensor_inputs: tuple[str, ...]
+
+    def _check(
+        self,
+        height: Any,
+        width: Any,
+        num_inference_steps: Any,
+        guidance_scale: Any,
+        output_type: Any,
+        callback: Any,
+        callback_inputs: Any,
+    ) -> Order:
+        """What can be said against a call before there are embeddings for it."""
+        h = self._latent_side(checks.side(height, "height"))
+        w = self._latent_side(checks.side(width, "width"))
+        checks.choice(output_type, "output_type", OUTPUT_TYPES)
+        inputs = checks.callback(callback, callback_inputs, self._callback_tensor_inputs)
+        return Order(h, w, self._schedule(num_inference_steps), checks.guidance(guidance_scale), inputs)
 
     def _latent_side(self, pixels: int) -> int:
         """Latents along a side of so many pixels; rounded up, so that the UNet can halve it often enough."""
@@ -124,16 +152,19 @@ class KandinskyV22Pipeline(DecoderPipeline):
             callback_on_step_end: `(pipe, step, timestep, tensors) -> tensors` after each step, on NumPy arrays.
             callback_on_step_end_tensor_inputs: which tensors: latents, image_embeds, negative_image_embeds.
         """
-        height, width = checks.side(height, "height"), checks.side(width, "width")
+        h, w, schedule, scale, inputs = self._check(
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
-        checks.choice(output_type, "output_type", OUTPUT_TYPES)
-        inputs = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        scale = checks.guidance(guidance_scale)
         tensors = self._embeds(image_embeds, negative_image_embeds, repeats, scale)
-        schedule = self._schedule(num_inference_steps)
         batch = len(tensors["negative_image_embeds"])
         channels = self.movq.config.latent_channels
-        h, w = self._latent_side(height), self._latent_side(width)
         first = checks.latents(latents, (batch, channels, h, w))
         source = noise_source(generator, batch, DECODER)
 
