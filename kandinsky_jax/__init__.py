@@ -11,15 +11,30 @@ from kandinsky_jax.models import (
 )
 from kandinsky_jax.noise import TorchGenerator
 from kandinsky_jax.pipelines import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
     ImagePipelineOutput,
     KandinskyPriorPipelineOutput,
     KandinskyV22CombinedPipeline,
+    KandinskyV22ControlnetCombinedPipeline,
+    KandinskyV22ControlnetImg2ImgCombinedPipeline,
+    KandinskyV22ControlnetImg2ImgPipeline,
+    KandinskyV22ControlnetPipeline,
+    KandinskyV22Img2ImgCombinedPipeline,
+    KandinskyV22Img2ImgPipeline,
+    KandinskyV22InpaintCombinedPipeline,
+    KandinskyV22InpaintPipeline,
     KandinskyV22Pipeline,
+    KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
 )
 from kandinsky_jax.schedulers import DDIMScheduler, DDPMScheduler, SchedulerError, UnCLIPScheduler
 
 __all__ = [
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
     "CLIPTextModelWithProjection",
     "CLIPVisionModelWithProjection",
     "CheckpointError",
@@ -29,7 +44,16 @@ __all__ = [
     "ImagePipelineOutput",
     "KandinskyPriorPipelineOutput",
     "KandinskyV22CombinedPipeline",
+    "KandinskyV22ControlnetCombinedPipeline",
+    "KandinskyV22ControlnetImg2ImgCombinedPipeline",
+    "KandinskyV22ControlnetImg2ImgPipeline",
+    "KandinskyV22ControlnetPipeline",
+    "KandinskyV22Img2ImgCombinedPipeline",
+    "KandinskyV22Img2ImgPipeline",
+    "KandinskyV22InpaintCombinedPipeline",
+    "KandinskyV22InpaintPipeline",
     "KandinskyV22Pipeline",
+    "KandinskyV22PriorEmb2EmbPipeline",
     "KandinskyV22PriorPipeline",
     "PriorTransformer",
     "SchedulerError",

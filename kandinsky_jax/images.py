@@ -1,18 +1,201 @@
-"""Pictures <-> arrays, on the host. The one place that reads and makes pictures."""
+"""Pictures <-> arrays, on the host. The one place that reads and makes pictures.
+
+A picture that a user gives is a PIL picture of any mode (turned upright by its EXIF), the path of a file, or an array:
+`[H, W]`, `[H, W, C]` or `[C, H, W]`, uint8 in 0..255 or float in 0..1, NumPy or JAX. Several come as a list, or stacked
+along a first axis. PIL pictures and files are resized to what is drawn; arrays have to fit.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 OutputType = Literal["pil", "np", "pt", "latent"]
+
+# Pictures in ------------------------------------------------------------------------------------------------------
+
+
+def read(value: Image.Image | str | os.PathLike[str], name: str = "image") -> Image.Image:
+    """A picture, or the one in a file, decoded and upright.
+
+    Raises:
+        ValueError: where it cannot be read, or has more pixels than Pillow holds to be safe.
+    """
+    what = value if isinstance(value, Image.Image) else os.fspath(value)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(value, Image.Image):
+                value.load()
+                return ImageOps.exif_transpose(value)
+            with Image.open(value) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: {what} is too large to be opened safely: {error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{name}: there is no file {what}") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(f"{name}: {what} cannot be read as a picture: {error}") from None
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB; transparency is dropped, as `convert` does."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray((_unit(np.asarray(image), "image") * 255).round().astype(np.uint8))
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns about a transparent palette
+    return image.convert("RGB")
+
+
+def pictures(value: Any, name: str, height: int, width: int) -> np.ndarray:
+    """Pictures as MoVQ encodes them, float32 `[N, height, width, 3]` in -1..1.
+
+    PIL pictures and files are resized (bicubic), arrays have to fit.
+    """
+    found = []
+    for item in _items(value, name, (3, 4, 1)):
+        if isinstance(item, Image.Image):
+            resized = rgb(item).resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)
+            pixels = np.asarray(resized, np.float32) / 127.5 - 1
+        else:
+            pixels = _unit(_fitting(item, name, height, width), name) * 2 - 1
+        found.append(np.broadcast_to(pixels[..., :3], (height, width, 3)))
+    return np.stack(found).astype(np.float32)
+
+
+def masks(value: Any, name: str, height: int, width: int) -> np.ndarray:
+    """Masks, bool `[N, height, width]`, true where the picture is to be repainted: where it is white, 1 or true.
+
+    PIL masks and files are resized (Lanczos), arrays have to fit; from the middle of the range on it is white.
+    """
+    found = []
+    for item in _items(value, name, (1,)):
+        if isinstance(item, Image.Image):
+            mask = item if item.mode in ("1", "L", "RGB") else rgb(item)
+            mask = mask.resize((width, height), Image.Resampling.LANCZOS).convert("L")
+            found.append(np.asarray(mask) >= 128)
+        else:
+            plane = _fitting(item, name, height, width)[..., 0]
+            binary = plane.dtype.kind in "iu" and plane.max() <= 1  # whole numbers may be levels, or 0 and 1
+            found.append(_unit(plane.astype(bool) if binary and plane.min() >= 0 else plane, name) >= 0.5)
+    return np.stack(found)
+
+
+def hints(value: Any, name: str, height: int, width: int) -> np.ndarray:
+    """Depth hints, float32 `[N, height, width, 3]` in 0..1, near bright.
+
+    Ready ones are RGB pictures and arrays of three channels, which are taken as they are. A depth map is a picture of
+    one channel or an array `[H, W]`, of any size: 8-bit ones are levels of 0..255, as depth estimators make them;
+    16-bit and float ones, which have no range of their own, are stretched from their least to their largest value.
+    """
+    found = []
+    for item in _items(value, name, (3, 1)):
+        if isinstance(item, Image.Image) and item.mode in ("1", "L", "LA", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"):
+            plane = np.asarray(item.convert("L") if item.mode in ("1", "LA") else item)
+        elif isinstance(item, Image.Image):
+            resized = rgb(item).resize((width, height), Image.Resampling.BILINEAR)
+            found.append(np.asarray(resized, np.float32) / 255)
+            continue
+        elif item.shape[-1] == 1:
+            plane = item[..., 0]
+        else:
+            found.append(_unit(_fitting(item, name, height, width), name))
+            continue
+        depth = Image.fromarray(_depth(plane, name)).resize((width, height), Image.Resampling.BILINEAR)
+        found.append(np.repeat(np.asarray(depth)[..., None], 3, axis=-1))
+    return np.stack(found).clip(0, 1)
+
+
+def _depth(plane: np.ndarray, name: str) -> np.ndarray:
+    """A depth map `[H, W]` as float32 in 0..1."""
+    if plane.dtype == np.uint8:
+        return plane.astype(np.float32) / 255
+    plane = plane.astype(np.float32)
+    if not np.isfinite(plane).all():
+        raise ValueError(f"{name} has numbers that are not finite; fill the holes of a depth map first")
+    low, high = plane.min(), plane.max()
+    return (plane - low) / (high - low if high > low else 1)
+
+
+def _items(value: Any, name: str, channels: tuple[int, ...]) -> Iterator[Any]:
+    """The pictures that a user gave, one by one: PIL pictures, or arrays `[H, W, C]` with C one of `channels`."""
+    if isinstance(value, Image.Image | str | os.PathLike):
+        yield read(value, name)
+    elif isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"{name} is an empty list; give one picture or more")
+        for i, item in enumerate(value):
+            yield from _items(item, f"{name}[{i}]", channels)
+    elif hasattr(value, "__array__"):
+        yield from _nhwc(np.asarray(value), name, channels)
+    else:
+        raise TypeError(
+            f"{name} must be a PIL picture, the path of a file, an array or a list of such, got {type(value).__name__}"
+        )
+
+
+def _nhwc(array: np.ndarray, name: str, channels: tuple[int, ...]) -> np.ndarray:
+    """An array of one or more pictures in any order of axes as `[N, H, W, C]`."""
+    shape = array.shape
+    if array.dtype.kind not in "biufV" or array.dtype.fields is not None:  # V: bfloat16 and its kin
+        raise TypeError(f"{name} must be an array of numbers, has dtype {array.dtype}")
+    if array.ndim in (3, 4) and shape[-1] not in channels and shape[-3] in channels:
+        array = np.moveaxis(array, -3, -1)  # [C, H, W] or [N, C, H, W]
+    elif 1 in channels and (array.ndim == 2 or (array.ndim == 3 and shape[-1] not in channels)):
+        array = array[..., None]  # [H, W] or [N, H, W]
+    array = array[None] if array.ndim == 3 else array
+    if array.ndim != 4 or array.shape[-1] not in channels or array.size == 0:
+        wanted = " or ".join(map(str, sorted(channels)))
+        raise ValueError(f"{name} has shape {shape}, needed is [H, W, C] or a stack of such, with {wanted} channels")
+    return array
+
+
+def _fitting(array: np.ndarray, name: str, height: int, width: int) -> np.ndarray:
+    """The array `[H, W, C]` itself, if it has the size that is drawn."""
+    if array.shape[:2] != (height, width):
+        raise ValueError(
+            f"{name} has {array.shape[0]}x{array.shape[1]} pixels (height x width), needed is {height}x{width}, the "
+            "size that is drawn; resize the array, or give a PIL picture, which is resized for you"
+        )
+    return array
+
+
+def _unit(array: np.ndarray, name: str) -> np.ndarray:
+    """An array of levels 0..255 (whole numbers) or of 0..1 (floats, booleans) as float32 in 0..1."""
+    whole = array.dtype.kind in "iu"
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} has numbers that are not finite")
+    top = 255 if whole else 1
+    if array.min() < 0 or array.max() > top:
+        raise ValueError(
+            f"{name} has values from {array.min():g} to {array.max():g}, needed are "
+            + ("whole numbers of 0 to 255" if whole else "floats of 0 to 1 (x / 2 + 0.5 for -1 to 1)")
+        )
+    return array / np.float32(top)
+
+
+def fitting_size(image: Image.Image, native: int) -> tuple[int, int]:
+    """(height, width) for drawing after a picture: its proportions, about native x native pixels, multiples of 64."""
+    scale = native / math.sqrt(image.width * image.height)
+    height, width = (max(64, round(side * scale / 64) * 64) for side in (image.height, image.width))
+    return height, width
+
+
+# Pictures out -----------------------------------------------------------------------------------------------------
 
 
 def from_network(pixels: np.ndarray) -> np.ndarray:
@@ -62,6 +245,21 @@ def write(path: Path, picture: Image.Image, about: dict[str, Any] | None = None)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+# CLIP's own way in ------------------------------------------------------------------------------------------------
+
+
+def embeddable(value: Any, name: str) -> list[Image.Image]:
+    """Pictures for `CLIPImageProcessor`, which resizes and crops by itself."""
+    found = []
+    for item in _items(value, name, (3, 4, 1)):
+        if isinstance(item, Image.Image):
+            found.append(item)
+        else:
+            levels = (_unit(item, name) * 255).round().astype(np.uint8)
+            found.append(Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels))
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,8 +318,8 @@ class CLIPImageProcessor:
         (Path(folder) / self.FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """A picture of any size -> float32 `[1, crop, crop, 3]`."""
-        image = image.convert("RGB")
+        """A picture of any size and mode -> float32 `[1, crop, crop, 3]`."""
+        image = rgb(read(image))
         scale = self.size / min(image.size)
         width, height = (self.size if side == min(image.size) else int(side * scale) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)

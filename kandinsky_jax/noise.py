@@ -126,6 +126,9 @@ class KeySource:
         """The noise of the steps first .. first + count - 1, for each lane."""
         return self._lanes(lanes)
 
+    def skip(self, draws: int, shape: tuple[int, ...]) -> None:
+        """Go on as if so many draws had been made: keys do not notice."""
+
     def _lanes(self, lanes: int) -> list[KeyNoise]:
         return [KeyNoise(_lane_keys(self._keys, self._use, lane)) for lane in range(lanes)]
 
@@ -170,6 +173,11 @@ class TorchSource:
             if drawn[first + i]:
                 values[:, i] = self._draw(shape, lanes)
         return [GivenNoise(jnp.asarray(lane), jnp.asarray(first, jnp.int32)) for lane in values]
+
+    def skip(self, draws: int, shape: tuple[int, ...]) -> None:
+        """Go on as if so many draws of `shape` had been made."""
+        for _ in range(draws):
+            self._draw(shape, 1)
 
     def _draw(self, shape: tuple[int, ...], lanes: int) -> np.ndarray:
         images, *rest = shape

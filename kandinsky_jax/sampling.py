@@ -4,6 +4,8 @@ A network reaches the loop as a `Network` (its structure, hashable) and its para
 things of it: `module.condition(...)` once, and `module(sample, timestep, condition)` at every evaluation. It knows
 tables, not schedulers (see `kandinsky_jax.schedulers.table`), and its bounds are arguments of the compiled program:
 one program per network, shape and guidance on or off serves every prompt, seed, number of steps and scheduler.
+
+What a mode adds stays outside: its first latents, its further input channels (in the condition), its `Blend`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,11 +122,32 @@ def guided(output: jax.Array, channels: int, scale: jax.Array | None) -> tuple[j
     return prediction, variance if variance.shape[-1] else jnp.zeros_like(prediction)
 
 
+class Blend(NamedTuple):
+    """Holds a part of the sample to a known picture (inpainting), as noisy as the sample is after each row."""
+
+    picture: jax.Array  # [B, h, w, C]
+    noise: jax.Array  # [B, h, w, C], the same at every row
+    keep: jax.Array  # [B, h, w, 1], 1 where the picture is held
+    levels: jax.Array  # [ROWS, 2] how much picture and how much noise there is after each row
+
+    def __call__(self, row: jax.Array, sample: jax.Array) -> jax.Array:
+        """The sample `[B, h, w, C]` after a row, with its known part put back."""
+        signal, sigma = self.levels[row]
+        return self.keep * (signal * self.picture + sigma * self.noise) + (1 - self.keep) * sample
+
+
+class Lane(NamedTuple):
+    """What one batch is denoised under."""
+
+    condition: Any  # for `module(sample, timestep, condition)`
+    blend: Blend | None = None
+
+
 @partial(jax.jit, static_argnames="network", donate_argnames="state")
 def denoise(
     network: Network,
     params: Params,
-    condition: Any,
+    lane: Lane,
     table: Table,
     state: jax.Array,
     noise: Noise,
@@ -136,7 +159,8 @@ def denoise(
 
     Args:
         network, params: what predicts; `module(sample, timestep, condition)`.
-        condition: of `2B` rows, the unconditional ones first, where `scale` is given; of B rows where it is None.
+        lane: its condition is of `2B` rows, the unconditional ones first, where `scale` is given; of B rows where it is
+            None.
         table: float32, `[ROWS, ...]`.
         state: float32 `[SLOTS, B, ...]`; donated.
         noise: one of `kandinsky_jax.noise`.
@@ -152,9 +176,10 @@ def denoise(
             row = jax.tree.map(lambda column: column[i], table)
             sample = state[0] * row.input_scale
             rows = sample if scale is None else jnp.concatenate([sample, sample])
-            output = module(rows, jnp.broadcast_to(row.timestep, rows.shape[:1]), condition)
+            output = module(rows, jnp.broadcast_to(row.timestep, rows.shape[:1]), lane.condition)
             prediction, variance = guided(output, sample.shape[-1], scale)
-            return step(row, state, prediction, variance, noise(i, sample.shape))
+            state = step(row, state, prediction, variance, noise(i, sample.shape))
+            return state if lane.blend is None else state.at[0].set(lane.blend(i, state[0]))
 
         return jax.lax.fori_loop(lo, hi, body, state)
 
@@ -168,7 +193,7 @@ AfterSlice = Callable[[int, list[jax.Array]], list[jax.Array] | None]
 def sample(
     network: Network,
     params: Params,
-    conditions: Callable[[], Sequence[Any]],
+    lanes: Callable[[], Sequence[Lane]],
     schedule: Schedule,
     latents: Sequence[jax.Array],
     source: Source,
@@ -180,7 +205,7 @@ def sample(
     """Run a whole schedule over one or more lanes, batches of the same shape that share one compiled program.
 
     Args:
-        conditions: gives each lane's condition; asked again after every slice, so that `after` can change it.
+        lanes: gives the lanes; asked again before every slice, so that `after` can change them.
         latents: each lane's first sample, float32 `[B, ...]`, already scaled.
         source: the noise.
         scale: of guidance, None for none.
@@ -199,8 +224,8 @@ def sample(
         hi = min(done + size, len(schedule))
         noises = source.steps(done, hi - done, schedule.draws_noise, shape, len(states))
         states = [
-            denoise(network, params, condition, table, state, noise, guidance, np.int32(done), np.int32(hi))
-            for condition, state, noise in zip(conditions(), states, noises, strict=True)
+            denoise(network, params, lane, table, state, noise, guidance, np.int32(done), np.int32(hi))
+            for lane, state, noise in zip(lanes(), states, noises, strict=True)
         ]
         jax.block_until_ready(states)  # so that `after` tells of work that is done
         done = hi

@@ -4,7 +4,7 @@ Reference: diffusers' UNet2DConditionModel as Kandinsky 2.2 configures it (embed
 simple cross-attention blocks, scale-shift ResNet blocks that also do the down- and upsampling).
 
 `condition` does everything that depends on the condition alone (image tokens, their keys and values in every
-attention, the embedding added to the time embedding, the hint's latent channels); `__call__` is one evaluation.
+attention, the embedding added to the time embedding, further input channels); `__call__` is one evaluation.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class UNetCondition(NamedTuple):
 
     embedding: jax.Array  # added to the time embedding, [B, time_dim]
     added_kv: list[KeyValue]  # per attention in order of execution, [B, 32, heads, head_dim]
-    hint: jax.Array | None  # further input channels, [B, h, w, 4]
+    channels: jax.Array | None  # further input channels: the hint's latents, or an inpainting picture; [B, h, w, c]
 
 
 class UNet2DConditionModel(nnx.Module):
@@ -121,29 +121,37 @@ class UNet2DConditionModel(nnx.Module):
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             yield from block.attentions
 
-    def condition(self, image_embeds: jax.Array, hint: jax.Array | None = None) -> UNetCondition:
+    def condition(
+        self, image_embeds: jax.Array, hint: jax.Array | None = None, channels: jax.Array | None = None
+    ) -> UNetCondition:
         """Do the work that depends on the condition alone.
 
         Args:
             image_embeds: CLIP image embeddings, `[B, encoder_hid_dim]`.
-            hint: for an "image_hint" UNet, `[B, H, W, 3]` in 0..1, H and W eight times the latents' sides.
+            hint: for an "image_hint" UNet, `[b, H, W, 3]` in 0..1, H and W eight times the latents' sides.
+            channels: for an inpainting UNet, the kept part's latents and the mask (1: kept), `[b, h, w, 5]`.
+
+        b is B, or half of it where guidance has doubled the embeddings.
         """
         dtype = dtype_of(self)
         image_embeds = image_embeds.astype(dtype)
         tokens = self.encoder_hid_proj(image_embeds)
-        latents = None if hint is None else self.add_embedding.encode_hint(hint.astype(dtype))
+        if hint is not None:
+            channels = self.add_embedding.encode_hint(hint.astype(dtype))
+        if channels is not None:
+            channels = jnp.tile(channels.astype(dtype), (len(image_embeds) // len(channels), 1, 1, 1))  # [B, h, w, c]
         return UNetCondition(
             embedding=self.add_embedding(image_embeds),
             added_kv=[attention.added_kv(tokens) for attention in self._attentions()],
-            hint=latents,
+            channels=channels,
         )
 
     def __call__(self, sample: jax.Array, timestep: jax.Array, condition: UNetCondition) -> jax.Array:
         """One evaluation.
 
         Args:
-            sample: noisy latents (and further channels of an inpainting UNet), `[B, h, w, in_channels]` (less the 4
-                of the hint), h and w multiples of 2 ** (number of downsamplings).
+            sample: noisy latents, `[B, h, w, in_channels]` less the condition's further channels; h and w multiples of
+                2 ** (number of downsamplings).
             timestep: `[B]`, 0 .. num_train_timesteps - 1.
             condition: of the same batch, from `condition`.
         Returns:
@@ -153,8 +161,8 @@ class UNet2DConditionModel(nnx.Module):
         time = timestep_embedding(timestep, self.config.block_out_channels[0]).astype(dtype)
         temb = jax.nn.silu(self.time_embedding(time) + condition.embedding)  # [B, time_dim]; every block starts so
         x = sample.astype(dtype)
-        if condition.hint is not None:
-            x = jnp.concatenate([x, condition.hint], axis=-1)
+        if condition.channels is not None:
+            x = jnp.concatenate([x, condition.channels], axis=-1)
         x = self.conv_in(x)
         added = iter(condition.added_kv)
         skips = [x]

@@ -1,15 +1,45 @@
 """What a user calls: one class per mode, named as in diffusers."""
 
+from kandinsky_jax.pipelines.auto import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+)
 from kandinsky_jax.pipelines.base import ImagePipelineOutput, Pipeline
-from kandinsky_jax.pipelines.combined import KandinskyV22CombinedPipeline
-from kandinsky_jax.pipelines.prior import KandinskyPriorPipelineOutput, KandinskyV22PriorPipeline
+from kandinsky_jax.pipelines.combined import (
+    CombinedPipeline,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22ControlnetCombinedPipeline,
+    KandinskyV22ControlnetImg2ImgCombinedPipeline,
+    KandinskyV22Img2ImgCombinedPipeline,
+    KandinskyV22InpaintCombinedPipeline,
+)
+from kandinsky_jax.pipelines.controlnet import KandinskyV22ControlnetImg2ImgPipeline, KandinskyV22ControlnetPipeline
+from kandinsky_jax.pipelines.emb2emb import KandinskyV22PriorEmb2EmbPipeline
+from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
+from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
+from kandinsky_jax.pipelines.prior import KandinskyPriorPipelineOutput
+from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
 
 __all__ = [
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
+    "CombinedPipeline",
     "ImagePipelineOutput",
     "KandinskyPriorPipelineOutput",
     "KandinskyV22CombinedPipeline",
+    "KandinskyV22ControlnetCombinedPipeline",
+    "KandinskyV22ControlnetImg2ImgCombinedPipeline",
+    "KandinskyV22ControlnetImg2ImgPipeline",
+    "KandinskyV22ControlnetPipeline",
+    "KandinskyV22Img2ImgCombinedPipeline",
+    "KandinskyV22Img2ImgPipeline",
+    "KandinskyV22InpaintCombinedPipeline",
+    "KandinskyV22InpaintPipeline",
     "KandinskyV22Pipeline",
+    "KandinskyV22PriorEmb2EmbPipeline",
     "KandinskyV22PriorPipeline",
     "Pipeline",
 ]

@@ -27,7 +27,7 @@ from kandinsky_jax.checkpoint import (
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.noise import Source
-from kandinsky_jax.sampling import Network, sample
+from kandinsky_jax.sampling import Lane, Network, sample
 from kandinsky_jax.schedulers import SCHEDULERS, Schedule, Scheduler, scheduler_from_config
 from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
 
@@ -47,7 +47,7 @@ class Pipeline:
     """
 
     REPOSITORY: ClassVar[str]  # the official repository, and the subfolder of a family
-    ACCEPTS: ClassVar[frozenset[str]]  # classes that a model_index.json may name for this pipeline
+    PREFIX: ClassVar[str] = ""  # of its components' names within a combined pipeline
     STAGE: ClassVar[str] = ""  # what the progress bar says
 
     def _register(self, **components: Any) -> None:
@@ -62,8 +62,36 @@ class Pipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The components by the names that the constructor takes: `OtherPipeline(**pipe.components)` shares them."""
+        """The components by the names that the constructor takes."""
         return {name: getattr(self, name) for name in self._component_names}
+
+    @classmethod
+    def from_pipe(cls, *pipes: Pipeline, **components: Any) -> Self:
+        """Another pipeline of the same components: nothing is loaded, no array is copied.
+
+        Args:
+            pipes: one or more, such as a decoder and a prior for a combined pipeline; where two have a component of the
+                same name, the last one's counts.
+            components: by the constructor's names; they count before the pipes'.
+        Raises:
+            TypeError: where a component is missing or has no place here.
+            CheckpointError: where the unet is one for another mode.
+        """
+        names = _parameters(cls)
+        if unknown := components.keys() - set(names):
+            raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
+        found = {pipe.PREFIX + name: part for pipe in pipes for name, part in pipe.components.items()}
+        ready = {name: found[cls.PREFIX + name] for name in names if cls.PREFIX + name in found} | components
+        if missing := [name for name in names if name not in ready]:
+            given = " and ".join(type(pipe).__name__ for pipe in pipes) or "nothing"
+            raise TypeError(
+                f"{cls.__name__} needs {', '.join(missing)}, which {given} does not have; name them, or give another "
+                f"pipeline that has them: {cls.__name__}.from_pipe(pipe, other_pipe)"
+            )
+        new = cls(**ready)
+        if pipes:
+            new.set_progress_bar_config(**pipes[0]._progress_bar_config)
+        return new
 
     # Loading and saving -------------------------------------------------------------------------------------------
 
@@ -144,7 +172,7 @@ class Pipeline:
     def _denoise(
         self,
         module: nnx.Module,
-        condition: Callable[[Network, Any, Mapping[str, Any]], Sequence[Any]],
+        lanes_of: Callable[[Network, Any, Mapping[str, Any]], Sequence[Lane]],
         tensors: dict[str, Any],
         schedule: Schedule,
         latents: Sequence[jax.Array],
@@ -156,16 +184,16 @@ class Pipeline:
         """Run the loop under a progress bar, with the user's callback after each step.
 
         Args:
-            condition: (network, parameters, tensors) -> each lane's condition.
+            lanes_of: (network, parameters, tensors) -> the lanes.
             tensors: what a callback may see and change besides the latents, by diffusers' names.
             latents: each lane's first sample.
         """
         network, params = Network.split(module)
-        conditions = condition(network, params, tensors)
+        lanes = lanes_of(network, params, tensors)
         self._guidance_scale, self._num_timesteps = guidance_scale, len(schedule)
 
         def call_back(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
-            nonlocal conditions
+            nonlocal lanes
             seen = tensors | {"latents": _join(samples)}
             given = {name: seen[name] for name in callback_inputs}
             assert callback is not None
@@ -175,7 +203,7 @@ class Pipeline:
             changed = {k: v for k, v in returned.items() if k in seen and v is not seen[k]}
             if new := {k: v for k, v in changed.items() if k != "latents"}:
                 tensors.update(new)
-                conditions = condition(network, params, tensors)
+                lanes = lanes_of(network, params, tensors)
             return _part(changed["latents"], samples) if "latents" in changed else None
 
         with tqdm(**({"total": len(schedule), "desc": self.STAGE} | self._progress_bar_config)) as bar:
@@ -187,7 +215,7 @@ class Pipeline:
             return sample(
                 network,
                 params,
-                lambda: conditions,
+                lambda: lanes,
                 schedule,
                 latents,
                 source,
@@ -253,10 +281,10 @@ def _parameters(cls: type) -> tuple[str, ...]:
 def _check_index(cls: type[Pipeline], folder: Path, names: Sequence[str]) -> None:
     """Raise where a folder's model_index.json is not one of this pipeline."""
     found = hub.pipeline_class(folder)
-    if found not in cls.ACCEPTS:
+    if hub.kind(folder) != cls.REPOSITORY:
         raise CheckpointError(
             f"{folder} holds a {found}, which {cls.__name__} cannot use; load it with {found}, or give {cls.__name__} "
-            f"one of {', '.join(sorted(cls.ACCEPTS))}"
+            f"a {' or '.join(hub.KINDS[cls.REPOSITORY])}"
         )
     listed, faults = hub.components(folder), []
     for name in names:

@@ -62,6 +62,18 @@ def guidance(value: Any, name: str = "guidance_scale") -> float:
     return float(value)
 
 
+def strength(value: Any, steps: int) -> int:
+    """How many of a schedule's steps a strength leaves to do: the last `int(steps * strength)`."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value <= 1:
+        raise ValueError(f"strength must be a number above 0 and at most 1, got {value!r}")
+    done = int(steps * value)
+    if done < 1:
+        raise ValueError(
+            f"strength={value} of num_inference_steps={steps} leaves no step to do; needed is a product of at least 1"
+        )
+    return done
+
+
 def choice(value: Any, name: str, allowed: Sequence[str]) -> str:
     """One of a few names."""
     if value not in allowed:
@@ -77,6 +89,24 @@ def callback(function: Any, inputs: Any, allowed: Sequence[str]) -> tuple[str, .
     if unknown := [name for name in names if name not in allowed]:
         raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown}; there are {list(allowed)}")
     return names
+
+
+def old_callback(function: Any, every: Any, other: Any) -> Any:
+    """The reference's older `callback(step, timestep, latents)`, called every so many steps, as a callback of today."""
+    if function is None:
+        return other
+    if other is not None:
+        raise ValueError("give callback or callback_on_step_end, not both")
+    if not callable(function):
+        raise TypeError(f"callback must be callable, got {type(function).__name__}")
+    every = count(every, "callback_steps")
+
+    def on_step_end(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step % every == 0:
+            function(step, timestep, tensors.get("latents"))
+        return tensors
+
+    return on_step_end
 
 
 def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -104,3 +134,30 @@ def embeds(value: Any, name: str, dim: int) -> np.ndarray:
     if not np.isfinite(joined).all():
         raise ValueError(f"{name} has numbers that are not finite")
     return joined
+
+
+def mix(items: Any, weights: Any) -> tuple[list[Any], list[float]]:
+    """What is mixed, and with which weights."""
+    for value, name in ((items, "images_and_prompts"), (weights, "weights")):
+        if isinstance(value, str) or not (isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1):
+            raise TypeError(f"{name} must be a list, got {type(value).__name__}")
+    if len(items) != len(weights):
+        raise ValueError(f"images_and_prompts has {len(items)} items, weights has {len(weights)}; give one for each")
+    if not len(items):
+        raise ValueError("images_and_prompts is an empty list; give one item or more")
+    return list(items), [guidance(weight, f"weights[{i}]") for i, weight in enumerate(weights)]
+
+
+def per_picture(array: np.ndarray, name: str, prompts: int, repeats: int) -> np.ndarray:
+    """One row for every picture that is drawn: from one row for all, one per prompt, or one per picture."""
+    if len(array) == prompts * repeats:
+        return array
+    if len(array) == prompts:
+        return np.repeat(array, repeats, axis=0)
+    if len(array) == 1:
+        return np.repeat(array, prompts * repeats, axis=0)
+    wanted = sorted({1, prompts, prompts * repeats})
+    raise ValueError(
+        f"{name} has {len(array)} pictures for {prompts} prompts with num_images_per_prompt={repeats}; needed are "
+        + " or ".join(map(str, wanted))
+    )

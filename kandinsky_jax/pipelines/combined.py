@@ -1,6 +1,7 @@
-"""prompt -> picture: a prior and a decoder in one call.
+"""prompt -> picture: a prior and a decoder in one call, for every mode of the decoder.
 
-Reference: diffusers' KandinskyV22CombinedPipeline.
+Reference: diffusers' KandinskyV22CombinedPipeline, KandinskyV22Img2ImgCombinedPipeline and
+KandinskyV22InpaintCombinedPipeline. diffusers has no combined pipeline for controlnets; those here follow the others.
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ from kandinsky_jax.models import (
     VQModel,
 )
 from kandinsky_jax.noise import Generator
+from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
-from kandinsky_jax.pipelines.prior import KandinskyV22PriorPipeline
-from kandinsky_jax.pipelines.text2img import DecoderPipeline, KandinskyV22Pipeline
+from kandinsky_jax.pipelines.controlnet import (
+    KandinskyV22ControlnetImg2ImgPipeline,
+    KandinskyV22ControlnetPipeline,
+    OldCallback,
+)
+from kandinsky_jax.pipelines.decoder import DecoderPipeline
+from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
+from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
+from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
+from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
 from kandinsky_jax.schedulers import Scheduler
 
 if TYPE_CHECKING:
@@ -42,7 +52,12 @@ def _component(pipe: str, name: str) -> Any:
 
 
 class CombinedPipeline(Pipeline):
-    """What every combined pipeline shares: the prior's components under `prior_...`, the decoder's under their own."""
+    """What every combined pipeline shares: the prior's components under `prior_...`, the decoder's under their own.
+
+    Args:
+        unet, scheduler, movq, prior_prior, prior_image_encoder, prior_text_encoder, prior_tokenizer, prior_scheduler,
+        prior_image_processor: as in diffusers.
+    """
 
     DECODER: ClassVar[type[DecoderPipeline]]
 
@@ -71,7 +86,7 @@ class CombinedPipeline(Pipeline):
         prior_scheduler: Scheduler,
         prior_image_processor: CLIPImageProcessor,
     ):
-        decoder = {"unet": unet, "scheduler": scheduler, "movq": movq}
+        decoder: dict[str, Any] = {"unet": unet, "scheduler": scheduler, "movq": movq}
         prior = {
             "prior": prior_prior,
             "image_encoder": prior_image_encoder,
@@ -122,23 +137,242 @@ class CombinedPipeline(Pipeline):
         """Arguments of `tqdm` for the progress bars; `disable=True` turns them off."""
         self.prior_pipe.set_progress_bar_config(**config)
         self.decoder_pipe.set_progress_bar_config(**config)
+        self._progress_bar_config = config
+
+    def _both(
+        self,
+        prompt: Any,
+        *,
+        negative_prompt: Any,
+        num_images_per_prompt: Any,
+        prior_guidance_scale: Any,
+        prior_num_inference_steps: Any,
+        generator: Generator,
+        latents: Any,
+        prior_callback_on_step_end: Any,
+        prior_callback_on_step_end_tensor_inputs: Any,
+        callback_on_step_end: Any,
+        callback: OldCallback | None = None,
+        callback_steps: int = 1,
+        **decoder: Any,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Both stages; the decoder's arguments are checked before the prior draws its first number."""
+        order = self.decoder_pipe._order(
+            len(checks.texts(prompt, "prompt")),
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
+            **decoder,
+        )
+        image_embeds, negative_image_embeds = self.prior_pipe(
+            prompt,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=prior_num_inference_steps,
+            generator=generator,
+            latents=latents,
+            guidance_scale=prior_guidance_scale,
+            output_type="np",
+            return_dict=False,
+            callback_on_step_end=prior_callback_on_step_end,
+            callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
+        )
+        return self.decoder_pipe._draw(order, image_embeds, negative_image_embeds)
 
 
 class KandinskyV22CombinedPipeline(CombinedPipeline):
-    """Draws pictures for prompts.
-
-    Args:
-        unet, scheduler, movq, prior_prior, prior_image_encoder, prior_text_encoder, prior_tokenizer, prior_scheduler,
-        prior_image_processor: as in diffusers.
-    """
+    """Draws pictures for prompts. Components: see `CombinedPipeline`."""
 
     REPOSITORY: ClassVar[str] = hub.DECODER
-    ACCEPTS: ClassVar[frozenset[str]] = frozenset({"KandinskyV22CombinedPipeline"})
     DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22Pipeline
 
     def __call__(
         self,
         prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        height: int = 512,
+        width: int = 512,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        generator: Generator = None,
+        latents: Any = None,
+        output_type: str = "pil",
+        callback: OldCallback | None = None,
+        callback_steps: int = 1,
+        return_dict: bool = True,
+        prior_callback_on_step_end: Callback | None = None,
+        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw pictures.
+
+        Args:
+            prompt, negative_prompt, num_images_per_prompt: see `KandinskyV22PriorPipeline`.
+            num_inference_steps, guidance_scale, height, width, output_type, return_dict: see `KandinskyV22Pipeline`.
+            prior_guidance_scale, prior_num_inference_steps: the prior's own.
+            generator: one for both stages; a `TorchGenerator` goes on from the prior to the decoder.
+            latents: the prior's first noise.
+            callback, callback_steps: the reference's older kind, see `KandinskyV22ControlnetPipeline`.
+            prior_callback_on_step_end, callback_on_step_end and their ..._tensor_inputs: of each stage.
+        """
+        return self._both(
+            prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            prior_guidance_scale=prior_guidance_scale,
+            prior_num_inference_steps=prior_num_inference_steps,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback=callback,
+            callback_steps=callback_steps,
+            return_dict=return_dict,
+            prior_callback_on_step_end=prior_callback_on_step_end,
+            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+
+class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
+    """Redraws pictures after prompts. Components: see `CombinedPipeline`."""
+
+    REPOSITORY: ClassVar[str] = hub.DECODER
+    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22Img2ImgPipeline
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        strength: float = 0.3,
+        num_images_per_prompt: int = 1,
+        height: int = 512,
+        width: int = 512,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        generator: Generator = None,
+        latents: Any = None,
+        output_type: str = "pil",
+        callback: OldCallback | None = None,
+        callback_steps: int = 1,
+        return_dict: bool = True,
+        prior_callback_on_step_end: Callback | None = None,
+        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Redraw pictures.
+
+        Args:
+            image, strength: see `KandinskyV22Img2ImgPipeline`; one image for all, one per prompt, or one per picture.
+            the others: see `KandinskyV22CombinedPipeline`.
+        """
+        return self._both(
+            prompt,
+            image=image,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            strength=strength,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            prior_guidance_scale=prior_guidance_scale,
+            prior_num_inference_steps=prior_num_inference_steps,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback=callback,
+            callback_steps=callback_steps,
+            return_dict=return_dict,
+            prior_callback_on_step_end=prior_callback_on_step_end,
+            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+
+class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
+    """Repaints a part of pictures after prompts. Components: see `CombinedPipeline`."""
+
+    REPOSITORY: ClassVar[str] = hub.INPAINT
+    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22InpaintPipeline
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any,
+        mask_image: Any,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        height: int = 512,
+        width: int = 512,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        generator: Generator = None,
+        latents: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        prior_callback_on_step_end: Callback | None = None,
+        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        paste_back: bool = False,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Repaint a part of pictures.
+
+        Args:
+            image, mask_image, paste_back: see `KandinskyV22InpaintPipeline`; one for all, one per prompt, or one per
+                picture.
+            the others: see `KandinskyV22CombinedPipeline`.
+        """
+        return self._both(
+            prompt,
+            image=image,
+            mask_image=mask_image,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            prior_guidance_scale=prior_guidance_scale,
+            prior_num_inference_steps=prior_num_inference_steps,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            prior_callback_on_step_end=prior_callback_on_step_end,
+            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            paste_back=paste_back,
+        )
+
+
+class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
+    """Draws pictures for prompts, laid out as depth hints say. Components: see `CombinedPipeline`."""
+
+    REPOSITORY: ClassVar[str] = hub.CONTROLNET
+    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22ControlnetPipeline
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        hint: Any,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 100,
         guidance_scale: float = 4.0,
@@ -159,46 +393,86 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
         """Draw pictures.
 
         Args:
-            prompt, negative_prompt, num_images_per_prompt: see `KandinskyV22PriorPipeline`.
-            num_inference_steps, guidance_scale, height, width, output_type, return_dict: see `KandinskyV22Pipeline`.
-            prior_guidance_scale, prior_num_inference_steps: the prior's own.
-            generator: one for both stages; a `TorchGenerator` goes on from the prior to the decoder.
-            latents: the prior's first noise.
-            prior_callback_on_step_end, callback_on_step_end and their ..._tensor_inputs: of each stage.
+            hint: see `KandinskyV22ControlnetPipeline`; one for all, one per prompt, or one per picture.
+            the others: see `KandinskyV22CombinedPipeline`.
         """
-        # The decoder's arguments are checked before the prior draws its first number.
-        self.decoder_pipe._check(
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        image_embeds, negative_image_embeds = self.prior_pipe(
+        return self._both(
             prompt,
+            hint=hint,
             negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=prior_num_inference_steps,
-            generator=generator,
-            latents=latents,
-            guidance_scale=prior_guidance_scale,
-            output_type="np",
-            return_dict=False,
-            callback_on_step_end=prior_callback_on_step_end,
-            callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-        )
-        return self.decoder_pipe(
-            image_embeds,
-            negative_image_embeds,
-            height=height,
-            width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            prior_guidance_scale=prior_guidance_scale,
+            prior_num_inference_steps=prior_num_inference_steps,
             generator=generator,
+            latents=latents,
             output_type=output_type,
             return_dict=return_dict,
+            prior_callback_on_step_end=prior_callback_on_step_end,
+            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+
+class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
+    """Redraws pictures after prompts, laid out as depth hints say. Components: see `CombinedPipeline`."""
+
+    REPOSITORY: ClassVar[str] = hub.CONTROLNET
+    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22ControlnetImg2ImgPipeline
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any,
+        hint: Any,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        strength: float = 0.3,
+        num_images_per_prompt: int = 1,
+        height: int = 512,
+        width: int = 512,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        generator: Generator = None,
+        latents: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        prior_callback_on_step_end: Callback | None = None,
+        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Redraw pictures.
+
+        Args:
+            image, strength: see `KandinskyV22Img2ImgPipeline`.
+            hint: see `KandinskyV22ControlnetPipeline`.
+            the others: see `KandinskyV22CombinedPipeline`.
+        """
+        return self._both(
+            prompt,
+            image=image,
+            hint=hint,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            strength=strength,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            prior_guidance_scale=prior_guidance_scale,
+            prior_num_inference_steps=prior_num_inference_steps,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            prior_callback_on_step_end=prior_callback_on_step_end,
+            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )

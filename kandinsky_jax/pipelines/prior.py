@@ -1,6 +1,6 @@
 """prompt -> tokenizer -> CLIP text tower -> prior loop -> CLIP image embedding.
 
-Reference: diffusers' KandinskyV22PriorPipeline.
+Reference: diffusers' KandinskyV22PriorPipeline and KandinskyV22PriorEmb2EmbPipeline.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from kandinsky_jax import hub
+from kandinsky_jax import hub, images
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
-from kandinsky_jax.noise import PRIOR, Generator, noise_source
+from kandinsky_jax.noise import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Pipeline
-from kandinsky_jax.sampling import Network, call
-from kandinsky_jax.schedulers import Scheduler
+from kandinsky_jax.sampling import Lane, Network, call
+from kandinsky_jax.schedulers import Schedule, Scheduler
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -41,18 +42,41 @@ class Encoded(NamedTuple):
     mask: np.ndarray  # bool [B, T]
 
 
-class KandinskyV22PriorPipeline(Pipeline):
-    """Draws a CLIP image embedding for a prompt.
+class Wish(NamedTuple):
+    """A call after its checks; nothing is compiled or drawn yet."""
+
+    prompts: list[str]
+    negatives: list[str] | None
+    repeats: int
+    schedule: Schedule
+    scale: float
+    generator: Generator
+    latents: np.ndarray | None  # the user's first noise
+    image: np.ndarray | list[Image.Image] | None  # of what to start from: see `_pictures`
+    callback: Callback | None
+    callback_inputs: tuple[str, ...]
+
+    @property
+    def images(self) -> int:
+        """How many embeddings are wanted."""
+        return len(self.prompts) * self.repeats
+
+    @property
+    def lanes(self) -> int:
+        """Negative prompts are drawn beside the prompts."""
+        return 1 if self.negatives is None else 2
+
+
+class PriorPipeline(Pipeline):
+    """Base of the priors.
 
     Args:
         prior, image_encoder, text_encoder, tokenizer, scheduler, image_processor: as in diffusers.
     """
 
     REPOSITORY: ClassVar[str] = hub.PRIOR
+    PREFIX: ClassVar[str] = "prior_"
     STAGE: ClassVar[str] = "prior"
-    ACCEPTS: ClassVar[frozenset[str]] = frozenset(
-        {"KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline", "KandinskyPriorPipeline"}
-    )
     _callback_tensor_inputs = ("latents", "prompt_embeds", "text_encoder_hidden_states", "text_mask")
 
     prior: PriorTransformer
@@ -81,76 +105,179 @@ class KandinskyV22PriorPipeline(Pipeline):
         )
         self._constants: dict[str, tuple[Any, Any]] = {}
 
-    def __call__(
+    def interpolate(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
+        images_and_prompts: Sequence[Any],
+        weights: Sequence[float],
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
         generator: Generator = None,
         latents: Any = None,
+        negative_prior_prompt: str | None = None,
+        negative_prompt: str = "",
         guidance_scale: float = 4.0,
-        output_type: str = "pt",
-        return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-    ) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
-        """Draw image embeddings.
+    ) -> KandinskyPriorPipelineOutput:
+        """Mix prompts and pictures: the sum of their image embeddings, each times its weight.
 
         Args:
-            prompt: one or more, at most 77 tokens each (longer ones are cut, with a warning).
-            negative_prompt: one for each prompt, or one string for all. Its embedding comes from the prior too, and is
-                what the decoder is guided away from.
-            num_images_per_prompt: embeddings per prompt, neighbours in the result.
-            num_inference_steps: at least 2.
-            generator: see `kandinsky_jax.noise.noise_source`.
-            latents: first noise, `[B, D]`, B doubled where there is a negative prompt.
-            guidance_scale: guidance is on above 1.
-            output_type: "pt" for JAX arrays, "np" for NumPy.
-            return_dict: False for a plain tuple.
-            callback_on_step_end: `(pipe, step, timestep, tensors) -> tensors` after each step, on NumPy arrays.
-            callback_on_step_end_tensor_inputs: which tensors: latents, prompt_embeds, text_encoder_hidden_states,
-                text_mask.
+            images_and_prompts: strings are prompts; pictures are PIL pictures, `pathlib.Path`s, arrays `[H, W, 3]`
+                (see `kandinsky_jax.images`), or `[1, 3, S, S]`, which go into the vision tower as they are.
+            weights: one number for each; they are not normalised.
+            num_images_per_prompt: embeddings to draw.
+            num_inference_steps, latents, guidance_scale: of the prior, for each prompt; see `__call__`.
+            generator: a `TorchGenerator` goes on from item to item. With a seed or a key, every prompt gets the noise
+                that it would get alone.
+            negative_prior_prompt: the negative prompt for each of the prompts.
+            negative_prompt: what the decoder is guided away from; "" is the vision tower's embedding of zeros, or that
+                of `negative_prior_prompt`.
         Returns:
-            image_embeds and negative_image_embeds, float32 `[B, D]`. Without a negative prompt the latter is the vision
-            tower's embedding of zeros.
+            image_embeds and negative_image_embeds, float32 JAX arrays `[num_images_per_prompt, D]`.
         """
+        items, numbers = checks.mix(images_and_prompts, weights)
+        shared = {
+            "num_images_per_prompt": num_images_per_prompt,
+            "num_inference_steps": num_inference_steps,
+            "generator": generator,
+            "latents": latents,
+            "guidance_scale": guidance_scale,
+        }
+        negative = self._wish(negative_prompt, negative_prior_prompt, **shared)
+        parts: list[Wish | np.ndarray | list[Image.Image]] = [
+            self._wish(item, negative_prior_prompt, **shared)
+            if isinstance(item, str)
+            else self._pictures(item, f"[{i}]")
+            for i, item in enumerate(items)
+        ]
+        for i, part in enumerate(parts):
+            if not isinstance(part, Wish) and len(part) != 1:
+                raise ValueError(f"images_and_prompts[{i}] has {len(part)} pictures; give each an item and a weight")
+
+        mixed = np.zeros((negative.images, self.prior.config.embedding_dim), np.float32)
+        for part, weight in zip(parts, numbers, strict=True):
+            mixed += (self._embed(part)[0] if isinstance(part, Wish) else self._encode_pictures(part)) * np.float32(
+                weight
+            )
+        if negative_prompt == "" and negative_prior_prompt is None:
+            # The reference draws an embedding of "" here and drops it; its generator goes on nevertheless.
+            source = noise_source(generator, negative.images, PRIOR)
+            source.skip((latents is None) + int(negative.schedule.draws_noise.sum()), mixed.shape)
+            without = np.repeat(self._zero_embed(), negative.images, axis=0)
+        else:
+            without = self._embed(negative)[1 if negative_prompt == "" else 0]
+        return KandinskyPriorPipelineOutput(jnp.asarray(mixed), jnp.asarray(without))
+
+    # Before the loop ----------------------------------------------------------------------------------------------
+
+    def _wish(
+        self,
+        prompt: Any,
+        negative_prompt: Any,
+        *,
+        num_images_per_prompt: Any,
+        num_inference_steps: Any,
+        generator: Generator,
+        guidance_scale: Any,
+        latents: Any = None,
+        image: Any = None,
+        strength: Any = None,
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: Any = None,
+    ) -> Wish:
+        """Check a call."""
         prompts = checks.texts(prompt, "prompt")
-        negatives = checks.negative_texts(negative_prompt, prompts)
-        images = len(prompts) * checks.count(num_images_per_prompt, "num_images_per_prompt")
-        lanes = 1 if negatives is None else 2
-        checks.choice(output_type, "output_type", ("pt", "np"))
-        inputs = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        scale = checks.guidance(guidance_scale)
+        repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
         schedule = self.scheduler.schedule(num_inference_steps)
-        shape = (images, self.prior.config.embedding_dim)
-        first = checks.latents(latents, (lanes * images, shape[1]))
-        source = noise_source(generator, images, PRIOR)
+        wish = Wish(
+            prompts=prompts,
+            negatives=checks.negative_texts(negative_prompt, prompts),
+            repeats=repeats,
+            schedule=schedule if strength is None else schedule.last(checks.strength(strength, len(schedule))),
+            scale=checks.guidance(guidance_scale),
+            generator=generator,
+            latents=None,
+            image=None,
+            callback=callback_on_step_end,
+            callback_inputs=checks.callback(
+                callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+            ),
+        )
+        if latents is not None:
+            shape = (wish.lanes * wish.images, self.prior.config.embedding_dim)
+            wish = wish._replace(latents=checks.latents(latents, shape))
+        if image is not None:
+            wish = wish._replace(image=self._pictures(image, ""))
+            checks.per_picture(np.arange(len(wish.image or ())), "image", len(prompts), repeats)
+        return wish
 
-        tensors = self._encode_prompts(prompts, negatives, num_images_per_prompt, guided=scale > 1)
-        starts = source.initial(shape, lanes) if first is None else [jnp.asarray(x) for x in np.split(first, lanes)]
+    def _pictures(self, value: Any, which: str) -> np.ndarray | list[Image.Image]:
+        """What is to become image embeddings: embeddings `[N, D]`, pixels for CLIP `[N, S, S, 3]`, or pictures."""
+        name, side = f"images_and_prompts{which}" if which else "image", self.image_encoder.config.image_size
+        array = np.asarray(value) if hasattr(value, "__array__") and not isinstance(value, Image.Image) else None
+        if array is not None and array.ndim == 2 and not which:
+            return checks.embeds(array, name, self.prior.config.embedding_dim)
+        if array is not None and array.ndim == 4 and array.shape[1:] == (3, side, side):
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} has numbers that are not finite")
+            return array.astype(np.float32).transpose(0, 2, 3, 1)
+        return images.embeddable(value, name)
 
-        def conditions(network: Network, params: Any, tensors: Mapping[str, Any]) -> list[Any]:
-            return [call(network, params, *_lane(tensors, lanes, i, images), method="condition") for i in range(lanes)]
+    def _encode_pictures(self, pictures: np.ndarray | list[Image.Image]) -> np.ndarray:
+        """What `_pictures` found as image embeddings, `[N, D]`; one by one, by one program."""
+        if isinstance(pictures, np.ndarray) and pictures.ndim == 2:
+            return pictures.astype(np.float32)
+        network, params = Network.split(self.image_encoder)
+        pixels = [self.image_processor(x) if isinstance(x, Image.Image) else x[None] for x in pictures]
+        return np.concatenate([np.asarray(call(network, params, jnp.asarray(x)), np.float32) for x in pixels])
+
+    def _first(self, wish: Wish, source: Source) -> list[jax.Array]:
+        """The first latents of each lane, `[images, D]`."""
+        shape = (wish.images, self.prior.config.embedding_dim)
+        if wish.latents is not None:
+            noise = [jnp.asarray(x) for x in np.split(wish.latents, wish.lanes)]
+        else:
+            noise = source.initial(shape, wish.lanes)
+        if wish.image is None:
+            return [x * wish.schedule.init_noise_sigma for x in noise]
+        embeds = checks.per_picture(self._encode_pictures(wish.image), "image", len(wish.prompts), wish.repeats)
+        return [self.scheduler.add_noise(jnp.asarray(embeds), x, wish.schedule.timesteps[:1]) for x in noise]
+
+    # The loop -----------------------------------------------------------------------------------------------------
+
+    def _call(
+        self, prompt: Any, negative_prompt: Any, output_type: str, return_dict: bool, **arguments: Any
+    ) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
+        """A prior's call: every check, then the drawing."""
+        checks.choice(output_type, "output_type", ("pt", "np"))
+        result: tuple[Any, Any] = self._embed(self._wish(prompt, negative_prompt, **arguments))
+        if output_type == "pt":
+            result = (jnp.asarray(result[0]), jnp.asarray(result[1]))
+        return KandinskyPriorPipelineOutput(*result) if return_dict else result
+
+    def _embed(self, wish: Wish) -> tuple[np.ndarray, np.ndarray]:
+        """Draw what was wished for: image embeddings and negative ones, float32 `[images, D]`."""
+        source = noise_source(wish.generator, wish.images, PRIOR)
+        tensors = self._encode_prompts(wish.prompts, wish.negatives, wish.repeats, guided=wish.scale > 1)
+
+        def lanes_of(network: Network, params: Any, tensors: Mapping[str, Any]) -> list[Lane]:
+            rows = [_lane(tensors, wish.lanes, i, wish.images) for i in range(wish.lanes)]
+            return [Lane(call(network, params, *part, method="condition")) for part in rows]
 
         samples = self._denoise(
             self.prior,
-            conditions,
+            lanes_of,
             tensors,
-            schedule,
-            [x * schedule.init_noise_sigma for x in starts],
+            wish.schedule,
+            self._first(wish, source),
             source,
-            scale,
-            callback_on_step_end,
-            inputs,
+            wish.scale,
+            wish.callback,
+            wish.callback_inputs,
         )
         network, params = Network.split(self.prior)
         embeds = [np.asarray(call(network, params, x, method="post_process_latents"), np.float32) for x in samples]
-        negative = np.repeat(self._zero_embed(), images, axis=0) if negatives is None else embeds[1]
-        result: tuple[Any, Any] = (embeds[0], negative)
-        if output_type == "pt":
-            result = (jnp.asarray(embeds[0]), jnp.asarray(negative))
-        return KandinskyPriorPipelineOutput(*result) if return_dict else result
+        return embeds[0], np.repeat(self._zero_embed(), wish.images, axis=0) if wish.negatives is None else embeds[1]
+
+    # Text ---------------------------------------------------------------------------------------------------------
 
     def _encode_prompts(
         self, prompts: list[str], negatives: list[str] | None, repeats: int, guided: bool

@@ -1,101 +1,14 @@
-"""CLIP image embedding -> decoder loop -> latents -> MoVQ -> picture.
-
-Reference: diffusers' KandinskyV22Pipeline.
-"""
+"""CLIP image embedding -> picture. Reference: diffusers' KandinskyV22Pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from kandinsky_jax import hub, images
-from kandinsky_jax.checkpoint import CheckpointError
-from kandinsky_jax.models import UNet2DConditionModel, VQModel
-from kandinsky_jax.noise import DECODER, Generator, noise_source
-from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
-from kandinsky_jax.sampling import Network, call
-from kandinsky_jax.schedulers import Schedule, Scheduler
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-class Order(NamedTuple):
-    """A decoder's arguments after their checks."""
-
-    h: int  # latents
-    w: int
-    schedule: Schedule
-    scale: float
-    callback_inputs: tuple[str, ...]
-
-
-class DecoderPipeline(Pipeline):
-    """What every decoder shares: embeddings in, latents through the loop, pictures out."""
-
-    STAGE: ClassVar[str] = "decoder"
-
-    unet: UNet2DConditionModel
-    scheduler: Scheduler
-    movq: VQModel
-    _callback_tensor_inputs: tuple[str, ...]
-
-    def _check(
-        self,
-        height: Any,
-        width: Any,
-        num_inference_steps: Any,
-        guidance_scale: Any,
-        output_type: Any,
-        callback: Any,
-        callback_inputs: Any,
-    ) -> Order:
-        """What can be said against a call before there are embeddings for it."""
-        h = self._latent_side(checks.side(height, "height"))
-        w = self._latent_side(checks.side(width, "width"))
-        checks.choice(output_type, "output_type", OUTPUT_TYPES)
-        inputs = checks.callback(callback, callback_inputs, self._callback_tensor_inputs)
-        return Order(h, w, self._schedule(num_inference_steps), checks.guidance(guidance_scale), inputs)
-
-    def _latent_side(self, pixels: int) -> int:
-        """Latents along a side of so many pixels; rounded up, so that the UNet can halve it often enough."""
-        factor = self.movq.config.scale_factor
-        return -(-pixels // factor**2) * factor
-
-    def _schedule(self, num_inference_steps: int) -> Schedule:
-        schedule = self.scheduler.schedule(num_inference_steps)
-        channels, latent = self.unet.config.out_channels, self.movq.config.latent_channels
-        if schedule.learned_variance and channels != 2 * latent:
-            raise CheckpointError(
-                f"{type(self.scheduler).__name__} has a learned variance, but the unet gives {channels} channels, not "
-                f"{2 * latent}"
-            )
-        return schedule
-
-    def _embeds(self, positive: Any, negative: Any, repeats: int, scale: float) -> dict[str, np.ndarray]:
-        """The embeddings that condition the UNet, by the reference's names and in its order: negative rows first."""
-        dim = self.unet.config.encoder_hid_dim
-        given = checks.embeds(positive, "image_embeds", dim)
-        if negative is None and scale > 1:
-            raise ValueError("negative_image_embeds is needed where guidance_scale is above 1")
-        without = given if negative is None else checks.embeds(negative, "negative_image_embeds", dim)
-        if len(without) != len(given):
-            raise ValueError(f"negative_image_embeds has {len(without)} rows, image_embeds has {len(given)}")
-        given, without = (np.repeat(x, repeats, axis=0) for x in (given, without))
-        rows = np.concatenate([without, given]) if scale > 1 else given
-        return {"image_embeds": rows, "negative_image_embeds": without}
-
-    def _decode(self, latents: jax.Array, output_type: str) -> Any:
-        """Latents `[B, h, w, 4]` as the user wants them."""
-        if output_type == "latent":
-            return jnp.asarray(np.asarray(latents).transpose(0, 3, 1, 2))
-        network, params = Network.split(self.movq)
-        pixels = call(network, params, latents, method="decode")
-        return images.to_output(images.from_network(pixels), output_type)  # type: ignore[arg-type]
+from kandinsky_jax import hub
+from kandinsky_jax.noise import Generator
+from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput
+from kandinsky_jax.pipelines.decoder import DecoderPipeline
 
 
 class KandinskyV22Pipeline(DecoderPipeline):
@@ -106,18 +19,6 @@ class KandinskyV22Pipeline(DecoderPipeline):
     """
 
     REPOSITORY: ClassVar[str] = hub.DECODER
-    ACCEPTS: ClassVar[frozenset[str]] = frozenset({"KandinskyV22Pipeline", "KandinskyV22Img2ImgPipeline"})
-    _callback_tensor_inputs = ("latents", "image_embeds", "negative_image_embeds")
-
-    def __init__(self, unet: UNet2DConditionModel, scheduler: Scheduler, movq: VQModel):
-        self._register(unet=unet, scheduler=scheduler, movq=movq)
-        if unet.config.in_channels != movq.config.latent_channels or unet.config.takes_hint:
-            right = "KandinskyV22ControlnetPipeline" if unet.config.takes_hint else "KandinskyV22InpaintPipeline"
-            raise CheckpointError(
-                f"the unet takes {unet.config.in_channels} channels with embedding type "
-                f"{unet.config.addition_embed_type!r}; {type(self).__name__} needs {movq.config.latent_channels} and "
-                f"'image'. This checkpoint is one for {right}"
-            )
 
     def __call__(
         self,
@@ -151,41 +52,21 @@ class KandinskyV22Pipeline(DecoderPipeline):
             return_dict: False for a plain tuple.
             callback_on_step_end: `(pipe, step, timestep, tensors) -> tensors` after each step, on NumPy arrays.
             callback_on_step_end_tensor_inputs: which tensors: latents, image_embeds, negative_image_embeds.
+        Raises:
+            ValueError, TypeError: saying what was given and what is needed, before anything is compiled.
         """
-        h, w, schedule, scale, inputs = self._check(
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+        return self._call(
+            image_embeds,
+            negative_image_embeds,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
-        tensors = self._embeds(image_embeds, negative_image_embeds, repeats, scale)
-        batch = len(tensors["negative_image_embeds"])
-        channels = self.movq.config.latent_channels
-        first = checks.latents(latents, (batch, channels, h, w))
-        source = noise_source(generator, batch, DECODER)
-
-        if first is None:
-            start = source.initial((batch, h, w, channels))[0]
-        else:
-            start = jnp.asarray(first.transpose(0, 2, 3, 1))
-
-        def conditions(network: Network, params: Any, tensors: Mapping[str, Any]) -> list[Any]:
-            return [call(network, params, jnp.asarray(tensors["image_embeds"]), method="condition")]
-
-        [sample] = self._denoise(
-            self.unet,
-            conditions,
-            tensors,
-            schedule,
-            [start * schedule.init_noise_sigma],
-            source,
-            scale,
-            callback_on_step_end,
-            inputs,
-        )
-        output = self._decode(sample, output_type)
-        return ImagePipelineOutput(output) if return_dict else (output,)

@@ -7,7 +7,7 @@ from kandinsky_jax.schedulers.base import Scheduler
 from kandinsky_jax.schedulers.ddim import DDIMScheduler
 from kandinsky_jax.schedulers.ddpm import DDPMScheduler, UnCLIPScheduler
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
-from kandinsky_jax.schedulers.table import Schedule, Table
+from kandinsky_jax.schedulers.table import ROWS, Schedule, Table
 
 SCHEDULERS: dict[str, type[Scheduler]] = {cls.__name__: cls for cls in (DDIMScheduler, DDPMScheduler, UnCLIPScheduler)}
 
@@ -21,6 +21,7 @@ def scheduler_from_config(config: Mapping[str, Any], source: str = "scheduler_co
 
 
 __all__ = [
+    "ROWS",
     "SCHEDULERS",
     "DDIMScheduler",
     "DDPMScheduler",

@@ -88,10 +88,15 @@ class Scheduler:
             )
         return int(steps)
 
+    def noise_levels(self, timesteps: np.ndarray) -> np.ndarray:
+        """How much signal and how much noise a sample has at int timesteps `[n]`; float64 `[n, 2]`."""
+        alpha = self.alphas_cumprod()[np.asarray(timesteps)]
+        return np.stack([np.sqrt(alpha), np.sqrt(1 - alpha)], axis=-1)
+
     def add_noise(self, original: jax.Array, noise: jax.Array, timesteps: np.ndarray) -> jax.Array:
         """Diffuse `original [B, ...]` to the int timesteps `[B]` (or one for all) with `noise [B, ...]`."""
-        alpha = self.alphas_cumprod()[np.asarray(timesteps)].reshape(-1, *[1] * (original.ndim - 1))
-        signal, sigma = (jnp.asarray(a, jnp.float32) for a in (np.sqrt(alpha), np.sqrt(1 - alpha)))
+        levels = self.noise_levels(timesteps).reshape(-1, 2, *[1] * (original.ndim - 1))
+        signal, sigma = (jnp.asarray(level, jnp.float32) for level in (levels[:, 0], levels[:, 1]))
         return signal * original + sigma * noise
 
     # Configuration ------------------------------------------------------------------------------------------------

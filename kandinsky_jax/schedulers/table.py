@@ -12,7 +12,7 @@ float64, once per call; the device holds it in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +48,12 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def last(self, steps: int) -> Schedule:
+        """The schedule's last steps, for a sample that is already partly drawn."""
+        first = len(self) - steps
+        rows = [np.concatenate([column[first:], column[:first]]) for column in self.table]
+        return replace(self, table=Table(*rows), timesteps=self.timesteps[first:], draws_noise=self.draws_noise[first:])
 
 
 def build(

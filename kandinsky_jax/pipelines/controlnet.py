@@ -1,0 +1,127 @@
+"""Depth hint -> further input channels of the UNet at every step -> picture; from noise, or from a picture.
+
+Reference: diffusers' KandinskyV22ControlnetPipeline and KandinskyV22ControlnetImg2ImgPipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from kandinsky_jax import hub
+from kandinsky_jax.noise import Generator
+from kandinsky_jax.pipelines import checks
+from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput
+from kandinsky_jax.pipelines.decoder import DecoderPipeline
+from kandinsky_jax.pipelines.img2img import FromPicture
+
+OldCallback = Callable[[int, int, Any], None]
+
+
+class KandinskyV22ControlnetPipeline(DecoderPipeline):
+    """Draws pictures for image embeddings, laid out as depth hints say.
+
+    Args:
+        unet, scheduler, movq: as in diffusers.
+    """
+
+    REPOSITORY: ClassVar[str] = hub.CONTROLNET
+
+    def __call__(
+        self,
+        image_embeds: Any,
+        negative_image_embeds: Any,
+        hint: Any,
+        height: int = 512,
+        width: int = 512,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: Generator = None,
+        latents: Any = None,
+        output_type: str = "pil",
+        callback: OldCallback | None = None,
+        callback_steps: int = 1,
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw pictures.
+
+        Args:
+            hint: `[3, H, W]` in 0..1, or a depth map of any size; see `kandinsky_jax.images.hints`. One for all, one
+                per embedding, or one per picture drawn.
+            callback: `(step, timestep, latents)`, the reference's older kind, every `callback_steps` steps.
+            the others: see `KandinskyV22Pipeline`.
+        """
+        return self._call(
+            image_embeds,
+            negative_image_embeds,
+            hint=hint,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+
+class KandinskyV22ControlnetImg2ImgPipeline(FromPicture):
+    """Redraws pictures after image embeddings, laid out as depth hints say.
+
+    Args:
+        unet, scheduler, movq: as in diffusers.
+    """
+
+    REPOSITORY: ClassVar[str] = hub.CONTROLNET
+
+    def __call__(
+        self,
+        image_embeds: Any,
+        image: Any,
+        negative_image_embeds: Any,
+        hint: Any,
+        height: int = 512,
+        width: int = 512,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        strength: float = 0.3,
+        num_images_per_prompt: int = 1,
+        generator: Generator = None,
+        output_type: str = "pil",
+        callback: OldCallback | None = None,
+        callback_steps: int = 1,
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Redraw pictures.
+
+        Args:
+            image, strength: see `KandinskyV22Img2ImgPipeline`.
+            hint, callback, callback_steps: see `KandinskyV22ControlnetPipeline`.
+            the others: see `KandinskyV22Pipeline`.
+        """
+        return self._call(
+            image_embeds,
+            negative_image_embeds,
+            image=image,
+            hint=hint,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            strength=strength,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )

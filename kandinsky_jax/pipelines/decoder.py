@@ -1,0 +1,243 @@
+"""CLIP image embedding -> decoder loop -> latents -> MoVQ -> picture: what every mode of the decoder shares.
+
+A mode says what it puts before the loop, a `Scene`: its first latents and what every step is under. Checks, embeddings,
+the loop and the way from latents to pictures are here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kandinsky_jax import hub, images
+from kandinsky_jax.checkpoint import CheckpointError
+from kandinsky_jax.models import UNet2DConditionModel, VQModel
+from kandinsky_jax.noise import DECODER, Generator, noise_source
+from kandinsky_jax.pipelines import checks
+from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
+from kandinsky_jax.sampling import Lane, Network, call
+from kandinsky_jax.schedulers import Schedule, Scheduler
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class Order(NamedTuple):
+    """A call after its checks; nothing is compiled or drawn yet."""
+
+    batch: int  # pictures to draw
+    h: int  # latents
+    w: int
+    schedule: Schedule  # the steps that are left to do
+    scale: float
+    generator: Generator
+    output_type: str
+    return_dict: bool
+    callback: Callback | None
+    callback_inputs: tuple[str, ...]
+    latents: np.ndarray | None  # the user's first noise, [batch, 4, h, w]
+    image: np.ndarray | None  # [batch, H, W, 3] in -1..1
+    mask: np.ndarray | None  # bool [batch, H, W], true where the image is repainted
+    hint: np.ndarray | None  # [batch, H, W, 3] in 0..1
+    paste_back: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a mode puts before the loop."""
+
+    start: jax.Array  # the first latents, [B, h, w, 4]
+    hint: np.ndarray | None = None  # [B, H, W, 3]
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a callback may see and change besides latents and embeddings, in PyTorch's order of axes."""
+        return {}
+
+    def lane(self, network: Network, params: Any, tensors: Mapping[str, Any]) -> Lane:
+        """What every step is under."""
+        embeds, hint = jnp.asarray(tensors["image_embeds"]), None if self.hint is None else jnp.asarray(self.hint)
+        return Lane(call(network, params, embeds, hint, method="condition"))
+
+    def finish(self, sample: jax.Array, tensors: Mapping[str, Any]) -> jax.Array:
+        """The last latents."""
+        return sample
+
+
+class DecoderPipeline(Pipeline):
+    """Base of the decoder's modes.
+
+    Args:
+        unet, scheduler, movq: as in diffusers.
+    """
+
+    STAGE: ClassVar[str] = "decoder"
+    _callback_tensor_inputs: tuple[str, ...] = ("latents", "image_embeds", "negative_image_embeds")
+
+    unet: UNet2DConditionModel
+    scheduler: Scheduler
+    movq: VQModel
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: Scheduler, movq: VQModel):
+        self._register(unet=unet, scheduler=scheduler, movq=movq)
+        kind = _kind(unet, movq.config.latent_channels)
+        if kind != self.REPOSITORY:
+            right = f"is one for {' or '.join(hub.KINDS[kind])}" if kind else "fits no pipeline"
+            raise CheckpointError(
+                f"the unet takes {unet.config.in_channels} channels with embedding type "
+                f"{unet.config.addition_embed_type!r}, which {type(self).__name__} cannot use; it {right}"
+            )
+
+    # Before the loop ----------------------------------------------------------------------------------------------
+
+    def _call(
+        self, image_embeds: Any, negative_image_embeds: Any, **arguments: Any
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """A decoder's call: every check, then the drawing."""
+        dim = self.unet.config.encoder_hid_dim
+        given = checks.embeds(image_embeds, "image_embeds", dim)
+        scale = checks.guidance(arguments["guidance_scale"])
+        if negative_image_embeds is None and scale > 1:
+            raise ValueError("negative_image_embeds is needed where guidance_scale is above 1")
+        without = given
+        if negative_image_embeds is not None:
+            without = checks.embeds(negative_image_embeds, "negative_image_embeds", dim)
+        if len(without) != len(given):
+            raise ValueError(f"negative_image_embeds has {len(without)} rows, image_embeds has {len(given)}")
+        order = self._order(len(given), **arguments)
+        repeats = order.batch // len(given)
+        return self._draw(order, np.repeat(given, repeats, axis=0), np.repeat(without, repeats, axis=0))
+
+    def _order(
+        self,
+        prompts: int,
+        *,
+        height: Any,
+        width: Any,
+        num_inference_steps: Any,
+        guidance_scale: Any,
+        num_images_per_prompt: Any,
+        generator: Generator,
+        output_type: Any,
+        return_dict: bool,
+        callback_on_step_end: Any,
+        callback_on_step_end_tensor_inputs: Any,
+        latents: Any = None,
+        strength: Any = None,
+        paste_back: bool = False,
+        **pictures: Any,
+    ) -> Order:
+        """Check a call; `pictures` are the image, mask_image and hint that this mode takes."""
+        h, w = self._latent_side(height, "height"), self._latent_side(width, "width")
+        checks.choice(output_type, "output_type", OUTPUT_TYPES)
+        if paste_back and output_type == "latent":
+            raise ValueError("paste_back works on pixels; it needs another output_type than 'latent'")
+        inputs = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        schedule = self._schedule(num_inference_steps)
+        if strength is not None:
+            schedule = schedule.last(checks.strength(strength, len(schedule)))
+        repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
+        factor, readers = self.movq.config.scale_factor, {"mask_image": images.masks, "hint": images.hints}
+        read = {}
+        for name, value in pictures.items():
+            rows = readers.get(name, images.pictures)(value, name, factor * h, factor * w)
+            read[name] = checks.per_picture(rows, name, prompts, repeats)
+        return Order(
+            batch=prompts * repeats,
+            h=h,
+            w=w,
+            schedule=schedule,
+            scale=checks.guidance(guidance_scale),
+            generator=generator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback=callback_on_step_end,
+            callback_inputs=inputs,
+            latents=checks.latents(latents, (prompts * repeats, self.movq.config.latent_channels, h, w)),
+            image=read.get("image"),
+            mask=read.get("mask_image"),
+            hint=read.get("hint"),
+            paste_back=paste_back,
+        )
+
+    def _latent_side(self, pixels: Any, name: str) -> int:
+        """Latents along a side of so many pixels; rounded up, so that the UNet can halve it often enough."""
+        factor = self.movq.config.scale_factor
+        return -(-checks.side(pixels, name) // factor**2) * factor
+
+    def _schedule(self, num_inference_steps: int) -> Schedule:
+        schedule = self.scheduler.schedule(num_inference_steps)
+        channels, latent = self.unet.config.out_channels, self.movq.config.latent_channels
+        if schedule.learned_variance and channels != 2 * latent:
+            raise CheckpointError(
+                f"{type(self.scheduler).__name__} has a learned variance, but the unet gives {channels} channels, not "
+                f"{2 * latent}"
+            )
+        return schedule
+
+    def _scene(self, order: Order, noise: jax.Array) -> Scene:
+        """What this mode puts before the loop; `noise` is the first draw, `[B, h, w, 4]`."""
+        return Scene(noise * order.schedule.init_noise_sigma, order.hint)
+
+    def _encode(self, pictures: np.ndarray) -> jax.Array:
+        """Pictures `[B, H, W, 3]` in -1..1 -> latents `[B, h, w, 4]`; equal ones once, one by one, by one program."""
+        network, params = Network.split(self.movq)
+        latents: list[np.ndarray] = []
+        for i, picture in enumerate(pictures):
+            if i and np.array_equal(picture, pictures[i - 1]):
+                latents.append(latents[-1])
+            else:
+                encoded = call(network, params, jnp.asarray(picture[None]), method="encode")
+                latents.append(np.asarray(encoded, np.float32)[0])
+        return jnp.asarray(np.stack(latents))
+
+    # The loop, and after it ---------------------------------------------------------------------------------------
+
+    def _draw(self, order: Order, image_embeds: np.ndarray, negative: np.ndarray) -> ImagePipelineOutput | tuple[Any]:
+        """Draw what was ordered, for embeddings of one row per picture."""
+        source = noise_source(order.generator, order.batch, DECODER)
+        if order.latents is None:
+            noise = source.initial((order.batch, order.h, order.w, self.movq.config.latent_channels))[0]
+        else:
+            noise = jnp.asarray(order.latents.transpose(0, 2, 3, 1))
+        scene = self._scene(order, noise)
+        # The reference's names and order of rows: negative ones first.
+        rows = np.concatenate([negative, image_embeds]) if order.scale > 1 else image_embeds
+        tensors = {"image_embeds": rows, "negative_image_embeds": negative} | scene.tensors()
+        [sample] = self._denoise(
+            self.unet,
+            lambda network, params, tensors: [scene.lane(network, params, tensors)],
+            tensors,
+            order.schedule,
+            [scene.start],
+            source,
+            order.scale,
+            order.callback,
+            order.callback_inputs,
+        )
+        output = self._output(order, scene.finish(sample, tensors))
+        return ImagePipelineOutput(output) if order.return_dict else (output,)
+
+    def _output(self, order: Order, latents: jax.Array) -> Any:
+        """Latents `[B, h, w, 4]` as the user wants them."""
+        if order.output_type == "latent":
+            return jnp.asarray(np.asarray(latents).transpose(0, 3, 1, 2))
+        network, params = Network.split(self.movq)
+        pixels = images.from_network(call(network, params, latents, method="decode"))
+        if order.paste_back and order.image is not None and order.mask is not None:
+            pixels = np.where(order.mask[..., None], pixels, images.from_network(order.image))
+        return images.to_output(pixels, order.output_type)  # type: ignore[arg-type]
+
+
+def _kind(unet: UNet2DConditionModel, latent_channels: int) -> str | None:
+    """Which of `hub.KINDS` a UNet is for, by its input."""
+    further = unet.config.in_channels - latent_channels
+    kinds = {
+        (0, False): hub.DECODER,
+        (latent_channels + 1, False): hub.INPAINT,
+        (latent_channels, True): hub.CONTROLNET,
+    }
+    return kinds.get((further, unet.config.takes_hint))

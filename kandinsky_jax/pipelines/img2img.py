@@ -1,0 +1,76 @@
+"""Picture -> MoVQ latents, with noise for as many steps as `strength` says -> decoder loop -> picture.
+
+SDEdit (Meng et al. 2021, arXiv 2108.01073). Reference: diffusers' KandinskyV22Img2ImgPipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+
+from kandinsky_jax import hub
+from kandinsky_jax.noise import Generator
+from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput
+from kandinsky_jax.pipelines.decoder import DecoderPipeline, Order, Scene
+
+
+class FromPicture(DecoderPipeline):
+    """A decoder whose first latents are a picture's."""
+
+    def _scene(self, order: Order, noise: jax.Array) -> Scene:
+        assert order.image is not None
+        picture = self._encode(order.image)
+        return Scene(self.scheduler.add_noise(picture, noise, order.schedule.timesteps[:1]), order.hint)
+
+
+class KandinskyV22Img2ImgPipeline(FromPicture):
+    """Redraws pictures after image embeddings.
+
+    Args:
+        unet, scheduler, movq: as in diffusers.
+    """
+
+    REPOSITORY: ClassVar[str] = hub.DECODER
+
+    def __call__(
+        self,
+        image_embeds: Any,
+        image: Any,
+        negative_image_embeds: Any,
+        height: int = 512,
+        width: int = 512,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        strength: float = 0.3,
+        num_images_per_prompt: int = 1,
+        generator: Generator = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Redraw pictures.
+
+        Args:
+            image: one for all, one per embedding, or one per picture drawn; see `kandinsky_jax.images`.
+            strength: above 0, at most 1: the share of the steps that is done; 1 keeps nothing of the picture.
+            the others: see `KandinskyV22Pipeline`.
+        """
+        return self._call(
+            image_embeds,
+            negative_image_embeds,
+            image=image,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            strength=strength,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            output_type=output_type,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
