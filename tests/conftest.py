@@ -45,6 +45,7 @@ def nchw(array) -> np.ndarray:
 
 
 FIGURES: dict[tuple[str, str], list[float]] = {}
+TABLE: dict[str, dict[str, str]] = {}  # mode -> variant -> mean and max difference of pixels, of 255
 
 
 def note(figure: float, what: str) -> float:
@@ -61,6 +62,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
     for (test, what), figures in FIGURES.items():
         line = f"{test}: {what}: worst {max(figures):.3g}, median {np.median(figures):.3g} of {len(figures)}"
         terminalreporter.write_line(line)
+    if TABLE:
+        terminalreporter.section("pixels beside the reference's: mean and max difference, of 255")
+        variants = list(dict.fromkeys(variant for row in TABLE.values() for variant in row))
+        for mode, row in {"": {variant: variant for variant in variants}, **TABLE}.items():
+            cells = "".join(f"{row.get(variant, ''):>17}" for variant in variants)
+            terminalreporter.write_line(f"{mode:34}{cells}")
 
 
 def worst(ours, reference) -> float:
@@ -93,3 +100,46 @@ def reference():
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     return pipes
+
+
+class Family(dict):
+    """One pipeline per class name, made from its components when it is first asked for."""
+
+    def __init__(self, module, **components):
+        super().__init__()
+        self._module, self._components = module, components
+
+    def __missing__(self, name: str):
+        kind = next((kind for kind in ("Inpaint", "Controlnet", "Prior") if kind in name), "Decoder")
+        cls = getattr(self._module, name)
+        parts = {} if kind == "Prior" else self._components[kind]
+        if kind == "Prior" or "Combined" in name:
+            prefix = "" if kind == "Prior" else "prior_"
+            parts = parts | {prefix + key: part for key, part in self._components["Prior"].items()}
+        self[name] = cls(**parts)
+        self[name].set_progress_bar_config(disable=True)
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def ours(tiny_pipe) -> Family:
+    """Our pipelines by name, on the trained small models, float32; they share what they can."""
+    import kandinsky_jax
+
+    prior, decoder = tiny_pipe.prior_pipe.components, tiny_pipe.decoder_pipe.components
+    load = {"dtype": "float32", "movq": tiny_pipe.movq}
+    inpaint = kandinsky_jax.KandinskyV22InpaintPipeline.from_pretrained("tiny", **load).components
+    controlnet = kandinsky_jax.KandinskyV22ControlnetPipeline.from_pretrained("tiny", **load).components
+    return Family(kandinsky_jax, Prior=prior, Decoder=decoder, Inpaint=inpaint, Controlnet=controlnet)
+
+
+@pytest.fixture(scope="session")
+def theirs(reference) -> Family:
+    """The reference's pipelines by name, on the same files, float32."""
+    import diffusers
+
+    prior, decoder = (pipe.components for pipe in reference)
+    load = {"dtype": torch.float32, "movq": decoder["movq"]}
+    inpaint = diffusers.KandinskyV22InpaintPipeline.from_pretrained(TINY / hub.INPAINT, **load).components
+    controlnet = diffusers.KandinskyV22ControlnetPipeline.from_pretrained(TINY / hub.CONTROLNET, **load).components
+    return Family(diffusers, Prior=prior, Decoder=decoder, Inpaint=inpaint, Controlnet=controlnet)

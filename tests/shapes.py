@@ -143,6 +143,15 @@ def draw(asked: Caption, rng: np.random.Generator) -> np.ndarray:
     return share * ink + (1 - share) * ground
 
 
+def depth(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
+    """A depth hint as in the training data, float32 [64, 64] in [0, 1]: a shape before a ground that rises a little."""
+    share = coverage(shape, centre, radius)
+    rows, columns = np.mgrid[:SIDE, :SIDE] + 0.5
+    far = np.hypot(columns - centre[0], rows - centre[1]) / radius
+    ground = np.linspace(0.04, 0.16, SIDE)[:, None]
+    return np.float32(share * (0.95 - 0.22 * np.minimum(far, 1.2)) + (1 - share) * ground)
+
+
 # ---- the scorer ----
 
 _PAD = 96  # the correlation wraps round: this leaves room for the largest template past the border

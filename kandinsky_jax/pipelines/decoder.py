@@ -237,7 +237,7 @@ def _kind(unet: UNet2DConditionModel, latent_channels: int) -> str | None:
     further = unet.config.in_channels - latent_channels
     kinds = {
         (0, False): hub.DECODER,
-        (latent_channels + 1, False): hub.INPAINT,
-        (latent_channels, True): hub.CONTROLNET,
+        (latent_channels + 1, False): hub.INPAINT,  # the kept part's latents and the mask
+        (latent_channels, True): hub.CONTROLNET,  # the hint's latents
     }
     return kinds.get((further, unet.config.takes_hint))
