@@ -154,8 +154,8 @@ def _nhwc(array: np.ndarray, name: str, channels: tuple[int, ...]) -> np.ndarray
         raise TypeError(f"{name} must be an array of numbers, has dtype {array.dtype}")
     if array.ndim in (3, 4) and shape[-1] not in channels and shape[-3] in channels:
         array = np.moveaxis(array, -3, -1)  # [C, H, W] or [N, C, H, W]
-    elif 1 in channels and (array.ndim == 2 or (array.ndim == 3 and shape[-1] not in channels)):
-        array = array[..., None]  # [H, W] or [N, H, W]
+    elif array.ndim == 2 or (array.ndim == 3 and shape[-1] not in channels and 4 not in channels):
+        array = array[..., None]  # [H, W], or [N, H, W] of masks and depth maps
     array = array[None] if array.ndim == 3 else array
     if array.ndim != 4 or array.shape[-1] not in channels or array.size == 0:
         wanted = " or ".join(map(str, sorted(channels)))
