@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from kandinsky_jax import DDIMScheduler, DDPMScheduler, TorchGenerator
 
@@ -80,4 +82,65 @@ def test_a_twin_network_shares_the_programs(tiny_pipe):
     again.set_progress_bar_config(disable=True)
     with compilations() as events:
         again(prompt, generator=0, **SMALL)
+    assert not events
+
+
+MODE_SIZE = {"height": 64, "width": 64, "num_inference_steps": 6, "prior_num_inference_steps": 4, "output_type": "np"}
+
+
+def pictures(i: int, batch: int) -> dict[str, list]:
+    """Everything that a mode may take, other contents for another i."""
+    rng = np.random.default_rng(i)
+    return {
+        "image": [Image.fromarray(rng.integers(0, 256, (70, 80 + i, 3), dtype=np.uint8)) for _ in range(batch)],
+        "mask_image": [rng.random((64, 64)) < 0.5 for _ in range(batch)],
+        "hint": [rng.random((48 + i, 64)) for _ in range(batch)],
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        ("KandinskyV22Img2ImgCombinedPipeline", ["image"]),
+        ("KandinskyV22InpaintCombinedPipeline", ["image", "mask_image"]),
+        ("KandinskyV22ControlnetCombinedPipeline", ["hint"]),
+        ("KandinskyV22ControlnetImg2ImgCombinedPipeline", ["image", "hint"]),
+    ],
+)
+def test_nothing_compiles_after_a_modes_first_call(ours, name, takes, batch):
+    pipe, prompts = ours[name], ["a red circle on a blue background", "yellow ring, black background"][:batch]
+    strength = {"strength": 0.5} if "Img2Img" in name else {}
+
+    def draw(i: int, prompts: list[str] = prompts, **changes) -> None:
+        given = {kind: value for kind, value in pictures(i, batch).items() if kind in takes}
+        pipe(prompts, generator=i, **MODE_SIZE | strength | given | changes)
+
+    draw(0)
+    with compilations() as events:
+        draw(1, ["a small white star on a green background"] * batch)
+        draw(2, num_inference_steps=9, prior_num_inference_steps=5)
+        draw(3, guidance_scale=2.5, prior_guidance_scale=7.0)
+        draw(4, negative_prompt="green")
+        if strength:
+            draw(5, strength=0.9)
+            draw(6, strength=1.0)
+        one = {kind: value[0] for kind, value in pictures(7, batch).items() if kind in takes}
+        draw(7, **one)  # one picture for all prompts
+        if "mask_image" in takes:
+            draw(8, mask_image=np.ones((64, 64), np.uint8))
+            draw(9, paste_back=True)
+    assert not events
+
+
+def test_nothing_compiles_after_the_first_mix(ours):
+    pipe, emb2emb = ours["KandinskyV22PriorPipeline"], ours["KandinskyV22PriorEmb2EmbPipeline"]
+    image = pictures(0, 1)["image"][0]
+    pipe.interpolate(["a red circle", image], [0.5, 0.5], num_inference_steps=4, generator=0)
+    emb2emb("a red circle", image, strength=0.5, num_inference_steps=4, generator=0)
+    with compilations() as events:
+        pipe.interpolate([image, "a blue star", "yellow"], [0.2, 0.5, 0.9], num_inference_steps=5, generator=1)
+        pipe.interpolate(["gray", "green"], [1, 2], negative_prompt="red", num_inference_steps=5, generator=1)
+        emb2emb("a blue star", pictures(1, 1)["image"], strength=0.9, num_inference_steps=7, generator=1)
+        emb2emb("a blue star", image, negative_prompt="red", num_inference_steps=7, generator=1)
     assert not events
