@@ -66,12 +66,12 @@ def pictures(value: Any, name: str, height: int, width: int) -> np.ndarray:
     PIL pictures and files are resized (bicubic), arrays have to fit.
     """
     found = []
-    for item in _items(value, name, (3, 4, 1)):
+    for which, item in _items(value, name, (3, 4, 1)):
         if isinstance(item, Image.Image):
             resized = rgb(item).resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)
             pixels = np.asarray(resized, np.float32) / 127.5 - 1
         else:
-            pixels = _unit(_fitting(item, name, height, width), name) * 2 - 1
+            pixels = _unit(_fitting(item, which, height, width), which) * 2 - 1
         found.append(np.broadcast_to(pixels[..., :3], (height, width, 3)))
     return np.stack(found).astype(np.float32)
 
@@ -82,15 +82,15 @@ def masks(value: Any, name: str, height: int, width: int) -> np.ndarray:
     PIL masks and files are resized (Lanczos), arrays have to fit; from the middle of the range on it is white.
     """
     found = []
-    for item in _items(value, name, (1,)):
+    for which, item in _items(value, name, (1,)):
         if isinstance(item, Image.Image):
             mask = item if item.mode in ("1", "L", "RGB") else rgb(item)
             mask = mask.resize((width, height), Image.Resampling.LANCZOS).convert("L")
             found.append(np.asarray(mask) >= 128)
         else:
-            plane = _fitting(item, name, height, width)[..., 0]
+            plane = _fitting(item, which, height, width)[..., 0]
             binary = plane.dtype.kind in "iu" and plane.max() <= 1  # whole numbers may be levels, or 0 and 1
-            found.append(_unit(plane.astype(bool) if binary and plane.min() >= 0 else plane, name) >= 0.5)
+            found.append(_unit(plane.astype(bool) if binary and plane.min() >= 0 else plane, which) >= 0.5)
     return np.stack(found)
 
 
@@ -102,7 +102,7 @@ def hints(value: Any, name: str, height: int, width: int) -> np.ndarray:
     16-bit and float ones, which have no range of their own, are stretched from their least to their largest value.
     """
     found = []
-    for item in _items(value, name, (3, 1)):
+    for which, item in _items(value, name, (3, 1)):
         if isinstance(item, Image.Image) and item.mode in ("1", "L", "LA", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"):
             plane = np.asarray(item.convert("L") if item.mode in ("1", "LA") else item)
         elif isinstance(item, Image.Image):
@@ -112,9 +112,9 @@ def hints(value: Any, name: str, height: int, width: int) -> np.ndarray:
         elif item.shape[-1] == 1:
             plane = item[..., 0]
         else:
-            found.append(_unit(_fitting(item, name, height, width), name))
+            found.append(_unit(_fitting(item, which, height, width), which))
             continue
-        depth = Image.fromarray(_depth(plane, name)).resize((width, height), Image.Resampling.BILINEAR)
+        depth = Image.fromarray(_depth(plane, which)).resize((width, height), Image.Resampling.BILINEAR)
         found.append(np.repeat(np.asarray(depth)[..., None], 3, axis=-1))
     return np.stack(found).clip(0, 1)
 
@@ -130,17 +130,18 @@ def _depth(plane: np.ndarray, name: str) -> np.ndarray:
     return (plane - low) / (high - low if high > low else 1)
 
 
-def _items(value: Any, name: str, channels: tuple[int, ...]) -> Iterator[Any]:
-    """The pictures that a user gave, one by one: PIL pictures, or arrays `[H, W, C]` with C one of `channels`."""
+def _items(value: Any, name: str, channels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """The pictures that a user gave, one by one, each with its name: PIL pictures, or arrays `[H, W, channels]`."""
     if isinstance(value, Image.Image | str | os.PathLike):
-        yield read(value, name)
+        yield name, read(value, name)
     elif isinstance(value, list | tuple):
         if not value:
             raise ValueError(f"{name} is an empty list; give one picture or more")
         for i, item in enumerate(value):
             yield from _items(item, f"{name}[{i}]", channels)
     elif hasattr(value, "__array__"):
-        yield from _nhwc(np.asarray(value), name, channels)
+        array = _nhwc(np.asarray(value), name, channels)
+        yield from ((name if len(array) == 1 else f"{name}[{i}]", item) for i, item in enumerate(array))
     else:
         raise TypeError(
             f"{name} must be a PIL picture, the path of a file, an array or a list of such, got {type(value).__name__}"
@@ -253,11 +254,11 @@ def write(path: Path, picture: Image.Image, about: dict[str, Any] | None = None)
 def embeddable(value: Any, name: str) -> list[Image.Image]:
     """Pictures for `CLIPImageProcessor`, which resizes and crops by itself."""
     found = []
-    for item in _items(value, name, (3, 4, 1)):
+    for which, item in _items(value, name, (3, 4, 1)):
         if isinstance(item, Image.Image):
             found.append(item)
         else:
-            levels = (_unit(item, name) * 255).round().astype(np.uint8)
+            levels = (_unit(item, which) * 255).round().astype(np.uint8)
             found.append(Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels))
     return found
 

@@ -20,9 +20,10 @@ torch.set_num_threads(1)
 jax.config.update("jax_platforms", "cpu")
 
 # What one process of the run has compiled, the command line's processes need not compile again.
-_CACHE = tempfile.TemporaryDirectory(prefix="kandinsky-jax-tests-", ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="kandinsky-jax-tests-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 TINY = hub.EMBEDDED["tiny"]
 OFFICIAL = Path(__file__).parent / "official"

@@ -281,10 +281,11 @@ def _parameters(cls: type) -> tuple[str, ...]:
 def _check_index(cls: type[Pipeline], folder: Path, names: Sequence[str]) -> None:
     """Raise where a folder's model_index.json is not one of this pipeline."""
     found = hub.pipeline_class(folder)
-    if hub.kind(folder) != cls.REPOSITORY:
+    if (kind := hub.kind(folder)) != cls.REPOSITORY:
+        right = f"load it with {' or '.join(hub.KINDS[kind])}, or " if kind else ""
         raise CheckpointError(
-            f"{folder} holds a {found}, which {cls.__name__} cannot use; load it with {found}, or give {cls.__name__} "
-            f"a {' or '.join(hub.KINDS[cls.REPOSITORY])}"
+            f"{folder} holds a {found}, which {cls.__name__} cannot use; {right}give {cls.__name__} a "
+            + " or ".join(hub.KINDS[cls.REPOSITORY])
         )
     listed, faults = hub.components(folder), []
     for name in names:

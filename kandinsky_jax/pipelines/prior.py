@@ -205,8 +205,9 @@ class PriorPipeline(Pipeline):
             shape = (wish.lanes * wish.images, self.prior.config.embedding_dim)
             wish = wish._replace(latents=checks.latents(latents, shape))
         if image is not None:
-            wish = wish._replace(image=self._pictures(image, ""))
-            checks.per_picture(np.arange(len(wish.image or ())), "image", len(prompts), repeats)
+            pictures = self._pictures(image, "")
+            checks.per_picture(np.arange(len(pictures)), "image", len(prompts), repeats)
+            wish = wish._replace(image=pictures)
         return wish
 
     def _pictures(self, value: Any, which: str) -> np.ndarray | list[Image.Image]:
