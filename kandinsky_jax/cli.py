@@ -1,25 +1,39 @@
-"""The command line, `kandinsky-jax`."""
+"""The command line, `kandinsky-jax`: one command per mode."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import secrets
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.hub import DECODER, OFFICIAL
+from kandinsky_jax.hub import CONTROLNET, DECODER, INPAINT, OFFICIAL
 from kandinsky_jax.noise import Generator, TorchGenerator
-from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline, checks
+from kandinsky_jax.pipelines import (
+    CombinedPipeline,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22ControlnetCombinedPipeline,
+    KandinskyV22ControlnetImg2ImgCombinedPipeline,
+    KandinskyV22Img2ImgCombinedPipeline,
+    KandinskyV22InpaintCombinedPipeline,
+    KandinskyV22PriorEmb2EmbPipeline,
+    checks,
+)
 from kandinsky_jax.terminal import run
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Kandinsky 2.2 for JAX: pictures from prompts.",
+    help="Kandinsky 2.2 for JAX: pictures from prompts, pictures, masks and depth maps.",
 )
 
 
@@ -31,70 +45,288 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-@app.callback()
-def _group() -> None:
-    # With a single command, typer would otherwise drop its name from the command line.
-    pass
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every command takes."""
 
-
-@app.command(epilog='Example: kandinsky-jax generate "a red circle on a blue background" --model tiny -o circle.png')
-def generate(
-    prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts are drawn as one batch.")],
     model: Annotated[
-        str, typer.Option("--model", "-m", help='"tiny" (embedded, offline), a folder, or a Hub repository.')
-    ] = f"{OFFICIAL}/{DECODER}",
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help='"tiny" (embedded, offline), a folder, or a Hub repository; default: the official one for this.',
+        ),
+    ] = None
     prior: Annotated[
         str | None, typer.Option(help="Folder or Hub repository of the prior; default: the one the model names.")
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", "-n", help="What to keep away from.")
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; default: the size the model was trained at.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; default: the size the model was trained at.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = 50,
-    prior_steps: Annotated[int, typer.Option(help="Denoising steps of the prior.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(help="Of the decoder; guidance is on above 1.")] = 4.0,
-    prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior; guidance is on above 1.")] = 4.0,
-    seed: Annotated[int | None, typer.Option(help="Default: a fresh one, which is printed.")] = None,
+    ] = None
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What to keep away from.")] = (
+        None
+    )
+    height: Annotated[
+        int | None, typer.Option(help="Pixels; default: after the picture that is given, else the model's own.")
+    ] = None
+    width: Annotated[int | None, typer.Option(help="Pixels; default: as for the height.")] = None
+    steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = 50
+    prior_steps: Annotated[int, typer.Option(help="Denoising steps of the prior.")] = 25
+    guidance_scale: Annotated[float, typer.Option(help="Of the decoder; guidance is on above 1.")] = 4.0
+    prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior; guidance is on above 1.")] = 4.0
+    seed: Annotated[int | None, typer.Option(help="Default: a fresh one, which is printed.")] = None
     torch_noise: Annotated[
         bool, typer.Option("--torch-noise", help="Draw PyTorch's noise: the picture that diffusers makes of this seed.")
-    ] = False,
-    num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the networks; default: float32 on a CPU, else bfloat16.")
-    ] = None,
+    ] = False
+    num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the networks; default: float32 on a CPU, else bfloat16.")] = (
+        None
+    )
     output: Annotated[
         Path, typer.Option("--output", "-o", help="PNG, JPEG or WebP; several pictures get -0, -1, ... in their names.")
-    ] = Path("kandinsky.png"),
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
-) -> None:
-    """Draw pictures from a prompt."""
-    images.check_writable(output)
-    checks.texts(prompt, "prompt")
-    number = len(prompt) * checks.count(num_images, "--num-images")
-    for name, side in (("--height", height), ("--width", width)):
-        if side is not None:
-            checks.side(side, name)
-    seed = secrets.randbits(32) if seed is None else seed
-    generator: Generator = TorchGenerator(seed) if torch_noise else seed
+    ] = Path("kandinsky.png")
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False
 
-    pipe = KandinskyV22CombinedPipeline.from_pretrained(model, prior=prior, dtype=dtype and dtype.value)
-    pipe.set_progress_bar_config(disable=quiet)
-    native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
-    settings: dict[str, Any] = {
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height or native,
-        "width": width or native,
-        "prior_guidance_scale": prior_guidance_scale,
-        "prior_num_inference_steps": prior_steps,
+    def check(self) -> None:
+        """What can be said before a model is loaded."""
+        images.check_writable(self.output)
+        checks.count(self.num_images, "--num-images")
+        for name, side in (("--height", self.height), ("--width", self.width)):
+            if side is not None:
+                checks.side(side, name)
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed={self.seed} is no seed; needed is an integer from 0 to 2**63 - 1")
+
+    def load(self, cls: type[CombinedPipeline], repository: str) -> Any:
+        """The pipeline of a command."""
+        model = self.model or f"{OFFICIAL}/{repository}"
+        pipe = cls.from_pretrained(model, prior=self.prior, dtype=self.dtype and self.dtype.value)
+        pipe.set_progress_bar_config(disable=self.quiet)
+        return pipe
+
+    def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:
+        """What to draw: as asked, else after the picture that is given, else as the model was trained."""
+        native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
+        height, width = (native, native) if picture is None else images.fitting_size(picture, native)
+        return {"height": self.height or height, "width": self.width or width}
+
+    def pick_seed(self) -> int:
+        """The seed that was asked for, or a fresh one."""
+        return secrets.randbits(32) if self.seed is None else self.seed
+
+    def generator(self, seed: int) -> Generator:
+        """The noise of a seed."""
+        return TorchGenerator(seed) if self.torch_noise else seed
+
+    def prior_settings(self) -> dict[str, Any]:
+        """Arguments of a prior."""
+        return {"num_inference_steps": self.prior_steps, "guidance_scale": self.prior_guidance_scale}
+
+
+def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command that also takes `Options`, handed over as its argument `options`."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function).parameters
+        hints = get_type_hints(function, include_extras=True) | get_type_hints(Options, include_extras=True)
+        shared = [field.name for field in dataclasses.fields(Options)]
+
+        @functools.wraps(function)
+        def whole(**given: Any) -> None:
+            options = Options(**{name: given.pop(name) for name in shared})
+            options.check()
+            function(**given, options=options)
+
+        parameters = [parameter.replace(annotation=hints[name]) for name, parameter in own.items() if name != "options"]
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            for f in dataclasses.fields(Options)
+        ]
+        whole.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        whole.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app.command(epilog=f"Example: kandinsky-jax {example} --model tiny")(whole)
+        return function
+
+    return add
+
+
+Prompt = Annotated[list[str], typer.Argument(help="What to draw; several prompts are drawn as one batch.")]
+Pictures = Annotated[
+    list[Path], typer.Option("--image", "-i", help="A picture to start from; one for all prompts, or one for each.")
+]
+Strength = Annotated[float, typer.Option(help="Above 0, at most 1: how far to go from the picture.")]
+
+
+@command('generate "a red circle on a blue background" -o circle.png')
+def generate(prompt: Prompt, options: Options) -> None:
+    """Draw pictures from a prompt."""
+    _draw(prompt, options, KandinskyV22CombinedPipeline, DECODER, {})
+
+
+@command('img2img "a green star on a blue background" --image circle.png --strength 0.6 -o star.png')
+def img2img(prompt: Prompt, image: Pictures, options: Options, strength: Strength = 0.3) -> None:
+    """Redraw pictures after a prompt."""
+    checks.strength(strength, options.steps)
+    _draw(prompt, options, KandinskyV22Img2ImgCombinedPipeline, DECODER, {"image": image}, strength=strength)
+
+
+@command('inpaint "a yellow ring on a blue background" --image circle.png --mask mask.png -o ring.png')
+def inpaint(
+    prompt: Prompt,
+    image: Pictures,
+    mask: Annotated[
+        list[Path], typer.Option("--mask", help="White is repainted; one for all prompts, or one for each.")
+    ],
+    options: Options,
+    paste_back: Annotated[
+        bool, typer.Option("--paste-back", help="Put the picture's own pixels back where the mask is black.")
+    ] = False,
+) -> None:
+    """Repaint a part of pictures after a prompt."""
+    files = {"image": image, "mask_image": mask}
+    _draw(prompt, options, KandinskyV22InpaintCombinedPipeline, INPAINT, files, paste_back=paste_back)
+
+
+@command('controlnet "a purple cross on a white background" --hint depth.png -o cross.png')
+def controlnet(
+    prompt: Prompt,
+    hint: Annotated[
+        list[Path], typer.Option("--hint", help="A depth map, near bright; one for all prompts, or one for each.")
+    ],
+    options: Options,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A picture to start from, for image-to-image.")
+    ] = None,
+    strength: Strength = 0.3,
+) -> None:
+    """Draw pictures from a prompt, laid out as a depth map says."""
+    if not image:
+        _draw(prompt, options, KandinskyV22ControlnetCombinedPipeline, CONTROLNET, {"hint": hint})
+        return
+    checks.strength(strength, options.steps)
+    files = {"image": image, "hint": hint}
+    _draw(prompt, options, KandinskyV22ControlnetImg2ImgCombinedPipeline, CONTROLNET, files, strength=strength)
+
+
+@command('mix "a red circle on a white background" star.png --weights 0.6,0.4 -o mix.png')
+def mix(
+    items: Annotated[
+        list[str], typer.Argument(help=f"Prompts and pictures; what ends in {', '.join(images.WRITABLE)} is a picture.")
+    ],
+    options: Options,
+    weights: Annotated[
+        str | None, typer.Option(help="A number for each, with commas between; default: equal ones.")
+    ] = None,
+) -> None:
+    """Mix prompts and pictures, and draw the mix."""
+    mixed = [images.read(x, "item") if Path(x).suffix.lower() in images.WRITABLE else x for x in items]
+    numbers = [1 / len(items)] * len(items) if weights is None else _numbers(weights, "--weights")
+    checks.mix(mixed, numbers)
+    pipe = options.load(KandinskyV22CombinedPipeline, DECODER)
+
+    def embed(generator: Generator) -> tuple[Any, Any]:
+        return pipe.prior_pipe.interpolate(
+            mixed,
+            numbers,
+            num_images_per_prompt=options.num_images,
+            negative_prompt=options.negative_prompt or "",
+            generator=generator,
+            **options.prior_settings(),
+        )
+
+    _decode(pipe, embed, options, [{"items": items, "weights": numbers}] * options.num_images)
+
+
+@command('vary "a green star on a white background" --image circle.png --strength 0.5 -o varied.png')
+def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength = 0.3) -> None:
+    """Draw variations of a picture: its image embedding, taken some way towards a prompt."""
+    checks.strength(strength, options.prior_steps)
+    pictures = _read(prompt, options, {"image": image})["image"]
+    pipe = options.load(KandinskyV22CombinedPipeline, DECODER)
+
+    def embed(generator: Generator) -> tuple[Any, Any]:
+        return KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)(
+            prompt,
+            pictures,
+            strength=strength,
+            negative_prompt=options.negative_prompt,
+            num_images_per_prompt=options.num_images,
+            generator=generator,
+            **options.prior_settings(),
+        )
+
+    facts = {"strength": strength, "files": _names({"image": image})}
+    _decode(pipe, embed, options, [{"prompt": text} | facts for text in prompt for _ in range(options.num_images)])
+
+
+def _numbers(text: str, name: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from None
+
+
+def _read(prompt: Sequence[str], options: Options, files: dict[str, list[Path]]) -> dict[str, list[Image.Image]]:
+    """The pictures of a command, before a model is loaded."""
+    checks.texts(prompt, "prompt")
+    for name, paths in files.items():
+        checks.picture_count(len(paths), name, len(prompt), options.num_images)
+    return {name: [images.read(path, name) for path in paths] for name, paths in files.items()}
+
+
+def _names(files: dict[str, list[Path]]) -> dict[str, list[str]]:
+    return {name: [str(path) for path in paths] for name, paths in files.items()}
+
+
+def _draw(
+    prompt: list[str],
+    options: Options,
+    cls: type[CombinedPipeline],
+    repository: str,
+    files: dict[str, list[Path]],
+    **settings: Any,
+) -> None:
+    """Load, draw and write, for the commands that are one call of a combined pipeline."""
+    pictures = _read(prompt, options, files)
+    pipe = options.load(cls, repository)
+    first = next(iter(pictures.values()))[0] if pictures else None
+    settings |= {
+        "negative_prompt": options.negative_prompt,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "prior_guidance_scale": options.prior_guidance_scale,
+        "prior_num_inference_steps": options.prior_steps,
+        **options.size(pipe, first),
     }
-    [pictures] = pipe(prompt, num_images_per_prompt=num_images, generator=generator, return_dict=False, **settings)
-    for i, picture in enumerate(pictures):
-        path = output if number == 1 else output.with_stem(f"{output.stem}-{i}")
-        about = {"prompt": prompt[i // num_images], "model": model, "seed": seed, "image": i, **settings}
-        images.write(path, picture, about | {"torch_noise": torch_noise})
+    seed, repeats = options.pick_seed(), options.num_images
+    generator = options.generator(seed)
+    [drawn] = pipe(
+        prompt, num_images_per_prompt=repeats, generator=generator, return_dict=False, **pictures, **settings
+    )
+    facts = settings | ({"files": _names(files)} if files else {})
+    _write(drawn, options, seed, [{"prompt": text, **facts} for text in prompt for _ in range(repeats)])
+
+
+def _decode(
+    pipe: Any, embed: Callable[[Generator], tuple[Any, Any]], options: Options, about: Sequence[dict[str, Any]]
+) -> None:
+    """Draw and write, for the commands that find their embeddings by themselves."""
+    seed = options.pick_seed()
+    generator = options.generator(seed)
+    settings = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        **options.size(pipe, None),
+    }
+    [drawn] = pipe.decoder_pipe(*embed(generator), generator=generator, return_dict=False, **settings)
+    shared = {"negative_prompt": options.negative_prompt, "prior": options.prior_settings(), **settings}
+    _write(drawn, options, seed, [facts | shared for facts in about])
+
+
+def _write(pictures: Sequence[Image.Image], options: Options, seed: int, about: Sequence[dict[str, Any]]) -> None:
+    """Write the pictures with what it takes to draw them again."""
+    for i, (picture, facts) in enumerate(zip(pictures, about, strict=True)):
+        path = options.output
+        path = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{i}")
+        run = {"model": options.model, "seed": seed, "image": i, "torch_noise": options.torch_noise}
+        images.write(path, picture, facts | run)
         print(path)
     print(f"seed {seed}")
 

@@ -24,6 +24,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="kandinsky-jax-tests-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 TINY = hub.EMBEDDED["tiny"]
 OFFICIAL = Path(__file__).parent / "official"
@@ -54,6 +56,23 @@ def note(figure: float, what: str) -> float:
     test = os.environ.get("PYTEST_CURRENT_TEST", "::none").split(" ")[0].split("::", 1)[1].split("[")[0]
     FIGURES.setdefault((test, what), []).append(float(figure))
     return float(figure)
+
+
+def pytest_sessionfinish(session) -> None:
+    """A worker hands its figures over."""
+    if hasattr(session.config, "workeroutput"):
+        figures = [[*key, values] for key, values in FIGURES.items()]
+        session.config.workeroutput["measured"] = json.dumps([figures, TABLE])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """The figures of a worker's tests."""
+    figures, table = json.loads(node.workeroutput["measured"]) if "measured" in node.workeroutput else ([], {})
+    for test, what, values in figures:
+        FIGURES.setdefault((test, what), []).extend(values)
+    for mode, row in table.items():
+        TABLE.setdefault(mode, {}).update(row)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import shlex
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
+
+from kandinsky_jax.cli import app
+from tests import shapes
 
 SHORT = ["--model", "tiny", "--steps", "3", "--prior-steps", "2"]
 
@@ -71,7 +79,7 @@ def test_torch_noise_is_the_references_picture(tmp_path, tiny_pipe):
         (["x", "--model", "tiny", "-o", "missing/a.png"], "missing does not exist"),
         (["x", "--model", "tiny", "--height", "10"], "--height=10 is too small"),
         (["x", *SHORT[:2], "--steps", "0"], "num_inference_steps=0 is out of range"),
-        (["x", "--model", "tiny", "--seed", "-1"], "generator=-1 is no seed"),
+        (["x", "--model", "tiny", "--seed", "-1"], "--seed=-1 is no seed"),
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, says):
@@ -83,8 +91,117 @@ def test_errors_are_one_line(tmp_path, arguments, says):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_shows_an_example(tmp_path):
-    done = kandinsky("generate", "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "Example:" in done.stdout
-    assert "--negative-prompt" in done.stdout
+def invoke(arguments: list[str], folder) -> Any:
+    """Run a command in this process, whose programs are compiled already."""
+    with contextlib.chdir(folder):
+        return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the files that the examples name."""
+    rng = np.random.default_rng(0)
+    asked = shapes.captions(2, seed=2)
+    for name, caption in zip(("circle.png", "star.png"), asked, strict=True):
+        Image.fromarray(np.uint8(shapes.draw(caption, rng) * 255)).save(tmp_path / name)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    mask.save(tmp_path / "mask.png")
+    Image.fromarray(np.uint16(shapes.depth("cross", (32, 32), 18) * 65535)).save(tmp_path / "depth.png")
+    return tmp_path
+
+
+COMMANDS = ["generate", "img2img", "inpaint", "controlnet", "mix", "vary"]
+
+
+def test_every_command_is_listed(tmp_path):
+    shown = invoke(["--help"], tmp_path).output
+    assert all(f" {name} " in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_in_the_help_runs(folder, name):
+    """As it is printed, offline, only with fewer steps."""
+    shown = " ".join(invoke([name, "--help"], folder).output.split())
+    [example] = re.findall(r"Example: kandinsky-jax (.*--model tiny)", shown)
+    assert "--negative-prompt" in shown
+    arguments = shlex.split(example)
+    done = invoke([*arguments, "--steps", "4", "--prior-steps", "4", "--seed", "3", "--quiet"], folder)
+    assert done.exit_code == 0, done.output
+    with Image.open(folder / arguments[arguments.index("-o") + 1]) as picture:
+        assert picture.size == (64, 64)
+        about = json.loads(picture.text["kandinsky_jax"])
+    assert about["seed"] == 3
+    assert about.get("prompt", about.get("items"))
+    assert ("files" in about) == (name not in ("generate", "mix"))
+
+
+def test_the_commands_do_what_the_pipelines_do(folder, ours):
+    """Files, sizes and seeds arrive: the same pictures as from Python."""
+    prompt, short = "a green star on a white background", ["--steps", "4", "--prior-steps", "4", "-m", "tiny", "-q"]
+    steps = {"num_inference_steps": 4, "prior_num_inference_steps": 4, "height": 64, "width": 64}
+    image, mask, hint = (Image.open(folder / name) for name in ("circle.png", "mask.png", "depth.png"))
+    cases = {
+        "img2img --image circle.png --strength 0.5": ("Img2Img", {"image": image, "strength": 0.5}),
+        "inpaint --image circle.png --mask mask.png --paste-back": (
+            "Inpaint",
+            {"image": image, "mask_image": mask, "paste_back": True},
+        ),
+        "controlnet --hint depth.png": ("Controlnet", {"hint": hint}),
+        "controlnet --hint depth.png --image circle.png --strength 0.5": (
+            "ControlnetImg2Img",
+            {"hint": hint, "image": image, "strength": 0.5},
+        ),
+    }
+    for line, (mode, pictures) in cases.items():
+        command, *arguments = line.split()
+        options = [*arguments, "--seed", "5", "-o", "out.png", "--num-images", "2", "-n", "red", *short]
+        done = invoke([command, prompt, *options], folder)
+        assert done.exit_code == 0, done.output
+        assert done.output.split("\n")[:3] == ["out-0.png", "out-1.png", "seed 5"]
+        pipe = ours[f"KandinskyV22{mode}CombinedPipeline"]
+        expected = pipe(
+            prompt, negative_prompt="red", num_images_per_prompt=2, generator=5, guidance_scale=4.0, **pictures, **steps
+        ).images
+        for i in range(2):
+            assert np.abs(pixels(folder / f"out-{i}.png") - np.asarray(expected[i], int)).max() <= 1
+
+
+def test_a_mix_is_drawn_in_the_proportions_given(folder, ours):
+    short = ["--steps", "4", "--prior-steps", "4", "-m", "tiny", "-q", "--seed", "5", "-o", "out.png"]
+    done = invoke(["mix", "yellow ring", "star.png", "--weights", "0.3,0.7", *short], folder)
+    assert done.exit_code == 0, done.output
+    embeds = ours["KandinskyV22PriorPipeline"].interpolate(
+        ["yellow ring", Image.open(folder / "star.png")], [0.3, 0.7], num_inference_steps=4, generator=5
+    )
+    [expected] = ours["KandinskyV22Pipeline"](*embeds, height=64, width=64, num_inference_steps=4, generator=5).images
+    assert np.abs(pixels(folder / "out.png") - np.asarray(expected, int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["img2img", "x", "-i", "no.png"], "--image|image: there is no file no.png"),
+        (["img2img", "x", "-i", "circle.png", "--strength", "0"], "strength must be a number above 0"),
+        (["img2img", "x", "-i", "circle.png", "--strength", "0.01"], "leaves no step to do"),
+        (["img2img", "x", "-i", "circle.png", "-i", "star.png"], "image has 2 pictures for 1 prompts"),
+        (["img2img", "x", "-i", "notes.txt"], "notes.txt cannot be read as a picture"),
+        (["inpaint", "x", "-i", "circle.png", "--mask", "no.png"], "there is no file no.png"),
+        (["mix", "x", "y", "--weights", "0.5"], "2 items, weights has 1"),
+        (["mix", "x", "y", "--weights", "a,b"], "--weights must be numbers with commas between, got 'a,b'"),
+        (["mix", "x", "no.png"], "there is no file no.png"),
+        (["vary", "x", "-i", "circle.png", "--strength", "2"], "strength must be"),
+        (["controlnet", "x", "--hint", "depth.png", "-m", "tiny/kandinsky-2-2-decoder"], "KandinskyV22Pipeline, which"),
+        (["inpaint", "x", "-i", "circle.png", "--mask", "mask.png", "-m", "tiny/kandinsky-2-2-decoder"], "which"),
+        (["generate", "x", "-m", "tiny/kandinsky-2-2-decoder-inpaint"], "load it with KandinskyV22InpaintPipeline"),
+    ],
+)
+def test_errors_of_the_modes(folder, arguments, says):
+    """Before a model is loaded, but for those about the model."""
+    (folder / "notes.txt").write_text("no picture")
+    before = set(folder.iterdir())
+    model = [] if "-m" in arguments else ["-m", "tiny/nothing"]
+    done = invoke([*arguments, *model], folder)
+    assert isinstance(done.exception, ValueError)
+    assert re.search(says, str(done.exception))
+    assert set(folder.iterdir()) == before

@@ -146,9 +146,10 @@ def test_the_older_callback(ours, theirs, embeds):
     seen: dict[str, list] = {"ours": [], "theirs": []}
     name, hint = "KandinskyV22ControlnetPipeline", given("controlnet", 1, 64, 64)["hint"]
     rows = [x[:1] for x in embeds]
-    watch = {
-        who: lambda i, t, x, who=who: seen[who].append((i, int(t), torch.as_tensor(x).numpy().copy())) for who in seen
-    }
+
+    def watcher(who: str):
+        return lambda i, t, latents: seen[who].append((i, int(t), torch.as_tensor(latents).numpy().copy()))
+
     ours[name](*rows, hint, generator=TorchGenerator(1), callback=watcher("ours"), callback_steps=2, **SHORT)
     theirs[name](
         *(torch.tensor(x) for x in rows),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from kandinsky_jax import KandinskyV22CombinedPipeline
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PROMPTS = [
     "a red circle on a blue background",
     "large yellow star, black background",
@@ -18,23 +22,69 @@ PROMPTS = [
     "a blue triangle on a yellow background",
     "an orange square on a white background",
 ]
-ZOOM, GAP, CAPTION = 2, 8, 30
+# name in the README's block -> mode, and what it was given
+MODES = {
+    "circle": ("text to image", []),
+    "star": ("image to image", ["circle"]),
+    "ring": ("inpainting", ["circle", "mask"]),
+    "square": ("depth hint", ["depth"]),
+    "night": ("picture and hint", ["circle", "depth"]),
+    "mixed": ("a prompt and a picture, mixed", ["star"]),
+    "varied": ("a variation", ["circle"]),
+}
+SIDE, GAP, CAPTION = 128, 8, 30
+
+
+def modes_block() -> str:
+    """The README's code for every mode."""
+    readme = (ROOT / "README.md").read_text()
+    [block] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "img2img" in code]
+    return block
+
+
+def tile(given: Any, side: int) -> Image.Image:
+    """A picture, mask or depth map as a square."""
+    if not isinstance(given, Image.Image):
+        given = Image.fromarray((np.asarray(given, float) * 255).astype(np.uint8))
+    return given.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+
+
+def draw_prompts() -> Image.Image:
+    """Each prompt once, as one batch with seed 0, side by side over their prompts."""
+    pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny")
+    pictures = pipe(PROMPTS, height=64, width=64, num_inference_steps=50, generator=0).images
+    sheet = Image.new("RGB", (len(pictures) * (SIDE + GAP) + GAP, SIDE + CAPTION + 2 * GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
+        left = GAP + i * (SIDE + GAP)
+        sheet.paste(tile(picture, SIDE), (left, GAP))
+        draw.multiline_text((left, GAP + SIDE + 2), textwrap.fill(prompt, 21), "black", font)
+    return sheet
+
+
+def draw_modes() -> Image.Image:
+    """What the README's block drew, each mode's picture below what it was given."""
+    made: dict[str, Any] = {}
+    exec(compile(modes_block(), "README.md", "exec"), made)
+    half = SIDE // 2
+    sheet = Image.new("RGB", (len(MODES) * (SIDE + GAP) + GAP, half + SIDE + CAPTION + 3 * GAP), (236, 236, 236))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (name, (mode, given)) in enumerate(MODES.items()):
+        left = GAP + i * (SIDE + GAP)
+        for j, source in enumerate(given):
+            offset = (SIDE - half * len(given)) // 2 + j * half
+            sheet.paste(tile(made[source], half - 4), (left + offset + 2, GAP))
+        sheet.paste(tile(made[name], SIDE), (left, half + 2 * GAP))
+        draw.multiline_text((left, half + SIDE + 2 * GAP + 2), textwrap.fill(mode, 21), "black", font)
+    return sheet
 
 
 def main() -> None:
-    """Draw each prompt once, as one batch with seed 0, and set the pictures side by side over their prompts."""
-    pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny")
-    pictures = pipe(PROMPTS, height=64, width=64, num_inference_steps=50, generator=0).images
-    side = 64 * ZOOM
-    sheet = Image.new("RGB", (len(pictures) * (side + GAP) + GAP, side + CAPTION + 2 * GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for i, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
-        left = GAP + i * (side + GAP)
-        sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, GAP))
-        draw.multiline_text((left, GAP + side + 2), textwrap.fill(prompt, 21), "black", font)
+    """Write both sheets."""
     DOCS.mkdir(exist_ok=True)
-    sheet.save(DOCS / "tiny.png")
-    print(DOCS / "tiny.png")
+    for name, sheet in {"tiny.png": draw_prompts(), "modes.png": draw_modes()}.items():
+        sheet.save(DOCS / name)
+        print(DOCS / name)
 
 
 if __name__ == "__main__":

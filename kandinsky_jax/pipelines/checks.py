@@ -148,16 +148,17 @@ def mix(items: Any, weights: Any) -> tuple[list[Any], list[float]]:
     return list(items), [guidance(weight, f"weights[{i}]") for i, weight in enumerate(weights)]
 
 
-def per_picture(array: np.ndarray, name: str, prompts: int, repeats: int) -> np.ndarray:
-    """One row for every picture that is drawn: from one row for all, one per prompt, or one per picture."""
-    if len(array) == prompts * repeats:
-        return array
-    if len(array) == prompts:
-        return np.repeat(array, repeats, axis=0)
-    if len(array) == 1:
-        return np.repeat(array, prompts * repeats, axis=0)
+def picture_count(found: int, name: str, prompts: int, repeats: int) -> None:
+    """There may be one picture for all, one per prompt, or one per picture that is drawn."""
     wanted = sorted({1, prompts, prompts * repeats})
-    raise ValueError(
-        f"{name} has {len(array)} pictures for {prompts} prompts with num_images_per_prompt={repeats}; needed are "
-        + " or ".join(map(str, wanted))
-    )
+    if found not in wanted:
+        raise ValueError(
+            f"{name} has {found} pictures for {prompts} prompts with num_images_per_prompt={repeats}; needed are "
+            + " or ".join(map(str, wanted))
+        )
+
+
+def per_picture(array: np.ndarray, name: str, prompts: int, repeats: int) -> np.ndarray:
+    """One row for every picture that is drawn."""
+    picture_count(len(array), name, prompts, repeats)
+    return array if len(array) == prompts * repeats else np.repeat(array, prompts * repeats // len(array), axis=0)

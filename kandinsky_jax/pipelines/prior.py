@@ -206,7 +206,7 @@ class PriorPipeline(Pipeline):
             wish = wish._replace(latents=checks.latents(latents, shape))
         if image is not None:
             pictures = self._pictures(image, "")
-            checks.per_picture(np.arange(len(pictures)), "image", len(prompts), repeats)
+            checks.picture_count(len(pictures), "image", len(prompts), repeats)
             wish = wish._replace(image=pictures)
         return wish
 
