@@ -172,7 +172,10 @@ def test_every_output_type(ours, embeds, mode):
     pictures = given(mode, 1, 64, 64)
 
     def draw(kind: str):
-        return ours[MODES[mode]](**rows, **pictures, generator=1, **extra(mode), **SHORT | {"output_type": kind}).images
+        generator = TorchGenerator(1)
+        return ours[MODES[mode]](
+            **rows, **pictures, generator=generator, **extra(mode), **SHORT | {"output_type": kind}
+        ).images
 
     array = draw("np")
     np.testing.assert_array_equal(draw("pt"), array.transpose(0, 3, 1, 2))
@@ -186,7 +189,7 @@ def test_one_picture_serves_all_prompts(ours, embeds, mode):
     rows = {"image_embeds": embeds[0], "negative_image_embeds": embeds[1], "num_images_per_prompt": 2}
     one = given(mode, 1, 64, 64)
     drawn = [
-        ours[MODES[mode]](**rows, **pictures, generator=1, **extra(mode), **SHORT).images
+        ours[MODES[mode]](**rows, **pictures, generator=TorchGenerator(1), **extra(mode), **SHORT).images
         for pictures in (
             {name: x[0] for name, x in one.items()},
             {name: x * 2 for name, x in one.items()},
