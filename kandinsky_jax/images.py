@@ -22,6 +22,9 @@ from PIL.PngImagePlugin import PngInfo
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
+# What is opened: no format whose reader starts another program, as PostScript's does.
+READABLE = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+
 # Pictures in ------------------------------------------------------------------------------------------------------
 
 
@@ -38,7 +41,8 @@ def read(value: Image.Image | str | os.PathLike[str], name: str = "image") -> Im
             if isinstance(value, Image.Image):
                 value.load()
                 return ImageOps.exif_transpose(value)
-            with Image.open(value) as image:
+            Image.init()
+            with Image.open(value, formats=[name for name in READABLE if name in Image.OPEN]) as image:
                 image.load()
                 return ImageOps.exif_transpose(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

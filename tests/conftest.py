@@ -15,6 +15,11 @@ import torch
 from kandinsky_jax import hub
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Each of the suite's processes has cores of its own: XLA's threads lose more by sharing them than they gain.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    _CORES = sorted(os.sched_getaffinity(0))
+    _OWN = _CORES[int(os.environ["PYTEST_XDIST_WORKER"][2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, _OWN or _CORES)
 # Two threads of PyTorch that wait for each other beside XLA's lose more time than one alone.
 torch.set_num_threads(1)
 jax.config.update("jax_platforms", "cpu")

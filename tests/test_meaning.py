@@ -63,6 +63,7 @@ def test_scorer_finds_nothing_in_a_blank_picture():
     assert verdict.colour == verdict.background == "white"
 
 
+@pytest.mark.slow
 def test_drawings_obey_the_captions(verdicts):
     rates = shapes.rates(verdicts, TRUTHS)
     for part, rate in rates.items():
@@ -71,6 +72,7 @@ def test_drawings_obey_the_captions(verdicts):
     assert all(rates[part] >= LEAST[part] for part in LEAST), f"{rates}, at least {LEAST}; wrong: {wrong}"
 
 
+@pytest.mark.slow
 def test_rates_collapse_against_other_captions(verdicts):
     rates = shapes.rates(verdicts, TRUTHS[1:] + TRUTHS[:1])
     assert rates["all"] <= 0.05, rates

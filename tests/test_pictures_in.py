@@ -201,11 +201,17 @@ def damaged(path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def postscript(path) -> None:
+    """A picture whose reader would start Ghostscript."""
+    noise(H, W).save(path, format="EPS")
+
+
 @pytest.mark.parametrize("reader", [images.pictures, images.masks, images.hints])
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (bomb, "too large to be opened safely"),
+        (postscript, "cannot be read as a picture"),
         (damaged, "cannot be read as a picture"),
         (lambda path: path.write_text("no picture"), "cannot be read as a picture"),
         (lambda path: path.mkdir(), "cannot be read as a picture"),
