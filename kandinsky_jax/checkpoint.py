@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert_weights import files, names
-from convert_weights.files import CheckpointError
 from kandinsky_jax import orbax
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.storage import read_json
+from kandinsky_jax.tensors import files, names
+from kandinsky_jax.tensors.files import CheckpointError
 
 __all__ = [
     "CheckpointError",

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert_weights.files import STEMS, CheckpointError, find
 from kandinsky_jax import orbax
 from kandinsky_jax.storage import read_json
+from kandinsky_jax.tensors.files import STEMS, CheckpointError, find
 
 PRIOR, DECODER = "kandinsky-2-2-prior", "kandinsky-2-2-decoder"
 INPAINT, CONTROLNET = "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"

@@ -17,8 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from convert_weights.files import CheckpointError
 from kandinsky_jax.storage import read_json
+from kandinsky_jax.tensors.files import CheckpointError
 
 FOLDER = "params"  # of a component, in place of diffusers' file of tensors
 

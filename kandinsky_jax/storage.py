@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from convert_weights.files import CheckpointError
+from kandinsky_jax.tensors.files import CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from convert_weights.names import torch_name, torch_shape
 from kandinsky_jax import models
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.models.layers import abstract
+from kandinsky_jax.tensors.names import torch_name, torch_shape
 from tests.conftest import OFFICIAL, official_config
 
 CLASSES = {

@@ -15,7 +15,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 # A room may import rooms of lower floors, and its own.
 FLOORS = (
-    ("convert_weights.names", "convert_weights.files", "kandinsky_jax.terminal"),
+    ("kandinsky_jax.tensors", "kandinsky_jax.terminal"),
     ("kandinsky_jax.models", "kandinsky_jax.schedulers", "kandinsky_jax.noise", "kandinsky_jax.images"),
     ("kandinsky_jax.storage",),
     ("kandinsky_jax.orbax", "kandinsky_jax.sampling"),
@@ -68,7 +68,7 @@ def test_nothing_imports_the_reference(path):
     """torch may be imported in one place, to read a tensors-only pickle; diffusers nowhere."""
     roots = {name.split(".")[0] for name in imports(path)}
     assert "diffusers" not in roots
-    assert "torch" not in roots or module_name(path) == "convert_weights.files"
+    assert "torch" not in roots or module_name(path) == "kandinsky_jax.tensors.files"
     assert "torch" not in {name.split(".")[0] for name in imports(path, everywhere=False)}
 
 

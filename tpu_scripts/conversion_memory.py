@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from convert_weights import files, names
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.schedulers import DDPMScheduler
+from kandinsky_jax.tensors import files, names
 
 PARTS = {"unet": "UNet2DConditionModel", "movq": "VQModel"}
 
