@@ -256,12 +256,27 @@ def test_strength_one_starts_from_noise(ours, theirs, embeds):
 def test_emb2emb_takes_embeddings_and_pixels(ours, theirs):
     """Ready embeddings [B, D], and [B, 3, S, S] for the vision tower, as in the reference."""
     name, rng = "KandinskyV22PriorEmb2EmbPipeline", np.random.default_rng(0)
-    for image in (rng.standard_normal((1, 64)), rng.standard_normal((1, 3, 64, 64))):
-        array = image.astype(np.float32)
-        settings = {"strength": 0.5, "num_inference_steps": 6, "num_images_per_prompt": 2}
-        mine = ours[name](PROMPTS[0], array, generator=TorchGenerator(1), **settings)
-        other = theirs[name](PROMPTS[0], torch.tensor(array), generator=torch.Generator().manual_seed(1), **settings)
+    settings = {"strength": 0.5, "num_inference_steps": 6}
+    for shape in ((1, 64), (1, 3, 64, 64)):
+        arrays = [rng.standard_normal(shape).astype(np.float32) for _ in range(2)]
+        mine = ours[name](PROMPTS[:2], arrays, generator=TorchGenerator(1), **settings)
+        joined = ours[name](PROMPTS[:2], np.concatenate(arrays), generator=TorchGenerator(1), **settings)
+        other = theirs[name](
+            PROMPTS[:2], list(map(torch.tensor, arrays)), generator=torch.Generator().manual_seed(1), **settings
+        )
         assert worst(mine.image_embeds, other.image_embeds) <= 1e-3
+        np.testing.assert_array_equal(mine.image_embeds, joined.image_embeds)
+
+
+def test_a_mix_takes_ready_embeddings_and_pictures_alike(ours):
+    """A picture, its array, its pixels for CLIP and its embedding are one and the same."""
+    pipe = ours["KandinskyV22PriorPipeline"]
+    square = picture(0).resize((64, 64))
+    pixels = pipe.image_processor(square).transpose(0, 3, 1, 2)
+    kinds = [square, np.asarray(square), pixels]
+    found = [pipe.interpolate([kind], [1.0]).image_embeds for kind in kinds]
+    for other in [*found[1:], pipe.interpolate([found[0]], [1.0]).image_embeds]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
 
 
 def test_a_mix_of_one_is_the_prompts_own(ours):

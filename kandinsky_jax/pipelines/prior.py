@@ -121,7 +121,8 @@ class PriorPipeline(Pipeline):
 
         Args:
             images_and_prompts: strings are prompts; pictures are PIL pictures, `pathlib.Path`s, arrays `[H, W, 3]`
-                (see `kandinsky_jax.images`), or `[1, 3, S, S]`, which go into the vision tower as they are.
+                (see `kandinsky_jax.images`), or `[1, 3, S, S]`, which go into the vision tower as they are; `[1, D]` is
+                a ready embedding.
             weights: one number for each; they are not normalised.
             num_images_per_prompt: embeddings to draw.
             num_inference_steps, latents, guidance_scale: of the prior, for each prompt; see `__call__`.
@@ -213,13 +214,18 @@ class PriorPipeline(Pipeline):
     def _pictures(self, value: Any, which: str) -> np.ndarray | list[Image.Image]:
         """What is to become image embeddings: embeddings `[N, D]`, pixels for CLIP `[N, S, S, 3]`, or pictures."""
         name, side = f"images_and_prompts{which}" if which else "image", self.image_encoder.config.image_size
-        array = np.asarray(value) if hasattr(value, "__array__") and not isinstance(value, Image.Image) else None
-        if array is not None and array.ndim == 2 and not which:
-            return checks.embeds(array, name, self.prior.config.embedding_dim)
-        if array is not None and array.ndim == 4 and array.shape[1:] == (3, side, side):
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} has numbers that are not finite")
-            return array.astype(np.float32).transpose(0, 2, 3, 1)
+        dim = self.prior.config.embedding_dim
+        parts = value if isinstance(value, list | tuple) else [value]
+        arrays = [np.asarray(x) for x in parts if hasattr(x, "__array__") and not isinstance(x, Image.Image)]
+        if arrays and len(arrays) == len(parts):
+            # In a mix, a plane of another shape is a grey picture.
+            if all(x.ndim == 2 and (not which or x.shape == (1, dim)) for x in arrays):
+                return checks.embeds(arrays, name, dim)
+            if all(x.ndim == 4 and x.shape[1:] == (3, side, side) for x in arrays):
+                pixels = np.concatenate(arrays).astype(np.float32)
+                if not np.isfinite(pixels).all():
+                    raise ValueError(f"{name} has numbers that are not finite")
+                return pixels.transpose(0, 2, 3, 1)
         return images.embeddable(value, name)
 
     def _encode_pictures(self, pictures: np.ndarray | list[Image.Image]) -> np.ndarray:
