@@ -135,6 +135,8 @@ class PriorPipeline(Pipeline):
             image_embeds and negative_image_embeds, float32 JAX arrays `[num_images_per_prompt, D]`.
         """
         items, numbers = checks.mix(images_and_prompts, weights)
+        if not isinstance(negative_prompt, str):
+            raise TypeError(f"negative_prompt must be a string, got {type(negative_prompt).__name__}")
         shared = {
             "num_images_per_prompt": num_images_per_prompt,
             "num_inference_steps": num_inference_steps,
@@ -155,9 +157,8 @@ class PriorPipeline(Pipeline):
 
         mixed = np.zeros((negative.images, self.prior.config.embedding_dim), np.float32)
         for part, weight in zip(parts, numbers, strict=True):
-            mixed += (self._embed(part)[0] if isinstance(part, Wish) else self._encode_pictures(part)) * np.float32(
-                weight
-            )
+            embeds = self._embed(part)[0] if isinstance(part, Wish) else self._encode_pictures(part)
+            mixed += np.float32(weight) * embeds
         if negative_prompt == "" and negative_prior_prompt is None:
             # The reference draws an embedding of "" here and drops it; its generator goes on nevertheless.
             source = noise_source(generator, negative.images, PRIOR)
