@@ -196,6 +196,11 @@ def bomb(path) -> None:
     Image.new("1", (20_000, 10_000)).save(path)
 
 
+def large(path) -> None:
+    """One for which Pillow only warns."""
+    Image.new("1", (12_000, 10_000)).save(path)
+
+
 def damaged(path) -> None:
     noise(H, W).save(path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -211,7 +216,8 @@ def postscript(path) -> None:
     ("make", "says"),
     [
         (bomb, "too large to be opened safely"),
-        (postscript, "cannot be read as a picture"),
+        (large, "too large to be opened safely"),
+        (postscript, "cannot be read as a picture: cannot identify"),
         (damaged, "cannot be read as a picture"),
         (lambda path: path.write_text("no picture"), "cannot be read as a picture"),
         (lambda path: path.mkdir(), "cannot be read as a picture"),

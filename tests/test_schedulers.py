@@ -447,3 +447,16 @@ def test_add_noise(cls, timesteps):
     theirs = getattr(diffusers, cls.__name__)().add_noise(original, noise, torch.tensor(timesteps))
     assert ours.dtype == jnp.float32
     assert error(np.asarray(ours), theirs.numpy()) <= 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20])
+def test_the_last_steps_of_a_schedule(steps):
+    """The same rows, timesteps and draws, from the first step that is left."""
+    whole = DDPMScheduler().schedule(20)
+    rest = whole.last(steps)
+    assert len(rest) == steps
+    np.testing.assert_array_equal(rest.timesteps, whole.timesteps[20 - steps :])
+    np.testing.assert_array_equal(rest.draws_noise, whole.draws_noise[20 - steps :])
+    for mine, all_rows in zip(rest.table, whole.table, strict=True):
+        assert mine.shape == all_rows.shape
+        np.testing.assert_array_equal(mine[:steps], all_rows[20 - steps : 20])
