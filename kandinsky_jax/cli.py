@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -333,6 +334,8 @@ def _write(pictures: Sequence[Image.Image], options: Options, seed: int, about: 
 
 def main() -> None:
     """The entry point of the `kandinsky-jax` command."""
+    # Only the tokenizer is used of transformers, which otherwise says on every run that there is no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     run(app)
 
 
