@@ -93,8 +93,9 @@ def masks(value: Any, name: str, height: int, width: int) -> np.ndarray:
             found.append(np.asarray(mask) >= 128)
         else:
             plane = _fitting(item, which, height, width)[..., 0]
-            binary = plane.dtype.kind in "iu" and plane.max() <= 1  # whole numbers may be levels, or 0 and 1
-            found.append(_unit(plane.astype(bool) if binary and plane.min() >= 0 else plane, which) >= 0.5)
+            # Whole numbers may be levels, or 0 and 1.
+            binary = plane.dtype.kind in "iu" and 0 <= plane.min() <= plane.max() <= 1
+            found.append(_unit(plane.astype(bool) if binary else plane, which) >= 0.5)
     return np.stack(found)
 
 

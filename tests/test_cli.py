@@ -47,10 +47,10 @@ def test_generate(tmp_path):
 
 def test_several_pictures(tmp_path):
     arguments = [*SHORT, "--seed", "3", "--num-images", "2", "--quiet", "-o", "b.webp"]
-    done = kandinsky("generate", "a red circle", *arguments, cwd=tmp_path)
+    done = kandinsky("generate", "a red circle", "yellow ring", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "it/s" not in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b-0.webp", "b-1.webp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"b-{i}.webp" for i in range(4)]
     assert {pixels(path).shape for path in tmp_path.iterdir()} == {(64, 64, 3)}
 
 

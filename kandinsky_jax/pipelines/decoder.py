@@ -99,15 +99,14 @@ class DecoderPipeline(Pipeline):
         """A decoder's call: every check, then the drawing."""
         dim = self.unet.config.encoder_hid_dim
         given = checks.embeds(image_embeds, "image_embeds", dim)
-        scale = checks.guidance(arguments["guidance_scale"])
-        if negative_image_embeds is None and scale > 1:
+        order = self._order(len(given), **arguments)
+        if negative_image_embeds is None and order.scale > 1:
             raise ValueError("negative_image_embeds is needed where guidance_scale is above 1")
         without = given
         if negative_image_embeds is not None:
             without = checks.embeds(negative_image_embeds, "negative_image_embeds", dim)
         if len(without) != len(given):
             raise ValueError(f"negative_image_embeds has {len(without)} rows, image_embeds has {len(given)}")
-        order = self._order(len(given), **arguments)
         repeats = order.batch // len(given)
         return self._draw(order, np.repeat(given, repeats, axis=0), np.repeat(without, repeats, axis=0))
 

@@ -188,29 +188,26 @@ class PriorPipeline(Pipeline):
         """Check a call."""
         prompts = checks.texts(prompt, "prompt")
         repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
+        negatives = checks.negative_texts(negative_prompt, prompts)
         schedule = self.scheduler.schedule(num_inference_steps)
-        wish = Wish(
+        pictures = None if image is None else self._pictures(image, "")
+        if pictures is not None:
+            checks.picture_count(len(pictures), "image", len(prompts), repeats)
+        rows = len(prompts + (negatives or [])) * repeats
+        return Wish(
             prompts=prompts,
-            negatives=checks.negative_texts(negative_prompt, prompts),
+            negatives=negatives,
             repeats=repeats,
             schedule=schedule if strength is None else schedule.last(checks.strength(strength, len(schedule))),
             scale=checks.guidance(guidance_scale),
             generator=generator,
-            latents=None,
-            image=None,
+            latents=checks.latents(latents, (rows, self.prior.config.embedding_dim)),
+            image=pictures,
             callback=callback_on_step_end,
             callback_inputs=checks.callback(
                 callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
             ),
         )
-        if latents is not None:
-            shape = (wish.lanes * wish.images, self.prior.config.embedding_dim)
-            wish = wish._replace(latents=checks.latents(latents, shape))
-        if image is not None:
-            pictures = self._pictures(image, "")
-            checks.picture_count(len(pictures), "image", len(prompts), repeats)
-            wish = wish._replace(image=pictures)
-        return wish
 
     def _pictures(self, value: Any, which: str) -> np.ndarray | list[Image.Image]:
         """What is to become image embeddings: embeddings `[N, D]`, pixels for CLIP `[N, S, S, 3]`, or pictures."""
