@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from kandinsky_jax.models.config import NetworkConfig
+from kandinsky_jax.models.convolution import Conv
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -105,9 +106,9 @@ def layer_norm(channels: int, rngs: Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
 
 def conv(
     cin: int, cout: int, rngs: Rngs, kernel: int = 3, stride: int = 1, padding: Any = None, bias: bool = True
-) -> nnx.Conv:
+) -> Conv:
     """A convolution, by default with PyTorch's symmetric padding; Flax's SAME pads one-sidedly at stride 2."""
-    return nnx.Conv(
+    return Conv(
         cin,
         cout,
         (kernel, kernel),
