@@ -180,6 +180,7 @@ class Pipeline:
         guidance_scale: float,
         callback: Callback | None,
         callback_inputs: Sequence[str],
+        guidance_interval: tuple[int, int] | None = None,
     ) -> list[jax.Array]:
         """Run the loop under a progress bar, with the user's callback after each step.
 
@@ -187,6 +188,7 @@ class Pipeline:
             lanes_of: (network, parameters, tensors) -> the lanes.
             tensors: what a callback may see and change besides the latents, by diffusers' names.
             latents: each lane's first sample.
+            guidance_interval: see `sample`.
         """
         network, params = Network.split(module)
         lanes = lanes_of(network, params, tensors)
@@ -220,6 +222,7 @@ class Pipeline:
                 latents,
                 source,
                 guidance_scale if guidance_scale > 1 else None,
+                interval=guidance_interval,
                 after=after,
                 every_step=callback is not None,
             )
