@@ -130,8 +130,11 @@ class CombinedPipeline(Pipeline):
         own = {k: v for k, v in components.items() if not k.startswith("prior_")}
         prior_pipe = KandinskyV22PriorPipeline.from_pretrained(prior_folder, dtype=dtype, **ready)
         decoder_pipe = cls.DECODER.from_pretrained(folder, dtype=dtype, **own)
-        found = {f"prior_{k}": v for k, v in prior_pipe.components.items()}
-        return cls(**decoder_pipe.components, **found)
+        found = {f"prior_{k}": v for k, v in prior_pipe._held().items()}
+        return cls(**decoder_pipe._held(), **found)
+
+    def _held(self) -> dict[str, Any]:
+        return self.decoder_pipe._held() | {f"prior_{k}": v for k, v in self.prior_pipe._held().items()}
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Arguments of `tqdm` for the progress bars; `disable=True` turns them off."""
