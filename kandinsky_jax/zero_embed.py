@@ -2,8 +2,8 @@
 
 Only the tower's weights decide it, and text-to-image needs nothing else of its 1.8 billion parameters. So it is looked
 for beside the tower's tensors (`store` puts it there), then in a cache of the user's, and else computed, with one layer
-of the tower in memory at a time. What is kept is float32 of the tensors as stored, whatever a pipeline computes in, and
-bears a fingerprint of them.
+of the tower in memory at a time. What is kept is computed in float32 from the tensors as stored, whatever a pipeline
+computes in, and sealed with a fingerprint of them.
 """
 
 from __future__ import annotations
@@ -135,21 +135,22 @@ def _find(folder: Path, mark: str) -> np.ndarray | None:
     for path in _places(folder, mark):
         try:
             with safe_open(path, framework="numpy") as file:
-                embed, about = file.get_tensor(_TENSOR), file.metadata() or {}
+                embed, seal = file.get_tensor(_TENSOR), (file.metadata() or {}).get("seal")
         except FileNotFoundError:
             continue
         except (SafetensorError, OSError) as error:
             warnings.warn(f"{path} is damaged and not used: {error}", stacklevel=2)
             continue
-        if about == _about(embed, mark):
+        if seal == _seal(embed, mark):
             return embed
         warnings.warn(f"{path} is not of these weights, or damaged, and not used", stacklevel=2)
     return None
 
 
-def _about(embed: np.ndarray, mark: str) -> dict[str, str]:
-    return {"format": "pt", "fingerprint": mark, "sha256": hashlib.sha256(embed.tobytes()).hexdigest()}
+def _seal(embed: np.ndarray, mark: str) -> str:
+    """Of the embedding and of the weights that it belongs to."""
+    return hashlib.sha256(mark.encode() + embed.tobytes()).hexdigest()
 
 
 def _write(path: Path, embed: np.ndarray, mark: str) -> None:
-    replace_file(path, save({_TENSOR: embed}, metadata=_about(embed, mark)))
+    replace_file(path, save({_TENSOR: embed}, metadata={"seal": _seal(embed, mark)}))

@@ -1,7 +1,8 @@
 """What guidance in a part of the steps saves and costs on the embedded model.
 
-`python tpu_scripts/guidance_interval.py` draws the same captions with the same noise for several intervals, and has the tests' scorer say which pictures show
-what they were asked for. Prints a table and writes `tpu_scripts/results/guidance-interval-DATE.json`.
+`python tpu_scripts/guidance_interval.py` draws the same captions with the same noise for several intervals, and has the
+tests' scorer say which pictures show what they were asked for. It prints a table and writes
+`tpu_scripts/results/guidance-interval-DATE.json`.
 """
 
 from __future__ import annotations
