@@ -164,7 +164,7 @@ def test_numbers_that_are_not_finite_are_told_when_they_are_read(folder, tiny_pi
     pipe = KandinskyV22PriorPipeline.from_pretrained(folder, **ready)
     with pytest.raises(CheckpointError, match="the embedding of zeros is not finite"):
         pipe._zero_embed()
-    with pytest.raises(CheckpointError, match="not finite as .*post_layernorm.bias, 1 of"):
+    with pytest.raises(CheckpointError, match=r"not finite as .*post_layernorm.bias, 1 of"):
         _ = pipe.image_encoder
 
 
