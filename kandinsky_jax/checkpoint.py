@@ -131,7 +131,8 @@ class Deferred:
     """
 
     def __init__(self, cls: type[nnx.Module], folder: str | os.PathLike[str], dtype: Any = None):
-        self.cls, self.folder, self.dtype = cls, Path(folder).absolute(), dtype
+        self.cls, self.folder = cls, Path(folder).absolute()
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.config: Any = check_network(cls, folder)
         self._network: Any = None
         self._lock = threading.Lock()
@@ -139,6 +140,12 @@ class Deferred:
     @property
     def loaded(self) -> bool:
         return self._network is not None
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes when it is loaded."""
+        leaves = flat_params(abstract(self.cls, self.config)).values()
+        return stored_bytes(self.folder) if self.dtype is None else sum(x.size for x in leaves) * self.dtype.itemsize
 
     def load(self) -> Any:
         """The network; it stays in memory."""

@@ -30,12 +30,10 @@ BATCH = 25
 INTERVALS: list[tuple[float, float] | None] = [
     (0.0, 1.0),
     (0.0, 0.8),
-    (0.0, 0.6),
     (0.0, 0.4),
-    (0.0, 0.2),
     (0.1, 0.9),
     (0.2, 0.8),
-    (0.3, 0.7),
+    (0.1, 1.0),
     (0.2, 1.0),
     (0.4, 1.0),
     None,
@@ -64,7 +62,7 @@ def draw(
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--captions", type=int, default=200)
+    parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50)
     given = parser.parse_args()
     pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")

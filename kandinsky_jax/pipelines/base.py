@@ -303,9 +303,9 @@ def _is_diffusers(part: Any) -> bool:
 
 
 def _bytes(part: Any) -> int:
-    """How many a network takes on a disk, nearly."""
+    """How many a network takes."""
     if isinstance(part, Deferred):
-        return stored_bytes(part.folder)
+        return part.nbytes
     return sum(leaf.nbytes for leaf in flat_params(part).values()) if isinstance(part, nnx.Module) else 0
 
 
