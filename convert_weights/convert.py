@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm.auto import tqdm
 
-from kandinsky_jax import hub, orbax
+from kandinsky_jax import hub, orbax, zero_embed
 from kandinsky_jax.checkpoint import (
     CheckpointError,
     Layout,
@@ -83,7 +83,12 @@ def convert(
             if name in networks:
                 module = load_network(NETWORKS[classes[name]], part, dtype, cpu, bar)
                 save_network(module, scratch / name, layout)
+                config = module.config
                 del module  # before the next is read: the peak is one component
+                if classes[name] == "CLIPVisionModelWithProjection":
+                    with jax.default_device(jax.devices("cpu")[0]):
+                        if not zero_embed.carry(part, scratch / name, config):
+                            zero_embed.store(scratch / name, config)
             else:
                 (scratch / name).mkdir()
                 for path in part.iterdir():

@@ -2,14 +2,16 @@
 
 A folder of ours has the same files as diffusers' (`model_index.json`, `config.json`, tokenizer, ...), except that a
 network's tensors lie in an Orbax checkpoint, `params/`, from which a pod restores its shards straight onto its devices.
-Either form is checked whole before a network is handed out.
+Either form is checked whole before a network is handed out. A `Deferred` network is checked at once, but for its
+numbers, and read when it is needed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm.auto import tqdm
 
 from kandinsky_jax import orbax
+from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors import files, names
@@ -26,11 +30,15 @@ from kandinsky_jax.tensors.files import CheckpointError
 
 __all__ = [
     "CheckpointError",
+    "Deferred",
     "Layout",
     "Progress",
+    "check_network",
     "default_dtype",
     "flat_params",
     "load_network",
+    "loading_bar",
+    "read_params",
     "save_network",
     "stored_bytes",
 ]
@@ -84,14 +92,98 @@ def load_network(
         ConfigError: where the configuration is not supported.
     """
     folder = Path(folder)
-    config = cls.CONFIG.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    module = abstract(cls, config)
-    expected = {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
+    module, expected = _expected(cls, folder)
     if (folder / orbax.FOLDER).is_dir():
         params = _read_orbax(folder, expected, dtype, sharding, progress)
     else:
         params = _read_torch(folder, expected, dtype, sharding, progress)
     return _with_params(module, params)
+
+
+def check_network(cls: type[nnx.Module], folder: str | os.PathLike[str]) -> NetworkConfig:
+    """What `load_network` says of the network in `folder` before it reads a tensor: its configuration, or the error."""
+    folder = Path(folder)
+    module, expected = _expected(cls, folder)
+    if (folder / orbax.FOLDER).is_dir():
+        stored = orbax.listing(folder / orbax.FOLDER)
+        faults = _differences(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
+    else:
+        wanted = {names.torch_name(name): names.torch_shape(name, shape) for name, shape in expected.items()}
+        faults = _differences(folder, wanted, {name: t.shape for name, t in _torch_tensors(folder).items()})
+    _report(folder, faults)
+    return module.config
+
+
+def read_params(folder: str | os.PathLike[str], wanted: Iterable[str]) -> dict[str, np.ndarray]:
+    """Some parameters of a checked network by their dotted Flax names, on the host, in the dtypes of the file."""
+    folder = Path(folder)
+    if (folder / orbax.FOLDER).is_dir():
+        return orbax.read(folder / orbax.FOLDER, wanted)
+    tensors = _torch_tensors(folder)
+    return {name: names.to_flax(name, tensors[names.torch_name(name)].read()) for name in wanted}
+
+
+class Deferred:
+    """A network of a checkpoint that is read when it is first needed, once for all pipelines that share it.
+
+    Args:
+        cls, folder, dtype: see `load_network`, whose errors come at once, but for the numbers that are not finite.
+    """
+
+    def __init__(self, cls: type[nnx.Module], folder: str | os.PathLike[str], dtype: Any = None):
+        self.cls, self.folder = cls, Path(folder).absolute()
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
+        self.config: Any = check_network(cls, folder)
+        self._network: Any = None
+        self._lock = threading.Lock()
+
+    @property
+    def loaded(self) -> bool:
+        return self._network is not None
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes when it is loaded."""
+        leaves = flat_params(abstract(self.cls, self.config)).values()
+        return stored_bytes(self.folder) if self.dtype is None else sum(x.size for x in leaves) * self.dtype.itemsize
+
+    def load(self) -> Any:
+        """The network; it stays in memory."""
+        with self._lock:
+            if self._network is None:
+                self._network = self._read()
+        return self._network
+
+    def peek(self) -> Any:
+        """The network, for a moment: where nobody has needed it yet, it is read and not kept."""
+        return self._network if self.loaded else self._read()
+
+    def _read(self) -> Any:
+        with loading_bar(stored_bytes(self.folder), f"{self.folder.parent.name}/{self.folder.name}") as bar:
+            return load_network(self.cls, self.folder, self.dtype, progress=bar)
+
+
+def loading_bar(total: int, what: str) -> Any:
+    """A progress bar over the bytes that are read, for more than a second's worth."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {what}", disable=total < 1e9)
+
+
+def _expected(cls: type[nnx.Module], folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """A network without its arrays, and their shapes by name, as the configuration in `folder` has them."""
+    path = folder / "config.json"
+    module = abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path)))
+    return module, {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
+
+
+def _torch_tensors(folder: Path) -> dict[str, files.Tensor]:
+    """The tensors of a folder in diffusers' layout by their names in today's diffusers; none is read yet."""
+    path = files.find(folder)
+    if path is None:
+        raise CheckpointError(
+            f"{folder} has no tensors: looked for {orbax.FOLDER}/, {files.STEMS[0]}.safetensors and its kin"
+        )
+    stored = files.open_tensors(path)
+    return {modern: t for name, t in stored.items() if (modern := names.modern_name(name)) is not None}
 
 
 def _differences(
@@ -128,15 +220,9 @@ def _read_torch(
     sharding: jax.sharding.Sharding | None,
     progress: Progress | None,
 ) -> dict[str, jax.Array]:
-    path = files.find(folder)
-    if path is None:
-        raise CheckpointError(
-            f"{folder} has no tensors: looked for {orbax.FOLDER}/, {files.STEMS[0]}.safetensors and its kin"
-        )
+    tensors = _torch_tensors(folder)
     by_torch_name = {names.torch_name(name): name for name in expected}
     params = {}
-    stored = files.open_tensors(path)
-    tensors = {modern: t for name, t in stored.items() if (modern := names.modern_name(name)) is not None}
     wanted = {torch: names.torch_shape(flax, expected[flax]) for torch, flax in by_torch_name.items()}
     faults = _differences(folder, wanted, {name: tensor.shape for name, tensor in tensors.items()})
     for torch_name in sorted(wanted.keys() & tensors.keys()):

@@ -71,6 +71,10 @@ class Options:
     steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = 50
     prior_steps: Annotated[int, typer.Option(help="Denoising steps of the prior.")] = 25
     guidance_scale: Annotated[float, typer.Option(help="Of the decoder; guidance is on above 1.")] = 4.0
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(help="Guidance only in this share of the decoder's steps, such as 0.2,0.8; default: in all."),
+    ] = None
     prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior; guidance is on above 1.")] = 4.0
     seed: Annotated[int | None, typer.Option(help="Default: a fresh one, which is printed.")] = None
     torch_noise: Annotated[
@@ -94,6 +98,7 @@ class Options:
                 checks.side(side, name)
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed={self.seed} is no seed; needed is an integer from 0 to 2**63 - 1")
+        checks.interval(self.interval(), max(self.steps, 1), "--guidance-interval")
 
     def load(self, cls: type[CombinedPipeline], repository: str) -> Any:
         """The pipeline of a command."""
@@ -107,6 +112,10 @@ class Options:
         native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
         height, width = (native, native) if picture is None else images.fitting_size(picture, native)
         return {"height": self.height or height, "width": self.width or width}
+
+    def interval(self) -> list[float] | None:
+        """Where guidance is on."""
+        return _numbers(self.guidance_interval, "--guidance-interval") if self.guidance_interval is not None else None
 
     def pick_seed(self) -> int:
         """The seed that was asked for, or a fresh one."""
@@ -292,6 +301,7 @@ def _draw(
         "negative_prompt": options.negative_prompt,
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
+        "guidance_interval": options.interval(),
         "prior_guidance_scale": options.prior_guidance_scale,
         "prior_num_inference_steps": options.prior_steps,
         **options.size(pipe, first),
@@ -314,6 +324,7 @@ def _decode(
     settings = {
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
+        "guidance_interval": options.interval(),
         **options.size(pipe, None),
     }
     [drawn] = pipe.decoder_pipe(*embed(generator), generator=generator, return_dict=False, **settings)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kandinsky_jax import orbax
 from kandinsky_jax.storage import read_json
-from kandinsky_jax.tensors.files import STEMS, CheckpointError, find
+from kandinsky_jax.tensors.files import STEMS, ZERO_EMBED, CheckpointError, find
 
 PRIOR, DECODER = "kandinsky-2-2-prior", "kandinsky-2-2-decoder"
 INPAINT, CONTROLNET = "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"
@@ -46,6 +46,7 @@ _FILES = (
     "*.json",
     "*.txt",
     "params/**",
+    ZERO_EMBED,
     *(f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors")),
 )
 _PICKLES = tuple(f"{stem}.bin" for stem in STEMS)

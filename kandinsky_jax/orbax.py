@@ -9,11 +9,12 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
@@ -67,6 +68,22 @@ def restore(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
         CheckpointError,
         damaged,
     )
+
+
+def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Some arrays of a checkpoint, on the host and in their own dtypes; CheckpointError where it is damaged."""
+    path, item = path.absolute(), dict.fromkeys(names, 0)
+    arguments = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in item},
+        partial_restore=True,  # which the handler of the other functions does not offer
+    )
+
+    def action(_: ocp.Checkpointer) -> dict[str, np.ndarray]:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=CONCURRENT_GB)) as checkpointer:
+            return dict(checkpointer.restore(path, args=arguments))
+
+    return _run(action, CheckpointError, f"{path} is damaged or no Orbax checkpoint")
 
 
 def _cut_short(path: Path) -> list[str]:

@@ -199,6 +199,7 @@ def sample(
     source: Source,
     scale: float | None,
     *,
+    interval: tuple[int, int] | None = None,
     after: AfterSlice | None = None,
     every_step: bool = False,
 ) -> list[jax.Array]:
@@ -209,6 +210,8 @@ def sample(
         latents: each lane's first sample, float32 `[B, ...]`, already scaled.
         source: the noise.
         scale: of guidance, None for none.
+        interval: the first row with guidance and the first without it again (Kynkaanniemi et al. 2024, arXiv
+            2404.07724); the others run on the conditional rows alone. None is all rows.
         after: called after each slice.
         every_step: slices of one step, for callbacks; otherwise as many steps as take about `SLICE_SECONDS`.
     Returns:
@@ -217,15 +220,18 @@ def sample(
     shape = latents[0].shape
     states = [_first_state(x) for x in latents]
     table = jax.tree.map(jnp.asarray, schedule.table)
-    guidance = None if scale is None else jnp.float32(scale)
     done, size = 0, 1
+    first, last = (0, len(schedule)) if interval is None else interval
     while done < len(schedule):
         began = time.perf_counter()
-        hi = min(done + size, len(schedule))
+        hi = min(done + size, len(schedule), *(end for end in (first, last) if end > done))
+        guidance, under = (None if scale is None else jnp.float32(scale)), lanes()
+        if guidance is not None and not first <= done < last:
+            guidance, under = None, [_conditional(lane) for lane in under]
         noises = source.steps(done, hi - done, schedule.draws_noise, shape, len(states))
         states = [
             denoise(network, params, lane, table, state, noise, guidance, np.int32(done), np.int32(hi))
-            for lane, state, noise in zip(lanes(), states, noises, strict=True)
+            for lane, state, noise in zip(under, states, noises, strict=True)
         ]
         jax.block_until_ready(states)  # so that `after` tells of work that is done
         done = hi
@@ -241,6 +247,12 @@ def sample(
 @jax.jit
 def _first_state(sample: jax.Array) -> jax.Array:
     return jnp.zeros((SLOTS, *sample.shape), jnp.float32).at[0].set(sample)
+
+
+@jax.jit
+def _conditional(lane: Lane) -> Lane:
+    """A lane of `2B` rows without its unconditional ones."""
+    return lane._replace(condition=jax.tree.map(lambda x: x[len(x) // 2 :], lane.condition))
 
 
 @jax.jit

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,27 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path} holds {type(parsed).__name__}, needed is an object")
     return parsed
+
+
+def user_cache() -> Path | None:
+    """Where this library keeps what it would otherwise compute again; None where the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky_jax"
+    except RuntimeError:
+        return None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file that other processes see whole or not at all; OSError where that fails."""
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
 
 
 def check_replaceable(target: str | os.PathLike[str]) -> None:

@@ -20,6 +20,7 @@ FLOORS = (
     ("kandinsky_jax.storage",),
     ("kandinsky_jax.orbax", "kandinsky_jax.sampling"),
     ("kandinsky_jax.checkpoint", "kandinsky_jax.hub"),
+    ("kandinsky_jax.zero_embed",),
     ("kandinsky_jax.pipelines", "convert_weights.convert"),
     ("kandinsky_jax.cli", "convert_weights.__main__"),
 )

@@ -218,10 +218,6 @@ class CLIPVisionTransformer(nnx.Module):
         self.encoder = CLIPEncoder(config, rngs=rngs)
         self.post_layernorm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
 
-    def __call__(self, pixel_values: jax.Array) -> jax.Array:
-        hidden = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
-        return self.post_layernorm(hidden[:, 0])  # [B, D]
-
 
 class CLIPVisionModelWithProjection(nnx.Module):
     """The vision tower: a picture's image embedding, the space in which the prior works."""
@@ -241,4 +237,12 @@ class CLIPVisionModelWithProjection(nnx.Module):
         Returns:
             image_embeds `[B, projection_dim]`.
         """
-        return self.visual_projection(self.vision_model(pixel_values.astype(dtype_of(self))))
+        return self.head(self.vision_model.encoder(self.stem(pixel_values)))
+
+    def stem(self, pixel_values: jax.Array) -> jax.Array:
+        """What comes before the encoder's layers: pictures -> tokens `[B, T, hidden_size]`."""
+        return self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixel_values.astype(dtype_of(self))))
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """What comes after them: tokens -> image_embeds."""
+        return self.visual_projection(self.vision_model.post_layernorm(hidden[:, 0]))

@@ -14,13 +14,15 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from kandinsky_jax import hub
+from kandinsky_jax import hub, zero_embed
 from kandinsky_jax.checkpoint import (
     CheckpointError,
+    Deferred,
     Layout,
     default_dtype,
     flat_params,
     load_network,
+    loading_bar,
     save_network,
     stored_bytes,
 )
@@ -40,6 +42,20 @@ class ImagePipelineOutput(NamedTuple):
     images: Any
 
 
+class Late:
+    """The attribute of a component that may be `Deferred`: whoever asks for it gets the network."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, pipe: Any, owner: type | None = None) -> Any:
+        part = self if pipe is None else vars(pipe)[self._name]
+        return part.load() if isinstance(part, Deferred) else part
+
+    def __set__(self, pipe: Any, part: Any) -> None:
+        vars(pipe)[self._name] = part
+
+
 class Pipeline:
     """Base of the pipelines.
 
@@ -53,17 +69,22 @@ class Pipeline:
     def _register(self, **components: Any) -> None:
         for name, component in components.items():
             expected = _expected_types(name)
-            if not isinstance(component, expected):
+            kind = component.cls if isinstance(component, Deferred) else type(component)
+            if not issubclass(kind, expected):
                 wanted = " or ".join(t.__name__ for t in expected)
-                raise TypeError(f"{type(self).__name__}: {name} must be a {wanted}, got {type(component).__name__}")
+                raise TypeError(f"{type(self).__name__}: {name} must be a {wanted}, got {kind.__name__}")
             setattr(self, name, component)
         self._component_names = tuple(components)
         self._progress_bar_config: dict[str, Any] = {}
 
     @property
     def components(self) -> dict[str, Any]:
-        """The components by the names that the constructor takes."""
+        """The components by the names that the constructor takes; asked for in this way, all of them are loaded."""
         return {name: getattr(self, name) for name in self._component_names}
+
+    def _held(self) -> dict[str, Any]:
+        """The components, those that nobody has needed yet as `Deferred`."""
+        return {name: vars(self)[name] for name in self._component_names}
 
     @classmethod
     def from_pipe(cls, *pipes: Pipeline, **components: Any) -> Self:
@@ -80,7 +101,7 @@ class Pipeline:
         names = _parameters(cls)
         if unknown := components.keys() - set(names):
             raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
-        found = {pipe.PREFIX + name: part for pipe in pipes for name, part in pipe.components.items()}
+        found = {pipe.PREFIX + name: part for pipe in pipes for name, part in pipe._held().items()}
         ready = {name: found[cls.PREFIX + name] for name in names if cls.PREFIX + name in found} | components
         if missing := [name for name in names if name not in ready]:
             given = " and ".join(type(pipe).__name__ for pipe in pipes) or "nothing"
@@ -107,6 +128,8 @@ class Pipeline:
     ) -> Self:
         """Load a pipeline.
 
+        The vision tower is checked, but for its numbers, and read from its folder when a picture first needs it.
+
         Args:
             name: "tiny" (embedded), a folder in diffusers' layout or ours, or a Hub repository.
             dtype: of the networks; None is float32 on a CPU and bfloat16 on a TPU or GPU.
@@ -130,17 +153,16 @@ class Pipeline:
             layout: "diffusers" writes what diffusers loads; "orbax" what a pod restores fastest.
         """
         check_replaceable(folder)
-        parts = self.components
-        needed = sum(
-            sum(leaf.nbytes for leaf in flat_params(part).values())
-            for part in parts.values()
-            if isinstance(part, nnx.Module)
-        )
+        parts = self._held()
+        needed = sum(_bytes(part) for part in parts.values())
         with complete_or_absent(folder, needed, overwrite) as scratch:
             index: dict[str, Any] = {"_class_name": type(self).__name__}
-            for name, part in parts.items():
+            for name, held in parts.items():
+                part = held.peek() if isinstance(held, Deferred) else held
                 if isinstance(part, nnx.Module):
                     save_network(part, scratch / name, layout)
+                    if isinstance(held, Deferred):
+                        zero_embed.carry(held.folder, scratch / name, held.config)
                 else:
                     part.save_pretrained(scratch / name)
                 library = "diffusers" if isinstance(part, Scheduler) or _is_diffusers(part) else "transformers"
@@ -180,6 +202,7 @@ class Pipeline:
         guidance_scale: float,
         callback: Callback | None,
         callback_inputs: Sequence[str],
+        guidance_interval: tuple[int, int] | None = None,
     ) -> list[jax.Array]:
         """Run the loop under a progress bar, with the user's callback after each step.
 
@@ -187,6 +210,7 @@ class Pipeline:
             lanes_of: (network, parameters, tensors) -> the lanes.
             tensors: what a callback may see and change besides the latents, by diffusers' names.
             latents: each lane's first sample.
+            guidance_interval: see `sample`.
         """
         network, params = Network.split(module)
         lanes = lanes_of(network, params, tensors)
@@ -220,6 +244,7 @@ class Pipeline:
                 latents,
                 source,
                 guidance_scale if guidance_scale > 1 else None,
+                interval=guidance_interval,
                 after=after,
                 every_step=callback is not None,
             )
@@ -252,6 +277,9 @@ _NETWORK_OF = {
 }
 
 
+_DEFERRED = ("image_encoder",)  # a prompt needs nothing of it but its embedding of zeros, see `zero_embed`
+
+
 def _bare(name: str) -> str:
     """`prior_text_encoder` of a combined pipeline is a `text_encoder`; `prior_prior` a `prior`."""
     return name.removeprefix("prior_")
@@ -272,6 +300,13 @@ def _expected_types(name: str) -> tuple[type, ...]:
 
 def _is_diffusers(part: Any) -> bool:
     return isinstance(part, nnx.Module) and not type(part).__name__.startswith("CLIP")
+
+
+def _bytes(part: Any) -> int:
+    """How many a network takes."""
+    if isinstance(part, Deferred):
+        return part.nbytes
+    return sum(leaf.nbytes for leaf in flat_params(part).values()) if isinstance(part, nnx.Module) else 0
 
 
 def _parameters(cls: type) -> tuple[str, ...]:
@@ -312,9 +347,11 @@ def _load_components(
     for name in missing:
         if name not in heavy:
             loaded[name] = _load_small(_bare(name), folders[name])
-    total = sum(stored_bytes(folders[name]) for name in heavy)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {folder.name}", disable=total < 1e9) as bar:
-        for name in heavy:
+        elif _bare(name) in _DEFERRED:
+            loaded[name] = Deferred(NETWORKS[_NETWORK_OF[_bare(name)]], folders[name], dtype)
+    now = [name for name in heavy if name not in loaded]
+    with loading_bar(sum(stored_bytes(folders[name]) for name in now), folder.name) as bar:
+        for name in now:
             loaded[name] = load_network(NETWORKS[_NETWORK_OF[_bare(name)]], folders[name], dtype, progress=bar)
     return loaded
 

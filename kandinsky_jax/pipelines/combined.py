@@ -130,8 +130,11 @@ class CombinedPipeline(Pipeline):
         own = {k: v for k, v in components.items() if not k.startswith("prior_")}
         prior_pipe = KandinskyV22PriorPipeline.from_pretrained(prior_folder, dtype=dtype, **ready)
         decoder_pipe = cls.DECODER.from_pretrained(folder, dtype=dtype, **own)
-        found = {f"prior_{k}": v for k, v in prior_pipe.components.items()}
-        return cls(**decoder_pipe.components, **found)
+        found = {f"prior_{k}": v for k, v in prior_pipe._held().items()}
+        return cls(**decoder_pipe._held(), **found)
+
+    def _held(self) -> dict[str, Any]:
+        return self.decoder_pipe._held() | {f"prior_{k}": v for k, v in self.prior_pipe._held().items()}
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Arguments of `tqdm` for the progress bars; `disable=True` turns them off."""
@@ -207,12 +210,14 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
         prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures.
 
         Args:
             prompt, negative_prompt, num_images_per_prompt: see `KandinskyV22PriorPipeline`.
-            num_inference_steps, guidance_scale, height, width, output_type, return_dict: see `KandinskyV22Pipeline`.
+            num_inference_steps, guidance_scale, height, width, output_type, return_dict, guidance_interval: see
+                `KandinskyV22Pipeline`.
             prior_guidance_scale, prior_num_inference_steps: the prior's own.
             generator: one for both stages; a `TorchGenerator` goes on from the prior to the decoder.
             latents: the prior's first noise.
@@ -224,6 +229,7 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt,
             height=height,
             width=width,
@@ -271,6 +277,7 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
         prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Redraw pictures.
 
@@ -284,6 +291,7 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             strength=strength,
             num_images_per_prompt=num_images_per_prompt,
             height=height,
@@ -331,6 +339,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         paste_back: bool = False,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Repaint a part of pictures.
 
@@ -346,6 +355,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt,
             height=height,
             width=width,
@@ -389,6 +399,7 @@ class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
         prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures.
 
@@ -402,6 +413,7 @@ class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt,
             height=height,
             width=width,
@@ -446,6 +458,7 @@ class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
         prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Redraw pictures.
 
@@ -461,6 +474,7 @@ class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             strength=strength,
             num_images_per_prompt=num_images_per_prompt,
             height=height,

@@ -45,6 +45,7 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures.
 
@@ -62,6 +63,7 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,
@@ -100,6 +102,7 @@ class KandinskyV22ControlnetImg2ImgPipeline(FromPicture):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Redraw pictures.
 
@@ -117,6 +120,7 @@ class KandinskyV22ControlnetImg2ImgPipeline(FromPicture):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             strength=strength,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,

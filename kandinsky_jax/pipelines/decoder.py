@@ -34,6 +34,7 @@ class Order(NamedTuple):
     w: int
     schedule: Schedule  # the steps that are left to do
     scale: float
+    interval: tuple[int, int] | None  # the steps with guidance, None for all
     generator: Generator
     output_type: str
     return_dict: bool
@@ -126,6 +127,7 @@ class DecoderPipeline(Pipeline):
         callback_on_step_end_tensor_inputs: Any,
         latents: Any = None,
         strength: Any = None,
+        guidance_interval: Any = None,
         paste_back: bool = False,
         **pictures: Any,
     ) -> Order:
@@ -150,6 +152,7 @@ class DecoderPipeline(Pipeline):
             w=w,
             schedule=schedule,
             scale=checks.guidance(guidance_scale),
+            interval=checks.interval(guidance_interval, len(schedule)),
             generator=generator,
             output_type=output_type,
             return_dict=return_dict,
@@ -216,6 +219,7 @@ class DecoderPipeline(Pipeline):
             order.scale,
             order.callback,
             order.callback_inputs,
+            order.interval,
         )
         output = self._output(order, scene.finish(sample, tensors))
         return ImagePipelineOutput(output) if order.return_dict else (output,)

@@ -50,6 +50,7 @@ class KandinskyV22Img2ImgPipeline(FromPicture):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Redraw pictures.
 
@@ -66,6 +67,7 @@ class KandinskyV22Img2ImgPipeline(FromPicture):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             strength=strength,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,

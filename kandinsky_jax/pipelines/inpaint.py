@@ -84,6 +84,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         paste_back: bool = False,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Repaint a part of pictures.
 
@@ -104,6 +105,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,

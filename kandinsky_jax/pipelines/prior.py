@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from kandinsky_jax import hub, images
+from kandinsky_jax import hub, images, zero_embed
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
 from kandinsky_jax.noise import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, Pipeline
+from kandinsky_jax.pipelines.base import Callback, Late, Pipeline
 from kandinsky_jax.sampling import Lane, Network, call
 from kandinsky_jax.schedulers import Schedule, Scheduler
 
@@ -80,7 +80,7 @@ class PriorPipeline(Pipeline):
     _callback_tensor_inputs = ("latents", "prompt_embeds", "text_encoder_hidden_states", "text_mask")
 
     prior: PriorTransformer
-    image_encoder: CLIPVisionModelWithProjection
+    image_encoder = Late()  # a CLIPVisionModelWithProjection
     text_encoder: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
     scheduler: Scheduler
@@ -211,7 +211,7 @@ class PriorPipeline(Pipeline):
 
     def _pictures(self, value: Any, which: str) -> np.ndarray | list[Image.Image]:
         """What is to become image embeddings: embeddings `[N, D]`, pixels for CLIP `[N, S, S, 3]`, or pictures."""
-        name, side = f"images_and_prompts{which}" if which else "image", self.image_encoder.config.image_size
+        name, side = f"images_and_prompts{which}" if which else "image", self._held()["image_encoder"].config.image_size
         dim = self.prior.config.embedding_dim
         parts = value if isinstance(value, list | tuple) else [value]
         arrays = [np.asarray(x) for x in parts if hasattr(x, "__array__") and not isinstance(x, Image.Image)]
@@ -328,13 +328,8 @@ class PriorPipeline(Pipeline):
 
     def _zero_embed(self) -> np.ndarray:
         """The embedding of zeros (after normalisation), `[1, D]`: it depends on nothing but the weights."""
-        side = self.image_encoder.config.image_size
-
-        def compute() -> np.ndarray:
-            zeros = jnp.zeros((1, side, side, self.image_encoder.config.num_channels), jnp.float32)
-            return np.asarray(call(*Network.split(self.image_encoder), zeros), np.float32)
-
-        return self._constant("zero", self.image_encoder, compute)
+        tower = self._held()["image_encoder"]
+        return self._constant("zero", tower, lambda: zero_embed.of(tower))
 
     def _constant(self, name: str, owner: Any, compute: Any) -> Any:
         """A result that only `owner`'s weights decide, computed once."""

@@ -35,6 +35,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures.
 
@@ -52,6 +53,8 @@ class KandinskyV22Pipeline(DecoderPipeline):
             return_dict: False for a plain tuple.
             callback_on_step_end: `(pipe, step, timestep, tensors) -> tensors` after each step, on NumPy arrays.
             callback_on_step_end_tensor_inputs: which tensors: latents, image_embeds, negative_image_embeds.
+            guidance_interval: guidance only between two shares of the steps that this call does, such as (0.2, 0.8);
+                outside, a step is half the work. None, as (0, 1), is guidance at every step.
         Raises:
             ValueError, TypeError: saying what was given and what is needed, before anything is compiled.
         """
@@ -62,6 +65,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class Tensor:
 
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers, transformers, transformers' .bin
+
+ZERO_EMBED = "zero_embed.safetensors"  # may lie beside a vision tower's tensors, see `kandinsky_jax.zero_embed`
 
 
 def find(folder: Path) -> Path | None:
@@ -91,7 +94,8 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
             "safetensors files."
         ) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped where the format allows it, so that nothing is read before it is asked for.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and more, by the kind of damage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

@@ -1,0 +1,156 @@
+"""The vision tower's embedding of zeros: what a decoder is guided away from where there is no negative prompt.
+
+Only the tower's weights decide it, and text-to-image needs nothing else of its 1.8 billion parameters. So it is looked
+for beside the tower's tensors (`store` puts it there), then in a cache of the user's, and else computed, with one layer
+of the tower in memory at a time. What is kept is computed in float32 from the tensors as stored, whatever a pipeline
+computes in, and sealed with a fingerprint of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from kandinsky_jax.checkpoint import CheckpointError, Deferred, flat_params, read_params
+from kandinsky_jax.models import CLIPVisionModelWithProjection
+from kandinsky_jax.models.clip import CLIPEncoderLayer, CLIPVisionConfig
+from kandinsky_jax.models.layers import Shapes, abstract
+from kandinsky_jax.sampling import Network, call
+from kandinsky_jax.storage import replace_file, user_cache
+from kandinsky_jax.tensors.files import ZERO_EMBED
+
+_TENSOR = "zero_embed"
+
+
+def of(tower: CLIPVisionModelWithProjection | Deferred) -> np.ndarray:
+    """The embedding of zeros (after normalisation), float32 `[1, projection_dim]`.
+
+    Of a tower that is in a checkpoint, it is found or computed without loading the tower; of one in memory, computed
+    in its dtype.
+    """
+    if not isinstance(tower, Deferred):
+        return np.asarray(call(*Network.split(tower), _zeros(tower.config)), np.float32)
+    mark = fingerprint(tower.folder, tower.config)
+    if (embed := _find(tower.folder, mark)) is None:
+        embed = _compute(tower.folder, tower.config)
+        if (path := _cached(mark)) is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(path, embed, mark)
+            except OSError:
+                pass  # the next process computes it again
+    return embed
+
+
+def store(folder: Path, config: CLIPVisionConfig) -> None:
+    """Compute it for the tower in `folder` and put it beside the tensors."""
+    _write(folder / ZERO_EMBED, _compute(folder, config), fingerprint(folder, config))
+
+
+def carry(source: Path, target: Path, config: CLIPVisionConfig) -> bool:
+    """Put what is known of the tower in `source` beside the tensors in `target`, where the weights are the same."""
+    mark = fingerprint(target, config)
+    if fingerprint(source, config) != mark or (embed := _find(source, mark)) is None:
+        return False
+    _write(target / ZERO_EMBED, embed, mark)
+    return True
+
+
+def fingerprint(folder: Path, config: CLIPVisionConfig) -> str:
+    """Ties an embedding to the weights in `folder`; the same in every layout and dtype that holds the same numbers.
+
+    It is taken of the projection, the position embedding and the last layer's attention, 1 in 135 of the official
+    tower's numbers: training the tower, or merging something into it, changes one of them.
+    """
+    last = f"vision_model.encoder.layers.{config.num_hidden_layers - 1}.self_attn."
+    of_all = flat_params(abstract(CLIPVisionModelWithProjection, config))
+    wanted = sorted(name for name in of_all if name.startswith(last))
+    wanted += ["visual_projection.kernel", "vision_model.embeddings.position_embedding.embedding"]
+    # What no tensor's shape shows.
+    settings = (config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps)
+    found = hashlib.sha256(repr(settings).encode())
+    for name, array in sorted(read_params(folder, wanted).items()):
+        found.update(name.encode() + np.asarray(array, np.float32, order="C").tobytes())
+    return found.hexdigest()
+
+
+def _zeros(config: CLIPVisionConfig) -> jax.Array:
+    return jnp.zeros((1, config.image_size, config.image_size, config.num_channels), jnp.float32)
+
+
+def _compute(folder: Path, config: CLIPVisionConfig) -> np.ndarray:
+    """In float32, one layer after the other."""
+
+    def run(module: nnx.Module, prefix: str, *args: Any, method: str = "__call__") -> np.ndarray:
+        network, shapes = Network.split(module)
+        names, structure = _named(shapes, prefix)
+        arrays = read_params(folder, names)
+        params = jax.tree.unflatten(structure, [jnp.asarray(arrays[name], jnp.float32) for name in names])
+        return np.asarray(call(network, params, *args, method=method))
+
+    frame = abstract(CLIPVisionModelWithProjection, dataclasses.replace(config, num_hidden_layers=0))
+    layer = CLIPEncoderLayer(config, rngs=Shapes())
+    hidden = run(frame, "", _zeros(config), method="stem")
+    for i in range(config.num_hidden_layers):
+        hidden = run(layer, f"vision_model.encoder.layers.{i}.", hidden, None)
+    embed = run(frame, "", hidden, method="head")
+    if not np.isfinite(embed).all():
+        raise CheckpointError(f"{folder}: the embedding of zeros is not finite, so the tensors cannot be right")
+    return embed
+
+
+def _named(tree: Any, prefix: str) -> tuple[list[str], Any]:
+    """The leaves' dotted names, and the tree's structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return [prefix + ".".join(str(key.key) for key in path) for path, _ in leaves], structure
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def _cached(mark: str) -> Path | None:
+    cache = user_cache()
+    return cache and cache / "zero_embed" / f"{mark}.safetensors"
+
+
+def _places(folder: Path, mark: str) -> Iterator[Path]:
+    yield folder / ZERO_EMBED
+    if (path := _cached(mark)) is not None:
+        yield path
+
+
+def _find(folder: Path, mark: str) -> np.ndarray | None:
+    """What was kept of the weights with this fingerprint; what does not fit is told and left."""
+    for path in _places(folder, mark):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                embed, seal = file.get_tensor(_TENSOR), (file.metadata() or {}).get("seal")
+        except FileNotFoundError:
+            continue
+        except (SafetensorError, OSError) as error:
+            warnings.warn(f"{path} is damaged and not used: {error}", stacklevel=2)
+            continue
+        if seal == _seal(embed, mark):
+            return embed
+        warnings.warn(f"{path} is not of these weights, or damaged, and not used", stacklevel=2)
+    return None
+
+
+def _seal(embed: np.ndarray, mark: str) -> str:
+    """Of the embedding and of the weights that it belongs to."""
+    return hashlib.sha256(mark.encode() + embed.tobytes()).hexdigest()
+
+
+def _write(path: Path, embed: np.ndarray, mark: str) -> None:
+    replace_file(path, save({_TENSOR: embed}, metadata={"seal": _seal(embed, mark)}))
