@@ -198,8 +198,8 @@ def table(found: dict[str, Any]) -> str:
         memory = CHIPS[name.split(":")[0]].memory
         lines.append(
             f"{name}: {resident / 1e9:.2f} GB of weights (text tower, prior, UNet, MoVQ) and at most "
-            f"{largest / 1e9:.2f} GB of temporaries and outputs (`{of}`) leave {(memory - resident - largest) / 1e9:.2f} of "
-            f"{memory / 1e9:.0f} GB."
+            f"{largest / 1e9:.2f} GB of temporaries and outputs (`{of}`) leave "
+            f"{(memory - resident - largest) / 1e9:.2f} of {memory / 1e9:.0f} GB."
         )
     return "\n".join(lines) + "\n"
 

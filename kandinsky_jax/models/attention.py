@@ -2,11 +2,11 @@
 
 The platform is that for which a program is lowered, not the one that lowers it: a CPU host compiles for TPUs.
 
-On a TPU, XLA writes the float32 logits to memory (831 MB for one attention of the UNet at 32 x 32 and 16 rows) and reads
-them back. `flash` keeps them on the chip. It is our own and not JAX's, because heads of 64 channels fill half of a TPU's
-128 lanes: JAX's kernel wants `[B, heads, T, 64]`, a transposed copy padded to twice the bytes, where this one takes two
-heads at a time out of the `[B, T, heads * 64]` that the projections give. At the shape above an attention block by itself
-touches 0.8 GB with it, 1.6 GB with JAX's kernel, 5.2 GB with neither (v5e, XLA's count).
+On a TPU, XLA writes the float32 logits to memory, 831 MB for one attention of the UNet at 32 x 32 and 16 rows, and
+reads them back. `flash` keeps them on the chip. It is our own and not JAX's, because heads of 64 channels fill half of
+a TPU's 128 lanes: JAX's kernel wants `[B, heads, T, 64]`, a transposed copy padded to twice the bytes. This one takes
+two heads at a time out of the `[B, T, heads * 64]` that the projections give. At the shape above an attention block by
+itself touches 0.8 GB with it, 1.6 GB with JAX's kernel, 5.2 GB with neither (v5e, XLA's count).
 """
 
 from __future__ import annotations
