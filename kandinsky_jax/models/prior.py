@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.config import ConfigError, NetworkConfig
 from kandinsky_jax.models.layers import (
     Rngs,
     TimestepEmbedding,
-    attend,
     dtype_of,
     layer_norm,
     linear,
