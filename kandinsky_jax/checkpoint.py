@@ -29,6 +29,7 @@ __all__ = [
     "Layout",
     "Progress",
     "default_dtype",
+    "describe_network",
     "flat_params",
     "load_network",
     "save_network",
@@ -55,12 +56,35 @@ def flat_params(module: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def _with_params(module: nnx.Module, params: Mapping[str, jax.Array]) -> nnx.Module:
+def _with_params(module: nnx.Module, params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> nnx.Module:
     state = nnx.state(module, nnx.Param)
     paths = [path for path, _ in nnx.to_flat_state(state)]
     flat = {path: params[".".join(map(str, path))] for path in paths}
     nnx.update(module, nnx.from_flat_state(flat))
     return module
+
+
+def describe_network(
+    cls: type[nnx.Module],
+    folder: str | os.PathLike[str],
+    dtype: Any = jnp.float32,
+) -> Any:
+    """The network in `folder` without its arrays: its parameters are `jax.ShapeDtypeStruct`s of `dtype`.
+
+    A program that is compiled for it is the one that the loaded network runs, where `load_network` gets this dtype.
+    """
+    path = Path(folder) / "config.json"
+    module = abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path)))
+    place = _home() if (Path(folder) / orbax.FOLDER).is_dir() else None
+    return _with_params(
+        module,
+        {name: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place) for name, x in flat_params(module).items()},
+    )
+
+
+def _home() -> jax.sharding.Sharding:
+    """JAX's default device, for arrays that are bound to it: Orbax makes no others."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def load_network(
@@ -84,8 +108,7 @@ def load_network(
         ConfigError: where the configuration is not supported.
     """
     folder = Path(folder)
-    config = cls.CONFIG.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    module = abstract(cls, config)
+    module = describe_network(cls, folder)
     expected = {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
     if (folder / orbax.FOLDER).is_dir():
         params = _read_orbax(folder, expected, dtype, sharding, progress)
@@ -165,7 +188,7 @@ def _read_orbax(
     progress: Progress | None,
 ) -> dict[str, jax.Array]:
     path = folder / orbax.FOLDER
-    where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = sharding or _home()
     stored = orbax.listing(path)
     faults = _differences(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
     target = {

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kandinsky_jax.compilation import program
 from kandinsky_jax.noise import GivenNoise, KeyNoise, Source
 from kandinsky_jax.schedulers.table import SLOTS, Schedule, Table
 
@@ -63,7 +63,7 @@ def _precision(params: Params) -> Iterator[None]:
         yield
 
 
-@partial(jax.jit, static_argnames=("network", "method"))
+@program(static_argnames=("network", "method"))
 def call(network: Network, params: Params, *args: Any, method: str = "__call__") -> Any:
     """Run one method of a network, compiled once per structure and shapes."""
     with _precision(params):
@@ -143,7 +143,7 @@ class Lane(NamedTuple):
     blend: Blend | None = None
 
 
-@partial(jax.jit, static_argnames="network", donate_argnames="state")
+@program(static_argnames="network", donate_argnames="state")
 def denoise(
     network: Network,
     params: Params,
