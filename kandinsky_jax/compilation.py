@@ -143,7 +143,8 @@ def set_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
     if folder is not None:
         try:
             usable = _private(Path(folder).expanduser().absolute())
-            _tidy(usable)
+            with contextlib.suppress(FileNotFoundError):  # another process tidies up too
+                _tidy(usable)
         except (OSError, RuntimeError) as error:  # without a home, `expanduser` has a RuntimeError
             warnings.warn(f"compiled programs are not kept from run to run: {error}", stacklevel=2)
     jax.config.update("jax_compilation_cache_dir", None if usable is None else str(usable))

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import kandinsky_jax
-from kandinsky_jax import TorchGenerator
 from tests.test_compile import compilations
 
 # Sizes that no other test draws, so that there is something to compile.
