@@ -65,7 +65,7 @@ class _Rehearsal:
     def compile(self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Have a program compiled; zeros in the shapes of its result."""
         leaves, tree = jax.tree.flatten((args, kwargs))
-        places = [place for leaf in leaves if (place := _place(leaf)) is not None]
+        places = [place for leaf in leaves if (place := bound_to(leaf)) is not None]
         key = (jitted, tree, *map(_described, leaves))
         if key not in self._results:
             traced = jitted.trace(*args, **kwargs)
@@ -76,8 +76,8 @@ class _Rehearsal:
         return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), where), self._results[key])
 
 
-def _place(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where an argument has to be, which is a part of a program; None where it may be moved."""
+def bound_to(leaf: Any) -> jax.sharding.Sharding | None:
+    """Where an array, or the description of one, has to stay, which is a part of its programs; None where it may go."""
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
@@ -85,7 +85,7 @@ def _described(leaf: Any) -> Hashable:
     """What a program knows of an argument: all of a static one."""
     if not hasattr(leaf, "dtype"):
         return leaf
-    return tuple(leaf.shape), leaf.dtype, bool(getattr(leaf, "weak_type", False)), _place(leaf)
+    return tuple(leaf.shape), leaf.dtype, bool(getattr(leaf, "weak_type", False)), bound_to(leaf)
 
 
 _REHEARSAL: contextvars.ContextVar[_Rehearsal | None] = contextvars.ContextVar("rehearsal", default=None)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kandinsky_jax.compilation import program
+from kandinsky_jax.compilation import bound_to, program
 from kandinsky_jax.noise import GivenNoise, KeyNoise, Source
 from kandinsky_jax.schedulers.table import SLOTS, Schedule, Table
 
@@ -215,7 +215,7 @@ def sample(
         each lane's last sample.
     """
     shape = latents[0].shape
-    states = [_first_state(x) for x in latents]
+    states = [_beside(params, _first_state(x)) for x in latents]
     table = jax.tree.map(jnp.asarray, schedule.table)
     guidance = None if scale is None else jnp.float32(scale)
     done, size = 0, 1
@@ -241,6 +241,15 @@ def sample(
 @jax.jit
 def _first_state(sample: jax.Array) -> jax.Array:
     return jnp.zeros((SLOTS, *sample.shape), jnp.float32).at[0].set(sample)
+
+
+def _beside(params: Params, state: jax.Array) -> jax.Array:
+    """The state bound to the device that the parameters are bound to, if they are (Orbax restores them so).
+
+    What `denoise` gives is bound then, and a first slice with a free state would be a program of its own.
+    """
+    place = bound_to(jax.tree.leaves(params)[0])
+    return jax.device_put(state, place) if isinstance(place, jax.sharding.SingleDeviceSharding) else state
 
 
 @jax.jit
