@@ -88,7 +88,7 @@ def _home() -> jax.sharding.Sharding:
 
 
 def load_network(
-    cls: type[nnx.Module],
+    cls: type[nnx.Module] | nnx.Module,
     folder: str | os.PathLike[str],
     dtype: Any = None,
     sharding: jax.sharding.Sharding | None = None,
@@ -97,7 +97,7 @@ def load_network(
     """Build the network in `folder`.
 
     Args:
-        cls: a network class of `kandinsky_jax.models`.
+        cls: a network class of `kandinsky_jax.models`, or what `describe_network` has made, which then gets its arrays.
         folder: holds `config.json` and tensors in either layout.
         dtype: of the parameters, and so of the computation; None keeps each tensor's own.
         sharding: where the arrays shall live; None is JAX's default device.
@@ -108,7 +108,7 @@ def load_network(
         ConfigError: where the configuration is not supported.
     """
     folder = Path(folder)
-    module = describe_network(cls, folder)
+    module = describe_network(cls, folder) if isinstance(cls, type) else cls
     expected = {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
     if (folder / orbax.FOLDER).is_dir():
         params = _read_orbax(folder, expected, dtype, sharding, progress)

@@ -378,7 +378,7 @@ def _describe(cls: type[Pipeline], folder: Path, dtype: Any, given: Mapping[str,
     dtype = default_dtype() if dtype is None else jax.numpy.dtype(dtype)
     heavy = [name for name in missing if _bare(name) in _NETWORK_OF]
     cheap = {name: _load_small(_bare(name), folders[name]) for name in missing if name not in heavy}
-    networks = {name: describe_network(_class_of(name), folders[name], dtype) for name in heavy}
+    networks = {n: describe_network(NETWORKS[_NETWORK_OF[_bare(n)]], folders[n], dtype) for n in heavy}
     return _Store(folder, dtype, {**given, **cheap}, networks)
 
 
@@ -387,11 +387,7 @@ def _read(store: _Store) -> dict[str, Any]:
     folders = {name: hub.component_folder(store.folder, name.removeprefix(store.prefix)) for name in store.networks}
     total = sum(stored_bytes(folder) for folder in folders.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {store.folder.name}", disable=total < 1e9) as bar:
-        return {n: load_network(_class_of(n), folder, store.dtype, progress=bar) for n, folder in folders.items()}
-
-
-def _class_of(name: str) -> type[nnx.Module]:
-    return NETWORKS[_NETWORK_OF[_bare(name)]]
+        return {n: load_network(store.networks[n], folder, store.dtype, progress=bar) for n, folder in folders.items()}
 
 
 def _load_small(bare: str, folder: Path) -> Any:
