@@ -39,13 +39,14 @@ def nothing_compiled():
             SIZE | {"generator": TorchGenerator(0)},
             {"prompt": "red", "image": PICTURE, "mask_image": MASK, "generator": TorchGenerator(1), **SIZE, **STEPS},
         ),
-        (
+        pytest.param(
             "ControlnetImg2ImgCombined",
             SIZE | {"batch": 2},
             {"prompt": ["red", "blue"], "image": PICTURE, "hint": HINT, "strength": 0.7, **SIZE, **STEPS},
+            marks=pytest.mark.slow,
         ),
         ("PriorEmb2Emb", {"num_images_per_prompt": 2}, {"prompt": "a", "image": PICTURE, "num_images_per_prompt": 2}),
-        (
+        pytest.param(
             "",
             SIZE | {"batch": 2, "guidance_scale": 1.0, "output_type": "latent"},
             {
@@ -56,6 +57,7 @@ def nothing_compiled():
                 "output_type": "latent",
                 **SIZE,
             },
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -79,17 +81,17 @@ def test_the_picture_is_the_same_after_a_warmup(tiny_pipe):
     assert np.array_equal(fresh("a red circle", generator=3, output_type="np", **SIZE, **STEPS).images, expected)
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "orbax"])
+@pytest.mark.parametrize("layout", [pytest.param("diffusers", marks=pytest.mark.slow), "orbax"])
 def test_loading_compiles_meanwhile(ours, tmp_path, layout):
     """What is compiled for a network without arrays is what the loaded one runs."""
     ours["KandinskyV22Pipeline"].save_pretrained(tmp_path / "decoder", layout=layout)
     jax.clear_caches()
     with compilations() as events:
-        pipe = KandinskyV22Pipeline.from_pretrained(tmp_path / "decoder", dtype="float32", warmup=SIZE | {"batch": 2})
+        pipe = KandinskyV22Pipeline.from_pretrained(tmp_path / "decoder", dtype="float32", warmup=SIZE)
     assert len(events) >= 3
     pipe.set_progress_bar_config(disable=True)
     with compilations() as events:
-        pipe(EMBEDS, EMBEDS, num_inference_steps=3, generator=1, **SIZE)
+        pipe(EMBEDS[:1], EMBEDS[:1], num_inference_steps=3, generator=1, **SIZE)
     assert not events
 
 
@@ -117,6 +119,7 @@ def test_what_is_wrong_with_the_call_is_said_before_anything_is_read(monkeypatch
         KandinskyV22CombinedPipeline.from_pretrained("tiny", warmup={"no_such_argument": 1})
 
 
+@pytest.mark.slow
 def test_a_failed_load_does_not_wait_for_the_compiler(ours, tmp_path):
     ours["KandinskyV22Pipeline"].save_pretrained(tmp_path / "decoder")
     weights = tmp_path / "decoder" / "unet" / "diffusion_pytorch_model.safetensors"
