@@ -73,7 +73,9 @@ def our_call(job: Job) -> Call:
 
     classes = {"prior": kj.KandinskyV22PriorPipeline, "text2img": kj.KandinskyV22CombinedPipeline}
     cls: Any = classes.get(job.stage, kj.KandinskyV22Pipeline)
-    pipe = cls.from_pretrained(job.models if job.models == "tiny" else Path(job.models) / job.repository, dtype=job.dtype)
+    pipe = cls.from_pretrained(
+        job.models if job.models == "tiny" else Path(job.models) / job.repository, dtype=job.dtype
+    )
     pipe.set_progress_bar_config(disable=True)
     if job.stage == "prior":
         return lambda n, tick: pipe(

@@ -62,7 +62,9 @@ def _combine(rows: Sequence[Sequence[float]], terms: Sequence[jax.Array]) -> lis
     """Each row's weighted sum of the terms, without products by 0 and 1."""
     sums = []
     for row in rows:
-        parts = [term if abs(weight) == 1 else abs(weight) * term for weight, term in zip(row, terms, strict=True) if weight]
+        parts = [
+            term if abs(weight) == 1 else abs(weight) * term for weight, term in zip(row, terms, strict=True) if weight
+        ]
         signs = [weight > 0 for weight in row if weight]
         total = parts[0] if signs[0] else -parts[0]
         for part, positive in zip(parts[1:], signs[1:], strict=True):
