@@ -34,7 +34,7 @@ PARTS = {
 
 
 def write(folder: Path, repository: str) -> int:
-    """Write one repository into `folder`, with float32 spread so that nothing overflows; the bytes of its largest part."""
+    """Write one repository into `folder`; the bytes of its largest part."""
     embedded = hub.EMBEDDED["tiny"] / repository
     sizes = []
     for part in hub.components(embedded):

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 LANES = 128  # of a TPU's vector registers; the kernel's blocks are that wide, or one head where it is wider
 KEEP_BYTES = 12 * 2**20  # of the 16 MB of vector memory that a kernel gets by default
 LOGIT_BYTES = 6 * 2**20
+HIDDEN = -1e30  # as a logit: no weight, but finite, so that a row that sees nothing is no NaN
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -41,6 +42,29 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = Non
     """`attend` by XLA, for every platform, dtype and shape."""
     out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # [B, T, N, H]
     return out.reshape(*out.shape[:-2], -1)
+
+
+def attend_after(
+    q: jax.Array, past: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """`attend` of a few queries to keys and values that are kept, and then to new ones, without joining the two.
+
+    Args:
+        q, k, v: `[B, T, N, H]`, of the new rows.
+        past: keys and values `[B, N, S, H]`, heads first: so each head's lie together.
+        mask: bool `[B, 1, T, S + T]`; True is visible.
+    Returns:
+        `[B, T, N * H]`.
+    """
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H]
+    pairs = (past, (k, v))
+    logits = [jnp.einsum("bnth,bnsh->bnts", q, keys, preferred_element_type=jnp.float32) for keys, _ in pairs]
+    scores = jnp.concatenate(logits, axis=-1) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, HIDDEN), axis=-1).astype(v.dtype)  # [B, N, T, S + T]
+    parts = jnp.split(weights, [past[0].shape[2]], axis=-1)
+    old, new = (jnp.einsum("bnts,bnsh->bnth", part, values) for part, (_, values) in zip(parts, pairs, strict=True))
+    out = old + new
+    return out.swapaxes(1, 2).reshape(*q.shape[:1], q.shape[2], -1)
 
 
 def query_block(q: Any, k: Any) -> int:
