@@ -28,7 +28,7 @@ CACHE, OFF = "KANDINSKY_JAX_CACHE", "off"  # the environment's variable: a folde
 MAX_BYTES = 4 << 30  # of a folder
 MIN_SECONDS = 0.05  # what compiles faster is not worth a file
 JAX_MIN_SECONDS = 1.0  # JAX's default, so nobody's choice
-THREADS = 8  # all programs of a call at once: XLA waits for no lock, and the longest one decides
+THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 # On a CPU, XLA by default looks for work to do side by side. Here that only makes it keep more in memory at once: a
 # UNet's step takes 1 GB more and no less time, since each of its products already uses all cores.
