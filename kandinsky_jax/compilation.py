@@ -30,10 +30,6 @@ MIN_SECONDS = 0.05  # what compiles faster is not worth a file
 JAX_MIN_SECONDS = 1.0  # JAX's default, so nobody's choice
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
-# On a CPU, XLA by default looks for work to do side by side. Here that only makes it keep more in memory at once: a
-# UNet's step takes 1 GB more and no less time, since each of its products already uses all cores.
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
-
 # Programs ---------------------------------------------------------------------------------------------------------
 
 
@@ -41,23 +37,10 @@ class Program:
     """A jitted function that a rehearsal compiles instead of running."""
 
     def __init__(self, function: Callable[..., Any], **options: Any):
-        self._function, self._options = function, options
+        self.jitted = jax.jit(function, **options)
         functools.update_wrapper(self, function)
 
-    @functools.cached_property
-    def jitted(self) -> Any:
-        """`jax.jit` of the function, with what is best for XLA on the platform; made at the first call, not before JAX
-        has its devices."""
-        return jax.jit(self._function, **self._options, compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
-
-    @functools.cached_property
-    def _nested(self) -> Any:
-        # JAX takes such options only for a whole program.
-        return jax.jit(self._function, **self._options)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
-            return self._nested(*args, **kwargs)
         rehearsal = _REHEARSAL.get()
         return self.jitted(*args, **kwargs) if rehearsal is None else rehearsal.compile(self.jitted, args, kwargs)
 
