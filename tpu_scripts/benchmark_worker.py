@@ -26,7 +26,8 @@ PROMPTS = (
 COMPILED = "diffusers, torch.compile"
 
 Tick = Callable[..., dict[str, Any]]  # a pipeline's callback_on_step_end
-Call = Callable[[int, "Tick | None"], Any]  # of so many steps
+# A call of the stage: (steps of the decoder or of the one loop, of the prior in front of it, a tick for each loop).
+Call = Callable[[int, int, "Tick | None", "Tick | None"], Any]
 
 
 class Job(NamedTuple):
@@ -41,8 +42,8 @@ class Job(NamedTuple):
     repeats: int
     dtype: str
     device: str
-    prior_steps: int
-    each_step: bool  # time every step by a callback; on an accelerator that would hold it up
+    prior_steps: int  # before it, in text2img
+    each_step: bool  # time every step by a callback, which on an accelerator would hold it up
 
     @property
     def prompts(self) -> list[str]:
@@ -54,6 +55,7 @@ class Job(NamedTuple):
 
 
 def decoder_inputs(job: Job, dim: int) -> dict[str, Any]:
+    """Arguments of a decoder."""
     rng = np.random.default_rng(0)
     embeds = rng.standard_normal((2, job.batch, dim), np.float32)
     size = {"height": job.size, "width": job.size, "output_type": "latent"}
@@ -61,7 +63,20 @@ def decoder_inputs(job: Job, dim: int) -> dict[str, Any]:
 
 
 def latents(job: Job) -> np.ndarray:
+    """For MoVQ, `[B, 4, h, w]`."""
     return np.random.default_rng(0).standard_normal((job.batch, 4, job.size // 8, job.size // 8), np.float32)
+
+
+def text2img(job: Job, n: int, m: int, tick: Tick | None, prior_tick: Tick | None) -> dict[str, Any]:
+    """Arguments of a combined pipeline."""
+    return {
+        "height": job.size,
+        "width": job.size,
+        "num_inference_steps": n,
+        "prior_num_inference_steps": m,
+        "callback_on_step_end": tick,
+        "prior_callback_on_step_end": prior_tick,
+    }
 
 
 def our_call(job: Job) -> Call:
@@ -78,20 +93,19 @@ def our_call(job: Job) -> Call:
     )
     pipe.set_progress_bar_config(disable=True)
     if job.stage == "prior":
-        return lambda n, tick: pipe(
+        return lambda n, m, tick, prior_tick: pipe(
             job.prompts, num_inference_steps=n, generator=0, output_type="np", callback_on_step_end=tick
         )
     if job.stage == "unet":
         inputs = decoder_inputs(job, pipe.unet.config.encoder_hid_dim)
-        return lambda n, tick: np.asarray(
+        return lambda n, m, tick, prior_tick: np.asarray(
             pipe(**inputs, num_inference_steps=n, generator=0, callback_on_step_end=tick).images
         )
     if job.stage == "movq":
         network, params = Network.split(pipe.movq)
         nhwc = jnp.asarray(latents(job).transpose(0, 2, 3, 1))
-        return lambda n, tick: np.asarray(call(network, params, nhwc, method="decode"))
-    size = {"height": job.size, "width": job.size, "prior_num_inference_steps": job.prior_steps}
-    return lambda n, tick: pipe(job.prompts, num_inference_steps=n, generator=0, callback_on_step_end=tick, **size)
+        return lambda n, m, tick, prior_tick: np.asarray(call(network, params, nhwc, method="decode"))
+    return lambda n, m, tick, prior_tick: pipe(job.prompts, generator=0, **text2img(job, n, m, tick, prior_tick))
 
 
 def their_call(job: Job) -> Call:
@@ -123,7 +137,7 @@ def their_call(job: Job) -> Call:
         return torch.Generator("cpu").manual_seed(0)
 
     if job.stage == "prior":
-        return lambda n, tick: pipe(
+        return lambda n, m, tick, prior_tick: pipe(
             job.prompts, num_inference_steps=n, generator=generator(), callback_on_step_end=tick
         ).image_embeds.cpu()
     if job.stage == "unet":
@@ -131,20 +145,19 @@ def their_call(job: Job) -> Call:
             name: torch.from_numpy(value).to(job.device, dtype) if isinstance(value, np.ndarray) else value
             for name, value in decoder_inputs(job, pipe.unet.config.encoder_hid_dim).items()
         }
-        return lambda n, tick: pipe(
+        return lambda n, m, tick, prior_tick: pipe(
             **inputs, num_inference_steps=n, generator=generator(), callback_on_step_end=tick
         ).images.cpu()
     if job.stage == "movq":
         nchw = torch.from_numpy(latents(job)).to(job.device, dtype)
 
-        def decode(n: int, tick: Tick | None) -> Any:
+        def decode(n: int, m: int, tick: Tick | None, prior_tick: Tick | None) -> Any:
             with torch.inference_mode():
                 return pipe.movq.decode(nchw, force_not_quantize=True).sample.cpu()
 
         return decode
-    size = {"height": job.size, "width": job.size, "prior_num_inference_steps": job.prior_steps}
-    return lambda n, tick: pipe(
-        job.prompts, num_inference_steps=n, generator=generator(), callback_on_step_end=tick, **size
+    return lambda n, m, tick, prior_tick: pipe(
+        job.prompts, generator=generator(), **text2img(job, n, m, tick, prior_tick)
     )
 
 
@@ -162,16 +175,20 @@ def peak_gb(job: Job) -> float:
 
 
 def timed(call: Call, job: Job) -> dict[str, Any]:
-    """Seconds of one call, and of each of its steps but the first, which has the way to it in front."""
-    moments: list[float] = []
+    """Seconds of one call, and of each of its steps but a loop's first, which has the way to it in front."""
+    moments: dict[str, list[float]] = {"steps": [], "prior_steps": []}
 
-    def tick(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        moments.append(time.perf_counter())
-        return tensors
+    def ticker(loop: str) -> Tick | None:
+        def tick(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+            moments[loop].append(time.perf_counter())
+            return tensors
+
+        return tick if job.each_step else None
 
     began = time.perf_counter()
-    call(job.steps, tick if job.each_step and job.stage != "movq" else None)
-    return {"seconds": time.perf_counter() - began, "steps": np.diff(moments).tolist()}
+    call(job.steps, job.prior_steps, ticker("steps"), ticker("prior_steps"))
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, **{loop: np.diff(times).tolist() for loop, times in moments.items()}}
 
 
 def matmul_tflops(job: Job) -> float:
@@ -197,7 +214,7 @@ def main() -> None:
     began = time.perf_counter()
     call = (our_call if job.side == "ours" else their_call)(job)
     loaded = time.perf_counter()
-    call(2, (lambda pipe, step, timestep, tensors: tensors) if job.each_step else None)
+    timed(call, job._replace(steps=2, prior_steps=2))
     warm = time.perf_counter()
     found: dict[str, Any] = {"load_s": loaded - began, "warm_up_s": warm - loaded}
     found["calls"] = [timed(call, job) for _ in range(job.repeats)]

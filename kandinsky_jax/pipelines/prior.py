@@ -384,7 +384,7 @@ def _joined(first: PriorCondition, second: PriorCondition) -> PriorCondition:
 
 
 def _lane(tensors: Mapping[str, Any], lanes: int, lane: int, images: int) -> list[list[jax.Array]]:
-    """One lane's rows of the conditioning tensors: `[images, ...]` each, the unconditional half before the conditional."""
+    """One lane's rows of the conditioning tensors, `[images, ...]` each; the unconditional half before the other."""
     arrays = [np.asarray(tensors[n]) for n in ("prompt_embeds", "text_encoder_hidden_states", "text_mask")]
     halves = zip(*(array.reshape(-1, lanes, images, *array.shape[1:])[:, lane] for array in arrays), strict=True)
     return [[jnp.asarray(rows) for rows in half] for half in halves]
