@@ -24,6 +24,8 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from kandinsky_jax.storage import user_cache
+
 CACHE, OFF = "KANDINSKY_JAX_CACHE", "off"  # the environment's variable: a folder, or "off"
 MAX_BYTES = 4 << 30  # of a folder
 MIN_SECONDS = 0.05  # what compiles faster is not worth a file
@@ -173,7 +175,8 @@ def use_compilation_cache() -> None:
     if _settled:
         return
     _settled = True
-    choice = os.environ.get(CACHE) or default_folder()
+    home = user_cache()
+    choice = os.environ.get(CACHE) or (OFF if home is None else str(home / "compiled"))
     ours = _configured("jax_compilation_cache_dir") is None and _configured("jax_enable_compilation_cache")
     if choice.lower() != OFF and ours:
         set_compilation_cache(choice)
@@ -181,11 +184,6 @@ def use_compilation_cache() -> None:
 
 def _configured(name: str) -> Any:
     return getattr(jax.config, name)
-
-
-def default_folder() -> str:
-    """In the user's cache directory, as the Hub's."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "kandinsky_jax", "compiled")
 
 
 def _private(folder: Path) -> Path:

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 RESULTS = Path(__file__).parent / "results"
 STAGES = ("prior", "unet", "movq", "text2img")
 OURS, THEIRS = "ours", "diffusers"
-# What a stage's calls are told, as (name, steps of the timed loop, steps of a prior before it).
+# The calls that a stage stands for on a CPU: (name, steps of the timed loop, steps of the prior before it).
 WHOLE = {
     "prior": [("prior, 25 steps", 25, 0)],
     "unet": [],
@@ -86,14 +86,11 @@ def rows(job: Job, found: list[dict[str, Any]]) -> list[Row]:
 def run(job: Job) -> dict[str, Any]:
     """One process."""
     worker = Path(__file__).with_name("benchmark_worker.py")
-    environment = os.environ | ({"TOKENIZERS_PARALLELISM": "false"})
     done = subprocess.run(
         [sys.executable, str(worker)],
         input=json.dumps(job._asdict()),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
-        env=environment,
         check=False,
     )
     if done.returncode:
