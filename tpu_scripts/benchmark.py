@@ -42,6 +42,10 @@ WHOLE = {
 STEP = {"prior": "prior, one guided step", "unet": "UNet, one guided step"}
 
 
+# TFLOP of one evaluation of the official UNet on one row, by the plain sums (2 per multiply-add).
+UNET_TFLOP = {512: 0.856, 768: 1.993, 1024: 3.714}
+
+
 class Row(NamedTuple):
     """One line of the table."""
 
@@ -81,6 +85,19 @@ def rows(job: Job, found: list[dict[str, Any]]) -> list[Row]:
             missing += (m - job.prior_steps) * statistics.median(prior_steps)
         line(what, [call["seconds"] + missing for call in calls], computed=missing != 0)
     return lines
+
+
+def share_of_peak(job: Job, found: list[dict[str, Any]]) -> float | None:
+    """What our UNet's guided step reaches of what a matrix product reaches; None where either is not known.
+
+    Above 1 is possible: Winograd's convolutions do fewer products than are counted here.
+    """
+    peaks = [process["matmul_tflops"] for process in found if "matmul_tflops" in process]
+    if not peaks or job.models == "tiny" or job.size not in UNET_TFLOP:
+        return None
+    calls = [call for process in found for call in process["calls"]]
+    steps = [s for call in calls for s in call["steps"]] or [call["seconds"] / job.steps for call in calls]
+    return 2 * job.batch * UNET_TFLOP[job.size] / statistics.median(steps) / statistics.median(peaks)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -205,7 +222,9 @@ def main() -> None:
                         bar.update()
                 for job in jobs:
                     lines += rows(job, found[job.side])
-                    raw.append({**job._asdict(), "models": about["models"], "processes": found[job.side]})
+                    share = share_of_peak(job, found[job.side])
+                    measured = {"processes": found[job.side], "share_of_matmul_peak": share}
+                    raw.append({**job._asdict(), "models": about["models"], **measured})
                 # After each stage, so that nothing measured is lost.
                 kept = {**about, "rows": [line._asdict() for line in lines], "measured": raw}
                 output.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 LANES = 128  # of a TPU's vector registers; the kernel's blocks are that wide, or one head where it is wider
 KEEP_BYTES = 12 * 2**20  # of the 16 MB of vector memory that a kernel gets by default
@@ -87,6 +86,8 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> 
     Args:
         interpret: run it on any platform, for tests.
     """
+    from jax.experimental import pallas as pl  # not at import: only bfloat16 needs it
+
     (b, t, heads, dim), s, block = q.shape, k.shape[1], query_block(q, k)
     width, wide = heads * dim, max(dim, LANES)
     queries = pl.BlockSpec((1, block, wide), lambda row, lane, i: (row, i, lane))
