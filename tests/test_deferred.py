@@ -229,6 +229,7 @@ def other_weights(folder: Path) -> None:
     ids=["weights", "settings", "cut", "empty", "another tensor"],
 )
 def test_a_stale_or_damaged_embedding_is_not_trusted(folder, spoil, says):
+    zero_embed.store(folder / "image_encoder", config())
     spoil(folder / "image_encoder")
     tower = checkpoint.Deferred(CLIPVisionModelWithProjection, folder / "image_encoder", "float32")
     with pytest.warns(UserWarning, match=says):
