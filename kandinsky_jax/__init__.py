@@ -1,6 +1,7 @@
 """Kandinsky 2.2 for JAX: diffusers' pipelines in Flax NNX, for TPUs, GPUs and CPUs."""
 
 from kandinsky_jax.checkpoint import CheckpointError, load_network, save_network
+from kandinsky_jax.compilation import set_compilation_cache
 from kandinsky_jax.models import (
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
@@ -63,4 +64,5 @@ __all__ = [
     "VQModel",
     "load_network",
     "save_network",
+    "set_compilation_cache",
 ]

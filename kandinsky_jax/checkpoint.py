@@ -35,6 +35,7 @@ __all__ = [
     "Progress",
     "check_network",
     "default_dtype",
+    "describe_network",
     "flat_params",
     "load_network",
     "loading_bar",
@@ -63,7 +64,7 @@ def flat_params(module: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def _with_params(module: nnx.Module, params: Mapping[str, jax.Array]) -> nnx.Module:
+def _with_params(module: nnx.Module, params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> nnx.Module:
     state = nnx.state(module, nnx.Param)
     paths = [path for path, _ in nnx.to_flat_state(state)]
     flat = {path: params[".".join(map(str, path))] for path in paths}
@@ -71,8 +72,30 @@ def _with_params(module: nnx.Module, params: Mapping[str, jax.Array]) -> nnx.Mod
     return module
 
 
-def load_network(
+def describe_network(
     cls: type[nnx.Module],
+    folder: str | os.PathLike[str],
+    dtype: Any = jnp.float32,
+) -> Any:
+    """The network in `folder` without its arrays: its parameters are `jax.ShapeDtypeStruct`s of `dtype`.
+
+    A program that is compiled for it is the one that the loaded network runs, where `load_network` gets this dtype.
+    """
+    module, _ = _expected(cls, Path(folder))
+    place = _home() if (Path(folder) / orbax.FOLDER).is_dir() else None
+    return _with_params(
+        module,
+        {name: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place) for name, x in flat_params(module).items()},
+    )
+
+
+def _home() -> jax.sharding.Sharding:
+    """JAX's default device, for arrays that are bound to it: Orbax makes no others."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def load_network(
+    cls: type[nnx.Module] | nnx.Module,
     folder: str | os.PathLike[str],
     dtype: Any = None,
     sharding: jax.sharding.Sharding | None = None,
@@ -81,7 +104,7 @@ def load_network(
     """Build the network in `folder`.
 
     Args:
-        cls: a network class of `kandinsky_jax.models`.
+        cls: a network class of `kandinsky_jax.models`, or what `describe_network` has made, which then gets its arrays.
         folder: holds `config.json` and tensors in either layout.
         dtype: of the parameters, and so of the computation; None keeps each tensor's own.
         sharding: where the arrays shall live; None is JAX's default device.
@@ -92,7 +115,8 @@ def load_network(
         ConfigError: where the configuration is not supported.
     """
     folder = Path(folder)
-    module, expected = _expected(cls, folder)
+    module = describe_network(cls, folder) if isinstance(cls, type) else cls
+    expected = {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
     if (folder / orbax.FOLDER).is_dir():
         params = _read_orbax(folder, expected, dtype, sharding, progress)
     else:
@@ -251,7 +275,7 @@ def _read_orbax(
     progress: Progress | None,
 ) -> dict[str, jax.Array]:
     path = folder / orbax.FOLDER
-    where = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = sharding or _home()
     stored = orbax.listing(path)
     faults = _differences(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
     target = {

@@ -16,6 +16,7 @@ import typer
 from PIL import Image
 
 from kandinsky_jax import images
+from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.hub import CONTROLNET, DECODER, INPAINT, OFFICIAL
 from kandinsky_jax.noise import Generator, TorchGenerator
 from kandinsky_jax.pipelines import (
@@ -87,6 +88,13 @@ class Options:
     output: Annotated[
         Path, typer.Option("--output", "-o", help="PNG, JPEG or WebP; several pictures get -0, -1, ... in their names.")
     ] = Path("kandinsky.png")
+    compilation_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"FOLDER|{OFF}",
+            help=f"Where compiled programs are kept; default: ${CACHE}, else in the user's cache folder.",
+        ),
+    ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False
 
     def check(self) -> None:
@@ -100,12 +108,19 @@ class Options:
             raise ValueError(f"--seed={self.seed} is no seed; needed is an integer from 0 to 2**63 - 1")
         checks.interval(self.interval(), max(self.steps, 1), "--guidance-interval")
 
-    def load(self, cls: type[CombinedPipeline], repository: str) -> Any:
-        """The pipeline of a command."""
-        model = self.model or f"{OFFICIAL}/{repository}"
-        pipe = cls.from_pretrained(model, prior=self.prior, dtype=self.dtype and self.dtype.value)
+    def draw(self, cls: type[CombinedPipeline], repository: str, call: Callable[[Any, Generator], Any]) -> Any:
+        """The seed of a command, and what its `call` of a pipeline gives; it is compiled while the pipeline loads."""
+        if self.compilation_cache is not None:
+            set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)
+        seed = secrets.randbits(32) if self.seed is None else self.seed
+        pipe = cls.from_pretrained(
+            self.model or f"{OFFICIAL}/{repository}",
+            prior=self.prior,
+            dtype=self.dtype and self.dtype.value,
+            warmup=lambda twin: call(twin, self.generator(seed)),
+        )
         pipe.set_progress_bar_config(disable=self.quiet)
-        return pipe
+        return seed, call(pipe, self.generator(seed))
 
     def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:
         """What to draw: as asked, else after the picture that is given, else as the model was trained."""
@@ -116,10 +131,6 @@ class Options:
     def interval(self) -> list[float] | None:
         """Where guidance is on."""
         return _numbers(self.guidance_interval, "--guidance-interval") if self.guidance_interval is not None else None
-
-    def pick_seed(self) -> int:
-        """The seed that was asked for, or a fresh one."""
-        return secrets.randbits(32) if self.seed is None else self.seed
 
     def generator(self, seed: int) -> Generator:
         """The noise of a seed."""
@@ -229,9 +240,8 @@ def mix(
     mixed = [images.read(x, "item") if Path(x).suffix.lower() in images.WRITABLE else x for x in items]
     numbers = [1 / len(items)] * len(items) if weights is None else _numbers(weights, "--weights")
     checks.mix(mixed, numbers)
-    pipe = options.load(KandinskyV22CombinedPipeline, DECODER)
 
-    def embed(generator: Generator) -> tuple[Any, Any]:
+    def embed(pipe: Any, generator: Generator) -> tuple[Any, Any]:
         return pipe.prior_pipe.interpolate(
             mixed,
             numbers,
@@ -241,7 +251,7 @@ def mix(
             **options.prior_settings(),
         )
 
-    _decode(pipe, embed, options, [{"items": items, "weights": numbers}] * options.num_images)
+    _decode(embed, options, [{"items": items, "weights": numbers}] * options.num_images)
 
 
 @command('vary "a green star on a white background" --image circle.png --strength 0.5 -o varied.png')
@@ -249,9 +259,8 @@ def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength =
     """Draw variations of a picture: its image embedding, taken some way towards a prompt."""
     checks.strength(strength, options.prior_steps)
     pictures = _read(prompt, options, {"image": image})["image"]
-    pipe = options.load(KandinskyV22CombinedPipeline, DECODER)
 
-    def embed(generator: Generator) -> tuple[Any, Any]:
+    def embed(pipe: Any, generator: Generator) -> tuple[Any, Any]:
         return KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)(
             prompt,
             pictures,
@@ -263,7 +272,7 @@ def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength =
         )
 
     facts = {"strength": strength, "files": _names({"image": image})}
-    _decode(pipe, embed, options, [{"prompt": text} | facts for text in prompt for _ in range(options.num_images)])
+    _decode(embed, options, [{"prompt": text} | facts for text in prompt for _ in range(options.num_images)])
 
 
 def _numbers(text: str, name: str) -> list[float]:
@@ -294,8 +303,7 @@ def _draw(
     **settings: Any,
 ) -> None:
     """Load, draw and write, for the commands that are one call of a combined pipeline."""
-    pictures = _read(prompt, options, files)
-    pipe = options.load(cls, repository)
+    pictures, repeats = _read(prompt, options, files), options.num_images
     first = next(iter(pictures.values()))[0] if pictures else None
     settings |= {
         "negative_prompt": options.negative_prompt,
@@ -304,30 +312,32 @@ def _draw(
         "guidance_interval": options.interval(),
         "prior_guidance_scale": options.prior_guidance_scale,
         "prior_num_inference_steps": options.prior_steps,
-        **options.size(pipe, first),
     }
-    seed, repeats = options.pick_seed(), options.num_images
-    generator = options.generator(seed)
-    [drawn] = pipe(
-        prompt, num_images_per_prompt=repeats, generator=generator, return_dict=False, **pictures, **settings
-    )
+
+    def call(pipe: Any, generator: Generator) -> Any:
+        settings.update(options.size(pipe, first))
+        return pipe(prompt, num_images_per_prompt=repeats, generator=generator, **pictures, **settings).images
+
+    seed, drawn = options.draw(cls, repository, call)
     facts = settings | ({"files": _names(files)} if files else {})
     _write(drawn, options, seed, [{"prompt": text, **facts} for text in prompt for _ in range(repeats)])
 
 
 def _decode(
-    pipe: Any, embed: Callable[[Generator], tuple[Any, Any]], options: Options, about: Sequence[dict[str, Any]]
+    embed: Callable[[Any, Generator], tuple[Any, Any]], options: Options, about: Sequence[dict[str, Any]]
 ) -> None:
-    """Draw and write, for the commands that find their embeddings by themselves."""
-    seed = options.pick_seed()
-    generator = options.generator(seed)
-    settings = {
+    """Load, draw and write, for the commands that find their embeddings by themselves."""
+    settings: dict[str, Any] = {
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "guidance_interval": options.interval(),
-        **options.size(pipe, None),
     }
-    [drawn] = pipe.decoder_pipe(*embed(generator), generator=generator, return_dict=False, **settings)
+
+    def call(pipe: Any, generator: Generator) -> Any:
+        settings.update(options.size(pipe, None))
+        return pipe.decoder_pipe(*embed(pipe, generator), generator=generator, **settings).images
+
+    seed, drawn = options.draw(KandinskyV22CombinedPipeline, DECODER, call)
     shared = {"negative_prompt": options.negative_prompt, "prior": options.prior_settings(), **settings}
     _write(drawn, options, seed, [facts | shared for facts in about])
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kandinsky_jax.compilation import bound_to, program
 from kandinsky_jax.noise import GivenNoise, KeyNoise, Source
 from kandinsky_jax.schedulers.table import SLOTS, Schedule, Table
 
@@ -63,7 +63,7 @@ def _precision(params: Params) -> Iterator[None]:
         yield
 
 
-@partial(jax.jit, static_argnames=("network", "method"))
+@program(static_argnames=("network", "method"))
 def call(network: Network, params: Params, *args: Any, method: str = "__call__") -> Any:
     """Run one method of a network, compiled once per structure and shapes."""
     with _precision(params):
@@ -143,7 +143,7 @@ class Lane(NamedTuple):
     blend: Blend | None = None
 
 
-@partial(jax.jit, static_argnames="network", donate_argnames="state")
+@program(static_argnames="network", donate_argnames="state")
 def denoise(
     network: Network,
     params: Params,
@@ -218,7 +218,7 @@ def sample(
         each lane's last sample.
     """
     shape = latents[0].shape
-    states = [_first_state(x) for x in latents]
+    states = [_beside(params, _first_state(x)) for x in latents]
     table = jax.tree.map(jnp.asarray, schedule.table)
     done, size = 0, 1
     first, last = (0, len(schedule)) if interval is None else interval
@@ -247,6 +247,15 @@ def sample(
 @jax.jit
 def _first_state(sample: jax.Array) -> jax.Array:
     return jnp.zeros((SLOTS, *sample.shape), jnp.float32).at[0].set(sample)
+
+
+def _beside(params: Params, state: jax.Array) -> jax.Array:
+    """The state bound to the device that the parameters are bound to, if they are (Orbax restores them so).
+
+    What `denoise` gives is bound then, and a first slice with a free state would be a program of its own.
+    """
+    place = bound_to(jax.tree.leaves(params)[0])
+    return jax.device_put(state, place) if isinstance(place, jax.sharding.SingleDeviceSharding) else state
 
 
 @jax.jit

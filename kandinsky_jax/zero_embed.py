@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kandinsky_jax.checkpoint import CheckpointError, Deferred, flat_params, read_params
+from kandinsky_jax.compilation import for_real
 from kandinsky_jax.models import CLIPVisionModelWithProjection
 from kandinsky_jax.models.clip import CLIPEncoderLayer, CLIPVisionConfig
 from kandinsky_jax.models.layers import Shapes, abstract
@@ -76,7 +77,7 @@ def fingerprint(folder: Path, config: CLIPVisionConfig) -> str:
     last = f"vision_model.encoder.layers.{config.num_hidden_layers - 1}.self_attn."
     of_all = flat_params(abstract(CLIPVisionModelWithProjection, config))
     wanted = sorted(name for name in of_all if name.startswith(last))
-    wanted += ["visual_projection.kernel", "vision_model.embeddings.position_embedding.embedding"]
+    wanted += ["visual_projection.weight", "vision_model.embeddings.position_embedding.embedding"]
     # What no tensor's shape shows.
     settings = (config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps)
     found = hashlib.sha256(repr(settings).encode())
@@ -101,10 +102,11 @@ def _compute(folder: Path, config: CLIPVisionConfig) -> np.ndarray:
 
     frame = abstract(CLIPVisionModelWithProjection, dataclasses.replace(config, num_hidden_layers=0))
     layer = CLIPEncoderLayer(config, rngs=Shapes())
-    hidden = run(frame, "", _zeros(config), method="stem")
-    for i in range(config.num_hidden_layers):
-        hidden = run(layer, f"vision_model.encoder.layers.{i}.", hidden, None)
-    embed = run(frame, "", hidden, method="head")
+    with for_real():
+        hidden = run(frame, "", _zeros(config), method="stem")
+        for i in range(config.num_hidden_layers):
+            hidden = run(layer, f"vision_model.encoder.layers.{i}.", hidden, None)
+        embed = run(frame, "", hidden, method="head")
     if not np.isfinite(embed).all():
         raise CheckpointError(f"{folder}: the embedding of zeros is not finite, so the tensors cannot be right")
     return embed

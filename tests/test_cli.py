@@ -126,6 +126,7 @@ def test_the_example_in_the_help_runs(folder, name):
     shown = " ".join(invoke([name, "--help"], folder).output.split())
     [example] = re.findall(r"Example: kandinsky-jax (.*--model tiny)", shown)
     assert "--negative-prompt" in shown
+    assert "--compilation-cache" in shown
     arguments = shlex.split(example)
     done = invoke([*arguments, "--steps", "4", "--prior-steps", "4", "--seed", "3", "--quiet"], folder)
     assert done.exit_code == 0, done.output

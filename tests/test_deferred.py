@@ -91,7 +91,7 @@ def test_a_prompt_does_not_read_the_tower(tiny_pipe, reads):
         pipe.interpolate([np.zeros((2, 8, 8, 3), np.uint8)], [1.0])  # nor is the tower read for an error
     assert not pipe._held()["image_encoder"].loaded
     # Of the tower, only what the fingerprint is taken of has been read.
-    assert all("self_attn" in name or name.endswith(("visual_projection.kernel", "embedding")) for name in reads)
+    assert all("self_attn" in name or name.endswith(("visual_projection.weight", "embedding")) for name in reads)
 
     picture = np.random.default_rng(0).random((40, 50, 3))
     emb2emb("a red circle", picture, strength=0.9, **SHORT)
@@ -111,7 +111,7 @@ def test_the_loaded_tower_is_the_same(tiny_pipe):
 def test_another_tower_may_be_put_in_its_place(tiny_pipe):
     pipe = KandinskyV22PriorPipeline.from_pipe(tiny_pipe)
     own, other = pipe._zero_embed(), load_network(CLIPVisionModelWithProjection, TOWER, "float32")
-    other.visual_projection.kernel[...] = -other.visual_projection.kernel[...]
+    other.visual_projection.weight[...] = -other.visual_projection.weight[...]
     pipe.image_encoder = other
     assert pipe.image_encoder is other
     assert np.array_equal(pipe._zero_embed(), -own)

@@ -18,6 +18,7 @@ FLOORS = (
     ("kandinsky_jax.tensors", "kandinsky_jax.terminal"),
     ("kandinsky_jax.models", "kandinsky_jax.schedulers", "kandinsky_jax.noise", "kandinsky_jax.images"),
     ("kandinsky_jax.storage",),
+    ("kandinsky_jax.compilation",),
     ("kandinsky_jax.orbax", "kandinsky_jax.sampling"),
     ("kandinsky_jax.checkpoint", "kandinsky_jax.hub"),
     ("kandinsky_jax.zero_embed",),

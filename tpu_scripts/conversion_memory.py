@@ -7,42 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
-import numpy as np
+import random_models
 
-from kandinsky_jax.checkpoint import flat_params
-from kandinsky_jax.models import NETWORKS
-from kandinsky_jax.models.layers import abstract
-from kandinsky_jax.schedulers import DDPMScheduler
-from kandinsky_jax.tensors import files, names
-
-PARTS = {"unet": "UNet2DConditionModel", "movq": "VQModel"}
-
-
-def write_random(folder: Path) -> int:
-    """A decoder in diffusers' layout, float32; the bytes of its larger component."""
-    index = {"_class_name": "KandinskyV22Pipeline", "scheduler": ["diffusers", "DDPMScheduler"]}
-    DDPMScheduler().save_pretrained(folder / "scheduler")
-    rng, sizes = np.random.default_rng(0), []
-    for part, name in PARTS.items():
-        cls = NETWORKS[name]
-        config = cls.CONFIG()  # the defaults are the official ones
-        shapes = {n: names.torch_shape(n, leaf.shape) for n, leaf in flat_params(abstract(cls, config)).items()}
-        tensors = {names.torch_name(n): files.Tensor(s, partial(rng.random, s, "f4"), "f4") for n, s in shapes.items()}
-        (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps(config.to_dict()))
-        files.write(folder / part / "diffusion_pytorch_model.safetensors", tensors)
-        sizes.append(4 * sum(math.prod(shape) for shape in shapes.values()))
-        index[part] = ["diffusers", name]
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return max(sizes)
+from kandinsky_jax import hub
 
 
 def convert(source: Path, target: Path, *options: str) -> tuple[float, float]:
@@ -64,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        largest = write_random(root / "torch")
+        largest = random_models.write(root / "torch", hub.DECODER)
         forth = convert(root / "torch", root / "orbax", "--dtype", arguments.dtype)
         back = convert(root / "orbax", root / "again")
     print(json.dumps({"largest_component_gb": round(largest / 1e9, 2), "to_orbax": forth, "to_diffusers": back}))

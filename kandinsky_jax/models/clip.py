@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.config import ConfigError, NetworkConfig
 from kandinsky_jax.models.layers import (
     ACTIVATIONS,
     Rngs,
-    attend,
     conv,
     dtype_of,
     embed,

@@ -1,4 +1,4 @@
-"""What two or more of the networks share: norms, convolutions, attention, the ResNet block's parts, time embedding.
+"""What two or more of the networks share: norms, convolutions, the ResNet block's parts, time embedding.
 
 Pictures inside are NHWC. Layers compute in the dtype of their parameters, except statistics of norms and softmax,
 which are float32. Epsilons follow PyTorch's defaults (1e-5), not Flax's (1e-6).
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from kandinsky_jax.models.config import NetworkConfig
+from kandinsky_jax.models.convolution import Conv
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -59,6 +60,7 @@ def _shape_or(init: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 _normal, _embedding = _shape_or(nnx.initializers.lecun_normal()), _shape_or(nnx.initializers.normal(0.02))
+_rows = _shape_or(nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2))
 _zeros, _ones = _shape_or(nnx.initializers.zeros_init()), _shape_or(nnx.initializers.ones_init())
 
 
@@ -66,8 +68,25 @@ def param(shape: tuple[int, ...], rngs: Rngs) -> nnx.Param:
     return nnx.Param(_embedding(rngs.params(), shape))
 
 
-def linear(cin: int, cout: int, rngs: Rngs, bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(cin, cout, use_bias=bias, kernel_init=_normal, bias_init=_zeros, rngs=rngs)
+class Linear(nnx.Module):
+    """`x @ weight.T + bias`.
+
+    The weight is `[out, in]`, as PyTorch keeps it, where Flax would have a kernel `[in, out]`: a product of few rows
+    reads it in the order in which it lies, 2 to 3 times faster on a CPU, where the prior's steps do nothing else.
+    """
+
+    def __init__(self, cin: int, cout: int, *, bias: bool, rngs: Rngs):
+        self.weight = nnx.Param(_rows(rngs.params(), (cout, cin)))
+        self.bias = nnx.Param(_zeros(rngs.params(), (cout,))) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: `[..., in]`; `[..., out]`."""
+        y = jax.lax.dot_general(x, self.weight[...], (((x.ndim - 1,), (1,)), ((), ())))
+        return y if self.bias is None else y + self.bias[...]
+
+
+def linear(cin: int, cout: int, rngs: Rngs, bias: bool = True) -> Linear:
+    return Linear(cin, cout, bias=bias, rngs=rngs)
 
 
 def embed(count: int, dim: int, rngs: Rngs) -> nnx.Embed:
@@ -75,21 +94,32 @@ def embed(count: int, dim: int, rngs: Rngs) -> nnx.Embed:
 
 
 class GroupNorm(nnx.GroupNorm):
-    """GroupNorm over all but the batch and the group's channels, statistics in float32.
+    """GroupNorm over all but the batch and the group's channels, statistics in float32; output in the input's dtype.
 
-    In two passes, as the reference: the one-pass variance E[x^2] - E[x]^2 cancels badly.
+    The variance in two passes, as the reference, because E[x^2] - E[x]^2 cancels; but of bfloat16 in one, which a TPU
+    computes while it writes the input. There the cancellation is no news: with a mean of r standard deviations it costs
+    the variance about r^2 * 2^-24, and the rounding of the input to bfloat16 has cost it r^2 * 2^-20.
     """
 
     def __init__(self, channels: int, groups: int, eps: float, rngs: Rngs):
-        super().__init__(
-            channels,
-            num_groups=groups,
-            epsilon=eps,
-            use_fast_variance=False,
-            scale_init=_ones,
-            bias_init=_zeros,
-            rngs=rngs,
-        )
+        super().__init__(channels, num_groups=groups, epsilon=eps, scale_init=_ones, bias_init=_zeros, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        whole = x.astype(jnp.float32)
+        grouped = whole.reshape(*x.shape[:-1], self.num_groups, self.group_size)
+        axes = (*range(1, x.ndim - 1), x.ndim)
+        mean = grouped.mean(axes, keepdims=True)  # [B, 1.., groups, 1]
+        if x.dtype == jnp.bfloat16:
+            variance = jnp.maximum(jnp.square(grouped).mean(axes, keepdims=True) - jnp.square(mean), 0)
+        else:
+            variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
+        factor = jax.lax.rsqrt(variance + self.epsilon)
+
+        def per_channel(statistic: jax.Array) -> jax.Array:
+            return jnp.repeat(statistic, self.group_size, axis=-1).reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
+
+        return ((whole - per_channel(mean)) * (per_channel(factor) * scale) + bias).astype(x.dtype)
 
 
 def layer_norm(channels: int, rngs: Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
@@ -105,9 +135,9 @@ def layer_norm(channels: int, rngs: Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
 
 def conv(
     cin: int, cout: int, rngs: Rngs, kernel: int = 3, stride: int = 1, padding: Any = None, bias: bool = True
-) -> nnx.Conv:
+) -> Conv:
     """A convolution, by default with PyTorch's symmetric padding; Flax's SAME pads one-sidedly at stride 2."""
-    return nnx.Conv(
+    return Conv(
         cin,
         cout,
         (kernel, kernel),
@@ -157,16 +187,3 @@ class TimestepEmbedding(nnx.Module):
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)  # [B, T, D] -> [B, T, N, D/N]
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Scaled dot-product attention, softmax in float32.
-
-    Args:
-        q: `[B, T, N, H]`; k, v: `[B, S, N, H]`.
-        mask: bool, broadcastable to `[B, N, T, S]`; True is visible.
-    Returns:
-        `[B, T, N * H]`.
-    """
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # [B, T, N, H]
-    return out.reshape(*out.shape[:-2], -1)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.config import ConfigError, NetworkConfig, block_faults
-from kandinsky_jax.models.layers import GroupNorm, Rngs, attend, conv, dtype_of, embed, linear, upsample_nearest
+from kandinsky_jax.models.layers import GroupNorm, Rngs, conv, dtype_of, embed, linear, upsample_nearest
 
 EPS = 1e-6
 SPATIAL_GROUPS = 32  # fixed in the reference's SpatialNorm, whatever norm_num_groups says

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.models.attention import attend, attend_after
 from kandinsky_jax.models.config import ConfigError, NetworkConfig
 from kandinsky_jax.models.layers import (
     Rngs,
     TimestepEmbedding,
-    attend,
     dtype_of,
     layer_norm,
     linear,
@@ -89,10 +89,8 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array, past: KeyValue | None) -> tuple[jax.Array, KeyValue]:
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.to_q, self.to_k, self.to_v))
-        if past is not None:
-            k = jnp.concatenate([past[0], k], axis=1)
-            v = jnp.concatenate([past[1], v], axis=1)
-        return self.to_out[0](attend(q, k, v, mask)), (k, v)
+        attended = attend(q, k, v, mask) if past is None else attend_after(q, past, k, v, mask)
+        return self.to_out[0](attended), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -111,7 +109,7 @@ class BasicTransformerBlock(nnx.Module):
 class PriorCondition(NamedTuple):
     """What a prompt contributes to every step: each layer's keys and values of the text rows, and who may see them."""
 
-    kv: list[KeyValue]  # per layer, [B, num_embeddings + 1, heads, head_dim]
+    kv: list[KeyValue]  # per layer, [B, heads, num_embeddings + 1, head_dim]
     visible: jax.Array  # bool [B, num_embeddings + 1]
 
 

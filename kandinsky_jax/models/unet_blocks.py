@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.layers import (
     GroupNorm,
     Rngs,
-    attend,
     conv,
     downsample_mean,
     linear,

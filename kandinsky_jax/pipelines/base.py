@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import numpy as np
 from flax import nnx
+from PIL import Image
 from tqdm.auto import tqdm
 
 from kandinsky_jax import hub, zero_embed
@@ -20,12 +21,14 @@ from kandinsky_jax.checkpoint import (
     Deferred,
     Layout,
     default_dtype,
+    describe_network,
     flat_params,
     load_network,
     loading_bar,
     save_network,
     stored_bytes,
 )
+from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.noise import Source
@@ -34,6 +37,7 @@ from kandinsky_jax.schedulers import SCHEDULERS, Schedule, Scheduler, scheduler_
 from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
 
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
+Warmup = Mapping[str, Any] | Callable[[Any], Any]  # arguments of `warmup`, or what calls a pipeline
 
 
 class ImagePipelineOutput(NamedTuple):
@@ -67,6 +71,7 @@ class Pipeline:
     STAGE: ClassVar[str] = ""  # what the progress bar says
 
     def _register(self, **components: Any) -> None:
+        use_compilation_cache()
         for name, component in components.items():
             expected = _expected_types(name)
             kind = component.cls if isinstance(component, Deferred) else type(component)
@@ -124,6 +129,7 @@ class Pipeline:
         dtype: Any = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        warmup: Warmup | None = None,
         **components: Any,
     ) -> Self:
         """Load a pipeline.
@@ -134,15 +140,35 @@ class Pipeline:
             name: "tiny" (embedded), a folder in diffusers' layout or ours, or a Hub repository.
             dtype: of the networks; None is float32 on a CPU and bfloat16 on a TPU or GPU.
             revision, cache_dir: of a Hub repository.
+            warmup: what to compile while the networks are read: arguments of `warmup`, such as `{"height": 512,
+                "width": 512, "batch": 1}`, or a function that calls the pipeline that it is given, which has no
+                arrays, as the loaded one will be called.
             components: ready components, by the constructor's names, that are not loaded.
         Raises:
             CheckpointError, ConfigError, SchedulerError: before any network is read where that can be known.
         """
         folder = hub.resolve(name, cls.REPOSITORY, revision=revision, cache_dir=cache_dir)
-        names = _parameters(cls)
-        if unknown := components.keys() - set(names):
-            raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
-        return cls(**_load_components(cls, folder, names, dtype, components))
+        return cls._load([_describe(cls, folder, dtype, components)], warmup)
+
+    @classmethod
+    def _load(cls, stores: Sequence[_Store], warmup: Warmup | None) -> Self:
+        """Read the networks, and compile meanwhile."""
+        ready = {name: part for store in stores for name, part in store.ready.items()}
+        networks = {name: part for store in stores for name, part in store.networks.items()}
+
+        def rehearse() -> None:
+            if warmup is not None:
+                twin = cls(**ready, **networks)
+                twin.set_progress_bar_config(disable=True)
+                if callable(warmup):
+                    warmup(twin)
+                else:
+                    twin.warmup(**warmup)
+
+        with compiling_ahead(rehearse):
+            for store in stores:
+                ready |= _read(store)
+        return cls(**ready)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, layout: Layout = "diffusers", overwrite: bool = False
@@ -168,6 +194,33 @@ class Pipeline:
                 library = "diffusers" if isinstance(part, Scheduler) or _is_diffusers(part) else "transformers"
                 index[name] = [library, type(part).__name__]
             (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    # Compiling ahead ----------------------------------------------------------------------------------------------
+
+    def warmup(self, height: int = 512, width: int = 512, batch: int = 1, **arguments: Any) -> None:
+        """Compile the programs of a call, in threads, and run none of them: the call then compiles nothing.
+
+        Args:
+            height, width: of the pictures, in pixels; a prior has no use for them.
+            batch: how many prompts, or for a decoder how many image embeddings, the call has.
+            arguments: further ones of the call, where they choose other programs: `num_images_per_prompt`,
+                `guidance_scale` and `prior_guidance_scale` (1 turns guidance off), a `TorchGenerator` as `generator`,
+                `output_type="latent"`, a callback.
+        """
+        picture = Image.new("RGB", (64, 64))
+        given: dict[str, Any] = {"height": height, "width": width, "generator": 0, "prompt": [""] * batch}
+        given |= {"image": picture, "mask_image": picture.convert("L"), "hint": picture.convert("L")}
+        given |= self._stand_ins(batch)
+        # Another pipeline of the same parts, because a pipeline may keep results, and here they are zeros.
+        twin: Any = type(self)(**self._held())
+        twin.set_progress_bar_config(disable=True)
+        call = {name: value for name, value in given.items() if name in inspect.signature(twin.__call__).parameters}
+        with compiling_ahead(lambda: twin(**call | arguments)):
+            pass
+
+    def _stand_ins(self, batch: int) -> dict[str, Any]:
+        """Arguments of a call that depend on the components, for `warmup`."""
+        return {}
 
     # Progress -----------------------------------------------------------------------------------------------------
 
@@ -334,26 +387,43 @@ def _check_index(cls: type[Pipeline], folder: Path, names: Sequence[str]) -> Non
         raise CheckpointError(f"{folder / 'model_index.json'}: " + "; ".join(faults))
 
 
-def _load_components(
-    cls: type[Pipeline], folder: Path, names: Sequence[str], dtype: Any, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A pipeline's components from its folder, cheap ones first, under a progress bar."""
+class _Store(NamedTuple):
+    """A pipeline's folder, opened: what is cheap is read, the networks are described."""
+
+    folder: Path
+    dtype: Any
+    ready: dict[str, Any]  # given, or read, by the names of the pipeline's constructor
+    networks: dict[str, nnx.Module]  # to be read; without their arrays
+    prefix: str = ""  # of the names
+
+    def within(self, prefix: str) -> _Store:
+        """The same for the constructor of a combined pipeline."""
+        ready, networks = ({prefix + k: v for k, v in parts.items()} for parts in (self.ready, self.networks))
+        return self._replace(ready=ready, networks=networks, prefix=prefix)
+
+
+def _describe(cls: type[Pipeline], folder: Path, dtype: Any, given: Mapping[str, Any]) -> _Store:
+    """Check and open a pipeline's folder; `given` components are not looked for in it."""
+    names = _parameters(cls)
+    if unknown := given.keys() - set(names):
+        raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
     missing = [name for name in names if name not in given]
     _check_index(cls, folder, missing)
     folders = {name: hub.component_folder(folder, name) for name in missing}
     dtype = default_dtype() if dtype is None else jax.numpy.dtype(dtype)
-    loaded = dict(given)
     heavy = [name for name in missing if _bare(name) in _NETWORK_OF]
-    for name in missing:
-        if name not in heavy:
-            loaded[name] = _load_small(_bare(name), folders[name])
-        elif _bare(name) in _DEFERRED:
-            loaded[name] = Deferred(NETWORKS[_NETWORK_OF[_bare(name)]], folders[name], dtype)
-    now = [name for name in heavy if name not in loaded]
-    with loading_bar(sum(stored_bytes(folders[name]) for name in now), folder.name) as bar:
-        for name in now:
-            loaded[name] = load_network(NETWORKS[_NETWORK_OF[_bare(name)]], folders[name], dtype, progress=bar)
-    return loaded
+    cheap = {name: _load_small(_bare(name), folders[name]) for name in missing if name not in heavy}
+    kinds = {name: NETWORKS[_NETWORK_OF[_bare(name)]] for name in heavy}
+    later = {n: Deferred(kind, folders[n], dtype) for n, kind in kinds.items() if _bare(n) in _DEFERRED}
+    networks = {n: describe_network(kind, folders[n], dtype) for n, kind in kinds.items() if n not in later}
+    return _Store(folder, dtype, {**given, **cheap, **later}, networks)
+
+
+def _read(store: _Store) -> dict[str, Any]:
+    """A pipeline's networks, under a progress bar."""
+    folders = {name: hub.component_folder(store.folder, name.removeprefix(store.prefix)) for name in store.networks}
+    with loading_bar(sum(stored_bytes(folder) for folder in folders.values()), store.folder.name) as bar:
+        return {n: load_network(store.networks[n], folder, store.dtype, progress=bar) for n, folder in folders.items()}
 
 
 def _load_small(bare: str, folder: Path) -> Any:

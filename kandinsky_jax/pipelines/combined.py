@@ -22,7 +22,7 @@ from kandinsky_jax.models import (
 )
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
+from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline, Warmup, _describe
 from kandinsky_jax.pipelines.controlnet import (
     KandinskyV22ControlnetImg2ImgPipeline,
     KandinskyV22ControlnetPipeline,
@@ -109,6 +109,7 @@ class CombinedPipeline(Pipeline):
         revision: str | None = None,
         prior_revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        warmup: Warmup | None = None,
         **components: Any,
     ) -> Self:
         """Load a decoder and its prior, or a combined pipeline that was saved as one.
@@ -118,20 +119,19 @@ class CombinedPipeline(Pipeline):
             prior: folder or Hub repository of the prior. None finds it: see `kandinsky_jax.hub.find_prior`.
             dtype: of the networks; None is float32 on a CPU and bfloat16 on a TPU or GPU.
             revision, prior_revision, cache_dir: of Hub repositories.
+            warmup: what to compile while the networks are read; see `Pipeline.from_pretrained`.
             components: ready components, by the constructor's names, that are not loaded.
         """
         folder = hub.resolve(name, cls.REPOSITORY, revision=revision, cache_dir=cache_dir)
         if any(part.startswith("prior_") for part in hub.components(folder)):
             if prior is not None:
                 raise CheckpointError(f"{folder} has a prior of its own, so that prior={prior} has no place in it")
-            return super().from_pretrained(folder, dtype=dtype, **components)
+            return super().from_pretrained(folder, dtype=dtype, warmup=warmup, **components)
         prior_folder = hub.find_prior(folder, prior, revision=prior_revision, cache_dir=cache_dir)
         ready = {k.removeprefix("prior_"): v for k, v in components.items() if k.startswith("prior_")}
         own = {k: v for k, v in components.items() if not k.startswith("prior_")}
-        prior_pipe = KandinskyV22PriorPipeline.from_pretrained(prior_folder, dtype=dtype, **ready)
-        decoder_pipe = cls.DECODER.from_pretrained(folder, dtype=dtype, **own)
-        found = {f"prior_{k}": v for k, v in prior_pipe._held().items()}
-        return cls(**decoder_pipe._held(), **found)
+        prior_store = _describe(KandinskyV22PriorPipeline, prior_folder, dtype, ready)
+        return cls._load([prior_store.within("prior_"), _describe(cls.DECODER, folder, dtype, own)], warmup)
 
     def _held(self) -> dict[str, Any]:
         return self.decoder_pipe._held() | {f"prior_{k}": v for k, v in self.prior_pipe._held().items()}

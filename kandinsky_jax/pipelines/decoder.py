@@ -92,6 +92,10 @@ class DecoderPipeline(Pipeline):
                 f"{unet.config.addition_embed_type!r}, which {type(self).__name__} cannot use; it {right}"
             )
 
+    def _stand_ins(self, batch: int) -> dict[str, Any]:
+        embeds = np.zeros((batch, self.unet.config.encoder_hid_dim), np.float32)
+        return {"image_embeds": embeds, "negative_image_embeds": embeds}
+
     # Before the loop ----------------------------------------------------------------------------------------------
 
     def _call(

@@ -6,7 +6,7 @@ Reference: diffusers' KandinskyV22PriorPipeline and KandinskyV22PriorEmb2EmbPipe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -15,8 +15,10 @@ import numpy as np
 from PIL import Image
 
 from kandinsky_jax import hub, images, zero_embed
+from kandinsky_jax.compilation import program
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
+from kandinsky_jax.models.prior import PriorCondition
 from kandinsky_jax.noise import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Late, Pipeline
@@ -103,7 +105,7 @@ class PriorPipeline(Pipeline):
             scheduler=scheduler,
             image_processor=image_processor,
         )
-        self._constants: dict[str, tuple[Any, Any]] = {}
+        self._constants: dict[str, tuple[tuple[Any, ...], Any]] = {}
 
     def interpolate(
         self,
@@ -262,10 +264,13 @@ class PriorPipeline(Pipeline):
         """Draw what was wished for: image embeddings and negative ones, float32 `[images, D]`."""
         source = noise_source(wish.generator, wish.images, PRIOR)
         tensors = self._encode_prompts(wish.prompts, wish.negatives, wish.repeats, guided=wish.scale > 1)
+        first = dict(tensors)
 
         def lanes_of(network: Network, params: Any, tensors: Mapping[str, Any]) -> list[Lane]:
-            rows = [_lane(tensors, wish.lanes, i, wish.images) for i in range(wish.lanes)]
-            return [Lane(call(network, params, *part, method="condition")) for part in rows]
+            # A callback may have put something else in the empty prompt's place.
+            empty = wish.negatives is None and all(tensors[name] is rows for name, rows in first.items())
+            lanes = [_lane(tensors, wish.lanes, i, wish.images) for i in range(wish.lanes)]
+            return [Lane(self._condition(network, params, halves, empty)) for halves in lanes]
 
         samples = self._denoise(
             self.prior,
@@ -281,6 +286,29 @@ class PriorPipeline(Pipeline):
         network, params = Network.split(self.prior)
         embeds = [np.asarray(call(network, params, x, method="post_process_latents"), np.float32) for x in samples]
         return embeds[0], np.repeat(self._zero_embed(), wish.images, axis=0) if wish.negatives is None else embeds[1]
+
+    def _condition(
+        self, network: Network, params: Any, halves: Sequence[Sequence[jax.Array]], empty: bool
+    ) -> PriorCondition:
+        """What one lane's steps are under.
+
+        Args:
+            halves: arguments of the network's `condition`, the unconditional rows before the conditional, where
+                guidance is on.
+            empty: the unconditional rows are the empty prompt; what they contribute is a constant of the weights.
+        """
+
+        def of(rows: Sequence[jax.Array]) -> PriorCondition:
+            return call(network, params, *rows, method="condition")
+
+        given = of(halves[-1])
+        if len(halves) == 1:
+            return given
+        if not empty:
+            return _joined(of(halves[0]), given)
+        # Computed in this call's shapes, so that the constant does not cost a program of its own.
+        one = self._constant("condition", lambda: _first_row(of(halves[0])), self.prior, self.text_encoder)
+        return _joined(_repeated(one, images=len(given.visible)), given)
 
     # Text ---------------------------------------------------------------------------------------------------------
 
@@ -298,7 +326,7 @@ class PriorPipeline(Pipeline):
             lanes.append(self._encode(negatives))
         halves = [lanes]
         if guided:
-            empty = self._constant("empty", self.text_encoder, lambda: self._encode([""]))
+            empty = self._constant("empty", lambda: self._encode([""]), self.text_encoder)
             without = lanes[1] if negatives is not None else Encoded(*(np.repeat(x, len(prompts), 0) for x in empty))
             halves.insert(0, [without] * len(lanes))
         blocks = [block for half in halves for block in half]
@@ -329,21 +357,34 @@ class PriorPipeline(Pipeline):
     def _zero_embed(self) -> np.ndarray:
         """The embedding of zeros (after normalisation), `[1, D]`: it depends on nothing but the weights."""
         tower = self._held()["image_encoder"]
-        return self._constant("zero", tower, lambda: zero_embed.of(tower))
+        return self._constant("zero", lambda: zero_embed.of(tower), tower)
 
-    def _constant(self, name: str, owner: Any, compute: Any) -> Any:
-        """A result that only `owner`'s weights decide, computed once."""
-        if name not in self._constants or self._constants[name][0] is not owner:
-            self._constants[name] = (owner, compute())
-        return self._constants[name][1]
+    def _constant(self, name: str, compute: Callable[[], Any], *owners: Any) -> Any:
+        """A result that only its owners' weights decide, computed once."""
+        kept, result = self._constants.get(name, ((), None))
+        if len(kept) != len(owners) or any(a is not b for a, b in zip(kept, owners, strict=True)):
+            result = compute()
+            self._constants[name] = (owners, result)
+        return result
 
 
-def _lane(tensors: Mapping[str, Any], lanes: int, lane: int, images: int) -> list[jax.Array]:
-    """One lane's rows of the conditioning tensors, the unconditional half before the conditional."""
+@program()
+def _first_row(condition: PriorCondition) -> PriorCondition:
+    return jax.tree.map(lambda x: x[:1], condition)
 
-    def rows(name: str) -> jax.Array:
-        array = np.asarray(tensors[name])
-        halves = array.reshape(-1, lanes, images, *array.shape[1:])
-        return jnp.asarray(halves[:, lane].reshape(-1, *array.shape[1:]))
 
-    return [rows(name) for name in ("prompt_embeds", "text_encoder_hidden_states", "text_mask")]
+@program(static_argnames="images")
+def _repeated(condition: PriorCondition, images: int) -> PriorCondition:
+    return jax.tree.map(lambda x: jnp.repeat(x, images, axis=0), condition)
+
+
+@program()
+def _joined(first: PriorCondition, second: PriorCondition) -> PriorCondition:
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, second)
+
+
+def _lane(tensors: Mapping[str, Any], lanes: int, lane: int, images: int) -> list[list[jax.Array]]:
+    """One lane's rows of the conditioning tensors, `[images, ...]` each; the unconditional half before the other."""
+    arrays = [np.asarray(tensors[n]) for n in ("prompt_embeds", "text_encoder_hidden_states", "text_mask")]
+    halves = zip(*(array.reshape(-1, lanes, images, *array.shape[1:])[:, lane] for array in arrays), strict=True)
+    return [[jnp.asarray(rows) for rows in half] for half in halves]

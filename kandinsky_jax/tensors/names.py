@@ -2,7 +2,7 @@
 
 A parameter here has the attribute path of its PyTorch twin; only the last part and the order of axes differ. So one
 small table serves every network, in both directions. A "Flax name" is the dotted path, such as
-`down_blocks.1.attentions.0.to_q.kernel`.
+`down_blocks.1.resnets.0.conv1.kernel`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def modern_name(name: str) -> str | None:
 
 
 def _axes_to_torch(flax_name: str, ndim: int) -> tuple[int, ...]:
-    if flax_name.endswith(".kernel"):
-        # a convolution's [H, W, in, out] <-> [out, in, H, W]; a linear layer's [in, out] <-> [out, in]
-        return {4: (3, 2, 0, 1), 2: (1, 0)}[ndim]
+    if flax_name.endswith(".kernel"):  # a convolution's [H, W, in, out] <-> [out, in, H, W]
+        return (3, 2, 0, 1)
     return tuple(range(ndim))
 
 

@@ -1,0 +1,227 @@
+"""Compiling: kept from run to run, and done ahead of the first call.
+
+A program is compiled once per network, shapes and machine. JAX's persistent cache keeps it for later runs; where, is
+decided here (`set_compilation_cache`). In one run, a rehearsal (`compiling_ahead`) goes through a call as it stands and
+has each `Program` that it meets compiled in a thread, from shapes alone, instead of run: no list of shapes beside the
+code that makes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+import stat
+import warnings
+import zlib
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from kandinsky_jax.storage import user_cache
+
+CACHE, OFF = "KANDINSKY_JAX_CACHE", "off"  # the environment's variable: a folder, or "off"
+MAX_BYTES = 4 << 30  # of a folder
+MIN_SECONDS = 0.05  # what compiles faster is not worth a file
+JAX_MIN_SECONDS = 1.0  # JAX's default, so nobody's choice
+THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+# Programs ---------------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """A jitted function that a rehearsal compiles instead of running."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self.jitted = jax.jit(function, **options)
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        rehearsal = _REHEARSAL.get()
+        return self.jitted(*args, **kwargs) if rehearsal is None else rehearsal.compile(self.jitted, args, kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """See `jax.jit`."""
+        return self.jitted.lower(*args, **kwargs)
+
+
+def program(**options: Any) -> Callable[[Callable[..., Any]], Program]:
+    """`jax.jit`, with its options, for what is worth compiling ahead."""
+    return functools.partial(Program, **options)
+
+
+class _Rehearsal:
+    """Which programs a call runs: compiled in threads, each of them once."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self._pool = pool
+        self._results: dict[Hashable, Any] = {}
+        self.jobs: list[Future[Any]] = []
+
+    def compile(self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Have a program compiled; zeros in the shapes of its result."""
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        places = [place for leaf in leaves if (place := bound_to(leaf)) is not None]
+        key = (jitted, tree, *map(_described, leaves))
+        if key not in self._results:
+            traced = jitted.trace(*args, **kwargs)
+            # Tracing and lowering are Python and would only wait for each other; XLA runs beside Python.
+            self.jobs.append(self._pool.submit(traced.lower().compile))
+            self._results[key] = traced.out_info
+        where = places[0] if places else None
+        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), where), self._results[key])
+
+
+def bound_to(leaf: Any) -> jax.sharding.Sharding | None:
+    """Where an array, or the description of one, has to stay, which is a part of its programs; None where it may go."""
+    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+
+
+def _described(leaf: Any) -> Hashable:
+    """What a program knows of an argument: all of a static one."""
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    return tuple(leaf.shape), leaf.dtype, bool(getattr(leaf, "weak_type", False)), bound_to(leaf)
+
+
+_REHEARSAL: contextvars.ContextVar[_Rehearsal | None] = contextvars.ContextVar("rehearsal", default=None)
+
+
+@contextlib.contextmanager
+def compiling_ahead(call: Callable[[], Any]) -> Iterator[None]:
+    """Compile what `call` runs while the block does something else.
+
+    Args:
+        call: runs here and now, but its programs are compiled in threads and give zeros; their parameters may be
+            `jax.ShapeDtypeStruct`s. What it warns of, the real call will say.
+
+    The block's end waits for the threads. Where the block fails, nobody waits for them. Within another `call`, the
+    programs join that one's.
+    """
+    if _REHEARSAL.get() is not None:
+        call()
+        yield
+        return
+    pool = ThreadPoolExecutor(THREADS, "compile")
+    rehearsal = _Rehearsal(pool)
+    try:
+        token = _REHEARSAL.set(rehearsal)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                call()
+        finally:
+            _REHEARSAL.reset(token)
+        yield
+        for job in rehearsal.jobs:
+            job.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def for_real() -> Iterator[None]:
+    """Within a rehearsal, run the block's programs nevertheless: for results that are kept."""
+    token = _REHEARSAL.set(None)
+    try:
+        yield
+    finally:
+        _REHEARSAL.reset(token)
+
+
+# The cache --------------------------------------------------------------------------------------------------------
+
+
+_settled = False  # whether somebody has said where programs are kept
+
+
+def set_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
+    """Keep compiled programs in a folder, for this process and later ones, whatever was set before.
+
+    Args:
+        folder: is made where it is missing. What lies in it is run, so it has to be yours alone; a folder that you
+            share with people whom you trust is for JAX's own JAX_COMPILATION_CACHE_DIR. None turns the cache off.
+
+    A folder that cannot be used is a warning, and then nothing is kept.
+    """
+    global _settled
+    _settled = True
+    usable = None
+    if folder is not None:
+        try:
+            usable = _private(Path(folder).expanduser().absolute())
+            with contextlib.suppress(FileNotFoundError):  # another process tidies up too
+                _tidy(usable)
+        except (OSError, RuntimeError) as error:  # without a home, `expanduser` has a RuntimeError
+            warnings.warn(f"compiled programs are not kept from run to run: {error}", stacklevel=2)
+    jax.config.update("jax_compilation_cache_dir", None if usable is None else str(usable))
+    compilation_cache.reset_cache()  # another one may be in use already
+    if usable is not None and _configured("jax_persistent_cache_min_compile_time_secs") == JAX_MIN_SECONDS:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+
+
+def use_compilation_cache() -> None:
+    """Turn the cache on, unless something has been said about it; called when a pipeline is made.
+
+    `KANDINSKY_JAX_CACHE` is a folder or "off"; unset, it is a folder in the user's cache directory. What is configured
+    in JAX stays as it is.
+    """
+    global _settled
+    if _settled:
+        return
+    _settled = True
+    home = user_cache()
+    choice = os.environ.get(CACHE) or (OFF if home is None else str(home / "compiled"))
+    ours = _configured("jax_compilation_cache_dir") is None and _configured("jax_enable_compilation_cache")
+    if choice.lower() != OFF and ours:
+        set_compilation_cache(choice)
+
+
+def _configured(name: str) -> Any:
+    return getattr(jax.config, name)
+
+
+def _private(folder: Path) -> Path:
+    """A folder, made where it is missing, into which nobody else can put programs for us to run."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if os.name == "posix" and (about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        raise PermissionError(f"others can write to {folder}, and what lies in it would be run")
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} is not writable")
+    return folder
+
+
+def _tidy(folder: Path) -> None:
+    """Remove entries that a kill or a full disk has cut short, which JAX would stumble over and never replace; and,
+    above `MAX_BYTES`, those that were not used for longest."""
+    checked = folder / "checked"  # as old as the last entry that was looked at
+    last = checked.stat().st_mtime if checked.exists() else 0.0
+    checked.touch()
+    total = 0
+    newest_first = sorted(((path, path.stat()) for path in folder.glob("*-cache")), key=_last_used, reverse=True)
+    for path, about in newest_first:
+        total += about.st_size
+        if total > MAX_BYTES or (about.st_mtime >= last and not _whole(path)):
+            path.unlink(missing_ok=True)
+
+
+def _last_used(entry: tuple[Path, os.stat_result]) -> float:
+    return max(entry[1].st_atime, entry[1].st_mtime)
+
+
+def _whole(entry: Path) -> bool:
+    """Whether an entry, compressed as JAX does it without further libraries, has its end and its checksum."""
+    data = entry.read_bytes()
+    if data[:4] == b"\x28\xb5\x2f\xfd":  # zstd, where that is installed: not looked into
+        return True
+    try:
+        zlib.decompress(data)
+    except zlib.error:
+        return False
+    return True

@@ -1,0 +1,115 @@
+"""Attention's implementations agree, and each is taken where it should be; GroupNorm's statistics."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kandinsky_jax.models import attention
+from kandinsky_jax.models.layers import GroupNorm
+
+
+def shapes(queries: int, keys: int, heads: int, dim: int, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((2, queries, heads, dim), dtype), jax.ShapeDtypeStruct((2, keys, heads, dim), dtype)
+
+
+def qkv(queries: int, keys: int, heads: int, dim: int):
+    keys_of = jax.random.split(jax.random.key(0), 3)
+    lengths = (queries, keys, keys)
+    return [jax.random.normal(k, (2, n, heads, dim), jnp.bfloat16) for k, n in zip(keys_of, lengths, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "dim"),
+    [(64, 97, 2, 64), (200, 37, 4, 32)],
+    ids=["two heads a block", "a ragged last block"],
+)
+def test_the_kernel_is_attention(queries, keys, heads, dim, monkeypatch):
+    if queries == 200:  # several blocks of queries, the last one not full
+        monkeypatch.setattr(attention, "LOGIT_BYTES", 64 * 10 * keys)
+    q, k, v = qkv(queries, keys, heads, dim)
+    ours = np.asarray(jax.jit(attention.flash, static_argnums=3)(q, k, v, True), np.float32)
+    exact = np.asarray(attention.plain(*(x.astype(jnp.float32) for x in (q, k, v))))
+    assert ours.shape == (2, queries, heads * dim)
+    assert np.abs(ours - exact).max() <= 2**-7 * np.abs(exact).max()
+
+
+def test_the_kernel_has_a_gradient():
+    q, k, v = qkv(64, 70, 2, 64)
+
+    def gradient(attend):
+        return jax.jit(jax.grad(lambda *args: (attend(*args).astype(jnp.float32) ** 2).sum(), argnums=(0, 1, 2)))
+
+    ours = gradient(lambda *args: attention.flash(*args, True))(q, k, v)
+    plain = gradient(attention.plain)(q, k, v)
+    for mine, reference in zip(ours, plain, strict=True):
+        reference = np.asarray(reference, np.float32)
+        assert np.abs(np.asarray(mine, np.float32) - reference).max() <= 0.05 * np.abs(reference).max()
+
+
+def test_where_the_kernel_serves():
+    """The UNet's attentions at 512 and 1024 pixels; not what it cannot hold, float32, or what is too small to pay."""
+    for queries, heads in ((1024, 12), (256, 18), (64, 24), (4096, 12), (36 * 36, 12)):
+        assert attention.query_block(*shapes(queries, queries + 32, heads, 64)) >= 64
+    assert attention.query_block(*shapes(1024, 1056, 12, 64)) == 512
+    for queries, keys, heads, dim, dtype in (
+        (1024, 1056, 12, 64, jnp.float32),
+        (3, 81, 32, 64, jnp.bfloat16),  # the prior
+        (1024, 1056, 3, 64, jnp.bfloat16),  # half a block of lanes would be left
+        (4096, 4096, 1, 512, jnp.bfloat16),  # MoVQ: the keys alone fill the vector memory
+        (20000, 20032, 12, 64, jnp.bfloat16),
+    ):
+        assert attention.query_block(*shapes(queries, keys, heads, dim, dtype)) == 0
+
+
+def test_the_platform_decides():
+    """A program lowered for a TPU has the kernel, one lowered for a CPU does not; masks have it nowhere."""
+    q, k = shapes(64, 96, 2, 64)
+    mask = jax.ShapeDtypeStruct((1, 1, 64, 96), jnp.bool_)
+    traced = jax.jit(attention.attend).trace(q, k, k)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    masked = jax.jit(attention.attend).trace(q, k, k, mask)
+    assert "tpu_custom_call" not in masked.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_gradient_through_attend_on_a_cpu():
+    q, k, v = qkv(64, 96, 2, 64)
+    gradient = jax.grad(lambda q: attention.attend(q, k, v).astype(jnp.float32).sum())(q)
+    assert np.abs(np.asarray(gradient, np.float32)).max() > 0
+
+
+# GroupNorm ----------------------------------------------------------------------------------------------------------
+
+GROUPS, CHANNELS, EPS = 4, 24, 1e-5
+
+
+def group_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """In float64."""
+    grouped = x.astype(np.float64).reshape(x.shape[0], -1, GROUPS, CHANNELS // GROUPS)
+    normed = (grouped - grouped.mean((1, 3), keepdims=True)) / np.sqrt(grouped.var((1, 3), keepdims=True) + EPS)
+    return normed.reshape(x.shape) * scale + bias
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "tolerance"),
+    [(jnp.float32, 0, 2e-6), (jnp.float32, 1000, 2e-4), (jnp.bfloat16, 0, 2**-8), (jnp.bfloat16, 60, 2**-8)],
+)
+def test_group_norm_with_a_large_mean(dtype, mean, tolerance):
+    """`tolerance` in units of the output's largest value; in bfloat16 that of its own rounding, whatever the mean."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(mean + rng.standard_normal((2, 16, 12, CHANNELS)), dtype)
+    norm = GroupNorm(CHANNELS, GROUPS, EPS, nnx.Rngs(0))
+    scale, bias = rng.standard_normal((2, CHANNELS)).astype(np.float32)
+    norm.scale[...], norm.bias[...] = jnp.asarray(scale, dtype), jnp.asarray(bias, dtype)
+    ours = norm(x)
+    assert ours.dtype == dtype
+    reference = group_norm(
+        np.asarray(x, np.float64), np.asarray(norm.scale[...], float), np.asarray(norm.bias[...], float)
+    )
+    assert np.abs(np.asarray(ours, np.float64) - reference).max() <= tolerance * np.abs(reference).max()
+    flat = norm(x.reshape(2, -1, CHANNELS))  # attention's form
+    np.testing.assert_array_equal(np.asarray(flat.reshape(x.shape), np.float32), np.asarray(ours, np.float32))

@@ -1,0 +1,87 @@
+"""The ways to a 3x3 convolution: the same sums, and where each is taken."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kandinsky_jax.models.convolution import Conv, convolve, cpu_method, gather, winograd
+from kandinsky_jax.models.layers import conv
+from tests.conftest import note
+
+
+def inputs(b: int, h: int, w: int, cin: int, cout: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((b, h, w, cin)) + 0.5  # a mean: at the border, zeros are no news otherwise
+    return x, rng.standard_normal((3, 3, cin, cout)) * (9 * cin) ** -0.5
+
+
+def exact(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """In float64, tap by tap."""
+    _, h, w, _ = x.shape
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return sum(padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 16, 24), (2, 6, 10, 256, 32), (1, 2, 2, 8, 8)])
+@pytest.mark.parametrize("method", [convolve, gather, winograd])
+def test_every_way_is_the_convolution(method, shape):
+    x, kernel = inputs(*shape)
+    expected = exact(x, kernel)
+    found = method(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
+    error = np.abs(np.asarray(found) - expected).max() / expected.std()
+    assert note(error, f"{getattr(method, '__name__', method)}, max|d| / std") <= 1e-5
+
+
+def test_odd_sides_are_gathered():
+    x, kernel = inputs(1, 5, 7, 16, 8)
+    found = gather(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
+    np.testing.assert_allclose(found, exact(x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("b", "h", "w", "cin", "cout", "expected"),
+    [
+        (2, 8, 8, 1536, 1536, gather),
+        (2, 16, 16, 1152, 1152, gather),
+        (2, 32, 32, 768, 768, winograd),
+        (2, 64, 64, 1152, 384, winograd),
+        (1, 512, 512, 128, 128, winograd),
+        (2, 33, 64, 768, 768, convolve),  # half a tile
+        (2, 64, 64, 4, 384, convolve),  # nothing to multiply
+        (1, 512, 512, 128, 3, convolve),
+    ],
+)
+def test_which_way_a_cpu_takes(b, h, w, cin, cout, expected):
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((b, h, w, cin), (3, 3, cin, cout)))
+    assert cpu_method(x, kernel) is expected
+
+
+@pytest.mark.parametrize(("platform", "products"), [("cpu", 16), ("tpu", 0), ("cuda", 0)])
+def test_other_platforms_keep_xlas_convolution(platform, products):
+    layer = conv(128, 128, nnx.Rngs(0))
+    x = jax.ShapeDtypeStruct((1, 34, 34, 128), jnp.float32)
+    text = jax.jit(lambda x: layer(x)).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.dot_general") == products
+    assert text.count("stablehlo.convolution") == (0 if products else 1)
+
+
+@pytest.mark.parametrize("settings", [{"kernel": 1}, {"stride": 2}, {"padding": ((0, 1), (0, 1)), "stride": 2}])
+def test_other_convolutions_are_flax_own(settings):
+    layer = conv(8, 8, nnx.Rngs(0), **settings)
+    x = jnp.asarray(inputs(1, 8, 8, 8, 8)[0], jnp.float32)
+    assert isinstance(layer, Conv)
+    np.testing.assert_array_equal(layer(x), nnx.Conv.__call__(layer, x))
+
+
+def test_winograd_has_the_convolutions_gradient():
+    x, kernel = (jnp.asarray(a, jnp.float32) for a in inputs(1, 4, 4, 8, 8))
+    ours, plain = (
+        jax.grad(lambda x, k, method=method: (method(x, k) ** 2).sum(), argnums=(0, 1))(x, kernel)
+        for method in (winograd, convolve)
+    )
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,69 @@
+"""What the prior keeps: keys and values of the rows that no step changes, and the empty prompt's for good."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kandinsky_jax import KandinskyV22PriorPipeline
+from kandinsky_jax.models.attention import attend, attend_after
+
+PROMPTS = ["a red circle on a blue background", "yellow ring, black background"]
+CALL = {"num_inference_steps": 3, "generator": 0, "output_type": "np"}
+
+
+def test_attention_to_kept_keys_is_attention():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 9, 4, 8)), jnp.float32) for _ in range(3))
+    visible = jnp.asarray(rng.random((2, 1, 3, 9)) < 0.7).at[..., -3:].set(jnp.tril(jnp.ones((3, 3), bool)))
+    past = tuple(x[:, :6].swapaxes(1, 2) for x in (k, v))
+    found = attend_after(q[:, 6:], past, k[:, 6:], v[:, 6:], visible)
+    np.testing.assert_allclose(found, attend(q[:, 6:], k, v, visible), atol=1e-6)
+
+
+@pytest.fixture
+def pipe(tiny_pipe):
+    fresh = KandinskyV22PriorPipeline.from_pipe(tiny_pipe)
+    fresh.set_progress_bar_config(disable=True)
+    return fresh
+
+
+def test_the_kept_empty_prompt_is_the_computed_one(pipe):
+    first = pipe(PROMPTS, **CALL)
+    assert "condition" in pipe._constants
+    again = pipe(PROMPTS, **CALL)
+    np.testing.assert_array_equal(first.image_embeds, again.image_embeds)
+
+
+def test_it_serves_every_batch(pipe, tiny_pipe):
+    pipe(PROMPTS[0], **CALL)
+    kept = pipe(PROMPTS, **CALL).image_embeds
+    other = KandinskyV22PriorPipeline.from_pipe(tiny_pipe)
+    other.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(kept, other(PROMPTS, **CALL).image_embeds, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "prior"])
+def test_other_weights_have_their_own(pipe, tiny_pipe, part):
+    pipe(PROMPTS[0], **CALL)
+    before = pipe._constants["condition"][1]
+    setattr(pipe, part, getattr(KandinskyV22PriorPipeline.from_pretrained("tiny", dtype="float32"), part))
+    pipe(PROMPTS[0], **CALL)
+    assert pipe._constants["condition"][1] is not before
+
+
+def test_a_callback_can_put_something_else_in_its_place(pipe):
+    plain = pipe(PROMPTS[0], **CALL).image_embeds
+
+    def change(pipe, step, timestep, tensors):
+        rows = {name: np.array(tensor) for name, tensor in tensors.items()}
+        for tensor in rows.values():
+            tensor[0] = tensor[1]  # the prompt in the place of the empty one: guidance has nothing to add
+        return rows
+
+    names = ["prompt_embeds", "text_encoder_hidden_states", "text_mask"]
+    changed = pipe(
+        PROMPTS[0], callback_on_step_end=change, callback_on_step_end_tensor_inputs=names, **CALL
+    ).image_embeds
+    assert np.abs(changed - plain).max() > 1e-3

@@ -1,0 +1,208 @@
+"""What the sampling programs cost on TPUs, without a TPU: compiled for described chips by libtpu on a CPU.
+
+Per program and chip: FLOPs, bytes accessed, memory, collectives, seconds to compile, and the time that the larger of
+FLOPs / peak and bytes / bandwidth allows. Parameters are shapes of the official sizes in bfloat16; no weights are read.
+The denoising loops are counted as one step, which is how XLA counts a loop whose trips it does not know.
+
+Writes tpu_scripts/results/aot-DATE.json and .md after every program. Needs libtpu, which it installs into a virtual
+environment of its own (build/tpu-venv), unless --python names one that has jax[tpu] and this project's dependencies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tpu_scripts.aot_cost import CHIPS  # noqa: E402
+
+PROGRAMS = ("text", "prior_condition", "prior", "condition", "decoder", "movq")
+EXAMPLE = """example:
+  python tpu_scripts/aot_compile.py --chips v5e:1 v5e:2x2 --batch 8 --size 512 --programs decoder movq
+
+A chip is v4, v5e, v5p or v6e, a colon, and a slice: 1 for one chip, 2x2 or 4x4 (v4 and v5p: 2x2x1 or 4x4x4).
+The decoder takes about five minutes of one core, and 5 GB of memory, for each slice."""
+ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compile, print and write."""
+    arguments = parse(argv)
+    python = arguments.python or own_python()
+    target = arguments.output / f"aot-{datetime.date.today().isoformat()}"
+    job = {"chips": arguments.chips, "batch": arguments.batch, "size": arguments.size, "programs": arguments.programs}
+    found: dict[str, Any] = {"batch_per_chip": arguments.batch, "size": arguments.size, "programs": []}
+    if arguments.add and target.with_suffix(".json").exists():
+        found = json.loads(target.with_suffix(".json").read_text())
+        if (found["batch_per_chip"], found["size"]) != (arguments.batch, arguments.size):
+            sys.exit(f"{target}.json is of another batch or size; leave --add away, or give another --output")
+    for event in worker(python, job | {"hlo": str(arguments.hlo) if arguments.hlo else None}):
+        kind = event.pop("event")
+        if kind == "versions":
+            found |= event
+            continue
+        print(progress(kind, event), flush=True)
+        if kind != "compiling":
+            same = (event["chips"], event["program"])
+            found["programs"] = [row for row in found["programs"] if (row["chips"], row["program"]) != same] + [event]
+            write(target, found)
+    if any("error" in row for row in found["programs"]):
+        sys.exit(f"not all programs compiled; see {target}.json")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--chips", nargs="+", default=["v5e:1"], type=chips, metavar="CHIP:SLICE", help="default v5e:1")
+    parser.add_argument("--batch", type=positive, default=8, help="pictures per chip, default 8")
+    parser.add_argument("--size", type=positive, default=512, help="pixels along a side, default 512")
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, help="default: all")
+    parser.add_argument("--python", type=Path, help="a Python that has jax[tpu] and this project's dependencies")
+    parser.add_argument("--output", type=Path, default=ROOT / "tpu_scripts" / "results", help="folder for the results")
+    parser.add_argument("--add", action="store_true", help="add to today's results; otherwise they are replaced")
+    parser.add_argument("--hlo", type=Path, help="a folder for the programs' HLO texts")
+    arguments = parser.parse_args(argv)
+    if arguments.python and not arguments.python.exists():
+        parser.error(f"--python {arguments.python} does not exist")
+    for folder in filter(None, (arguments.output, arguments.hlo)):
+        folder.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def chips(text: str) -> str:
+    """A chip and a slice of it, such as "v5e:2x2"; "v5e:1" as "v5e:1x1"."""
+    kind, _, layout = text.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", layout):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(CHIPS)} with a slice, such as v5e:1 or v5e:2x2"
+        )
+    sides = 3 if kind in ("v4", "v5p") else 2
+    layout = "x".join("1" * sides) if layout == "1" else layout
+    if layout.count("x") != sides - 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: a slice of {kind} has {sides} sides, such as {'x'.join('2' * sides)}"
+        )
+    return f"{kind}:{layout}"
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def own_python() -> Path:
+    """The Python of the script's own environment, made where there is none; complete or absent."""
+    folder = ROOT / "build" / "tpu-venv"
+    python = folder / "bin" / "python"
+    if python.exists():
+        return python
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    print(f"installing jax[tpu] into {folder}", flush=True)
+    try:
+        venv.create(folder, with_pip=True)
+        needed = [*project["dependencies"], *project["optional-dependencies"]["tpu"]]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *needed], check=True)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, subprocess.CalledProcessError):
+            sys.exit("pip could not install jax[tpu]; its words are above. Or name an environment with --python")
+        raise
+    return python
+
+
+def worker(python: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the worker tells, event by event; libtpu's many warnings are shown only where it fails."""
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    command = [str(python), "-m", "tpu_scripts.aot_worker", json.dumps(job)]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        if process.wait():
+            errors.seek(0)
+            last = "".join(errors.readlines()[-15:])
+            sys.exit(f"{last}\nthe compiling process ended with {process.returncode}; what was done is kept")
+
+
+def progress(kind: str, row: dict[str, Any]) -> str:
+    """One line about an event."""
+    what = f"{row['chips']} {row['program']}"
+    if kind == "compiling":
+        return f"{what}: compiling"
+    if kind == "failed":
+        return f"{what}: {row['error']}"
+    return (
+        f"{what}: {row['flops'] / 1e9:.0f} GFLOP, {row['bytes'] / 1e9:.2f} GB, {row['seconds'] * 1e3:.1f} ms, "
+        f"{sum(row['collectives'].values())} collectives; compiled in {row['compile_seconds']:.0f} s"
+    )
+
+
+def write(target: Path, found: dict[str, Any]) -> None:
+    """The JSON and its table, each complete or as before."""
+    for suffix, text in ((".json", json.dumps(found, indent=2) + "\n"), (".md", table(found))):
+        scratch = target.with_suffix(suffix + ".part")
+        scratch.write_text(text)
+        scratch.replace(target.with_suffix(suffix))
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    batch, resident = found["batch_per_chip"], found["resident_bytes"]
+    lines = [
+        f"Per chip: {batch} pictures of {found['size']} x {found['size']}, guided, bfloat16; jax {found['jax']}.",
+        "`prior` and `decoder` are one step of their loops. The time is what the larger of FLOPs / peak and bytes /",
+        "bandwidth allows at the chip's published figures; bytes are XLA's count, which includes on-chip memory.",
+        "",
+        "| chips | program | GFLOP | GB | GB a picture | arguments, GB | outputs, GB | temporaries, GB | collectives "
+        "| time, ms | bound by | compiled in, s |",
+        "|---|---|" + "---:|" * 7 + "---:|---|---:|",
+    ]
+    done = [row for row in found["programs"] if "error" not in row]
+    for row in done:
+        sizes = [row[name] / 1e9 for name in ("arguments", "outputs", "temporaries")]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items()) or "0"
+        lines.append(
+            f"| {row['chips']} | {row['program']} | {row['flops'] / 1e9:.0f} | {row['bytes'] / 1e9:.2f} "
+            f"| {row['bytes'] / batch / 1e9:.2f} | {' | '.join(f'{size:.2f}' for size in sizes)} | {kinds} "
+            f"| {row['seconds'] * 1e3:.2f} | {row['bound_by']} | {row['compile_seconds']:.0f} |"
+        )
+    lines += [f"| {row['chips']} | {row['program']} | {row['error']} |" for row in found["programs"] if "error" in row]
+    lines.append("")
+    for name in dict.fromkeys(row["chips"] for row in done):
+        rows = [row for row in done if row["chips"] == name]
+        largest, of = max((row["temporaries"] + row["outputs"], row["program"]) for row in rows)
+        memory = CHIPS[name.split(":")[0]].memory
+        lines.append(
+            f"{name}: {resident / 1e9:.2f} GB of weights (text tower, prior, UNet, MoVQ) and at most "
+            f"{largest / 1e9:.2f} GB of temporaries and outputs (`{of}`) leave "
+            f"{(memory - resident - largest) / 1e9:.2f} of {memory / 1e9:.0f} GB."
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

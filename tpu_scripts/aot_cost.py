@@ -1,0 +1,132 @@
+"""What a compiled program costs: XLA's counts, the collectives in its text, the time that a chip's figures allow.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from typing import Any, NamedTuple
+
+
+class Chip(NamedTuple):
+    """A chip's published figures."""
+
+    flops: float  # bfloat16, per second
+    bandwidth: float  # of its memory (HBM), bytes per second
+    memory: float  # bytes
+
+
+# docs.cloud.google.com/tpu/docs/v4, .../v5e (a later version of this page says 800 GiB/s), .../v5p and .../v6e
+CHIPS = {
+    "v4": Chip(275e12, 1200e9, 32e9),
+    "v5e": Chip(197e12, 819e9, 16e9),
+    "v5p": Chip(459e12, 2765e9, 95e9),
+    "v6e": Chip(918e12, 1638e9, 32e9),
+}
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "ragged-all-to-all",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+)
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_BYTES |= {"f64": 8, "s64": 8, "u64": 8}
+# An instruction: name, type, opcode, operands and the rest. Types of tuples stand in brackets and contain blanks.
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
+# These move nothing, or what they move is counted elsewhere.
+_FREE = frozenset("parameter get-tuple-element tuple bitcast constant while conditional copy-done".split())
+
+
+def collectives(text: str) -> dict[str, int]:
+    """How many collectives of each kind an HLO text has; an asynchronous one, with its start and end, counts once."""
+    kinds = "|".join(COLLECTIVES)
+    return dict(collections.Counter(re.findall(rf"^\s+.* = .*?[\])}}] ({kinds})(?:-start)?\(", text, re.MULTILINE)))
+
+
+def repeated_bytes(text: str) -> float:
+    """Bytes that XLA's cost analysis leaves out of loops with a known number of trips, because it counts a body once.
+
+    Loops without a known number of trips, such as the denoising loop, are left at one trip.
+    """
+    bodies = _computations(text)
+    extra = 0.0
+
+    def visit(name: str, times: int) -> None:
+        nonlocal extra
+        for _, _, opcode, rest in bodies.get(name, ()):
+            if opcode == "while" and (body := re.search(r"body=%?([\w.\-]+)", rest)):
+                trips = re.search(r'known_trip_count[^\d]*"?(\d+)', rest)
+                inner = times * (int(trips.group(1)) if trips else 1)
+                extra += (inner - 1) * _own_bytes(bodies.get(body.group(1), []))
+                visit(body.group(1), inner)
+
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    if entry:
+        visit(entry.group(1), 1)
+    return extra
+
+
+def _computations(text: str) -> dict[str, list[tuple[str, ...]]]:
+    found: dict[str, list[tuple[str, ...]]] = {}
+    lines: list[tuple[str, ...]] = []
+    for line in text.splitlines():
+        if not line.startswith(" ") and (head := _COMPUTATION.match(line)):
+            lines = found.setdefault(head.group(1), [])
+        elif instruction := _INSTRUCTION.match(line):
+            lines.append(instruction.groups())
+    return found
+
+
+def _own_bytes(instructions: list[tuple[str, ...]]) -> float:
+    """Operands and results of a computation's instructions, without the insides of what they call."""
+    types = {name: kind for name, kind, _, _ in instructions}
+    total = 0
+    for _, kind, opcode, rest in instructions:
+        if opcode not in _FREE:
+            operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+            total += _size(kind) + sum(_size(types.get(name, "")) for name in operands)
+    return total
+
+
+def _size(kind: str) -> int:
+    shapes = re.findall(r"(\w+)\[([\d,]*)\]", kind)
+    return sum(_BYTES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d) for dtype, dims in shapes)
+
+
+def costs(compiled: Any, chip: Chip) -> dict[str, Any]:
+    """The figures of one compiled program, per chip.
+
+    Args:
+        compiled: what `jax.jit(...).lower(...).compile()` gives.
+    Returns:
+        flops and bytes as XLA counts them (a loop without a known number of trips once; bytes also of what stays in
+        on-chip memory between two operations), memory in bytes, collectives, and `seconds`: what the larger of
+        flops / peak and bytes / bandwidth takes.
+    """
+    text, counted, memory = compiled.as_text(), compiled.cost_analysis(), compiled.memory_analysis()
+    flops = float(counted["flops"])
+    touched = float(counted["bytes accessed"]) + repeated_bytes(text)
+    found = collectives(text)
+    return {
+        "flops": flops,
+        "bytes": touched,
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "collectives": found,
+        "seconds": bound(flops, touched, chip),
+        "bound_by": "flops" if flops / chip.flops > touched / chip.bandwidth else "bytes",
+    }
+
+
+def bound(flops: float, touched: float, chip: Chip) -> float:
+    """Seconds that the larger of arithmetic and memory traffic takes at the chip's published figures."""
+    return max(flops / chip.flops, touched / chip.bandwidth)
