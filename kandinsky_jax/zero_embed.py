@@ -29,6 +29,7 @@ from kandinsky_jax.models.clip import CLIPEncoderLayer, CLIPVisionConfig
 from kandinsky_jax.models.layers import Shapes, abstract
 from kandinsky_jax.sampling import Network, call
 from kandinsky_jax.storage import replace_file, user_cache
+from kandinsky_jax.tensors import names
 from kandinsky_jax.tensors.files import ZERO_EMBED
 
 _TENSOR = "zero_embed"
@@ -71,17 +72,22 @@ def carry(source: Path, target: Path, config: CLIPVisionConfig) -> bool:
 def fingerprint(folder: Path, config: CLIPVisionConfig) -> str:
     """Ties an embedding to the weights in `folder`; the same in every layout and dtype that holds the same numbers.
 
+    Of PyTorch's names and order of axes, so that a change of ours does not put away what was stored.
+
     It is taken of the projection, the position embedding and the last layer's attention, 1 in 135 of the official
     tower's numbers: training the tower, or merging something into it, changes one of them.
     """
-    last = f"vision_model.encoder.layers.{config.num_hidden_layers - 1}.self_attn."
-    of_all = flat_params(abstract(CLIPVisionModelWithProjection, config))
-    wanted = sorted(name for name in of_all if name.startswith(last))
-    wanted += ["visual_projection.weight", "vision_model.embeddings.position_embedding.embedding"]
+    parts = (
+        "visual_projection.",
+        "vision_model.embeddings.position_embedding.",
+        f"vision_model.encoder.layers.{config.num_hidden_layers - 1}.self_attn.",
+    )
+    wanted = [name for name in flat_params(abstract(CLIPVisionModelWithProjection, config)) if name.startswith(parts)]
+    tensors = {names.torch_name(name): names.to_torch(name, x) for name, x in read_params(folder, wanted).items()}
     # What no tensor's shape shows.
     settings = (config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps)
     found = hashlib.sha256(repr(settings).encode())
-    for name, array in sorted(read_params(folder, wanted).items()):
+    for name, array in sorted(tensors.items()):
         found.update(name.encode() + np.asarray(array, np.float32, order="C").tobytes())
     return found.hexdigest()
 
@@ -95,9 +101,9 @@ def _compute(folder: Path, config: CLIPVisionConfig) -> np.ndarray:
 
     def run(module: nnx.Module, prefix: str, *args: Any, method: str = "__call__") -> np.ndarray:
         network, shapes = Network.split(module)
-        names, structure = _named(shapes, prefix)
-        arrays = read_params(folder, names)
-        params = jax.tree.unflatten(structure, [jnp.asarray(arrays[name], jnp.float32) for name in names])
+        wanted, structure = _named(shapes, prefix)
+        arrays = read_params(folder, wanted)
+        params = jax.tree.unflatten(structure, [jnp.asarray(arrays[name], jnp.float32) for name in wanted])
         return np.asarray(call(network, params, *args, method=method))
 
     frame = abstract(CLIPVisionModelWithProjection, dataclasses.replace(config, num_hidden_layers=0))

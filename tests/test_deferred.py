@@ -149,7 +149,6 @@ def test_a_bad_tower_is_told_when_the_pipeline_is_loaded(folder, tiny_pipe, faul
         shutil.rmtree(folder / "image_encoder")
         tower = tiny_pipe.prior_image_encoder
         checkpoint.save_network(tower, folder / "image_encoder", "orbax")
-        says = says.replace("weight is \\[64, .*asks for \\[32", r"kernel is \[\d+, 64\].*, 32")
     spoil(folder)
     ready = {k: v for k, v in tiny_pipe.prior_pipe._held().items() if k != "image_encoder"}
     with pytest.raises((CheckpointError, ConfigError), match=says):
@@ -229,6 +228,7 @@ def other_weights(folder: Path) -> None:
     ids=["weights", "settings", "cut", "empty", "another tensor"],
 )
 def test_a_stale_or_damaged_embedding_is_not_trusted(folder, spoil, says):
+    zero_embed.store(folder / "image_encoder", config())
     spoil(folder / "image_encoder")
     tower = checkpoint.Deferred(CLIPVisionModelWithProjection, folder / "image_encoder", "float32")
     with pytest.warns(UserWarning, match=says):

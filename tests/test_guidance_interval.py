@@ -28,6 +28,18 @@ def embeds(ours):
     )
 
 
+def test_one_program_more_for_all_intervals(ours, embeds):
+    pipe, rows = ours["KandinskyV22Pipeline"], [x[:1] for x in embeds]
+    pipe(*rows, generator=TorchGenerator(0), **DRAW)
+    with compilations() as events:
+        pipe(*rows, generator=TorchGenerator(0), guidance_interval=(0.2, 0.8), **DRAW)
+    assert len(events) <= 2  # the loop on conditional rows, and the taking of them
+    with compilations() as events:
+        pipe(*rows, generator=TorchGenerator(1), guidance_interval=(0.5, 1.0), **DRAW)
+        pipe(*rows, generator=TorchGenerator(1), guidance_interval=(0, 0.1), **DRAW | {"num_inference_steps": 9})
+    assert not events
+
+
 def switched(pipe, embeds, first: int, last: int, **arguments) -> np.ndarray:
     """The reference's pictures, its guidance switched on before step `first` and off before step `last`."""
     doubled = ["masked_image", "mask_image"] if "mask_image" in arguments else []
@@ -75,30 +87,17 @@ def test_as_the_reference_with_its_scale_switched(ours, theirs, embeds, mode):
     assert np.abs(drawn - full).max() * 255 > 10  # and it is another picture than with guidance all the way
 
 
-def test_all_steps_are_the_same_as_no_interval(ours, embeds):
+def test_where_every_step_is_guided_or_none_nothing_is_halved(ours, embeds, monkeypatch):
     pipe, rows = ours["KandinskyV22Pipeline"], [x[:1] for x in embeds]
-    full = pipe(*rows, generator=5, **DRAW).images
-    assert np.array_equal(pipe(*rows, generator=5, guidance_interval=(0, 1), **DRAW).images, full)
-    # Where guidance is off, there is nothing to confine.
+    monkeypatch.setattr(sampling, "_conditional", lambda lane: pytest.fail("halved"))
+    full = pipe(*rows, generator=TorchGenerator(5), **DRAW).images
+    assert np.array_equal(pipe(*rows, generator=TorchGenerator(5), guidance_interval=(0, 1), **DRAW).images, full)
     off = DRAW | {"guidance_scale": 1.0}
-    plain = pipe(*rows, generator=5, **off).images
-    assert np.array_equal(pipe(*rows, generator=5, guidance_interval=(0.2, 0.8), **off).images, plain)
+    plain = pipe(*rows, generator=TorchGenerator(5), **off).images
+    assert np.array_equal(pipe(*rows, generator=TorchGenerator(5), guidance_interval=(0.2, 0.8), **off).images, plain)
 
 
-def test_one_program_more_for_all_intervals(ours, embeds):
-    pipe, rows = ours["KandinskyV22Pipeline"], [x[:1] for x in embeds]
-    pipe(*rows, generator=0, **DRAW)
-    with compilations() as events:
-        pipe(*rows, generator=0, guidance_interval=(0.2, 0.8), **DRAW)
-    assert len(events) <= 2  # the loop on conditional rows, and the taking of them
-    with compilations() as events:
-        pipe(*rows, generator=1, guidance_interval=(0.5, 1.0), **DRAW)
-        pipe(*rows, generator=1, guidance_interval=(0, 0.1), **DRAW | {"num_inference_steps": 9})
-    assert not events
-
-
-@pytest.mark.parametrize("generator", [0, TorchGenerator(0)], ids=["key", "torch"])
-def test_slices_end_where_the_interval_does(ours, embeds, generator, monkeypatch):
+def test_slices_end_where_the_interval_does(ours, embeds, monkeypatch):
     seen, real = [], sampling.denoise
 
     def watched(network, params, lane, table, state, noise, scale, lo, hi):
@@ -110,7 +109,7 @@ def test_slices_end_where_the_interval_does(ours, embeds, generator, monkeypatch
     monkeypatch.setattr(sampling, "SLICE_SECONDS", 60)  # so that slices grow as far as they may
     ours["KandinskyV22Pipeline"](
         *(x[:1] for x in embeds),
-        generator=generator,
+        generator=TorchGenerator(0),
         guidance_interval=(0.2, 0.8),
         **DRAW | {"num_inference_steps": 30},
     )
@@ -170,11 +169,11 @@ def test_interval_in_steps():
 
 
 def test_on_the_command_line(ours, tmp_path):
-    short = "-m tiny -q --steps 6 --prior-steps 4 --seed 5 -o out.png --guidance-interval".split()
+    short = "-m tiny -q --steps 6 --prior-steps 4 --seed 5 --torch-noise -o out.png --guidance-interval".split()
     done = invoke(["generate", "yellow ring", *short, "0.3,0.7"], tmp_path)
     assert done.exit_code == 0, done.output
     [expected] = ours["KandinskyV22CombinedPipeline"](
-        "yellow ring", guidance_interval=(0.3, 0.7), prior_num_inference_steps=4, generator=5, **DRAW
+        "yellow ring", guidance_interval=(0.3, 0.7), prior_num_inference_steps=4, generator=TorchGenerator(5), **DRAW
     ).images
     with Image.open(tmp_path / "out.png") as picture:
         assert np.abs(np.asarray(picture) - expected * 255).max() <= 1

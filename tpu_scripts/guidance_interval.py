@@ -73,6 +73,15 @@ def main() -> None:
         pipe.prior_pipe([c.text for c in batch], generator=seed, return_dict=False)
         for seed, batch in enumerate(batches)
     ]
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "captions": given.captions,
+        "steps": given.steps,
+        "guidance_scale": 4.0,
+    }
+    target = ROOT / "tpu_scripts" / "results" / f"guidance-interval-{found['date']}.json"
+    target.parent.mkdir(exist_ok=True)
     rows, full = [], None
     for interval in INTERVALS:
         began = time.perf_counter()
@@ -87,17 +96,7 @@ def main() -> None:
         }
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), f" {time.perf_counter() - began:.0f} s")
-    found = {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "captions": given.captions,
-        "steps": given.steps,
-        "guidance_scale": 4.0,
-        "intervals": rows,
-    }
-    target = ROOT / "tpu_scripts" / "results" / f"guidance-interval-{found['date']}.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(found, indent=2) + "\n")
+        target.write_text(json.dumps(found | {"intervals": rows}, indent=2) + "\n")
     print(target)
 
 
