@@ -153,6 +153,7 @@ def plot(lines: list[Row], path: Path) -> None:
     axes.bar_label(bars, fmt=" %.1fx")
     axes.axvline(1, color="black", linewidth=1)
     axes.set(xscale="log", xlabel="times as fast as the reference (logarithmic)")
+    axes.margins(x=0.15)  # for the labels
     axes.invert_yaxis()
     figure.savefig(path, dpi=120)
 
