@@ -306,7 +306,7 @@ class PriorPipeline(Pipeline):
             return given
         if not empty:
             return _joined(of(halves[0]), given)
-        # Computed in this call's shapes, so that the constant does not cost a program of its own.
+        # Computed in this call's shapes, so that the constant does not cost a program of its own either.
         one = self._constant("condition", lambda: _first_row(of(halves[0])), self.prior, self.text_encoder)
         return _joined(_repeated(one, images=len(given.visible)), given)
 
@@ -368,9 +368,9 @@ class PriorPipeline(Pipeline):
         return result
 
 
-@program()
 def _first_row(condition: PriorCondition) -> PriorCondition:
-    return jax.tree.map(lambda x: x[:1], condition)
+    """By way of the host: a program for it would be compiled again for a batch of another size."""
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:1]), condition)
 
 
 @program(static_argnames="images")
