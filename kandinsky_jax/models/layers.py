@@ -97,8 +97,8 @@ class GroupNorm(nnx.GroupNorm):
     """GroupNorm over all but the batch and the group's channels, statistics in float32; output in the input's dtype.
 
     The variance in two passes, as the reference, because E[x^2] - E[x]^2 cancels; but of bfloat16 in one, which a TPU
-    may compute while it writes the input. There the cancellation is no news: with a mean of r standard deviations it costs
-    the variance about r^2 * 2^-24, and the rounding of the input to bfloat16 has cost it r^2 * 2^-20.
+    may compute while it writes the input. There the cancellation is no news: with a mean of r standard deviations it
+    costs the variance about r^2 * 2^-24, and the rounding of the input to bfloat16 has cost it r^2 * 2^-20.
     """
 
     def __init__(self, channels: int, groups: int, eps: float, rngs: Rngs):
