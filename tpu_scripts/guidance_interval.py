@@ -29,13 +29,16 @@ BATCH = 25
 # Shares of the steps, the noisiest first; None is no guidance at all.
 INTERVALS: list[tuple[float, float] | None] = [
     (0.0, 1.0),
+    (0.1, 1.0),
+    (0.2, 1.0),
+    (0.4, 1.0),
+    (0.6, 1.0),
+    (0.8, 1.0),
+    (0.9, 1.0),
     (0.0, 0.8),
     (0.0, 0.4),
     (0.1, 0.9),
     (0.2, 0.8),
-    (0.1, 1.0),
-    (0.2, 1.0),
-    (0.4, 1.0),
     None,
 ]
 
