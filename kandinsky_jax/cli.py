@@ -74,7 +74,7 @@ class Options:
     guidance_scale: Annotated[float, typer.Option(help="Of the decoder; guidance is on above 1.")] = 4.0
     guidance_interval: Annotated[
         str | None,
-        typer.Option(help="Guidance only in this share of the decoder's steps, such as 0.2,0.8; default: in all."),
+        typer.Option(help="Guidance only in this share of the decoder's steps, such as 0.4,1; default: in all."),
     ] = None
     prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior; guidance is on above 1.")] = 4.0
     seed: Annotated[int | None, typer.Option(help="Default: a fresh one, which is printed.")] = None

@@ -46,10 +46,6 @@ class Program:
         rehearsal = _REHEARSAL.get()
         return self.jitted(*args, **kwargs) if rehearsal is None else rehearsal.compile(self.jitted, args, kwargs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """See `jax.jit`."""
-        return self.jitted.lower(*args, **kwargs)
-
 
 def program(**options: Any) -> Callable[[Callable[..., Any]], Program]:
     """`jax.jit`, with its options, for what is worth compiling ahead."""

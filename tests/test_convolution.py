@@ -60,6 +60,19 @@ def test_which_way_a_cpu_takes(b, h, w, cin, cout, expected):
     assert cpu_method(x, kernel) is expected
 
 
+def test_other_dtypes_keep_xlas_own():
+    for b, side in ((2, 8), (2, 64)):
+        x, kernel = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((b, side, side, 384), (3, 3, 384, 384)))
+        assert cpu_method(x, kernel) is convolve
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("method", [convolve, gather, winograd])
+def test_a_spoilt_picture_spoils_no_other(method, bad):
+    x, kernel = (jnp.asarray(a, jnp.float32) for a in inputs(2, 8, 8, 16, 24))
+    np.testing.assert_array_equal(method(x.at[0].set(bad), kernel)[1], method(x, kernel)[1])
+
+
 @pytest.mark.parametrize(("platform", "products"), [("cpu", 16), ("tpu", 0), ("cuda", 0)])
 def test_other_platforms_keep_xlas_convolution(platform, products):
     layer = conv(128, 128, nnx.Rngs(0))

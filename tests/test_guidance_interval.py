@@ -141,7 +141,7 @@ def test_a_callback_sees_the_rows_that_it_knows(ours, embeds):
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ((0.8, 0.2), r"two rising numbers from 0 to 1, such as \(0.2, 0.8\), got \(0.8, 0.2\)"),
+        ((0.8, 0.2), r"two rising numbers from 0 to 1, such as \(0.4, 1\), got \(0.8, 0.2\)"),
         ((0.5, 0.5), "rising"),
         ((-0.1, 0.5), "rising"),
         ((0.5, 1.1), "rising"),

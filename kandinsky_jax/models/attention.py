@@ -62,8 +62,7 @@ def attend_after(
     weights = jax.nn.softmax(jnp.where(mask, scores, HIDDEN), axis=-1).astype(v.dtype)  # [B, N, T, S + T]
     parts = jnp.split(weights, [past[0].shape[2]], axis=-1)
     old, new = (jnp.einsum("bnts,bnsh->bnth", part, values) for part, (_, values) in zip(parts, pairs, strict=True))
-    out = old + new
-    return out.swapaxes(1, 2).reshape(*q.shape[:1], q.shape[2], -1)
+    return (old + new).swapaxes(1, 2).reshape(*q.shape[:1], q.shape[2], -1)
 
 
 def query_block(q: Any, k: Any) -> int:

@@ -1,8 +1,8 @@
 """Convolutions, each by the method that measures fastest on its platform at its shape.
 
 On a TPU or GPU that is always XLA's own. On a CPU, XLA's 3x3 convolution loses to matrix products of the same sums:
-- a small picture with many channels: gather the nine taps and multiply once;
-- a large one: Winograd's F(2x2, 3x3), which needs 16 products for 4 pixels instead of 36. Its rounding error is that of
+- a small picture: gather the nine taps and multiply once;
+- a large one with many channels: Winograd's F(2x2, 3x3), which needs 16 products for 4 pixels instead of 36. Its rounding error is that of
   the plain sum (both about 1e-5 of the result's spread against float64); the larger tiles' is ten times that, so they
   are not used.
 The figures are in `tpu_scripts/results/NOTES.md`.
@@ -44,7 +44,8 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
     # The kernel waits for the input. XLA would otherwise transform the kernels of all layers first, 1 GB of them in the
     # official UNet. (It does away with an `optimization_barrier` before it puts things in order.)
-    kernel = kernel + 0 * x[0, 0, 0, 0]
+    first = x[0, 0, 0, 0]
+    kernel = kernel + jnp.where(jnp.isfinite(first), 0 * first, 0)  # one picture's NaN is not its neighbours'
     tiles = range(_TILE)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     # Both transforms work along a row of the tile, then along a column. The 16 products stay separate: stacked into
@@ -77,8 +78,10 @@ def _combine(rows: Sequence[Sequence[float]], terms: Sequence[jax.Array]) -> lis
 
 
 def cpu_method(x: jax.Array, kernel: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """What is fastest on a CPU for these shapes."""
+    """What is fastest on a CPU for these shapes; other dtypes than float32 are not measured, and keep XLA's."""
     b, h, w, cin = x.shape
+    if x.dtype != jnp.float32 or kernel.dtype != jnp.float32:
+        return convolve
     if b * h * w <= 1024:
         return gather
     if h % 2 == 0 and w % 2 == 0 and cin * kernel.shape[-1] >= 128 * 128:

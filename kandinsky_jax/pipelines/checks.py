@@ -63,13 +63,13 @@ def guidance(value: Any, name: str = "guidance_scale") -> float:
 
 
 def interval(value: Any, steps: int, name: str = "guidance_interval") -> tuple[int, int] | None:
-    """A share of the steps, such as (0.2, 0.8), as the first step inside it and the first behind it."""
+    """A share of the steps, such as (0.4, 1), as the first step inside it and the first behind it."""
     if value is None:
         return None
     ends = tuple(value) if isinstance(value, list | tuple | np.ndarray) else ()
     numbers = [x for x in ends if isinstance(x, int | float | np.number) and not isinstance(x, bool)]
     if len(ends) != 2 or len(numbers) != 2 or not 0 <= ends[0] < ends[1] <= 1:
-        raise ValueError(f"{name} must be two rising numbers from 0 to 1, such as (0.2, 0.8), got {value!r}")
+        raise ValueError(f"{name} must be two rising numbers from 0 to 1, such as (0.4, 1), got {value!r}")
     first, last = round(float(ends[0]) * steps), round(float(ends[1]) * steps)
     if first == last:
         raise ValueError(f"{name}={value} holds none of {steps} steps; give a wider one, or a guidance_scale of 1")

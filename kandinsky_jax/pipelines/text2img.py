@@ -53,7 +53,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
             return_dict: False for a plain tuple.
             callback_on_step_end: `(pipe, step, timestep, tensors) -> tensors` after each step, on NumPy arrays.
             callback_on_step_end_tensor_inputs: which tensors: latents, image_embeds, negative_image_embeds.
-            guidance_interval: guidance only between two shares of the steps that this call does, such as (0.2, 0.8);
+            guidance_interval: guidance only between two shares of the steps that this call does, such as (0.4, 1);
                 outside, a step is half the work. None, as (0, 1), is guidance at every step.
         Raises:
             ValueError, TypeError: saying what was given and what is needed, before anything is compiled.
