@@ -29,6 +29,8 @@ from kandinsky_jax.pipelines import (
     KandinskyV22PriorEmb2EmbPipeline,
     checks,
 )
+from kandinsky_jax.schedulers import NAMES, scheduler_named
+from kandinsky_jax.schedulers.names import SUFFIXES
 from kandinsky_jax.terminal import run
 
 app = typer.Typer(
@@ -71,6 +73,14 @@ class Options:
     width: Annotated[int | None, typer.Option(help="Pixels; default: as for the height.")] = None
     steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = 50
     prior_steps: Annotated[int, typer.Option(help="Denoising steps of the prior.")] = 25
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"The decoder's solver: {', '.join(NAMES)}; some take -{', -'.join(SUFFIXES)} at the end, such as "
+            "dpm++2m-karras; default: the model's own.",
+        ),
+    ] = None
     guidance_scale: Annotated[float, typer.Option(help="Of the decoder; guidance is on above 1.")] = 4.0
     guidance_interval: Annotated[
         str | None,
@@ -107,20 +117,28 @@ class Options:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed={self.seed} is no seed; needed is an integer from 0 to 2**63 - 1")
         checks.interval(self.interval(), max(self.steps, 1), "--guidance-interval")
+        if self.scheduler is not None:
+            scheduler_named(self.scheduler, {}).steps(self.steps)
 
     def draw(self, cls: type[CombinedPipeline], repository: str, call: Callable[[Any, Generator], Any]) -> Any:
         """The seed of a command, and what its `call` of a pipeline gives; it is compiled while the pipeline loads."""
         if self.compilation_cache is not None:
             set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)
         seed = secrets.randbits(32) if self.seed is None else self.seed
+
+        def draw(pipe: CombinedPipeline) -> Any:
+            if self.scheduler is not None:
+                pipe.scheduler = scheduler_named(self.scheduler, pipe.scheduler.config)
+            return call(pipe, self.generator(seed))
+
         pipe = cls.from_pretrained(
             self.model or f"{OFFICIAL}/{repository}",
             prior=self.prior,
             dtype=self.dtype and self.dtype.value,
-            warmup=lambda twin: call(twin, self.generator(seed)),
+            warmup=draw,
         )
         pipe.set_progress_bar_config(disable=self.quiet)
-        return seed, call(pipe, self.generator(seed))
+        return seed, draw(pipe)
 
     def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:
         """What to draw: as asked, else after the picture that is given, else as the model was trained."""

@@ -1,160 +1,44 @@
-"""The schedulers' tables against diffusers' classes, stepped by hand.
-
-Every comparison goes through one compiled `sampling.step`, whatever the scheduler and the number of steps. A small
-nonlinear function stands for the network; the noise is torch's, replayed by `TorchGenerator`.
-"""
+"""DDPM's, DDIM's and UnCLIP's tables against diffusers' classes, stepped by hand; and configurations."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import itertools
 import json
-import sys
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import diffusers
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from kandinsky_jax.noise import TorchGenerator
-from kandinsky_jax.sampling import step
 from kandinsky_jax.schedulers import (
     SCHEDULERS,
     DDIMScheduler,
     DDPMScheduler,
+    IPNDMScheduler,
     Scheduler,
     SchedulerError,
     UnCLIPScheduler,
     scheduler_from_config,
 )
-from kandinsky_jax.schedulers.table import SLOTS
-from tests.conftest import OFFICIAL, note
+from kandinsky_jax.schedulers.sigmas import SigmaScheduler
+from tests.conftest import OFFICIAL
+from tests.solver_pairs import (
+    BOUND,
+    EXACT,
+    SHAPE,
+    STEP_ARGUMENTS,
+    TIMESTEP_ARGUMENTS,
+    Pair,
+    check,
+    compare,
+    described,
+    error,
+    grid,
+    parametrized,
+)
 
-BOUND = 1e-4  # of the difference from the reference
-EXACT = 1e-5  # of the difference from the reference in float64
-SHAPE = (2, 4, 3, 5)  # torch's order; a step does not care
 OFFICIAL_SCHEDULERS = sorted(path.parent.parent.name for path in OFFICIAL.glob("*/scheduler/scheduler_config.json"))
-# What diffusers takes as arguments of `step`, not of the constructor.
-STEP_ARGUMENTS = {"eta", "use_clipped_model_output"}
-
-
-@jax.jit
-def one_step(table, i, sample, output, variance, noise):
-    state = jnp.zeros((SLOTS, *SHAPE)).at[0].set(sample)
-    return step(jax.tree.map(lambda column: column[i], table), state, output, variance, noise)[0]
-
-
-def network(sample: np.ndarray, timestep: int, variance_type: str) -> tuple[np.ndarray, np.ndarray]:
-    """A prediction of about the sample's size, and a second half: a variance, or an interpolant in -1..1."""
-    output = 1.1 * np.tanh(0.9 * sample + 0.3 * np.roll(sample, 1, axis=1)) + 0.1 * np.sin(timestep / 100)
-    variance = np.tanh(np.roll(sample, 1, axis=2))
-    if variance_type == "learned":
-        variance = 0.5 + 0.4 * variance
-    return output.astype(sample.dtype), variance.astype(sample.dtype)
-
-
-class Pair:
-    """Our schedule and diffusers' scheduler for one configuration, to be stepped side by side."""
-
-    def __init__(self, cls: type[Scheduler], config: dict[str, Any], steps: int, theirs: dict[str, Any] | None = None):
-        """`theirs` replaces fields in diffusers' configuration."""
-        config = dict(config)
-        self.schedule = cls(**config).schedule(steps)
-        self.table = jax.tree.map(jnp.asarray, self.schedule.table)
-        self.arguments = {k: config.pop(k) for k in STEP_ARGUMENTS & config.keys()}
-        self.variance_type = config.get("variance_type", "")
-        self.theirs = getattr(diffusers, cls.__name__)(**config | (theirs or {}))
-        self.theirs.set_timesteps(steps)
-        # The reference's arithmetic in float64, on the same float32 schedule.
-        self.exact = copy.deepcopy(self.theirs)
-        for name in {"betas", "alphas_cumprod", "final_alpha_cumprod", "one"} & vars(self.exact).keys():
-            setattr(self.exact, name, getattr(self.exact, name).double())
-        self.exact.alphas = 1 - self.exact.betas
-
-    def ours(self, i: int, sample: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        output, variance = network(sample, int(self.schedule.timesteps[i]), self.variance_type)
-        if not self.schedule.learned_variance:
-            variance = np.zeros_like(variance)
-        return np.asarray(one_step(self.table, i, sample, output, variance, noise))
-
-    def reference(self, i: int, sample: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        return self._step(self.theirs, i, sample, generator)
-
-    def exactly(self, i: int, sample: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        module = sys.modules[type(self.exact).__module__]
-        draw = mock.patch.object(module, "randn_tensor", return_value=torch.from_numpy(noise).double())
-        with draw:
-            return self._step(self.exact, i, sample, None)
-
-    def _step(self, scheduler: Any, i: int, sample: np.ndarray, generator: torch.Generator | None) -> np.ndarray:
-        timesteps = scheduler.timesteps
-        output, variance = network(sample, int(timesteps[i]), self.variance_type)
-        full = np.concatenate([output, variance], axis=1) if "learned" in self.variance_type else output
-        arguments = dict(self.arguments)
-        if isinstance(scheduler, diffusers.UnCLIPScheduler):  # as the prior pipeline does
-            arguments["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
-        full, sample = torch.from_numpy(full), torch.from_numpy(sample)
-        return scheduler.step(full, timesteps[i], sample, generator=generator, **arguments).prev_sample.numpy()
-
-
-def error(ours: np.ndarray, reference: np.ndarray) -> float:
-    assert np.isfinite(reference).all()
-    return float(np.abs(ours - reference).max() / np.abs(reference).max())
-
-
-class Errors(NamedTuple):
-    """Largest relative errors over all steps."""
-
-    step: float  # of each of our steps, from the reference's own sample
-    drift: float  # of our whole trajectory
-    exact: float  # of our whole trajectory, from the reference's in float64
-    rounding: float  # of the reference's whole trajectory, from the same
-
-
-def compare(cls: type[Scheduler], config: dict[str, Any], steps: int, theirs: dict[str, Any] | None = None) -> Errors:
-    pair = Pair(cls, config, steps, theirs)
-    np.testing.assert_array_equal(pair.schedule.timesteps, pair.theirs.timesteps)
-    assert pair.schedule.init_noise_sigma == pair.theirs.init_noise_sigma
-    generator, replayed = torch.Generator().manual_seed(5), TorchGenerator(5)
-    sample = own = TorchGenerator(3).randn(*SHAPE)
-    exact = sample.astype(np.float64)
-    errors = []
-    for i in range(steps):
-        noise = replayed.randn(*SHAPE) if pair.schedule.draws_noise[i] else np.zeros(SHAPE, np.float32)
-        ours = pair.ours(i, sample, noise)
-        own = pair.ours(i, own, noise)
-        sample = pair.reference(i, sample, generator)
-        exact = pair.exactly(i, exact, noise)
-        errors.append((error(ours, sample), error(own, sample), error(own, exact), error(sample, exact)))
-    assert one_step._cache_size() == 1
-    return Errors(*np.max(errors, axis=0))
-
-
-def check(*case: Any, **kwargs: Any) -> None:
-    errors = compare(*case, **kwargs)
-    assert note(errors.step, "one step, max|d| / max|reference|") <= BOUND
-    assert note(errors.drift, "whole trajectory, max|d| / max|reference|") <= BOUND
-    assert note(errors.exact, "whole trajectory, against the reference in float64") <= EXACT
-
-
-def grid(**axes: Any) -> list[dict[str, Any]]:
-    """The product of the axes; a value that is a dictionary brings several fields."""
-    rows = itertools.product(*([v if isinstance(v, dict) else {name: v} for v in vs] for name, vs in axes.items()))
-    return [{k: v for part in row for k, v in part.items()} for row in rows]
-
-
-def described(value: Any) -> str | None:
-    return "-".join(map(str, value.values())) if isinstance(value, dict) else None
-
-
-def parametrized(configs: list[dict[str, Any]]) -> Any:
-    return pytest.mark.parametrize("config", configs, ids=described)
-
 
 BOTH = pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler])
 SPACINGS = grid(timestep_spacing=["leading", "linspace", "trailing"]) + grid(
@@ -314,7 +198,7 @@ def test_official_configurations(repository):
 
 
 def names(scheduler: Scheduler | type[Scheduler]) -> set[str]:
-    return {field.name for field in dataclasses.fields(scheduler)} - {"extra", "unset"}
+    return {field.name for field in scheduler.fields()}
 
 
 def visible(config: dict[str, Any]) -> dict[str, Any]:
@@ -365,7 +249,7 @@ def test_saved_configurations_load_in_diffusers(scheduler, tmp_path):
     scheduler.save_pretrained(tmp_path / "new" / "folder")
     assert type(scheduler).from_pretrained(tmp_path / "new" / "folder") == scheduler
     theirs = getattr(diffusers, type(scheduler).__name__).from_pretrained(tmp_path / "new" / "folder")
-    shared = names(scheduler) - STEP_ARGUMENTS
+    shared = names(scheduler) - STEP_ARGUMENTS - TIMESTEP_ARGUMENTS.keys() - {"tau_func"}
     assert shared <= theirs.config.keys()
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in scheduler.config.items()}
     assert {k: theirs.config[k] for k in shared} == {k: listed[k] for k in shared}
@@ -377,16 +261,23 @@ def test_unknown_fields_warn():
     assert scheduler.config["beta_strat"] == 0.1
     with pytest.raises(SchedulerError, match="beta_strat"):
         DDPMScheduler.from_config({}, beta_strat=0.1)
-    with pytest.raises(SchedulerError, match="EulerDiscreteScheduler"):
-        scheduler_from_config({"_class_name": "EulerDiscreteScheduler"})
+    with pytest.raises(SchedulerError, match="'EulerDiskreteScheduler', which is not supported; did you mean EulerDisc"):
+        scheduler_from_config({"_class_name": "EulerDiskreteScheduler"})
 
 
 UNSUPPORTED = {
-    "beta_schedule": "laplace",
+    "beta_schedule": "lapland",
     "prediction_type": "flow",
     "timestep_spacing": "karras",
-    "rescale_betas_zero_snr": True,
     "variance_type": "fixed",
+    "use_flow_sigmas": True,
+    "use_dynamic_shifting": True,
+    "algorithm_type": "dpm",
+    "solver_type": "hein",
+    "final_sigmas_type": "none",
+    "solver_order": 4,
+    "interpolation_type": "cubic",
+    "predictor_order": 5,
     "eta": 1.5,
 }
 
@@ -441,22 +332,34 @@ def test_trailing_gives_as_many_timesteps_as_asked(cls):
 @pytest.mark.parametrize("cls", SCHEDULERS.values())
 @pytest.mark.parametrize("timesteps", [[0, 999], [500, 3], [700]])
 def test_add_noise(cls, timesteps):
+    """The reference's sigma schedulers know the timesteps that they were laid out for, here all of them."""
     generator = torch.Generator().manual_seed(1)
     original, noise = (torch.randn(SHAPE, generator=generator) for _ in range(2))
-    ours = cls().add_noise(jnp.asarray(original.numpy()), jnp.asarray(noise.numpy()), np.array(timesteps))
-    theirs = getattr(diffusers, cls.__name__)().add_noise(original, noise, torch.tensor(timesteps))
+    scheduler, theirs = cls(), getattr(diffusers, cls.__name__)()
+    arrays = [jnp.asarray(x.numpy()) for x in (original, noise)]
+    ours = scheduler.add_noise(*arrays, np.array(timesteps))
     assert ours.dtype == jnp.float32
-    assert error(np.asarray(ours), theirs.numpy()) <= 1e-6
+    if cls is IPNDMScheduler:
+        return  # the reference has none
+    at = torch.tensor(timesteps)
+    if issubclass(cls, SigmaScheduler):
+        theirs.sigmas = torch.from_numpy(scheduler.training_sigmas()[::-1].copy())
+        theirs.timesteps = torch.arange(999, -1, -1)
+    assert error(ours, theirs.add_noise(original, noise, at).numpy()) <= 1e-6
+    if hasattr(theirs, "get_velocity"):
+        velocity = scheduler.get_velocity(*arrays, np.array(timesteps))
+        assert error(velocity, theirs.get_velocity(original, noise, at).numpy()) <= 1e-6
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])
 def test_the_last_steps_of_a_schedule(steps):
     """The same rows, timesteps and draws, from the first step that is left."""
     whole = DDPMScheduler().schedule(20)
-    rest = whole.last(steps)
+    rest = DDPMScheduler().schedule(20, begin=20 - steps)
     assert len(rest) == steps
     np.testing.assert_array_equal(rest.timesteps, whole.timesteps[20 - steps :])
     np.testing.assert_array_equal(rest.draws_noise, whole.draws_noise[20 - steps :])
+    np.testing.assert_array_equal(rest.levels, whole.levels[20 - steps :])
     for mine, all_rows in zip(rest.table, whole.table, strict=True):
         assert mine.shape == all_rows.shape
         np.testing.assert_array_equal(mine[:steps], all_rows[20 - steps : 20])

@@ -274,7 +274,7 @@ class Pipeline:
             seen = tensors | {"latents": _join(samples)}
             given = {name: seen[name] for name in callback_inputs}
             assert callback is not None
-            returned = callback(self, done - 1, int(schedule.timesteps[done - 1]), dict(given))
+            returned = callback(self, done - 1, schedule.timesteps[done - 1].item(), dict(given))
             if not isinstance(returned, dict):
                 raise TypeError(f"callback_on_step_end must return a dict, returned {type(returned).__name__}")
             changed = {k: v for k, v in returned.items() if k in seen and v is not seen[k]}

@@ -88,6 +88,11 @@ def strength(value: Any, steps: int) -> int:
     return done
 
 
+def skipped(value: Any, steps: int) -> int:
+    """How many of a schedule's steps a strength leaves out; None leaves out none."""
+    return 0 if value is None else steps - strength(value, steps)
+
+
 def choice(value: Any, name: str, allowed: Sequence[str]) -> str:
     """One of a few names."""
     if value not in allowed:

@@ -141,9 +141,7 @@ class DecoderPipeline(Pipeline):
         if paste_back and output_type == "latent":
             raise ValueError("paste_back works on pixels; it needs another output_type than 'latent'")
         inputs = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        schedule = self._schedule(num_inference_steps)
-        if strength is not None:
-            schedule = schedule.last(checks.strength(strength, len(schedule)))
+        schedule = self._schedule(num_inference_steps, strength)
         repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
         factor, readers = self.movq.config.scale_factor, {"mask_image": images.masks, "hint": images.hints}
         read = {}
@@ -174,8 +172,10 @@ class DecoderPipeline(Pipeline):
         factor = self.movq.config.scale_factor
         return -(-checks.side(pixels, name) // factor**2) * factor
 
-    def _schedule(self, num_inference_steps: int) -> Schedule:
-        schedule = self.scheduler.schedule(num_inference_steps)
+    def _schedule(self, num_inference_steps: Any, strength: Any) -> Schedule:
+        schedule = self.scheduler.schedule(
+            num_inference_steps, checks.skipped(strength, self.scheduler.steps(num_inference_steps))
+        )
         channels, latent = self.unet.config.out_channels, self.movq.config.latent_channels
         if schedule.learned_variance and channels != 2 * latent:
             raise CheckpointError(

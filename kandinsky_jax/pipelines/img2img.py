@@ -14,6 +14,7 @@ from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Order, Scene
+from kandinsky_jax.schedulers.base import mix
 
 
 class FromPicture(DecoderPipeline):
@@ -22,7 +23,7 @@ class FromPicture(DecoderPipeline):
     def _scene(self, order: Order, noise: jax.Array) -> Scene:
         assert order.image is not None
         picture = self._encode(order.image)
-        return Scene(self.scheduler.add_noise(picture, noise, order.schedule.timesteps[:1]), order.hint)
+        return Scene(mix(order.schedule.levels[:1], picture, noise), order.hint)
 
 
 class KandinskyV22Img2ImgPipeline(FromPicture):

@@ -119,20 +119,19 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
     def _scene(self, order: Order, noise: jax.Array) -> Hole:
         assert order.image is not None
         assert order.mask is not None
-        start = noise * order.schedule.init_noise_sigma
         blend = Blend(
             picture=self._encode(order.image),
-            noise=start,
+            noise=noise,
             keep=jnp.asarray(kept_latents(order.mask, order.h, order.w)[..., None]),
             levels=jnp.asarray(self._levels(order)),
         )
-        return Hole(start=start, blend=blend, doubled=order.scale > 1)
+        return Hole(start=noise * order.schedule.init_noise_sigma, blend=blend, doubled=order.scale > 1)
 
     def _levels(self, order: Order) -> np.ndarray:
         """The kept part after each row: as noisy as the next step wants its sample, clean after the last."""
         levels = np.tile(np.array([1, 0], np.float32), (ROWS, 1))
-        later = order.schedule.timesteps[1:]
-        levels[: len(later)] = self.scheduler.noise_levels(later)
+        later = order.schedule.levels[1:]
+        levels[: len(later)] = later
         return levels
 
 

@@ -24,6 +24,7 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Late, Pipeline
 from kandinsky_jax.sampling import Lane, Network, call
 from kandinsky_jax.schedulers import Schedule, Scheduler
+from kandinsky_jax.schedulers.base import mix
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -191,7 +192,8 @@ class PriorPipeline(Pipeline):
         prompts = checks.texts(prompt, "prompt")
         repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
         negatives = checks.negative_texts(negative_prompt, prompts)
-        schedule = self.scheduler.schedule(num_inference_steps)
+        skipped = checks.skipped(strength, self.scheduler.steps(num_inference_steps))
+        schedule = self.scheduler.schedule(num_inference_steps, skipped)
         pictures = None if image is None else self._pictures(image, "")
         if pictures is not None:
             checks.picture_count(len(pictures), "image", len(prompts), repeats)
@@ -200,7 +202,7 @@ class PriorPipeline(Pipeline):
             prompts=prompts,
             negatives=negatives,
             repeats=repeats,
-            schedule=schedule if strength is None else schedule.last(checks.strength(strength, len(schedule))),
+            schedule=schedule,
             scale=checks.guidance(guidance_scale),
             generator=generator,
             latents=checks.latents(latents, (rows, self.prior.config.embedding_dim)),
@@ -246,7 +248,7 @@ class PriorPipeline(Pipeline):
         if wish.image is None:
             return [x * wish.schedule.init_noise_sigma for x in noise]
         embeds = checks.per_picture(self._encode_pictures(wish.image), "image", len(wish.prompts), wish.repeats)
-        return [self.scheduler.add_noise(jnp.asarray(embeds), x, wish.schedule.timesteps[:1]) for x in noise]
+        return [mix(wish.schedule.levels[:1], jnp.asarray(embeds), x) for x in noise]
 
     # The loop -----------------------------------------------------------------------------------------------------
 

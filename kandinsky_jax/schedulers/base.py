@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kandinsky_jax.schedulers.noise_schedule import (
+    SPACINGS,
     SchedulerError,
     cumulative_alphas,
     make_betas,
+    rescaled_to_zero_snr,
     spaced_timesteps,
 )
 from kandinsky_jax.schedulers.table import ROWS, Schedule
@@ -35,20 +38,32 @@ _FOREIGN = frozenset(
     "predictor_order corrector_order tau_func".split()
 )
 _UNSET = "_use_default_values"  # diffusers' name for the fields that a configuration did not name
+_INTERNAL = ("extra", "unset")
+# Ours: diffusers takes these as arguments of `step` or `set_timesteps`. Saved only where they are set.
+STEP_ARGUMENTS = frozenset({"eta", "use_clipped_model_output", "custom_timesteps", "custom_sigmas", "tau_func"})
 
 
 def _freeze(value: Any) -> Any:
-    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple | np.ndarray) else value
+
+
+def near(name: Any, known: Iterable[str]) -> str:
+    """What somebody may have meant, for the end of an error message."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
     """Base of the schedulers: an immutable configuration that can lay out a table.
 
-    Fields bear the names and defaults of the diffusers class of the same name.
+    Fields bear the names and defaults of the diffusers class of the same name, and are given by name.
     """
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    # Other solvers' values, which configurations carry from one to the other, and what they are here.
+    SYNONYMS: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
 
     num_train_timesteps: int = 1000
     extra: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), kw_only=True, repr=False)
@@ -56,32 +71,46 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         if self.unset is None:
-            unset = {f.name for f in self._fields() if getattr(self, f.name) == f.default}
+            unset = {f.name for f in self.fields() if getattr(self, f.name) == f.default}
             object.__setattr__(self, "unset", frozenset(unset))
+        for name, synonyms in self.SYNONYMS.items():
+            object.__setattr__(self, name, synonyms.get(getattr(self, name), getattr(self, name)))
         faults = [
             f"{name}={getattr(self, name)!r} is not supported, only {', '.join(map(repr, allowed))}"
             for name, allowed in self.CHOICES.items()
-            if getattr(self, name) not in allowed
+            if hasattr(self, name) and getattr(self, name) not in allowed
         ]
         if faults:
             raise SchedulerError(f"{type(self).__name__}: " + "; ".join(faults))
 
-    def schedule(self, num_inference_steps: int) -> Schedule:
+    def schedule(self, num_inference_steps: int, begin: int = 0) -> Schedule:
         """The table for this number of steps.
 
+        Args:
+            num_inference_steps: not looked at where the scheduler has timesteps or sigmas of its own.
+            begin: steps to leave out, for a sample that is already partly drawn. Solvers that remember earlier steps
+                start afresh there.
         Raises:
-            SchedulerError: where the number is not one that the reference takes.
+            SchedulerError: where the number is not one that the reference takes, or the options divide by zero.
         """
+        with np.errstate(divide="ignore", invalid="ignore"):  # `build` tells
+            return self._lay_out(num_inference_steps, begin)
+
+    def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
         raise NotImplementedError
+
+    def steps(self, num_inference_steps: int) -> int:
+        """How many steps that will be: as many as are asked for, where the scheduler has none of its own."""
+        return self._check_steps(num_inference_steps)
 
     def alphas_cumprod(self) -> np.ndarray:
         """See `kandinsky_jax.schedulers.noise_schedule.cumulative_alphas`."""
         raise NotImplementedError
 
-    def _check_steps(self, steps: Any, least: int = 1) -> int:
+    def _check_steps(self, steps: Any, least: int = 1, most: int = ROWS) -> int:
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
             raise SchedulerError(f"num_inference_steps must be an integer, got {steps!r}")
-        most = min(self.num_train_timesteps, ROWS)
+        most = min(self.num_train_timesteps, most)
         if not least <= steps <= most:
             raise SchedulerError(
                 f"num_inference_steps={steps} is out of range for {type(self).__name__}, which takes {least} to {most}"
@@ -90,20 +119,23 @@ class Scheduler:
 
     def noise_levels(self, timesteps: np.ndarray) -> np.ndarray:
         """How much signal and how much noise a sample has at int timesteps `[n]`; float64 `[n, 2]`."""
-        alpha = self.alphas_cumprod()[np.asarray(timesteps)]
-        return np.stack([np.sqrt(alpha), np.sqrt(1 - alpha)], axis=-1)
+        return vp_levels(np.atleast_1d(self.alphas_cumprod()[np.asarray(timesteps)]))
 
     def add_noise(self, original: jax.Array, noise: jax.Array, timesteps: np.ndarray) -> jax.Array:
         """Diffuse `original [B, ...]` to the int timesteps `[B]` (or one for all) with `noise [B, ...]`."""
-        levels = self.noise_levels(timesteps).reshape(-1, 2, *[1] * (original.ndim - 1))
-        signal, sigma = (jnp.asarray(level, jnp.float32) for level in (levels[:, 0], levels[:, 1]))
-        return signal * original + sigma * noise
+        return mix(self.noise_levels(timesteps), original, noise)
+
+    def get_velocity(self, sample: jax.Array, noise: jax.Array, timesteps: np.ndarray) -> jax.Array:
+        """What a network of v_prediction is to say (Salimans & Ho 2022, arXiv 2202.00512) of the clean `sample
+        [B, ...]` diffused with `noise` to the int timesteps `[B]` (or one for all)."""
+        alpha = self.alphas_cumprod()[np.asarray(timesteps)]
+        return mix(np.stack([-np.sqrt(1 - alpha), np.sqrt(alpha)], axis=-1), sample, noise)
 
     # Configuration ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _fields(cls) -> list[dataclasses.Field[Any]]:
-        return [f for f in dataclasses.fields(cls) if f.name not in ("extra", "unset")]
+    def fields(cls) -> list[dataclasses.Field[Any]]:
+        return [f for f in dataclasses.fields(cls) if f.name not in _INTERNAL]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -112,7 +144,7 @@ class Scheduler:
         As in diffusers, `_use_default_values` lists the fields that nobody set, so that another scheduler made from
         this configuration takes its own defaults for them.
         """
-        own = {f.name: getattr(self, f.name) for f in self._fields()}
+        own = {f.name: getattr(self, f.name) for f in self.fields()}
         return {_UNSET: sorted(self.unset or ()), **dict(self.extra), **own}
 
     @classmethod
@@ -122,9 +154,10 @@ class Scheduler:
         Fields of other schedulers are kept for them; one that no diffusers scheduler has warns. A field that is null is
         one that was not set.
         """
-        names = {f.name for f in cls._fields()}
+        names = {f.name for f in cls.fields()}
         if unknown := changes.keys() - names:
-            raise SchedulerError(f"{cls.__name__} has no field {sorted(unknown)}; it has {sorted(names)}")
+            wrong = min(unknown)
+            raise SchedulerError(f"{cls.__name__} has no field {wrong!r}; {near(wrong, names)}")
         unset = set(config.get(_UNSET, ())) - changes.keys()
         raw = {k: v for k, v in {**config, **changes}.items() if not k.startswith("_") and k not in unset}
         if strange := raw.keys() - names - _FOREIGN:
@@ -141,9 +174,19 @@ class Scheduler:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `scheduler_config.json`, for this library or diffusers, into `folder` (made where it is missing)."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        fields = {k: v for k, v in self.config.items() if k != _UNSET}
-        named = {"_class_name": type(self).__name__, **fields}
+        named = {"_class_name": type(self).__name__}
+        for name, value in self.config.items():
+            if callable(value):
+                raise SchedulerError(f"{name} of {type(self).__name__} is a function, which no file can hold")
+            if name != _UNSET and not (name in STEP_ARGUMENTS and name in (self.unset or ())):
+                named[name] = value
         (Path(folder) / "scheduler_config.json").write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
+
+
+def mix(levels: np.ndarray, signal: jax.Array, noise: jax.Array) -> jax.Array:
+    """Float32 shares `[B or 1, 2]` of a signal and of noise, `[B, ...]` each."""
+    shares = np.asarray(levels, np.float32).reshape(-1, 2, *[1] * (signal.ndim - 1))
+    return jnp.asarray(shares[:, 0]) * signal + jnp.asarray(shares[:, 1]) * noise
 
 
 def predictions(kind: str, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,44 +199,40 @@ def predictions(kind: str, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         x0_from `[n, 2]` and eps_from `[n, 3]` of a `Table`; eps does not see the clipping of x0.
     """
     signal, sigma, zero = np.sqrt(alpha), np.sqrt(1 - alpha), np.zeros_like(alpha)
-    columns = {
-        "epsilon": ((1 / signal, -sigma / signal), (zero, zero, zero + 1)),
-        "sample": ((zero, zero + 1), (1 / sigma, zero, -signal / sigma)),
-        "v_prediction": ((signal, -sigma), (sigma, zero, signal)),
-    }[kind]
+    if kind == "epsilon" and not alpha.all():
+        raise SchedulerError("at a terminal signal-to-noise ratio of zero the noise says nothing of the picture; it is "
+                             "for networks that predict v or the sample, not epsilon")
+    with np.errstate(divide="ignore"):
+        columns = {
+            "epsilon": lambda: ((1 / signal, -sigma / signal), (zero, zero, zero + 1)),
+            "sample": lambda: ((zero, zero + 1), (1 / sigma, zero, -signal / sigma)),
+            "v_prediction": lambda: ((signal, -sigma), (sigma, zero, signal)),
+        }[kind]()
     return np.stack(columns[0], axis=1), np.stack(columns[1], axis=1)
 
 
+def eps_of_x0(alpha: np.ndarray) -> np.ndarray:
+    """An `eps_from [n, 3]` that sees the clipping of x0."""
+    sigma = np.sqrt(1 - alpha)
+    return np.stack([1 / sigma, -np.sqrt(alpha) / sigma, np.zeros_like(alpha)], axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
-class DiffusionScheduler(Scheduler):
+class BetaScheduler(Scheduler):
     """The fields that diffusers' schedulers for DDPM-trained networks share."""
 
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
-    clip_sample: bool = True
     prediction_type: str = "epsilon"
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    clip_sample_range: float = 1.0
-    sample_max_value: float = 1.0
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-    rescale_betas_zero_snr: bool = False
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+        "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace"),
         "prediction_type": ("epsilon", "sample", "v_prediction"),
-        "timestep_spacing": ("leading", "linspace", "trailing"),
-        "rescale_betas_zero_snr": (False,),
+        "timestep_spacing": SPACINGS,
+        "final_sigmas_type": ("zero", "sigma_min"),
     }
-
-    def alphas_cumprod(self) -> np.ndarray:
-        betas = make_betas(
-            self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, self.trained_betas
-        )
-        return cumulative_alphas(betas)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,18 +242,72 @@ class DiffusionScheduler(Scheduler):
                 f"num_train_timesteps={self.num_train_timesteps}"
             )
 
-    def timesteps(self, steps: int) -> np.ndarray:
-        """Descending int timesteps `[steps]`."""
-        chosen = spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset)
-        if not 0 <= chosen.min() <= chosen.max() < self.num_train_timesteps:
+    def alphas_cumprod(self) -> np.ndarray:
+        betas = make_betas(
+            self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, self.trained_betas
+        )
+        return cumulative_alphas(rescaled_to_zero_snr(betas) if getattr(self, "rescale_betas_zero_snr", False) else betas)
+
+    def _within(self, timesteps: np.ndarray) -> np.ndarray:
+        """The timesteps, if the network knows them."""
+        if not 0 <= timesteps.min() <= timesteps.max() <= self.num_train_timesteps - 1:
             raise SchedulerError(
-                f"{type(self).__name__}: steps_offset={self.steps_offset} puts the {steps} timesteps outside 0 to "
-                f"{self.num_train_timesteps - 1}"
+                f"{type(self).__name__}: steps_offset={getattr(self, 'steps_offset', 0)} puts the {len(timesteps)} "
+                f"timesteps outside 0 to {self.num_train_timesteps - 1}"
             )
-        return chosen
+        return timesteps
+
+    def _custom(self, name: str) -> np.ndarray | None:
+        """The user's own timesteps or sigmas, if there are any: descending."""
+        given = getattr(self, name, None)
+        if given is None:
+            return None
+        try:
+            values = np.asarray(given, np.float64)
+        except (TypeError, ValueError):
+            values = np.zeros(0)
+        if values.ndim != 1 or not values.size or not np.isfinite(values).all() or (np.diff(values) >= 0).any():
+            raise SchedulerError(f"{name} must be falling numbers, got {given!r}")
+        if name == "custom_timesteps" and not 0 <= values[-1] <= values[0] <= self.num_train_timesteps - 1:
+            raise SchedulerError(f"custom_timesteps must lie in 0 to {self.num_train_timesteps - 1}, got {given!r}")
+        if values[-1] < 0:
+            raise SchedulerError(f"{name} must not be negative, got {given!r}")
+        return values
 
     def limits(self) -> dict[str, Any]:
         """`build`'s clip and threshold; thresholding goes before clipping."""
-        if self.thresholding:
-            return {"threshold": (self.dynamic_thresholding_ratio, self.sample_max_value)}
-        return {"clip": self.clip_sample_range if self.clip_sample else np.inf}
+        if getattr(self, "thresholding", False):
+            return {"threshold": (self.dynamic_thresholding_ratio, self.sample_max_value)}  # type: ignore[attr-defined]
+        return {"clip": self.clip_sample_range if getattr(self, "clip_sample", False) else np.inf}  # type: ignore[attr-defined]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionScheduler(BetaScheduler):
+    """What DDPM, DDIM and the samplers of consistency models share: they know timesteps, not sigmas."""
+
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+    custom_timesteps: tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
+
+    def steps(self, num_inference_steps: int) -> int:
+        own = self._custom("custom_timesteps")
+        return self._check_steps(num_inference_steps) if own is None else len(own)
+
+    def _visited(self, num_inference_steps: int) -> np.ndarray:
+        """Descending int timesteps `[steps]`."""
+        own = self._custom("custom_timesteps")
+        if own is not None:
+            return own.astype(np.int64)
+        steps = self._check_steps(num_inference_steps)
+        return self._within(spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset))
+
+
+def vp_levels(alpha: np.ndarray) -> np.ndarray:
+    """Signal and noise `[n, 2]` of samples that keep their variance, by the cumulative products `[n]`."""
+    return np.stack([np.sqrt(alpha), np.sqrt(1 - alpha)], axis=1)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from kandinsky_jax.schedulers.base import DiffusionScheduler, predictions
+from kandinsky_jax.schedulers.base import DiffusionScheduler, eps_of_x0, predictions, vp_levels
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
 from kandinsky_jax.schedulers.table import EPS, SLOTS, X0, Schedule, Z, build
 
@@ -28,12 +28,15 @@ class DDIMScheduler(DiffusionScheduler):
         if not 0 <= self.eta <= 1:
             raise SchedulerError(f"DDIMScheduler: eta={self.eta} is out of range, needed is 0 to 1")
 
-    def schedule(self, num_inference_steps: int) -> Schedule:
-        steps = self._check_steps(num_inference_steps)
-        timesteps = self.timesteps(steps)
+    def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
+        timesteps = self._visited(num_inference_steps)
+        steps = len(timesteps)
         cumulative = self.alphas_cumprod()
         final = 1.0 if self.set_alpha_to_one else cumulative[0]
-        previous = timesteps - self.num_train_timesteps // steps
+        # The reference's step is always a whole share of the training steps; custom timesteps, which its DDIM has
+        # not, go from one to the next.
+        even = timesteps - self.num_train_timesteps // steps
+        previous = even if self.custom_timesteps is None else np.append(timesteps[1:], -1)
         alpha = cumulative[timesteps]
         alpha_prev = np.where(previous >= 0, cumulative[np.maximum(previous, 0)], final)
         sigma = self.eta * np.sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev))
@@ -43,13 +46,14 @@ class DDIMScheduler(DiffusionScheduler):
         matrix[:, 0, Z] = sigma
         x0_from, eps_from = predictions(self.prediction_type, alpha)
         if self.use_clipped_model_output:
-            root = np.sqrt(1 - alpha)
-            eps_from = np.stack([1 / root, -np.sqrt(alpha) / root, np.zeros(steps)], axis=1)
+            eps_from = eps_of_x0(alpha)
         return build(
             timesteps=timesteps,
+            levels=vp_levels(alpha),
             x0_from=x0_from,
             eps_from=eps_from,
             matrix=matrix,
             draws_noise=np.full(steps, self.eta > 0),
+            begin=begin,
             **self.limits(),
         )

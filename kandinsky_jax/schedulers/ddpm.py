@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kandinsky_jax.schedulers.base import DiffusionScheduler, Scheduler, predictions
+from kandinsky_jax.schedulers.base import DiffusionScheduler, Scheduler, predictions, vp_levels
 from kandinsky_jax.schedulers.noise_schedule import betas_for_alpha_bar, cumulative_alphas
 from kandinsky_jax.schedulers.table import SLOTS, X0, Schedule, Z, build
 
@@ -27,14 +27,14 @@ def posterior(
     beta: np.ndarray,
     variance_type: str,
     prediction_type: str,
-    **limits: Any,
+    **others: Any,
 ) -> Schedule:
     """The table of ancestral steps.
 
     Args:
         timesteps, alpha, alpha_prev: each step's timestep, and the cumulative products that it goes from and to, `[n]`.
         beta: each step's variance, 1 - alpha / alpha_prev in exact arithmetic, `[n]`.
-        limits: `build`'s clip and threshold.
+        others: `build`'s clip, threshold and begin.
     """
     variance = np.maximum((1 - alpha_prev) / (1 - alpha) * beta, LEAST_VARIANCE)
     # Both *_log types are the same variances by way of a logarithm. (The reference takes the root of log(beta) for
@@ -50,13 +50,14 @@ def posterior(
     learned_range = variance_type == "learned_range"
     return build(
         timesteps=timesteps,
+        levels=vp_levels(alpha),
         x0_from=x0_from,
         eps_from=eps_from,
         matrix=matrix,
         draws_noise=noisy,
         log_variance=np.log(np.stack([variance, beta], axis=1)) if learned_range else None,
         variance_is_output=variance_type == "learned",
-        **limits,
+        **others,
     )
 
 
@@ -78,8 +79,8 @@ class DDPMScheduler(DiffusionScheduler):
         ),
     }
 
-    def schedule(self, num_inference_steps: int) -> Schedule:
-        timesteps = self.timesteps(self._check_steps(num_inference_steps))
+    def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
+        timesteps = self._visited(num_inference_steps)
         alpha = self.alphas_cumprod()[timesteps]
         alpha_prev = np.append(alpha[1:], 1.0)
         return posterior(
@@ -89,6 +90,7 @@ class DDPMScheduler(DiffusionScheduler):
             beta=1 - alpha / alpha_prev,
             variance_type=self.variance_type,
             prediction_type=self.prediction_type,
+            begin=begin,
             **self.limits(),
         )
 
@@ -115,8 +117,11 @@ class UnCLIPScheduler(Scheduler):
     def alphas_cumprod(self) -> np.ndarray:
         return cumulative_alphas(self._betas())
 
-    def schedule(self, num_inference_steps: int) -> Schedule:
-        steps = self._check_steps(num_inference_steps, least=2)
+    def steps(self, num_inference_steps: int) -> int:
+        return self._check_steps(num_inference_steps, least=2)
+
+    def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
+        steps = self.steps(num_inference_steps)
         ratio = (self.num_train_timesteps - 1) / (steps - 1)
         timesteps = (np.arange(steps) * ratio).round()[::-1].astype(np.int64)
         alpha = self.alphas_cumprod()[timesteps]
@@ -132,4 +137,5 @@ class UnCLIPScheduler(Scheduler):
             variance_type=self.variance_type,
             prediction_type=self.prediction_type,
             clip=self.clip_sample_range if self.clip_sample else np.inf,
+            begin=begin,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,35 @@ class SchedulerError(ValueError):
     """A scheduler configuration or a number of steps that cannot be followed."""
 
 
-def betas_for_alpha_bar(steps: int, largest: float = 0.999) -> np.ndarray:
-    """The cosine schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672), "squaredcos_cap_v2"; float64 `[steps]`."""
-    grid = np.arange(steps + 1) / steps
-    alpha_bar = np.cos((grid + 0.008) / 1.008 * np.pi / 2) ** 2
+LEAST_ALPHA = 2.0**-24  # what solvers that divide by alpha take at a terminal signal-to-noise ratio of zero
+
+
+def _cosine(t: float) -> float:
+    """Nichol & Dhariwal 2021 (arXiv 2102.09672), equation 17."""
+    return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _exponential(t: float) -> float:
+    return math.exp(-12.0 * t)
+
+
+def _laplace(t: float) -> float:
+    """Hang & Gu 2024 (arXiv 2407.03297)."""
+    ratio = math.exp(-0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6))
+    return math.sqrt(ratio / (1 + ratio))
+
+
+# What is left of the signal at a share t of the whole way, by diffusers' names.
+ALPHA_BARS: dict[str, Callable[[float], float]] = {
+    "squaredcos_cap_v2": _cosine,
+    "exp": _exponential,
+    "laplace": _laplace,
+}
+
+
+def betas_for_alpha_bar(steps: int, schedule: str = "squaredcos_cap_v2", largest: float = 0.999) -> np.ndarray:
+    """The variances that make `ALPHA_BARS[schedule]`, none above `largest`; float64 `[steps]`."""
+    alpha_bar = np.array([ALPHA_BARS[schedule](i / steps) for i in range(steps + 1)])
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest)
 
 
@@ -22,16 +49,27 @@ def make_betas(schedule: str, start: float, end: float, steps: int, trained: Any
     """The variances of the forward process by diffusers' names of schedules; float64 `[steps]`."""
     if trained is not None:
         return np.asarray(trained, np.float64)
+    if schedule in ALPHA_BARS:
+        return betas_for_alpha_bar(steps, schedule)
     if schedule == "linear":
         return np.linspace(start, end, steps)
     if schedule == "scaled_linear":
         return np.linspace(start**0.5, end**0.5, steps) ** 2
-    if schedule == "squaredcos_cap_v2":
-        return betas_for_alpha_bar(steps)
     if schedule == "sigmoid":
         return (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps))) + start
-    known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
+    known = ", ".join(["linear", "scaled_linear", "sigmoid", *ALPHA_BARS])
     raise SchedulerError(f"beta_schedule={schedule!r} is not supported, only {known}")
+
+
+def rescaled_to_zero_snr(betas: np.ndarray) -> np.ndarray:
+    """Variances whose last step leaves no signal; Lin et al. 2023 (arXiv 2305.08891), algorithm 1; float32 `[steps]`.
+
+    In float32, as the reference, which loses digits of the last steps in these differences.
+    """
+    root = np.sqrt(cumulative_alphas(betas).astype(np.float32))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alpha_bar = root**2
+    return np.float32(1) - np.append(alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1])
 
 
 def cumulative_alphas(betas: np.ndarray) -> np.ndarray:
@@ -44,13 +82,35 @@ def cumulative_alphas(betas: np.ndarray) -> np.ndarray:
     return np.cumprod(alphas.astype(np.float64)).astype(np.float32).astype(np.float64)
 
 
+# Which timesteps. Lin et al. 2023 (arXiv 2305.08891), table 2, in three variants of the reference. "trailing" is an
+# arange over floats, which gives one timestep too many for some numbers of steps, as it does there: that one is cut.
+
+SPACINGS = ("leading", "linspace", "trailing")
+
+
 def spaced_timesteps(spacing: str, steps: int, train_steps: int, offset: int) -> np.ndarray:
-    """Descending int timesteps `[steps]`; Lin et al. 2023 (arXiv 2305.08891), table 2."""
+    """Descending int timesteps `[steps]` of the solvers that take a last step to the clean sample."""
+    return spaced_points(spacing, steps, train_steps, offset).round().astype(np.int64)
+
+
+def spaced_points(spacing: str, steps: int, train_steps: int, offset: int) -> np.ndarray:
+    """The same, with the fractions that "linspace" has; float64 `[steps]`."""
     if spacing == "linspace":
-        return np.linspace(0, train_steps - 1, steps).round()[::-1].astype(np.int64)
+        return np.linspace(0, train_steps - 1, steps)[::-1]
     if spacing == "leading":
-        return (np.arange(steps) * (train_steps // steps))[::-1].astype(np.int64) + offset
-    if spacing == "trailing":
-        # arange over floats gives one timestep too many for some numbers of steps, as it does in the reference.
-        return np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]).astype(np.int64) - 1
-    raise SchedulerError(f"timestep_spacing={spacing!r} is not supported, only leading, linspace, trailing")
+        return (np.arange(steps) * (train_steps // steps))[::-1] + float(offset)
+    return np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]) - 1.0
+
+
+def spread_timesteps(spacing: str, steps: int, train_steps: int, offset: int, last: int | None = None) -> np.ndarray:
+    """Descending int timesteps `[steps]` of the multistep solvers, which leave out the smallest of `steps + 1`.
+
+    Args:
+        last: timesteps from here on are not visited; None is `train_steps`.
+    """
+    last = train_steps if last is None else last
+    if spacing == "linspace":
+        return np.linspace(0, last - 1, steps + 1).round()[:0:-1].astype(np.int64)
+    if spacing == "leading":
+        return (np.arange(steps + 1) * (last // (steps + 1)))[:0:-1].astype(np.int64) + offset
+    return np.arange(last, 0, -train_steps / steps)[:steps].round().astype(np.int64) - 1

@@ -12,14 +12,19 @@ float64, once per call; the device holds it in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from kandinsky_jax.schedulers.noise_schedule import SchedulerError
+
 SLOTS = 6  # the state's slots; six serve every multistep solver up to order three with a corrector
 X0, EPS, Z = SLOTS, SLOTS + 1, SLOTS + 2  # columns of the matrix after those of the state
 ROWS = 1024  # all tables have this length, so that the number of steps is no part of a program's shape
+
+# What a new state is made of, as rows to be added and scaled: `0.5 * BASIS[0] + 2 * BASIS[X0]` is a row of a matrix.
+BASIS = np.eye(SLOTS + 3)
 
 
 class Table(NamedTuple):
@@ -41,61 +46,78 @@ class Schedule:
     """A scheduler's answer for a number of steps: the table for the device, and what the host must know."""
 
     table: Table
-    timesteps: np.ndarray  # int [steps], as diffusers' scheduler.timesteps
-    draws_noise: np.ndarray  # bool [steps], whether the reference draws random numbers at this step
+    timesteps: np.ndarray  # [evaluations], as diffusers' scheduler.timesteps
+    draws_noise: np.ndarray  # bool [evaluations], whether the reference draws random numbers at this one
+    levels: np.ndarray  # float64 [evaluations, 2] how much signal and noise the sample has that each one takes
     learned_variance: bool  # whether the network's second half of channels is used
     init_noise_sigma: float = 1.0
 
     def __len__(self) -> int:
+        """Evaluations of the network; two per step for second-order solvers."""
         return len(self.timesteps)
-
-    def last(self, steps: int) -> Schedule:
-        """The schedule's last steps, for a sample that is already partly drawn."""
-        first = len(self) - steps
-        rows = [np.concatenate([column[first:], column[:first]]) for column in self.table]
-        return replace(self, table=Table(*rows), timesteps=self.timesteps[first:], draws_noise=self.draws_noise[first:])
 
 
 def build(
     *,
     timesteps: np.ndarray,
+    levels: np.ndarray,
     x0_from: np.ndarray,
-    eps_from: np.ndarray,
     matrix: np.ndarray,
-    draws_noise: np.ndarray,
+    eps_from: np.ndarray | None = None,
+    draws_noise: np.ndarray | None = None,
+    input_scale: np.ndarray | None = None,
     log_variance: np.ndarray | None = None,
     variance_is_output: bool = False,
     clip: float = np.inf,
     threshold: tuple[float, float] | None = None,
+    init_noise_sigma: float = 1.0,
+    begin: int = 0,
 ) -> Schedule:
-    """Put a table together from float64 arrays, one row per step, and pad it.
+    """Put a table together from float64 arrays, one row per evaluation, and pad it.
 
     Args:
-        timesteps: int `[n]`, descending.
-        x0_from: `[n, 2]`; eps_from: `[n, 3]`; matrix: `[n, SLOTS, SLOTS + 3]`: see `Table`.
-        draws_noise: bool `[n]`.
+        timesteps: `[n]`, descending.
+        levels: `[n, 2]`, see `Schedule`.
+        x0_from: `[n, 2]`; eps_from: `[n, 3]`, None where eps is not used; matrix: `[n, SLOTS, SLOTS + 3]`: see `Table`.
+        draws_noise: bool `[n]`, None for never.
+        input_scale: `[n]`, None for 1.
         log_variance: `[n, 2]` for a learned variance, else None.
         variance_is_output: the network predicts the variance itself, not an interpolant.
         clip: bound of x0, in units of the sample.
         threshold: (quantile, largest bound) of dynamic thresholding, or None.
+        begin: rows to leave out, for a sample that is already partly drawn.
+    Raises:
+        SchedulerError: where a coefficient is not finite, or the table would be longer than `ROWS`.
     """
     n = len(timesteps)
-
-    def pad(values: np.ndarray) -> np.ndarray:
-        values = np.asarray(values, np.float64)
-        return np.concatenate([values, np.zeros((ROWS - n, *values.shape[1:]))]).astype(np.float32)
-
+    if n - begin > ROWS:
+        raise SchedulerError(f"{n - begin} evaluations of the network are more than the {ROWS} that a table holds")
     quantile, largest = threshold or (0.0, 1.0)
     table = Table(
-        timestep=pad(timesteps),
-        input_scale=pad(np.ones(n)),
-        x0_from=pad(x0_from),
-        eps_from=pad(eps_from),
-        log_variance=pad(np.zeros((n, 2)) if log_variance is None else log_variance),
-        variance_is_output=pad(np.full(n, float(variance_is_output))),
-        clip=pad(np.full(n, clip)),
-        threshold=pad(np.tile([float(threshold is not None), quantile, largest], (n, 1))),
-        matrix=pad(matrix),
+        timestep=np.asarray(timesteps),
+        input_scale=np.ones(n) if input_scale is None else input_scale,
+        x0_from=x0_from,
+        eps_from=np.zeros((n, 3)) if eps_from is None else eps_from,
+        log_variance=np.zeros((n, 2)) if log_variance is None else log_variance,
+        variance_is_output=np.full(n, float(variance_is_output)),
+        clip=np.full(n, clip),
+        threshold=np.tile([float(threshold is not None), quantile, largest], (n, 1)),
+        matrix=matrix,
     )
-    learned = log_variance is not None or variance_is_output
-    return Schedule(table, np.asarray(timesteps), np.asarray(draws_noise, bool), learned)
+    table = Table(*(_padded(column[begin:]) for column in table))
+    if broken := [name for name in ("x0_from", "eps_from", "matrix") if not np.isfinite(getattr(table, name)).all()]:
+        raise SchedulerError(f"these options divide by zero at {n} steps (coefficients: {', '.join(broken)})")
+    return Schedule(
+        table=table,
+        timesteps=np.asarray(timesteps)[begin:],
+        draws_noise=(np.zeros(n, bool) if draws_noise is None else np.asarray(draws_noise, bool))[begin:],
+        levels=np.asarray(levels)[begin:],
+        learned_variance=log_variance is not None or variance_is_output,
+        init_noise_sigma=init_noise_sigma,
+    )
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    with np.errstate(over="ignore"):
+        return np.concatenate([values, np.zeros((ROWS - len(values), *values.shape[1:]))]).astype(np.float32)
