@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kandinsky_jax import DDIMScheduler, DDPMScheduler, KandinskyV22CombinedPipeline, TorchGenerator
+from kandinsky_jax import (
+    DDIMScheduler,
+    DDPMScheduler,
+    KandinskyV22CombinedPipeline,
+    TorchGenerator,
+    scheduler_named,
+)
+from kandinsky_jax.schedulers import NAMES
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -54,6 +61,7 @@ def test_nothing_compiles_after_the_first_call(tiny_pipe, batch):
         tiny_pipe(prompts, negative_prompt=["green"] * batch, generator=0, **SMALL)
         try:
             for scheduler in (
+                *(scheduler_named(name, original.config) for name in NAMES),
                 DDIMScheduler.from_config(original.config, thresholding=False),
                 DDIMScheduler.from_config(original.config, eta=0.5),
                 DDPMScheduler.from_config(original.config, variance_type="fixed_small", thresholding=False),

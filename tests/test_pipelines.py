@@ -13,6 +13,7 @@ from kandinsky_jax import (
     KandinskyV22CombinedPipeline,
     KandinskyV22Pipeline,
     TorchGenerator,
+    scheduler_named,
 )
 from tests.conftest import note, official_config, worst
 
@@ -93,7 +94,10 @@ def test_same_seed_same_picture_combined(tiny_pipe, reference, name):
     assert_same_pictures(ours, pictures)
 
 
-@pytest.mark.parametrize("kind", ["official DDPM", "DDIM", "DDIM without thresholding"])
+SOLVERS = ["dpm++2m-karras", "dpm++2m-sde", "dpm++3s", "dpm++sde", "sa", "lcm", "tcd"]  # what its pipelines can run
+
+
+@pytest.mark.parametrize("kind", ["official DDPM", "DDIM", "DDIM without thresholding", *SOLVERS])
 def test_other_schedulers(tiny_pipe, reference, kind):
     """Schedulers that know no learned variance, so that the network's second half is dropped; among them the official
     configuration (fixed_small, clip_sample, offset 1), which the small model does not come with."""
@@ -102,6 +106,10 @@ def test_other_schedulers(tiny_pipe, reference, kind):
     changes = {"thresholding": "without" not in kind}
     if kind == "official DDPM":
         theirs, ours = diffusers.DDPMScheduler.from_config(config), DDPMScheduler.from_config(config)
+    elif kind in SOLVERS:
+        ours = scheduler_named(kind, config)
+        fields = {field.name for field in ours.fields()} - {"eta", "custom_timesteps", "tau_func"}
+        theirs = getattr(diffusers, type(ours).__name__)(**{k: v for k, v in ours.config.items() if k in fields})
     else:
         config = {k: v for k, v in tiny_pipe.scheduler.config.items() if k != "variance_type"}
         theirs = diffusers.DDIMScheduler.from_config(config, **changes)

@@ -62,13 +62,9 @@ def steps_for(scheduler: Scheduler, evaluations: int, strength: float | None = N
     return best
 
 
-def verdicts(pictures: np.ndarray) -> list[shapes.Verdict]:
-    return [shapes.classify(picture) for picture in pictures]
-
-
 def share_right(pictures: np.ndarray, captions: list[shapes.Caption]) -> float:
     """Colour, background and shape all as asked."""
-    return float(shapes.rates(verdicts(pictures), [c.truth for c in captions])["all"])
+    return float(shapes.rates(map(shapes.classify, pictures), [c.truth for c in captions])["all"])
 
 
 def in_batches(pipe: Any, embeds: tuple[np.ndarray, np.ndarray], size: int, **settings: Any) -> np.ndarray:
@@ -90,8 +86,14 @@ class Modes:
         self.captions, self.embeds = captions, embeds
         rng = np.random.default_rng(7)
         # Another shape and colour on the background that is asked for, in the middle of the picture.
-        others = [shapes.Verdict(_next(c.truth.colour, shapes.COLOURS, c.truth.background), c.truth.background,
-                                 _next(c.truth.shape, shapes.SHAPES)) for c in captions]
+        others = [
+            shapes.Verdict(
+                _next(c.truth.colour, shapes.COLOURS, c.truth.background),
+                c.truth.background,
+                _next(c.truth.shape, shapes.SHAPES),
+            )
+            for c in captions
+        ]
         self.sources = [shapes.draw(shapes.caption(truth), rng) for truth in others]
         middle = np.zeros((shapes.SIDE, shapes.SIDE), bool)
         middle[4:-4, 4:-4] = True
@@ -195,8 +197,12 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles or left.get_legend_handles_labels()[0], labels or left.get_legend_handles_labels()[1],
-                  loc="outside right upper", fontsize="small")
+    figure.legend(
+        handles or left.get_legend_handles_labels()[0],
+        labels or left.get_legend_handles_labels()[1],
+        loc="outside right upper",
+        fontsize="small",
+    )
     figure.savefig(path, dpi=100)
 
 
@@ -204,7 +210,9 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help='"tiny", a folder or a Hub repository')
-    parser.add_argument("--names", nargs="+", default=SETTINGS, metavar="NAME", help="as for the command line's --scheduler")
+    parser.add_argument(
+        "--names", nargs="+", default=SETTINGS, metavar="NAME", help="as for the command line's --scheduler"
+    )
     parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
     parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--size", type=int, default=shapes.SIDE, help="of a picture's side, in pixels")
@@ -221,7 +229,9 @@ def main() -> None:
         np.concatenate(parts)
         for parts in zip(
             *(
-                pipe.prior_pipe([c.text for c in captions[i : i + BATCH]], generator=i, output_type="np", return_dict=False)
+                pipe.prior_pipe(
+                    [c.text for c in captions[i : i + BATCH]], generator=i, output_type="np", return_dict=False
+                )
                 for i in range(0, len(captions), BATCH)
             ),
             strict=True,

@@ -2,9 +2,9 @@
 
 On a TPU or GPU that is always XLA's own. On a CPU, XLA's 3x3 convolution loses to matrix products of the same sums:
 - a small picture: gather the nine taps and multiply once;
-- a large one with many channels: Winograd's F(2x2, 3x3), which needs 16 products for 4 pixels instead of 36. Its rounding error is that of
-  the plain sum (both about 1e-5 of the result's spread against float64); the larger tiles' is ten times that, so they
-  are not used.
+- a large one with many channels: Winograd's F(2x2, 3x3), which needs 16 products for 4 pixels instead of 36. Its
+  rounding error is that of the plain sum (both about 1e-5 of the result's spread against float64); the larger tiles' is
+  ten times that, so they are not used.
 The figures are in `tpu_scripts/results/NOTES.md`.
 """
 

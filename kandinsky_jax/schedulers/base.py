@@ -200,8 +200,10 @@ def predictions(kind: str, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     signal, sigma, zero = np.sqrt(alpha), np.sqrt(1 - alpha), np.zeros_like(alpha)
     if kind == "epsilon" and not alpha.all():
-        raise SchedulerError("at a terminal signal-to-noise ratio of zero the noise says nothing of the picture; it is "
-                             "for networks that predict v or the sample, not epsilon")
+        raise SchedulerError(
+            "at a terminal signal-to-noise ratio of zero the noise says nothing of the picture; it is "
+            "for networks that predict v or the sample, not epsilon"
+        )
     with np.errstate(divide="ignore"):
         columns = {
             "epsilon": lambda: ((1 / signal, -sigma / signal), (zero, zero, zero + 1)),
@@ -246,7 +248,9 @@ class BetaScheduler(Scheduler):
         betas = make_betas(
             self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, self.trained_betas
         )
-        return cumulative_alphas(rescaled_to_zero_snr(betas) if getattr(self, "rescale_betas_zero_snr", False) else betas)
+        return cumulative_alphas(
+            rescaled_to_zero_snr(betas) if getattr(self, "rescale_betas_zero_snr", False) else betas
+        )
 
     def _within(self, timesteps: np.ndarray) -> np.ndarray:
         """The timesteps, if the network knows them."""

@@ -138,7 +138,7 @@ class DPMSolverMultistepScheduler(DPMSolver):
     def _respaced(self, sigmas: np.ndarray, steps: int) -> np.ndarray | None:
         if not self.use_lu_lambdas:
             return super()._respaced(sigmas, steps)
-        return np.exp(np.linspace(*map(float, np.log(sigmas[[0, -1]])), steps))
+        return np.exp(np.linspace(float(np.log(sigmas[0])), float(np.log(sigmas[-1])), steps))
 
     def _to_int(self, timesteps: np.ndarray) -> np.ndarray:
         if (self.use_karras_sigmas or self.use_lu_lambdas) and self.beta_schedule != "squaredcos_cap_v2":

@@ -73,8 +73,8 @@ class EulerDiscreteScheduler(KarrasScheduler):
         else:
             timesteps, sigmas = super().grid(num_inference_steps)
             if self.interpolation_type == "log_linear":
-                ends = np.log(training[[-1, 0]])
-                even = rounded(np.exp(np.linspace(*ends, len(timesteps) + 1)))
+                high, low = np.log(training[-1]), np.log(training[0])
+                even = rounded(np.exp(np.linspace(high, low, len(timesteps) + 1)))
                 respaced = self._respaced(even, len(timesteps))
                 # As the reference: without another spacing, these are one sigma more than there are timesteps.
                 sigmas = np.append(even if respaced is None else respaced, 0.0)

@@ -23,7 +23,7 @@ def _adams(outputs: list[np.ndarray]) -> np.ndarray:
     return np.sum([w * output for w, output in zip(weights, outputs, strict=True)], axis=0)
 
 
-def _raw(n: int) -> dict[str, np.ndarray]:
+def _raw(n: int) -> dict[str, Any]:
     """`build`'s arguments for solvers that see the output as it is."""
     return {"x0_from": np.zeros((n, 2)), "eps_from": np.tile([0.0, 0.0, 1.0], (n, 1))}
 

@@ -89,7 +89,7 @@ class SigmaScheduler(BetaScheduler):
         if self.use_exponential_sigmas:
             return np.exp(np.linspace(np.log(high), np.log(low), steps))
         if self.use_beta_sigmas:  # Lee et al. 2024, arXiv 2407.12173
-            from scipy.special import betaincinv  # not at import: few need it
+            from scipy.special import betaincinv  # type: ignore[import-untyped]  # not at import: few need it
 
             return low + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, steps)) * (high - low)
         return None
