@@ -366,6 +366,7 @@ def _write(pictures: Sequence[Image.Image], options: Options, seed: int, about: 
         path = options.output
         path = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{i}")
         run = {"model": options.model, "seed": seed, "image": i, "torch_noise": options.torch_noise}
+        run["scheduler"] = options.scheduler
         images.write(path, picture, facts | run)
         print(path)
     print(f"seed {seed}")

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from kandinsky_jax import scheduler_named
 from kandinsky_jax.cli import app
 from tests import shapes
 
@@ -81,6 +82,8 @@ def test_torch_noise_is_the_references_picture(tmp_path, tiny_pipe):
         (["x", "--model", "tiny", "--height", "10"], "--height=10 is too small"),
         (["x", *SHORT[:2], "--steps", "0"], "num_inference_steps=0 is out of range"),
         (["x", "--model", "tiny", "--seed", "-1"], "--seed=-1 is no seed"),
+        (["x", "--scheduler", "dpm2m"], "there is no scheduler 'dpm2m'; did you mean dpm++2m"),
+        (["x", "--scheduler", "heun", "--steps", "600"], "num_inference_steps=600 is out of range"),
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, says):
@@ -157,12 +160,18 @@ def test_the_commands_do_what_the_pipelines_do(folder, ours):
     }
     for line, (mode, pictures) in cases.items():
         command, *arguments = line.split()
-        done = invoke([command, prompt, *arguments, "--seed", "5", "-o", "out.png", "-n", "red", *short], folder)
-        assert done.exit_code == 0, done.output
-        assert done.output.split("\n")[:2] == ["out.png", "seed 5"]
+        arguments += ["--seed", "5", "-o", "out.png", "-n", "red", *short]
         pipe = ours[f"KandinskyV22{mode}CombinedPipeline"]
         [expected] = pipe(prompt, negative_prompt="red", generator=5, **pictures, **steps).images
-        assert np.abs(pixels(folder / "out.png") - np.asarray(expected, int)).max() <= 1
+        original, pipe.scheduler = pipe.scheduler, scheduler_named("dpm++2m-karras", pipe.scheduler.config)
+        [solved] = pipe(prompt, negative_prompt="red", generator=5, **pictures, **steps).images
+        pipe.scheduler = original
+        assert np.abs(np.asarray(expected, int) - np.asarray(solved, int)).max() > 8
+        for picture, solver in ((expected, []), (solved, ["--scheduler", "dpm++2m-karras"])):
+            done = invoke([command, prompt, *arguments, *solver], folder)
+            assert done.exit_code == 0, done.output
+            assert done.output.split("\n")[:2] == ["out.png", "seed 5"]
+            assert np.abs(pixels(folder / "out.png") - np.asarray(picture, int)).max() <= 1
 
 
 def test_a_mix_is_drawn_in_the_proportions_given(folder, ours):

@@ -1,0 +1,78 @@
+"""Every solver draws what it is told, in every kind of mode, on the trained small models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kandinsky_jax.schedulers import NAMES, scheduler_named
+from tests import shapes
+from tests.conftest import note
+
+ROOT = Path(__file__).parents[1]
+CAPTIONS = shapes.captions(25, seed=3)
+# IPNDM is for networks that were trained with timesteps from 1 to 0. LCM and TCD at 25 steps are near the end of what
+# a network that was not distilled for them can do; see docs/schedulers.md.
+CANNOT = {"ipndm"}
+
+
+@pytest.fixture(scope="module")
+def guide():
+    spec = importlib.util.spec_from_file_location("scheduler_guide", ROOT / "tpu_scripts" / "scheduler_guide.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def embeds(tiny_pipe, captions):
+    return tiny_pipe.prior_pipe([c.text for c in captions], generator=0, output_type="np", return_dict=False)
+
+
+@pytest.fixture(scope="module")
+def modes(guide, tiny_pipe):
+    original = tiny_pipe.scheduler
+    yield guide.Modes(tiny_pipe, original.config, CAPTIONS, embeds(tiny_pipe, CAPTIONS))
+    tiny_pipe.scheduler = original
+
+
+@pytest.mark.slow  # eight minutes
+@pytest.mark.parametrize("mode", ["text2img", "img2img", "inpaint"])
+def test_right_pictures_at_25_evaluations(guide, modes, mode):
+    """At least 90 % of what DDPM draws right in 50."""
+    baseline = modes.rate(mode, guide.BASELINE, guide.BASELINE_EVALUATIONS)
+    assert note(baseline, f"share of right pictures, {mode}, DDPM in 50") >= 0.9
+    rates = {name: modes.rate(mode, name, guide.IN_EVERY_MODE) for name in NAMES}
+    for name in CANNOT:
+        assert rates.pop(name) < 0.5
+    note(min(rates.values()), f"share of right pictures, {mode}, the worst of {len(rates)} solvers in 25")
+    assert {name: rate for name, rate in rates.items() if rate < 0.9 * baseline} == {}
+
+
+@pytest.mark.parametrize("name", ["dpm++2m", "heun", "euler-a", "unipc"])
+@pytest.mark.parametrize("mode", ["img2img", "inpaint"])
+def test_what_is_given_counts(modes, mode, name):
+    """Few steps and few pictures, in the quick suite: the picture that comes in is seen, and then changed."""
+    pipeline, _, settings = modes.calls[mode]
+    pipeline.scheduler = scheduler_named(name, modes.config)
+    few = {key: value[:2] if isinstance(value, list) else value for key, value in settings.items()}
+    size = {"height": shapes.SIDE, "width": shapes.SIDE, "output_type": "np", "num_inference_steps": 12}
+    rows = dict(zip(("image_embeds", "negative_image_embeds"), (x[:2] for x in modes.embeds), strict=True))
+    pictures = pipeline(**rows, **few, **size, generator=0).images
+    away = np.abs(pictures - np.stack(few["image"])).mean(axis=(1, 2, 3)) * 255
+    assert (away > 5).all()
+    assert (away < 80).all(), "the background stays"
+    assert [shapes.classify(picture).background for picture in pictures] == [c.truth.background for c in CAPTIONS[:2]]
+
+
+def test_as_many_evaluations_as_asked(guide):
+    config = json.loads((ROOT / "tests/official/kandinsky-2-2-decoder/scheduler/scheduler_config.json").read_text())
+    for name, steps in {"ddpm": 25, "heun": 13, "pndm": 16, "plms": 24, "lcm": 25}.items():
+        scheduler = scheduler_named(name, config)
+        assert guide.steps_for(scheduler, 25) == steps
+        assert len(scheduler.schedule(steps)) <= 25
+    assert guide.steps_for(scheduler_named("pndm", config), 5) is None
+    assert guide.steps_for(scheduler_named("heun", config), 10, strength=0.5) == 11
