@@ -15,6 +15,7 @@ from kandinsky_jax import (
     TorchGenerator,
     scheduler_named,
 )
+from kandinsky_jax.schedulers.base import STEP_ARGUMENTS
 from tests.conftest import note, official_config, worst
 
 RED = "a red circle on a blue background"
@@ -108,7 +109,7 @@ def test_other_schedulers(tiny_pipe, reference, kind):
         theirs, ours = diffusers.DDPMScheduler.from_config(config), DDPMScheduler.from_config(config)
     elif kind in SOLVERS:
         ours = scheduler_named(kind, config)
-        fields = {field.name for field in ours.fields()} - {"eta", "custom_timesteps", "tau_func"}
+        fields = {field.name for field in ours.fields()} - STEP_ARGUMENTS
         theirs = getattr(diffusers, type(ours).__name__)(**{k: v for k, v in ours.config.items() if k in fields})
     else:
         config = {k: v for k, v in tiny_pipe.scheduler.config.items() if k != "variance_type"}

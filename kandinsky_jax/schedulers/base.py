@@ -201,15 +201,14 @@ def predictions(kind: str, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     signal, sigma, zero = np.sqrt(alpha), np.sqrt(1 - alpha), np.zeros_like(alpha)
     if kind == "epsilon" and not alpha.all():
         raise SchedulerError(
-            "at a terminal signal-to-noise ratio of zero the noise says nothing of the picture; it is "
-            "for networks that predict v or the sample, not epsilon"
+            "at a terminal signal-to-noise ratio of zero the noise says nothing of the picture: that is for networks "
+            "that predict v or the sample, not epsilon"
         )
-    with np.errstate(divide="ignore"):
-        columns = {
-            "epsilon": lambda: ((1 / signal, -sigma / signal), (zero, zero, zero + 1)),
-            "sample": lambda: ((zero, zero + 1), (1 / sigma, zero, -signal / sigma)),
-            "v_prediction": lambda: ((signal, -sigma), (sigma, zero, signal)),
-        }[kind]()
+    columns = {
+        "epsilon": ((1 / signal, -sigma / signal), (zero, zero, zero + 1)),
+        "sample": ((zero, zero + 1), (1 / sigma, zero, -signal / sigma)),
+        "v_prediction": ((signal, -sigma), (sigma, zero, signal)),
+    }[kind]
     return np.stack(columns[0], axis=1), np.stack(columns[1], axis=1)
 
 

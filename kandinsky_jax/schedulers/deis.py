@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kandinsky_jax.schedulers.base import eps_of_x0
-from kandinsky_jax.schedulers.dpm_solver import FEW
-from kandinsky_jax.schedulers.sigmas import MultistepScheduler
+from kandinsky_jax.schedulers.sigmas import FEW, MultistepScheduler
 from kandinsky_jax.schedulers.table import BASIS, EPS, Schedule
 
 
@@ -24,6 +23,7 @@ class DEISMultistepScheduler(MultistepScheduler):
     lower_order_final: bool = True
     timestep_spacing: str = "linspace"
     steps_offset: int = 0
+    use_dynamic_shifting: bool = False
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **MultistepScheduler.CHOICES,

@@ -17,10 +17,8 @@ import numpy as np
 
 from kandinsky_jax.schedulers.base import eps_of_x0
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
-from kandinsky_jax.schedulers.sigmas import Grid, MultistepScheduler
+from kandinsky_jax.schedulers.sigmas import FEW, Grid, MultistepScheduler
 from kandinsky_jax.schedulers.table import BASIS, EPS, X0, Schedule, Z
-
-FEW = 15  # steps below which the reference lowers the order at the end
 
 
 def _phi(w: float) -> tuple[float, float, float]:
@@ -41,6 +39,7 @@ class DPMSolver(MultistepScheduler):
     final_sigmas_type: str = "zero"
     lambda_min_clipped: float = -np.inf
     variance_type: str | None = None
+    use_dynamic_shifting: bool = False
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **MultistepScheduler.CHOICES,

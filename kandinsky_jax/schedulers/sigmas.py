@@ -17,7 +17,7 @@ from kandinsky_jax.schedulers.base import BetaScheduler, predictions
 from kandinsky_jax.schedulers.noise_schedule import LEAST_ALPHA, SchedulerError, spaced_points, spread_timesteps
 from kandinsky_jax.schedulers.table import SLOTS, Schedule, build
 
-MATRIX = (SLOTS, SLOTS + 3)
+FEW = 15  # steps below which multistep solvers lower their order at the end, as the reference does
 
 
 class Grid(NamedTuple):
@@ -122,7 +122,6 @@ class MultistepScheduler(SigmaScheduler):
     sample_max_value: float = 1.0
     # Flow matching is not what Kandinsky 2.2 was trained for.
     use_flow_sigmas: bool = False
-    use_dynamic_shifting: bool = False
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **BetaScheduler.CHOICES,
@@ -168,7 +167,7 @@ class MultistepScheduler(SigmaScheduler):
 
     def _build(self, grid: Grid, begin: int, rows: list[list[np.ndarray]], **others: Any) -> Schedule:
         """A schedule of the grid's points from `begin` on, by the first lines of each of its matrices."""
-        matrix = np.zeros((len(rows), *MATRIX))
+        matrix = np.zeros((len(rows), SLOTS, SLOTS + 3))
         for i, lines in enumerate(rows):
             matrix[i, : len(lines)] = lines
         alpha = grid.alpha()[begin:-1]

@@ -29,6 +29,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
     solver_p: None = None
     timestep_spacing: str = "linspace"
     steps_offset: int = 0
+    use_dynamic_shifting: bool = False
     final_sigmas_type: str = "zero"
     rescale_betas_zero_snr: bool = False
     sigma_min: float | None = None
