@@ -98,8 +98,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["unet is a UNet2DModel, supported: UNet2DConditionModel"],
     ),
     "several wrong classes": (
-        in_index(unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "PNDMScheduler"], movq=[None, None]),
-        ["unet is a UNet2DModel", "scheduler is a PNDMScheduler, supported: DDIMScheduler", "movq is missing"],
+        in_index(unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DPMSolverSDEScheduler"], movq=[None, None]),
+        ["unet is a UNet2DModel", "scheduler is a DPMSolverSDEScheduler, supported: DDPMScheduler", "movq is missing"],
     ),
     "no component": (
         lambda f: edit_json(f / "model_index.json", lambda index: index.pop("movq")),
@@ -117,8 +117,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["scheduler_config.json is missing"],
     ),
     "another scheduler": (
-        lambda f: (f / "scheduler/scheduler_config.json").write_text('{"_class_name": "PNDMScheduler"}'),
-        ["names 'PNDMScheduler', which is not supported", "DDPMScheduler"],
+        lambda f: (f / "scheduler/scheduler_config.json").write_text('{"_class_name": "DPMSolverSDEScheduler"}'),
+        ["names the scheduler 'DPMSolverSDEScheduler', which is not supported; did you mean", "DPMSolver"],
     ),
 }
 

@@ -115,7 +115,7 @@ class PNDMScheduler(BetaScheduler):
 class IPNDMScheduler(Scheduler):
     """Adams-Bashforth on a schedule of its own, with timesteps from 1 to 0: for networks that were trained for it.
 
-    The official decoders were not; they draw nothing with it, here or in diffusers.
+    The decoders were not: to them that is no noise at all, here as in diffusers.
     """
 
     trained_betas: tuple[float, ...] | None = None
