@@ -98,7 +98,9 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["unet is a UNet2DModel, supported: UNet2DConditionModel"],
     ),
     "several wrong classes": (
-        in_index(unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DPMSolverSDEScheduler"], movq=[None, None]),
+        in_index(
+            unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DPMSolverSDEScheduler"], movq=[None, None]
+        ),
         ["unet is a UNet2DModel", "scheduler is a DPMSolverSDEScheduler, supported: DDPMScheduler", "movq is missing"],
     ),
     "no component": (

@@ -46,6 +46,7 @@ def test_right_pictures_at_25_evaluations(guide, modes, mode):
     for name in NAMES:
         guidance = guide.GENTLE_GUIDANCE if name in guide.GENTLE else guide.GUIDANCE
         rates[name] = modes.rate(mode, guide.BETTER.get(name, name), guide.IN_EVERY_MODE, guidance)
+    print(mode, baseline, rates)
     note(min(rates.values()), f"share of right pictures, {mode}, the worst of {len(rates)} solvers in 25")
     assert {name: rate for name, rate in rates.items() if rate < 0.9 * baseline} == {}
 

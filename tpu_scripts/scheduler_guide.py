@@ -48,11 +48,24 @@ IN_EVERY_MODE = 25
 STRENGTH = 0.8  # of image-to-image
 # A name of the command line, and behind a colon a field to turn on.
 CONSISTENT = "ddim:use_clipped_model_output"  # thresholds the picture and the noise together
-RESPACED = ("dpm++2m", "dpm++2m-sde", "dpm++sde", "unipc", "sa", "euler", "heun", "dpm2", "dpm2-a", "lms")
+RESPACED = (
+    "dpm++2m",
+    "dpm++3m",
+    "deis",
+    "dpm++2m-sde",
+    "dpm++sde",
+    "unipc",
+    "sa",
+    "euler",
+    "heun",
+    "dpm2",
+    "dpm2-a",
+    "lms",
+)
 SETTINGS = (*NAMES, CONSISTENT, *(f"{name}-karras" for name in RESPACED))
 # What draws right at 25 evaluations and this guidance, where the plain form does not; see docs/schedulers.md.
 BETTER = {"ddim": CONSISTENT} | {
-    name: f"{name}-karras" for name in ("dpm++2m-sde", "dpm++sde", "sa", "heun", "dpm2", "dpm2-a")
+    name: f"{name}-karras" for name in ("dpm++3m", "deis", "dpm++2m-sde", "dpm++sde", "sa", "heun", "dpm2", "dpm2-a")
 }
 GUIDANCE = 4.0
 GENTLE, GENTLE_GUIDANCE = ("lms", "pndm", "plms", "lcm", "ipndm"), 2.0  # none of their forms does: drawn with less
@@ -147,9 +160,10 @@ def _next(value: str, options: tuple[str, ...], besides: str = "") -> str:
 
 def sweep(draw: Callable[..., np.ndarray], config: Any, given: argparse.Namespace, captions: Any) -> list[dict]:
     """Every solver at every number of evaluations."""
-    exact = draw(
-        DDIMScheduler.from_config(config, timestep_spacing="trailing", use_clipped_model_output=True), EXACT_STEPS
-    )
+    exact = None
+    if given.reference:
+        scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", use_clipped_model_output=True)
+        exact = draw(scheduler, EXACT_STEPS)
     rows = []
     for name in tqdm(given.names, unit="solver"):
         scheduler = scheduler_of(name, config)
@@ -161,7 +175,9 @@ def sweep(draw: Callable[..., np.ndarray], config: Any, given: argparse.Namespac
             pictures = draw(scheduler, steps)
             noisy = bool(schedule.draws_noise.any())
             row = {"name": name, "steps": steps, "evaluations": len(schedule), "noisy": noisy}
-            row["rms_255"] = None if noisy else round(float(np.sqrt(np.mean((pictures - exact) ** 2))) * 255, 2)
+            row["rms_255"] = None
+            if exact is not None and not noisy:
+                row["rms_255"] = round(float(np.sqrt(np.mean((pictures - exact) ** 2))) * 255, 2)
             if given.scorer:
                 row["right"] = round(share_right(pictures, captions), 4)
             rows.append(row)
@@ -208,7 +224,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         rows = [row for row in found["sweep"] if row["name"] == name]
         style = {"color": colours[i % 20], "linestyle": "-" if i < 20 else "--", "marker": ".", "label": name}
         axis = [row["evaluations"] for row in rows]
-        if not rows[0]["noisy"]:
+        if rows[0]["rms_255"] is not None:
             left.plot(axis, [row["rms_255"] for row in rows], **style)
         if "right" in rows[0]:
             right.plot(axis, [row["right"] for row in rows], **style)
@@ -240,6 +256,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--size", type=int, default=shapes.SIDE, help="of a picture's side, in pixels")
     parser.add_argument("--no-scorer", dest="scorer", action="store_false", help="the model draws other things")
+    parser.add_argument("--no-reference", dest="reference", action="store_false", help="no distances, no 1000 steps")
     parser.add_argument("--no-modes", dest="modes", action="store_false", help="text-to-image alone")
     parser.add_argument("--output", type=Path, help="without its ending; default: results/scheduler-guide-DATE")
     given = parser.parse_args()
