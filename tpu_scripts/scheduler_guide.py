@@ -218,7 +218,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 7.5), layout="constrained")
     colours = pyplot.get_cmap("tab20").colors
     for i, name in enumerate(dict.fromkeys(row["name"] for row in found["sweep"])):
         rows = [row for row in found["sweep"] if row["name"] == name]
@@ -239,7 +239,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         handles or left.get_legend_handles_labels()[0],
         labels or left.get_legend_handles_labels()[1],
         loc="outside right upper",
-        fontsize="small",
+        fontsize=8,
     )
     figure.savefig(path, dpi=100)
 
