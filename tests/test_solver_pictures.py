@@ -16,8 +16,8 @@ from tests.conftest import note
 ROOT = Path(__file__).parents[1]
 CAPTIONS = shapes.captions(25, seed=3)
 # IPNDM tells the network timesteps from 1 to 0, which this one knows as no noise at all. The ancestral midpoint rule
-# has 13 steps in 25 evaluations, each with fresh noise; PNDM spends 12 of them on three steps. Both are at the bound, and
-# below it in inpainting.
+# has 13 steps in 25 evaluations, each with fresh noise; PNDM spends 12 of them on three steps. Both are at the bound,
+# and below it in inpainting.
 CANNOT = {"ipndm", "dpm2-a", "pndm"}
 
 
