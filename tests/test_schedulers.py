@@ -171,6 +171,26 @@ def test_where_the_reference_rounds(cls, steps, config):
     assert errors.step <= errors.rounding + BOUND
 
 
+FURTHER = [
+    *[
+        (cls, c)
+        for cls in (DDPMScheduler, DDIMScheduler)
+        for c in grid(
+            timestep_spacing=SPREAD,
+            snr=[{"rescale_betas_zero_snr": True, "prediction_type": p, "clip_sample": False} for p in PREDICTIONS[1:]],
+        )
+    ],
+    (DDPMScheduler, {"custom_timesteps": (999, 850, 600, 300, 100, 20)}),
+    (DDPMScheduler, {"custom_timesteps": (700, 300, 0), "variance_type": "learned_range"}),
+    (DDPMScheduler, {"beta_schedule": "laplace"}),
+]
+
+
+@pytest.mark.parametrize(("cls", "config"), FURTHER, ids=described)
+def test_further_options(cls, config):
+    check(cls, config, 10)
+
+
 def test_draws_noise_is_not_always():
     """What makes a replayed stream go wrong: DDPM draws at t > 0 only, DDIM only with eta."""
     assert DDPMScheduler().schedule(4).draws_noise.tolist() == [True, True, True, False]
