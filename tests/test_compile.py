@@ -107,7 +107,7 @@ def pictures(i: int, batch: int) -> dict[str, list]:
     }
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "takes"),
     [

@@ -204,7 +204,9 @@ def test_pictures_are_dealt_out():
     assert checks.per_picture(rows, "image", 3, 2).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("mode", ["img2img", "inpaint", "controlnet"])
+@pytest.mark.parametrize(
+    "mode", ["img2img", *(pytest.param(m, marks=pytest.mark.slow) for m in ("inpaint", "controlnet"))]
+)
 def test_a_picture_does_not_depend_on_its_batch(ours, embeds, mode):
     """JAX keys, and each element its own picture, mask and hint."""
     pictures = given(mode, 2, 64, 64)

@@ -252,6 +252,7 @@ def test_progress_bar(tiny_pipe, capsys):
     assert "5/5" in shown
 
 
+@pytest.mark.slow
 def test_bfloat16_draws_nearly_the_same(tiny_pipe):
     low = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="bfloat16")
     low.set_progress_bar_config(disable=True)
