@@ -173,13 +173,13 @@ class Scheduler:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `scheduler_config.json`, for this library or diffusers, into `folder` (made where it is missing)."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
         named = {"_class_name": type(self).__name__}
         for name, value in self.config.items():
             if callable(value):
                 raise SchedulerError(f"{name} of {type(self).__name__} is a function, which no file can hold")
             if name != _UNSET and not (name in STEP_ARGUMENTS and name in (self.unset or ())):
                 named[name] = value
+        Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "scheduler_config.json").write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
 
 
@@ -300,14 +300,18 @@ class DiffusionScheduler(BetaScheduler):
 
     def steps(self, num_inference_steps: int) -> int:
         own = self._custom("custom_timesteps")
-        return self._check_steps(num_inference_steps) if own is None else len(own)
+        return self._check_steps(num_inference_steps, most=self._most()) if own is None else len(own)
 
     def _visited(self, num_inference_steps: int) -> np.ndarray:
         """Descending int timesteps `[steps]`."""
         own = self._custom("custom_timesteps")
-        if own is not None:
-            return own.astype(np.int64)
-        steps = self._check_steps(num_inference_steps)
+        return self._spaced(self.steps(num_inference_steps)) if own is None else own.astype(np.int64)
+
+    def _most(self) -> int:
+        """Steps that can be asked for."""
+        return ROWS
+
+    def _spaced(self, steps: int) -> np.ndarray:
         return self._within(spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset))
 
 

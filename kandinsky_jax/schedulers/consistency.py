@@ -37,17 +37,11 @@ class ConsistencyScheduler(DiffusionScheduler):
                 f"needed is 1 to {self.num_train_timesteps}"
             )
 
-    def steps(self, num_inference_steps: int) -> int:
-        own = self._custom("custom_timesteps")
-        if own is None:
-            return self._check_steps(num_inference_steps, most=self.original_inference_steps)
-        return len(own)
+    def _most(self) -> int:
+        return self.original_inference_steps
 
-    def _visited(self, num_inference_steps: int) -> np.ndarray:
-        own = self._custom("custom_timesteps")
-        if own is not None:
-            return own.astype(np.int64)
-        steps, whole = self.steps(num_inference_steps), self.original_inference_steps
+    def _spaced(self, steps: int) -> np.ndarray:
+        whole = self.original_inference_steps
         original = np.arange(whole, 0, -1) * (self.num_train_timesteps // whole) - 1
         return original[np.floor(np.linspace(0, whole, steps, endpoint=False)).astype(np.int64)]
 
