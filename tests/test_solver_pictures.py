@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kandinsky_jax.pipelines.inpaint import kept_latents
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from tests import shapes
 from tests.conftest import note
@@ -80,3 +81,35 @@ def test_as_many_evaluations_as_asked(guide):
         assert len(scheduler.schedule(steps)) <= 25
     assert guide.steps_for(scheduler_named("pndm", config), 5) is None
     assert guide.steps_for(scheduler_named("heun", config), 10, strength=0.5) == 11
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm++2m"])
+def test_the_kept_part_is_as_noisy_as_the_sample(modes, name):
+    """Also where the sample is scaled up: the picture, and the first noise times the next evaluation's sigma."""
+    pipeline, _, settings = modes.calls["inpaint"]
+    pipeline.scheduler = scheduler_named(name, modes.config)
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+    seen = []
+
+    def look(_pipe, _step, _timestep, tensors):
+        seen.append(tensors["latents"])
+        return tensors
+
+    source, mask = settings["image"][0], np.arange(64)[None].repeat(64, axis=0) >= 32
+    pipeline(
+        image_embeds=modes.embeds[0][:1],
+        negative_image_embeds=modes.embeds[1][:1],
+        image=source,
+        mask_image=mask,
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        latents=noise,
+        callback_on_step_end=look,
+        output_type="latent",
+    )
+    picture = np.asarray(pipeline._encode(np.asarray(source)[None] * 2 - 1)).transpose(0, 3, 1, 2)
+    signal, sigma = pipeline.scheduler.schedule(4).levels[1]
+    kept = kept_latents(mask[None], 8, 8)[:, None].repeat(4, axis=1) > 0
+    assert kept.any()
+    np.testing.assert_allclose(seen[0][kept], (signal * picture + sigma * noise)[kept], rtol=1e-4, atol=1e-4)
