@@ -114,7 +114,7 @@ def test_another_tower_may_be_put_in_its_place(tiny_pipe):
     other.visual_projection.weight[...] = -other.visual_projection.weight[...]
     pipe.image_encoder = other
     assert pipe.image_encoder is other
-    assert np.array_equal(pipe._zero_embed(), -own)
+    assert worst(pipe._zero_embed(), -own) <= 1e-5
     assert tiny_pipe.prior_image_encoder is not other
     text = checkpoint.Deferred(CLIPTextModelWithProjection, TINY / hub.PRIOR / "text_encoder")
     with pytest.raises(TypeError, match="must be a CLIPVisionModelWithProjection, got CLIPTextModelWithProjection"):
@@ -257,7 +257,7 @@ def test_saved_and_converted_copies_have_it(tmp_path, reads):
 
 def test_a_conversion_computes_what_is_not_there(folder, tmp_path, cache):
     (folder / "image_encoder" / files.ZERO_EMBED).unlink()
-    for dtype, tolerance in ((None, 0), ("bfloat16", 0.05)):
+    for dtype, tolerance in ((None, 1e-5), ("bfloat16", 0.05)):
         target = tmp_path / f"{dtype}" / "image_encoder"
         convert(folder, target.parent, dtype=dtype, progress=False)
         tower = checkpoint.Deferred(CLIPVisionModelWithProjection, target)
