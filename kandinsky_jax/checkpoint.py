@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from kandinsky_jax import orbax
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import abstract
+from kandinsky_jax.sharding import Mesh, Rules, parameter_places
 from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors import files, names
 from kandinsky_jax.tensors.files import CheckpointError
@@ -39,6 +40,7 @@ __all__ = [
     "flat_params",
     "load_network",
     "loading_bar",
+    "move_network",
     "read_params",
     "save_network",
     "stored_bytes",
@@ -76,22 +78,37 @@ def describe_network(
     cls: type[nnx.Module],
     folder: str | os.PathLike[str],
     dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
 ) -> Any:
     """The network in `folder` without its arrays: its parameters are `jax.ShapeDtypeStruct`s of `dtype`.
 
     A program that is compiled for it is the one that the loaded network runs, where `load_network` gets this dtype.
+
+    Args:
+        mesh, rules: where the parameters are to lie, see `kandinsky_jax.sharding`.
     """
-    module, _ = _expected(cls, Path(folder))
-    place = _home() if (Path(folder) / orbax.FOLDER).is_dir() else None
+    module, shapes = _expected(cls, Path(folder))
+    places: Mapping[str, Any] = parameter_places(mesh, shapes, rules)
+    if mesh is None and (Path(folder) / orbax.FOLDER).is_dir():
+        places = dict.fromkeys(shapes, _home())
     return _with_params(
         module,
-        {name: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place) for name, x in flat_params(module).items()},
+        {name: jax.ShapeDtypeStruct(shape, dtype, sharding=places[name]) for name, shape in shapes.items()},
     )
+
+
+def move_network(module: nnx.Module, mesh: Mesh | None, rules: Rules = ()) -> None:
+    """Put a network's parameters on a mesh, or on JAX's default device, in place."""
+    params = flat_params(module)
+    places = parameter_places(mesh, {name: tuple(x.shape) for name, x in params.items()}, rules)
+    where = {name: _home() if mesh is None else place for name, place in places.items()}
+    _with_params(module, {name: jax.device_put(x, where[name]) for name, x in params.items()})
 
 
 def _home() -> jax.sharding.Sharding:
     """JAX's default device, for arrays that are bound to it: Orbax makes no others."""
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def load_network(
@@ -107,7 +124,8 @@ def load_network(
         cls: a network class of `kandinsky_jax.models`, or what `describe_network` has made, which then gets its arrays.
         folder: holds `config.json` and tensors in either layout.
         dtype: of the parameters, and so of the computation; None keeps each tensor's own.
-        sharding: where the arrays shall live; None is JAX's default device.
+        sharding: where the arrays shall live; None is where `cls` is described to have them, or else JAX's default
+            device.
         progress: told the number of bytes as they are read.
     Raises:
         CheckpointError: listing every tensor that is missing, unexpected, of another shape than the configuration
@@ -116,11 +134,13 @@ def load_network(
     """
     folder = Path(folder)
     module = describe_network(cls, folder) if isinstance(cls, type) else cls
-    expected = {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
+    leaves = flat_params(module)
+    expected = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    places = {name: sharding or getattr(leaf, "sharding", None) for name, leaf in leaves.items()}
     if (folder / orbax.FOLDER).is_dir():
-        params = _read_orbax(folder, expected, dtype, sharding, progress)
+        params = _read_orbax(folder, expected, dtype, places, progress)
     else:
-        params = _read_torch(folder, expected, dtype, sharding, progress)
+        params = _read_torch(folder, expected, dtype, places, progress)
     return _with_params(module, params)
 
 
@@ -152,10 +172,19 @@ class Deferred:
 
     Args:
         cls, folder, dtype: see `load_network`, whose errors come at once, but for the numbers that are not finite.
+        mesh, rules: where its parameters will lie, see `kandinsky_jax.sharding`.
     """
 
-    def __init__(self, cls: type[nnx.Module], folder: str | os.PathLike[str], dtype: Any = None):
+    def __init__(
+        self,
+        cls: type[nnx.Module],
+        folder: str | os.PathLike[str],
+        dtype: Any = None,
+        mesh: Mesh | None = None,
+        rules: Rules = (),
+    ):
         self.cls, self.folder = cls, Path(folder).absolute()
+        self._mesh, self._rules = mesh, rules
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.config: Any = check_network(cls, folder)
         self._network: Any = None
@@ -182,9 +211,19 @@ class Deferred:
         """The network, for a moment: where nobody has needed it yet, it is read and not kept."""
         return self._network if self.loaded else self._read()
 
+    def move(self, mesh: Mesh | None, rules: Rules = ()) -> None:
+        """Put the network on a mesh, or on JAX's default device: now if it is loaded, else when it is."""
+        with self._lock:
+            self._mesh, self._rules = mesh, rules
+            if self._network is not None:
+                move_network(self._network, mesh, rules)
+
     def _read(self) -> Any:
+        described: Any = self.cls
+        if self._mesh is not None:
+            described = describe_network(self.cls, self.folder, mesh=self._mesh, rules=self._rules)
         with loading_bar(stored_bytes(self.folder), f"{self.folder.parent.name}/{self.folder.name}") as bar:
-            return load_network(self.cls, self.folder, self.dtype, progress=bar)
+            return load_network(described, self.folder, self.dtype, progress=bar)
 
 
 def loading_bar(total: int, what: str) -> Any:
@@ -241,7 +280,7 @@ def _read_torch(
     folder: Path,
     expected: Mapping[str, tuple[int, ...]],
     dtype: Any,
-    sharding: jax.sharding.Sharding | None,
+    places: Mapping[str, jax.sharding.Sharding | None],
     progress: Progress | None,
 ) -> dict[str, jax.Array]:
     tensors = _torch_tensors(folder)
@@ -254,7 +293,7 @@ def _read_torch(
         own = _own(names.to_flax(name, array) if array.shape == wanted[torch_name] else array, dtype)
         faults += _not_finite(torch_name, own)
         if not faults:
-            params[name] = jax.device_put(own, sharding)
+            params[name] = jax.device_put(own, places[name])
         if progress is not None:
             progress.update(array.nbytes)
     _report(folder, faults)
@@ -271,15 +310,16 @@ def _read_orbax(
     folder: Path,
     expected: Mapping[str, tuple[int, ...]],
     dtype: Any,
-    sharding: jax.sharding.Sharding | None,
+    places: Mapping[str, jax.sharding.Sharding | None],
     progress: Progress | None,
 ) -> dict[str, jax.Array]:
     path = folder / orbax.FOLDER
-    where = sharding or _home()
     stored = orbax.listing(path)
     faults = _differences(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
     target = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=where)
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype if dtype is None else dtype, sharding=places.get(name) or _home()
+        )
         for name, leaf in stored.items()
     }
     params = orbax.restore(path, target)

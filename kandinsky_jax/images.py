@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,13 +28,14 @@ READABLE = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF
 # Pictures in ------------------------------------------------------------------------------------------------------
 
 
-def read(value: Image.Image | str | os.PathLike[str], name: str = "image") -> Image.Image:
-    """A picture, or the one in a file, decoded and upright.
+def read(value: Image.Image | str | os.PathLike[str] | BinaryIO, name: str = "image") -> Image.Image:
+    """A picture, or the one in a file (or open file), decoded and upright.
 
     Raises:
         ValueError: where it cannot be read, or has more pixels than Pillow holds to be safe.
     """
-    what = value if isinstance(value, Image.Image) else os.fspath(value)
+    given = isinstance(value, str | os.PathLike)
+    what = os.fspath(value) if given else value if isinstance(value, Image.Image) else "the file"  # type: ignore[arg-type]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

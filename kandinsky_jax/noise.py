@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +96,10 @@ class KeyNoise(NamedTuple):
         """The noise of one step, float32 `shape` = [B, ...]."""
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, row + 1), shape[1:]))(self.keys)
 
+    def map(self, function: Callable[[Any, int | None], Any]) -> KeyNoise:
+        """A function of each array and its axis of images, None where it has none."""
+        return KeyNoise(function(self.keys, 0))
+
 
 class GivenNoise(NamedTuple):
     """Noise made on the host: the steps from `first` on."""
@@ -106,6 +110,10 @@ class GivenNoise(NamedTuple):
     def __call__(self, row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The noise of one step, float32 `shape` = [B, ...]."""
         return jax.lax.dynamic_index_in_dim(self.values, row - self.first, keepdims=False)
+
+    def map(self, function: Callable[[Any, int | None], Any]) -> GivenNoise:
+        """A function of each array and its axis of images, None where it has none."""
+        return GivenNoise(function(self.values, 1), function(self.first, None))
 
 
 class KeySource:

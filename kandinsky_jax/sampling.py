@@ -11,6 +11,7 @@ What a mode adds stays outside: its first latents, its further input channels (i
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from flax import nnx
 from kandinsky_jax.compilation import bound_to, program
 from kandinsky_jax.noise import GivenNoise, KeyNoise, Source
 from kandinsky_jax.schedulers.table import SLOTS, Schedule, Table
+from kandinsky_jax.sharding import DATA, EVERYWHERE, GUIDANCE, mesh_of, over, place, specs
 
 Params = Any  # a nested dict of arrays
 Noise = KeyNoise | GivenNoise
@@ -31,17 +33,24 @@ Noise = KeyNoise | GivenNoise
 class Network:
     """A module's structure without its arrays, hashable, so that a jitted function can take it as a static argument.
 
-    Two networks built alike are equal, so pipelines that share a network share its compiled programs.
+    Two networks built alike are equal, so pipelines that share a network share its compiled programs. `mesh` is what
+    the parameters lie on, None for a single device.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef):
-        self.graphdef = graphdef
-        self._hash = hash(graphdef)  # costs milliseconds for the UNet, and jit asks at every call
+    def __init__(self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh | None = None):
+        self.graphdef, self.mesh = graphdef, mesh
+        self._hash = hash((graphdef, mesh))  # costs milliseconds for the UNet, and jit asks at every call
 
     @classmethod
     def split(cls, module: nnx.Module) -> tuple[Network, Params]:
         graphdef, state = nnx.split(module)
-        return cls(graphdef), nnx.to_pure_dict(state)
+        params = nnx.to_pure_dict(state)
+        return cls(graphdef, mesh_of(next(iter(jax.tree.leaves(params)), None))), params
+
+    @property
+    def devices(self) -> int:
+        """How many have images of their own."""
+        return 1 if self.mesh is None else self.mesh.shape[DATA]
 
     def bind(self, params: Params) -> Any:
         """The module again."""
@@ -51,7 +60,9 @@ class Network:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Network) and (self.graphdef is other.graphdef or self.graphdef == other.graphdef)
+        if not isinstance(other, Network) or self.mesh != other.mesh:
+            return False
+        return self.graphdef is other.graphdef or self.graphdef == other.graphdef
 
 
 @contextlib.contextmanager
@@ -63,11 +74,52 @@ def _precision(params: Params) -> Iterator[None]:
         yield
 
 
-@program(static_argnames=("network", "method"))
 def call(network: Network, params: Params, *args: Any, method: str = "__call__") -> Any:
-    """Run one method of a network, compiled once per structure and shapes."""
-    with _precision(params):
-        return getattr(network.bind(params), method)(*args)
+    """Run one method of a network on arrays `[B, ...]`, compiled once per structure and shapes."""
+    if network.mesh is None:
+        return _run(network, params, *args, method=method)
+    images = len(jax.tree.leaves(args)[0])
+    whole = _run(network, params, *place(network.mesh, args), method=method)
+    return _first_rows(whole, images) if images % network.devices else whole
+
+
+def condition(network: Network, params: Params, *args: Any) -> Any:
+    """A network's `condition` for a lane.
+
+    Args:
+        args: arrays `[halves, B, ...]`: two halves where guidance has them, the unconditional one first, otherwise one.
+    Returns:
+        the condition, `[halves, B, ...]` too; on a mesh, B is what an uneven batch is filled up to.
+    """
+    if network.mesh is not None:
+        args = place(network.mesh, args, 1, halves=True)
+    return _run(network, params, *args, method="condition", halves=True)
+
+
+@program(static_argnames=("network", "method", "halves"))
+def _run(network: Network, params: Params, *args: Any, method: str, halves: bool = False) -> Any:
+    axis, widest = int(halves), max(jax.tree.leaves(args), key=lambda leaf: leaf.shape[0])
+
+    def local(params: Params, *args: Any) -> Any:
+        with _precision(params):
+            output = getattr(network.bind(params), method)(*(_flat(args) if halves else args))
+        if not halves:
+            return output
+        count = max(leaf.shape[0] for leaf in jax.tree.leaves(args))
+        return jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), output)
+
+    each, out = (specs(network.mesh, tree, axis, halves) for tree in (list(args), widest))
+    return over(network.mesh, local, (EVERYWHERE, *each), out)(params, *args)
+
+
+def _flat(tree: Any) -> Any:
+    """`[halves, B, ...]` as `[halves * B, ...]`, what a network knows."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
+@functools.partial(jax.jit, static_argnames="images")
+def _first_rows(tree: Any, images: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[:images], tree)
 
 
 def step(row: Table, state: jax.Array, output: jax.Array, variance: jax.Array, noise: jax.Array) -> jax.Array:
@@ -135,12 +187,22 @@ class Blend(NamedTuple):
         signal, sigma = self.levels[row]
         return self.keep * (signal * self.picture + sigma * self.noise) + (1 - self.keep) * sample
 
+    def map(self, function: Callable[[Any, int | None], Any]) -> Blend:
+        """A function of each array and its axis of images, None where it has none."""
+        picture, noise, keep = (function(array, 0) for array in self[:3])
+        return Blend(picture, noise, keep, function(self.levels, None))
+
 
 class Lane(NamedTuple):
     """What one batch is denoised under."""
 
-    condition: Any  # for `module(sample, timestep, condition)`
+    condition: Any  # for `module(sample, timestep, condition)`, arrays [halves, B, ...], see `condition`
     blend: Blend | None = None
+
+    def map(self, function: Callable[..., Any]) -> Lane:
+        """A function of each array and its axis of images, None where it has none, and whether halves come first."""
+        held = None if self.blend is None else self.blend.map(functools.partial(function, halves=False))
+        return Lane(function(self.condition, 1, halves=True), held)
 
 
 @program(static_argnames="network", donate_argnames="state")
@@ -159,7 +221,7 @@ def denoise(
 
     Args:
         network, params: what predicts; `module(sample, timestep, condition)`.
-        lane: its condition is of `2B` rows, the unconditional ones first, where `scale` is given; of B rows where it is
+        lane: its condition is of two halves, the unconditional one first, where `scale` is given; of one where it is
             None.
         table: float32, `[ROWS, ...]`.
         state: float32 `[SLOTS, B, ...]`; donated.
@@ -169,19 +231,31 @@ def denoise(
     Returns:
         the state after row hi - 1.
     """
-    with _precision(params):
-        module = network.bind(params)
+    mesh = network.mesh
+    whole = 1 if scale is None else 2  # halves
+
+    def local(params: Params, lane: Lane, table: Table, state: jax.Array, noise: Noise, *scalars: Any) -> jax.Array:
+        scale, lo, hi = scalars
+        module, here = network.bind(params), jax.tree.leaves(lane.condition)[0].shape[0]
+        condition = _flat(lane.condition)
 
         def body(i: jax.Array, state: jax.Array) -> jax.Array:
             row = jax.tree.map(lambda column: column[i], table)
             sample = state[0] * row.input_scale
-            rows = sample if scale is None else jnp.concatenate([sample, sample])
-            output = module(rows, jnp.broadcast_to(row.timestep, rows.shape[:1]), lane.condition)
+            rows = jnp.concatenate([sample] * here)
+            output = module(rows, jnp.broadcast_to(row.timestep, rows.shape[:1]), condition)
+            if here < whole:
+                output = jax.lax.all_gather(output, GUIDANCE, tiled=True)
             prediction, variance = guided(output, sample.shape[-1], scale)
             state = step(row, state, prediction, variance, noise(i, sample.shape))
             return state if lane.blend is None else state.at[0].set(lane.blend(i, state[0]))
 
-        return jax.lax.fori_loop(lo, hi, body, state)
+        with _precision(params):
+            return jax.lax.fori_loop(lo, hi, body, state)
+
+    divided, states = functools.partial(specs, mesh), specs(mesh, state, 1)
+    each = (EVERYWHERE, lane.map(divided), EVERYWHERE, states, noise.map(divided), *[EVERYWHERE] * 3)
+    return over(mesh, local, each, states)(params, lane, table, state, noise, scale, lo, hi)
 
 
 SLICE_SECONDS = 0.1  # how long the host lets the device run before it looks up: progress, Ctrl-C
@@ -217,8 +291,9 @@ def sample(
     Returns:
         each lane's last sample.
     """
-    shape = latents[0].shape
-    states = [_beside(params, _first_state(x)) for x in latents]
+    shape, images, mesh = latents[0].shape, len(latents[0]), network.mesh
+    beside = _beside(network, params)
+    states = [beside(_first_state(x), 1) for x in latents]
     table = jax.tree.map(jnp.asarray, schedule.table)
     done, size = 0, 1
     first, last = (0, len(schedule)) if interval is None else interval
@@ -228,7 +303,10 @@ def sample(
         guidance, under = (None if scale is None else jnp.float32(scale)), lanes()
         if guidance is not None and not first <= done < last:
             guidance, under = None, [_conditional(lane) for lane in under]
-        noises = source.steps(done, hi - done, schedule.draws_noise, shape, len(states))
+        noises: list[Any] = [*source.steps(done, hi - done, schedule.draws_noise, shape, len(states))]
+        if mesh is not None:
+            under = [lane.map(functools.partial(place, mesh, pictures=False)) for lane in under]
+            noises = [noise.map(functools.partial(place, mesh)) for noise in noises]
         states = [
             denoise(network, params, lane, table, state, noise, guidance, np.int32(done), np.int32(hi))
             for lane, state, noise in zip(under, states, noises, strict=True)
@@ -236,12 +314,12 @@ def sample(
         jax.block_until_ready(states)  # so that `after` tells of work that is done
         done = hi
         if after is not None:
-            changed = after(done, [_sample_of(state) for state in states])
+            changed = after(done, [_sample_of(state, images) for state in states])
             if changed is not None:
-                states = [_with_sample(state, x) for state, x in zip(states, changed, strict=True)]
+                states = [_with_sample(state, beside(x, 0)) for state, x in zip(states, changed, strict=True)]
         if not every_step and time.perf_counter() - began < SLICE_SECONDS:
             size = min(2 * size, source.chunk or len(schedule))
-    return [_sample_of(state) for state in states]
+    return [_sample_of(state, images) for state in states]
 
 
 @jax.jit
@@ -249,24 +327,28 @@ def _first_state(sample: jax.Array) -> jax.Array:
     return jnp.zeros((SLOTS, *sample.shape), jnp.float32).at[0].set(sample)
 
 
-def _beside(params: Params, state: jax.Array) -> jax.Array:
-    """The state bound to the device that the parameters are bound to, if they are (Orbax restores them so).
+def _beside(network: Network, params: Params) -> Callable[[jax.Array, int], jax.Array]:
+    """What puts an array, with its axis of images, where the parameters are: on their mesh, or bound to their device.
 
-    What `denoise` gives is bound then, and a first slice with a free state would be a program of its own.
+    Orbax restores them bound to one. What `denoise` gives is bound then, and a first slice with a free state would be
+    a program of its own.
     """
-    place = bound_to(jax.tree.leaves(params)[0])
-    return jax.device_put(state, place) if isinstance(place, jax.sharding.SingleDeviceSharding) else state
+    if network.mesh is not None:
+        return functools.partial(place, network.mesh)
+    where = bound_to(jax.tree.leaves(params)[0])
+    bound = isinstance(where, jax.sharding.SingleDeviceSharding)
+    return lambda array, axis: jax.device_put(array, where) if bound else array
 
 
 @jax.jit
 def _conditional(lane: Lane) -> Lane:
-    """A lane of `2B` rows without its unconditional ones."""
-    return lane._replace(condition=jax.tree.map(lambda x: x[len(x) // 2 :], lane.condition))
+    """A lane without its unconditional half."""
+    return lane._replace(condition=jax.tree.map(lambda x: x[1:], lane.condition))
 
 
-@jax.jit
-def _sample_of(state: jax.Array) -> jax.Array:
-    return state[0]
+@functools.partial(jax.jit, static_argnames="images")
+def _sample_of(state: jax.Array, images: int) -> jax.Array:
+    return state[0, :images]
 
 
 @jax.jit

@@ -32,9 +32,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     Returns:
         `[B, T, N * H]`.
     """
-    if mask is None and query_block(q, k):
+    if mask is None and query_block(q, k) and not _divided_by_xla():
         return jax.lax.platform_dependent(q, k, v, tpu=flash, default=plain)
     return plain(q, k, v, mask)
+
+
+def _divided_by_xla() -> bool:
+    """Whether, in what is being traced, XLA divides arrays over devices: it cannot divide a Pallas kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in set(mesh.axis_names) - set(mesh.manual_axes))
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -25,6 +25,7 @@ from kandinsky_jax.checkpoint import (
     flat_params,
     load_network,
     loading_bar,
+    move_network,
     save_network,
     stored_bytes,
 )
@@ -34,6 +35,7 @@ from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.noise import Source
 from kandinsky_jax.sampling import Lane, Network, sample
 from kandinsky_jax.schedulers import SCHEDULERS, Schedule, Scheduler, scheduler_from_config
+from kandinsky_jax.sharding import Mesh, Rules, default_mesh
 from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
 
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
@@ -130,6 +132,8 @@ class Pipeline:
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         warmup: Warmup | None = None,
+        mesh: Mesh | None = None,
+        shard_rules: Rules = (),
         **components: Any,
     ) -> Self:
         """Load a pipeline.
@@ -143,12 +147,16 @@ class Pipeline:
             warmup: what to compile while the networks are read: arguments of `warmup`, such as `{"height": 512,
                 "width": 512, "batch": 1}`, or a function that calls the pipeline that it is given, which has no
                 arrays, as the loaded one will be called.
+            mesh: the devices to draw on, see `kandinsky_jax.sharding.make_mesh`; None is all of this process, each for
+                its own images.
+            shard_rules: which parameters are divided over the mesh's `rows`, for networks that would not fit on one
+                device: (pattern, PartitionSpec) pairs, see `kandinsky_jax.sharding.Rules`.
             components: ready components, by the constructor's names, that are not loaded.
         Raises:
             CheckpointError, ConfigError, SchedulerError: before any network is read where that can be known.
         """
         folder = hub.resolve(name, cls.REPOSITORY, revision=revision, cache_dir=cache_dir)
-        return cls._load([_describe(cls, folder, dtype, components)], warmup)
+        return cls._load([_describe(cls, folder, dtype, components, mesh or default_mesh(), shard_rules)], warmup)
 
     @classmethod
     def _load(cls, stores: Sequence[_Store], warmup: Warmup | None) -> Self:
@@ -221,6 +229,21 @@ class Pipeline:
     def _stand_ins(self, batch: int) -> dict[str, Any]:
         """Arguments of a call that depend on the components, for `warmup`."""
         return {}
+
+    # Devices ------------------------------------------------------------------------------------------------------
+
+    def shard(self, mesh: Mesh | None, shard_rules: Rules = ()) -> None:
+        """Move the networks, which other pipelines may share, onto a mesh, or onto JAX's default device.
+
+        Args:
+            mesh: see `kandinsky_jax.sharding.make_mesh`.
+            shard_rules: see `from_pretrained`.
+        """
+        for part in self._held().values():
+            if isinstance(part, Deferred):
+                part.move(mesh, shard_rules)
+            elif isinstance(part, nnx.Module):
+                move_network(part, mesh, shard_rules)
 
     # Progress -----------------------------------------------------------------------------------------------------
 
@@ -402,7 +425,9 @@ class _Store(NamedTuple):
         return self._replace(ready=ready, networks=networks, prefix=prefix)
 
 
-def _describe(cls: type[Pipeline], folder: Path, dtype: Any, given: Mapping[str, Any]) -> _Store:
+def _describe(
+    cls: type[Pipeline], folder: Path, dtype: Any, given: Mapping[str, Any], mesh: Mesh | None, rules: Rules
+) -> _Store:
     """Check and open a pipeline's folder; `given` components are not looked for in it."""
     names = _parameters(cls)
     if unknown := given.keys() - set(names):
@@ -414,8 +439,10 @@ def _describe(cls: type[Pipeline], folder: Path, dtype: Any, given: Mapping[str,
     heavy = [name for name in missing if _bare(name) in _NETWORK_OF]
     cheap = {name: _load_small(_bare(name), folders[name]) for name in missing if name not in heavy}
     kinds = {name: NETWORKS[_NETWORK_OF[_bare(name)]] for name in heavy}
-    later = {n: Deferred(kind, folders[n], dtype) for n, kind in kinds.items() if _bare(n) in _DEFERRED}
-    networks = {n: describe_network(kind, folders[n], dtype) for n, kind in kinds.items() if n not in later}
+    later = {n: Deferred(kind, folders[n], dtype, mesh, rules) for n, kind in kinds.items() if _bare(n) in _DEFERRED}
+    networks = {
+        n: describe_network(kind, folders[n], dtype, mesh, rules) for n, kind in kinds.items() if n not in later
+    }
     return _Store(folder, dtype, {**given, **cheap, **later}, networks)
 
 

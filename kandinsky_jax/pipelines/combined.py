@@ -28,12 +28,13 @@ from kandinsky_jax.pipelines.controlnet import (
     KandinskyV22ControlnetPipeline,
     OldCallback,
 )
-from kandinsky_jax.pipelines.decoder import DecoderPipeline
+from kandinsky_jax.pipelines.decoder import DecoderPipeline, Drawing
 from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
 from kandinsky_jax.schedulers import Scheduler
+from kandinsky_jax.sharding import Mesh, Rules, default_mesh
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -110,6 +111,8 @@ class CombinedPipeline(Pipeline):
         prior_revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         warmup: Warmup | None = None,
+        mesh: Mesh | None = None,
+        shard_rules: Rules = (),
         **components: Any,
     ) -> Self:
         """Load a decoder and its prior, or a combined pipeline that was saved as one.
@@ -119,19 +122,22 @@ class CombinedPipeline(Pipeline):
             prior: folder or Hub repository of the prior. None finds it: see `kandinsky_jax.hub.find_prior`.
             dtype: of the networks; None is float32 on a CPU and bfloat16 on a TPU or GPU.
             revision, prior_revision, cache_dir: of Hub repositories.
-            warmup: what to compile while the networks are read; see `Pipeline.from_pretrained`.
+            warmup, mesh, shard_rules: see `Pipeline.from_pretrained`.
             components: ready components, by the constructor's names, that are not loaded.
         """
         folder = hub.resolve(name, cls.REPOSITORY, revision=revision, cache_dir=cache_dir)
         if any(part.startswith("prior_") for part in hub.components(folder)):
             if prior is not None:
                 raise CheckpointError(f"{folder} has a prior of its own, so that prior={prior} has no place in it")
-            return super().from_pretrained(folder, dtype=dtype, warmup=warmup, **components)
+            return super().from_pretrained(
+                folder, dtype=dtype, warmup=warmup, mesh=mesh, shard_rules=shard_rules, **components
+            )
         prior_folder = hub.find_prior(folder, prior, revision=prior_revision, cache_dir=cache_dir)
         ready = {k.removeprefix("prior_"): v for k, v in components.items() if k.startswith("prior_")}
         own = {k: v for k, v in components.items() if not k.startswith("prior_")}
-        prior_store = _describe(KandinskyV22PriorPipeline, prior_folder, dtype, ready)
-        return cls._load([prior_store.within("prior_"), _describe(cls.DECODER, folder, dtype, own)], warmup)
+        where = (mesh or default_mesh(), shard_rules)
+        prior_store = _describe(KandinskyV22PriorPipeline, prior_folder, dtype, ready, *where)
+        return cls._load([prior_store.within("prior_"), _describe(cls.DECODER, folder, dtype, own, *where)], warmup)
 
     def _held(self) -> dict[str, Any]:
         return self.decoder_pipe._held() | {f"prior_{k}": v for k, v in self.prior_pipe._held().items()}
@@ -142,7 +148,7 @@ class CombinedPipeline(Pipeline):
         self.decoder_pipe.set_progress_bar_config(**config)
         self._progress_bar_config = config
 
-    def _both(
+    def draw(
         self,
         prompt: Any,
         *,
@@ -158,8 +164,8 @@ class CombinedPipeline(Pipeline):
         callback: OldCallback | None = None,
         callback_steps: int = 1,
         **decoder: Any,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Both stages; the decoder's arguments are checked before the prior draws its first number."""
+    ) -> Drawing:
+        """`__call__`, with all its arguments, but for the last wait. Everything is checked before the prior starts."""
         order = self.decoder_pipe._order(
             len(checks.texts(prompt, "prompt")),
             num_images_per_prompt=num_images_per_prompt,
@@ -224,7 +230,7 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
             callback, callback_steps: the reference's older kind, see `KandinskyV22ControlnetPipeline`.
             prior_callback_on_step_end, callback_on_step_end and their ..._tensor_inputs: of each stage.
         """
-        return self._both(
+        return self.draw(
             prompt,
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
@@ -245,7 +251,7 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
             prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        ).result()
 
 
 class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
@@ -285,7 +291,7 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
             image, strength: see `KandinskyV22Img2ImgPipeline`; one image for all, one per prompt, or one per picture.
             the others: see `KandinskyV22CombinedPipeline`.
         """
-        return self._both(
+        return self.draw(
             prompt,
             image=image,
             negative_prompt=negative_prompt,
@@ -308,7 +314,7 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
             prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        ).result()
 
 
 class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
@@ -348,7 +354,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
                 picture.
             the others: see `KandinskyV22CombinedPipeline`.
         """
-        return self._both(
+        return self.draw(
             prompt,
             image=image,
             mask_image=mask_image,
@@ -370,7 +376,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             paste_back=paste_back,
-        )
+        ).result()
 
 
 class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
@@ -407,7 +413,7 @@ class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
             hint: see `KandinskyV22ControlnetPipeline`; one for all, one per prompt, or one per picture.
             the others: see `KandinskyV22CombinedPipeline`.
         """
-        return self._both(
+        return self.draw(
             prompt,
             hint=hint,
             negative_prompt=negative_prompt,
@@ -427,7 +433,7 @@ class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
             prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        ).result()
 
 
 class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
@@ -467,7 +473,7 @@ class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
             hint: see `KandinskyV22ControlnetPipeline`.
             the others: see `KandinskyV22CombinedPipeline`.
         """
-        return self._both(
+        return self.draw(
             prompt,
             image=image,
             hint=hint,
@@ -489,4 +495,4 @@ class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
             prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        ).result()

@@ -17,10 +17,11 @@ import numpy as np
 from kandinsky_jax import hub, images
 from kandinsky_jax.checkpoint import CheckpointError
 from kandinsky_jax.models import UNet2DConditionModel, VQModel
+from kandinsky_jax.models.unet import UNetCondition
 from kandinsky_jax.noise import DECODER, Generator, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
-from kandinsky_jax.sampling import Lane, Network, call
+from kandinsky_jax.sampling import Lane, Network, call, condition
 from kandinsky_jax.schedulers import Schedule, Scheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -60,12 +61,39 @@ class Scene:
 
     def lane(self, network: Network, params: Any, tensors: Mapping[str, Any]) -> Lane:
         """What every step is under."""
-        embeds, hint = jnp.asarray(tensors["image_embeds"]), None if self.hint is None else jnp.asarray(self.hint)
-        return Lane(call(network, params, embeds, hint, method="condition"))
+        return Lane(self.condition(network, params, tensors["image_embeds"], hint=self.hint))
+
+    def condition(
+        self, network: Network, params: Any, embeds: Any, hint: Any = None, channels: Any = None
+    ) -> UNetCondition:
+        """The UNet's condition, of rows with one or both halves of guidance, the unconditional one first."""
+        rows = (None if x is None else jnp.asarray(x) for x in (embeds, hint, channels))
+        return condition(network, params, *(_halved(x, len(self.start)) for x in rows))
 
     def finish(self, sample: jax.Array, tensors: Mapping[str, Any]) -> jax.Array:
         """The last latents."""
         return sample
+
+
+class Drawing(NamedTuple):
+    """Pictures that a device is still busy with: `result` waits for them, which may be done in another thread."""
+
+    order: Order
+    drawn: jax.Array  # latents [B, h, w, 4] for the output type "latent", else what MoVQ decodes, [B, H, W, 3]
+
+    def result(self) -> ImagePipelineOutput | tuple[Any]:
+        """As the user wants them."""
+        output = self._output()
+        return ImagePipelineOutput(output) if self.order.return_dict else (output,)
+
+    def _output(self) -> Any:
+        order = self.order
+        if order.output_type == "latent":
+            return jnp.asarray(np.asarray(self.drawn).transpose(0, 3, 1, 2))
+        pixels = images.from_network(np.asarray(self.drawn))
+        if order.paste_back and order.image is not None and order.mask is not None:
+            pixels = np.where(order.mask[..., None], pixels, images.from_network(order.image))
+        return images.to_output(pixels, order.output_type)  # type: ignore[arg-type]
 
 
 class DecoderPipeline(Pipeline):
@@ -113,7 +141,7 @@ class DecoderPipeline(Pipeline):
         if len(without) != len(given):
             raise ValueError(f"negative_image_embeds has {len(without)} rows, image_embeds has {len(given)}")
         repeats = order.batch // len(given)
-        return self._draw(order, np.repeat(given, repeats, axis=0), np.repeat(without, repeats, axis=0))
+        return self._draw(order, np.repeat(given, repeats, axis=0), np.repeat(without, repeats, axis=0)).result()
 
     def _order(
         self,
@@ -189,20 +217,19 @@ class DecoderPipeline(Pipeline):
         return Scene(noise * order.schedule.init_noise_sigma, order.hint)
 
     def _encode(self, pictures: np.ndarray) -> jax.Array:
-        """Pictures `[B, H, W, 3]` in -1..1 -> latents `[B, h, w, 4]`; equal ones once, one by one, by one program."""
+        """Pictures `[B, H, W, 3]` in -1..1 -> latents `[B, h, w, 4]`; equal ones once, one by one on each device."""
         network, params = Network.split(self.movq)
-        latents: list[np.ndarray] = []
-        for i, picture in enumerate(pictures):
-            if i and np.array_equal(picture, pictures[i - 1]):
-                latents.append(latents[-1])
-            else:
-                encoded = call(network, params, jnp.asarray(picture[None]), method="encode")
-                latents.append(np.asarray(encoded, np.float32)[0])
-        return jnp.asarray(np.stack(latents))
+        new = [i == 0 or not np.array_equal(picture, pictures[i - 1]) for i, picture in enumerate(pictures)]
+        different, parts = pictures[new], network.devices
+        latents = [
+            np.asarray(call(network, params, jnp.asarray(different[i : i + parts]), method="encode"), np.float32)
+            for i in range(0, len(different), parts)
+        ]
+        return jnp.asarray(np.concatenate(latents)[np.cumsum(new) - 1])
 
     # The loop, and after it ---------------------------------------------------------------------------------------
 
-    def _draw(self, order: Order, image_embeds: np.ndarray, negative: np.ndarray) -> ImagePipelineOutput | tuple[Any]:
+    def _draw(self, order: Order, image_embeds: np.ndarray, negative: np.ndarray) -> Drawing:
         """Draw what was ordered, for embeddings of one row per picture."""
         source = noise_source(order.generator, order.batch, DECODER)
         if order.latents is None:
@@ -225,18 +252,16 @@ class DecoderPipeline(Pipeline):
             order.callback_inputs,
             order.interval,
         )
-        output = self._output(order, scene.finish(sample, tensors))
-        return ImagePipelineOutput(output) if order.return_dict else (output,)
-
-    def _output(self, order: Order, latents: jax.Array) -> Any:
-        """Latents `[B, h, w, 4]` as the user wants them."""
+        latents = scene.finish(sample, tensors)
         if order.output_type == "latent":
-            return jnp.asarray(np.asarray(latents).transpose(0, 3, 1, 2))
+            return Drawing(order, latents)
         network, params = Network.split(self.movq)
-        pixels = images.from_network(call(network, params, latents, method="decode"))
-        if order.paste_back and order.image is not None and order.mask is not None:
-            pixels = np.where(order.mask[..., None], pixels, images.from_network(order.image))
-        return images.to_output(pixels, order.output_type)  # type: ignore[arg-type]
+        return Drawing(order, call(network, params, latents, method="decode"))
+
+
+def _halved(rows: jax.Array | None, images: int) -> jax.Array | None:
+    """Rows `[halves * B, ...]` as `[halves, B, ...]`."""
+    return None if rows is None else rows.reshape(-1, images, *rows.shape[1:])
 
 
 def _kind(unet: UNet2DConditionModel, latent_channels: int) -> str | None:

@@ -17,7 +17,7 @@ from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Order, Scene
-from kandinsky_jax.sampling import Blend, Lane, Network, call
+from kandinsky_jax.sampling import Blend, Lane, Network
 from kandinsky_jax.schedulers import ROWS
 
 
@@ -38,8 +38,8 @@ class Hole(Scene):
         masked, keep = (
             np.asarray(tensors[name], np.float32).transpose(0, 2, 3, 1) for name in ("masked_image", "mask_image")
         )
-        channels = jnp.asarray(np.concatenate([masked, keep], axis=-1))  # [B or 2B, h, w, 5]
-        condition = call(network, params, jnp.asarray(tensors["image_embeds"]), None, channels, method="condition")
+        channels = np.concatenate([masked, keep], axis=-1)  # [B or 2B, h, w, 5]
+        condition = self.condition(network, params, tensors["image_embeds"], channels=channels)
         return Lane(condition, self._blend(keep))
 
     def finish(self, sample: jax.Array, tensors: Mapping[str, Any]) -> jax.Array:

@@ -22,7 +22,7 @@ from kandinsky_jax.models.prior import PriorCondition
 from kandinsky_jax.noise import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Late, Pipeline
-from kandinsky_jax.sampling import Lane, Network, call
+from kandinsky_jax.sampling import Lane, Network, call, condition
 from kandinsky_jax.schedulers import Schedule, Scheduler
 from kandinsky_jax.schedulers.base import mix
 
@@ -236,7 +236,8 @@ class PriorPipeline(Pipeline):
             return pictures.astype(np.float32)
         network, params = Network.split(self.image_encoder)
         pixels = [self.image_processor(x) if isinstance(x, Image.Image) else x[None] for x in pictures]
-        return np.concatenate([np.asarray(call(network, params, jnp.asarray(x)), np.float32) for x in pixels])
+        parts = [np.concatenate(pixels[i : i + network.devices]) for i in range(0, len(pixels), network.devices)]
+        return np.concatenate([np.asarray(call(network, params, jnp.asarray(x)), np.float32) for x in parts])
 
     def _first(self, wish: Wish, source: Source) -> list[jax.Array]:
         """The first latents of each lane, `[images, D]`."""
@@ -301,7 +302,7 @@ class PriorPipeline(Pipeline):
         """
 
         def of(rows: Sequence[jax.Array]) -> PriorCondition:
-            return call(network, params, *rows, method="condition")
+            return condition(network, params, *(x[None] for x in rows))
 
         given = of(halves[-1])
         if len(halves) == 1:
@@ -310,7 +311,7 @@ class PriorPipeline(Pipeline):
             return _joined(of(halves[0]), given)
         # Computed in this call's shapes, so that the constant does not cost a program of its own either.
         one = self._constant("condition", lambda: _first_row(of(halves[0])), self.prior, self.text_encoder)
-        return _joined(_repeated(one, images=len(given.visible)), given)
+        return _joined(_repeated(one, images=given.visible.shape[1]), given)
 
     # Text ---------------------------------------------------------------------------------------------------------
 
@@ -372,12 +373,12 @@ class PriorPipeline(Pipeline):
 
 def _first_row(condition: PriorCondition) -> PriorCondition:
     """By way of the host: a program for it would be compiled again for a batch of another size."""
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:1]), condition)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:, :1]), condition)
 
 
 @program(static_argnames="images")
 def _repeated(condition: PriorCondition, images: int) -> PriorCondition:
-    return jax.tree.map(lambda x: jnp.repeat(x, images, axis=0), condition)
+    return jax.tree.map(lambda x: jnp.repeat(x, images, axis=1), condition)
 
 
 @program()
