@@ -16,6 +16,7 @@ import typer
 from PIL import Image
 
 from kandinsky_jax import images
+from kandinsky_jax.cli_batch import EXAMPLE, batch
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.hub import CONTROLNET, DECODER, INPAINT, OFFICIAL
 from kandinsky_jax.noise import Generator, TorchGenerator
@@ -291,6 +292,9 @@ def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength =
 
     facts = {"strength": strength, "files": _names({"image": image})}
     _decode(embed, options, [{"prompt": text} | facts for text in prompt for _ in range(options.num_images)])
+
+
+app.command(epilog=EXAMPLE)(batch)
 
 
 def _numbers(text: str, name: str) -> list[float]:

@@ -7,6 +7,7 @@ along a first axis. PIL pictures and files are resized to what is drawn; arrays 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -226,6 +227,12 @@ def to_output(pixels: np.ndarray, output_type: OutputType) -> Any:
 
 
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
+# By the ending: Pillow's name, and how they are written.
+ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "png": ("PNG", {}),
+    "jpg": ("JPEG", {"quality": 95}),
+    "webp": ("WEBP", {"quality": 95}),
+}
 
 
 def check_writable(path: Path) -> None:
@@ -252,6 +259,18 @@ def write(path: Path, picture: Image.Image, about: dict[str, Any] | None = None)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def encode(picture: Image.Image, ending: str) -> bytes:
+    """A picture as the bytes of a file.
+
+    Args:
+        ending: one of `ENCODINGS`.
+    """
+    kind, options = ENCODINGS[ending]
+    data = io.BytesIO()
+    picture.save(data, kind, **options)
+    return data.getvalue()
 
 
 # CLIP's own way in ------------------------------------------------------------------------------------------------

@@ -236,6 +236,23 @@ def noise_source(generator: Generator, images: int, use: int) -> Source:
     raise ValueError(f"generator has keys of shape {key.shape}, needed is one key or ({images},)")
 
 
+@jax.jit
+def image_keys(low: jax.Array, high: jax.Array, image: jax.Array) -> jax.Array:
+    """The keys of images of several jobs: for each, that of image number `image` of the job with a seed.
+
+    Args:
+        low, high: uint32 `[B]`, the seeds' lower and upper halves.
+        image: int `[B]`.
+    """
+
+    def one(low: jax.Array, high: jax.Array, image: jax.Array) -> jax.Array:
+        key = jax.random.key(low)
+        key = jax.lax.cond(high > 0, lambda key: jax.random.fold_in(key, high), lambda key: key, key)
+        return jax.random.fold_in(key, image)
+
+    return jax.vmap(one)(low, high, image)
+
+
 def _key(generator: Any) -> jax.Array:
     """A seed or a JAX key, typed or raw, as a typed key."""
     if isinstance(generator, int | np.integer) and not isinstance(generator, bool):

@@ -79,7 +79,7 @@ def call(network: Network, params: Params, *args: Any, method: str = "__call__")
     if network.mesh is None:
         return _run(network, params, *args, method=method)
     images = len(jax.tree.leaves(args)[0])
-    whole = _run(network, params, *place(network.mesh, args), method=method)
+    whole = place(network.mesh, _run(network, params, *place(network.mesh, args), method=method))
     return _first_rows(whole, images) if images % network.devices else whole
 
 
@@ -91,9 +91,16 @@ def condition(network: Network, params: Params, *args: Any) -> Any:
     Returns:
         the condition, `[halves, B, ...]` too; on a mesh, B is what an uneven batch is filled up to.
     """
-    if network.mesh is not None:
-        args = place(network.mesh, args, 1, halves=True)
-    return _run(network, params, *args, method="condition", halves=True)
+    args = place_halves(network, args)
+    return place_halves(network, _run(network, params, *args, method="condition", halves=True))
+
+
+def place_halves(network: Network, tree: Any) -> Any:
+    """Arrays `[halves, B, ...]` where a network wants them.
+
+    What a program over a mesh gives is there already; a rehearsal's zeros are not, and the next program depends on it.
+    """
+    return tree if network.mesh is None else place(network.mesh, tree, 1, halves=True, pictures=False)
 
 
 @program(static_argnames=("network", "method", "halves"))
@@ -311,6 +318,8 @@ def sample(
             denoise(network, params, lane, table, state, noise, guidance, np.int32(done), np.int32(hi))
             for lane, state, noise in zip(under, states, noises, strict=True)
         ]
+        if mesh is not None:
+            states = place(mesh, states, 1)
         jax.block_until_ready(states)  # so that `after` tells of work that is done
         done = hi
         if after is not None:

@@ -23,6 +23,8 @@ FLOORS = (
     ("kandinsky_jax.checkpoint", "kandinsky_jax.hub"),
     ("kandinsky_jax.zero_embed",),
     ("kandinsky_jax.pipelines", "convert_weights.convert"),
+    ("kandinsky_jax.batch",),
+    ("kandinsky_jax.cli_batch",),
     ("kandinsky_jax.cli", "convert_weights.__main__"),
 )
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from tpu_scripts.aot_cost import CHIPS  # noqa: E402
 
 PROGRAMS = ("text", "prior_condition", "prior", "condition", "decoder", "movq")
+PRIOR_STEPS, STEPS = 25, 50  # of the picture whose time is added up
 EXAMPLE = """example:
   python tpu_scripts/aot_compile.py --chips v5e:1 v5e:2x2 --batch 8 --size 512 --programs decoder movq
 
@@ -201,6 +202,15 @@ def table(found: dict[str, Any]) -> str:
             f"{largest / 1e9:.2f} GB of temporaries and outputs (`{of}`) leave "
             f"{(memory - resident - largest) / 1e9:.2f} of {memory / 1e9:.0f} GB."
         )
+        seconds = {row["program"]: row["seconds"] for row in rows}
+        if seconds.keys() >= set(PROGRAMS):
+            steps = {"prior": PRIOR_STEPS, "decoder": STEPS}
+            whole = sum(seconds[program] * steps.get(program, 1) for program in PROGRAMS)
+            lines.append(
+                f"{name}: {PRIOR_STEPS} steps of the prior and {STEPS} of the decoder, with all the rest, take at "
+                f"least {whole:.2f} s: at most {batch / whole:.3f} pictures a second and chip, "
+                f"{batch / whole * rows[0]['devices']:.1f} on all {rows[0]['devices']}."
+            )
     return "\n".join(lines) + "\n"
 
 

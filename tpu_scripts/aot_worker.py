@@ -10,22 +10,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from kandinsky_jax import models
+from kandinsky_jax import models, sampling
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.noise import KeyNoise
-from kandinsky_jax.sampling import Lane, Network, call, denoise
+from kandinsky_jax.sampling import Lane, Network
 from kandinsky_jax.schedulers import DDPMScheduler
-from kandinsky_jax.schedulers.table import SLOTS
+from kandinsky_jax.sharding import EVERYWHERE, make_mesh, specs
 from tpu_scripts.aot_cost import CHIPS, costs
 
 OFFICIAL = Path(__file__).parents[1] / "tests" / "official"
@@ -35,28 +34,34 @@ NETWORKS = {
     "unet": (models.UNet2DConditionModel, "kandinsky-2-2-decoder"),
     "movq": (models.VQModel, "kandinsky-2-2-decoder"),
 }
-ROWS, SECOND, EVERYWHERE = PartitionSpec("data"), PartitionSpec(None, "data"), PartitionSpec()
 Shape = jax.ShapeDtypeStruct
 
 
 class Program(NamedTuple):
-    """A function as the pipelines call it, and its arguments: shapes of the whole mesh, and how they are divided."""
+    """A function of `kandinsky_jax.sampling`, and what the pipelines give it: shapes that lie on a mesh."""
 
-    run: Callable[..., Any]
+    function: Any
     arguments: tuple[Any, ...]
-    specs: tuple[PartitionSpec, ...]
-    out: PartitionSpec = ROWS
-    donate: tuple[int, ...] = ()
+    options: dict[str, Any]
 
 
-def official(name: str, dtype: Any = jnp.bfloat16) -> tuple[Network, Any]:
+def placed(mesh: Mesh, tree: Any, axis: int | None = None, halves: bool = False) -> Any:
+    """Shapes where the pipelines put their arrays; those without an axis of images lie everywhere."""
+    where = jax.tree.map(lambda leaf: EVERYWHERE if axis is None else specs(mesh, leaf, axis, halves), tree)
+    return jax.tree.map(
+        lambda leaf, spec: Shape(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)), tree, where
+    )
+
+
+def official(name: str, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16) -> tuple[Network, Any]:
     """A network of the official configuration: its structure, and the shapes of its parameters."""
     cls, repository = NETWORKS[name]
     raw = json.loads((OFFICIAL / repository / name / "config.json").read_text())
     network, params = Network.split(abstract(cls, cls.CONFIG.from_dict(raw)))
-    return network, jax.tree.map(
+    shapes = jax.tree.map(
         lambda leaf: Shape(leaf.shape, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype), params
     )
+    return Network(network.graphdef, mesh), shapes if mesh is None else placed(mesh, shapes)
 
 
 def floats(*shape: int) -> Shape:
@@ -64,48 +69,41 @@ def floats(*shape: int) -> Shape:
     return Shape(shape, jnp.float32)
 
 
-def method(network: Network, name: str) -> Callable[..., Any]:
-    """A network's method as the pipelines run it."""
-    return lambda params, *arrays: call(network, params, *arrays, method=name)
+def once(network: Network, params: Any, *arrays: Shape, method: str = "__call__", halves: bool = False) -> Program:
+    """A method of a network, as it is run before or after a loop."""
+    assert network.mesh is not None
+    rows = [placed(network.mesh, array, int(halves), halves) for array in arrays]
+    return Program(sampling._run, (network, params, *rows), {"method": method, "halves": halves})
 
 
-def loop(network: Network, params: Any, condition: Any, sample: tuple[int, ...]) -> Program:
-    """The guided denoising loop; the conditions of a chip's pictures, without and with the prompt, lie on that chip."""
+def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...]) -> Program:
+    """The guided denoising loop under the condition that a program gives."""
+    mesh = network.mesh
+    assert mesh is not None
+    condition = jax.eval_shape(lambda *given: of.function(network, *given, **of.options), *of.arguments[1:])
     table = jax.tree.map(lambda column: floats(*column.shape), DDPMScheduler().schedule(50).table)
     noise = KeyNoise(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sample[0])))
-    arrays = (params, Lane(condition), table, floats(SLOTS, *sample), noise, floats(), *[Shape((), jnp.int32)] * 2)
-    return Program(
-        lambda *arrays: denoise(network, *arrays),
-        arrays,
-        (EVERYWHERE, ROWS, EVERYWHERE, SECOND, ROWS, EVERYWHERE, EVERYWHERE, EVERYWHERE),
-        SECOND,
-        donate=(3,),
-    )
+    lane = Lane(placed(mesh, condition, 1, halves=True))
+    state = placed(mesh, floats(sampling.SLOTS, *sample), 1)
+    scalars = placed(mesh, (floats(), *[Shape((), jnp.int32)] * 2))
+    arrays = (params, lane, placed(mesh, table), state, placed(mesh, noise, 0), *scalars)
+    return Program(sampling.denoise, (network, *arrays), {})
 
 
-def of_condition(network: Network, params: Any, *arrays: Shape) -> Program:
-    """What is done once per prompt or picture, before a loop."""
-    return Program(method(network, "condition"), (params, *arrays), (EVERYWHERE, *[ROWS] * len(arrays)))
-
-
-def program(name: str, batch: int, size: int) -> Program:
+def program(name: str, mesh: Mesh, batch: int, size: int) -> Program:
     """One of `aot_compile.PROGRAMS`, for `batch` pictures in all; with guidance, so of twice as many rows."""
     side = -(-size // 64) * 8  # of the latents, as the pipelines round it
-    network, params = official(NETWORK_OF[name])
+    network, params = official(NETWORK_OF[name], mesh)
     if name == "text":
-        return Program(method(network, "__call__"), (params, Shape((batch, 77), jnp.int32)), (EVERYWHERE, ROWS))
+        return once(network, params, Shape((batch, 77), jnp.int32))
     if name.startswith("prior"):
-        text = (floats(2 * batch, 1280), floats(2 * batch, 77, 1280), Shape((2 * batch, 77), jnp.bool_))
-        first = of_condition(network, params, *text)
-        if name == "prior_condition":
-            return first
-        return loop(network, params, jax.eval_shape(first.run, *first.arguments), (batch, 1280))
+        text = (floats(2, batch, 1280), floats(2, batch, 77, 1280), Shape((2, batch, 77), jnp.bool_))
+        first = once(network, params, *text, method="condition", halves=True)
+        return first if name == "prior_condition" else loop(network, params, first, (batch, 1280))
     if name == "movq":
-        return Program(method(network, "decode"), (params, floats(batch, side, side, 4)), (EVERYWHERE, ROWS))
-    first = of_condition(network, params, floats(2 * batch, 1280))
-    if name == "condition":
-        return first
-    return loop(network, params, jax.eval_shape(first.run, *first.arguments), (batch, side, side, 4))
+        return once(network, params, floats(batch, side, side, 4), method="decode")
+    first = once(network, params, floats(2, batch, 1280), method="condition", halves=True)
+    return first if name == "condition" else loop(network, params, first, (batch, side, side, 4))
 
 
 # Which network a program runs.
@@ -134,20 +132,12 @@ def mesh_of(chips: str) -> Mesh:
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as JAX runs it
     described = topologies.get_topology_desc(platform="tpu", topology_name=chips, **options)
-    return Mesh(np.array(described.devices), ("data",), axis_types=(AxisType.Auto,))
+    return make_mesh(devices=described.devices)
 
 
-def compiled(todo: Program, mesh: Mesh) -> Any:
-    """Compile for the mesh: every chip runs the program on its rows, with all parameters."""
-    placed = [
-        jax.tree.map(
-            lambda leaf, spec=spec: Shape(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)), argument
-        )
-        for argument, spec in zip(todo.arguments, todo.specs, strict=True)
-    ]
-    # Not left to XLA's partitioner, which cannot divide a Pallas kernel.
-    run = jax.shard_map(todo.run, mesh=mesh, in_specs=todo.specs, out_specs=todo.out, check_vma=False)
-    return jax.jit(run, donate_argnums=todo.donate).lower(*placed).compile()
+def compiled(todo: Program) -> Any:
+    """Compile as the pipelines do: on every chip of the mesh, the program on its rows, with all parameters."""
+    return todo.function.jitted.lower(*todo.arguments, **todo.options).compile()
 
 
 def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -164,7 +154,7 @@ def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"event": "compiling", **row}
             began = time.perf_counter()
             try:
-                result = compiled(program(name, job["batch"] * mesh.size, job["size"]), mesh)
+                result = compiled(program(name, mesh, job["batch"] * mesh.size, job["size"]))
             except Exception as error:  # such as a program that does not fit: the others still count
                 yield {"event": "failed", **row, "error": first_line(error)}
                 continue

@@ -22,7 +22,7 @@ from kandinsky_jax.models.prior import PriorCondition
 from kandinsky_jax.noise import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Late, Pipeline
-from kandinsky_jax.sampling import Lane, Network, call, condition
+from kandinsky_jax.sampling import Lane, Network, call, condition, place_halves
 from kandinsky_jax.schedulers import Schedule, Scheduler
 from kandinsky_jax.schedulers.base import mix
 
@@ -311,7 +311,7 @@ class PriorPipeline(Pipeline):
             return _joined(of(halves[0]), given)
         # Computed in this call's shapes, so that the constant does not cost a program of its own either.
         one = self._constant("condition", lambda: _first_row(of(halves[0])), self.prior, self.text_encoder)
-        return _joined(_repeated(one, images=given.visible.shape[1]), given)
+        return _joined(place_halves(network, _repeated(one, images=given.visible.shape[1])), given)
 
     # Text ---------------------------------------------------------------------------------------------------------
 

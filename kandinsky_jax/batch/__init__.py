@@ -1,0 +1,7 @@
+"""Files of prompts -> shards of pictures, each exactly once: rows.py -> tasks.py -> runner.py -> output.py."""
+
+from kandinsky_jax.batch.job import Job, JobError, open_job
+from kandinsky_jax.batch.process import Process, this_process
+from kandinsky_jax.batch.runner import Report, run
+
+__all__ = ["Job", "JobError", "Process", "Report", "open_job", "run", "this_process"]

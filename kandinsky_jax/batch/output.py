@@ -1,0 +1,213 @@
+"""Where a job's pictures go: one file or folder a shard, complete or absent, in a local folder or at any fsspec URL.
+
+    OUT/job.json              what the job is; a run with another job in mind stops here
+    OUT/000000.tar            a shard in WebDataset's form: ID.png and ID.json for each picture
+    OUT/errors/000000.jsonl   the rows of the shard that could not be drawn, and why; absent where there are none
+    OUT/errors.jsonl          all of these, when the last shard is complete
+
+or, as a folder of pictures, OUT/images/000000/ID.png and OUT/manifest/000000.parquet in the place of the tar file. The
+tar file or manifest is written last: where it is, the shard is complete. On a local disk a shard is written under
+another name and renamed; in an object store, an object is there when all of it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import posixpath
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from kandinsky_jax.batch.rows import JobError, parquet
+
+PARTIAL = ".partial"
+FORMATS = ("webdataset", "folder")
+
+
+class Drawn(NamedTuple):
+    """A picture of a shard."""
+
+    key: str  # its name without the ending
+    data: bytes  # the encoded picture
+    about: dict[str, Any]  # what it takes to draw it again
+
+
+class Output:
+    """The folder of a job.
+
+    Args:
+        url: a local path or an fsspec URL.
+        form: one of `FORMATS`.
+        suffix: of the pictures, such as "png".
+    """
+
+    def __init__(self, url: str, form: str, suffix: str):
+        self.url, self.form, self.suffix = url, form, suffix
+        self.fs, self.root = fsspec.core.url_to_fs(url)
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Make the folder the job's, or see that it is.
+
+        Raises:
+            JobError: naming what differs where it is another job's, or no job's.
+        """
+        path = self._path("job.json")
+        if self.fs.exists(path):
+            known = json.loads(self.fs.cat_file(path))
+            differ = [
+                f"{name} was {known.get(name)!r}, now {identity.get(name)!r}"
+                for name in sorted(known.keys() | identity.keys())
+                if known.get(name) != identity.get(name)
+            ]
+            if differ:
+                raise JobError([f"{self.url} holds another job; finish that one, or take another folder", *differ])
+            return
+        others = [name for name in self._names("") if not name.startswith(".")]
+        if others:
+            raise JobError([f"{self.url} is neither empty nor a job's folder; it has {', '.join(sorted(others)[:5])}"])
+        self._put("job.json", (json.dumps(identity, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def complete(self) -> set[int]:
+        """The shards that are complete."""
+        folder, ending = ("", ".tar") if self.form == "webdataset" else ("manifest", ".parquet")
+        names = [name.removesuffix(ending) for name in self._names(folder) if name.endswith(ending)]
+        return {int(name) for name in names if name.isdecimal()}
+
+    def sweep(self, shards: Sequence[int]) -> None:
+        """Remove what an earlier run, killed, has left of shards that are not complete."""
+        if not self.local:
+            return
+        for folder in ("", "errors", "images", "manifest"):
+            for name in self._names(folder):
+                whole = name.startswith(".") and name.endswith(PARTIAL)
+                stem = name.removeprefix(".").split(".")[0]
+                if whole and (not stem.isdecimal() or int(stem) in shards):
+                    _remove(Path(self._path(folder, name)))
+
+    def write(self, shard: int, pictures: Sequence[Drawn], errors: Sequence[dict[str, Any]]) -> None:
+        """Write a shard; when this returns, it is complete."""
+        name = f"{shard:06d}"
+        if errors:
+            self._put(f"errors/{name}.jsonl", b"".join(_line(error) for error in errors))
+        if self.form == "webdataset":
+            with self._whole(f"{name}.tar") as file:
+                _write_tar(file, pictures, self.suffix)
+        else:
+            self._write_folder(f"images/{name}", pictures)
+            with self._whole(f"manifest/{name}.parquet") as file:
+                _write_manifest(file, [(f"images/{name}/{p.key}.{self.suffix}", p) for p in pictures])
+
+    def finish(self) -> None:
+        """When all shards are complete: the errors of all in one file."""
+        parts = [self.fs.cat_file(self._path("errors", name)) for name in sorted(self._names("errors"))]
+        if parts:
+            self._put("errors.jsonl", b"".join(parts))
+
+    # Files --------------------------------------------------------------------------------------------------------
+
+    def _path(self, *names: str) -> str:
+        return posixpath.join(self.root, *filter(None, names))
+
+    def _names(self, folder: str) -> list[str]:
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return [posixpath.basename(path.rstrip("/")) for path in found]
+
+    def _put(self, name: str, data: bytes) -> None:
+        with self._whole(name) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def _whole(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write that will be there whole, or not at all."""
+        path = self._path(name)
+        if not self.local:
+            file = self.fs.open(path, "wb")
+            try:
+                yield file
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    file.discard()
+                raise
+            file.close()
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}{PARTIAL}")
+        try:
+            with scratch.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(target)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+
+    def _write_folder(self, name: str, pictures: Sequence[Drawn]) -> None:
+        if not self.local:
+            for picture in pictures:
+                self.fs.pipe_file(self._path(name, f"{picture.key}.{self.suffix}"), picture.data)
+            return
+        target = Path(self._path(name))
+        scratch = target.with_name(f".{target.name}{PARTIAL}")
+        _remove(scratch)
+        scratch.mkdir(parents=True)
+        try:
+            for picture in pictures:
+                (scratch / f"{picture.key}.{self.suffix}").write_bytes(picture.data)
+            _remove(target)  # of a run that was killed before it wrote the manifest
+            scratch.rename(target)
+        except BaseException:
+            _remove(scratch)
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
+
+
+def _write_tar(file: BinaryIO, pictures: Sequence[Drawn], suffix: str) -> None:
+    """WebDataset: the files of one sample share a name, and are neighbours. Nothing in it tells when or where."""
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for picture in pictures:
+            for name, data in (
+                (f"{picture.key}.{suffix}", picture.data),
+                (f"{picture.key}.json", _line(picture.about)),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(data), 0o644
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _write_manifest(file: BinaryIO, pictures: Sequence[tuple[str, Drawn]]) -> None:
+    import pyarrow
+
+    columns = list(dict.fromkeys(name for _, picture in pictures for name in picture.about))
+    rows = []
+    for path, picture in pictures:
+        about = {name: picture.about.get(name) for name in columns}
+        if about.get("metadata") is not None:  # of any type, and of another one in the next row
+            about["metadata"] = json.dumps(about["metadata"], ensure_ascii=False)
+        rows.append({"file_name": path, **about})
+    table = pyarrow.Table.from_pylist(rows) if rows else pyarrow.table({"file_name": pyarrow.array([], "string")})
+    parquet().write_table(table, file)

@@ -1,0 +1,301 @@
+"""Draws a job: reading, drawing, encoding and writing at the same time, shard by shard.
+
+    rows -> tasks        one thread: read, check, open the rows' pictures
+    tasks -> calls       groups of equal shape; on every device, always the same number of pictures
+    calls -> pixels      the main thread, and the devices: text tower, prior, decoder, MoVQ
+    pixels -> bytes      threads: wait for the device, encode
+    bytes -> shard       one thread: write, rename
+
+The pictures of a shard are dealt out to groups in a way that does not depend on the number of devices, and a group is
+one device's share of a call. So a picture always has the same neighbours in the same program, and a shard is the same
+bytes wherever and however often it is drawn.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from kandinsky_jax import images
+from kandinsky_jax.batch.job import OpenJob
+from kandinsky_jax.batch.output import Drawn
+from kandinsky_jax.batch.process import Process
+from kandinsky_jax.batch.stop import Stop
+from kandinsky_jax.batch.tasks import Checker, RowError, Shape, Task
+from kandinsky_jax.noise import image_keys
+from kandinsky_jax.pipelines import CombinedPipeline
+from kandinsky_jax.sampling import Network
+
+ENCODERS = 4  # threads; Pillow's compression runs beside Python
+AHEAD = 2  # shards that are read, drawn or written besides the one that is being drawn
+
+
+@dataclass
+class Report:
+    """What a process has done."""
+
+    shards: int = 0  # written now
+    skipped: int = 0  # complete already
+    images: int = 0
+    errors: int = 0  # rows that could not be drawn
+    seconds: float = 0.0
+    drawing: float = 0.0  # seconds in which a device had something to do
+    complete: bool = False  # whether all shards of the job are there, of every process
+    stopped: bool = False  # by a signal, before the end
+
+    @property
+    def waited(self) -> float:
+        """The share of the time in which the devices had nothing to do."""
+        return max(0.0, 1 - self.drawing / self.seconds) if self.seconds else 0.0
+
+
+class Unit(NamedTuple):
+    """One picture that is to be drawn."""
+
+    task: Task
+    image: int  # of the task's
+
+    @property
+    def key(self) -> str:
+        """Its name in the output."""
+        return self.task.id if self.task.num_images == 1 else f"{self.task.id}+{self.image}"
+
+
+@dataclass
+class Shard:
+    """A unit of work, read and checked."""
+
+    number: int
+    units: list[Unit]
+    errors: list[dict[str, Any]]
+    calls: list[list[Unit]]
+    drawn: list[Future[list[Drawn]]] = field(default_factory=list)
+
+
+def run(
+    job: OpenJob, pipe: CombinedPipeline, process: Process, *, overlap: bool = True, quiet: bool = False, stop: Stop
+) -> Report:
+    """Draw this process's shards of a job: each `process.count`-th, from `process.index` on, that is not complete.
+
+    Args:
+        pipe: of the class `job.pipeline`.
+        overlap: False does one thing after the other, to measure what overlapping brings.
+        quiet: no progress bar.
+        stop: tells when to end early.
+    Raises:
+        JobError: where the output is another job's.
+        OSError: where it cannot be written to; what is complete stays so.
+    """
+    job.output.begin(job.identity())
+    done, mine = job.output.complete(), range(process.index, job.shards, process.count)
+    left = [number for number in mine if number not in done]
+    job.output.sweep(left)
+    report = Report(skipped=len(mine) - len(left))
+    began = time.perf_counter()
+    with _Stages(job, pipe, report, overlap) as stages, _bar(job, process, left, quiet) as bar:
+        stages.draw(left, stop, bar)
+    report.seconds = time.perf_counter() - began
+    report.stopped = stop.asked and report.shards < len(left)
+    report.complete = len(job.output.complete()) >= job.shards
+    if report.complete:
+        job.output.finish()
+    return report
+
+
+def _bar(job: OpenJob, process: Process, left: list[int], quiet: bool) -> tqdm:
+    name = "batch" if process.count == 1 else f"process {process.index} of {process.count}"
+    total = sum(_expected(job, number) for number in left)
+    return tqdm(total=total, desc=name, unit="image", disable=quiet, smoothing=0.1)
+
+
+def _expected(job: OpenJob, shard: int) -> int:
+    """Pictures of a shard, as far as one can tell before it is read."""
+    size = job.job.rows_per_shard
+    return min(size, job.rows.count - shard * size) * job.job.settings.get("num_images", 1)
+
+
+class _Stages:
+    """The threads, and what goes from one to the next."""
+
+    def __init__(self, job: OpenJob, pipe: CombinedPipeline, report: Report, overlap: bool):
+        self._job, self._pipe, self._report = job, pipe, report
+        self._checker = Checker(pipe, job.mode, job.job.folder, job.job.settings, job.job.seed, job.rows.taken)
+        self._devices = Network.split(pipe.unet)[0].devices
+        self._overlap = overlap
+        self._reader, self._writer = _executor(1, overlap), _executor(1, overlap)
+        self._encoders = _executor(ENCODERS, overlap)
+        self._slots = threading.Semaphore(2 * AHEAD)  # calls whose pixels are on a device, or not yet encoded
+
+    def __enter__(self) -> _Stages:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        for executor in (self._reader, self._encoders, self._writer):
+            executor.shutdown(wait=True, cancel_futures=kind is not None)
+
+    def draw(self, shards: list[int], stop: Stop, bar: tqdm) -> None:
+        """Draw and write shards, one after the other."""
+        writing: list[Future[None]] = []
+        for shard in self._read_ahead(shards, stop):
+            bar.total += len(shard.units) - _expected(self._job, shard.number)
+            if not self._draw_shard(shard, stop, bar):
+                break
+            writing.append(self._writer.submit(self._write, shard))
+            while len(writing) > AHEAD or (writing and writing[0].done()):
+                writing.pop(0).result()
+        for future in writing:
+            future.result()
+
+    def _read_ahead(self, shards: list[int], stop: Stop) -> Iterator[Shard]:
+        waiting: queue.SimpleQueue[Future[Shard]] = queue.SimpleQueue()
+        ahead, left = 0, iter(shards)
+        while True:
+            while ahead < (AHEAD if self._overlap else 1) and not stop.asked:
+                number = next(left, None)
+                if number is None:
+                    break
+                waiting.put(self._reader.submit(self._read, number))
+                ahead += 1
+            if not ahead or stop.asked:
+                return
+            yield waiting.get().result()
+            ahead -= 1
+
+    # Stages -------------------------------------------------------------------------------------------------------
+
+    def _read(self, number: int) -> Shard:
+        size = self._job.job.rows_per_shard
+        tasks: list[Task] = []
+        errors: list[dict[str, Any]] = []
+        for raw in self._job.rows.read(number * size, size):
+            try:
+                tasks.append(self._checker.task(raw))
+            except RowError as error:
+                errors.append({"row": raw.number, "id": raw.values.get("id"), "error": str(error)})
+        units = [Unit(task, image) for task in tasks for image in range(task.num_images)]
+        groups: dict[Shape, list[Unit]] = {}
+        for unit in units:
+            groups.setdefault(unit.task.shape, []).append(unit)
+        each = self._job.job.batch * self._devices
+        calls = [group[i : i + each] for group in groups.values() for i in range(0, len(group), each)]
+        return Shard(number, units, errors, calls)
+
+    def _draw_shard(self, shard: Shard, stop: Stop, bar: tqdm) -> bool:
+        """Draw a shard; False where there is no time for it."""
+        for i, call in enumerate(shard.calls):
+            if stop.asked and not stop.time_for(len(shard.calls) - i):
+                return False
+            self._slots.acquire()
+            began = time.perf_counter()
+            drawing = self._pipe.draw(**arguments(call, self._job.job.batch, self._devices))
+            if not self._overlap:  # otherwise the device decodes while the next call is prepared
+                jax.block_until_ready(drawing.drawn)
+            seconds = time.perf_counter() - began
+            stop.took(seconds)
+            self._report.drawing += seconds
+            shard.drawn.append(self._encoders.submit(self._encode, drawing, call))
+            bar.update(len(call))
+        return True
+
+    def _encode(self, drawing: Any, call: list[Unit]) -> list[Drawn]:
+        try:
+            pixels = np.asarray(drawing.drawn)[: len(call)]
+            finite = np.isfinite(pixels).all(axis=(1, 2, 3))
+            pictures = images.to_output(images.from_network(pixels), "pil")
+        finally:
+            self._slots.release()
+        about = self._constants()
+        return [
+            Drawn(
+                unit.key,
+                images.encode(picture, self._job.job.pictures) if good else b"",
+                unit.task.about() | {"image_number": unit.image} | about,
+            )
+            for unit, picture, good in zip(call, pictures, finite, strict=True)
+        ]
+
+    def _constants(self) -> dict[str, Any]:
+        job = self._job
+        facts = {"mode": job.mode, "model": job.model, "prior": job.job.prior, "scheduler": job.job.scheduler}
+        return facts | {"dtype": job.job.dtype, "batch": job.job.batch}
+
+    def _write(self, shard: Shard) -> None:
+        by_key = {drawn.key: drawn for future in shard.drawn for drawn in future.result()}
+        pictures = [by_key[unit.key] for unit in shard.units]
+        for unit in shard.units:
+            if not by_key[unit.key].data:
+                fault = {"error": f"the model's picture {unit.image} has numbers that are not finite"}
+                shard.errors.append({"row": unit.task.number, "id": unit.task.id} | fault)
+        shard.errors.sort(key=lambda error: error["row"])
+        good = [picture for picture in pictures if picture.data]
+        self._job.output.write(shard.number, good, shard.errors)
+        self._report.shards += 1
+        self._report.images += len(good)
+        self._report.errors += len({error["row"] for error in shard.errors})
+
+
+def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, Any]:
+    """A call's arguments of the pipeline's `draw`: `batch` pictures for every device.
+
+    A device's share that is not full is filled up with its own last picture, so that it does not depend on others.
+    """
+    groups = [call[i : i + batch] for i in range(0, len(call), batch)]
+    groups += [groups[-1]] * (devices - len(groups))
+    units = [unit for group in groups for unit in group + [group[-1]] * (batch - len(group))]
+    tasks, shape = [unit.task for unit in units], units[0].task.shape
+    seeds = np.array([task.seed for task in tasks], np.uint64)
+    keys = image_keys(
+        (seeds & 0xFFFFFFFF).astype(np.uint32),
+        (seeds >> np.uint64(32)).astype(np.uint32),
+        np.array([unit.image for unit in units], np.int32),
+    )
+    given: dict[str, Any] = {} if shape.strength is None else {"strength": shape.strength}
+    for name in tasks[0].pictures:
+        given[name] = [task.pictures[name] for task in tasks]
+    return given | {
+        "prompt": [task.prompt for task in tasks],
+        "negative_prompt": [task.negative_prompt or "" for task in tasks] if shape.negative else None,
+        "height": shape.height,
+        "width": shape.width,
+        "num_inference_steps": shape.steps,
+        "guidance_scale": shape.guidance_scale,
+        "prior_num_inference_steps": shape.prior_steps,
+        "prior_guidance_scale": shape.prior_guidance_scale,
+        "num_images_per_prompt": 1,
+        "generator": keys,
+        "latents": None,
+        "output_type": "np",
+        "return_dict": True,
+        "callback_on_step_end": None,
+        "callback_on_step_end_tensor_inputs": None,
+        "prior_callback_on_step_end": None,
+        "prior_callback_on_step_end_tensor_inputs": None,
+    }
+
+
+# Threads ----------------------------------------------------------------------------------------------------------
+
+
+class _Inline:
+    """An executor that does everything at once."""
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args))
+        return future
+
+    def shutdown(self, **_: Any) -> None:
+        pass
+
+
+def _executor(threads: int, overlap: bool) -> Any:
+    return ThreadPoolExecutor(threads) if overlap else _Inline()

@@ -1,0 +1,153 @@
+"""`kandinsky-jax batch`: a file of prompts into shards of pictures."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from kandinsky_jax.batch import Job, Process, Report, open_job, run, this_process
+from kandinsky_jax.batch.job import DEFAULTS
+from kandinsky_jax.batch.output import FORMATS
+from kandinsky_jax.batch.rows import COLUMNS
+from kandinsky_jax.batch.stop import Stop
+from kandinsky_jax.batch.tasks import MODES
+from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
+from kandinsky_jax.images import ENCODINGS
+from kandinsky_jax.schedulers import NAMES, scheduler_named
+
+STOPPED = 143  # as the shell counts an end by SIGTERM: a scheduler then starts the job again
+Mode, Form, Pictures = (
+    StrEnum(name, {value: value for value in values})
+    for name, values in (("Mode", MODES), ("Form", FORMATS), ("Pictures", ENCODINGS))
+)
+_COLUMNS = "  \n".join(f"- `{name}`: {text}" for name, text in COLUMNS.items())
+
+ROWS = Annotated[str, typer.Argument(metavar="JOB", help="Rows: .jsonl, .csv, .parquet or .txt; a path, or a URL.")]
+OUTPUT = Annotated[str, typer.Option("--output", "-o", help="Folder to fill; a path, or a URL such as gs://...")]
+
+
+def batch(
+    job: ROWS,
+    output: OUTPUT,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help='"tiny", a folder, or a Hub repository; default: official.')
+    ] = None,
+    prior: Annotated[str | None, typer.Option(help="Folder or Hub repository of the prior.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="Default: what the columns ask for.")] = None,  # type: ignore[valid-type]
+    form: Annotated[
+        Form,  # type: ignore[valid-type]
+        typer.Option("--format", help="WebDataset tar files, or pictures with a Parquet manifest."),
+    ] = "webdataset",
+    pictures: Annotated[Pictures, typer.Option(help="How pictures are encoded.")] = "png",  # type: ignore[valid-type]
+    rows_per_shard: Annotated[int, typer.Option(help="Rows of one unit of work, which is done whole or again.")] = 256,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once on each device.")] = 4,
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="For rows with none.")] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures of a row that does not say.")] = 1,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels; default: after the row's image, else the model's.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: as for the height.")] = None,
+    steps: Annotated[int, typer.Option(help="Of the decoder.")] = DEFAULTS["steps"],
+    prior_steps: Annotated[int, typer.Option(help="Of the prior.")] = DEFAULTS["prior_steps"],
+    guidance_scale: Annotated[float, typer.Option(help="Of the decoder.")] = DEFAULTS["guidance_scale"],
+    prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior.")] = DEFAULTS["prior_guidance_scale"],
+    strength: Annotated[float, typer.Option(help="How far to go from a row's image.")] = 0.3,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"The decoder's: {', '.join(NAMES)}; default: the model's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of row 0; each later row's is one higher, unless it has its own.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    files: Annotated[
+        str | None, typer.Option(help="Folder or URL of the rows' pictures; default: that of the job's file.")
+    ] = None,
+    process: Annotated[int | None, typer.Option(help="Which process this is, from 0; default: as launched.")] = None,
+    processes: Annotated[int | None, typer.Option(help="How many share the job; default: as launched.")] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Join the others by jax.distributed, as hosts of a TPU slice have to.")
+    ] = False,
+    coordinator: Annotated[str | None, typer.Option(help="Address of process 0; implies --distributed.")] = None,
+    grace: Annotated[float, typer.Option(help="Seconds from SIGTERM until the machine is taken away.")] = 25.0,
+    overlap: Annotated[bool, typer.Option(help="Read, draw, encode and write at the same time.")] = True,
+    compilation_cache: Annotated[
+        str | None, typer.Option(metavar=f"FOLDER|{OFF}", help=f"Where compiled programs are kept; default: ${CACHE}.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Draw every row of a file, exactly once, on all devices.
+
+    Started again, it goes on where it was stopped or killed, with any number of processes, and ends with the same
+    bytes. A row that cannot be drawn is told in errors.jsonl, and the others are drawn. Columns of a job:
+    """
+    defaults: dict[str, Any] = {
+        "negative_prompt": negative_prompt,
+        "num_images": num_images,
+        "height": height,
+        "width": width,
+        "steps": steps,
+        "prior_steps": prior_steps,
+        "guidance_scale": guidance_scale,
+        "prior_guidance_scale": prior_guidance_scale,
+        "strength": strength,
+    }
+    if scheduler is not None:
+        scheduler_named(scheduler, {}).steps(steps)
+    opened = open_job(
+        Job(
+            rows=job,
+            output=output,
+            model=model,
+            prior=prior,
+            mode=mode and str(mode),
+            form=str(form),
+            pictures=str(pictures),
+            rows_per_shard=rows_per_shard,
+            batch=batch,
+            seed=seed,
+            scheduler=scheduler,
+            dtype=dtype,
+            root=files,
+            defaults=defaults,
+        )
+    )
+    if compilation_cache is not None:
+        set_compilation_cache(None if compilation_cache == OFF else compilation_cache)
+    with Stop(grace).listening() as stop:
+        which = this_process(process, processes, distributed, coordinator)
+        pipe = opened.pipeline.from_pretrained(opened.model, prior=prior, dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+        if scheduler is not None:
+            pipe.scheduler = scheduler_named(scheduler, pipe.scheduler.config)
+        report = run(opened, pipe, which, overlap=overlap, quiet=quiet, stop=stop)
+    print(summary(report, which, output))
+    if report.stopped:
+        sys.stdout.flush()
+        os._exit(STOPPED)  # threads that still read or encode are not waited for
+
+
+batch.__doc__ = f"{batch.__doc__}\n\n{_COLUMNS}"
+EXAMPLE = 'Example: printf "a red circle\\na blue star\\n" > p.txt && kandinsky-jax batch p.txt -o out --model tiny'
+
+
+def summary(report: Report, process: Process, output: str) -> str:
+    """What a process has done, in a few lines."""
+    lines = []
+    if process.count > 1:
+        lines.append(f"process {process.index} of {process.count}")
+    rate = report.images / report.seconds if report.seconds else 0.0
+    lines.append(
+        f"{report.images} images in {report.shards} shards, {report.seconds:.1f} s, {rate:.2f} images/s; "
+        f"{report.skipped} shards were complete; devices waited {report.waited:.1%} of the time"
+    )
+    if report.errors:
+        lines.append(f"{report.errors} rows could not be drawn; see the errors in {output}")
+    if report.stopped:
+        lines.append("stopped; start it again to go on")
+    elif report.complete:
+        lines.append(f"the job is complete: {output}")
+    else:
+        lines.append("other processes' shards are still to be done")
+    return "\n".join(lines)

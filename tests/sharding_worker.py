@@ -1,0 +1,121 @@
+"""What eight simulated devices draw; run by test_sharding.py in a process of its own, which writes an .npz file.
+
+python -m tests.sharding_worker OUT.npz
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import numpy as np
+from PIL import Image
+
+import kandinsky_jax as kj
+from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax.sharding import largest_axis, make_mesh
+from tests.test_compile import compilations
+
+PROMPTS = [
+    "a red circle on a blue background",
+    "a green star on a white background",
+    "a large yellow ring on a black background",
+    "an orange square on a purple background",
+    "a blue cross on a yellow background",
+    "a white triangle on a red background",
+    "a small pink circle on a green background",
+    "a purple star on an orange background",
+]
+SIZE = {"height": 64, "width": 64, "num_inference_steps": 6, "output_type": "np"}
+CALL = SIZE | {"prior_num_inference_steps": 4}
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+MASK = np.zeros((64, 64), bool)
+MASK[16:40, 16:40] = True
+
+
+def pipeline(mesh, name: str = "", **options):
+    """A combined pipeline of the small model on a mesh."""
+    cls = getattr(kj, f"KandinskyV22{name}CombinedPipeline")
+    pipe = cls.from_pretrained("tiny", dtype="float32", mesh=mesh, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, count: int = 8, first: int = 0, **extra) -> np.ndarray:
+    """Pictures of the first prompts, each with a seed of its own."""
+    prompts = PROMPTS[first : first + count]
+    return pipe(prompts, generator=list(range(first, first + count)), **CALL | extra).images
+
+
+def over_data(found: dict[str, np.ndarray]) -> None:
+    """The batch divided, as is the default."""
+    one, default = pipeline(None), pipeline(None)
+    one.shard(None)
+    assert next(iter(flat_params(default.unet).values())).sharding.mesh.shape == {"data": 8, "guidance": 1, "rows": 1}
+    default.warmup(height=64, width=64, batch=8)
+    with compilations() as events:
+        default(PROMPTS, generator=0, **CALL)
+    assert not events
+    found["alone"] = np.concatenate([draw(one, 1, i) for i in range(8)])
+    found["data"] = draw(default)
+    with compilations() as events:
+        draw(default, num_inference_steps=9, guidance_scale=2.0, prior_guidance_scale=3.0)
+    assert not events
+    found["uneven"] = draw(default, 3)
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"].shape)
+        return {"latents": tensors["latents"] * np.float32(1)} if step == 2 else tensors
+
+    found["callback"] = draw(default, 3, callback_on_step_end=callback)
+    assert seen == [(3, 4, 8, 8)] * 6
+
+
+def further_over_data(found: dict[str, np.ndarray]) -> None:
+    """Other programs, other modes."""
+    one, default = pipeline(None), pipeline(None)
+    one.shard(None)
+    found["batch"] = draw(one)
+    found["unguided"], found["unguided alone"] = (draw(p, n, guidance_scale=1.0) for p, n in ((default, 8), (one, 1)))
+    negative = {"negative_prompt": "a red square"}
+    found["negative"], found["negative alone"] = (draw(p, n, **negative) for p, n in ((default, 8), (one, 1)))
+    found["torch"] = default(PROMPTS, **CALL, generator=[kj.TorchGenerator(i) for i in range(8)]).images
+    found["torch alone"] = one(PROMPTS[0], **CALL, generator=kj.TorchGenerator(0)).images
+    modes = {
+        "Img2Img": {"image": PICTURE, "strength": 0.7},
+        "Inpaint": {"image": PICTURE, "mask_image": MASK},
+        "Controlnet": {"hint": MASK * 1.0},
+    }
+    for name, extra in modes.items():
+        pipe = pipeline(None, name)
+        found[name] = draw(pipe, 3, **extra)
+        pipe.shard(None)
+        found[f"{name} alone"] = np.concatenate([draw(pipe, 1, i, **extra) for i in range(3)])
+
+
+def other_meshes(found: dict[str, np.ndarray]) -> None:
+    """Guidance and rows divided; parameters divided."""
+    for shape in ((1, 2, 1), (4, 2, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2)):
+        found[f"mesh {shape}"] = draw(pipeline(make_mesh(*shape)))
+    mesh = make_mesh(1, 1, 8)
+    shapes = {name: leaf.shape for name, leaf in flat_params(pipeline(mesh).unet).items()}
+    pipe = pipeline(mesh, shard_rules=largest_axis(mesh, shapes, least=1 << 10))
+    leaves = flat_params(pipe.unet).values()
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    found["share"] = np.array(held / sum(leaf.nbytes for leaf in leaves))
+    found["divided"] = draw(pipe, 1)
+
+
+def main() -> None:
+    """One part of the cases, or several."""
+    found: dict[str, np.ndarray] = {}
+    for part in sys.argv[2:]:
+        globals()[part](found)
+    np.savez(sys.argv[1], **found)
+
+
+if __name__ == "__main__":
+    main()

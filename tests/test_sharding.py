@@ -1,0 +1,134 @@
+"""Meshes: what eight simulated devices draw is what one does; and what is no mesh says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from kandinsky_jax import KandinskyV22PriorPipeline
+from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax.sharding import ROWS, largest_axis, make_mesh, parameter_places
+from tests.conftest import note
+
+ROOT = Path(__file__).parents[1]
+
+
+def drawn_by(folder: Path, *parts: str) -> dict[str, np.ndarray]:
+    """What the worker has drawn on its meshes."""
+    command = [sys.executable, "-W", "error", "-m", "tests.sharding_worker", folder / "drawn.npz", *parts]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(np.load(folder / "drawn.npz"))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> dict[str, np.ndarray]:
+    return drawn_by(tmp_path_factory.mktemp("data"), "over_data")
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory) -> dict[str, np.ndarray]:
+    parts = ("over_data", "further_over_data", "other_meshes")
+    return drawn_by(tmp_path_factory.mktemp("further"), *parts)
+
+
+def levels(pictures: np.ndarray) -> np.ndarray:
+    return (pictures * 255).round().astype(int)
+
+
+def test_each_device_draws_what_it_would_draw_alone(drawn):
+    """Bit for bit: the program on a device is that of a single picture."""
+    assert np.array_equal(drawn["data"], drawn["alone"])
+    assert len({picture.tobytes() for picture in drawn["data"]}) == 8
+
+
+@pytest.mark.parametrize("case", ["uneven", "callback"])
+def test_a_batch_that_does_not_fill_the_devices(drawn, case):
+    assert len(drawn[case]) == 3
+    assert np.array_equal(drawn[case], drawn["alone"][:3])
+
+
+@pytest.mark.slow
+def test_a_batch_on_one_device(further):
+    """Another program, of eight pictures: the last bits of float32 may differ, and rarely a level by one."""
+    assert note(np.abs(further["data"] - further["batch"]).max() * 255, "data, max |d| of 255") <= 0.05
+    assert np.abs(levels(further["data"]) - levels(further["batch"])).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["unguided", "negative", "torch", "Img2Img", "Inpaint", "Controlnet"])
+def test_cases_over_data(further, case):
+    ours, alone = further[case], further[f"{case} alone"]
+    assert len(ours) == (3 if case[0].isupper() else 8)
+    assert np.array_equal(ours[: len(alone)], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 2, 1), (4, 2, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2)], ids=str)
+def test_guidance_and_rows(further, shape):
+    ours, one = further[f"mesh {shape}"], further["batch"]
+    kind = "rows" if shape[2] > 1 else "guidance"
+    assert note(np.abs(ours - one).max() * 255, f"{kind}, max |d| of 255") <= (2 if kind == "rows" else 0.05)
+    assert np.abs(levels(ours) - levels(one)).max() <= 1
+
+
+@pytest.mark.slow
+def test_divided_parameters(further):
+    assert further["share"] < 0.2  # of eight devices, each has an eighth of what is large enough
+    assert np.abs(further["divided"] - further["alone"][:1]).max() * 255 <= 2
+
+
+# One device, no process of its own --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"data": 0}, "data must be an integer of at least 1, got 0"),
+        ({"rows": True}, "rows must be an integer"),
+        ({"guidance": 3}, "guidance must be 1 or 2"),
+        ({"data": 99}, "needs 99 devices, there are"),
+        ({"guidance": 2}, "needs 2 devices, there are 1"),
+    ],
+)
+def test_what_is_no_mesh(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        make_mesh(**arguments)
+
+
+def test_rules_that_cannot_be_followed_are_all_named():
+    mesh = make_mesh()
+    with pytest.raises(ValueError, match="only be divided over a mesh"):
+        parameter_places(None, {"a": (4,)}, [("a", PartitionSpec(ROWS))])
+    rules = [("a", PartitionSpec("data")), ("b", PartitionSpec(None, ROWS))]
+    with pytest.raises(ValueError, match=r"'a' asks for .*\n.*b \[4\] cannot be divided"):
+        parameter_places(mesh, {"a": (4,), "b": (4,)}, rules)
+
+
+def test_the_first_rule_that_matches_counts():
+    mesh = make_mesh()
+    rules = [(r"^x\.kernel$", PartitionSpec(None, ROWS)), ("kernel", PartitionSpec(ROWS))]
+    places = parameter_places(mesh, {"x.kernel": (2, 4), "y.kernel": (2, 4), "bias": (4,)}, rules)
+    assert [tuple(place.spec) for place in places.values()] == [(None, ROWS), (ROWS,), ()]
+    assert largest_axis(mesh, {"a.b": (2, 400, 200), "c": (3,)}) == [(r"^a\.b$", PartitionSpec(None, ROWS))]
+
+
+def test_a_pipeline_moves_with_its_late_parts(tiny_pipe):
+    pipe = KandinskyV22PriorPipeline.from_pretrained("tiny", dtype="float32")
+    mesh = make_mesh()
+    pipe.shard(mesh)
+    assert not pipe._held()["image_encoder"].loaded
+    for part in (pipe.prior, pipe.text_encoder, pipe.image_encoder):
+        assert {leaf.sharding.mesh for leaf in flat_params(part).values()} == {mesh}
+    pipe.shard(None)
+    for part in (pipe.prior, pipe.image_encoder):
+        assert {leaf.sharding for leaf in flat_params(part).values()} == {
+            jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        }
