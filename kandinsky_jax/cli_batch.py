@@ -13,6 +13,7 @@ from kandinsky_jax.batch import Job, Process, Report, open_job, run, this_proces
 from kandinsky_jax.batch.job import DEFAULTS
 from kandinsky_jax.batch.output import FORMATS
 from kandinsky_jax.batch.rows import COLUMNS
+from kandinsky_jax.batch.runner import rehearsal
 from kandinsky_jax.batch.stop import Stop
 from kandinsky_jax.batch.tasks import MODES
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
@@ -117,7 +118,8 @@ def batch(
         set_compilation_cache(None if compilation_cache == OFF else compilation_cache)
     with Stop(grace).listening() as stop:
         which = this_process(process, processes, distributed, coordinator)
-        pipe = opened.pipeline.from_pretrained(opened.model, prior=prior, dtype=dtype)
+        opened.output.begin(opened.identity())  # what is wrong with it is told before a model is loaded
+        pipe = opened.pipeline.from_pretrained(opened.model, prior=prior, dtype=dtype, warmup=rehearsal(opened))
         pipe.set_progress_bar_config(disable=True)
         if scheduler is not None:
             pipe.scheduler = scheduler_named(scheduler, pipe.scheduler.config)

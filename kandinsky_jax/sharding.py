@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, GUIDANCE, ROWS = AXES = ("data", "guidance", "rows")
-BY_HAND = frozenset({DATA, GUIDANCE})
 EVERYWHERE = PartitionSpec()
 PICTURE = 4  # axes of an array of pictures, [B, H, W, C]
 
@@ -136,7 +135,8 @@ def place(mesh: Mesh, tree: Any, axis: int | None = 0, halves: bool = False, pic
         if short := -images % parts:
             leaf = _take(leaf, np.minimum(np.arange(images + short), images - 1), axis)
         spec = [*_by_hand(mesh, leaf, axis, halves)]
-        if pictures and leaf.ndim - axis == PICTURE and leaf.shape[axis + 1] % mesh.shape[ROWS] == 0:
+        parts = mesh.shape[ROWS]
+        if pictures and parts > 1 and leaf.ndim - axis == PICTURE and leaf.shape[axis + 1] % parts == 0:
             spec.append(ROWS)
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
@@ -169,6 +169,8 @@ def over(mesh: Mesh | None, function: Callable[..., Any], in_specs: Any, out_spe
     """A function of whole arrays from one of each device's own part; without a mesh, the function as it is."""
     if mesh is None:
         return function
+    # XLA divides what is left over, and refuses Pallas kernels even where nothing is.
+    by_hand = {DATA, GUIDANCE} if mesh.shape[ROWS] > 1 else set(AXES)
     return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=BY_HAND, check_vma=False
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=by_hand, check_vma=False
     )

@@ -199,15 +199,22 @@ def _write_tar(file: BinaryIO, pictures: Sequence[Drawn], suffix: str) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
+# Of the manifest: the same in every shard, also where a shard has nothing in a column.
+COLUMNS = {
+    "string": "file_name id prompt negative_prompt mode model prior scheduler dtype image mask hint metadata".split(),
+    "int64": "seed image_number height width steps prior_steps batch".split(),
+    "float64": "guidance_scale prior_guidance_scale strength".split(),
+}
+
+
 def _write_manifest(file: BinaryIO, pictures: Sequence[tuple[str, Drawn]]) -> None:
     import pyarrow
 
-    columns = list(dict.fromkeys(name for _, picture in pictures for name in picture.about))
+    schema = pyarrow.schema([(name, kind) for kind, names in COLUMNS.items() for name in names])
     rows = []
     for path, picture in pictures:
-        about = {name: picture.about.get(name) for name in columns}
-        if about.get("metadata") is not None:  # of any type, and of another one in the next row
-            about["metadata"] = json.dumps(about["metadata"], ensure_ascii=False)
-        rows.append({"file_name": path, **about})
-    table = pyarrow.Table.from_pylist(rows) if rows else pyarrow.table({"file_name": pyarrow.array([], "string")})
-    parquet().write_table(table, file)
+        row = {"file_name": path, **picture.about}
+        if "metadata" in row:  # of any type
+            row["metadata"] = json.dumps(row["metadata"], ensure_ascii=False)
+        rows.append({name: row.get(name) for name in schema.names})
+    parquet().write_table(pyarrow.Table.from_pylist(rows, schema), file)

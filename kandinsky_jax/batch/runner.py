@@ -111,6 +111,26 @@ def run(
     return report
 
 
+def rehearsal(job: OpenJob) -> Callable[[Any], None]:
+    """What calls a pipeline as the job will, with its first good row: for `from_pretrained(..., warmup=...)`."""
+
+    def call(pipe: CombinedPipeline) -> None:
+        checker = _checker(job, pipe)
+        for raw in job.rows.read(0, 100):
+            try:
+                units = [Unit(checker.task(raw), 0)]
+            except RowError:
+                continue
+            pipe.draw(**arguments(units, job.job.batch, Network.split(pipe.unet)[0].devices))
+            return
+
+    return call
+
+
+def _checker(job: OpenJob, pipe: CombinedPipeline) -> Checker:
+    return Checker(pipe, job.mode, job.job.folder, job.job.settings, job.job.seed, job.rows.taken)
+
+
 def _bar(job: OpenJob, process: Process, left: list[int], quiet: bool) -> tqdm:
     name = "batch" if process.count == 1 else f"process {process.index} of {process.count}"
     total = sum(_expected(job, number) for number in left)
@@ -128,7 +148,7 @@ class _Stages:
 
     def __init__(self, job: OpenJob, pipe: CombinedPipeline, report: Report, overlap: bool):
         self._job, self._pipe, self._report = job, pipe, report
-        self._checker = Checker(pipe, job.mode, job.job.folder, job.job.settings, job.job.seed, job.rows.taken)
+        self._checker = _checker(job, pipe)
         self._devices = Network.split(pipe.unet)[0].devices
         self._overlap = overlap
         self._reader, self._writer = _executor(1, overlap), _executor(1, overlap)
@@ -208,20 +228,17 @@ class _Stages:
 
     def _encode(self, drawing: Any, call: list[Unit]) -> list[Drawn]:
         try:
-            pixels = np.asarray(drawing.drawn)[: len(call)]
-            finite = np.isfinite(pixels).all(axis=(1, 2, 3))
-            pictures = images.to_output(images.from_network(pixels), "pil")
+            pixels = np.asarray(drawing.drawn)[: len(call)]  # [B, H, W, 3]
         finally:
             self._slots.release()
-        about = self._constants()
-        return [
-            Drawn(
-                unit.key,
-                images.encode(picture, self._job.job.pictures) if good else b"",
-                unit.task.about() | {"image_number": unit.image} | about,
-            )
-            for unit, picture, good in zip(call, pictures, finite, strict=True)
-        ]
+        constants, found = self._constants(), []
+        for unit, picture in zip(call, pixels, strict=True):
+            data = b""  # of a picture that is none
+            if np.isfinite(picture).all():
+                [drawn] = images.to_output(images.from_network(picture[None]), "pil")
+                data = images.encode(drawn, self._job.job.pictures)
+            found.append(Drawn(unit.key, data, unit.task.about() | {"image_number": unit.image} | constants))
+        return found
 
     def _constants(self) -> dict[str, Any]:
         job = self._job

@@ -144,10 +144,9 @@ class Checker:
         strength = row.get("strength", _number, given.get("strength", 0.3)) if drawn else None
         if not drawn and "strength" in row.values:
             row.faults.append(f"strength has no place in the mode {self.mode}")
-        steps = {
-            name: row.get(name, functools.partial(self._steps, name, strength=part), given[name])
-            for name, part in (("steps", strength), ("prior_steps", None))
-        }
+        steps = {name: row.get(name, _whole, given[name]) for name in ("steps", "prior_steps")}
+        for (name, count), part in zip(steps.items(), (strength, None), strict=True):
+            row.judge(name, functools.partial(self._schedule, name, count, part))
         scales = {
             name: row.get(name, functools.partial(_guidance, name=name), given[name])
             for name in ("guidance_scale", "prior_guidance_scale")
@@ -163,14 +162,12 @@ class Checker:
             negative is not None,
         )
 
-    def _steps(self, name: str, value: Any, strength: float | None) -> int:
-        """A number of steps that the scheduler takes; a million rows mostly agree on it."""
-        steps = _whole(value)
+    def _schedule(self, name: str, steps: int, strength: float | None) -> None:
+        """Raise where the scheduler does not take so many steps; a million rows mostly agree on them."""
         if (name, steps, strength) not in self._schedulable:
             scheduler = self.pipe.scheduler if name == "steps" else self.pipe.prior_scheduler
             scheduler.schedule(steps, checks.skipped(strength, scheduler.steps(steps)))
             self._schedulable.add((name, steps, strength))
-        return steps
 
     def _pictures(self, row: _Row, read: dict[str, Image.Image], shape: Shape) -> dict[str, Any]:
         """What was read, as large as it will be drawn: what the pipelines then do to it changes nothing."""
@@ -201,8 +198,12 @@ class _Row:
         """A value after its check, or the default."""
         if name not in self.values:
             return default
+        return self.judge(name, lambda: check(self.values[name]), default)
+
+    def judge(self, name: str, judge: Callable[[], Any], default: Any = None) -> Any:
+        """What a judgement says, or the default where it raises, which is a fault of the column."""
         try:
-            return check(self.values[name])
+            return judge()
         except (ValueError, TypeError) as error:
             self.faults.append(str(error) if str(error).startswith(name) else f"{name}: {error}")
             return default
