@@ -63,6 +63,7 @@ def this_process(
 
 def _joined(index: int | None, count: int | None, coordinator: str | None) -> Process:
     """Join the others, start the devices with them, and part: from then on, none that is lost takes others along."""
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is for the job
     jax.distributed.initialize(coordinator, count, index)
     try:
         return Process(jax.process_index(), jax.process_count())
