@@ -52,6 +52,7 @@ from kandinsky_jax.schedulers import (
     UniPCMultistepScheduler,
     scheduler_named,
 )
+from kandinsky_jax.sharding import make_mesh
 
 __all__ = [
     "AutoPipelineForImage2Image",
@@ -99,6 +100,7 @@ __all__ = [
     "UniPCMultistepScheduler",
     "VQModel",
     "load_network",
+    "make_mesh",
     "save_network",
     "scheduler_named",
     "set_compilation_cache",

@@ -32,6 +32,7 @@ from kandinsky_jax.pipelines import (
 )
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from kandinsky_jax.schedulers.names import SUFFIXES
+from kandinsky_jax.sharding import Mesh, make_mesh
 from kandinsky_jax.terminal import run
 
 app = typer.Typer(
@@ -96,6 +97,14 @@ class Options:
     dtype: Annotated[Dtype | None, typer.Option(help="Of the networks; default: float32 on a CPU, else bfloat16.")] = (
         None
     )
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA,GUIDANCE,ROWS",
+            help="How devices share the work: parts of a batch, of guidance (1 or 2), of a picture's rows; "
+            "1,2,4 draws one picture on eight. Default: all of them, each with pictures of its own.",
+        ),
+    ] = None
     output: Annotated[
         Path, typer.Option("--output", "-o", help="PNG, JPEG or WebP; several pictures get -0, -1, ... in their names.")
     ] = Path("kandinsky.png")
@@ -118,6 +127,7 @@ class Options:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed={self.seed} is no seed; needed is an integer from 0 to 2**63 - 1")
         checks.interval(self.interval(), max(self.steps, 1), "--guidance-interval")
+        self.devices()
         if self.scheduler is not None:
             scheduler_named(self.scheduler, {}).steps(self.steps)
 
@@ -137,6 +147,7 @@ class Options:
             prior=self.prior,
             dtype=self.dtype and self.dtype.value,
             warmup=draw,
+            mesh=self.devices(),
         )
         pipe.set_progress_bar_config(disable=self.quiet)
         return seed, draw(pipe)
@@ -150,6 +161,18 @@ class Options:
     def interval(self) -> list[float] | None:
         """Where guidance is on."""
         return _numbers(self.guidance_interval, "--guidance-interval") if self.guidance_interval is not None else None
+
+    def devices(self) -> Mesh | None:
+        """The mesh that is asked for."""
+        if self.mesh is None:
+            return None
+        parts = _numbers(self.mesh, "--mesh")
+        if len(parts) != 3 or any(part != int(part) for part in parts):
+            raise ValueError(
+                f"--mesh must be three whole numbers with commas between, such as 1,2,4, got {self.mesh!r}"
+            )
+        data, guidance, rows = map(int, parts)
+        return make_mesh(data, guidance, rows)
 
     def generator(self, seed: int) -> Generator:
         """The noise of a seed."""
