@@ -1,0 +1,163 @@
+"""The one training step: gradients of any loss, accumulated, clipped, AdamW, an average of the weights.
+
+Weights and their average are float32, whatever the dtype that the networks compute in. The step is a pure function of
+the state and a batch, compiled once: `state, metrics = trainer.step(state, batch, key)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from kandinsky_jax.sampling import Params
+
+Loss = Callable[[Params, Any, jax.Array], jax.Array]  # (parameters, batch, key) -> a float32 scalar
+
+# Parameters that are statistics of the data, which no optimizer may touch.
+STATISTICS = ("clip_mean", "clip_std")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train. Names and defaults are those of the reference's scripts where they have them.
+
+    Args:
+        learning_rate: after the warm-up.
+        lr_scheduler: "constant", "linear" or "cosine" (to zero at `max_train_steps`).
+        lr_warmup_steps: steps in which the rate rises from zero.
+        max_train_steps: the end of the schedule.
+        adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: of AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101).
+        max_grad_norm: gradients are scaled down to this norm; None is no limit.
+        gradient_accumulation_steps: parts of a batch that are done one after the other, for memory.
+        ema_decay: of the average of the weights; None is no average.
+        dtype: that the networks compute in; weights stay float32.
+        remat: keep only the results of matrix products for the backward pass, and compute the rest again.
+    """
+
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    max_train_steps: int = 1000
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    gradient_accumulation_steps: int = 1
+    ema_decay: float | None = None
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.lr_scheduler not in SCHEDULES:
+            faults.append(f"lr_scheduler={self.lr_scheduler!r} is not supported, only {', '.join(SCHEDULES)}")
+        for name in ("max_train_steps", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr_warmup_steps < 0:
+            faults.append(f"lr_warmup_steps must not be negative, got {self.lr_warmup_steps}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            faults.append(f"ema_decay must be between 0 and 1, got {self.ema_decay}")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def rate(self) -> optax.Schedule:
+        """The learning rate by step."""
+        ramp = optax.linear_schedule(0.0, self.learning_rate, self.lr_warmup_steps)
+        rest = SCHEDULES[self.lr_scheduler](self.learning_rate, max(1, self.max_train_steps - self.lr_warmup_steps))
+        return optax.join_schedules([ramp, rest], [self.lr_warmup_steps]) if self.lr_warmup_steps else rest
+
+
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
+    "constant": lambda rate, steps: optax.constant_schedule(rate),
+    "linear": lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
+    "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
+}
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    step: jax.Array  # int32
+    params: Any  # what is trained: a network's parameters, or changes to them; float32
+    opt_state: Any
+    ema: Any  # as params, or None
+
+
+class Trainer:
+    """The step of one loss.
+
+    Args:
+        loss: (what is trained, batch, key) -> a float32 scalar, the mean over the batch's first axis.
+        settings: how to train.
+    """
+
+    def __init__(self, loss: Loss, settings: Settings):
+        self.settings = settings
+        self._loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.checkpoint_dots) if settings.remat else loss
+        clip = optax.identity() if settings.max_grad_norm is None else optax.clip_by_global_norm(settings.max_grad_norm)
+        adam = optax.adamw(
+            settings.rate(),
+            settings.adam_beta1,
+            settings.adam_beta2,
+            settings.adam_epsilon,
+            weight_decay=settings.adam_weight_decay,
+        )
+        self.optimizer = optax.chain(clip, optax.masked(adam, _trained), optax.masked(optax.set_to_zero(), _statistics))
+        self.step = jax.jit(self._step, donate_argnums=0)
+
+    def init(self, params: Any) -> TrainState:
+        """The state before the first step; the parameters are copied to float32."""
+        params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
+        ema = None if self.settings.ema_decay is None else jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.int32(0), params, self.optimizer.init(params), ema)
+
+    def _step(self, state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, gradients = self._gradients(state.params, batch, jax.random.fold_in(key, state.step))
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if self.settings.ema_decay is not None:
+            # diffusers' EMAModel: a young average is short.
+            decay = jnp.minimum(self.settings.ema_decay, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    def _gradients(self, params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        parts = self.settings.gradient_accumulation_steps
+
+        def of(part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+            def loss(params: Any) -> jax.Array:
+                computed = jax.tree.map(lambda leaf: leaf.astype(self.settings.dtype), params)
+                return self._loss(computed, part, key)
+
+            return jax.value_and_grad(loss)(params)
+
+        if parts == 1:
+            return of(batch, key)
+        split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+
+        def add(total: Any, given: Any) -> tuple[Any, None]:
+            return jax.tree.map(lambda a, b: a + b / parts, total, of(*given)), None
+
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))
+        return total
+
+
+def _statistics(params: Any) -> Any:
+    """Which leaves no optimizer may touch."""
+    paths = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: path[-1] in STATISTICS for path in paths})
+
+
+def _trained(params: Any) -> Any:
+    return jax.tree.map(lambda fixed: not fixed, _statistics(params))
