@@ -151,6 +151,8 @@ def disturbed(
         while found["kills"] < kills:
             _pause(cluster, output, rng)
             busy = cluster.busy()
+            failed = [i for i, process in cluster.running.items() if process.poll() not in (None, 0)]
+            assert not failed, [(folder / f"log-{i}.txt").read_text()[-2000:] for i in failed]
             if not busy:
                 break
             killed = busy if rng.random() < 0.3 else [rng.choice(busy)]

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from kandinsky_jax.batch.process import Process
 from kandinsky_jax.batch.rows import JobError, parquet
 
 PARTIAL = ".partial"
@@ -53,13 +54,18 @@ class Output:
         self.url, self.form, self.suffix = url, form, suffix
         self.fs, self.root = fsspec.core.url_to_fs(url)
         self.local = isinstance(self.fs, LocalFileSystem)
+        self._process = Process()
 
-    def begin(self, identity: dict[str, Any]) -> None:
+    def begin(self, identity: dict[str, Any], process: Process) -> None:
         """Make the folder the job's, or see that it is.
 
+        Args:
+            identity: of the job.
+            process: which one this is; others may do the same at this moment.
         Raises:
             JobError: naming what differs where it is another job's, or no job's.
         """
+        self._process = process
         path = self._path("job.json")
         if self.fs.exists(path):
             known = json.loads(self.fs.cat_file(path))
@@ -88,9 +94,16 @@ class Output:
             return
         for folder in ("", "errors", "images", "manifest"):
             for name in self._names(folder):
-                whole = name.startswith(".") and name.endswith(PARTIAL)
-                stem = name.removeprefix(".").split(".")[0]
-                if whole and (not stem.isdecimal() or int(stem) in shards):
+                if not (name.startswith(".") and name.endswith(PARTIAL)):
+                    continue
+                shard, writer = name.split(".")[1], name.split(".")[-2]
+                if shard.isdecimal():  # others may be writing theirs
+                    mine = int(shard) in shards
+                else:
+                    mine = writer.isdecimal() and (
+                        int(writer) == self._process.index or int(writer) >= self._process.count
+                    )
+                if mine:
                     _remove(Path(self._path(folder, name)))
 
     def write(self, shard: int, pictures: Sequence[Drawn], errors: Sequence[dict[str, Any]]) -> None:
@@ -145,7 +158,9 @@ class Output:
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}{PARTIAL}")
+        # What is no shard's may be written by several processes at once, all with the same bytes.
+        writer = "" if target.name.split(".")[0].isdecimal() else f".{self._process.index}"
+        scratch = target.with_name(f".{target.name}{writer}{PARTIAL}")
         try:
             with scratch.open("wb") as file:
                 yield file
