@@ -43,6 +43,7 @@ __all__ = [
     "move_network",
     "read_params",
     "save_network",
+    "set_params",
     "stored_bytes",
 ]
 
@@ -66,7 +67,8 @@ def flat_params(module: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def _with_params(module: nnx.Module, params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> nnx.Module:
+def set_params(module: nnx.Module, params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> nnx.Module:
+    """Put parameters, by their dotted Flax names, into a network, which is returned."""
     state = nnx.state(module, nnx.Param)
     paths = [path for path, _ in nnx.to_flat_state(state)]
     flat = {path: params[".".join(map(str, path))] for path in paths}
@@ -92,7 +94,7 @@ def describe_network(
     places: Mapping[str, Any] = parameter_places(mesh, shapes, rules)
     if mesh is None and (Path(folder) / orbax.FOLDER).is_dir():
         places = dict.fromkeys(shapes, _home())
-    return _with_params(
+    return set_params(
         module,
         {name: jax.ShapeDtypeStruct(shape, dtype, sharding=places[name]) for name, shape in shapes.items()},
     )
@@ -103,7 +105,7 @@ def move_network(module: nnx.Module, mesh: Mesh | None, rules: Rules = ()) -> No
     params = flat_params(module)
     places = parameter_places(mesh, {name: tuple(x.shape) for name, x in params.items()}, rules)
     where = {name: _home() if mesh is None else place for name, place in places.items()}
-    _with_params(module, {name: jax.device_put(x, where[name]) for name, x in params.items()})
+    set_params(module, {name: jax.device_put(x, where[name]) for name, x in params.items()})
 
 
 def _home() -> jax.sharding.Sharding:
@@ -141,7 +143,7 @@ def load_network(
         params = _read_orbax(folder, expected, dtype, places, progress)
     else:
         params = _read_torch(folder, expected, dtype, places, progress)
-    return _with_params(module, params)
+    return set_params(module, params)
 
 
 def check_network(cls: type[nnx.Module], folder: str | os.PathLike[str]) -> NetworkConfig:

@@ -16,7 +16,10 @@ import typer
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.cli_batch import EXAMPLE, batch
+from kandinsky_jax.cli_batch import EXAMPLE as BATCH_EXAMPLE
+from kandinsky_jax.cli_batch import batch
+from kandinsky_jax.cli_train import EXAMPLE as TRAIN_EXAMPLE
+from kandinsky_jax.cli_train import train
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.hub import CONTROLNET, DECODER, INPAINT, OFFICIAL
 from kandinsky_jax.noise import Generator, TorchGenerator
@@ -317,7 +320,8 @@ def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength =
     _decode(embed, options, [{"prompt": text} | facts for text in prompt for _ in range(options.num_images)])
 
 
-app.command(epilog=EXAMPLE)(batch)
+app.command(epilog=BATCH_EXAMPLE)(batch)
+app.command(epilog=TRAIN_EXAMPLE)(train)
 
 
 def _numbers(text: str, name: str) -> list[float]:

@@ -14,11 +14,11 @@ from kandinsky_jax.batch.job import DEFAULTS
 from kandinsky_jax.batch.output import FORMATS
 from kandinsky_jax.batch.rows import COLUMNS
 from kandinsky_jax.batch.runner import rehearsal
-from kandinsky_jax.batch.stop import Stop
 from kandinsky_jax.batch.tasks import MODES
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.images import ENCODINGS
 from kandinsky_jax.schedulers import NAMES, scheduler_named
+from kandinsky_jax.stop import Stop
 
 STOPPED = 143  # as the shell counts an end by SIGTERM: a scheduler then starts the job again
 Mode, Form, Pictures = (

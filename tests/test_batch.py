@@ -21,7 +21,7 @@ from PIL import Image
 
 from kandinsky_jax.batch import Job, JobError, Process, open_job, run
 from kandinsky_jax.batch import runner as batch_runner
-from kandinsky_jax.batch.stop import Stop
+from kandinsky_jax.stop import Stop
 from tests.test_compile import compilations
 
 PROMPTS = ("a red circle on a blue background", "a green star", "yellow ring", "an orange square", "a purple cross")

@@ -13,8 +13,8 @@ import pytest
 from kandinsky_jax.batch.job import Job, open_job
 from kandinsky_jax.batch.process import VARIABLES, Process, this_process
 from kandinsky_jax.batch.rows import STRIDE, JobError, scan
-from kandinsky_jax.batch.stop import Stop
 from kandinsky_jax.batch.tasks import below
+from kandinsky_jax.stop import Stop
 
 COUNT = 2 * STRIDE + 7
 ROWS = [{"id": f"r{i}", "prompt": f"a “{i}”,\nround" if i % 5 == 0 else f"prompt {i}", "seed": i} for i in range(COUNT)]

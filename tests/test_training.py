@@ -13,9 +13,12 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
+from kandinsky_jax import lora
+from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.sampling import Network
 from kandinsky_jax.tensors import names
-from kandinsky_jax.training import LoraConfig, Settings, Trainer, decoder_loss, lora, prior_loss
+from kandinsky_jax.training.losses import decoder_loss, prior_loss
+from kandinsky_jax.training.step import Settings, Trainer
 from tests.conftest import note
 
 BATCH = 4

@@ -29,11 +29,11 @@ from kandinsky_jax import images
 from kandinsky_jax.batch.job import OpenJob
 from kandinsky_jax.batch.output import Drawn
 from kandinsky_jax.batch.process import Process
-from kandinsky_jax.batch.stop import Stop
 from kandinsky_jax.batch.tasks import Checker, RowError, Shape, Task
 from kandinsky_jax.noise import image_keys
 from kandinsky_jax.pipelines import CombinedPipeline
 from kandinsky_jax.sampling import Network
+from kandinsky_jax.stop import Stop
 
 ENCODERS = 4  # threads; Pillow's compression runs beside Python
 AHEAD = 2  # shards that are read, drawn or written besides the one that is being drawn

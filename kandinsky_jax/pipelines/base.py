@@ -33,6 +33,7 @@ from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.noise import Source
+from kandinsky_jax.pipelines.adapters import LoraLoader
 from kandinsky_jax.sampling import Lane, Network, sample
 from kandinsky_jax.schedulers import SCHEDULERS, Schedule, Scheduler, scheduler_from_config
 from kandinsky_jax.sharding import Mesh, Rules, default_mesh
@@ -62,7 +63,7 @@ class Late:
         vars(pipe)[self._name] = part
 
 
-class Pipeline:
+class Pipeline(LoraLoader):
     """Base of the pipelines.
 
     A subclass's constructor takes its components by diffusers' names and hands them to `_register`.

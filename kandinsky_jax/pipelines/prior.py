@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from kandinsky_jax import hub, images, zero_embed
+from kandinsky_jax.checkpoint import Deferred, flat_params
 from kandinsky_jax.compilation import program
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
@@ -106,7 +107,7 @@ class PriorPipeline(Pipeline):
             scheduler=scheduler,
             image_processor=image_processor,
         )
-        self._constants: dict[str, tuple[tuple[Any, ...], Any]] = {}
+        self._constants: dict[str, tuple[list[Any], Any]] = {}
 
     def interpolate(
         self,
@@ -363,12 +364,18 @@ class PriorPipeline(Pipeline):
         return self._constant("zero", lambda: zero_embed.of(tower), tower)
 
     def _constant(self, name: str, compute: Callable[[], Any], *owners: Any) -> Any:
-        """A result that only its owners' weights decide, computed once."""
-        kept, result = self._constants.get(name, ((), None))
-        if len(kept) != len(owners) or any(a is not b for a, b in zip(kept, owners, strict=True)):
+        """A result that only its owners' weights decide, computed once; again when a weight has changed, as by LoRA."""
+        weights = [leaf for owner in owners for leaf in _weights(owner)]
+        kept, result = self._constants.get(name, ([], None))
+        if len(kept) != len(weights) or any(a is not b for a, b in zip(kept, weights, strict=True)):
             result = compute()
-            self._constants[name] = (owners, result)
+            self._constants[name] = (weights, result)
         return result
+
+
+def _weights(owner: Any) -> list[Any]:
+    """What tells whether a network is as it was: its arrays, or that which will read them."""
+    return [owner] if isinstance(owner, Deferred) else list(flat_params(owner).values())
 
 
 def _first_row(condition: PriorCondition) -> PriorCondition:

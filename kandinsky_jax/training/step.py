@@ -129,7 +129,11 @@ class Trainer:
             decay = jnp.minimum(self.settings.ema_decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        # One bad picture must not spoil the weights: a step that is not finite changes nothing but its number.
+        fine = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
+        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        kept = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
+        return TrainState(state.step + 1, *kept), metrics
 
     def _gradients(self, params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
         parts = self.settings.gradient_accumulation_steps

@@ -32,7 +32,10 @@ from kandinsky_jax.tensors.files import CheckpointError
 ATTENTION = r"\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)$"
 FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
-_NAME = re.compile(r"^(?:(unet|prior|transformer)\.)?(.+)\.lora_([AB])\.weight$")
+_PREFIX = re.compile(r"^(unet|prior)\.")
+_NAME = re.compile(r"^(.+)\.lora_([AB])\.weight$")
+# As the reference's LoRA scripts for Kandinsky write them, of the time before peft.
+_OLD_NAME = re.compile(r"^(.+)\.processor\.(to_q|to_k|to_v|to_out|add_k_proj|add_v_proj)_lora\.(down|up)\.weight$")
 
 Lora = dict[str, dict[str, jax.Array]]  # by the layer's dotted name: A [rank, in], B [out, rank]
 
@@ -78,13 +81,17 @@ def init(params: Params, config: LoraConfig, key: jax.Array) -> Lora:
     }
 
 
+def change(pair: Mapping[str, jax.Array], scale: float | jax.Array) -> jax.Array:
+    """What is added to a layer's weight, float32 `[out, in]`."""
+    return jnp.matmul(pair["B"], pair["A"], precision="highest") * scale
+
+
 def merged(params: Params, lora: Lora, scale: float | jax.Array = 1.0) -> Params:
     """Parameters with the changes added, computed in float32, in the parameters' dtype."""
     weights = flat(params)
     for name, pair in lora.items():
         weight = weights[f"{name}.weight"]
-        change = jnp.matmul(pair["B"], pair["A"], precision="highest") * scale
-        weights[f"{name}.weight"] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+        weights[f"{name}.weight"] = (weight.astype(jnp.float32) + change(pair, scale)).astype(weight.dtype)
     return traverse_util.unflatten_dict({tuple(_keys(name)): leaf for name, leaf in weights.items()})
 
 
@@ -119,49 +126,73 @@ def write(folder: Path, lora: Lora, config: LoraConfig, prefix: str) -> Path:
     return folder / FILE
 
 
+def layer_of(name: str) -> tuple[str, str] | None:
+    """Of a tensor in a file: its layer's dotted name, and which half it is, "A" or "B"; None where it is neither."""
+    bare = _PREFIX.sub("", name)
+    if found := _NAME.match(bare):
+        return found[1], found[2]
+    if found := _OLD_NAME.match(bare):
+        layer = {"to_out": "to_out.0"}.get(found[2], found[2])
+        return f"{found[1]}.{layer}", {"down": "A", "up": "B"}[found[3]]
+    return None
+
+
 def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Lora, LoraConfig]:
     """Read a file of diffusers' or peft's.
 
     Args:
         path: the file, or the folder that holds it.
         shapes: of the network's parameters by dotted names.
+    Returns:
+        the changes, and the configuration that they were trained with, as far as the file tells.
     Raises:
         CheckpointError: listing everything that is not right with it.
     """
-    path = path / FILE if path.is_dir() else path
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            metadata = file.metadata() or {}
-    except Exception as error:  # whatever safetensors raises for a file that is none
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    tensors, metadata = _open(path)
     lora: dict[str, dict[str, Any]] = {}
     faults = []
     for name, array in tensors.items():
-        if (found := _NAME.match(name)) is None:
+        if (found := layer_of(name)) is None:
             faults.append(f"{name} is no LoRA tensor, which ends in lora_A.weight or lora_B.weight")
-        elif f"{found[2]}.weight" not in shapes:
+        elif f"{found[0]}.weight" not in shapes:
             faults.append(f"{name} belongs to no layer of this network")
         else:
-            lora.setdefault(found[2], {})[found[3]] = array
-    ranks = set()
+            lora.setdefault(found[0], {})[found[1]] = array
     for name, pair in lora.items():
-        shape = shapes[f"{name}.weight"]
-        if pair.keys() != {"A", "B"}:
-            faults.append(f"{name} has lora_{next(iter(pair))} alone")
-        elif (pair["B"].shape[0], pair["A"].shape[1]) != tuple(shape) or pair["A"].shape[0] != pair["B"].shape[1]:
-            faults.append(f"{name} is {list(pair['B'].shape)} x {list(pair['A'].shape)}, the layer {list(shape)}")
-        elif not all(np.isfinite(np.asarray(half, np.float32)).all() for half in pair.values()):
-            faults.append(f"{name} is not finite")
-        else:
-            ranks.add(pair["A"].shape[0])
+        faults += _pair_faults(name, pair, tuple(shapes[f"{name}.weight"]))
     if faults or not lora:
         raise CheckpointError(f"{path}: " + ("\n  ".join(faults) or "it holds no tensors"))
-    rank = max(ranks)
+    rank = max(pair["A"].shape[0] for pair in lora.values())
     return (
         {name: {half: jnp.asarray(array, jnp.float32) for half, array in pair.items()} for name, pair in lora.items()},
         LoraConfig(rank, _alpha(metadata), f"^({'|'.join(map(re.escape, sorted(lora)))})$"),
     )
+
+
+def layers(path: Path) -> set[str]:
+    """The layers that a file changes."""
+    return {found[0] for name in _open(path)[0] if (found := layer_of(name)) is not None}
+
+
+def _open(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    path = path / FILE if path.is_dir() else path
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # whatever safetensors raises for a file that is none
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _pair_faults(name: str, pair: Mapping[str, Any], shape: tuple[int, ...]) -> list[str]:
+    if pair.keys() != {"A", "B"}:
+        return [f"{name} has lora_{next(iter(pair))} alone"]
+    if any(half.ndim != 2 for half in pair.values()) or len(shape) != 2:
+        return [f"{name} is no change of a linear layer"]
+    if (pair["B"].shape[0], pair["A"].shape[1]) != shape or pair["A"].shape[0] != pair["B"].shape[1]:
+        return [f"{name} is {list(pair['B'].shape)} x {list(pair['A'].shape)}, the layer {list(shape)}"]
+    if not all(np.isfinite(np.asarray(half, np.float32)).all() for half in pair.values()):
+        return [f"{name} is not finite"]
+    return []
 
 
 def _alpha(metadata: Mapping[str, str]) -> float | None:

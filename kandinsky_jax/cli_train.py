@@ -1,0 +1,36 @@
+"""`kandinsky-jax train`: fine-tune the prior or the decoder, whole or by LoRA."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kandinsky_jax.stop import Stop
+from kandinsky_jax.training.kinds import Kind
+
+STOPPED = 143
+EXAMPLE = "Example: kandinsky-jax train lora-decoder lora.toml"
+
+
+def train(
+    kind: Annotated[Kind, typer.Argument(help="What is trained.")],
+    config: Annotated[Path, typer.Argument(help="A TOML file; its names are in kandinsky_jax/training/config.py.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Fine-tune on captioned pictures.
+
+    Started again, it goes on from the last checkpoint. The result is a folder that diffusers loads too.
+    """
+    from kandinsky_jax.training.config import load  # what trains takes a second to import
+    from kandinsky_jax.training.loop import Run
+
+    run = Run(kind, load(config))
+    with Stop().listening() as stop:
+        result = run.train(quiet=quiet, stop=stop)
+    if result is None:
+        print(f"stopped; start it again to go on: {config}")
+        sys.exit(STOPPED)
+    print(result)

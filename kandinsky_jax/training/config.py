@@ -1,0 +1,138 @@
+"""A training run's configuration: a TOML file with the names of these fields, whose faults are told all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from kandinsky_jax.lora import LoraConfig
+from kandinsky_jax.schedulers.base import near
+from kandinsky_jax.training.step import Settings
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, one fault a line."""
+
+    def __init__(self, path: str, faults: list[str]):
+        self.faults = faults
+        super().__init__(f"{path} is no configuration to train with:\n  " + "\n  ".join(faults))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How to train, on what, and where the result goes.
+
+    Args:
+        model: "tiny", a folder, or a Hub repository: the decoder, whose prior is found as by the pipelines.
+        prior: folder or Hub repository of the prior, where it is not found.
+        data: a folder with metadata.jsonl, WebDataset tars, Parquet, or pictures with a .txt each.
+        output: the folder of checkpoints, metrics and the result.
+        resolution: of the pictures, a multiple of 64.
+        train_batch_size: pictures of a step, over all its parts.
+        seed: of the order of the data, timesteps, noise and dropout.
+        snr_gamma: of min-SNR weighting; absent is none.
+        condition_dropout: the share of examples without their condition.
+        random_flip, random_crop: of the pictures.
+        checkpointing_steps, checkpoints_total_limit: how often the whole state is kept, and how many are.
+        validation_prompts, validation_steps: what is drawn on the way, and how often; 0 is never.
+        optimizer: see `kandinsky_jax.training.step.Settings`.
+        lora: see `kandinsky_jax.lora.LoraConfig`.
+    """
+
+    model: str
+    data: str
+    output: str
+    prior: str | None = None
+    resolution: int = 512
+    train_batch_size: int = 16
+    seed: int = 0
+    snr_gamma: float | None = None
+    condition_dropout: float = 0.0
+    random_flip: bool = False
+    random_crop: bool = False
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 3
+    validation_prompts: tuple[str, ...] = ()
+    validation_steps: int = 0
+    optimizer: Settings = dataclasses.field(default_factory=Settings)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        faults = []
+        for name in ("resolution", "train_batch_size", "checkpointing_steps", "checkpoints_total_limit"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.resolution % 64:
+            faults.append(f"resolution must be a multiple of 64, got {self.resolution}")
+        if self.train_batch_size % self.optimizer.gradient_accumulation_steps:
+            faults.append(
+                f"train_batch_size={self.train_batch_size} cannot be divided into "
+                f"gradient_accumulation_steps={self.optimizer.gradient_accumulation_steps} parts"
+            )
+        if not 0 <= self.condition_dropout < 1:
+            faults.append(f"condition_dropout must be from 0 to below 1, got {self.condition_dropout}")
+        if self.validation_steps < 0:
+            faults.append(f"validation_steps must not be negative, got {self.validation_steps}")
+        if faults:
+            raise ValueError("\n  ".join(faults))
+
+
+def load(path: str | Path) -> Config:
+    """Read a configuration.
+
+    Raises:
+        ConfigError: listing everything that is wrong with it.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(path), [str(error)]) from None
+    faults: list[str] = []
+    config = _build(Config, raw, "", faults)
+    if faults or config is None:
+        raise ConfigError(str(path), faults)
+    return config
+
+
+def _build(cls: type[Any], raw: dict[str, Any], prefix: str, faults: list[str]) -> Any:
+    """A dataclass of a table; None where that cannot be, and why."""
+    before = len(faults)
+    hints, given = typing.get_type_hints(cls), {}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    faults += [f"there is no {prefix}{name}; {near(name, fields)}" for name in raw if name not in fields]
+    for name, field in fields.items():
+        if name in raw:
+            given[name] = _value(hints[name], raw[name], f"{prefix}{name}", faults)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            faults.append(f"{prefix}{name} is missing")
+    if len(faults) > before:
+        return None
+    try:
+        return cls(**given)
+    except ValueError as error:
+        faults += [f"{prefix}{line.strip()}" for line in str(error).split("\n")]
+        return None
+
+
+def _value(kind: Any, value: Any, name: str, faults: list[str]) -> Any:
+    """A value of a field's type."""
+    if isinstance(kind, types.UnionType):
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, dict):
+            return _build(typing.cast(type, kind), value, f"{name}.", faults)
+        faults.append(f"{name} must be a table, got {value!r}")
+    elif typing.get_origin(kind) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        faults.append(f"{name} must be a list of texts, got {value!r}")
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        faults.append(f"{name} must be {kind.__name__}, got {value!r}")
+    return value
