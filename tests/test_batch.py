@@ -116,7 +116,7 @@ def test_it_is_a_web_dataset(whole):
     assert all(a.split(".")[0] == b.split(".")[0] for a, b in zip(names[::2], names[1::2], strict=True))
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_any_number_of_processes(whole, rows, tiny_pipe, tmp_path, count):
     """Not at the same time here; test_batch_kill.py has real ones. Without overlap, the bytes are the same too."""
     job = job_of(tmp_path, rows)
@@ -205,6 +205,7 @@ def test_another_job_does_not_go_on_in_the_folder(rows, tiny_pipe, tmp_path):
 # Modes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_with_pictures(ours, tmp_path):
     """An image, a mask, a hint: what is drawn is what a call with these files draws."""
     rng = np.random.default_rng(0)

@@ -63,7 +63,7 @@ def same(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("kind", ["unet", "prior"])
-@pytest.mark.parametrize("alpha", [None, 2.0])
+@pytest.mark.parametrize("alpha", [2.0, pytest.param(None, marks=pytest.mark.slow)])
 def test_ours_in_diffusers(pipe, reference, tmp_path, kind, alpha):
     module = pipe.unet if kind == "unet" else pipe.prior_prior
     plain = draw(pipe)

@@ -27,7 +27,7 @@ TARGETS = {
     "prior": ["to_q", "to_k", "to_v", "to_out.0"],
 }
 KINDS = ["decoder", "prior"]
-GAMMAS = [None, 5.0]
+GAMMAS = [5.0, pytest.param(None, marks=pytest.mark.slow)]
 
 
 def batch_of(kind: str, seed: int = 0) -> dict[str, np.ndarray]:
