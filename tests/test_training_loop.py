@@ -217,7 +217,8 @@ def test_a_run(pipe, folder, tmp_path, kind):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(line["loss"]) and line["images_per_second"] > 0 for line in lines)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["00000003.png", "00000006.png"]
-    assert Image.open(tmp_path / "samples" / "00000003.png").size == (128, 64)
+    with Image.open(tmp_path / "samples" / "00000003.png") as sheet:
+        assert sheet.size == (128, 64)
     assert list((tmp_path / "events").iterdir())
     after = flat_params(run.task.module)
     assert all(np.array_equal(after[name], leaf) for name, leaf in before.items())  # put back after drawing
@@ -233,6 +234,7 @@ def test_a_run(pipe, folder, tmp_path, kind):
     assert np.abs(trained.state_dict()[name].numpy()).sum() > 0
 
 
+@pytest.mark.slow
 def test_training_learns(pipe, folder, tmp_path):
     """LoRA of the prior on a dozen pictures: the loss on the same noise falls by a third."""
     optimizer = {"max_train_steps": 60, "learning_rate": 2e-2}
@@ -340,6 +342,7 @@ def test_stopped_and_resumed(folder, tmp_path):
         other.train(quiet=True)
 
 
+@pytest.mark.slow
 def test_bad_pictures_and_losses_do_not_lose_the_run(pipe, folder, tmp_path, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()

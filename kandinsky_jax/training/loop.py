@@ -151,12 +151,11 @@ class Run:
         latest = manager.latest_step()
         if latest is None:
             return state
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(state), place=ocp.args.JsonRestore())
-        found = manager.restore(latest, args=args)
-        if found.place["kind"] != self.task.kind:
-            raise TrainingError(f"{self.folder} holds checkpoints of {found.place['kind']}, not of {self.task.kind}")
-        self.batches.state = found.place["data"]
-        return found.state
+        place = manager.restore(latest, args=ocp.args.Composite(place=ocp.args.JsonRestore())).place
+        if place["kind"] != self.task.kind:
+            raise TrainingError(f"{self.folder} holds checkpoints of {place['kind']}, not of {self.task.kind}")
+        self.batches.state = place["data"]
+        return manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state
 
     # Pictures and the result --------------------------------------------------------------------------------------
 
