@@ -54,16 +54,22 @@ def over_data(found: dict[str, np.ndarray]) -> None:
     one, default = pipeline(None), pipeline(None)
     one.shard(None)
     assert next(iter(flat_params(default.unet).values())).sharding.mesh.shape == {"data": 8, "guidance": 1, "rows": 1}
-    default.warmup(height=64, width=64, batch=8)
-    with compilations() as events:
-        default(PROMPTS, generator=0, **CALL)
-    assert not events
     found["alone"] = np.concatenate([draw(one, 1, i) for i in range(8)])
     found["data"] = draw(default)
     with compilations() as events:
         draw(default, num_inference_steps=9, guidance_scale=2.0, prior_guidance_scale=3.0)
     assert not events
     found["uneven"] = draw(default, 3)
+
+
+def further_over_data(found: dict[str, np.ndarray]) -> None:
+    """Other programs, other modes."""
+    one, default = pipeline(None), pipeline(None)
+    one.shard(None)
+    default.warmup(height=64, width=64, batch=8)
+    with compilations() as events:
+        default(PROMPTS, generator=0, **CALL)
+    assert not events
     seen = []
 
     def callback(pipe, step, timestep, tensors):
@@ -72,12 +78,6 @@ def over_data(found: dict[str, np.ndarray]) -> None:
 
     found["callback"] = draw(default, 3, callback_on_step_end=callback)
     assert seen == [(3, 4, 8, 8)] * 6
-
-
-def further_over_data(found: dict[str, np.ndarray]) -> None:
-    """Other programs, other modes."""
-    one, default = pipeline(None), pipeline(None)
-    one.shard(None)
     found["batch"] = draw(one)
     found["unguided"], found["unguided alone"] = (draw(p, n, guidance_scale=1.0) for p, n in ((default, 8), (one, 1)))
     negative = {"negative_prompt": "a red square"}

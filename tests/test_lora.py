@@ -62,7 +62,7 @@ def same(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert note(difference.max(), "max |d|, of 255") <= 4
 
 
-@pytest.mark.parametrize("kind", ["unet", "prior"])
+@pytest.mark.parametrize("kind", [pytest.param("unet", marks=pytest.mark.slow), "prior"])
 @pytest.mark.parametrize("alpha", [2.0, pytest.param(None, marks=pytest.mark.slow)])
 def test_ours_in_diffusers(pipe, reference, tmp_path, kind, alpha):
     module = pipe.unet if kind == "unet" else pipe.prior_prior
@@ -76,7 +76,7 @@ def test_ours_in_diffusers(pipe, reference, tmp_path, kind, alpha):
     same(ours, their_picture(reference, **{kind: network}))
 
 
-@pytest.mark.parametrize("kind", ["unet", "prior"])
+@pytest.mark.parametrize("kind", [pytest.param("unet", marks=pytest.mark.slow), "prior"])
 def test_diffusers_in_ours(pipe, reference, tmp_path, kind):
     network = copy.deepcopy(reference[1].unet if kind == "unet" else reference[0].prior)
     network.add_adapter(peft.LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "to_v", "to_out.0"]))

@@ -34,8 +34,8 @@ VARIANTS: dict[str, tuple[int, int, bool, int, int]] = {
     "negative prompt": (1, 1, True, 64, 64),
     "not square": (1, 1, False, 64, 128),
 }
-# Two images are a batch like three prompts, and a program per mode more: not in the quick suite.
-QUICK_FIRST = [pytest.param(v, marks=pytest.mark.slow if v == "two images" else ()) for v in VARIANTS]
+# Batches are programs of their own in every mode: not in the quick suite.
+QUICK_FIRST = [pytest.param(v, marks=pytest.mark.slow if v in ("two images", "batch 3") else ()) for v in VARIANTS]
 MODES = {
     "text2img": "KandinskyV22Pipeline",
     "img2img": "KandinskyV22Img2ImgPipeline",

@@ -73,7 +73,10 @@ def assert_same_pictures(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert note(difference.max(), "max |d|, of 255") <= 4
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("two by two", "tall, rounded up")  # programs of their own
+
+
+@pytest.mark.parametrize("name", [pytest.param(c, marks=pytest.mark.slow) if c in LONG else c for c in CASES])
 def test_same_seed_same_picture(tiny_pipe, reference, name):
     case = CASES[name]
     embeds, negative, pictures = reference_picture(reference, case)

@@ -26,7 +26,7 @@ TARGETS = {
     "decoder": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
     "prior": ["to_q", "to_k", "to_v", "to_out.0"],
 }
-KINDS = ["decoder", "prior"]
+KINDS = [pytest.param("decoder", marks=pytest.mark.slow), "prior"]
 GAMMAS = [5.0, pytest.param(None, marks=pytest.mark.slow)]
 
 
@@ -219,6 +219,7 @@ def test_weights_after_twenty_steps(tiny_pipe, reference, kind, with_lora):
 # Ours alone -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_the_batch(tiny_pipe):
     own, batch = Ours(tiny_pipe, "prior", None), batch_of("prior")
     found = []
@@ -230,6 +231,7 @@ def test_parts_of_a_batch_are_the_batch(tiny_pipe):
     assert np.allclose(found, found[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_and_bfloat16_little(tiny_pipe):
     own, batch = Ours(tiny_pipe, "decoder", None), batch_of("decoder")
     losses = {}
@@ -261,6 +263,7 @@ def test_the_average_is_the_references(tiny_pipe):
     assert np.allclose(state.ema["a"]["weight"], average.shadow_params[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_statistics_are_not_trained(tiny_pipe):
     own = Ours(tiny_pipe, "prior", None)
     trainer = Trainer(own.loss, Settings(adam_weight_decay=0.5, learning_rate=0.1))

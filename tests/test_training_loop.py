@@ -197,15 +197,10 @@ def test_all_faults_of_a_configuration(tmp_path):
 # Runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        Kind.LORA_PRIOR,
-        pytest.param(Kind.LORA_DECODER, marks=pytest.mark.slow),
-        Kind.PRIOR,
-        pytest.param(Kind.DECODER, marks=pytest.mark.slow),
-    ],
-)
+QUICK = (Kind.LORA_PRIOR,)
+
+
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in Kind])
 def test_a_run(pipe, folder, tmp_path, kind):
     """The loss falls, pictures are drawn on the way, and diffusers loads what comes out."""
     steps = {"max_train_steps": 6, "learning_rate": 1e-2 if "lora" in kind else 1e-3, "ema_decay": 0.9}
@@ -316,6 +311,7 @@ def test_killed_and_resumed_is_never_stopped(folder, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(folder, tmp_path):
     """In one process: a signal between two steps, and another run that goes on."""
 
