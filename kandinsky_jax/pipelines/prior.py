@@ -107,7 +107,7 @@ class PriorPipeline(Pipeline):
             scheduler=scheduler,
             image_processor=image_processor,
         )
-        self._constants: dict[str, tuple[list[Any], Any]] = {}
+        self._constants: dict[str, tuple[list[Any], tuple[int, ...], Any]] = {}
 
     def interpolate(
         self,
@@ -310,8 +310,10 @@ class PriorPipeline(Pipeline):
             return given
         if not empty:
             return _joined(of(halves[0]), given)
-        # Computed in this call's shapes, so that the constant does not cost a program of its own either.
-        one = self._constant("condition", lambda: _first_row(of(halves[0])), self.prior, self.text_encoder)
+        # Computed in this call's shapes, so that the constant does not cost a program of its own either; and again in
+        # another's, or its last bits would tell which batch came first.
+        shape = given.visible.shape
+        one = self._constant("condition", lambda: _first_row(of(halves[0])), self.prior, self.text_encoder, shape=shape)
         return _joined(place_halves(network, _repeated(one, images=given.visible.shape[1])), given)
 
     # Text ---------------------------------------------------------------------------------------------------------
@@ -363,13 +365,13 @@ class PriorPipeline(Pipeline):
         tower = self._held()["image_encoder"]
         return self._constant("zero", lambda: zero_embed.of(tower), tower)
 
-    def _constant(self, name: str, compute: Callable[[], Any], *owners: Any) -> Any:
+    def _constant(self, name: str, compute: Callable[[], Any], *owners: Any, shape: tuple[int, ...] = ()) -> Any:
         """A result that only its owners' weights decide, computed once; again when a weight has changed, as by LoRA."""
         weights = [leaf for owner in owners for leaf in _weights(owner)]
-        kept, result = self._constants.get(name, ([], None))
-        if len(kept) != len(weights) or any(a is not b for a, b in zip(kept, weights, strict=True)):
+        kept, of, result = self._constants.get(name, ([], (), None))
+        if of != shape or len(kept) != len(weights) or any(a is not b for a, b in zip(kept, weights, strict=True)):
             result = compute()
-            self._constants[name] = (weights, result)
+            self._constants[name] = (weights, shape, result)
         return result
 
 
