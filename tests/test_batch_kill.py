@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "distributed"), [(2, False), (2, True), (4, False)])
+@pytest.mark.parametrize(("processes", "distributed"), [(2, False), (4, True)])
 def test_killed_and_started_again(folder, processes, distributed):
     found = batch_kill.disturbed(folder, 64, processes, 4, OPTIONS, distributed, random.Random(processes))
     assert found["kills"] == 4

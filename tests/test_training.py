@@ -233,7 +233,7 @@ def test_parts_of_a_batch_are_the_batch(tiny_pipe):
 
 @pytest.mark.slow
 def test_remat_changes_nothing_and_bfloat16_little(tiny_pipe):
-    own, batch = Ours(tiny_pipe, "decoder", None), batch_of("decoder")
+    own, batch = Ours(tiny_pipe, "prior", None), batch_of("prior")
     losses = {}
     for name, settings in (("plain", {}), ("remat", {"remat": True}), ("bfloat16", {"dtype": "bfloat16"})):
         trainer = Trainer(own.loss, Settings(**settings))
