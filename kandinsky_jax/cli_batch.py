@@ -18,9 +18,8 @@ from kandinsky_jax.batch.tasks import MODES
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.images import ENCODINGS
 from kandinsky_jax.schedulers import NAMES, scheduler_named
-from kandinsky_jax.stop import Stop
+from kandinsky_jax.stop import STOPPED, Stop
 
-STOPPED = 143  # as the shell counts an end by SIGTERM: a scheduler then starts the job again
 Mode, Form, Pictures = (
     StrEnum(name, {value: value for value in values})
     for name, values in (("Mode", MODES), ("Form", FORMATS), ("Pictures", ENCODINGS))
@@ -118,7 +117,7 @@ def batch(
         set_compilation_cache(None if compilation_cache == OFF else compilation_cache)
     which = this_process(process, processes, distributed, coordinator)
     with Stop(grace).listening() as stop:
-        opened.output.begin(opened.identity(), which)  # what is wrong with it is told before a model is loaded
+        opened.output.begin(opened.identity, which)  # what is wrong with it is told before a model is loaded
         pipe = opened.pipeline.from_pretrained(opened.model, prior=prior, dtype=dtype, warmup=rehearsal(opened))
         pipe.set_progress_bar_config(disable=True)
         if scheduler is not None:

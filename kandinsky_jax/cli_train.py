@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kandinsky_jax.stop import Stop
+from kandinsky_jax.stop import STOPPED, Stop
 from kandinsky_jax.training.kinds import Kind
 
-STOPPED = 143
 EXAMPLE = "Example: kandinsky-jax train lora-decoder lora.toml"
 
 

@@ -226,13 +226,14 @@ def to_output(pixels: np.ndarray, output_type: OutputType) -> Any:
     return [Image.fromarray(picture) for picture in levels]
 
 
-WRITABLE = (".png", ".jpg", ".jpeg", ".webp")
 # By the ending: Pillow's name, and how they are written.
 ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {}),
     "jpg": ("JPEG", {"quality": 95}),
+    "jpeg": ("JPEG", {"quality": 95}),
     "webp": ("WEBP", {"quality": 95}),
 }
+WRITABLE = tuple(f".{ending}" for ending in ENCODINGS)
 
 
 def check_writable(path: Path) -> None:
@@ -254,8 +255,8 @@ def write(path: Path, picture: Image.Image, about: dict[str, Any] | None = None)
         info.add_itxt("kandinsky_jax", json.dumps(about, ensure_ascii=False))
     scratch = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
-        options: dict[str, Any] = {"pnginfo": info} if path.suffix.lower() == ".png" else {"quality": 95}
-        picture.save(scratch, **options)
+        kind, options = ENCODINGS[path.suffix.lower().removeprefix(".")]
+        picture.save(scratch, kind, **options, **({"pnginfo": info} if kind == "PNG" else {}))
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -236,21 +236,21 @@ def noise_source(generator: Generator, images: int, use: int) -> Source:
     raise ValueError(f"generator has keys of shape {key.shape}, needed is one key or ({images},)")
 
 
+def image_keys(seeds: Sequence[int], images: Sequence[int]) -> jax.Array:
+    """The keys of images of several jobs `[B]`: for each, that of an image, by its number, of the job with a seed."""
+    # Without 64-bit mode, JAX would drop a seed's upper half.
+    halves = np.array([divmod(seed, 2**32) for seed in seeds], np.uint32)
+    return _keys_of(halves[:, 0], halves[:, 1], np.array(images, np.int32))
+
+
 @jax.jit
-def image_keys(low: jax.Array, high: jax.Array, image: jax.Array) -> jax.Array:
-    """The keys of images of several jobs: for each, that of image number `image` of the job with a seed.
-
-    Args:
-        low, high: uint32 `[B]`, the seeds' lower and upper halves.
-        image: int `[B]`.
-    """
-
-    def one(low: jax.Array, high: jax.Array, image: jax.Array) -> jax.Array:
+def _keys_of(high: jax.Array, low: jax.Array, image: jax.Array) -> jax.Array:
+    def one(high: jax.Array, low: jax.Array, image: jax.Array) -> jax.Array:
         key = jax.random.key(low)
         key = jax.lax.cond(high > 0, lambda key: jax.random.fold_in(key, high), lambda key: key, key)
         return jax.random.fold_in(key, image)
 
-    return jax.vmap(one)(low, high, image)
+    return jax.vmap(one)(high, low, image)
 
 
 def _key(generator: Any) -> jax.Array:

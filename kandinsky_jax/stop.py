@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+STOPPED = 143  # the exit code, as a shell counts an end by SIGTERM: a scheduler then starts the job again
 MARGIN = 3.0  # seconds to encode and write what is drawn
 
 

@@ -142,7 +142,7 @@ def test_processes_that_begin_at_once_do_not_disturb_each_other(rows, tmp_path):
     """Each writes job.json under a name of its own, and removes no other's."""
     job = job_of(tmp_path, rows)
     paths = [tmp_path / "out" / f".job.json.{i}.partial" for i in range(3)]
-    job.output.begin(job.identity(), Process(1, 2))
+    job.output.begin(job.identity, Process(1, 2))
     for path in paths:
         path.write_bytes(b"{")
     (tmp_path / "out" / ".000000.tar.partial").write_bytes(b"another's")

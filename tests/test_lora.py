@@ -98,10 +98,10 @@ def test_several_weights_and_back(pipe, tmp_path):
     lora.write(tmp_path / "prior", random_lora(pipe.prior_prior, 3), LoraConfig(4), "prior")
     pipe.load_lora_weights(tmp_path / "1", "one")
     one = draw(pipe)
+    pipe.load_lora_weights(tmp_path / "2" / lora.FILE, "two", weight=0.5)
     with compilations() as events:
-        pipe.load_lora_weights(tmp_path / "2" / lora.FILE, "two", weight=0.5)
         both = draw(pipe)
-    assert all("jit_" not in event or "_run" not in event for event in map(str, events))
+    assert not events
     assert np.abs(both - one).mean() * 255 > 1
     pipe.load_lora_weights(tmp_path / "prior")
     assert pipe.get_active_adapters() == ["one", "two", "default_0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -145,6 +146,7 @@ class OpenJob:
         """How many units of work there are."""
         return -(-self.rows.count // self.job.rows_per_shard)
 
+    @functools.cached_property  # it reads the model's folder
     def identity(self) -> dict[str, Any]:
         """What has to be the same in every run of the job, for the result to be that of one run.
 

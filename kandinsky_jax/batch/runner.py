@@ -95,7 +95,7 @@ def run(
         JobError: where the output is another job's.
         OSError: where it cannot be written to; what is complete stays so.
     """
-    job.output.begin(job.identity(), process)
+    job.output.begin(job.identity, process)
     done, mine = job.output.complete(), range(process.index, job.shards, process.count)
     left = [number for number in mine if number not in done]
     job.output.sweep(left)
@@ -269,12 +269,7 @@ def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, Any]:
     groups += [groups[-1]] * (devices - len(groups))
     units = [unit for group in groups for unit in group + [group[-1]] * (batch - len(group))]
     tasks, shape = [unit.task for unit in units], units[0].task.shape
-    seeds = np.array([task.seed for task in tasks], np.uint64)
-    keys = image_keys(
-        (seeds & 0xFFFFFFFF).astype(np.uint32),
-        (seeds >> np.uint64(32)).astype(np.uint32),
-        np.array([unit.image for unit in units], np.int32),
-    )
+    keys = image_keys([task.seed for task in tasks], [unit.image for unit in units])
     given: dict[str, Any] = {} if shape.strength is None else {"strength": shape.strength}
     for name in tasks[0].pictures:
         given[name] = [task.pictures[name] for task in tasks]

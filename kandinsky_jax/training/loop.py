@@ -32,6 +32,7 @@ from kandinsky_jax import images, lora
 from kandinsky_jax.checkpoint import flat_params, set_params
 from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline
 from kandinsky_jax.stop import Stop
+from kandinsky_jax.storage import replace_file
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Batches, Captioned, listing
 from kandinsky_jax.training.kinds import Kind
@@ -67,7 +68,8 @@ class Run:
         self.reader = self.task.reader(config.resolution, **flips)
         self.batches = Batches(self.items, self.reader, config.train_batch_size, config.seed)
         self.trainer = Trainer(self.task.loss(), config.optimizer)
-        self.key = jax.random.key(config.seed)
+        self.key, self._first_key = jax.random.split(jax.random.key(config.seed))
+        self._bad_in_a_row = 0
 
     def train(self, *, quiet: bool = False, stop: Stop | None = None) -> Path | None:
         """Train to the end; the folder of the result, or None where a signal came before.
@@ -77,7 +79,7 @@ class Run:
         """
         stop, config = stop or Stop(), self.config
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.trainer.init(self.task.initial(jax.random.fold_in(self.key, -1 % 2**31)))
+        state = self.trainer.init(self.task.initial(self._first_key))
         with self._checkpoints() as manager, Metrics(self.folder) as metrics:
             state = self._resume(manager, state)
             done, last = int(state.step), config.optimizer.max_train_steps
@@ -99,8 +101,6 @@ class Run:
         return self.export(state)
 
     # Steps --------------------------------------------------------------------------------------------------------
-
-    _bad_in_a_row = 0
 
     def _one(self, state: TrainState, done: int) -> tuple[TrainState, dict[str, float]]:
         began = time.perf_counter()
@@ -212,7 +212,7 @@ class Metrics:
         """Drop the lines of steps that will be done again."""
         if self._path.exists():
             lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-            self._path.write_text("".join(line + "\n" for line in lines))
+            replace_file(self._path, "".join(line + "\n" for line in lines).encode())
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One step's."""
