@@ -1,4 +1,4 @@
-"""`kandinsky-jax train`: fine-tune the prior or the decoder, whole or by LoRA."""
+"""`kandinsky-jax train`: the prior or the decoder, whole or by LoRA; MoVQ and CLIP, from scratch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def train(
     config: Annotated[Path, typer.Argument(help="A TOML file; its names are in kandinsky_jax/training/config.py.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Fine-tune on captioned pictures.
+    """Train on captioned pictures.
 
     Started again, it goes on from the last checkpoint. The result is a folder that diffusers loads too.
     """
     from kandinsky_jax.training.config import load  # what trains takes a second to import
     from kandinsky_jax.training.loop import Run
 
-    run = Run(kind, load(config))
+    run = Run(kind, load(config), quiet=quiet)
     with Stop().listening() as stop:
-        result = run.train(quiet=quiet, stop=stop)
+        result = run.train(stop=stop)
     if result is None:
         print(f"stopped; start it again to go on: {config}")
         sys.exit(STOPPED)

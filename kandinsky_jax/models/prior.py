@@ -144,7 +144,8 @@ class PriorTransformer(nnx.Module):
 
         Args:
             proj_embedding: the pooled text embedding, `[B, embedding_proj_dim]`.
-            encoder_hidden_states: the text tower's hidden states, `[B, num_embeddings, embedding_dim]`.
+            encoder_hidden_states: the text tower's hidden states, `[B, num_embeddings, embedding_dim]`; rows at the end
+                that are padding in the whole batch may be left out, which changes nothing, since nobody sees them.
             attention_mask: bool `[B, num_embeddings]`, False at padding.
         """
         dtype = dtype_of(self)
@@ -152,7 +153,9 @@ class PriorTransformer(nnx.Module):
         pooled = self.embedding_proj(proj_embedding.astype(dtype))[:, None]  # [B, 1, D]
         x = jnp.concatenate([text, pooled], axis=1)
         rows = x.shape[1]
-        x = x + self.positional_embedding[...][:, :rows]
+        positions = self.positional_embedding[...]
+        pooled_at = self.config.num_embeddings
+        x = x + jnp.concatenate([positions[:, : rows - 1], positions[:, pooled_at : pooled_at + 1]], axis=1)
         visible = jnp.pad(attention_mask, ((0, 0), (0, 1)), constant_values=True)  # [B, T + 1]
         mask = jnp.tril(jnp.ones((rows, rows), bool)) & visible[:, None, None]  # [B, 1, T + 1, T + 1]
         cache = []

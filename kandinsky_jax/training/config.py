@@ -37,6 +37,11 @@ class Config:
         snr_gamma: of min-SNR weighting; absent is none.
         condition_dropout: the share of examples without their condition.
         random_flip, random_crop: of the pictures.
+        precompute: encode every picture and caption once, before the first step, and keep that in `output`: what trains
+            the prior or the decoder then reads no picture, and runs neither MoVQ nor the towers.
+        text_length: tokens that captions are cut to, for short captions; absent is the text tower's length.
+        quantized_share: of MoVQ's training: the share of pictures that are drawn from the codebook's vectors, and not
+            from the latents themselves, which is what the pipelines do.
         checkpointing_steps, checkpoints_total_limit: how often the whole state is kept, and how many are.
         validation_prompts, validation_steps: what is drawn on the way, and how often; 0 is never.
         optimizer: see `kandinsky_jax.training.step.Settings`.
@@ -54,6 +59,9 @@ class Config:
     condition_dropout: float = 0.0
     random_flip: bool = False
     random_crop: bool = False
+    precompute: bool = False
+    text_length: int | None = None
+    quantized_share: float = 1.0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 3
     validation_prompts: tuple[str, ...] = ()
@@ -73,6 +81,12 @@ class Config:
                 f"train_batch_size={self.train_batch_size} cannot be divided into "
                 f"gradient_accumulation_steps={self.optimizer.gradient_accumulation_steps} parts"
             )
+        if self.text_length is not None and self.text_length < 3:
+            faults.append(f"text_length must be at least 3, got {self.text_length}")
+        if not 0 <= self.quantized_share <= 1:
+            faults.append(f"quantized_share must be from 0 to 1, got {self.quantized_share}")
+        if self.precompute and (self.random_flip or self.random_crop):
+            faults.append("precompute keeps one form of each picture: turn random_flip and random_crop off")
         if not 0 <= self.condition_dropout < 1:
             faults.append(f"condition_dropout must be from 0 to below 1, got {self.condition_dropout}")
         if self.validation_steps < 0:

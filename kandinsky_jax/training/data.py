@@ -35,11 +35,12 @@ class DataError(ValueError):
 
 
 class Captioned(NamedTuple):
-    """A picture that has not been read yet."""
+    """A picture that has not been read yet; `hint` is its depth map, where it has one."""
 
     name: str
     text: str
     read: Callable[[], bytes]
+    hint: Callable[[], bytes] | None = None
 
 
 class Tokenizer(Protocol):
@@ -50,6 +51,8 @@ class Tokenizer(Protocol):
 
 def listing(path: str | Path) -> list[Captioned]:
     """The captioned pictures of a folder with metadata.jsonl (`file_name`, `text`), of tars, or of Parquet files.
+
+    A depth map is `hint_file_name` in metadata.jsonl, `KEY.hint.png` in a tar, and `hint` in Parquet.
 
     Args:
         path: the folder, or a single .tar or .parquet file. In a folder with neither metadata.jsonl nor such files, a
@@ -99,15 +102,21 @@ def _of_metadata(folder: Path, faults: list[str]) -> Iterator[Captioned]:
         except (ValueError, KeyError, TypeError) as error:
             faults.append(f"{METADATA}, line {number}: needed are file_name and text ({type(error).__name__}: {error})")
             continue
-        file = (folder / str(name)).resolve()
-        if not file.is_relative_to(folder.resolve()):
-            faults.append(f"{METADATA}, line {number}: {name!r} leads out of the folder")
-        elif not file.is_file():
-            faults.append(f"{name}: there is no such file")
-        elif not isinstance(text, str):
+        files = []
+        for given in (name, row.get("hint_file_name")):
+            file = (folder / str(given)).resolve()
+            if given is None:
+                continue
+            if not file.is_relative_to(folder.resolve()):
+                faults.append(f"{METADATA}, line {number}: {given!r} leads out of the folder")
+            elif not file.is_file():
+                faults.append(f"{given}: there is no such file")
+            else:
+                files.append(file.read_bytes)
+        if not isinstance(text, str):
             faults.append(f"{name}: its caption is no text")
-        else:
-            yield Captioned(str(name), text, file.read_bytes)
+        elif files:
+            yield Captioned(str(name), text, *files)
 
 
 def _of_tar(path: Path, faults: list[str]) -> Iterator[Captioned]:
@@ -141,11 +150,12 @@ def _of_tar(path: Path, faults: list[str]) -> Iterator[Captioned]:
         if text is None:
             faults.append(f"{name}: there is no caption beside it")
         else:
-            yield Captioned(name, text, reader(picture))
+            hint = sample.get(".hint.png")
+            yield Captioned(name, text, reader(picture), None if hint is None else reader(hint))
 
 
 def _of_parquet(path: Path, faults: list[str]) -> Iterator[Captioned]:
-    """As `datasets` writes it: `image` is bytes, or has them; `text` is the caption."""
+    """As `datasets` writes it: `image` (and `hint`, if any) is bytes, or has them; `text` is the caption."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(path)
@@ -153,13 +163,14 @@ def _of_parquet(path: Path, faults: list[str]) -> Iterator[Captioned]:
         faults.append(f"{path.name}: there is no column {' and '.join(sorted(missing))}")
         return
     for number in range(table.num_rows):
-        picture, text = table["image"][number].as_py(), table["text"][number].as_py()
-        data = picture.get("bytes") if isinstance(picture, dict) else picture
+        row = {name: table[name][number].as_py() for name in ("image", "text", "hint") if name in table.column_names}
+        data, hint = (x.get("bytes") if isinstance(x, dict) else x for x in (row["image"], row.get("hint")))
         name = f"{path.name}, row {number}"
-        if not isinstance(data, bytes) or not isinstance(text, str):
+        if not isinstance(data, bytes) or not isinstance(row["text"], str) or not isinstance(hint, bytes | None):
             faults.append(f"{name}: needed are a picture's bytes and a text")
         else:
-            yield Captioned(name, text, functools.partial(bytes, data))
+            read = [functools.partial(bytes, x) for x in (data, hint) if x is not None]
+            yield Captioned(name, row["text"], *read)
 
 
 # Arrays -----------------------------------------------------------------------------------------------------------
@@ -173,6 +184,7 @@ class Reader:
         resolution: of the square that is cut out of the middle (or, with `random_crop`, out of anywhere).
         processor: for CLIP's vision tower; None where it is not needed.
         tokenizer, length: for the text tower; None where it is not needed.
+        hints: whether depth maps are wanted.
         random_flip: left and right, for half of the pictures.
     """
 
@@ -180,24 +192,36 @@ class Reader:
     processor: CLIPImageProcessor | None = None
     tokenizer: Tokenizer | None = None
     length: int = 77
+    hints: bool = False
     random_flip: bool = False
     random_crop: bool = False
     unreadable: list[str] = field(default_factory=list)  # names of pictures that could not be read
 
     def __call__(self, item: Captioned, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
-        """pixels uint8 `[R, R, 3]`, clip_pixels float32 `[S, S, 3]`, input_ids int32 `[77]`, text_mask bool `[77]`.
+        """pixels uint8 `[R, R, 3]`, clip_pixels float32 `[S, S, 3]`, input_ids int32 `[77]`, text_mask bool `[77]`,
+        hint float32 `[R, R, 3]` in 0..1.
 
         None for a picture that cannot be read, whose name is then in `unreadable`.
         """
         try:
             picture = images.rgb(images.read(io.BytesIO(item.read()), item.name))
+            hint = None
+            if self.hints and item.hint is not None:
+                hint = images.read(io.BytesIO(item.hint()), f"the hint of {item.name}")
         except (ValueError, OSError) as error:
             self.unreadable.append(str(error))
             return None
-        flip = self.random_flip and rng.random() < 0.5
-        if flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        arrays = {"pixels": self._square(picture, rng)}
+        if self.random_flip and rng.random() < 0.5:
+            flip = Image.Transpose.FLIP_LEFT_RIGHT
+            picture, hint = picture.transpose(flip), None if hint is None else hint.transpose(flip)
+        box = self._box(picture, rng)
+        size = (self.resolution, self.resolution)
+        # As the reference: the largest square, resized (bicubic).
+        square = picture.crop(box).resize(size, Image.Resampling.BICUBIC, reducing_gap=1)
+        arrays = {"pixels": np.asarray(square)}
+        if hint is not None:
+            hint = hint.resize(picture.size, Image.Resampling.BILINEAR).crop(box)
+            arrays["hint"] = images.hints(hint, item.name, *size)[0]
         if self.processor is not None:
             arrays["clip_pixels"] = self.processor(picture)[0]
         if self.tokenizer is not None:
@@ -207,14 +231,12 @@ class Reader:
             arrays["text_mask"] = tokens.attention_mask[0].astype(bool)
         return arrays
 
-    def _square(self, picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
-        """As the reference: the largest square in the middle, resized (bicubic)."""
+    def _box(self, picture: Image.Image, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """The square that is cut out."""
         side = min(picture.size)
         spare = picture.width - side, picture.height - side
-        left, top = (rng.integers(0, x + 1) if self.random_crop else x / 2 for x in spare)
-        square = picture.crop((int(left), int(top), int(left) + side, int(top) + side))
-        size = (self.resolution, self.resolution)
-        return np.asarray(square.resize(size, Image.Resampling.BICUBIC, reducing_gap=1))
+        left, top = (int(rng.integers(0, x + 1) if self.random_crop else x / 2) for x in spare)
+        return left, top, left + side, top + side
 
 
 class Batches:

@@ -7,6 +7,7 @@ happened to: the state holds the weights, the optimizer, the step (which decides
     OUT/metrics.jsonl        one line a step: loss, gradient_norm, learning_rate, images_per_second
     OUT/events/              the same for TensorBoard, where tensorboardX is installed
     OUT/samples/STEP.png     the validation prompts
+    OUT/encoded/             with `precompute`: latents and embeddings of all the data
     OUT/bad_data.txt         pictures that could not be read, and batches whose loss was not finite
     OUT/model/               the result: the pipeline in diffusers' layout, or pytorch_lora_weights.safetensors
 """
@@ -25,20 +26,20 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from PIL import Image
 from tqdm.auto import tqdm
 
-from kandinsky_jax import images, lora
-from kandinsky_jax.checkpoint import flat_params, set_params
-from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline
+from kandinsky_jax import images
 from kandinsky_jax.stop import Stop
 from kandinsky_jax.storage import replace_file
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.data import Batches, Captioned, listing
+from kandinsky_jax.training.data import Batches, Captioned, DataError, listing
+from kandinsky_jax.training.encoded import Encoded, encoded
+from kandinsky_jax.training.foundations import CLIPTask, MoVQTask
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.step import Trainer, TrainState
-from kandinsky_jax.training.tasks import Task
+from kandinsky_jax.training.tasks import DiffusionTask, Task
 
+TASKS: dict[Kind, type[Task]] = {Kind.MOVQ: MoVQTask, Kind.CLIP: CLIPTask}  # the others diffuse
 MOST_BAD = 10  # steps in a row without a finite loss, after which going on makes no sense
 
 
@@ -53,25 +54,42 @@ class Run:
         kind: what is trained.
         config: see `Config`.
         pipe: the model, float32; None loads it.
+        quiet: no progress bars.
     Raises:
-        DataError: where the data cannot be trained on, before the model is loaded.
+        DataError: where the data cannot be trained on, before the model is loaded where that can be known.
+        ValueError: where a setting is not one of this kind's.
     """
 
-    def __init__(self, kind: Kind, config: Config, pipe: KandinskyV22CombinedPipeline | None = None):
-        self.config, self.folder = config, Path(config.output)
+    def __init__(self, kind: Kind, config: Config, pipe: Any = None, *, quiet: bool = False):
+        self.config, self.folder, self.quiet = config, Path(config.output), quiet
         self.items: list[Captioned] = listing(config.data)
-        if pipe is None:
-            pipe = KandinskyV22CombinedPipeline.from_pretrained(config.model, prior=config.prior, dtype="float32")
+        task_class = TASKS.get(kind, DiffusionTask)
+        pipe = task_class.load(config) if pipe is None else pipe
         pipe.set_progress_bar_config(disable=True)
-        self.task = Task(pipe, kind, config.snr_gamma, config.condition_dropout, config.lora)
-        flips = {"random_flip": config.random_flip, "random_crop": config.random_crop}
-        self.reader = self.task.reader(config.resolution, **flips)
-        self.batches = Batches(self.items, self.reader, config.train_batch_size, config.seed)
+        self.task = task_class(pipe, kind, config)
+        if faults := self.task.faults(self.items):
+            raise DataError(config.data, faults)
         self.trainer = Trainer(self.task.loss(), config.optimizer)
         self.key, self._first_key = jax.random.split(jax.random.key(config.seed))
         self._bad_in_a_row = 0
+        self.reader: Any = self.task.reader()
+        rows: Any = self.items
+        if config.precompute:
+            self.reader = self._precomputed()
+            rows = range(len(self.items))
+        self.batches = Batches(rows, self.reader, config.train_batch_size, config.seed)
 
-    def train(self, *, quiet: bool = False, stop: Stop | None = None) -> Path | None:
+    def _precomputed(self) -> Encoded:
+        """The encoded items, those that could be read."""
+        if not self.task.encoders:
+            raise ValueError(f"precompute is of no use for {self.task.kind}: nothing before it stays as it is")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        reader, faults = encoded(self.folder / "encoded", self.task, self.items, self.quiet)
+        self._report([f"before the first step: {fault}" for fault in faults])
+        self.items = [self.items[i] for i in reader.which]
+        return reader
+
+    def train(self, *, stop: Stop | None = None) -> Path | None:
         """Train to the end; the folder of the result, or None where a signal came before.
 
         Raises:
@@ -84,7 +102,7 @@ class Run:
             state = self._resume(manager, state)
             done, last = int(state.step), config.optimizer.max_train_steps
             metrics.forget_after(done)
-            with tqdm(total=last, initial=done, desc=self.task.kind, unit="step", disable=quiet) as bar:
+            with tqdm(total=last, initial=done, desc=self.task.kind, unit="step", disable=self.quiet) as bar:
                 while done < last and not stop.asked:
                     state, found = self._one(state, done)
                     done += 1
@@ -106,7 +124,7 @@ class Run:
         began = time.perf_counter()
         batch = next(self.batches)
         which = batch.pop("index")
-        state, found = self.trainer.step(state, self.task.encode(batch), self.key)
+        state, found = self.trainer.step(state, batch if self.config.precompute else self.task.encode(batch), self.key)
         metrics = {name: float(value) for name, value in found.items()}
         self._judge(metrics["loss"], done, which)
         metrics["learning_rate"] = float(self.config.optimizer.rate()(done))
@@ -120,15 +138,18 @@ class Run:
         self._bad_in_a_row = 0 if math.isfinite(loss) else self._bad_in_a_row + 1
         if self._bad_in_a_row:
             faults.append(f"step {done}: loss {loss} of " + ", ".join(self.items[i].name for i in which))
-        if faults:
-            with (self.folder / "bad_data.txt").open("a", encoding="utf-8") as file:
-                file.write("\n".join(faults) + "\n")
+        self._report(faults)
         if self._bad_in_a_row >= MOST_BAD:
             raise TrainingError(
                 f"the loss was not finite in {MOST_BAD} steps, up to step {done}; the pictures are named in "
                 f"{self.folder / 'bad_data.txt'}. Lower the learning rate, or take them out, and start again: it goes "
                 "on from the last checkpoint"
             )
+
+    def _report(self, faults: list[str]) -> None:
+        if faults:
+            with (self.folder / "bad_data.txt").open("a", encoding="utf-8") as file:
+                file.write("\n".join(faults) + "\n")
 
     # The state ----------------------------------------------------------------------------------------------------
 
@@ -160,39 +181,24 @@ class Run:
     # Pictures and the result --------------------------------------------------------------------------------------
 
     @contextmanager
-    def drawing(self, state: TrainState) -> Iterator[KandinskyV22CombinedPipeline]:
+    def drawing(self, state: TrainState) -> Iterator[Any]:
         """The pipeline with the weights of a state, their average where there is one."""
-        module = self.task.module
-        before = flat_params(module)
-        trained = state.params if state.ema is None else state.ema
-        set_params(module, lora.flat(self.task.network_params(trained)))
-        try:
+        with self.task.installed(state.params if state.ema is None else state.ema):
             yield self.task.pipe
-        finally:
-            set_params(module, before)
 
     def _sample(self, state: TrainState, done: int) -> None:
-        size = self.config.resolution
-        prompts = list(self.config.validation_prompts) or [self.items[0].text]
-        with self.drawing(state) as pipe:
-            seeds = [self.config.seed] * len(prompts)
-            [drawn] = pipe(prompts, height=size, width=size, num_inference_steps=25, generator=seeds, return_dict=False)
-        sheet = Image.new("RGB", (size * len(drawn), size))
-        for i, picture in enumerate(drawn):
-            sheet.paste(picture, (size * i, 0))
-        (self.folder / "samples").mkdir(exist_ok=True)
-        images.write(self.folder / "samples" / f"{done:08d}.png", sheet, {"prompts": prompts, "step": done})
+        with self.drawing(state):
+            sheet = self.task.sample(self.items)
+        if sheet is not None:
+            (self.folder / "samples").mkdir(exist_ok=True)
+            about = {"prompts": list(self.config.validation_prompts), "step": done}
+            images.write(self.folder / "samples" / f"{done:08d}.png", sheet, about)
 
     def export(self, state: TrainState) -> Path:
         """Write the result; complete or absent."""
         target = self.folder / "model"
-        if self.task.of_lora:
-            trained = state.params if state.ema is None else state.ema
-            lora.write(target, trained, self.task.lora, "prior" if self.task.of_prior else "unet")
-            return target
-        with self.drawing(state) as pipe:
-            part = pipe.prior_pipe if self.task.of_prior else pipe.decoder_pipe
-            part.save_pretrained(target, overwrite=True)
+        with self.drawing(state):
+            self.task.export(target, state.params if state.ema is None else state.ema, self.items)
         return target
 
 

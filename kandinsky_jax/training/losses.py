@@ -2,11 +2,13 @@
 
 Reference: diffusers' examples/kandinsky2_2/text_to_image, `train_text_to_image_decoder.py` and `..._prior.py`. Their
 min-SNR weights are kept as they are, also where they differ from the paper: the prior predicts the sample, and its
-weights are min(SNR, gamma) undivided.
+weights are min(SNR, gamma) undivided. diffusers trains neither MoVQ nor CLIP; their losses are the papers'.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 from kandinsky_jax.sampling import Network, Params
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
+COMMITMENT = 0.25  # van den Oord et al. 2017, section 3.2
+SHARPEST = math.log(100)  # the largest logit scale, Radford et al. 2021, section 2.5
 
 
 def min_snr_weights(
@@ -55,6 +59,8 @@ def decoder_loss(
     noise: jax.Array,
     timesteps: jax.Array,
     alphas_cumprod: jax.Array,
+    hint: jax.Array | None = None,
+    keep: jax.Array | None = None,
     *,
     snr_gamma: float | None = None,
 ) -> jax.Array:
@@ -66,11 +72,15 @@ def decoder_loss(
         noise: standard normal, as the latents.
         timesteps: int `[B]`, 0 .. T - 1.
         alphas_cumprod: float32 `[T]`.
+        hint: for a UNet that takes depth hints, `[B, H, W, 3]` in 0..1.
+        keep: for an inpainting UNet, 1 where a latent is given and 0 in the hole, `[B, h, w, 1]`.
         snr_gamma: of min-SNR weighting; None is none.
     """
     module = network.bind(params)
     noisy = add_noise(alphas_cumprod, latents, noise, timesteps)
-    output = module(noisy, timesteps, module.condition(image_embeds)).astype(jnp.float32)
+    channels = None if keep is None else jnp.concatenate([latents * keep, keep], axis=-1)  # [B, h, w, 5]
+    condition = module.condition(image_embeds, hint, channels)
+    output = module(noisy, timesteps, condition).astype(jnp.float32)
     weights = None if snr_gamma is None else min_snr_weights(alphas_cumprod, timesteps, snr_gamma, "epsilon")
     return _mean(output[..., : latents.shape[-1]] - noise, weights)  # the rest is a variance, which is not trained
 
@@ -92,7 +102,8 @@ def prior_loss(
 
     Args:
         image_embeds: CLIP's of the picture, float32 `[B, D]`, not normalised.
-        prompt_embeds, text_encoder_hidden_states, text_mask: of its caption, `[B, D]`, `[B, 77, D]`, bool `[B, 77]`.
+        prompt_embeds, text_encoder_hidden_states, text_mask: of its caption, `[B, D]`, `[B, 77, D]`, bool `[B, 77]`;
+            fewer than 77 where no caption of the batch has more.
         noise: standard normal `[B, D]`.
         timesteps, alphas_cumprod, snr_gamma: see `decoder_loss`.
     """
@@ -104,3 +115,48 @@ def prior_loss(
     predicted = module(noisy, timesteps, condition).astype(jnp.float32)
     weights = None if snr_gamma is None else min_snr_weights(alphas_cumprod, timesteps, snr_gamma, "sample")
     return _mean(predicted - clean, weights)
+
+
+def movq_loss(
+    network: Network, params: Params, pixels: jax.Array, quantized: jax.Array, *, commitment: float = COMMITMENT
+) -> jax.Array:
+    """MoVQ's error in drawing a picture from its latents, and that of the codebook, a float32 scalar.
+
+    The mean of the absolute and of the squared differences of pixels, and the codebook's two terms (van den Oord et al.
+    2017, arXiv 1711.00937, equation 3). Gradients pass the codebook as if it were not there.
+
+    Args:
+        pixels: pictures in -1..1, float32 `[B, H, W, 3]`.
+        quantized: which are drawn from codes; the others from the latents themselves, as the pipelines do. Bool `[B]`.
+        commitment: how much latents are drawn to their codes, beside codes to latents.
+    """
+    module = network.bind(params)
+    latents = module.encode(pixels)  # [B, h, w, 4]
+    codes, _ = module.quantize(latents)
+    straight_through = latents + jax.lax.stop_gradient(codes - latents)
+    drawn = module.decode(jnp.where(quantized[:, None, None, None], straight_through, latents))
+    error = (drawn - pixels).astype(jnp.float32)
+    away = [codes - jax.lax.stop_gradient(latents), latents - jax.lax.stop_gradient(codes)]
+    to_latents, to_codes = (jnp.square(part.astype(jnp.float32)).mean() for part in away)
+    return jnp.abs(error).mean() + jnp.square(error).mean() + to_latents + commitment * to_codes
+
+
+def clip_loss(
+    networks: Mapping[str, Network], params: Mapping[str, Params], input_ids: jax.Array, clip_pixels: jax.Array
+) -> jax.Array:
+    """How badly captions and pictures of a batch find each other, a float32 scalar (Radford et al. 2021, figure 3).
+
+    Args:
+        networks: "text_encoder" and "image_encoder".
+        params: of each, and "logit_scale", a scalar: the logarithm of what cosines are multiplied by, at most 100.
+        input_ids: int32 `[B, T]`.
+        clip_pixels: as the vision tower takes them, float32 `[B, S, S, 3]`.
+    """
+    text = networks["text_encoder"].bind(params["text_encoder"])(input_ids).text_embeds
+    image = networks["image_encoder"].bind(params["image_encoder"])(clip_pixels)
+    text, image = (x.astype(jnp.float32) for x in (text, image))
+    text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
+    scale = jnp.exp(jnp.minimum(params["logit_scale"].astype(jnp.float32), SHARPEST))
+    logits = scale * text @ image.T  # [B, B]
+    found = [jnp.diagonal(jax.nn.log_softmax(logits, axis=axis)) for axis in (0, 1)]
+    return -(found[0].mean() + found[1].mean()) / 2

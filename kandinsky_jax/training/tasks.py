@@ -1,53 +1,143 @@
-"""What there is to train: the prior or the decoder, whole or by LoRA. What a batch becomes, and its loss.
+"""What there is to train: what a batch becomes, its loss, pictures on the way, and the result.
 
     pictures -> MoVQ latents ------------------> decoder's loss
     pictures -> CLIP vision -> image embedding --^---> prior's loss
     captions -> CLIP text ----------------------------^
 
-The towers and MoVQ are not trained. What they make of a batch (`encode`) depends on nothing that is.
+Here are the prior and the decoder, whole or by LoRA. Their towers and MoVQ are not trained: what they make of a batch
+(`encode`) depends on nothing that is, and can be computed once. Those are trained in `foundations.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from kandinsky_jax import lora
-from kandinsky_jax.lora import LoraConfig
-from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline
+from kandinsky_jax import hub, lora
+from kandinsky_jax.checkpoint import flat_params, set_params
+from kandinsky_jax.pipelines import (
+    KandinskyV22CombinedPipeline,
+    KandinskyV22ControlnetCombinedPipeline,
+    KandinskyV22InpaintCombinedPipeline,
+)
 from kandinsky_jax.sampling import Network, Params, call
 from kandinsky_jax.schedulers import DDPMScheduler
-from kandinsky_jax.training.data import Reader
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.data import Captioned, Reader
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import decoder_loss, prior_loss
 
 # The reference trains the prior under this schedule, and the decoder under its own.
 PRIOR_SCHEDULE = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+SAMPLE_STEPS = 25
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """One kind of training on one model.
 
     Args:
         pipe: the model, float32.
         kind: what is trained.
-        snr_gamma: of min-SNR weighting; None is none.
-        condition_dropout: the share of examples that are trained without their condition, for guidance: the decoder
-            then sees the vision tower's embedding of zeros, the prior the empty prompt.
-        lora: where the kind is one of LoRA.
+        config: how.
     """
 
-    pipe: KandinskyV22CombinedPipeline
+    pipe: Any
     kind: Kind
-    snr_gamma: float | None = None
-    condition_dropout: float = 0.0
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    config: Config
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: Config) -> Any:
+        """The pipeline to train, float32."""
+
+    @property
+    @abstractmethod
+    def modules(self) -> dict[str, Any]:
+        """The networks that change."""
+
+    @property
+    def encoders(self) -> dict[str, Any]:
+        """The networks that `encode` runs, where its work can be done once for all steps."""
+        return {}
+
+    @abstractmethod
+    def initial(self, key: jax.Array) -> Any:
+        """What is trained, before the first step."""
+
+    @abstractmethod
+    def weights(self, trained: Any) -> dict[str, Params]:
+        """The parameters of `modules` with what is trained."""
+
+    @abstractmethod
+    def reader(self) -> Reader:
+        """Makes the arrays that `encode` wants."""
+
+    @abstractmethod
+    def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """What does not change makes of a batch of the reader's: the arguments of the loss that are data."""
+
+    @abstractmethod
+    def loss(self) -> Any:
+        """(what is trained, encoded batch, key) -> loss; the key decides all that is random."""
+
+    @abstractmethod
+    def sample(self, items: Sequence[Captioned]) -> Image.Image | None:
+        """A sheet of pictures that shows how far it is, drawn with the weights that are in the pipeline."""
+
+    @abstractmethod
+    def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
+        """Write the result, complete or absent; the weights are in the pipeline."""
+
+    @contextmanager
+    def installed(self, trained: Any) -> Iterator[None]:
+        """The pipeline's networks with what is trained."""
+        modules = self.modules
+        before = {name: flat_params(module) for name, module in modules.items()}
+        for name, params in self.weights(trained).items():
+            set_params(modules[name], lora.flat(params))
+        try:
+            yield
+        finally:
+            for name, module in modules.items():
+                set_params(module, before[name])
+
+    def faults(self, items: Sequence[Captioned]) -> list[str]:
+        """What this kind of training misses in the data."""
+        return []
+
+
+# The prior and the decoder ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiffusionTask(Task):
+    """The prior or the decoder's UNet, whole or by LoRA.
+
+    With `condition_dropout`, a decoder sees the vision tower's embedding of zeros in the place of some conditions, a
+    prior the empty prompt, as guidance will. An inpainting UNet gets holes in all of its pictures: rectangles of any
+    size, or, for one picture in eight, all of it.
+    """
+
+    PIPELINES: ClassVar[dict[str, Any]] = {
+        hub.INPAINT: KandinskyV22InpaintCombinedPipeline,
+        hub.CONTROLNET: KandinskyV22ControlnetCombinedPipeline,
+    }
+
+    @classmethod
+    def load(cls, config: Config) -> Any:
+        kind = hub.kind(hub.resolve(config.model, hub.DECODER))
+        pipeline = cls.PIPELINES.get(str(kind), KandinskyV22CombinedPipeline)
+        return pipeline.from_pretrained(config.model, prior=config.prior, dtype="float32")
 
     @property
     def of_prior(self) -> bool:
@@ -64,37 +154,61 @@ class Task:
         """The network that is trained."""
         return self.pipe.prior_prior if self.of_prior else self.pipe.unet
 
+    @property
+    def modules(self) -> dict[str, Any]:
+        return {"prior" if self.of_prior else "unet": self.module}
+
+    @property
+    def encoders(self) -> dict[str, Any]:
+        pipe = self.pipe
+        towers = {"image_encoder": pipe.prior_image_encoder}
+        return towers | ({"text_encoder": pipe.prior_text_encoder} if self.of_prior else {"movq": pipe.movq})
+
+    @property
+    def _repairs(self) -> bool:
+        return not self.of_prior and self.pipe.decoder_pipe.REPOSITORY == hub.INPAINT
+
+    @property
+    def _hinted(self) -> bool:
+        return not self.of_prior and self.pipe.unet.config.takes_hint
+
     def initial(self, key: jax.Array) -> Any:
-        """What is trained, before the first step."""
         params = Network.split(self.module)[1]
-        return lora.init(params, self.lora, key) if self.of_lora else params
+        return lora.init(params, self.config.lora, key) if self.of_lora else params
 
     def network_params(self, trained: Any) -> Params:
         """The network's parameters with what is trained."""
         if not self.of_lora:
             return trained
-        return lora.merged(Network.split(self.module)[1], trained, self.lora.scale)
+        return lora.merged(Network.split(self.module)[1], trained, self.config.lora.scale)
 
-    def reader(self, resolution: int, **options: Any) -> Reader:
-        """Makes the arrays that `encode` wants."""
+    def weights(self, trained: Any) -> dict[str, Params]:
+        return {name: self.network_params(trained) for name in self.modules}
+
+    # Batches ------------------------------------------------------------------------------------------------------
+
+    def reader(self) -> Reader:
         pipe = self.pipe
-        text = (
-            {"tokenizer": pipe.prior_tokenizer, "length": pipe.prior_text_encoder.config.max_position_embeddings}
-            if self.of_prior
-            else {}
-        )
-        return Reader(resolution, pipe.prior_image_processor, **text, **options)
+        options: dict[str, Any] = {"hints": self._hinted}
+        if self.of_prior:
+            length = pipe.prior_text_encoder.config.max_position_embeddings
+            options = {"tokenizer": pipe.prior_tokenizer, "length": self.config.text_length or length}
+        return reader_of(self.config, pipe.prior_image_processor, **options)
+
+    def faults(self, items: Sequence[Captioned]) -> list[str]:
+        if not self._hinted:
+            return []
+        return [f"{item.name}: it has no hint, which this UNet takes" for item in items if item.hint is None]
 
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """What the towers and MoVQ make of a batch of the reader's: the arguments of the loss that are data."""
         pipe = self.pipe
         embeds = call(*Network.split(pipe.prior_image_encoder), jnp.asarray(batch["clip_pixels"]))
         found = {"image_embeds": embeds.astype(jnp.float32)}
-        if not self.of_prior:
-            pixels = jnp.asarray(batch["pixels"], jnp.float32) / 127.5 - 1
-            latents = call(*Network.split(pipe.movq), pixels, method="encode")
-            return found | {"latents": latents.astype(jnp.float32)}
-        return found | self._text(batch["input_ids"], batch["text_mask"])
+        if self.of_prior:
+            return found | self._text(batch["input_ids"], batch["text_mask"])
+        latents = call(*Network.split(pipe.movq), normalised(batch["pixels"]), method="encode")
+        found["latents"] = latents.astype(jnp.float32)
+        return found | ({"hint": jnp.asarray(batch["hint"])} if self._hinted else {})
 
     def _text(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
         output = call(*Network.split(self.pipe.prior_text_encoder), jnp.asarray(ids))
@@ -105,11 +219,10 @@ class Task:
         }
 
     def loss(self) -> Any:
-        """(what is trained, encoded batch, key) -> loss; the key decides timesteps, noise and dropout."""
         network = Network.split(self.module)[0]
         schedule = PRIOR_SCHEDULE if self.of_prior else self.pipe.scheduler
         alphas = jnp.asarray(schedule.alphas_cumprod(), jnp.float32)
-        empty = self._empty()
+        empty, dropout, gamma = self._empty(), self.config.condition_dropout, self.config.snr_gamma
 
         def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
             of_time, of_noise, of_dropout = jax.random.split(key, 3)
@@ -117,20 +230,95 @@ class Task:
             clean = given["image_embeds"] if self.of_prior else given["latents"]
             given["noise"] = jax.random.normal(of_noise, clean.shape, jnp.float32)
             given["timesteps"] = jax.random.randint(of_time, (len(clean),), 0, len(alphas))
-            if self.condition_dropout:
-                dropped = jax.random.bernoulli(of_dropout, self.condition_dropout, (len(clean),))
+            if dropout:
+                dropped = jax.random.bernoulli(of_dropout, dropout, (len(clean),))
                 for name, value in empty.items():
                     given[name] = jnp.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), value, given[name])
+            if self._repairs:
+                given["keep"] = 1 - holes(jax.random.fold_in(key, 3), *clean.shape[:3])
             function = prior_loss if self.of_prior else decoder_loss
             params = self.network_params(trained)
-            return function(network, params, **given, alphas_cumprod=alphas, snr_gamma=self.snr_gamma)
+            return function(network, params, **given, alphas_cumprod=alphas, snr_gamma=gamma)
 
         return loss
 
     def _empty(self) -> dict[str, jax.Array]:
         """What stands in the place of a condition that is dropped, `[1, ...]`."""
-        if not self.condition_dropout:
+        if not self.config.condition_dropout:
             return {}
         if not self.of_prior:
             return {"image_embeds": jnp.asarray(self.pipe.prior_pipe._zero_embed(), jnp.float32)}
-        return self._text(*self.pipe.prior_pipe._tokenize([""]))
+        ids, mask = self.pipe.prior_pipe._tokenize([""])
+        length = self.config.text_length
+        return self._text(ids[:, :length], mask[:, :length])
+
+    # Pictures and the result --------------------------------------------------------------------------------------
+
+    def sample(self, items: Sequence[Captioned]) -> Image.Image:
+        side, pipe = self.config.resolution, self.pipe
+        prompts = list(self.config.validation_prompts) or [items[0].text]
+        pictures: dict[str, Any] = {}
+        if self._repairs:
+            reader = reader_of(self.config)
+            pixels = [found["pixels"] for item in items[: len(prompts)] if (found := reader(item, _middle()))]
+            hole = np.zeros((side, side), bool)
+            hole[side // 4 : -side // 4, side // 4 : -side // 4] = True
+            pictures = {"image": [Image.fromarray(x) for x in _filled(pixels, len(prompts))], "mask_image": hole}
+        elif self._hinted:
+            reader = reader_of(self.config, hints=True)
+            hints = [found["hint"] for item in items[: len(prompts)] if (found := reader(item, _middle()))]
+            pictures = {"hint": np.stack(_filled(hints, len(prompts)))}
+        options = {"height": side, "width": side, "num_inference_steps": SAMPLE_STEPS, "return_dict": False}
+        seeds = [self.config.seed] * len(prompts)
+        [drawn] = pipe(prompts, generator=seeds, **pictures, **options)
+        return sheet([drawn])
+
+    def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
+        if self.of_lora:
+            lora.write(target, trained, self.config.lora, "prior" if self.of_prior else "unet")
+        else:
+            part = self.pipe.prior_pipe if self.of_prior else self.pipe.decoder_pipe
+            part.save_pretrained(target, overwrite=True)
+
+
+def holes(key: jax.Array, batch: int, height: int, width: int) -> jax.Array:
+    """Rectangles to repaint, 1 inside, float32 `[B, h, w, 1]`; one in eight is the whole picture."""
+    of_corner, of_whole = jax.random.split(key)
+    inside = []
+    for axis, side in enumerate((height, width)):
+        ends = jax.random.randint(jax.random.fold_in(of_corner, axis), (2, batch), 0, side)
+        at = jnp.arange(side)
+        inside.append((at >= ends.min(0)[:, None]) & (at <= ends.max(0)[:, None]))  # [B, side]
+    hole = inside[0][:, :, None] & inside[1][:, None, :]
+    whole = jax.random.bernoulli(of_whole, 1 / 8, (batch, 1, 1))
+    return (hole | whole).astype(jnp.float32)[..., None]
+
+
+def normalised(pixels: np.ndarray) -> jax.Array:
+    """The reader's pixels as MoVQ takes them, float32 in -1..1."""
+    return jnp.asarray(pixels, jnp.float32) / 127.5 - 1
+
+
+def reader_of(config: Config, processor: Any = None, **options: Any) -> Reader:
+    """A reader of the configuration's resolution, flips and crops."""
+    options |= {"random_flip": config.random_flip, "random_crop": config.random_crop}
+    return Reader(config.resolution, processor, **options)
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures of one size as one picture."""
+    width, height = rows[0][0].size
+    whole = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            whole.paste(picture, (x * width, y * height))
+    return whole
+
+
+def _middle() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def _filled(found: list[Any], count: int) -> list[Any]:
+    """As many as needed, from the beginning again."""
+    return [found[i % len(found)] for i in range(count)]

@@ -1,0 +1,131 @@
+"""What the prior and the decoder stand on, from scratch: MoVQ by drawing pictures again, CLIP by matching captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from kandinsky_jax import images
+from kandinsky_jax.pipelines import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+from kandinsky_jax.sampling import Network, Params, call
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.data import Captioned, Reader
+from kandinsky_jax.training.losses import clip_loss, movq_loss
+from kandinsky_jax.training.tasks import Task, normalised, reader_of, sheet
+
+SHOWN = 8  # pictures of a sheet
+# Radford et al. 2021, section 2.5: a temperature of 0.07 to begin with.
+FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class MoVQTask(Task):
+    """MoVQ, of a decoder whose UNet stays as it is."""
+
+    @classmethod
+    def load(cls, config: Config) -> Any:
+        return KandinskyV22Pipeline.from_pretrained(config.model, dtype="float32")
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        return {"movq": self.pipe.movq}
+
+    def initial(self, key: jax.Array) -> Any:
+        return Network.split(self.pipe.movq)[1]
+
+    def weights(self, trained: Any) -> dict[str, Params]:
+        return {"movq": trained}
+
+    def reader(self) -> Reader:
+        return reader_of(self.config)
+
+    def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return {"pixels": normalised(batch["pixels"])}
+
+    def loss(self) -> Any:
+        network, share = Network.split(self.pipe.movq)[0], self.config.quantized_share
+
+        def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+            pixels = batch["pixels"]
+            return movq_loss(network, trained, pixels, jax.random.bernoulli(key, share, (len(pixels),)))
+
+        return loss
+
+    def sample(self, items: Sequence[Captioned]) -> Image.Image | None:
+        reader, rng = self.reader(), np.random.default_rng(0)
+        read = [found["pixels"] for item in items[:SHOWN] if (found := reader(item, rng)) is not None]
+        if not read:
+            return None
+        network, params = Network.split(self.pipe.movq)
+        latents = call(network, params, normalised(np.stack(read)), method="encode")
+        drawn = images.from_network(call(network, params, latents, method="decode"))
+        return sheet([[Image.fromarray(x) for x in read], images.to_output(drawn, "pil")])
+
+    def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
+        self.pipe.save_pretrained(target, overwrite=True)
+
+
+@dataclass(frozen=True)
+class CLIPTask(Task):
+    """CLIP's two towers, of a prior that stays as it is, except for its statistics of image embeddings."""
+
+    @classmethod
+    def load(cls, config: Config) -> Any:
+        return KandinskyV22PriorPipeline.from_pretrained(config.prior or config.model, dtype="float32")
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        return {"text_encoder": self.pipe.text_encoder, "image_encoder": self.pipe.image_encoder}
+
+    def initial(self, key: jax.Array) -> Any:
+        params = {name: Network.split(module)[1] for name, module in self.modules.items()}
+        return params | {"logit_scale": jnp.float32(FIRST_LOGIT_SCALE)}
+
+    def weights(self, trained: Any) -> dict[str, Params]:
+        return {name: trained[name] for name in self.modules}
+
+    def reader(self) -> Reader:
+        pipe = self.pipe
+        length = self.config.text_length or pipe.text_encoder.config.max_position_embeddings
+        return reader_of(self.config, pipe.image_processor, tokenizer=pipe.tokenizer, length=length)
+
+    def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return {name: jnp.asarray(batch[name]) for name in ("input_ids", "clip_pixels")}
+
+    def loss(self) -> Any:
+        networks = {name: Network.split(module)[0] for name, module in self.modules.items()}
+
+        def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+            return clip_loss(networks, trained, **batch)
+
+        return loss
+
+    def sample(self, items: Sequence[Captioned]) -> None:
+        return None
+
+    def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
+        embeds = self._embeds(items)
+        prior = self.pipe.prior
+        prior.clip_mean[...] = jnp.asarray(embeds.mean(0, keepdims=True), prior.clip_mean.dtype)
+        prior.clip_std[...] = jnp.asarray(embeds.std(0, keepdims=True), prior.clip_std.dtype)
+        self.pipe.save_pretrained(target, overwrite=True)
+
+    def _embeds(self, items: Sequence[Captioned]) -> np.ndarray:
+        """Of all pictures, `[N, D]`."""
+        reader, rng = self.reader(), np.random.default_rng(0)
+        network, params = Network.split(self.pipe.image_encoder)
+        found = []
+        for start in range(0, len(items), CHUNK):
+            read = [arrays for item in items[start : start + CHUNK] if (arrays := reader(item, rng)) is not None]
+            if read:
+                pixels = np.stack([arrays["clip_pixels"] for arrays in read])
+                found.append(np.asarray(call(network, params, jnp.asarray(pixels))))
+        return np.concatenate(found)
