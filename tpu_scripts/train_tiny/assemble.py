@@ -1,4 +1,4 @@
-"""The trained parts as one family, in float16: `python tpu_scripts/train_tiny/assemble.py build/emoji build/emoji/tiny`.
+"""The trained parts as one family, in float16: `python tpu_scripts/train_tiny/assemble.py build/emoji OUTPUT`.
 
 The three decoders share one MoVQ, which lies in the first one's folder. Copy the result to kandinsky_jax/tiny.
 """
@@ -26,8 +26,9 @@ RESULTS = {
     hub.CONTROLNET: ("depth", KandinskyV22ControlnetPipeline),
 }
 NOTICE = """The pictures that this model was trained on are Noto Emoji (https://github.com/googlefonts/noto-emoji),
-Copyright 2013 Google LLC, licensed under the Apache License, Version 2.0. Their names and keywords are those of the npm
-package emoji-datasource-google 16.0.0 (https://github.com/iamcal/emoji-data), Copyright (c) 2013 Cal Henderson, MIT License.
+Copyright 2013 Google LLC, licensed under the Apache License, Version 2.0. Their names and keywords are those of
+the npm package emoji-datasource-google 16.0.0 (https://github.com/iamcal/emoji-data), Copyright (c) 2013
+Cal Henderson, under the MIT License.
 """
 
 

@@ -70,7 +70,7 @@ VISION = {
 PRIOR = {"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 4, "embedding_dim": DIM}
 UNET = {
     "sample_size": 8,
-    "block_out_channels": (96, 96, 96),
+    "block_out_channels": (64, 80, 80),
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
     "up_block_types": ("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
     "layers_per_block": 1,
