@@ -76,12 +76,13 @@ def mesh_of(leaf: Any) -> Mesh | None:
 
 
 def parameter_places(
-    mesh: Mesh | None, shapes: Mapping[str, tuple[int, ...]], rules: Rules = ()
+    mesh: Mesh | None, shapes: Mapping[str, tuple[int, ...]], rules: Rules = (), axis: str = ROWS
 ) -> dict[str, NamedSharding | None]:
     """Where each parameter lies: everywhere, unless a rule divides it. Without a mesh, JAX decides.
 
     Args:
-        rules: may name the axis `rows`, and no other: those divided by hand want every device to have all parameters.
+        rules: may name `axis`, and no other.
+        axis: to draw, `rows`: axes divided by hand want every device to have all parameters.
     Raises:
         ValueError: for rules that cannot be followed, all at once.
     """
@@ -92,27 +93,28 @@ def parameter_places(
     faults: list[str] = []
     places: dict[str, NamedSharding | None] = {}
     for pattern, spec in rules:
-        if any(axis != ROWS for part in spec for axis in ([part] if isinstance(part, str) else part or ())):
-            faults.append(f"{pattern!r} asks for {spec}; parameters are divided over {ROWS!r} only")
-    for name, shape in shapes.items():
+        if any(other != axis for part in spec for other in ([part] if isinstance(part, str) else part or ())):
+            faults.append(f"{pattern!r} asks for {spec}; parameters are divided over {axis!r} only")
+    sensible = [] if faults else shapes.items()
+    for name, shape in sensible:
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), EVERYWHERE)
-        sizes = [1 if part is None else mesh.shape[ROWS] for part in spec]
+        sizes = [1 if part is None else mesh.shape[axis] for part in spec]
         if len(sizes) > len(shape) or any(side % size for side, size in zip(shape, sizes, strict=False)):
-            faults.append(f"{name} {list(shape)} cannot be divided as {spec} over {mesh.shape[ROWS]} {ROWS}")
+            faults.append(f"{name} {list(shape)} cannot be divided as {spec} over {mesh.shape[axis]} {axis}")
         places[name] = NamedSharding(mesh, spec)
     if faults:
         raise ValueError("parameters cannot be placed:\n  " + "\n  ".join(faults))
     return places
 
 
-def largest_axis(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], least: int = 1 << 16) -> Rules:
-    """Rules that divide every parameter of `least` numbers or more along its largest axis that `rows` divides."""
-    parts, rules = mesh.shape[ROWS], []
+def largest_axis(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], least: int = 1 << 16, axis: str = ROWS) -> Rules:
+    """Rules that divide every parameter of `least` numbers or more along its largest side that `axis` divides."""
+    parts, rules = mesh.shape[axis], []
     for name, shape in shapes.items():
-        able = [axis for axis, side in enumerate(shape) if side % parts == 0]
+        able = [i for i, side in enumerate(shape) if side % parts == 0]
         if able and np.prod(shape) >= least:
-            longest = max(able, key=lambda axis: shape[axis])
-            rules.append((f"^{re.escape(name)}$", PartitionSpec(*[None] * longest, ROWS)))
+            longest = max(able, key=lambda i: shape[i])
+            rules.append((f"^{re.escape(name)}$", PartitionSpec(*[None] * longest, axis)))
     return rules
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.schedulers.base import near
+from kandinsky_jax.training.mesh import MeshConfig
 from kandinsky_jax.training.step import Settings
 
 
@@ -44,6 +45,7 @@ class Config:
             from the latents themselves, which is what the pipelines do.
         checkpointing_steps, checkpoints_total_limit: how often the whole state is kept, and how many are.
         validation_prompts, validation_steps: what is drawn on the way, and how often; 0 is never.
+        mesh: the devices, see `kandinsky_jax.training.mesh.MeshConfig`.
         optimizer: see `kandinsky_jax.training.step.Settings`.
         lora: see `kandinsky_jax.lora.LoraConfig`.
     """
@@ -66,6 +68,7 @@ class Config:
     checkpoints_total_limit: int = 3
     validation_prompts: tuple[str, ...] = ()
     validation_steps: int = 0
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     optimizer: Settings = dataclasses.field(default_factory=Settings)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 

@@ -36,6 +36,7 @@ from kandinsky_jax.training.data import Batches, Captioned, DataError, listing
 from kandinsky_jax.training.encoded import Encoded, encoded
 from kandinsky_jax.training.foundations import CLIPTask, MoVQTask
 from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.mesh import gathered, make_training_mesh, parts
 from kandinsky_jax.training.step import Trainer, TrainState
 from kandinsky_jax.training.tasks import DiffusionTask, Task
 
@@ -62,6 +63,8 @@ class Run:
 
     def __init__(self, kind: Kind, config: Config, pipe: Any = None, *, quiet: bool = False):
         self.config, self.folder, self.quiet = config, Path(config.output), quiet
+        mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
+        _check_batch(config, parts(mesh))
         self.items: list[Captioned] = listing(config.data)
         task_class = TASKS.get(kind, DiffusionTask)
         pipe = task_class.load(config) if pipe is None else pipe
@@ -69,7 +72,7 @@ class Run:
         self.task = task_class(pipe, kind, config)
         if faults := self.task.faults(self.items):
             raise DataError(config.data, faults)
-        self.trainer = Trainer(self.task.loss(), config.optimizer)
+        self.trainer = Trainer(self.task.loss(), config.optimizer, self.task.frozen(), mesh)
         self.key, self._first_key = jax.random.split(jax.random.key(config.seed))
         self._bad_in_a_row = 0
         self.reader: Any = self.task.reader()
@@ -183,8 +186,11 @@ class Run:
     @contextmanager
     def drawing(self, state: TrainState) -> Iterator[Any]:
         """The pipeline with the weights of a state, their average where there is one."""
-        with self.task.installed(state.params if state.ema is None else state.ema):
+        with self.task.installed(self._result(state)):
             yield self.task.pipe
+
+    def _result(self, state: TrainState) -> Any:
+        return gathered(state.params if state.ema is None else state.ema)
 
     def _sample(self, state: TrainState, done: int) -> None:
         with self.drawing(state):
@@ -198,8 +204,24 @@ class Run:
         """Write the result; complete or absent."""
         target = self.folder / "model"
         with self.drawing(state):
-            self.task.export(target, state.params if state.ema is None else state.ema, self.items)
+            self.task.export(target, self._result(state), self.items)
         return target
+
+
+def _check_batch(config: Config, devices: int) -> None:
+    """Raise where a batch cannot be divided."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"this process is one of {jax.process_count()}, and a run is of one process with all of its devices; over "
+            "several, drive kandinsky_jax.training.step.Trainer yourself"
+        )
+    accumulated = config.optimizer.gradient_accumulation_steps
+    if config.train_batch_size % (devices * accumulated):
+        raise ValueError(
+            f"train_batch_size={config.train_batch_size} cannot be divided into "
+            f"gradient_accumulation_steps={accumulated} parts over {devices} devices; make it a multiple of "
+            f"{devices * accumulated}, or set mesh.data and mesh.fsdp for fewer devices"
+        )
 
 
 class Metrics:

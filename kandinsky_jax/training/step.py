@@ -6,6 +6,7 @@ the state and a batch, compiled once: `state, metrics = trainer.step(state, batc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
 
-from kandinsky_jax.sampling import Params
+from kandinsky_jax.sharding import Rules
+from kandinsky_jax.training.mesh import ROW, place_batch, places
 
-Loss = Callable[[Params, Any, jax.Array], jax.Array]  # (parameters, batch, key) -> a float32 scalar
+# (what is trained, batch, key) -> a float32 scalar, and with `frozen`, (what is trained, batch, key, frozen)
+Loss = Callable[..., jax.Array]
 
 # Parameters that are statistics of the data, which no optimizer may touch.
 STATISTICS = ("clip_mean", "clip_std")
@@ -97,10 +101,23 @@ class Trainer:
     Args:
         loss: (what is trained, batch, key) -> a float32 scalar, the mean over the batch's first axis.
         settings: how to train.
+        frozen: arrays that the loss wants besides and that nothing changes, such as the weights under a LoRA. They are
+            an argument of the compiled program; arrays that a function closes over would be written into it.
+        mesh: the devices to train on, see `kandinsky_jax.training.mesh`; None is JAX's default device, or wherever the
+            parameters lie.
+        rules: how what is trained is divided over the mesh's `fsdp`, see `kandinsky_jax.training.mesh.places`.
     """
 
-    def __init__(self, loss: Loss, settings: Settings):
-        self.settings = settings
+    def __init__(
+        self,
+        loss: Loss,
+        settings: Settings,
+        frozen: Any = None,
+        mesh: Mesh | None = None,
+        rules: Rules | None = None,
+    ):
+        self.settings, self.mesh, self.rules = settings, mesh, rules
+        self.frozen = frozen if mesh is None or frozen is None else jax.device_put(frozen, places(mesh, frozen, rules))
         self._loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.checkpoint_dots) if settings.remat else loss
         clip = optax.identity() if settings.max_grad_norm is None else optax.clip_by_global_norm(settings.max_grad_norm)
         adam = optax.adamw(
@@ -111,16 +128,47 @@ class Trainer:
             weight_decay=settings.adam_weight_decay,
         )
         self.optimizer = optax.chain(clip, optax.masked(adam, _trained), optax.masked(optax.set_to_zero(), _statistics))
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self._program = jax.jit(self._step, donate_argnums=0)
 
     def init(self, params: Any) -> TrainState:
         """The state before the first step; the parameters are copied to float32."""
+        if self.mesh is None:
+            return self._first(params)
+        divided = jax.device_put(params, places(self.mesh, params, self.rules))
+        where = places(self.mesh, jax.eval_shape(self._first, params), self.rules)
+        return jax.jit(self._first, out_shardings=where)(divided)
+
+    def _first(self, params: Any) -> TrainState:
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
         ema = None if self.settings.ema_decay is None else jax.tree.map(jnp.copy, params)
         return TrainState(jnp.int32(0), params, self.optimizer.init(params), ema)
 
-    def _step(self, state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradients = self._gradients(state.params, batch, jax.random.fold_in(key, state.step))
+    def step(self, state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One step; the arrays of `state` are used up.
+
+        Args:
+            state: from `init`, or from the step before.
+            batch: arrays with one row per example.
+            key: the same for every step.
+        Returns:
+            the next state, and "loss" and "gradient_norm", float32 scalars.
+        """
+        with self.ambient():
+            return self._program(state, place_batch(self.mesh, batch), key, self.frozen)
+
+    def lower(self, state: Any, batch: Any, key: Any, frozen: Any = None) -> Any:
+        """The step's program for arrays of these shapes and places, for looking at what it costs."""
+        with self.ambient():
+            return self._program.lower(state, batch, key, frozen)
+
+    def ambient(self) -> contextlib.AbstractContextManager[Any]:
+        """The mesh known to what is traced: an attention has to know that XLA divides it."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _step(
+        self, state: TrainState, batch: Any, key: jax.Array, frozen: Any
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, gradients = self._gradients(state.params, batch, jax.random.fold_in(key, state.step), frozen)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -133,17 +181,28 @@ class Trainer:
         fine = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         kept = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
-        return TrainState(state.step + 1, *kept), metrics
+        done = TrainState(state.step + 1, *kept)
+        if self.mesh is not None:
+            done = jax.lax.with_sharding_constraint(done, places(self.mesh, done, self.rules))
+        return done, metrics
 
-    def _gradients(self, params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+    def _gradients(self, params: Any, batch: Any, key: jax.Array, frozen: Any) -> tuple[jax.Array, Any]:
+        further = () if frozen is None else (frozen,)
         parts = self.settings.gradient_accumulation_steps
 
         def of(part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+            if self.mesh is not None:
+                part = jax.lax.with_sharding_constraint(part, NamedSharding(self.mesh, ROW))
+
             def loss(params: Any) -> jax.Array:
                 computed = jax.tree.map(lambda leaf: leaf.astype(self.settings.dtype), params)
-                return self._loss(computed, part, key)
+                return self._loss(computed, part, key, *further)
 
-            return jax.value_and_grad(loss)(params)
+            value, gradients = jax.value_and_grad(loss)(params)
+            if self.mesh is not None:  # summed to where the parameters lie
+                where = places(self.mesh, params, self.rules)
+                gradients = jax.lax.with_sharding_constraint(gradients, where)
+            return value, gradients
 
         if parts == 1:
             return of(batch, key)

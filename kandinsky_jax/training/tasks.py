@@ -78,6 +78,10 @@ class Task(ABC):
     def weights(self, trained: Any) -> dict[str, Params]:
         """The parameters of `modules` with what is trained."""
 
+    def frozen(self) -> Any:
+        """What the loss wants besides and nothing changes; None where there is nothing."""
+        return None
+
     @abstractmethod
     def reader(self) -> Reader:
         """Makes the arrays that `encode` wants."""
@@ -88,7 +92,10 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self) -> Any:
-        """(what is trained, encoded batch, key) -> loss; the key decides all that is random."""
+        """(what is trained, encoded batch, key) -> loss; the key decides all that is random.
+
+        Where there is something `frozen`, it is a fourth argument.
+        """
 
     @abstractmethod
     def sample(self, items: Sequence[Captioned]) -> Image.Image | None:
@@ -176,14 +183,15 @@ class DiffusionTask(Task):
         params = Network.split(self.module)[1]
         return lora.init(params, self.config.lora, key) if self.of_lora else params
 
-    def network_params(self, trained: Any) -> Params:
+    def frozen(self) -> Params | None:
+        return Network.split(self.module)[1] if self.of_lora else None
+
+    def network_params(self, trained: Any, frozen: Params | None) -> Params:
         """The network's parameters with what is trained."""
-        if not self.of_lora:
-            return trained
-        return lora.merged(Network.split(self.module)[1], trained, self.config.lora.scale)
+        return trained if frozen is None else lora.merged(frozen, trained, self.config.lora.scale)
 
     def weights(self, trained: Any) -> dict[str, Params]:
-        return {name: self.network_params(trained) for name in self.modules}
+        return {name: self.network_params(trained, self.frozen()) for name in self.modules}
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -224,7 +232,9 @@ class DiffusionTask(Task):
         alphas = jnp.asarray(schedule.alphas_cumprod(), jnp.float32)
         empty, dropout, gamma = self._empty(), self.config.condition_dropout, self.config.snr_gamma
 
-        def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+        def loss(
+            trained: Any, batch: Mapping[str, jax.Array], key: jax.Array, frozen: Params | None = None
+        ) -> jax.Array:
             of_time, of_noise, of_dropout = jax.random.split(key, 3)
             given = dict(batch)
             clean = given["image_embeds"] if self.of_prior else given["latents"]
@@ -237,7 +247,7 @@ class DiffusionTask(Task):
             if self._repairs:
                 given["keep"] = 1 - holes(jax.random.fold_in(key, 3), *clean.shape[:3])
             function = prior_loss if self.of_prior else decoder_loss
-            params = self.network_params(trained)
+            params = self.network_params(trained, frozen)
             return function(network, params, **given, alphas_cumprod=alphas, snr_gamma=gamma)
 
         return loss
