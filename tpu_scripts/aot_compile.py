@@ -129,10 +129,10 @@ def own_python() -> Path:
     return python
 
 
-def worker(python: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the worker tells, event by event; libtpu's many warnings are shown only where it fails."""
+def worker(python: Path, job: dict[str, Any], module: str = "aot_worker") -> Iterator[dict[str, Any]]:
+    """What a worker of this folder tells, event by event; libtpu's many warnings are shown only where it fails."""
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
-    command = [str(python), "-m", "tpu_scripts.aot_worker", json.dumps(job)]
+    command = [str(python), "-m", f"tpu_scripts.{module}", json.dumps(job)]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(

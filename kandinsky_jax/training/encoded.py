@@ -68,7 +68,8 @@ def encoded(folder: Path, task: Task, items: Sequence[Captioned], quiet: bool = 
             rows += [rows[-1]] * (min(CHUNK, len(items)) - len(rows))
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             for name, value in task.encode(batch).items():
-                arrays.setdefault(name, _create(scratch / f"{name}.npy", len(items), value))
+                if name not in arrays:
+                    arrays[name] = _create(scratch / f"{name}.npy", len(items), value)
                 arrays[name][len(which) : len(which) + len(found)] = np.asarray(value)[: len(found)]
             which += found
         if not which:

@@ -180,7 +180,10 @@ class DiffusionTask(Task):
         return not self.of_prior and self.pipe.unet.config.takes_hint
 
     def initial(self, key: jax.Array) -> Any:
-        params = Network.split(self.module)[1]
+        return self.initial_of(Network.split(self.module)[1], key)
+
+    def initial_of(self, params: Params, key: jax.Array) -> Any:
+        """What is trained, before the first step, of a network with these parameters."""
         return lora.init(params, self.config.lora, key) if self.of_lora else params
 
     def frozen(self) -> Params | None:
