@@ -39,6 +39,7 @@ class Config:
         random_flip, random_crop: of the pictures.
         checkpointing_steps, checkpoints_total_limit: how often the whole state is kept, and how many are.
         validation_prompts, validation_steps: what is drawn on the way, and how often; 0 is never.
+        wandb_project: of Weights & Biases, where wandb is installed; absent is none.
         optimizer: see `kandinsky_jax.training.step.Settings`.
         lora: see `kandinsky_jax.lora.LoraConfig`.
     """
@@ -58,6 +59,7 @@ class Config:
     checkpoints_total_limit: int = 3
     validation_prompts: tuple[str, ...] = ()
     validation_steps: int = 0
+    wandb_project: str | None = None
     optimizer: Settings = dataclasses.field(default_factory=Settings)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 

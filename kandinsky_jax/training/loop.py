@@ -5,7 +5,7 @@ happened to: the state holds the weights, the optimizer, the step (which decides
 
     OUT/checkpoints/STEP/    Orbax: the state, and where the data stands
     OUT/metrics.jsonl        one line a step: loss, gradient_norm, learning_rate, images_per_second
-    OUT/events/              the same for TensorBoard, where tensorboardX is installed
+    OUT/events/, OUT/wandb/  the same for TensorBoard, and for Weights & Biases (see `metrics`)
     OUT/samples/STEP.png     the validation prompts
     OUT/bad_data.txt         pictures that could not be read, and batches whose loss was not finite
     OUT/model/               the result: the pipeline in diffusers' layout, or pytorch_lora_weights.safetensors
@@ -13,14 +13,12 @@ happened to: the state holds the weights, the optimizer, the step (which decides
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -32,10 +30,10 @@ from kandinsky_jax import images, lora
 from kandinsky_jax.checkpoint import flat_params, set_params
 from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline
 from kandinsky_jax.stop import Stop
-from kandinsky_jax.storage import replace_file
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Batches, Captioned, listing
 from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.step import Trainer, TrainState
 from kandinsky_jax.training.tasks import Task
 
@@ -80,7 +78,7 @@ class Run:
         stop, config = stop or Stop(), self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self.trainer.init(self.task.initial(self._first_key))
-        with self._checkpoints() as manager, Metrics(self.folder) as metrics:
+        with self._checkpoints() as manager, Metrics(self.folder, config) as metrics:
             state = self._resume(manager, state)
             done, last = int(state.step), config.optimizer.max_train_steps
             metrics.forget_after(done)
@@ -94,7 +92,7 @@ class Run:
                     if done % config.checkpointing_steps == 0 or done == last:
                         self._keep(manager, state, done)
                     if config.validation_steps and (done % config.validation_steps == 0 or done == last):
-                        self._sample(state, done)
+                        self._sample(state, done, metrics)
             if done < last:
                 self._keep(manager, state, done)
                 return None
@@ -171,7 +169,7 @@ class Run:
         finally:
             set_params(module, before)
 
-    def _sample(self, state: TrainState, done: int) -> None:
+    def _sample(self, state: TrainState, done: int, metrics: Metrics) -> None:
         size = self.config.resolution
         prompts = list(self.config.validation_prompts) or [self.items[0].text]
         with self.drawing(state) as pipe:
@@ -182,6 +180,7 @@ class Run:
             sheet.paste(picture, (size * i, 0))
         (self.folder / "samples").mkdir(exist_ok=True)
         images.write(self.folder / "samples" / f"{done:08d}.png", sheet, {"prompts": prompts, "step": done})
+        metrics.picture(done, sheet)
 
     def export(self, state: TrainState) -> Path:
         """Write the result; complete or absent."""
@@ -194,44 +193,3 @@ class Run:
             part = pipe.prior_pipe if self.task.of_prior else pipe.decoder_pipe
             part.save_pretrained(target, overwrite=True)
         return target
-
-
-class Metrics:
-    """What is known of each step, in a file of lines and, where tensorboardX is installed, for TensorBoard."""
-
-    def __init__(self, folder: Path):
-        self._path = folder / "metrics.jsonl"
-        self._board: Any = None
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            return
-        self._board = SummaryWriter(str(folder / "events"))
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that will be done again."""
-        if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-            replace_file(self._path, "".join(line + "\n" for line in lines).encode())
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One step's."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._board is not None:
-            self._board.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # cut short by a kill
-        return math.inf
