@@ -46,6 +46,7 @@ class Config:
         checkpointing_steps, checkpoints_total_limit: how often the whole state is kept, and how many are.
         validation_prompts, validation_steps: what is drawn on the way, and how often; 0 is never.
         mesh: the devices, see `kandinsky_jax.training.mesh.MeshConfig`.
+        wandb_project: of Weights & Biases, where wandb is installed; absent is none.
         optimizer: see `kandinsky_jax.training.step.Settings`.
         lora: see `kandinsky_jax.lora.LoraConfig`.
     """
@@ -69,6 +70,7 @@ class Config:
     validation_prompts: tuple[str, ...] = ()
     validation_steps: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    wandb_project: str | None = None
     optimizer: Settings = dataclasses.field(default_factory=Settings)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 

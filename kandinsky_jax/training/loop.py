@@ -5,7 +5,7 @@ happened to: the state holds the weights, the optimizer, the step (which decides
 
     OUT/checkpoints/STEP/    Orbax: the state, and where the data stands
     OUT/metrics.jsonl        one line a step: loss, gradient_norm, learning_rate, images_per_second
-    OUT/events/              the same for TensorBoard, where tensorboardX is installed
+    OUT/events/, OUT/wandb/  the same for TensorBoard, and for Weights & Biases (see `metrics`)
     OUT/samples/STEP.png     the validation prompts
     OUT/encoded/             with `precompute`: latents and embeddings of all the data
     OUT/bad_data.txt         pictures that could not be read, and batches whose loss was not finite
@@ -14,7 +14,6 @@ happened to: the state holds the weights, the optimizer, the step (which decides
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -30,13 +29,13 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax import images
 from kandinsky_jax.stop import Stop
-from kandinsky_jax.storage import replace_file
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Batches, Captioned, DataError, listing
 from kandinsky_jax.training.encoded import Encoded, encoded
 from kandinsky_jax.training.foundations import CLIPTask, MoVQTask
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import gathered, make_training_mesh, parts
+from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.step import Trainer, TrainState
 from kandinsky_jax.training.tasks import DiffusionTask, Task
 
@@ -101,7 +100,7 @@ class Run:
         stop, config = stop or Stop(), self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self.trainer.init(self.task.initial(self._first_key))
-        with self._checkpoints() as manager, Metrics(self.folder) as metrics:
+        with self._checkpoints() as manager, Metrics(self.folder, config) as metrics:
             state = self._resume(manager, state)
             done, last = int(state.step), config.optimizer.max_train_steps
             metrics.forget_after(done)
@@ -115,7 +114,7 @@ class Run:
                     if done % config.checkpointing_steps == 0 or done == last:
                         self._keep(manager, state, done)
                     if config.validation_steps and (done % config.validation_steps == 0 or done == last):
-                        self._sample(state, done)
+                        self._sample(state, done, metrics)
             if done < last:
                 self._keep(manager, state, done)
                 return None
@@ -192,13 +191,14 @@ class Run:
     def _result(self, state: TrainState) -> Any:
         return gathered(state.params if state.ema is None else state.ema)
 
-    def _sample(self, state: TrainState, done: int) -> None:
+    def _sample(self, state: TrainState, done: int, metrics: Metrics) -> None:
         with self.drawing(state):
             sheet = self.task.sample(self.items)
         if sheet is not None:
             (self.folder / "samples").mkdir(exist_ok=True)
             about = {"prompts": list(self.config.validation_prompts), "step": done}
             images.write(self.folder / "samples" / f"{done:08d}.png", sheet, about)
+            metrics.picture(done, sheet)
 
     def export(self, state: TrainState) -> Path:
         """Write the result; complete or absent."""
@@ -222,44 +222,3 @@ def _check_batch(config: Config, devices: int) -> None:
             f"gradient_accumulation_steps={accumulated} parts over {devices} devices; make it a multiple of "
             f"{devices * accumulated}, or set mesh.data and mesh.fsdp for fewer devices"
         )
-
-
-class Metrics:
-    """What is known of each step, in a file of lines and, where tensorboardX is installed, for TensorBoard."""
-
-    def __init__(self, folder: Path):
-        self._path = folder / "metrics.jsonl"
-        self._board: Any = None
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            return
-        self._board = SummaryWriter(str(folder / "events"))
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that will be done again."""
-        if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-            replace_file(self._path, "".join(line + "\n" for line in lines).encode())
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One step's."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._board is not None:
-            self._board.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # cut short by a kill
-        return math.inf

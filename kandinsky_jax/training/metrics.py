@@ -1,0 +1,151 @@
+"""What is known of each step: a file of lines, TensorBoard, and Weights & Biases for those who ask for it.
+
+The file is always written. The other two are optional packages, and what goes wrong in Weights & Biases is a warning.
+
+    OUT/metrics.jsonl        one line a step
+    OUT/events/              for TensorBoard, where tensorboardX is installed
+    OUT/wandb/               Weights & Biases' own files, where a project is named and wandb is installed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import secrets
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kandinsky_jax.storage import replace_file
+from kandinsky_jax.training.config import Config
+
+START_SECONDS, FINISH_SECONDS = 30, 60  # that a server may keep a run waiting, before its first step and after its last
+
+
+class Metrics:
+    """Numbers and sample pictures by step.
+
+    Args:
+        folder: of the run.
+        config: of the run, whose `wandb_project` asks for Weights & Biases.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        self._path = folder / "metrics.jsonl"
+        self._board = _tensorboard(folder / "events")
+        self._wandb = None if config.wandb_project is None else WandbRun(folder, config.wandb_project, config)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that will be done again."""
+        if self._path.exists():
+            lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+            replace_file(self._path, "".join(line + "\n" for line in lines).encode())
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One step's numbers."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **metrics})
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """What was drawn after a step."""
+        if self._board is not None:
+            self._board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({"step": step, "samples": image})
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=kind is not None)
+
+
+class WandbRun:
+    """A run of Weights & Biases that asks nothing, waits for nothing long, and fails with a warning.
+
+    WANDB_MODE is honoured. Whoever is not logged in gets files for `wandb sync`. A training run that goes on is the
+    same run there; its id is kept in the folder.
+    """
+
+    def __init__(self, folder: Path, project: str, config: Config):
+        self._run: Any = None
+        try:
+            import wandb
+        except Exception as error:
+            self._fail(f"wandb cannot be imported ({error}); `pip install wandb`, or leave wandb_project out")
+            return
+        self._image = wandb.Image
+        try:
+            wandb.setup(wandb.Settings(silent=True))  # without messages there is also no question for a key
+            try:
+                self._run = self._start(wandb, folder, project, config, id=_run_id(folder), resume="allow")
+            except Exception as error:
+                self._fail(f"{error}; what is measured is kept in {folder / 'wandb'}, for `wandb sync`")
+                # With an id of its own: the other one may be taken by the run that failed.
+                self._run = self._start(wandb, folder, project, config, mode="offline")
+            self._run.define_metric("*", step_metric="step")  # wandb's own steps cannot come twice, after a kill
+        except Exception as error:
+            self._fail(error)
+
+    def _start(self, wandb: Any, folder: Path, project: str, config: Config, **how: str) -> Any:
+        waiting = {"init_timeout": START_SECONDS, "finish_timeout": FINISH_SECONDS}
+        settings = wandb.Settings(silent=True, console="off", save_code=False, **waiting)
+        return wandb.init(project=project, dir=str(folder), config=dataclasses.asdict(config), settings=settings, **how)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Numbers and pictures, `step` among them."""
+        if self._run is None:
+            return
+        try:
+            self._run.log({k: self._image(v) if isinstance(v, Image.Image) else v for k, v in values.items()})
+        except Exception as error:
+            self._fail(error)
+
+    def close(self, *, failed: bool) -> None:
+        """Send what has not been sent."""
+        run, self._run = self._run, None
+        try:
+            if run is not None:
+                run.finish(exit_code=int(failed))
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: object) -> None:
+        self._run = None
+        warnings.warn(f"Weights & Biases: {error}", stacklevel=3)
+
+
+def _run_id(folder: Path) -> str:
+    path = folder / "wandb" / "run_id.txt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, secrets.token_hex(4).encode())
+    return path.read_text()
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # cut short by a kill
+        return math.inf
