@@ -88,14 +88,16 @@ def our_step(job: Job) -> Step:
 
     from kandinsky_jax import KandinskyV22CombinedPipeline
     from kandinsky_jax.lora import LoraConfig
+    from kandinsky_jax.training.config import Config
     from kandinsky_jax.training.kinds import Kind
     from kandinsky_jax.training.step import Settings, Trainer
-    from kandinsky_jax.training.tasks import Task
+    from kandinsky_jax.training.tasks import DiffusionTask
 
     root = Path(job.models)
     pipe = KandinskyV22CombinedPipeline.from_pretrained(root / DECODER, prior=root / PRIOR, dtype="float32")
-    task = Task(pipe, Kind(job.kind), job.snr_gamma, lora=LoraConfig(rank=job.rank))
-    trainer = Trainer(task.loss(), Settings(ema_decay=job.ema))
+    config = Config(model="", data="", output="", snr_gamma=job.snr_gamma, lora=LoraConfig(rank=job.rank))
+    task = DiffusionTask(pipe, Kind(job.kind), config)
+    trainer = Trainer(task.loss(), Settings(ema_decay=job.ema), task.frozen())
     key = jax.random.key(0)
     state = trainer.init(task.initial(key))
     data = batches(job, pipe.prior_tokenizer, pipe.prior_text_encoder.config.max_position_embeddings)
