@@ -17,7 +17,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
-from kandinsky_jax.sharding import Rules
+from kandinsky_jax.sharding import EVERYWHERE, Rules
 from kandinsky_jax.training.mesh import ROW, place_batch, places
 
 # (what is trained, batch, key) -> a float32 scalar, and with `frozen`, (what is trained, batch, key, frozen)
@@ -118,6 +118,8 @@ class Trainer:
     ):
         self.settings, self.mesh, self.rules = settings, mesh, rules
         self.frozen = frozen if mesh is None or frozen is None else jax.device_put(frozen, places(mesh, frozen, rules))
+        # The gathering is within what is computed again: gathered weights are not kept for the backward pass.
+        loss = loss if mesh is None else _of_whole_weights(loss, mesh)
         self._loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.checkpoint_dots) if settings.remat else loss
         clip = optax.identity() if settings.max_grad_norm is None else optax.clip_by_global_norm(settings.max_grad_norm)
         adam = optax.adamw(
@@ -214,6 +216,15 @@ class Trainer:
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))
         return total
+
+
+def _of_whole_weights(loss: Loss, mesh: Mesh) -> Loss:
+    """The loss of weights that each device has gathered for itself; left alone, XLA would rather divide layers."""
+
+    def whole(tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, EVERYWHERE))
+
+    return lambda params, batch, key, *frozen: loss(whole(params), batch, key, *map(whole, frozen))
 
 
 def _statistics(params: Any) -> Any:
