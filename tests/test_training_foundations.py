@@ -18,6 +18,7 @@ import torch
 import transformers
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import load_file
 
 import kandinsky_jax
 from kandinsky_jax import hub
@@ -92,6 +93,8 @@ def test_the_loss_of_movq():
     theirs = diffusers.VQModel.from_pretrained(folder, torch_dtype=torch.float32)
     rng = np.random.default_rng(0)
     pixels = np.stack([shapes.draw(c, rng) for c in shapes.captions(4)]).astype(np.float32) * 2 - 1
+    # Not what it draws perfectly: the slope of |x| is of either sign near 0, by rounding.
+    pixels = pixels + 0.5 * rng.standard_normal(pixels.shape).astype(np.float32)
     quantized = np.array([True, False, True, False])
     network, params = Network.split(ours)
     value, gradients = jax.value_and_grad(lambda p: movq_loss(network, p, jnp.asarray(pixels), quantized))(params)
@@ -338,7 +341,9 @@ def test_every_kind_goes_on_where_it_stopped(folder, tmp_path, kind):
     )
     assert files
     for file in files:
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+        one, two = (load_file(tmp_path / name / file) for name in ("whole", "parts"))
+        assert one.keys() == two.keys()
+        assert all(np.array_equal(one[name], two[name]) for name in one), file
 
 
 @pytest.mark.slow
