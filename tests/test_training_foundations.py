@@ -25,7 +25,6 @@ from kandinsky_jax import hub
 from kandinsky_jax.checkpoint import flat_params, load_network
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.sampling import Network, call
-from kandinsky_jax.stop import Stop
 from kandinsky_jax.tensors import names
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import DataError, Reader, listing
@@ -36,6 +35,7 @@ from kandinsky_jax.training.step import Settings
 from kandinsky_jax.training.tasks import holes
 from tests import shapes
 from tests.conftest import TINY, nchw, note, worst
+from tests.test_training_loop import StopAfter
 
 COUNT = 10
 TOWERS = {"text_encoder": "CLIPTextModelWithProjection", "image_encoder": "CLIPVisionModelWithProjection"}
@@ -318,14 +318,6 @@ def test_foundations_learn(folder, scratch, tmp_path, kind):
 @pytest.mark.parametrize("kind", [Kind.MOVQ, Kind.CLIP, Kind.PRIOR, Kind.DECODER, Kind.LORA_DECODER])
 def test_every_kind_goes_on_where_it_stopped(folder, tmp_path, kind):
     """Stopped between two steps and begun again: the weights and losses of a run that went through, bit for bit."""
-
-    class StopAfter(Stop):
-        calls = 0
-
-        @property
-        def asked(self) -> bool:
-            self.calls += 1
-            return self.calls > 3
 
     def run(output: str) -> Run:
         options = {"optimizer": {"max_train_steps": 6, "ema_decay": 0.9}, "text_length": 24}

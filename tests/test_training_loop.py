@@ -62,6 +62,17 @@ def pipe() -> KandinskyV22CombinedPipeline:
     return KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")
 
 
+class StopAfter(Stop):
+    """A signal after three steps."""
+
+    calls = 0
+
+    @property
+    def asked(self) -> bool:
+        self.calls += 1
+        return self.calls > 3
+
+
 def config_of(data: Path, output: Path, **changed) -> Config:
     optimizer = {"learning_rate": 1e-3, "max_train_steps": 4} | changed.pop("optimizer", {})
     given = {"resolution": 64, "train_batch_size": 4, "checkpointing_steps": 2} | changed
@@ -316,14 +327,6 @@ def test_killed_and_resumed_is_never_stopped(folder, tmp_path):
 @pytest.mark.slow
 def test_stopped_and_resumed(folder, tmp_path):
     """In one process: a signal between two steps, and another run that goes on."""
-
-    class StopAfter(Stop):
-        calls = 0
-
-        @property
-        def asked(self) -> bool:
-            self.calls += 1
-            return self.calls > 3
 
     def run(output: str) -> Run:
         fresh = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")
