@@ -15,8 +15,10 @@ import torch
 from kandinsky_jax import hub
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Each of the suite's processes has cores of its own: XLA's threads lose more by sharing them than they gain.
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+# Each of the suite's processes has cores of its own: XLA's threads lose more by sharing them than they gain. A process
+# that a test starts, and that imports this, has its parent's already.
+_OF_THE_SUITE = "PYTEST_XDIST_WORKER" in os.environ and "PYTEST_CURRENT_TEST" not in os.environ
+if _OF_THE_SUITE and hasattr(os, "sched_setaffinity"):
     _CORES = sorted(os.sched_getaffinity(0))
     _OWN = _CORES[int(os.environ["PYTEST_XDIST_WORKER"][2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
     os.sched_setaffinity(0, _OWN or _CORES)
