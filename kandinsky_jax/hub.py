@@ -33,9 +33,8 @@ KINDS = {
     ),
 }
 
-# The trained small model that is shipped with the package; its three decoders share one MoVQ.
+# The trained small model that is shipped with the package.
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny"}
-_EMBEDDED_MOVQ = Path(DECODER) / "movq"
 
 # The safetensors of this repository are in a pull request that was never merged; its main branch has pickles only.
 _REVISIONS = {f"{OFFICIAL}/{CONTROLNET}": "refs/pr/5"}
@@ -146,13 +145,21 @@ def kind(folder: Path) -> str | None:
 
 
 def component_folder(folder: Path, name: str) -> Path:
-    """Where a model's component lies."""
+    """Where a model's component lies.
+
+    The decoders of a family may share one MoVQ, for it is the same in all of them: a decoder without one of its own has
+    the one of the folder `kandinsky-2-2-decoder` beside it.
+
+    Raises:
+        CheckpointError: where it lies nowhere.
+    """
     own = folder / name
-    if not own.is_dir() and name == "movq" and folder.parent in EMBEDDED.values():
-        return folder.parent / _EMBEDDED_MOVQ
-    if not own.is_dir():
+    if own.is_dir():
+        return own
+    shared = folder.parent / DECODER / name
+    if name != "movq" or not shared.is_dir():
         raise CheckpointError(f"{folder} has no folder {name}, which its model_index.json names")
-    return own
+    return shared
 
 
 def find_prior(

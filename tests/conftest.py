@@ -1,4 +1,4 @@
-"""Shared by the tests: the trained small model, the reference built from the same files, and comparisons."""
+"""Shared by the tests: the trained model of shapes, the reference built from the same files, and comparisons."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 from kandinsky_jax import hub
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Each of the suite's processes has cores of its own: XLA's threads lose more by sharing them than they gain.
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+# Each of the suite's processes has cores of its own: XLA's threads lose more by sharing them than they gain. A process
+# that a test starts, and that imports this, has its parent's already.
+_OF_THE_SUITE = "PYTEST_XDIST_WORKER" in os.environ and "PYTEST_CURRENT_TEST" not in os.environ
+if _OF_THE_SUITE and hasattr(os, "sched_setaffinity"):
     _CORES = sorted(os.sched_getaffinity(0))
     _OWN = _CORES[int(os.environ["PYTEST_XDIST_WORKER"][2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
     os.sched_setaffinity(0, _OWN or _CORES)
@@ -32,7 +34,8 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
-TINY = hub.EMBEDDED["tiny"]
+# Trained to draw coloured shapes on plain grounds (tests/shapes.py); its three decoders share one MoVQ.
+SHAPES_MODEL = Path(__file__).parent / "shapes_model"
 OFFICIAL = Path(__file__).parent / "official"
 
 
@@ -105,10 +108,10 @@ def worst(ours, reference) -> float:
 
 @pytest.fixture(scope="session")
 def tiny_pipe():
-    """Our combined pipeline on the trained small model, float32."""
+    """Our combined pipeline on the trained model of shapes, float32."""
     from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline
 
-    pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -119,8 +122,8 @@ def reference():
     import diffusers
 
     pipes = (
-        diffusers.KandinskyV22PriorPipeline.from_pretrained(TINY / hub.PRIOR, dtype=torch.float32),
-        diffusers.KandinskyV22Pipeline.from_pretrained(TINY / hub.DECODER, dtype=torch.float32),
+        diffusers.KandinskyV22PriorPipeline.from_pretrained(SHAPES_MODEL / hub.PRIOR, dtype=torch.float32),
+        diffusers.KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL / hub.DECODER, dtype=torch.float32),
     )
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
@@ -148,13 +151,13 @@ class Family(dict):
 
 @pytest.fixture(scope="session")
 def ours(tiny_pipe) -> Family:
-    """Our pipelines by name, on the trained small models, float32; they share what they can."""
+    """Our pipelines by name, on the trained models of shapes, float32; they share what they can."""
     import kandinsky_jax
 
     prior, decoder = tiny_pipe.prior_pipe.components, tiny_pipe.decoder_pipe.components
     load = {"dtype": "float32", "movq": tiny_pipe.movq}
-    inpaint = kandinsky_jax.KandinskyV22InpaintPipeline.from_pretrained("tiny", **load).components
-    controlnet = kandinsky_jax.KandinskyV22ControlnetPipeline.from_pretrained("tiny", **load).components
+    inpaint = kandinsky_jax.KandinskyV22InpaintPipeline.from_pretrained(SHAPES_MODEL, **load).components
+    controlnet = kandinsky_jax.KandinskyV22ControlnetPipeline.from_pretrained(SHAPES_MODEL, **load).components
     return Family(kandinsky_jax, Prior=prior, Decoder=decoder, Inpaint=inpaint, Controlnet=controlnet)
 
 
@@ -165,6 +168,8 @@ def theirs(reference) -> Family:
 
     prior, decoder = (pipe.components for pipe in reference)
     load = {"dtype": torch.float32, "movq": decoder["movq"]}
-    inpaint = diffusers.KandinskyV22InpaintPipeline.from_pretrained(TINY / hub.INPAINT, **load).components
-    controlnet = diffusers.KandinskyV22ControlnetPipeline.from_pretrained(TINY / hub.CONTROLNET, **load).components
+    inpaint = diffusers.KandinskyV22InpaintPipeline.from_pretrained(SHAPES_MODEL / hub.INPAINT, **load).components
+    controlnet = diffusers.KandinskyV22ControlnetPipeline.from_pretrained(
+        SHAPES_MODEL / hub.CONTROLNET, **load
+    ).components
     return Family(diffusers, Prior=prior, Decoder=decoder, Inpaint=inpaint, Controlnet=controlnet)

@@ -1,4 +1,4 @@
-"""What the small model was trained to draw: captions, true drawings, and a scorer of drawings without a network.
+"""What `shapes_model` was trained to draw: captions, true drawings, and a scorer of drawings without a network.
 
 A coloured shape on a plain ground. A fault in a port that keeps the pictures smooth (a swapped guidance, a wrong time
 step) may look fine to every check of ranges and shapes, but makes the model draw something else than it was told.

@@ -16,6 +16,7 @@ from PIL import Image
 import kandinsky_jax as kj
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.sharding import largest_axis, make_mesh
+from tests.conftest import SHAPES_MODEL
 from tests.test_compile import compilations
 
 PROMPTS = [
@@ -38,7 +39,7 @@ MASK[16:40, 16:40] = True
 def pipeline(mesh, name: str = "", **options):
     """A combined pipeline of the small model on a mesh."""
     cls = getattr(kj, f"KandinskyV22{name}CombinedPipeline")
-    pipe = cls.from_pretrained("tiny", dtype="float32", mesh=mesh, **options)
+    pipe = cls.from_pretrained(SHAPES_MODEL, dtype="float32", mesh=mesh, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

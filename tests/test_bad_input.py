@@ -9,7 +9,7 @@ from kandinsky_jax import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, Sc
 from kandinsky_jax.checkpoint import CheckpointError
 from kandinsky_jax.models import UNet2DConditionModel
 from kandinsky_jax.models.layers import abstract
-from tests.conftest import official_config
+from tests.conftest import SHAPES_MODEL, official_config
 from tests.test_compile import compilations
 
 RED = "a red circle on a blue background"
@@ -100,7 +100,7 @@ def test_wrong_components(tiny_pipe):
     with pytest.raises(TypeError, match="movq must be a VQModel, got UNet2DConditionModel"):
         KandinskyV22Pipeline(**parts | {"movq": parts["unet"]})
     with pytest.raises(TypeError, match="has no component"):
-        KandinskyV22Pipeline.from_pretrained("tiny", unett=parts["unet"])
+        KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL, unett=parts["unet"])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_wrong_components(tiny_pipe):
 )
 def test_wrong_kind_of_decoder(tiny_pipe, repository, right):
     with pytest.raises(CheckpointError, match=f"load it with {right}"):
-        KandinskyV22Pipeline.from_pretrained(f"tiny/{repository}")
+        KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL / repository)
     unet = abstract(UNet2DConditionModel, UNet2DConditionModel.CONFIG.from_dict(official_config(repository, "unet")))
     with pytest.raises(CheckpointError, match=right):
         KandinskyV22Pipeline(**tiny_pipe.decoder_pipe.components | {"unet": unet})
@@ -120,4 +120,4 @@ def test_wrong_kind_of_decoder(tiny_pipe, repository, right):
 
 def test_prior_is_no_decoder():
     with pytest.raises(CheckpointError, match="holds a KandinskyV22PriorPipeline"):
-        KandinskyV22CombinedPipeline.from_pretrained("tiny/kandinsky-2-2-prior")
+        KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL / "kandinsky-2-2-prior")

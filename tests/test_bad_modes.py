@@ -18,6 +18,7 @@ from kandinsky_jax import (
     KandinskyV22Pipeline,
     SchedulerError,
 )
+from tests.conftest import SHAPES_MODEL
 from tests.test_compile import compilations
 
 RED = "a red circle on a blue background"
@@ -172,7 +173,7 @@ def test_emb2emb(ours, arguments, error, says):
 def test_the_wrong_checkpoint(pipeline, checkpoint, right):
     """Also: a decoder without a hint encoder given a hint, for only controlnet pipelines take one."""
     with compilations() as events, pytest.raises(CheckpointError, match=f"load it with {right} or "):
-        pipeline.from_pretrained(f"tiny/kandinsky-2-2-{checkpoint}")
+        pipeline.from_pretrained(SHAPES_MODEL / f"kandinsky-2-2-{checkpoint}")
     assert not events
 
 

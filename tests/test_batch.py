@@ -22,6 +22,7 @@ from PIL import Image
 from kandinsky_jax.batch import Job, JobError, Process, open_job, run
 from kandinsky_jax.batch import runner as batch_runner
 from kandinsky_jax.stop import Stop
+from tests.conftest import SHAPES_MODEL
 from tests.test_compile import compilations
 
 PROMPTS = ("a red circle on a blue background", "a green star", "yellow ring", "an orange square", "a purple cross")
@@ -33,7 +34,7 @@ def job_of(folder: Path, rows, output="out", **settings):
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     url = output if "://" in output else str(folder / output)
-    options = {"model": "tiny", "rows_per_shard": 3, "batch": 2, "dtype": "float32"} | settings
+    options = {"model": str(SHAPES_MODEL), "rows_per_shard": 3, "batch": 2, "dtype": "float32"} | settings
     options["defaults"] = QUICK | options.get("defaults", {})
     return open_job(Job(str(folder / "rows.jsonl"), url, **options))
 
@@ -297,7 +298,7 @@ def test_a_hundred_bad_rows(ours, tmp_path):
     lines.append(json.dumps(good | {"id": "last"}))
     assert len(wanted) >= 100
     (root / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    options = {"model": "tiny", "mode": "img2img", "batch": 2, "rows_per_shard": 40, "dtype": "float32"}
+    options = {"model": str(SHAPES_MODEL), "mode": "img2img", "batch": 2, "rows_per_shard": 40, "dtype": "float32"}
     job = open_job(Job(str(root / "rows.jsonl"), str(tmp_path / "out"), defaults=QUICK, **options))
     report = draw(job, ours["KandinskyV22Img2ImgCombinedPipeline"])
     assert report.errors == len(wanted)
@@ -397,7 +398,7 @@ def kandinsky(*arguments: str, cwd: Path, **options):
 def test_the_command(rows, tmp_path):
     """From a shell: SIGTERM on the way, a second run that finishes; its help has an example."""
     (tmp_path / "p.csv").write_text("prompt,seed\n" + "".join(f"{PROMPTS[i % 5]},{i}\n" for i in range(400)))
-    call = ["p.csv", "-o", "out", "-m", "tiny", "--steps", "8", "--rows-per-shard", "4", "--batch", "4"]
+    call = ["p.csv", "-o", "out", "-m", str(SHAPES_MODEL), "--steps", "8", "--rows-per-shard", "4", "--batch", "4"]
     with kandinsky(*call, "--grace", "20", cwd=tmp_path) as process:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("out/*.tar")) and time.monotonic() < deadline:
@@ -410,7 +411,7 @@ def test_the_command(rows, tmp_path):
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left[-1] == "job.json"
     assert all(name.endswith(".tar") for name in left[:-1])
-    with kandinsky("p.csv", "-o", "out", "-m", "tiny", "--steps", "9", cwd=tmp_path) as process:
+    with kandinsky("p.csv", "-o", "out", "-m", str(SHAPES_MODEL), "--steps", "9", cwd=tmp_path) as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.startswith("error: this job cannot be run:\n  out holds another job")

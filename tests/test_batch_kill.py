@@ -6,9 +6,11 @@ import random
 
 import pytest
 
+from tests.conftest import SHAPES_MODEL
 from tpu_scripts import batch_kill
 
-OPTIONS = "-m tiny --steps 5 --prior-steps 3 --batch 4 --rows-per-shard 8 --dtype float32".split()
+OPTIONS = ["-m", str(SHAPES_MODEL)]
+OPTIONS += "--steps 5 --prior-steps 3 --batch 4 --rows-per-shard 8 --dtype float32".split()
 
 
 @pytest.fixture(scope="module")

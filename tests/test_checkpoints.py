@@ -32,9 +32,9 @@ from kandinsky_jax import (
 )
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, VQModel
-from tests.conftest import TINY
+from tests.conftest import SHAPES_MODEL
 
-TEXT_ENCODER = TINY / hub.PRIOR / "text_encoder"  # the smallest network
+TEXT_ENCODER = SHAPES_MODEL / hub.PRIOR / "text_encoder"  # the smallest network
 WEIGHTS = "model.safetensors"
 
 
@@ -129,7 +129,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 def test_bad_model_gives_one_error(fault: str, tmp_path):
     spoil, messages = BAD_MODELS[fault]
     without_tensors = shutil.ignore_patterns("*.safetensors")  # the error comes before any is read
-    folder = Path(shutil.copytree(TINY / hub.DECODER, tmp_path / "model", ignore=without_tensors))
+    folder = Path(shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path / "model", ignore=without_tensors))
     spoil(folder)
     with pytest.raises((CheckpointError, SchedulerError)) as raised:
         KandinskyV22Pipeline.from_pretrained(folder)
@@ -139,7 +139,7 @@ def test_bad_model_gives_one_error(fault: str, tmp_path):
 
 def test_decoder_in_place_of_the_prior_is_an_error():
     with pytest.raises(CheckpointError, match="holds a KandinskyV22Pipeline, which KandinskyV22PriorPipeline cannot"):
-        KandinskyV22CombinedPipeline.from_pretrained("tiny", prior=TINY / hub.DECODER)
+        KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, prior=SHAPES_MODEL / hub.DECODER)
 
 
 # Tensors -----------------------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def test_pickle_where_torch_is_not_installed(folder: Path):
 
 
 def test_old_names_of_attention(tmp_path):
-    source = TINY / hub.DECODER / "movq"
+    source = SHAPES_MODEL / hub.DECODER / "movq"
     folder = Path(shutil.copytree(source, tmp_path / "movq"))
     [path] = folder.glob("*.safetensors")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -465,7 +465,7 @@ def test_old_names_of_attention(tmp_path):
     ],
 )
 def test_saved_position_ids_are_left_out(cls, component: str, name: str, tmp_path):
-    source = TINY / hub.PRIOR / component
+    source = SHAPES_MODEL / hub.PRIOR / component
     folder = Path(shutil.copytree(source, tmp_path / component))
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, name: np.arange(77)[None]}, folder / WEIGHTS)

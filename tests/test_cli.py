@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from kandinsky_jax import scheduler_named
+from kandinsky_jax import hub, scheduler_named
 from kandinsky_jax.cli import app
 from tests import shapes
+from tests.conftest import SHAPES_MODEL
 
-SHORT = ["--model", "tiny", "--steps", "3", "--prior-steps", "2"]
+DECODER, INPAINT = (str(SHAPES_MODEL / name) for name in (hub.DECODER, hub.INPAINT))
+SHORT = ["--model", str(SHAPES_MODEL), "--steps", "3", "--prior-steps", "2"]
 
 
 def kandinsky(*arguments: str, cwd) -> subprocess.CompletedProcess[str]:
@@ -125,7 +127,10 @@ def test_every_command_is_listed(tmp_path):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_in_the_help_runs(folder, name):
-    """As it is printed, offline, only with fewer steps."""
+    """As it is printed, offline, only with fewer steps, whichever model is embedded."""
+    parts = [hub.EMBEDDED["tiny"] / hub.DECODER / part / "config.json" for part in ("unet", "movq")]
+    unet, movq = (json.loads(path.read_text()) for path in parts)
+    native = unet["sample_size"] * 2 ** (len(movq["block_out_channels"]) - 1)
     shown = " ".join(invoke([name, "--help"], folder).output.split())
     [example] = re.findall(r"Example: kandinsky-jax (.*--model tiny)", shown)
     assert "--negative-prompt" in shown
@@ -134,7 +139,7 @@ def test_the_example_in_the_help_runs(folder, name):
     done = invoke([*arguments, "--steps", "4", "--prior-steps", "4", "--seed", "3", "--quiet"], folder)
     assert done.exit_code == 0, done.output
     with Image.open(folder / arguments[arguments.index("-o") + 1]) as picture:
-        assert picture.size == (64, 64)
+        assert picture.size == (native, native)
         about = json.loads(picture.text["kandinsky_jax"])
     assert about["seed"] == 3
     assert about.get("prompt", about.get("items"))
@@ -143,7 +148,8 @@ def test_the_example_in_the_help_runs(folder, name):
 
 def test_the_commands_do_what_the_pipelines_do(folder, ours):
     """Files, sizes and seeds arrive: the same pictures as from Python."""
-    prompt, short = "a green star on a white background", ["--steps", "4", "--prior-steps", "4", "-m", "tiny", "-q"]
+    prompt = "a green star on a white background"
+    short = ["--steps", "4", "--prior-steps", "4", "-m", str(SHAPES_MODEL), "-q"]
     steps = {"num_inference_steps": 4, "prior_num_inference_steps": 4, "height": 64, "width": 64}
     image, mask, hint = (Image.open(folder / name) for name in ("circle.png", "mask.png", "depth.png"))
     cases = {
@@ -175,7 +181,7 @@ def test_the_commands_do_what_the_pipelines_do(folder, ours):
 
 
 def test_a_mix_is_drawn_in_the_proportions_given(folder, ours):
-    short = ["--steps", "4", "--prior-steps", "4", "-m", "tiny", "-q", "--seed", "5", "-o", "out.png"]
+    short = ["--steps", "4", "--prior-steps", "4", "-m", str(SHAPES_MODEL), "-q", "--seed", "5", "-o", "out.png"]
     done = invoke(["mix", "yellow ring", "star.png", "--weights", "0.3,0.7", *short], folder)
     assert done.exit_code == 0, done.output
     embeds = ours["KandinskyV22PriorPipeline"].interpolate(
@@ -198,9 +204,9 @@ def test_a_mix_is_drawn_in_the_proportions_given(folder, ours):
         (["mix", "x", "y", "--weights", "a,b"], "--weights must be numbers with commas between, got 'a,b'"),
         (["mix", "x", "no.png"], "there is no file no.png"),
         (["vary", "x", "-i", "circle.png", "--strength", "2"], "strength must be"),
-        (["controlnet", "x", "--hint", "depth.png", "-m", "tiny/kandinsky-2-2-decoder"], "KandinskyV22Pipeline, which"),
-        (["inpaint", "x", "-i", "circle.png", "--mask", "mask.png", "-m", "tiny/kandinsky-2-2-decoder"], "which"),
-        (["generate", "x", "-m", "tiny/kandinsky-2-2-decoder-inpaint"], "load it with KandinskyV22InpaintPipeline"),
+        (["controlnet", "x", "--hint", "depth.png", "-m", DECODER], "KandinskyV22Pipeline, which"),
+        (["inpaint", "x", "-i", "circle.png", "--mask", "mask.png", "-m", DECODER], "which"),
+        (["generate", "x", "-m", INPAINT], "load it with KandinskyV22InpaintPipeline"),
     ],
 )
 def test_errors_of_the_modes(folder, arguments, says):

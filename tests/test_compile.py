@@ -18,6 +18,7 @@ from kandinsky_jax import (
     scheduler_named,
 )
 from kandinsky_jax.schedulers import NAMES
+from tests.conftest import SHAPES_MODEL
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -85,7 +86,7 @@ def test_nothing_compiles_for_another_torch_seed(tiny_pipe):
 def test_a_twin_network_shares_the_programs():
     """Programs belong to a network's structure, not to the object: what `from_pipe` and reloading rely on."""
     # Both are new: a pipeline that has drawn already, and then lost its programs, would not make its constants again.
-    first, again = (KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32") for _ in range(2))
+    first, again = (KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32") for _ in range(2))
     for pipe in (first, again):
         pipe.set_progress_bar_config(disable=True)
     first("a red circle on a blue background", generator=0, **SMALL)

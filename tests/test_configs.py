@@ -8,12 +8,12 @@ import pytest
 
 from kandinsky_jax import ConfigError
 from kandinsky_jax.models import NETWORKS
-from tests.conftest import TINY
+from tests.conftest import SHAPES_MODEL
 
 
-def tiny_config(cls: type) -> dict:
-    """The small model's `config.json` of a network."""
-    for path in TINY.glob("*/*/config.json"):
+def shapes_config(cls: type) -> dict:
+    """The `config.json` of a network of the model of shapes."""
+    for path in SHAPES_MODEL.glob("*/*/config.json"):
         config = json.loads(path.read_text())
         if cls.__name__ in (config.get("_class_name"), *config.get("architectures", [])):
             return config
@@ -25,7 +25,7 @@ FIXED = [(cls, field) for cls in NETWORKS.values() for field in cls.CONFIG.FIXED
 
 @pytest.mark.parametrize(("cls", "field"), FIXED, ids=[f"{cls.__name__}-{field}" for cls, field in FIXED])
 def test_unsupported_value_is_an_error_that_names_the_field(cls, field: str):
-    raw = tiny_config(cls)
+    raw = shapes_config(cls)
     for allowed in cls.CONFIG.FIXED[field]:
         assert cls.CONFIG.from_dict(raw | {field: allowed}) == cls.CONFIG.from_dict(raw)
     for other in ("something else", 7, ["a"], {"a": 1}):
@@ -41,7 +41,7 @@ def test_every_network_with_fixed_fields_is_checked():
 
 @pytest.mark.parametrize("cls", NETWORKS.values(), ids=NETWORKS)
 def test_configs(cls):
-    raw = tiny_config(cls)
+    raw = shapes_config(cls)
     config = cls.CONFIG.from_dict(raw)
     ignored = dict.fromkeys(cls.CONFIG.IGNORED, "anything") | {"_name_or_path": "somewhere"}
     assert cls.CONFIG.from_dict(raw | ignored) == config

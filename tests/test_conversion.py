@@ -26,10 +26,10 @@ from kandinsky_jax.checkpoint import flat_params, load_network
 from kandinsky_jax.models import NETWORKS, UNet2DConditionModel
 from kandinsky_jax.storage import complete_or_absent
 from kandinsky_jax.tensors.files import ZERO_EMBED
-from tests.conftest import TINY
+from tests.conftest import SHAPES_MODEL
 
 COMMAND = [sys.executable, "-m", "convert_weights"]
-DECODER, PRIOR = TINY / hub.DECODER, TINY / hub.PRIOR
+DECODER, PRIOR = SHAPES_MODEL / hub.DECODER, SHAPES_MODEL / hub.PRIOR
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -106,7 +106,7 @@ def test_there_and_back_loses_nothing(source: Path, there, back):
     ids=str,
 )
 def test_reference_reads_what_was_converted(component: str, cls, back):
-    ours, original = (cls.from_pretrained(root / component, dtype=torch.float32) for root in (back, TINY))
+    ours, original = (cls.from_pretrained(root / component, dtype=torch.float32) for root in (back, SHAPES_MODEL))
     states = ours.state_dict(), original.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
@@ -131,7 +131,7 @@ def test_reference_reads_converted_pipelines(back):
 @pytest.mark.parametrize("layout", ["orbax", "diffusers"])
 def test_dtype(layout: str, dtype, tmp_path):
     name = np.dtype(dtype).name
-    convert("tiny/kandinsky-2-2-prior", tmp_path / "cast", layout=layout, dtype=name, progress=False)
+    convert(PRIOR, tmp_path / "cast", layout=layout, dtype=name, progress=False)
     if layout == "orbax":
         convert(tmp_path / "cast", tmp_path / "back", progress=False)
     assert_same_tensors(tensors_of(tmp_path / ("back" if layout == "orbax" else "cast")), tensors_of(PRIOR), dtype)
@@ -146,8 +146,8 @@ def test_code_and_pickles_stay_behind(tmp_path):
     assert new == {"README.md"}
 
 
-def test_small_decoders_take_along_the_movq_they_share(tmp_path):
-    target = convert("tiny/kandinsky-2-2-controlnet-depth", tmp_path / "controlnet", layout="diffusers", progress=False)
+def test_decoders_of_a_family_take_along_the_movq_they_share(tmp_path):
+    target = convert(SHAPES_MODEL / hub.CONTROLNET, tmp_path / "controlnet", layout="diffusers", progress=False)
     expected = {k: v for k, v in tensors_of(DECODER).items() if k.startswith("movq/")}
     assert_same_tensors({k: v for k, v in tensors_of(target).items() if k.startswith("movq/")}, expected)
 
@@ -360,5 +360,5 @@ def test_source_that_turns_bad_late_leaves_nothing(tmp_path):
 def test_overwriting_spares_what_is_no_model(tmp_path):
     (tmp_path / "diary.txt").write_text("dear")
     with pytest.raises(FileExistsError, match="no model"):
-        convert("tiny/kandinsky-2-2-decoder", tmp_path, overwrite=True)
+        convert(DECODER, tmp_path, overwrite=True)
     assert (tmp_path / "diary.txt").read_text() == "dear"

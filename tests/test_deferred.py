@@ -29,9 +29,9 @@ from kandinsky_jax import (
 )
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from kandinsky_jax.tensors import files
-from tests.conftest import TINY, worst
+from tests.conftest import SHAPES_MODEL, worst
 
-TOWER = TINY / hub.PRIOR / "image_encoder"
+TOWER = SHAPES_MODEL / hub.PRIOR / "image_encoder"
 SHORT = {"num_inference_steps": 4, "generator": 0, "output_type": "np"}
 
 
@@ -45,7 +45,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A copy of the small prior, to spoil."""
-    return Path(shutil.copytree(TINY / hub.PRIOR, tmp_path / "prior"))
+    return Path(shutil.copytree(SHAPES_MODEL / hub.PRIOR, tmp_path / "prior"))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def reads(monkeypatch) -> list[str]:
     return seen
 
 
-def load_prior(folder: Path = TINY / hub.PRIOR, **arguments) -> KandinskyV22PriorPipeline:
+def load_prior(folder: Path = SHAPES_MODEL / hub.PRIOR, **arguments) -> KandinskyV22PriorPipeline:
     pipe = KandinskyV22PriorPipeline.from_pretrained(folder, **{"dtype": "float32"} | arguments)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -83,7 +83,7 @@ def config():
 def test_a_prompt_does_not_read_the_tower(tiny_pipe, reads):
     pipe = load_prior()
     drawn = pipe("a red circle", **SHORT)
-    again = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32", movq=tiny_pipe.movq)
+    again = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32", movq=tiny_pipe.movq)
     shared = KandinskyV22Img2ImgCombinedPipeline.from_pipe(again, pipe)
     emb2emb = KandinskyV22PriorEmb2EmbPipeline.from_pipe(shared)
     emb2emb("a red circle", drawn.image_embeds, strength=0.9, **SHORT)  # a ready embedding is no picture
@@ -116,7 +116,7 @@ def test_another_tower_may_be_put_in_its_place(tiny_pipe):
     assert pipe.image_encoder is other
     assert worst(pipe._zero_embed(), -own) <= 1e-5
     assert tiny_pipe.prior_image_encoder is not other
-    text = checkpoint.Deferred(CLIPTextModelWithProjection, TINY / hub.PRIOR / "text_encoder")
+    text = checkpoint.Deferred(CLIPTextModelWithProjection, SHAPES_MODEL / hub.PRIOR / "text_encoder")
     with pytest.raises(TypeError, match="must be a CLIPVisionModelWithProjection, got CLIPTextModelWithProjection"):
         KandinskyV22PriorPipeline.from_pipe(pipe, image_encoder=text)
 

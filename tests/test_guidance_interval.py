@@ -11,7 +11,7 @@ from PIL import Image
 
 from kandinsky_jax import TorchGenerator, sampling
 from kandinsky_jax.pipelines import checks
-from tests.conftest import note
+from tests.conftest import SHAPES_MODEL, note
 from tests.test_cli import invoke
 from tests.test_compile import compilations
 from tests.test_modes import for_reference, given
@@ -169,7 +169,8 @@ def test_interval_in_steps():
 
 
 def test_on_the_command_line(ours, tmp_path):
-    short = "-m tiny -q --steps 6 --prior-steps 4 --seed 5 --torch-noise -o out.png --guidance-interval".split()
+    short = "-q --steps 6 --prior-steps 4 --seed 5 --torch-noise -o out.png --guidance-interval".split()
+    short = ["-m", str(SHAPES_MODEL), *short]
     done = invoke(["generate", "yellow ring", *short, "0.3,0.7"], tmp_path)
     assert done.exit_code == 0, done.output
     [expected] = ours["KandinskyV22CombinedPipeline"](

@@ -15,9 +15,15 @@ from flax import nnx
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
-from kandinsky_jax import CheckpointError, KandinskyV22CombinedPipeline, KandinskyV22Pipeline, hub
+from kandinsky_jax import (
+    CheckpointError,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22InpaintPipeline,
+    KandinskyV22Pipeline,
+    hub,
+)
 from kandinsky_jax.checkpoint import flat_params
-from tests.conftest import TINY
+from tests.conftest import SHAPES_MODEL
 
 FAMILY = [hub.PRIOR, hub.DECODER, hub.INPAINT, hub.CONTROLNET]
 
@@ -59,8 +65,11 @@ def assert_same_pipeline(one, other) -> None:
 
 @pytest.mark.parametrize("member", FAMILY)
 def test_embedded_model(member: str, monkeypatch, tmp_path):
+    embedded = hub.EMBEDDED["tiny"] / member
     for name in ("tiny", f"tiny/{member}"):
-        assert hub.resolve(name, member) == TINY / member
+        assert hub.resolve(name, member) == embedded
+    assert hub.kind(embedded) == member
+    assert all(hub.component_folder(embedded, part).is_dir() for part in hub.components(embedded))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()  # a folder of one's own goes before the embedded model
     with pytest.raises(CheckpointError, match="tiny has no model_index"):
@@ -69,10 +78,45 @@ def test_embedded_model(member: str, monkeypatch, tmp_path):
 
 def test_folders(tmp_path):
     for member in FAMILY:
-        assert hub.resolve(TINY, member) == TINY / member  # of a family
-        assert hub.resolve(str(TINY / member), hub.DECODER) == TINY / member  # of a model
+        assert hub.resolve(SHAPES_MODEL, member) == SHAPES_MODEL / member  # of a family
+        assert hub.resolve(str(SHAPES_MODEL / member), hub.DECODER) == SHAPES_MODEL / member  # of a model
     with pytest.raises(CheckpointError, match=r"no subfolder kandinsky-2-2-decoder with one"):
         hub.resolve(tmp_path, hub.DECODER)
+
+
+@pytest.mark.parametrize("member", [hub.INPAINT, hub.CONTROLNET])
+def test_a_movq_that_a_family_shares(member: str, tmp_path):
+    parts = ("unet", "scheduler", "movq")
+    family = Path(shutil.copytree(SHAPES_MODEL, tmp_path / "family"))
+    folder, shared = family / member, family / hub.DECODER / "movq"
+    assert [hub.component_folder(folder, part) for part in parts] == [folder / "unet", folder / "scheduler", shared]
+    shutil.copytree(shared, folder / "movq")  # its own goes first
+    assert hub.component_folder(folder, "movq") == folder / "movq"
+    shutil.rmtree(folder / "movq")
+    with pytest.raises(CheckpointError, match="has no folder image_encoder"):
+        hub.component_folder(folder, "image_encoder")  # nothing else is shared
+    shutil.rmtree(folder / "unet")
+    with pytest.raises(CheckpointError, match="has no folder unet"):
+        hub.component_folder(folder, "unet")
+    shutil.rmtree(shared)
+    for lacking in (folder, family / hub.DECODER):
+        with pytest.raises(CheckpointError, match="has no folder movq, which its model_index"):
+            hub.component_folder(lacking, "movq")
+
+
+@pytest.mark.parametrize("repository", [hub.DECODER, "decoder"])
+def test_a_decoder_loads_with_the_shared_movq(repository: str, tiny_pipe, tmp_path):
+    """Only where the folder beside it is named as the official repository."""
+    shutil.copytree(SHAPES_MODEL / hub.INPAINT, tmp_path / hub.INPAINT)
+    shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path / repository)
+    load = {"dtype": "float32"}
+    if repository == hub.DECODER:
+        pipe = KandinskyV22InpaintPipeline.from_pretrained(tmp_path, **load)
+        params, expected = flat_params(pipe.movq), flat_params(tiny_pipe.movq)
+        assert all(np.array_equal(params[name], expected[name]) for name in expected)
+    else:
+        with pytest.raises(CheckpointError, match="has no folder movq"):
+            KandinskyV22InpaintPipeline.from_pretrained(tmp_path, **load)
 
 
 @pytest.mark.parametrize(
@@ -104,14 +148,14 @@ def test_names_of_nothing(name: str, message: str, tmp_path):
     ],
 )
 def test_repository_in_the_cache(repository: str, stored: str, asked: str | None, tmp_path):
-    snapshot = cached(tmp_path, repository, TINY / hub.DECODER, stored)
+    snapshot = cached(tmp_path, repository, SHAPES_MODEL / hub.DECODER, stored)
     assert hub.resolve(repository, hub.DECODER, revision=asked, cache_dir=tmp_path) == snapshot
     with pytest.raises(CheckpointError, match="could not be fetched from the Hub"):
         hub.resolve(repository, hub.DECODER, revision="another", cache_dir=tmp_path)
 
 
 def test_repository_of_pickles(tiny_pipe, tmp_path):
-    snapshot = cached(tmp_path, "owner/pickles", TINY / hub.DECODER)
+    snapshot = cached(tmp_path, "owner/pickles", SHAPES_MODEL / hub.DECODER)
     for path in list(snapshot.rglob("*.safetensors")):
         torch.save(load_file(path), path.with_suffix(".bin"))
         path.unlink()
@@ -143,7 +187,7 @@ def test_files_of_a_component_that_are_fetched():
 
 
 def test_bad_index_in_the_cache(tmp_path):
-    snapshot = cached(tmp_path, "owner/bad", TINY / hub.DECODER)
+    snapshot = cached(tmp_path, "owner/bad", SHAPES_MODEL / hub.DECODER)
     (snapshot / "model_index.json").write_text(json.dumps({"../../x": ["diffusers", "VQModel"]}))
     with pytest.raises(CheckpointError, match="is no name of a component"):
         hub.resolve("owner/bad", hub.DECODER, cache_dir=tmp_path)
@@ -160,28 +204,28 @@ README = {
 @pytest.fixture(scope="module")
 def lone_decoder(tmp_path_factory) -> Path:
     """A decoder with no prior beside it."""
-    return Path(shutil.copytree(TINY / hub.DECODER, tmp_path_factory.mktemp("lone") / "decoder"))
+    return Path(shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path_factory.mktemp("lone") / "decoder"))
 
 
 def test_prior_beside_the_decoder():
-    assert hub.find_prior(TINY / hub.DECODER) == TINY / hub.PRIOR
+    assert hub.find_prior(SHAPES_MODEL / hub.DECODER) == SHAPES_MODEL / hub.PRIOR
 
 
 def test_prior_that_was_given_goes_first(tmp_path):
-    snapshot = cached(tmp_path, "owner/prior", TINY / hub.PRIOR, "v2")
-    named = hub.find_prior(TINY / hub.DECODER, "owner/prior", revision="v2", cache_dir=tmp_path)
+    snapshot = cached(tmp_path, "owner/prior", SHAPES_MODEL / hub.PRIOR, "v2")
+    named = hub.find_prior(SHAPES_MODEL / hub.DECODER, "owner/prior", revision="v2", cache_dir=tmp_path)
     assert named == snapshot
-    assert hub.find_prior(TINY / hub.DECODER, snapshot) == snapshot
-    assert hub.find_prior(tmp_path, TINY) == TINY / hub.PRIOR
+    assert hub.find_prior(SHAPES_MODEL / hub.DECODER, snapshot) == snapshot
+    assert hub.find_prior(tmp_path, SHAPES_MODEL) == SHAPES_MODEL / hub.PRIOR
     with pytest.raises(CheckpointError, match="could not be fetched"):
-        hub.find_prior(TINY / hub.DECODER, "owner/prior", cache_dir=tmp_path)
+        hub.find_prior(SHAPES_MODEL / hub.DECODER, "owner/prior", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("form", README)
 def test_prior_that_the_readme_names(form: str, tmp_path):
     (tmp_path / "decoder").mkdir()
     (tmp_path / "decoder/README.md").write_text(README[form])
-    snapshot = cached(tmp_path, "owner/prior", TINY / hub.PRIOR)
+    snapshot = cached(tmp_path, "owner/prior", SHAPES_MODEL / hub.PRIOR)
     assert hub.find_prior(tmp_path / "decoder", cache_dir=tmp_path) == snapshot
 
 
@@ -209,13 +253,13 @@ def test_combined_pipeline_without_a_prior(lone_decoder):
 def pipe(request, lone_decoder, tmp_path) -> KandinskyV22CombinedPipeline:
     """The small model, by each of the ways to name it."""
     if request.param == "family":
-        name, prior = TINY, None
+        name, prior = SHAPES_MODEL, None
     elif request.param == "folder and prior":
-        name, prior = lone_decoder, TINY / hub.PRIOR
+        name, prior = lone_decoder, SHAPES_MODEL / hub.PRIOR
     else:
         snapshot = cached(tmp_path, "owner/decoder", lone_decoder)
         (snapshot / "README.md").write_text(README["list"])
-        cached(tmp_path, "owner/prior", TINY / hub.PRIOR)
+        cached(tmp_path, "owner/prior", SHAPES_MODEL / hub.PRIOR)
         name, prior = "owner/decoder", None
     return KandinskyV22CombinedPipeline.from_pretrained(name, prior=prior, dtype="float32", cache_dir=tmp_path)
 

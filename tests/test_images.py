@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from kandinsky_jax import hub, images
-from tests.conftest import OFFICIAL, TINY
+from tests.conftest import OFFICIAL, SHAPES_MODEL
 
-PROCESSORS = [TINY / hub.PRIOR / "image_processor", OFFICIAL / hub.PRIOR / "image_processor"]
+PROCESSORS = [SHAPES_MODEL / hub.PRIOR / "image_processor", OFFICIAL / hub.PRIOR / "image_processor"]
 
 
-@pytest.mark.parametrize("folder", PROCESSORS, ids=["tiny", "official"])
+@pytest.mark.parametrize("folder", PROCESSORS, ids=["shapes", "official"])
 @pytest.mark.parametrize("size", [(64, 64), (300, 200), (97, 331), (224, 500), (30, 31)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_clip_image_processor(folder, size, mode):

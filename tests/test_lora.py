@@ -17,7 +17,7 @@ from kandinsky_jax import CheckpointError, KandinskyV22CombinedPipeline, TorchGe
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.sampling import Network
-from tests.conftest import note
+from tests.conftest import SHAPES_MODEL, note
 from tests.test_compile import compilations
 
 PROMPT = "a red circle on a blue background"
@@ -28,7 +28,7 @@ STEPS = {"num_inference_steps": 8, "prior_num_inference_steps": 5}
 @pytest.fixture
 def pipe() -> KandinskyV22CombinedPipeline:
     """A pipeline of one's own: its weights will change."""
-    pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -16,7 +16,7 @@ from kandinsky_jax import (
     scheduler_named,
 )
 from kandinsky_jax.schedulers.base import STEP_ARGUMENTS
-from tests.conftest import note, official_config, worst
+from tests.conftest import SHAPES_MODEL, note, official_config, worst
 
 RED = "a red circle on a blue background"
 STAR = "small green star, white background"
@@ -257,7 +257,7 @@ def test_progress_bar(tiny_pipe, capsys):
 
 @pytest.mark.slow
 def test_bfloat16_draws_nearly_the_same(tiny_pipe):
-    low = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="bfloat16")
+    low = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="bfloat16")
     low.set_progress_bar_config(disable=True)
     exact = tiny_pipe(RED, generator=0, output_type="np", **SHORT | {"num_inference_steps": 25}).images
     rough = low(RED, generator=0, output_type="np", **SHORT | {"num_inference_steps": 25}).images

@@ -8,6 +8,7 @@ import pytest
 
 from kandinsky_jax import KandinskyV22PriorPipeline
 from kandinsky_jax.models.attention import attend, attend_after
+from tests.conftest import SHAPES_MODEL
 
 PROMPTS = ["a red circle on a blue background", "yellow ring, black background"]
 CALL = {"num_inference_steps": 3, "generator": 0, "output_type": "np"}
@@ -48,7 +49,7 @@ def test_it_does_not_show_which_batch_came_before(pipe, tiny_pipe):
 def test_other_weights_have_their_own(pipe, tiny_pipe, part):
     pipe(PROMPTS[0], **CALL)
     before = pipe._constants["condition"][-1]
-    setattr(pipe, part, getattr(KandinskyV22PriorPipeline.from_pretrained("tiny", dtype="float32"), part))
+    setattr(pipe, part, getattr(KandinskyV22PriorPipeline.from_pretrained(SHAPES_MODEL, dtype="float32"), part))
     pipe(PROMPTS[0], **CALL)
     assert pipe._constants["condition"][-1] is not before
 

@@ -22,7 +22,9 @@ from kandinsky_jax import (
     KandinskyV22Pipeline,
     KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
+    hub,
 )
+from tests.conftest import SHAPES_MODEL
 
 
 def buffers(pipe) -> set[int]:
@@ -92,23 +94,23 @@ def test_from_pipe_says_what_is_missing(tiny_pipe, ours):
 
 
 @pytest.mark.parametrize(
-    ("auto", "name", "expected"),
+    ("auto", "member", "expected"),
     [
-        (AutoPipelineForText2Image, "tiny", "KandinskyV22CombinedPipeline"),
-        (AutoPipelineForText2Image, "tiny/kandinsky-2-2-controlnet-depth", "KandinskyV22ControlnetCombinedPipeline"),
-        (AutoPipelineForImage2Image, "tiny", "KandinskyV22Img2ImgCombinedPipeline"),
+        (AutoPipelineForText2Image, "", "KandinskyV22CombinedPipeline"),
+        (AutoPipelineForText2Image, hub.CONTROLNET, "KandinskyV22ControlnetCombinedPipeline"),
+        (AutoPipelineForImage2Image, "", "KandinskyV22Img2ImgCombinedPipeline"),
         (
             AutoPipelineForImage2Image,
-            "tiny/kandinsky-2-2-controlnet-depth",
+            hub.CONTROLNET,
             "KandinskyV22ControlnetImg2ImgCombinedPipeline",
         ),
-        (AutoPipelineForInpainting, "tiny", "KandinskyV22InpaintCombinedPipeline"),
-        (AutoPipelineForInpainting, "tiny/kandinsky-2-2-decoder-inpaint", "KandinskyV22InpaintCombinedPipeline"),
+        (AutoPipelineForInpainting, "", "KandinskyV22InpaintCombinedPipeline"),
+        (AutoPipelineForInpainting, hub.INPAINT, "KandinskyV22InpaintCombinedPipeline"),
     ],
 )
-def test_auto_from_pretrained(tiny_pipe, auto, name, expected):
+def test_auto_from_pretrained(tiny_pipe, auto, member, expected):
     shared = {k: v for k, v in tiny_pipe.components.items() if k.startswith("prior_") or k == "movq"}
-    assert type(auto.from_pretrained(name, dtype="float32", **shared)).__name__ == expected
+    assert type(auto.from_pretrained(SHAPES_MODEL / member, dtype="float32", **shared)).__name__ == expected
 
 
 def test_auto_from_pipe(tiny_pipe, ours):
@@ -125,15 +127,15 @@ def test_auto_from_pipe(tiny_pipe, ours):
 
 def test_auto_names_the_right_class(tiny_pipe, ours):
     with pytest.raises(CheckpointError, match="KandinskyV22InpaintPipeline; use AutoPipelineForInpainting"):
-        AutoPipelineForText2Image.from_pretrained("tiny/kandinsky-2-2-decoder-inpaint")
+        AutoPipelineForText2Image.from_pretrained(SHAPES_MODEL / hub.INPAINT)
     with pytest.raises(
         CheckpointError, match="KandinskyV22Pipeline; use AutoPipelineForText2Image or AutoPipelineForImage2Image"
     ):
-        AutoPipelineForInpainting.from_pretrained("tiny/kandinsky-2-2-decoder")
+        AutoPipelineForInpainting.from_pretrained(SHAPES_MODEL / hub.DECODER)
     with pytest.raises(CheckpointError, match="use AutoPipelineForInpainting"):
         AutoPipelineForImage2Image.from_pipe(ours["KandinskyV22InpaintPipeline"])
     with pytest.raises(CheckpointError, match="KandinskyV22PriorPipeline; needed is a kandinsky-2-2-decoder"):
-        AutoPipelineForText2Image.from_pretrained("tiny/kandinsky-2-2-prior")
+        AutoPipelineForText2Image.from_pretrained(SHAPES_MODEL / hub.PRIOR)
     with pytest.raises(TypeError, match="from_pretrained"):
         AutoPipelineForText2Image()
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from kandinsky_jax import KandinskyV22PriorPipeline
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.sharding import ROWS, largest_axis, make_mesh, parameter_places
-from tests.conftest import note
+from tests.conftest import SHAPES_MODEL, note
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,7 +125,7 @@ def test_the_first_rule_that_matches_counts():
 
 
 def test_a_pipeline_moves_with_its_late_parts(tiny_pipe):
-    pipe = KandinskyV22PriorPipeline.from_pretrained("tiny", dtype="float32")
+    pipe = KandinskyV22PriorPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     mesh = make_mesh()
     pipe.shard(mesh)
     assert not pipe._held()["image_encoder"].loaded

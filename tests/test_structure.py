@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SHAPES_MODEL
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kandinsky_jax", "convert_weights")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -88,12 +90,12 @@ import sys
 for name in ("torch", "diffusers"):
     sys.modules[name] = None
 from kandinsky_jax import KandinskyV22CombinedPipeline
-pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny")
+pipe = KandinskyV22CombinedPipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 image = pipe("a red circle", height=64, width=64, num_inference_steps=2, prior_num_inference_steps=2).images[0]
 print(image.size)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program, SHAPES_MODEL], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(64, 64)"
 
@@ -102,8 +104,8 @@ def test_torch_is_not_imported_where_it_is_installed():
     program = """
 import sys, kandinsky_jax
 from kandinsky_jax import KandinskyV22PriorPipeline
-KandinskyV22PriorPipeline.from_pretrained("tiny")
+KandinskyV22PriorPipeline.from_pretrained(sys.argv[1])
 assert "torch" not in sys.modules and "diffusers" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program, SHAPES_MODEL], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,7 @@ from kandinsky_jax.training.losses import clip_loss, movq_loss
 from kandinsky_jax.training.step import Settings
 from kandinsky_jax.training.tasks import holes
 from tests import shapes
-from tests.conftest import TINY, nchw, note, worst
+from tests.conftest import SHAPES_MODEL, nchw, note, worst
 from tests.test_training_loop import StopAfter
 
 COUNT = 10
@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 
 def config_of(data: Path, output: Path, **changed) -> Config:
     optimizer = Settings(**({"learning_rate": 1e-3, "max_train_steps": 4} | changed.pop("optimizer", {})))
-    given = {"model": str(TINY), "resolution": 64, "train_batch_size": 4, "checkpointing_steps": 2} | changed
+    given = {"model": str(SHAPES_MODEL), "resolution": 64, "train_batch_size": 4, "checkpointing_steps": 2} | changed
     return Config(data=str(data), output=str(output), optimizer=optimizer, **given)
 
 
@@ -88,7 +88,7 @@ def _paths(tree, before=()):
 @pytest.mark.slow
 def test_the_loss_of_movq():
     """Half of the pictures through the codebook, against diffusers' VQModel."""
-    folder = TINY / hub.DECODER / "movq"
+    folder = SHAPES_MODEL / hub.DECODER / "movq"
     ours = load_network(NETWORKS["VQModel"], folder, jnp.float32)
     theirs = diffusers.VQModel.from_pretrained(folder, torch_dtype=torch.float32)
     rng = np.random.default_rng(0)
@@ -115,7 +115,7 @@ def test_the_loss_of_movq():
 
 def test_the_loss_of_clip():
     """Against transformers' towers, and its own contrastive loss."""
-    prior = TINY / hub.PRIOR
+    prior = SHAPES_MODEL / hub.PRIOR
     ours = {name: load_network(NETWORKS[cls], prior / name, jnp.float32) for name, cls in TOWERS.items()}
     theirs = {
         name: getattr(transformers, cls).from_pretrained(prior / name, dtype=torch.float32)
@@ -145,7 +145,7 @@ def test_the_loss_of_clip():
 
 
 def test_a_sharper_scale_than_100_is_100():
-    prior = TINY / hub.PRIOR
+    prior = SHAPES_MODEL / hub.PRIOR
     ours = {name: load_network(NETWORKS[cls], prior / name, jnp.float32) for name, cls in TOWERS.items()}
     networks = {name: Network.split(module)[0] for name, module in ours.items()}
     params = {name: Network.split(module)[1] for name, module in ours.items()}
@@ -343,7 +343,7 @@ def test_every_kind_goes_on_where_it_stopped(folder, tmp_path, kind):
 def test_decoders_of_other_modes(folder, tmp_path, member):
     """Their own data, pictures on the way, and a result that diffusers loads."""
     options = {"validation_steps": 4, "validation_prompts": ("a red circle", "a star"), "precompute": True}
-    run = Run(Kind.DECODER, config_of(folder, tmp_path, model=str(TINY / member), **options), quiet=True)
+    run = Run(Kind.DECODER, config_of(folder, tmp_path, model=str(SHAPES_MODEL / member), **options), quiet=True)
     before = flat_params(run.task.module)
     result = run.train()
     with Image.open(tmp_path / "samples" / "00000004.png") as sheet:
@@ -361,4 +361,4 @@ def test_a_hinted_decoder_needs_hints(folder, tmp_path):
     (tmp_path / "a.png").write_bytes(first.read())
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a circle"}))
     with pytest.raises(DataError, match=r"a\.png: it has no hint, which this UNet takes"):
-        Run(Kind.DECODER, config_of(tmp_path, tmp_path / "out", model=str(TINY / hub.CONTROLNET)))
+        Run(Kind.DECODER, config_of(tmp_path, tmp_path / "out", model=str(SHAPES_MODEL / hub.CONTROLNET)))

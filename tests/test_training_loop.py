@@ -30,6 +30,7 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run, TrainingError
 from kandinsky_jax.training.step import Settings
 from tests import shapes
+from tests.conftest import SHAPES_MODEL
 
 ROOT = Path(__file__).parents[1]
 COUNT = 12
@@ -59,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pipe() -> KandinskyV22CombinedPipeline:
-    return KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")
+    return KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
 
 
 class StopAfter(Stop):
@@ -76,7 +77,7 @@ class StopAfter(Stop):
 def config_of(data: Path, output: Path, **changed) -> Config:
     optimizer = {"learning_rate": 1e-3, "max_train_steps": 4} | changed.pop("optimizer", {})
     given = {"resolution": 64, "train_batch_size": 4, "checkpointing_steps": 2} | changed
-    return Config(model="tiny", data=str(data), output=str(output), optimizer=Settings(**optimizer), **given)
+    return Config(model=str(SHAPES_MODEL), data=str(data), output=str(output), optimizer=Settings(**optimizer), **given)
 
 
 # Data -------------------------------------------------------------------------------------------------------------
@@ -270,12 +271,12 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 def test_killed_and_resumed_is_never_stopped(folder, tmp_path):
     """SIGKILL and SIGTERM at random moments: the weights are those of an undisturbed run, bit for bit."""
     text = (
-        'model = "tiny"\ndata = "{data}"\noutput = "{output}"\nresolution = 64\ntrain_batch_size = 4\n'
+        'model = "{model}"\ndata = "{data}"\noutput = "{output}"\nresolution = 64\ntrain_batch_size = 4\n'
         "checkpointing_steps = 5\nrandom_flip = true\n"
         "[optimizer]\nmax_train_steps = 60\nlr_warmup_steps = 5\nema_decay = 0.9\n"
     )
     for name in ("whole", "killed"):
-        (tmp_path / f"{name}.toml").write_text(text.format(data=folder, output=tmp_path / name))
+        (tmp_path / f"{name}.toml").write_text(text.format(model=SHAPES_MODEL, data=folder, output=tmp_path / name))
 
     def start(name: str) -> subprocess.Popen[str]:
         command = [
@@ -329,7 +330,7 @@ def test_stopped_and_resumed(folder, tmp_path):
     """In one process: a signal between two steps, and another run that goes on."""
 
     def run(output: str) -> Run:
-        fresh = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")
+        fresh = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
         options = {"optimizer": {"max_train_steps": 6}}
         return Run(Kind.LORA_PRIOR, config_of(folder, tmp_path / output, **options), fresh, quiet=True)
 

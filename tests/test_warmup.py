@@ -15,6 +15,7 @@ from kandinsky_jax import (
     KandinskyV22Pipeline,
     TorchGenerator,
 )
+from tests.conftest import SHAPES_MODEL
 from tests.test_compile import compilations
 
 SIZE = {"height": 64, "width": 64}
@@ -102,7 +103,7 @@ def test_a_call_of_ones_own_is_rehearsed_while_loading():
         seen.append(pipe)
         pipe("a red circle", generator=0, output_type="latent", **SIZE, **STEPS)
 
-    pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32", warmup=call)
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32", warmup=call)
     pipe.set_progress_bar_config(disable=True)
     [twin] = seen
     assert twin is not pipe
@@ -114,9 +115,9 @@ def test_a_call_of_ones_own_is_rehearsed_while_loading():
 def test_what_is_wrong_with_the_call_is_said_before_anything_is_read(monkeypatch):
     monkeypatch.setattr("kandinsky_jax.pipelines.base.load_network", lambda *_, **__: pytest.fail("read a network"))
     with pytest.raises(ValueError, match="height=32 is too small"):
-        KandinskyV22CombinedPipeline.from_pretrained("tiny", warmup={"height": 32})
+        KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, warmup={"height": 32})
     with pytest.raises(TypeError, match="no_such_argument"):
-        KandinskyV22CombinedPipeline.from_pretrained("tiny", warmup={"no_such_argument": 1})
+        KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, warmup={"no_such_argument": 1})
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import FSDP, make_training_mesh
 from kandinsky_jax.training.step import Settings, Trainer
 from kandinsky_jax.training.tasks import DiffusionTask
-from tests.conftest import TINY
+from tests.conftest import SHAPES_MODEL
 
 STEPS, BATCH = 10, 16
 MESHES = {"alone": (1, 1), "data=8": (8, 1), "fsdp=8": (1, 8), "data=2,fsdp=4": (2, 4)}
@@ -100,7 +100,7 @@ def resumed(task: DiffusionTask) -> list[float]:
 
 
 def main(target: str, kind: Kind, meshes: list[str]) -> None:
-    pipe = KandinskyV22CombinedPipeline.from_pretrained(TINY, dtype="float32")
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     pipe.shard(None)
     task = DiffusionTask(pipe, kind, Config(model="", data="", output="", **OPTIONS))
     found = {name: curve(task, name) for name in meshes or MESHES}

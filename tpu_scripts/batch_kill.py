@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+SHAPES_MODEL = ROOT / "tests" / "shapes_model"
 COLOURS, SHAPES = ("red", "green", "blue", "yellow", "purple", "orange"), ("circle", "square", "star", "cross", "ring")
 EXAMPLE = """example:
   python tpu_scripts/batch_kill.py --rows 2000 --kills 20 --processes 2 4
@@ -200,7 +201,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options = [
         "-m",
-        "tiny",
+        str(SHAPES_MODEL),
         "--steps",
         str(arguments.steps),
         "--prior-steps",
@@ -211,7 +212,8 @@ def main() -> None:
         "float32",
     ]
     options += ["--rows-per-shard", str(arguments.rows_per_shard)]
-    found: dict[str, Any] = {"rows": arguments.rows, "options": options, "runs": []}
+    told = ["-m", str(SHAPES_MODEL.relative_to(ROOT)), *options[2:]]
+    found: dict[str, Any] = {"rows": arguments.rows, "options": told, "runs": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_rows(folder, arguments.rows)

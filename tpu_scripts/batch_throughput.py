@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tpu_scripts.batch_kill import write_rows  # noqa: E402
+from tpu_scripts.batch_kill import SHAPES_MODEL, write_rows  # noqa: E402
 
 EXAMPLE = """example:
   python tpu_scripts/batch_throughput.py --rows 400 --rounds 5 --long 10000
@@ -36,7 +36,8 @@ On two cores that takes about 20 minutes, the last 10,000 rows half of it. Nothi
 
 def run(folder: Path, output: str, options: list[str], watch: list[tuple[int, int]] | None = None) -> dict[str, float]:
     """One process: its images, seconds and share of waiting, as it tells them."""
-    command = [sys.executable, "-m", "kandinsky_jax.cli", "batch", "rows.jsonl", "-o", output, "-m", "tiny", "--quiet"]
+    command = [sys.executable, "-m", "kandinsky_jax.cli", "batch", "rows.jsonl", "-o", output, "--quiet"]
+    command += ["-m", str(SHAPES_MODEL)]
     process = subprocess.Popen(
         [*command, *options],
         cwd=folder,

@@ -1,4 +1,4 @@
-"""What guidance in a part of the steps saves and costs on the embedded model.
+"""What guidance in a part of the steps saves and costs, on the tests' model of shapes.
 
 `python tpu_scripts/guidance_interval.py` draws the same captions with the same noise for several intervals, and has the
 tests' scorer say which pictures show what they were asked for. It prints a table and writes
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the scorer is the tests'
 from tests import shapes  # noqa: E402
 
+SHAPES_MODEL = ROOT / "tests" / "shapes_model"
 BATCH = 25
 # Shares of the steps, the noisiest first; None is no guidance at all.
 INTERVALS: list[tuple[float, float] | None] = [
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50)
     given = parser.parse_args()
-    pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     captions = shapes.captions(given.captions)
     batches = [captions[i : i + BATCH] for i in range(0, len(captions), BATCH)]

@@ -1,12 +1,12 @@
-"""Which solver, and how many evaluations of the network? Measured on the embedded model, or on a folder of weights.
+"""Which solver, and how many evaluations of the network? Measured on a model of shapes, or on a folder of weights.
 
-    python tpu_scripts/scheduler_guide.py                  # the embedded model, half an hour on two cores
+    python tpu_scripts/scheduler_guide.py                  # tests/shapes_model, half an hour on two cores
     python tpu_scripts/scheduler_guide.py --names ddpm dpm++2m --captions 400 --evaluations 10 15 20 50
     python tpu_scripts/scheduler_guide.py --model FOLDER --no-scorer --size 512 --captions 16   # official weights
 
 The same captions and the same first noise for every solver. Of each picture: how far it is from where DDIM in 1000
 steps ends (for solvers that draw no noise on the way), and whether it shows what was asked for, by the tests' scorer
-of the embedded model's drawings. Then, at 25 evaluations, the share of right pictures in image-to-image and inpainting.
+of drawings of shapes. Then, at 25 evaluations, the share of right pictures in image-to-image and inpainting.
 Writes scheduler-guide-DATE.json, .md and .png to tpu_scripts/results/.
 """
 
@@ -39,6 +39,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the scorer is the tests'
 from tests import shapes  # noqa: E402
 
+SHAPES = "shapes"  # the name of the tests' model here
+SHAPES_MODEL = ROOT / "tests" / "shapes_model"
 RESULTS = ROOT / "tpu_scripts" / "results"
 BATCH = 25
 EVALUATIONS = (5, 8, 10, 15, 20, 25, 50, 100)
@@ -111,7 +113,7 @@ def in_batches(pipe: Any, embeds: tuple[np.ndarray, np.ndarray], size: int, **se
 
 
 class Modes:
-    """Image-to-image and inpainting of drawings of another shape, on the embedded model."""
+    """Image-to-image and inpainting of drawings of another shape, on the tests' model."""
 
     def __init__(self, pipe: KandinskyV22CombinedPipeline, config: Any, captions: list[shapes.Caption], embeds: Any):
         self.captions, self.embeds, self.config = captions, embeds, config
@@ -130,7 +132,7 @@ class Modes:
         middle[4:-4, 4:-4] = True
         decoder = pipe.decoder_pipe
         self.img2img = KandinskyV22Img2ImgPipeline(decoder.unet, decoder.scheduler, decoder.movq)
-        inpaint = KandinskyV22InpaintCombinedPipeline.from_pretrained("tiny", dtype="float32")
+        inpaint = KandinskyV22InpaintCombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
         self.inpaint = inpaint.decoder_pipe
         self.calls: dict[str, tuple[Any, float | None, dict[str, Any]]] = {
             "text2img": (decoder, None, {}),
@@ -247,7 +249,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help='"tiny", a folder or a Hub repository')
+    parser.add_argument("--model", default=SHAPES, help=f'"{SHAPES}" (of the tests), a folder or a Hub repository')
     parser.add_argument(
         "--names", nargs="+", default=SETTINGS, metavar="NAME", help="as for the command line's --scheduler"
     )
@@ -260,7 +262,9 @@ def main() -> None:
     parser.add_argument("--no-modes", dest="modes", action="store_false", help="text-to-image alone")
     parser.add_argument("--output", type=Path, help="without its ending; default: results/scheduler-guide-DATE")
     given = parser.parse_args()
-    pipe = KandinskyV22CombinedPipeline.from_pretrained(given.model, dtype="float32")
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(
+        SHAPES_MODEL if given.model == SHAPES else given.model, dtype="float32"
+    )
     pipe.set_progress_bar_config(disable=True)
     config, captions = pipe.scheduler.config, shapes.captions(given.captions)
     for name in given.names:
@@ -295,7 +299,7 @@ def main() -> None:
     output = given.output or RESULTS / f"scheduler-guide-{found['date']}"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")  # so that it is not lost
-    if given.modes and given.scorer and given.model == "tiny":
+    if given.modes and given.scorer and given.model == SHAPES:
         modes = Modes(pipe, config, captions[:MODE_CAPTIONS], tuple(x[:MODE_CAPTIONS] for x in embeds))
         baseline = f"{BASELINE} in {BASELINE_EVALUATIONS}"
         found["modes"][baseline] = {m: modes.rate(m, BASELINE, BASELINE_EVALUATIONS) for m in modes.calls}

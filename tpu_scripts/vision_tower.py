@@ -1,7 +1,7 @@
 """Seconds, peak memory and bytes read until a prior knows its embedding of zeros, with a vision tower of official size.
 
-`python tpu_scripts/vision_tower.py [--layers 48]` puts random float16 weights (3.7 GB) beside the rest of the embedded
-prior and loads it in float32 in a fresh process each, files not in memory: with the tower (as it would be for a
+`python tpu_scripts/vision_tower.py [--layers 48]` puts random float16 weights (3.7 GB) beside the rest of the tests'
+small prior and loads it in float32 in a fresh process each, files not in memory: with the tower (as it would be for a
 picture, or if nothing were deferred), without it and nothing stored (then computed and put into the user's cache), from
 that cache, and with the embedding stored beside the weights.
 """
@@ -28,6 +28,7 @@ from kandinsky_jax.models.clip import CLIPVisionConfig
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.tensors import files, names
 
+SHAPES_MODEL = Path(__file__).parents[1] / "tests" / "shapes_model"
 OFFICIAL = CLIPVisionConfig(
     hidden_act="gelu",
     hidden_size=1664,
@@ -59,8 +60,8 @@ print(json.dumps({
 
 
 def write_random(folder: Path, config: CLIPVisionConfig) -> None:
-    """The embedded prior with another vision tower."""
-    shutil.copytree(hub.EMBEDDED["tiny"] / hub.PRIOR, folder, ignore=shutil.ignore_patterns("image_encoder"))
+    """The small prior with another vision tower."""
+    shutil.copytree(SHAPES_MODEL / hub.PRIOR, folder, ignore=shutil.ignore_patterns("image_encoder"))
     (folder / "image_encoder").mkdir()
     (folder / "image_encoder/config.json").write_text(json.dumps(config.to_dict()))
     block = np.float16(np.random.default_rng(0).standard_normal(2**20) * 0.02)
