@@ -17,8 +17,8 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
-from kandinsky_jax.sharding import EVERYWHERE, Rules
-from kandinsky_jax.training.mesh import ROW, place_batch, places
+from kandinsky_jax.sharding import Rules
+from kandinsky_jax.training.mesh import ROW, for_arithmetic, place_batch, places
 
 # (what is trained, batch, key) -> a float32 scalar, and with `frozen`, (what is trained, batch, key, frozen)
 Loss = Callable[..., jax.Array]
@@ -118,9 +118,13 @@ class Trainer:
     ):
         self.settings, self.mesh, self.rules = settings, mesh, rules
         self.frozen = frozen if mesh is None or frozen is None else jax.device_put(frozen, places(mesh, frozen, rules))
-        # The gathering is within what is computed again: gathered weights are not kept for the backward pass.
-        loss = loss if mesh is None else _of_whole_weights(loss, mesh)
-        self._loss = jax.checkpoint(loss, policy=jax.checkpoint_policies.checkpoint_dots) if settings.remat else loss
+
+        def computed(params: Any, batch: Any, key: jax.Array, *frozen: Any) -> jax.Array:
+            # In here, so that rematerialisation gathers the parameters once more and need not keep them.
+            return loss(for_arithmetic(params, settings.dtype), batch, key, *frozen)
+
+        policy = jax.checkpoint_policies.checkpoint_dots
+        self._loss = jax.checkpoint(computed, policy=policy) if settings.remat else computed
         clip = optax.identity() if settings.max_grad_norm is None else optax.clip_by_global_norm(settings.max_grad_norm)
         adam = optax.adamw(
             settings.rate(),
@@ -196,11 +200,7 @@ class Trainer:
             if self.mesh is not None:
                 part = jax.lax.with_sharding_constraint(part, NamedSharding(self.mesh, ROW))
 
-            def loss(params: Any) -> jax.Array:
-                computed = jax.tree.map(lambda leaf: leaf.astype(self.settings.dtype), params)
-                return self._loss(computed, part, key, *further)
-
-            value, gradients = jax.value_and_grad(loss)(params)
+            value, gradients = jax.value_and_grad(self._loss)(params, part, key, *further)
             if self.mesh is not None:  # summed to where the parameters lie
                 where = places(self.mesh, params, self.rules)
                 gradients = jax.lax.with_sharding_constraint(gradients, where)
@@ -216,15 +216,6 @@ class Trainer:
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))
         return total
-
-
-def _of_whole_weights(loss: Loss, mesh: Mesh) -> Loss:
-    """The loss of weights that each device has gathered for itself; left alone, XLA would rather divide layers."""
-
-    def whole(tree: Any) -> Any:
-        return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, EVERYWHERE))
-
-    return lambda params, batch, key, *frozen: loss(whole(params), batch, key, *map(whole, frozen))
 
 
 def _statistics(params: Any) -> Any:

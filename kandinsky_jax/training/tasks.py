@@ -35,6 +35,7 @@ from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import decoder_loss, prior_loss
+from kandinsky_jax.training.mesh import for_arithmetic
 
 # The reference trains the prior under this schedule, and the decoder under its own.
 PRIOR_SCHEDULE = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
@@ -258,6 +259,8 @@ class DiffusionTask(Task):
                 given["keep"] = 1 - holes(jax.random.fold_in(key, 3), *clean.shape[:3])
             function = prior_loss if self.of_prior else decoder_loss
             params = self.network_params(trained, frozen)
+            if frozen is not None:  # added up in float32
+                params = for_arithmetic(params, self.config.optimizer.dtype)
             return function(network, params, **given, alphas_cumprod=alphas, snr_gamma=gamma)
 
         return loss
