@@ -92,12 +92,14 @@ def parameter_places(
         return dict.fromkeys(shapes)
     faults: list[str] = []
     places: dict[str, NamedSharding | None] = {}
+    sensible = []
     for pattern, spec in rules:
         if any(other != axis for part in spec for other in ([part] if isinstance(part, str) else part or ())):
             faults.append(f"{pattern!r} asks for {spec}; parameters are divided over {axis!r} only")
-    sensible = [] if faults else shapes.items()
-    for name, shape in sensible:
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), EVERYWHERE)
+        else:
+            sensible.append((pattern, spec))
+    for name, shape in shapes.items():
+        spec = next((spec for pattern, spec in sensible if re.search(pattern, name)), EVERYWHERE)
         sizes = [1 if part is None else mesh.shape[axis] for part in spec]
         if len(sizes) > len(shape) or any(side % size for side, size in zip(shape, sizes, strict=False)):
             faults.append(f"{name} {list(shape)} cannot be divided as {spec} over {mesh.shape[axis]} {axis}")

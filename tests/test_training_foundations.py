@@ -90,7 +90,9 @@ def test_the_loss_of_movq():
     """Half of the pictures through the codebook, against diffusers' VQModel."""
     folder = SHAPES_MODEL / hub.DECODER / "movq"
     ours = load_network(NETWORKS["VQModel"], folder, jnp.float32)
-    theirs = diffusers.VQModel.from_pretrained(folder, torch_dtype=torch.float32)
+    # In float64: the first layers' gradients are sums that nearly cancel, and PyTorch's own rounding in float32 is 2e-3 of
+    # their spread.
+    theirs = diffusers.VQModel.from_pretrained(folder, torch_dtype=torch.float32).double()
     rng = np.random.default_rng(0)
     pixels = np.stack([shapes.draw(c, rng) for c in shapes.captions(4)]).astype(np.float32) * 2 - 1
     # Not what it draws perfectly: the slope of |x| is of either sign near 0, by rounding.
@@ -99,7 +101,7 @@ def test_the_loss_of_movq():
     network, params = Network.split(ours)
     value, gradients = jax.value_and_grad(lambda p: movq_loss(network, p, jnp.asarray(pixels), quantized))(params)
 
-    x = torch.from_numpy(nchw(pixels))
+    x = torch.from_numpy(nchw(pixels)).double()
     z = theirs.encode(x).latents
     codebook = theirs.quantize.embedding.weight
     rows = z.permute(0, 2, 3, 1)
@@ -290,8 +292,9 @@ def scratch(tmp_path_factory, tiny_pipe) -> Path:
 @pytest.mark.parametrize("kind", [Kind.MOVQ, Kind.CLIP])
 def test_foundations_learn(folder, scratch, tmp_path, kind):
     """From random weights the loss falls by a third, and diffusers loads the result."""
-    optimizer = {"max_train_steps": 40, "learning_rate": 2e-3}
-    options = {"checkpointing_steps": 100, "validation_steps": 40, "text_length": 24, "train_batch_size": 8}
+    optimizer = {"max_train_steps": 40, "learning_rate": 1e-3, "lr_warmup_steps": 10}
+    options = {"quantized_share": 0.25}
+    options |= {"checkpointing_steps": 100, "validation_steps": 40, "text_length": 24, "train_batch_size": 8}
     config = config_of(folder, tmp_path, model=str(scratch), optimizer=optimizer, **options)
     result = Run(kind, config, quiet=True).train()
     found = losses(tmp_path)
