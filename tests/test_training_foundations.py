@@ -90,8 +90,8 @@ def test_the_loss_of_movq():
     """Half of the pictures through the codebook, against diffusers' VQModel."""
     folder = SHAPES_MODEL / hub.DECODER / "movq"
     ours = load_network(NETWORKS["VQModel"], folder, jnp.float32)
-    # In float64: the first layers' gradients are sums that nearly cancel, and PyTorch's own rounding in float32 is 2e-3 of
-    # their spread.
+    # In float64: the first layers' gradients are sums that nearly cancel, and PyTorch's own rounding in float32 is
+    # 2e-3 of their spread.
     theirs = diffusers.VQModel.from_pretrained(folder, torch_dtype=torch.float32).double()
     rng = np.random.default_rng(0)
     pixels = np.stack([shapes.draw(c, rng) for c in shapes.captions(4)]).astype(np.float32) * 2 - 1
