@@ -21,6 +21,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import PartitionSpec
 
 from kandinsky_jax import KandinskyV22CombinedPipeline
+from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax.sharding import largest_axis
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import FSDP, make_training_mesh
@@ -61,8 +63,11 @@ def given(batch: dict[str, np.ndarray], of_prior: bool) -> dict[str, np.ndarray]
 
 
 def trainer_of(task: DiffusionTask, mesh_name: str, rules=None) -> Trainer:
-    data, fsdp = MESHES[mesh_name]
-    return Trainer(task.loss(), SETTINGS[task.kind], task.frozen(), make_training_mesh(data, fsdp), rules)
+    mesh = make_training_mesh(*MESHES[mesh_name])
+    if rules is None and mesh is not None and not task.of_prior:  # whose leaves are too small for the default rules
+        shapes = {name: tuple(leaf.shape) for name, leaf in flat_params(task.module).items()}
+        rules = largest_axis(mesh, shapes, 1 << 10, FSDP)
+    return Trainer(task.loss(), SETTINGS[task.kind], task.frozen(), mesh, rules)
 
 
 def curve(task: DiffusionTask, mesh_name: str, rules=None) -> dict:
