@@ -61,6 +61,13 @@ def check_replaceable(target: str | os.PathLike[str]) -> None:
         raise FileExistsError(f"{target} exists and is no model (it has no model_index.json), so it is not replaced")
 
 
+def check_room(folder: Path, name: str, needed_bytes: int) -> None:
+    """Raise OSError where the disk of `folder` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(errno.ENOSPC, f"{folder} has {free:,} bytes free, {name} needs about {needed_bytes:,}")
+
+
 @contextlib.contextmanager
 def complete_or_absent(
     target: str | os.PathLike[str], needed_bytes: int = 0, overwrite: bool = False
@@ -83,9 +90,7 @@ def complete_or_absent(
         raise FileExistsError(f"{target} exists already; choose another folder, or ask to overwrite it")
     parent = target.parent
     parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise OSError(errno.ENOSPC, f"{parent} has {free:,} bytes free, {target.name} needs about {needed_bytes:,}")
+    check_room(parent, target.name, needed_bytes)
     scratch = parent / f".{target.name}.partial"
     _remove(scratch)
     scratch.mkdir()

@@ -26,6 +26,7 @@ from kandinsky_jax.checkpoint import flat_params, load_network
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.sampling import Network, call
 from kandinsky_jax.tensors import names
+from kandinsky_jax.training import encoded
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import DataError, Reader, listing
 from kandinsky_jax.training.kinds import Kind
@@ -193,6 +194,21 @@ def test_hints_in_every_form_of_data(folder, tmp_path):
     (folder / "bad" / "metadata.jsonl").write_text(json.dumps(line))
     with pytest.raises(DataError, match=r"absent\.png: there is no such file"):
         listing(folder / "bad")
+    line = {"file_name": None, "text": "a", "hint_file_name": "0.png"}
+    (folder / "bad" / "metadata.jsonl").write_text(json.dumps(line))
+    with pytest.raises(DataError, match="None: there is no such file"):
+        listing(folder / "bad")
+
+
+def test_a_hint_that_cannot_be_read_is_told_as_a_picture_would_be(folder):
+    [item, *_] = listing(folder)
+    nan = io.BytesIO()
+    Image.fromarray(np.full((64, 64), np.nan, np.float32)).save(nan, "TIFF")
+    reader = Reader(64, hints=True)
+    for data in (b"no picture", nan.getvalue()):
+        assert reader(item._replace(hint=lambda data=data: data), np.random.default_rng(0)) is None
+    assert len(reader.unreadable) == 2
+    assert all("the hint of 0.png" in fault for fault in reader.unreadable)
 
 
 def test_hints_are_cut_and_turned_with_their_pictures(tmp_path):
@@ -239,8 +255,9 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_encoded_once_is_encoded_at_every_step(folder, tmp_path):
-    """With `precompute` a run has the losses that it has without, reads no picture, and notices what has changed."""
+def test_encoded_once_is_encoded_at_every_step(folder, tmp_path, monkeypatch):
+    """With `precompute` a run has the losses that it has without, reads no picture, and notices other settings."""
+    monkeypatch.setattr(encoded, "CHUNK", 4)  # the data is several, and the last one is not full
     for name, precompute in (("each", False), ("once", True)):
         options = {"precompute": precompute, "condition_dropout": 0.3, "text_length": 24}
         Run(Kind.PRIOR, config_of(folder, tmp_path / name, **options), quiet=True).train()

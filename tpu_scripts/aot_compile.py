@@ -60,9 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         if kind != "compiling":
             same = (event["chips"], event["program"])
             found["programs"] = [row for row in found["programs"] if (row["chips"], row["program"]) != same] + [event]
-            write(target, found)
-    if any("error" in row for row in found["programs"]):
-        sys.exit(f"not all programs compiled; see {target}.json")
+            write(target, found, table(found))
+    check(found["programs"], target)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -162,9 +161,15 @@ def progress(kind: str, row: dict[str, Any]) -> str:
     )
 
 
-def write(target: Path, found: dict[str, Any]) -> None:
+def check(rows: list[dict[str, Any]], target: Path) -> None:
+    """Exit where a program did not compile."""
+    if any("error" in row for row in rows):
+        sys.exit(f"not all programs compiled; see {target}.json")
+
+
+def write(target: Path, found: dict[str, Any], page: str) -> None:
     """The JSON and its table, each complete or as before."""
-    for suffix, text in ((".json", json.dumps(found, indent=2) + "\n"), (".md", table(found))):
+    for suffix, text in ((".json", json.dumps(found, indent=2) + "\n"), (".md", page)):
         scratch = target.with_suffix(suffix + ".part")
         scratch.write_text(text)
         scratch.replace(target.with_suffix(suffix))

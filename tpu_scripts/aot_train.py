@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tpu_scripts.aot_compile import chips, own_python, positive, progress, worker  # noqa: E402
+from tpu_scripts.aot_compile import check, chips, own_python, positive, progress, worker, write  # noqa: E402
 
 KINDS = ("decoder", "prior", "lora-decoder", "lora-prior")
 
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "tpu_scripts" / "results")
     arguments = parser.parse_args(argv)
     target = arguments.output / f"aot-train-{datetime.date.today().isoformat()}"
-    found: dict[str, Any] = json.loads(f.read_text()) if (f := target.with_suffix(".json")).exists() else {}
+    earlier = target.with_suffix(".json")
+    found: dict[str, Any] = json.loads(earlier.read_text()) if earlier.exists() else {}
     names = ("chips", "fsdp", "batch", "accumulation", "size", "kinds")
     job = {name: getattr(arguments, name) for name in names}
     rows = found.setdefault("programs", [])
@@ -48,10 +49,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         print(progress(kind, event), flush=True)
         if kind != "compiling":
-            same = [row for row in rows if all(row[n] == event[n] for n in (*names[:-1], "program"))]
-            rows[:] = [row for row in rows if row not in same] + [event]
-            target.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-            target.with_suffix(".md").write_text(table(found))
+            rows[:] = [row for row in rows if any(row[n] != event[n] for n in (*names[:-1], "program"))] + [event]
+            write(target, found, table(found))
+    check(rows, target)
 
 
 def table(found: dict[str, Any]) -> str:

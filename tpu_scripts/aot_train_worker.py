@@ -88,14 +88,16 @@ def placed(trainer: Trainer, tree: Any) -> Any:
 
 def compiled(kind: Kind, job: dict[str, Any], mesh: Any) -> Any:
     """The production step of one kind, compiled."""
-    task = DiffusionTask(official(), kind, Config(model="", data="", output="", snr_gamma=5.0))
     settings = Settings(dtype="bfloat16", remat=True, gradient_accumulation_steps=job["accumulation"])
+    config = Config(
+        model="", data="", output="", train_batch_size=job["batch"] * mesh.size, snr_gamma=5.0, optimizer=settings
+    )
+    task = DiffusionTask(official(), kind, config)
     trainer = Trainer(task.loss(), settings, mesh=mesh)
     params = Network.split(task.module)[1]
     trained = jax.eval_shape(lambda p: task.initial_of(p, jax.random.key(0)), params)
     state = placed(trainer, jax.eval_shape(trainer._first, trained))
-    base = jax.tree.map(lambda leaf: Shape(leaf.shape, jnp.bfloat16), params)
-    frozen = placed(trainer, base) if task.of_lora else None
+    frozen = placed(trainer, params) if task.of_lora else None
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = Shape(key.shape, key.dtype, sharding=NamedSharding(mesh, EVERYWHERE))
     batch = batch_of(task, job["batch"] * mesh.size, job["size"], mesh)

@@ -87,9 +87,12 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
-@jax.custom_jvp
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x @ weight.T`."""
     return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+_product = jax.custom_jvp(_times)
 
 
 def _product_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
@@ -100,10 +103,9 @@ def _product_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> t
     y = _product(x, weight)
     parts = []
     if not isinstance(dx, SymbolicZero):
-        parts.append(jax.lax.dot_general(dx, weight, (((x.ndim - 1,), (1,)), ((), ()))))
+        parts.append(_times(dx, weight))
     if not isinstance(dweight, SymbolicZero):
-        rows = x.reshape(-1, x.shape[-1])
-        parts.append(jax.lax.dot_general(rows, dweight, (((1,), (1,)), ((), ()))).reshape(y.shape))
+        parts.append(_times(x.reshape(-1, x.shape[-1]), dweight).reshape(y.shape))
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 

@@ -102,11 +102,10 @@ def _of_metadata(folder: Path, faults: list[str]) -> Iterator[Captioned]:
         except (ValueError, KeyError, TypeError) as error:
             faults.append(f"{METADATA}, line {number}: needed are file_name and text ({type(error).__name__}: {error})")
             continue
+        names = [str(name)] + ([str(row["hint_file_name"])] if row.get("hint_file_name") is not None else [])
         files = []
-        for given in (name, row.get("hint_file_name")):
-            file = (folder / str(given)).resolve()
-            if given is None:
-                continue
+        for given in names:
+            file = (folder / given).resolve()
             if not file.is_relative_to(folder.resolve()):
                 faults.append(f"{METADATA}, line {number}: {given!r} leads out of the folder")
             elif not file.is_file():
@@ -115,7 +114,7 @@ def _of_metadata(folder: Path, faults: list[str]) -> Iterator[Captioned]:
                 files.append(file.read_bytes)
         if not isinstance(text, str):
             faults.append(f"{name}: its caption is no text")
-        elif files:
+        elif len(files) == len(names):
             yield Captioned(str(name), text, *files)
 
 
@@ -204,31 +203,36 @@ class Reader:
         None for a picture that cannot be read, whose name is then in `unreadable`.
         """
         try:
-            picture = images.rgb(images.read(io.BytesIO(item.read()), item.name))
-            hint = None
-            if self.hints and item.hint is not None:
-                hint = images.read(io.BytesIO(item.hint()), f"the hint of {item.name}")
+            arrays = self._pictures(item, rng)
         except (ValueError, OSError) as error:
             self.unreadable.append(str(error))
             return None
-        if self.random_flip and rng.random() < 0.5:
-            flip = Image.Transpose.FLIP_LEFT_RIGHT
-            picture, hint = picture.transpose(flip), None if hint is None else hint.transpose(flip)
-        box = self._box(picture, rng)
-        size = (self.resolution, self.resolution)
-        # As the reference: the largest square, resized (bicubic).
-        square = picture.crop(box).resize(size, Image.Resampling.BICUBIC, reducing_gap=1)
-        arrays = {"pixels": np.asarray(square)}
-        if hint is not None:
-            hint = hint.resize(picture.size, Image.Resampling.BILINEAR).crop(box)
-            arrays["hint"] = images.hints(hint, item.name, *size)[0]
-        if self.processor is not None:
-            arrays["clip_pixels"] = self.processor(picture)[0]
         if self.tokenizer is not None:
             options = {"padding": "max_length", "max_length": self.length, "truncation": True, "verbose": False}
             tokens = self.tokenizer(item.text, return_tensors="np", **options)
             arrays["input_ids"] = tokens.input_ids[0].astype(np.int32)
             arrays["text_mask"] = tokens.attention_mask[0].astype(bool)
+        return arrays
+
+    def _pictures(self, item: Captioned, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The arrays that come from files; ValueError or OSError for files that cannot be read."""
+        picture = images.rgb(images.read(io.BytesIO(item.read()), item.name))
+        hint = None
+        if self.hints and item.hint is not None:
+            hint = images.read(io.BytesIO(item.hint()), f"the hint of {item.name}").resize(
+                picture.size, Image.Resampling.BILINEAR
+            )
+        if self.random_flip and rng.random() < 0.5:
+            flip = Image.Transpose.FLIP_LEFT_RIGHT
+            picture, hint = picture.transpose(flip), None if hint is None else hint.transpose(flip)
+        box, size = self._box(picture, rng), (self.resolution, self.resolution)
+        # As the reference: the largest square, resized (bicubic).
+        square = picture.crop(box).resize(size, Image.Resampling.BICUBIC, reducing_gap=1)
+        arrays = {"pixels": np.asarray(square)}
+        if hint is not None:
+            arrays["hint"] = images.hints(hint.crop(box), f"the hint of {item.name}", *size)[0]
+        if self.processor is not None:
+            arrays["clip_pixels"] = self.processor(picture)[0]
         return arrays
 
     def _box(self, picture: Image.Image, rng: np.random.Generator) -> tuple[int, int, int, int]:

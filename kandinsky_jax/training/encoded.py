@@ -13,14 +13,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from tqdm.auto import tqdm
 
 from kandinsky_jax.checkpoint import flat_params
-from kandinsky_jax.storage import complete_or_absent
-from kandinsky_jax.training.data import Captioned, DataError
-from kandinsky_jax.training.tasks import Task
+from kandinsky_jax.storage import check_room, complete_or_absent
+from kandinsky_jax.training.data import Captioned, DataError, Reader
+from kandinsky_jax.training.tasks import DiffusionTask
 
 CHUNK = 32  # pictures that are encoded at once
 
@@ -42,19 +41,24 @@ class Encoded:
         return {name: np.asarray(array[position]) for name, array in self._arrays.items()}
 
 
-def encoded(folder: Path, task: Task, items: Sequence[Captioned], quiet: bool = False) -> tuple[Encoded, list[str]]:
+def encoded(
+    folder: Path, task: DiffusionTask, items: Sequence[Captioned], quiet: bool = False
+) -> tuple[Encoded, list[str]]:
     """What `folder` holds, computed first where it holds nothing, or what was made of other data or other weights.
+
+    A picture is known by its name and caption: whoever puts another one into the same file has to remove the folder.
 
     Returns:
         the encoded items, and what could not be read, by name.
     Raises:
         DataError: where nothing could be read.
+        OSError: where the disk has no room for it, before anything is written.
     """
-    mark = _mark(task, items)
+    reader, rng = task.reader(), np.random.default_rng(0)
+    mark = _mark(task, reader, items)
     about = folder / "about.json"
     if about.is_file() and json.loads(about.read_text())["mark"] == mark:
         return Encoded(folder), []
-    reader, rng = task.reader(), np.random.default_rng(0)
     which: list[int] = []
     arrays: dict[str, np.ndarray] = {}
     with complete_or_absent(folder, overwrite=True) as scratch:
@@ -67,10 +71,10 @@ def encoded(folder: Path, task: Task, items: Sequence[Captioned], quiet: bool = 
             # One shape, one program: the last chunk is filled up.
             rows += [rows[-1]] * (min(CHUNK, len(items)) - len(rows))
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-            for name, value in task.encode(batch).items():
-                if name not in arrays:
-                    arrays[name] = _create(scratch / f"{name}.npy", len(items), value)
-                arrays[name][len(which) : len(which) + len(found)] = np.asarray(value)[: len(found)]
+            values = {name: np.asarray(value) for name, value in task.encode(batch).items()}
+            arrays = arrays or _create(scratch, len(items), values)
+            for name, value in values.items():
+                arrays[name][len(which) : len(which) + len(found)] = value[: len(found)]
             which += found
         if not which:
             raise DataError("the data", reader.unreadable)
@@ -78,14 +82,19 @@ def encoded(folder: Path, task: Task, items: Sequence[Captioned], quiet: bool = 
     return Encoded(folder), reader.unreadable
 
 
-def _create(path: Path, rows: int, like: jax.Array) -> np.ndarray:
-    return np.lib.format.open_memmap(path, "w+", np.dtype(like.dtype), (rows, *like.shape[1:]))
+def _create(folder: Path, rows: int, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Files for so many rows. They are mapped: a disk that fills up later would end the process without a word."""
+    check_room(folder, "encoded data", rows * sum(array[:1].nbytes for array in like.values()))
+    return {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", array.dtype, (rows, *array.shape[1:]))
+        for name, array in like.items()
+    }
 
 
-def _mark(task: Task, items: Sequence[Captioned]) -> str:
-    """Of all that decides what is encoded: the items' names, captions and sizes, the settings, and the weights."""
-    config = task.config
-    found = hashlib.sha256(repr((str(task.kind), config.resolution, config.text_length)).encode())
+def _mark(task: DiffusionTask, reader: Reader, items: Sequence[Captioned]) -> str:
+    """Of all that decides what is encoded but the pictures themselves: names, captions, settings and weights."""
+    settings = (task.of_prior, reader.resolution, reader.length, reader.hints, reader.processor)
+    found = hashlib.sha256(repr(settings).encode())
     for item in items:
         found.update(repr((item.name, item.text)).encode())
     for name, module in sorted(task.encoders.items()):

@@ -18,7 +18,7 @@ from kandinsky_jax.sampling import Network, Params, call
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader
 from kandinsky_jax.training.losses import clip_loss, movq_loss
-from kandinsky_jax.training.tasks import Task, normalised, reader_of, sheet
+from kandinsky_jax.training.tasks import Task, first_read, normalised, reader_of, sheet
 
 SHOWN = 8  # pictures of a sheet
 # Radford et al. 2021, section 2.5: a temperature of 0.07 to begin with.
@@ -59,11 +59,8 @@ class MoVQTask(Task):
 
         return loss
 
-    def sample(self, items: Sequence[Captioned]) -> Image.Image | None:
-        reader, rng = self.reader(), np.random.default_rng(0)
-        read = [found["pixels"] for item in items[:SHOWN] if (found := reader(item, rng)) is not None]
-        if not read:
-            return None
+    def sample(self, items: Sequence[Captioned]) -> Image.Image:
+        read = [row["pixels"] for row in first_read(self.reader(), items, SHOWN)]
         network, params = Network.split(self.pipe.movq)
         latents = call(network, params, normalised(np.stack(read)), method="encode")
         drawn = images.from_network(call(network, params, latents, method="decode"))
@@ -120,12 +117,11 @@ class CLIPTask(Task):
 
     def _embeds(self, items: Sequence[Captioned]) -> np.ndarray:
         """Of all pictures, `[N, D]`."""
-        reader, rng = self.reader(), np.random.default_rng(0)
+        reader = self.reader()
         network, params = Network.split(self.pipe.image_encoder)
         found = []
         for start in range(0, len(items), CHUNK):
-            read = [arrays for item in items[start : start + CHUNK] if (arrays := reader(item, rng)) is not None]
-            if read:
-                pixels = np.stack([arrays["clip_pixels"] for arrays in read])
+            if read := first_read(reader, items[start : start + CHUNK], CHUNK):
+                pixels = np.stack([row["clip_pixels"] for row in read])
                 found.append(np.asarray(call(network, params, jnp.asarray(pixels))))
         return np.concatenate(found)

@@ -64,6 +64,8 @@ class Run:
         self.config, self.folder, self.quiet = config, Path(config.output), quiet
         mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
         _check_batch(config, parts(mesh))
+        if config.precompute and kind in TASKS:
+            raise ValueError(f"precompute is of no use for {kind}: nothing before it stays as it is")
         self.items: list[Captioned] = listing(config.data)
         task_class = TASKS.get(kind, DiffusionTask)
         pipe = task_class.load(config) if pipe is None else pipe
@@ -83,8 +85,7 @@ class Run:
 
     def _precomputed(self) -> Encoded:
         """The encoded items, those that could be read."""
-        if not self.task.encoders:
-            raise ValueError(f"precompute is of no use for {self.task.kind}: nothing before it stays as it is")
+        assert isinstance(self.task, DiffusionTask)
         self.folder.mkdir(parents=True, exist_ok=True)
         reader, faults = encoded(self.folder / "encoded", self.task, self.items, self.quiet)
         self._report([f"before the first step: {fault}" for fault in faults])
@@ -182,17 +183,12 @@ class Run:
 
     # Pictures and the result --------------------------------------------------------------------------------------
 
-    @contextmanager
-    def drawing(self, state: TrainState) -> Iterator[Any]:
-        """The pipeline with the weights of a state, their average where there is one."""
-        with self.task.installed(self._result(state)):
-            yield self.task.pipe
-
     def _result(self, state: TrainState) -> Any:
-        return gathered(state.params if state.ema is None else state.ema)
+        """What has been trained: the average of the weights, where there is one."""
+        return gathered(self.trainer.mesh, state.params if state.ema is None else state.ema)
 
     def _sample(self, state: TrainState, done: int, metrics: Metrics) -> None:
-        with self.drawing(state):
+        with self.task.installed(self._result(state)):
             sheet = self.task.sample(self.items)
         if sheet is not None:
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -202,9 +198,9 @@ class Run:
 
     def export(self, state: TrainState) -> Path:
         """Write the result; complete or absent."""
-        target = self.folder / "model"
-        with self.drawing(state):
-            self.task.export(target, self._result(state), self.items)
+        target, trained = self.folder / "model", self._result(state)
+        with self.task.installed(trained):
+            self.task.export(target, trained, self.items)
         return target
 
 

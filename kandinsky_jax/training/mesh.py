@@ -97,19 +97,12 @@ def _name(path: KeyPath) -> str:
     return ".".join(str(key.key) for key in path if isinstance(key, DictKey))
 
 
-def for_arithmetic(tree: Any, dtype: Any) -> Any:
-    """Parameters in the dtype to compute in and, in a step over a mesh, whole on every device.
+def whole(mesh: Mesh | None, tree: Any) -> Any:
+    """Within a program: parameters as every device computes with them, undivided; without a mesh, as they are.
 
-    Left alone, XLA divides some products by how the parameters lie, and exchanges activations for it. So it does for
-    gradients that are divided from the start: three times as many exchanges as when they are summed whole.
+    Left alone, XLA divides products by how the parameters lie, and exchanges activations for it.
     """
-    divided = not jax.sharding.get_abstract_mesh().empty
-
-    def gather(leaf: jax.Array) -> jax.Array:
-        computed = leaf.astype(dtype)
-        return jax.lax.with_sharding_constraint(computed, EVERYWHERE) if divided else computed
-
-    return jax.tree.map(gather, tree)
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, EVERYWHERE))
 
 
 def place_batch(mesh: Mesh | None, batch: Any) -> Any:
@@ -119,6 +112,6 @@ def place_batch(mesh: Mesh | None, batch: Any) -> Any:
     return jax.device_put(batch, NamedSharding(mesh, ROW))
 
 
-def gathered(tree: Any) -> Any:
-    """Arrays that are divided over devices, whole, on JAX's default device."""
-    return jax.device_put(jax.device_get(tree))
+def gathered(mesh: Mesh | None, tree: Any) -> Any:
+    """Arrays that are divided over devices, undivided, on JAX's default device; without a mesh, as they are."""
+    return tree if mesh is None else jax.device_put(jax.device_get(tree))

@@ -18,7 +18,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from kandinsky_jax.sharding import Rules
-from kandinsky_jax.training.mesh import ROW, for_arithmetic, place_batch, places
+from kandinsky_jax.training.mesh import ROW, place_batch, places, whole
 
 # (what is trained, batch, key) -> a float32 scalar, and with `frozen`, (what is trained, batch, key, frozen)
 Loss = Callable[..., jax.Array]
@@ -119,12 +119,12 @@ class Trainer:
         self.settings, self.mesh, self.rules = settings, mesh, rules
         self.frozen = frozen if mesh is None or frozen is None else jax.device_put(frozen, places(mesh, frozen, rules))
 
-        def computed(params: Any, batch: Any, key: jax.Array, *frozen: Any) -> jax.Array:
+        def gathering(params: Any, batch: Any, key: jax.Array, *frozen: Any) -> jax.Array:
             # In here, so that rematerialisation gathers the parameters once more and need not keep them.
-            return loss(for_arithmetic(params, settings.dtype), batch, key, *frozen)
+            return loss(whole(mesh, params), batch, key, *(whole(mesh, tree) for tree in frozen))
 
         policy = jax.checkpoint_policies.checkpoint_dots
-        self._loss = jax.checkpoint(computed, policy=policy) if settings.remat else computed
+        self._loss = jax.checkpoint(gathering, policy=policy) if settings.remat else gathering
         clip = optax.identity() if settings.max_grad_norm is None else optax.clip_by_global_norm(settings.max_grad_norm)
         adam = optax.adamw(
             settings.rate(),
@@ -200,8 +200,13 @@ class Trainer:
             if self.mesh is not None:
                 part = jax.lax.with_sharding_constraint(part, NamedSharding(self.mesh, ROW))
 
-            value, gradients = jax.value_and_grad(self._loss)(params, part, key, *further)
-            if self.mesh is not None:  # summed to where the parameters lie
+            def loss(params: Any) -> jax.Array:
+                # Out here, so that what is gathered are numbers of the dtype to compute in.
+                computed = jax.tree.map(lambda leaf: leaf.astype(self.settings.dtype), params)
+                return self._loss(computed, part, key, *further)
+
+            value, gradients = jax.value_and_grad(loss)(params)
+            if self.mesh is not None:  # each device keeps its share
                 where = places(self.mesh, params, self.rules)
                 gradients = jax.lax.with_sharding_constraint(gradients, where)
             return value, gradients

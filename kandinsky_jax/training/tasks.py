@@ -10,6 +10,7 @@ Here are the prior and the decoder, whole or by LoRA. Their towers and MoVQ are 
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +36,6 @@ from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import decoder_loss, prior_loss
-from kandinsky_jax.training.mesh import for_arithmetic
 
 # The reference trains the prior under this schedule, and the decoder under its own.
 PRIOR_SCHEDULE = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
@@ -65,11 +65,6 @@ class Task(ABC):
     @abstractmethod
     def modules(self) -> dict[str, Any]:
         """The networks that change."""
-
-    @property
-    def encoders(self) -> dict[str, Any]:
-        """The networks that `encode` runs, where its work can be done once for all steps."""
-        return {}
 
     @abstractmethod
     def initial(self, key: jax.Array) -> Any:
@@ -170,6 +165,7 @@ class DiffusionTask(Task):
 
     @property
     def encoders(self) -> dict[str, Any]:
+        """The networks that `encode` runs."""
         pipe = self.pipe
         towers = {"image_encoder": pipe.prior_image_encoder}
         return towers | ({"text_encoder": pipe.prior_text_encoder} if self.of_prior else {"movq": pipe.movq})
@@ -260,7 +256,7 @@ class DiffusionTask(Task):
             function = prior_loss if self.of_prior else decoder_loss
             params = self.network_params(trained, frozen)
             if frozen is not None:  # added up in float32
-                params = for_arithmetic(params, self.config.optimizer.dtype)
+                params = jax.tree.map(lambda leaf: leaf.astype(self.config.optimizer.dtype), params)
             return function(network, params, **given, alphas_cumprod=alphas, snr_gamma=gamma)
 
         return loss
@@ -281,16 +277,15 @@ class DiffusionTask(Task):
         side, pipe = self.config.resolution, self.pipe
         prompts = list(self.config.validation_prompts) or [items[0].text]
         pictures: dict[str, Any] = {}
-        if self._repairs:
-            reader = reader_of(self.config)
-            pixels = [found["pixels"] for item in items[: len(prompts)] if (found := reader(item, _middle()))]
-            hole = np.zeros((side, side), bool)
-            hole[side // 4 : -side // 4, side // 4 : -side // 4] = True
-            pictures = {"image": [Image.fromarray(x) for x in _filled(pixels, len(prompts))], "mask_image": hole}
-        elif self._hinted:
-            reader = reader_of(self.config, hints=True)
-            hints = [found["hint"] for item in items[: len(prompts)] if (found := reader(item, _middle()))]
-            pictures = {"hint": np.stack(_filled(hints, len(prompts)))}
+        if self._repairs or self._hinted:
+            found = first_read(reader_of(self.config, hints=self._hinted), items, len(prompts))
+            rows = [found[i % len(found)] for i in range(len(prompts))]
+            if self._hinted:
+                pictures = {"hint": np.stack([row["hint"] for row in rows])}
+            else:
+                hole = np.zeros((side, side), bool)
+                hole[side // 4 : -side // 4, side // 4 : -side // 4] = True
+                pictures = {"image": [Image.fromarray(row["pixels"]) for row in rows], "mask_image": hole}
         options = {"height": side, "width": side, "num_inference_steps": SAMPLE_STEPS, "return_dict": False}
         seeds = [self.config.seed] * len(prompts)
         [drawn] = pipe(prompts, generator=seeds, **pictures, **options)
@@ -338,10 +333,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return whole
 
 
-def _middle() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
-def _filled(found: list[Any], count: int) -> list[Any]:
-    """As many as needed, from the beginning again."""
-    return [found[i % len(found)] for i in range(count)]
+def first_read(reader: Reader, items: Sequence[Captioned], count: int) -> list[dict[str, np.ndarray]]:
+    """The arrays of the first pictures that can be read, `count` or as many as there are."""
+    rng = np.random.default_rng(0)
+    return list(itertools.islice((row for item in items if (row := reader(item, rng)) is not None), count))

@@ -131,20 +131,16 @@ def main() -> None:
         "seconds_per_picture": round(seconds, 3),
     }
     spaces = {"pixels": (drawn, there.pixels), "latents": (latents(pipe, drawn), latents(pipe, there.pixels))}
-    for space, (ours, theirs) in spaces.items():
-        taken = nearest(ours, theirs)
-        right = taken == wanted
+    taken = {space: nearest(*both) for space, both in spaces.items()}
+    for space, which in taken.items():
+        right = which == wanted
         found[space] = {"all_captions": round(right.mean(), 4), "names": round(right[first].mean(), 4)}
-        found[f"{space}_mistaken"] = [[rows[i][1], there.names[taken[i]]] for i in np.flatnonzero(~right) if first[i]]
-    for space, (ours, theirs) in spaces.items():
-        del ours, theirs
-        print(space, found[space])
-    right = nearest(drawn, there.pixels) == wanted
+        found[f"{space}_mistaken"] = [[rows[i][1], there.names[which[i]]] for i in np.flatnonzero(~right) if first[i]]
     (arguments.output / "tpu_scripts" / "results").mkdir(parents=True, exist_ok=True)
     target = arguments.output / "tpu_scripts" / "results" / f"emoji-{found['date']}.json"
     target.write_text(json.dumps(found, indent=1) + "\n")
     (arguments.output / "docs").mkdir(exist_ok=True)
-    sheet(drawn[first], right[first], *SHEET).save(arguments.output / "docs" / "emoji.png")
+    sheet(drawn[first], (taken["pixels"] == wanted)[first], *SHEET).save(arguments.output / "docs" / "emoji.png")
     print(json.dumps({name: value for name, value in found.items() if not name.endswith("mistaken")}), target)
 
 

@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTokenizer
 
 from kandinsky_jax import (
     KandinskyV22ControlnetPipeline,
@@ -45,28 +45,21 @@ SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 # As CLIP's own (Radford et al. 2021): words, digits and signs, each with what follows an apostrophe cut off.
 SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-TEXT = {
+TOWER = {
     "hidden_size": DIM,
     "intermediate_size": 4 * DIM,
     "projection_dim": DIM,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "hidden_act": "gelu",
+}
+TEXT = TOWER | {
     "vocab_size": WORDS,
     "bos_token_id": WORDS - 2,
     "eos_token_id": WORDS - 1,
     "pad_token_id": WORDS - 1,
 }
-VISION = {
-    "hidden_size": DIM,
-    "intermediate_size": 4 * DIM,
-    "projection_dim": DIM,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "hidden_act": "gelu",
-    "image_size": 64,
-    "patch_size": 8,
-}
+VISION = TOWER | {"image_size": 64, "patch_size": 8}
 PRIOR = {"num_attention_heads": 6, "attention_head_dim": 32, "num_layers": 4, "embedding_dim": DIM}
 UNET = {
     "sample_size": 8,
@@ -98,15 +91,15 @@ def network(name: str, seed: int, **config: Any) -> Any:
     return cls(cls.CONFIG(**config), rngs=nnx.Rngs(seed))
 
 
-def tokenizer(texts: list[str], folder: Path) -> None:
-    """Write CLIP's kind of tokenizer with a vocabulary of these texts' words."""
+def tokenizer(texts: list[str]) -> CLIPTokenizer:
+    """CLIP's kind of tokenizer with a vocabulary of these texts' words."""
     model = Tokenizer(BPE(unk_token=SPECIAL[1], end_of_word_suffix=END, continuing_subword_prefix=""))
     model.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(_regex(r"\s+"), " "), normalizers.Lowercase()]
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(_regex(SPLIT), "removed", invert=True),
+            pre_tokenizers.Split(Regex(SPLIT), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -120,40 +113,22 @@ def tokenizer(texts: list[str], folder: Path) -> None:
     pieces += [f"<|unused{i}|>" for i in range(WORDS - len(SPECIAL) - len(pieces))]
     vocabulary = {piece: i for i, piece in enumerate([*pieces, *SPECIAL])}
     assert len(vocabulary) == WORDS, "a merge came twice"
-
-    from transformers import CLIPTokenizer
-
     options = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "pad_token": SPECIAL[1], "unk_token": SPECIAL[1]}
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    made = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77, **options)
-    made.save_pretrained(folder)
-
-
-def _regex(pattern: str) -> Any:
-    from tokenizers import Regex
-
-    return Regex(pattern)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77, **options)
 
 
 def first(data: Path, output: Path) -> None:
     """The prior and the decoder."""
-    from transformers import CLIPTokenizer
-
-    scratch = output / "tokenizer"
-    tokenizer([item.text for item in listing(data / "captions.tar")], scratch)
     KandinskyV22PriorPipeline(
         prior=network("PriorTransformer", 1, **PRIOR),
         image_encoder=network("CLIPVisionModelWithProjection", 2, **VISION),
         text_encoder=network("CLIPTextModelWithProjection", 3, **TEXT),
-        tokenizer=CLIPTokenizer.from_pretrained(scratch),
+        tokenizer=tokenizer([item.text for item in listing(data / "captions.tar")]),
         scheduler=UnCLIPScheduler(
             variance_type="fixed_small_log", clip_sample=True, clip_sample_range=5.0, prediction_type="sample"
         ),
         image_processor=CLIPImageProcessor(64, 64),
     ).save_pretrained(output / hub.PRIOR)
-    shutil.rmtree(scratch)
     movq = network("VQModel", 4, **MOVQ)
     codes = movq.quantize.embedding.embedding
     codes[...] = CODES * jax.random.normal(jax.random.key(0), codes.shape)
