@@ -93,7 +93,7 @@ def test_results_are_complete_files(tmp_path):
         "bound_by": "flops",
     }  # fmt: skip
     found = {"batch_per_chip": 4, "size": 512, "jax": "0", "resident_bytes": 5e9, "programs": [row]}
-    aot_compile.write(tmp_path / "aot", found)
+    aot_compile.write(tmp_path / "aot", found, aot_compile.table(found))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aot.json", "aot.md"]
     assert json.loads((tmp_path / "aot.json").read_text()) == found
     table = (tmp_path / "aot.md").read_text()
