@@ -89,6 +89,7 @@ def our_step(job: Job) -> Step:
     from kandinsky_jax import KandinskyV22CombinedPipeline
     from kandinsky_jax.lora import LoraConfig
     from kandinsky_jax.training.config import Config
+    from kandinsky_jax.training.data import without_padding
     from kandinsky_jax.training.kinds import Kind
     from kandinsky_jax.training.step import Settings, Trainer
     from kandinsky_jax.training.tasks import DiffusionTask
@@ -100,7 +101,8 @@ def our_step(job: Job) -> Step:
     trainer = Trainer(task.loss(), Settings(ema_decay=job.ema), task.frozen())
     key = jax.random.key(0)
     state = trainer.init(task.initial(key))
-    data = batches(job, pipe.prior_tokenizer, pipe.prior_text_encoder.config.max_position_embeddings)
+    length = pipe.prior_text_encoder.config.max_position_embeddings
+    data = [without_padding(batch) for batch in batches(job, pipe.prior_tokenizer, length)]
     given = itertools.cycle(data if job.encoding else [task.encode(batch) for batch in data])
 
     def step() -> float:

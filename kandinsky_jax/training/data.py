@@ -23,6 +23,8 @@ from kandinsky_jax.images import CLIPImageProcessor
 
 METADATA = "metadata.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+TEXT_ROWS = ("input_ids", "text_mask", "text_encoder_hidden_states")  # [B, tokens, ...]
+FEWEST_TOKENS = 16
 
 
 class DataError(ValueError):
@@ -243,8 +245,23 @@ class Reader:
         return left, top, left + side, top + side
 
 
+def without_padding(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch without the rows of text that are padding in all of its captions, which no other row looks at.
+
+    Captions are short, and the towers and the prior do half of their work, or more, for rows of padding. What is left
+    is a power of two or all of it, so that four programs do.
+    """
+    if "text_mask" not in batch:
+        return batch
+    longest = int(batch["text_mask"].sum(axis=1).max())
+    rows = max(FEWEST_TOKENS, 1 << (longest - 1).bit_length())
+    return batch | {name: batch[name][:, :rows] for name in TEXT_ROWS if name in batch}
+
+
 class Batches:
     """Batches for ever, epoch after epoch; iterating goes on from where `state` says. `index` is of `items`.
+
+    Text is as long as the longest caption of a batch needs it (`without_padding`).
 
     Args:
         items: what `listing` has found.
@@ -273,7 +290,7 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
+        return without_padding(next(self._iterator))
 
     @property
     def state(self) -> dict[str, Any]:

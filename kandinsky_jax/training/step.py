@@ -18,6 +18,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from kandinsky_jax.sharding import Rules
+from kandinsky_jax.training.heap import keep_freed_memory
 from kandinsky_jax.training.mesh import ROW, place_batch, places, whole
 
 # (what is trained, batch, key) -> a float32 scalar, and with `frozen`, (what is trained, batch, key, frozen)
@@ -123,6 +124,8 @@ class Trainer:
             # In here, so that rematerialisation gathers the parameters once more and need not keep them.
             return loss(whole(mesh, params), batch, key, *(whole(mesh, tree) for tree in frozen))
 
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
         policy = jax.checkpoint_policies.checkpoint_dots
         self._loss = jax.checkpoint(gathering, policy=policy) if settings.remat else gathering
         clip = optax.identity() if settings.max_grad_norm is None else optax.clip_by_global_norm(settings.max_grad_norm)

@@ -33,7 +33,7 @@ from kandinsky_jax.pipelines import (
 from kandinsky_jax.sampling import Network, Params, call
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.data import Captioned, Reader
+from kandinsky_jax.training.data import TEXT_ROWS, Captioned, Reader
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import decoder_loss, prior_loss
 
@@ -250,6 +250,8 @@ class DiffusionTask(Task):
             if dropout:
                 dropped = jax.random.bernoulli(of_dropout, dropout, (len(clean),))
                 for name, value in empty.items():
+                    if name in TEXT_ROWS:
+                        value = value[:, : given[name].shape[1]]
                     given[name] = jnp.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), value, given[name])
             if self._repairs:
                 given["keep"] = 1 - holes(jax.random.fold_in(key, 3), *clean.shape[:3])

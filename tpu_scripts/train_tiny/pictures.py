@@ -4,8 +4,9 @@
     python tpu_scripts/train_tiny/pictures.py emoji-datasource-google-16.0.0.tgz build/emoji/data
 
 writes three sets of WebDataset tars: `pictures` (each emoji once, captioned by its name), `captions` (each emoji once
-for each of its captions) and `views` (each emoji eight times: smaller, turned and moved, with a depth map of its
-outline). Emoji with skin tones are left out. The artwork is Google's Noto Emoji, under the Apache License 2.0.
+for each of its captions) and `views` (each emoji eight times, in half of them smaller, turned and moved, with a depth
+map of its outline). Emoji with skin tones are left out. The artwork is Google's Noto Emoji, under the Apache License
+2.0.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def rows(found: list[Emoji], kind: str) -> Iterator[tuple[str, str, dict[str, Im
                     yield f"{key}-{i}{j}", template.format(name), {"png": on_paper(one.picture)}
         else:
             for i in range(VIEWS):
-                seen = view(one.picture, rng) if i else one.picture
+                seen = view(one.picture, rng) if i % 2 else one.picture
                 text = str(rng.choice(TEMPLATES)).format(rng.choice(one.names))
                 yield f"{key}-{i}", text, {"png": on_paper(seen), "hint.png": depth(seen)}
 
