@@ -53,6 +53,8 @@ def test_odd_sides_are_gathered():
         (2, 33, 64, 768, 768, convolve),  # half a tile
         (2, 64, 64, 4, 384, convolve),  # nothing to multiply
         (1, 512, 512, 128, 3, convolve),
+        (16, 8, 8, 64, 64, convolve),  # a small network's
+        (16, 2, 2, 80, 80, gather),
     ],
 )
 def test_which_way_a_cpu_takes(b, h, w, cin, cout, expected):

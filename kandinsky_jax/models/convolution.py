@@ -1,7 +1,7 @@
 """Convolutions, each by the method that measures fastest on its platform at its shape.
 
 On a TPU or GPU that is always XLA's own. On a CPU, XLA's 3x3 convolution loses to matrix products of the same sums:
-- a small picture: gather the nine taps and multiply once;
+- a small picture with many channels, or a tiny one: gather the nine taps and multiply once;
 - a large one with many channels: Winograd's F(2x2, 3x3), which needs 16 products for 4 pixels instead of 36. Its
   rounding error is that of the plain sum (both about 1e-5 of the result's spread against float64); the larger tiles' is
   ten times that, so they are not used.
@@ -82,11 +82,11 @@ def cpu_method(x: jax.Array, kernel: jax.Array) -> Callable[[jax.Array, jax.Arra
     b, h, w, cin = x.shape
     if x.dtype != jnp.float32 or kernel.dtype != jnp.float32:
         return convolve
+    if cin * kernel.shape[-1] < 128 * 128:
+        return gather if h * w <= 4 else convolve
     if b * h * w <= 1024:
         return gather
-    if h % 2 == 0 and w % 2 == 0 and cin * kernel.shape[-1] >= 128 * 128:
-        return winograd
-    return convolve
+    return winograd if h % 2 == 0 and w % 2 == 0 else convolve
 
 
 class Conv(nnx.Conv):
