@@ -134,23 +134,34 @@ class GroupNorm(nnx.GroupNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
         whole = x.astype(jnp.float32)
-        mean = self._mean(whole)
-        if x.dtype == jnp.bfloat16:
-            variance = jnp.maximum(self._mean(jnp.square(whole)) - jnp.square(mean), 0)
-        else:
-            variance = self._mean(jnp.square(whole - mean))
+        mean, variance = (self._once if x.dtype == jnp.bfloat16 else self._twice)(whole)
         factor = jax.lax.rsqrt(variance + self.epsilon)
         return ((whole - mean) * (factor * scale) + bias).astype(x.dtype)
 
-    def _mean(self, x: jax.Array) -> jax.Array:
-        """Over all but the batch and the group's channels, once for each channel, `[B, 1.., C]`.
+    def _twice(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance, sums channel by channel first and then over each group's few: an order of memory in which
+        a CPU adds up vectors, two to eight times faster than sums of a group at once, and with less rounding."""
 
-        Channel by channel first, and then over each group's few: an order of memory in which a CPU adds up vectors,
-        two to eight times faster than sums of a group at once, and with less rounding.
-        """
-        channels = x.mean(tuple(range(1, x.ndim - 1)))  # [B, C]
-        groups = channels.reshape(-1, self.num_groups, self.group_size).mean(2)
-        return jnp.repeat(groups, self.group_size, axis=1).reshape(x.shape[0], *[1] * (x.ndim - 2), -1)
+        def mean(y: jax.Array) -> jax.Array:
+            return self._per_channel(self._grouped(y.mean(tuple(range(1, y.ndim - 1)))).mean(2), x.ndim)
+
+        first = mean(x)
+        return first, mean(jnp.square(x - first))
+
+    def _once(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance, sums of a group at once: channel by channel, XLA has a TPU read 7 % more in MoVQ."""
+        grouped = self._grouped(x)
+        axes = (*range(1, x.ndim - 1), x.ndim)
+        mean = grouped.mean(axes)  # [B, groups]
+        variance = jnp.maximum(jnp.square(grouped).mean(axes) - jnp.square(mean), 0)
+        return self._per_channel(mean, x.ndim), self._per_channel(variance, x.ndim)
+
+    def _grouped(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.num_groups, self.group_size)
+
+    def _per_channel(self, statistic: jax.Array, ndim: int) -> jax.Array:
+        """`[B, groups]` -> `[B, 1.., C]`."""
+        return jnp.repeat(statistic, self.group_size, axis=1).reshape(len(statistic), *[1] * (ndim - 2), -1)
 
 
 def layer_norm(channels: int, rngs: Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
