@@ -220,20 +220,20 @@ Pictures = Annotated[
 Strength = Annotated[float, typer.Option(help="Above 0, at most 1: how far to go from the picture.")]
 
 
-@command('generate "a red circle on a blue background" -o circle.png')
+@command('generate "purple heart" -o heart.png')
 def generate(prompt: Prompt, options: Options) -> None:
     """Draw pictures from a prompt."""
     _draw(prompt, options, KandinskyV22CombinedPipeline, DECODER, {})
 
 
-@command('img2img "a green star on a blue background" --image circle.png --strength 0.6 -o star.png')
+@command('img2img "green heart" --image heart.png --strength 0.6 -o green.png')
 def img2img(prompt: Prompt, image: Pictures, options: Options, strength: Strength = 0.3) -> None:
     """Redraw pictures after a prompt."""
     checks.strength(strength, options.steps)
     _draw(prompt, options, KandinskyV22Img2ImgCombinedPipeline, DECODER, {"image": image}, strength=strength)
 
 
-@command('inpaint "a yellow ring on a blue background" --image circle.png --mask mask.png -o ring.png')
+@command('inpaint "smiling face with sunglasses" --image face.png --mask mask.png -o cool.png')
 def inpaint(
     prompt: Prompt,
     image: Pictures,
@@ -250,7 +250,7 @@ def inpaint(
     _draw(prompt, options, KandinskyV22InpaintCombinedPipeline, INPAINT, files, paste_back=paste_back)
 
 
-@command('controlnet "a purple cross on a white background" --hint depth.png -o cross.png')
+@command('controlnet "soccer ball" --hint depth.png -o ball.png')
 def controlnet(
     prompt: Prompt,
     hint: Annotated[
@@ -271,7 +271,7 @@ def controlnet(
     _draw(prompt, options, KandinskyV22ControlnetImg2ImgCombinedPipeline, CONTROLNET, files, strength=strength)
 
 
-@command('mix "a red circle on a white background" star.png --weights 0.6,0.4 -o mix.png')
+@command('mix "dog face" cat.png --weights 0.6,0.4 -o mix.png')
 def mix(
     items: Annotated[
         list[str], typer.Argument(help=f"Prompts and pictures; what ends in {', '.join(images.WRITABLE)} is a picture.")
@@ -299,7 +299,7 @@ def mix(
     _decode(embed, options, [{"items": items, "weights": numbers}] * options.num_images)
 
 
-@command('vary "a green star on a white background" --image circle.png --strength 0.5 -o varied.png')
+@command('vary "blue heart" --image heart.png --strength 0.5 -o varied.png')
 def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength = 0.3) -> None:
     """Draw variations of a picture: its image embedding, taken some way towards a prompt."""
     checks.strength(strength, options.prior_steps)

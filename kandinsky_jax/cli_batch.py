@@ -130,7 +130,7 @@ def batch(
 
 
 batch.__doc__ = f"{batch.__doc__}\n\n{_COLUMNS}"
-EXAMPLE = 'Example: printf "a red circle\\na blue star\\n" > p.txt && kandinsky-jax batch p.txt -o out --model tiny'
+EXAMPLE = 'Example: printf "purple heart\\nslice of pizza\\n" > p.txt && kandinsky-jax batch p.txt -o out --model tiny'
 
 
 def summary(report: Report, process: Process, output: str) -> str:

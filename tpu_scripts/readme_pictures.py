@@ -14,23 +14,16 @@ from kandinsky_jax import KandinskyV22CombinedPipeline
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PROMPTS = [
-    "a red circle on a blue background",
-    "large yellow star, black background",
-    "a green background with a purple ring",
-    "white cross on gray",
-    "a blue triangle on a yellow background",
-    "an orange square on a white background",
-]
+PROMPTS = ["purple heart", "cat face", "christmas tree", "soccer ball", "crown", "extraterrestrial alien"]
 # name in the README's block -> mode, and what it was given
 MODES = {
-    "circle": ("text to image", []),
-    "star": ("image to image", ["circle"]),
-    "ring": ("inpainting", ["circle", "mask"]),
-    "square": ("depth hint", ["depth"]),
-    "night": ("picture and hint", ["circle", "depth"]),
-    "mixed": ("a prompt and a picture, mixed", ["star"]),
-    "varied": ("a variation", ["circle"]),
+    "face": ("text to image", []),
+    "panda": ("image to image", ["face"]),
+    "cool": ("inpainting", ["face", "mask"]),
+    "ball": ("depth hint", ["depth"]),
+    "apple": ("picture and hint", ["face", "depth"]),
+    "mixed": ("a prompt and a picture, mixed", ["cool"]),
+    "varied": ("a variation", ["face"]),
 }
 SIDE, GAP, CAPTION = 128, 8, 30
 
@@ -45,14 +38,15 @@ def modes_block() -> str:
 def tile(given: Any, side: int) -> Image.Image:
     """A picture, mask or depth map as a square."""
     if not isinstance(given, Image.Image):
-        given = Image.fromarray((np.asarray(given, float) * 255).astype(np.uint8))
+        given = Image.fromarray(np.asarray(given if given.dtype == np.uint8 else given * 255.0, np.uint8))
     return given.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
 
 
 def draw_prompts() -> Image.Image:
     """Each prompt once, as one batch with seed 0, side by side over their prompts."""
     pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny")
-    pictures = pipe(PROMPTS, height=64, width=64, num_inference_steps=50, generator=0).images
+    weak = {"guidance_scale": 2.0, "prior_guidance_scale": 1.0}
+    pictures = pipe(PROMPTS, height=64, width=64, num_inference_steps=50, generator=0, **weak).images
     sheet = Image.new("RGB", (len(pictures) * (SIDE + GAP) + GAP, SIDE + CAPTION + 2 * GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, (picture, prompt) in enumerate(zip(pictures, PROMPTS, strict=True)):
