@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     """Have glibc keep the memory that this process frees, for what it asks for next; whether that can be done here.
 
     XLA's CPU backend takes every step's temporaries from malloc. By default glibc gives large ones back to the kernel
-    at once, which clears them, page by page, when the next step asks again: up to a third of a small step's time. The
-    price is that the process stays as large as it has once been.
+    at once, which clears them, page by page, when the next step asks again: about a fifth of MoVQ's training step,
+    nothing that could be measured of a small UNet's. The price is that the process stays as large as it once was.
     """
     if not sys.platform.startswith("linux"):
         return False
