@@ -19,13 +19,12 @@ from kandinsky_jax.checkpoint import (
     Layout,
     flat_params,
     load_network,
-    read_json,
     save_network,
     stored_bytes,
 )
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
-from kandinsky_jax.storage import check_replaceable, complete_or_absent
+from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
 
 # What a component without tensors consists of; anything else (code, pickles) stays behind.
 _PLAIN = {".json", ".txt", ".md"}

@@ -17,6 +17,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 # A room may import rooms of lower floors, and its own.
 FLOORS = (
+    ("kandinsky_jax.errors",),
     ("kandinsky_jax.tensors", "kandinsky_jax.terminal", "kandinsky_jax.sharding", "kandinsky_jax.stop"),
     ("kandinsky_jax.models", "kandinsky_jax.schedulers", "kandinsky_jax.noise", "kandinsky_jax.images"),
     ("kandinsky_jax.storage",),
@@ -26,7 +27,6 @@ FLOORS = (
     ("kandinsky_jax.zero_embed",),
     ("kandinsky_jax.pipelines", "convert_weights.convert"),
     ("kandinsky_jax.batch", "kandinsky_jax.training"),
-    ("kandinsky_jax.cli_batch", "kandinsky_jax.cli_train"),
     ("kandinsky_jax.cli", "convert_weights.__main__"),
 )
 

@@ -16,10 +16,10 @@ import typer
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.cli_batch import EXAMPLE as BATCH_EXAMPLE
-from kandinsky_jax.cli_batch import batch
-from kandinsky_jax.cli_train import EXAMPLE as TRAIN_EXAMPLE
-from kandinsky_jax.cli_train import train
+from kandinsky_jax.cli.batch import EXAMPLE as BATCH_EXAMPLE
+from kandinsky_jax.cli.batch import batch
+from kandinsky_jax.cli.train import EXAMPLE as TRAIN_EXAMPLE
+from kandinsky_jax.cli.train import train
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.hub import CONTROLNET, DECODER, INPAINT, OFFICIAL
 from kandinsky_jax.noise import Generator, TorchGenerator
@@ -408,7 +408,3 @@ def main() -> None:
     # Only the tokenizer is used of transformers, which otherwise says on every run that there is no PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     run(app)
-
-
-if __name__ == "__main__":
-    main()

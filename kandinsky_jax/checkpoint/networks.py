@@ -29,24 +29,6 @@ from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors import files, names
 from kandinsky_jax.tensors.files import CheckpointError
 
-__all__ = [
-    "CheckpointError",
-    "Deferred",
-    "Layout",
-    "Progress",
-    "check_network",
-    "default_dtype",
-    "describe_network",
-    "flat_params",
-    "load_network",
-    "loading_bar",
-    "move_network",
-    "read_params",
-    "save_network",
-    "set_params",
-    "stored_bytes",
-]
-
 Layout = Literal["diffusers", "orbax"]
 
 

@@ -1,0 +1,37 @@
+"""Checkpoints: a network's folder, read and written."""
+
+from kandinsky_jax.checkpoint.networks import (
+    Deferred,
+    Layout,
+    Progress,
+    check_network,
+    default_dtype,
+    describe_network,
+    flat_params,
+    load_network,
+    loading_bar,
+    move_network,
+    read_params,
+    save_network,
+    set_params,
+    stored_bytes,
+)
+from kandinsky_jax.tensors.files import CheckpointError
+
+__all__ = [
+    "CheckpointError",
+    "Deferred",
+    "Layout",
+    "Progress",
+    "check_network",
+    "default_dtype",
+    "describe_network",
+    "flat_params",
+    "load_network",
+    "loading_bar",
+    "move_network",
+    "read_params",
+    "save_network",
+    "set_params",
+    "stored_bytes",
+]

@@ -1,0 +1,32 @@
+"""Error messages of bounded length, whatever the input that they quote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_MESSAGE = 450  # characters of a message; a path of ordinary length before it keeps the whole under 500
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """Text of a value in at most `limit` characters, on one line; what is left out is marked by "...".
+
+    Args:
+        value: a string as it is, anything else by its `repr`.
+    """
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits, or deep nesting
+        text = f"a {type(value).__name__} too large to show"
+    text = " ".join(text.split()) if len(text) <= 10 * limit else " ".join(text[: 10 * limit].split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def summarize(faults: Sequence[str], limit: int = MAX_MESSAGE - 100, separator: str = "; ") -> str:
+    """The first faults, as many as fit into `limit` characters, and how many more there are."""
+    shown: list[str] = []
+    for fault in faults:
+        fault = shorten(fault, limit)
+        if shown and len(separator.join([*shown, fault])) > limit:
+            return f"{separator.join(shown)}{separator}and {len(faults) - len(shown)} more"
+        shown.append(fault)
+    return separator.join(shown)
