@@ -8,16 +8,17 @@ MAX_MESSAGE = 450  # characters of a message; a path of ordinary length before i
 
 
 def shorten(value: object, limit: int = 120) -> str:
-    """Text of a value in at most `limit` characters, on one line; what is left out is marked by "...".
+    """Text of a value in at most `limit` characters, on one line, that can be printed; "..." marks what is left out.
 
     Args:
-        value: a string as it is, anything else by its `repr`.
+        value: a string or an exception as its text, anything else by its `repr`.
     """
     try:
-        text = value if isinstance(value, str) else repr(value)
+        text = str(value) if isinstance(value, str | BaseException) else repr(value)
     except (ValueError, RecursionError):  # an integer of more than 4,300 digits, or deep nesting
         text = f"a {type(value).__name__} too large to show"
-    text = " ".join(text.split()) if len(text) <= 10 * limit else " ".join(text[: 10 * limit].split())
+    text = " ".join(text[: 10 * limit].split()) + ("..." if len(text) > 10 * limit else "")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -13,20 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kandinsky_jax import reading
 from kandinsky_jax.tensors.files import CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or a CheckpointError."""
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json_object(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} holds {type(parsed).__name__}, needed is an object")
-    return parsed
+        raise CheckpointError(reading.of_file(path, "is missing")) from None
+    except reading.ReadError as error:
+        raise CheckpointError(reading.of_file(path, error)) from None
 
 
 def user_cache() -> Path | None:
