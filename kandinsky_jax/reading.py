@@ -103,5 +103,5 @@ def read_json_object(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> di
     """The object in a JSON file; errors as `read_json`, and ReadError where it holds something else."""
     parsed = read_json(path, limit)
     if not isinstance(parsed, dict):
-        raise ReadError(f"holds a JSON {type(parsed).__name__}, needed is an object")
+        raise ReadError(f"holds {type(parsed).__name__}, needed is an object")
     return parsed

@@ -25,7 +25,8 @@ class Raw(str):
 WILD: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 1.5, -0.5, 10**30, -(10**30), 2**31, 2**63, 2**64),
     *(1e308, 1e-320, float("nan"), float("inf"), float("-inf"), Raw(HUGE_DIGITS), Raw(DEEP), Raw("1e99999"), Raw("-0")),
-    *("", " ", "x" * 10_000, "\ud800", "\u2028", "\x00", "\x1b[31m", "../../etc/passwd", "/dev/zero", "1e999", "\uff11\uff12"),
+    *("", " ", "x" * 10_000, "\ud800", "\u2028", "\x00", "\x1b[31m", "../../etc/passwd", "/dev/zero"),
+    *("1e999", "\uff11\uff12"),
     *([], {}, [None], [[]], [1, "a"], {"": None}, [0] * 1000, {"a": {"b": []}}, list(range(3))),
 )
 WILD_TEXT = (
