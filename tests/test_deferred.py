@@ -27,6 +27,7 @@ from kandinsky_jax import (
     load_network,
     zero_embed,
 )
+from kandinsky_jax.checkpoint import networks
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from kandinsky_jax.tensors import files
 from tests.conftest import SHAPES_MODEL, worst
@@ -62,7 +63,7 @@ def reads(monkeypatch) -> list[str]:
     """The folders of the networks that are loaded, and the tensors that are read one by one."""
     seen: list[str] = []
     load, read = checkpoint.load_network, checkpoint.read_params
-    monkeypatch.setattr(checkpoint, "load_network", lambda c, f, *a, **k: (seen.append(str(f)), load(c, f, *a, **k))[1])
+    monkeypatch.setattr(networks, "load_network", lambda c, f, *a, **k: (seen.append(str(f)), load(c, f, *a, **k))[1])
     monkeypatch.setattr(zero_embed, "read_params", lambda f, n: (seen.extend(n := list(n)), read(f, n))[1])
     return seen
 

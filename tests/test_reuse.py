@@ -36,7 +36,7 @@ def buffers(pipe) -> set[int]:
 
 def test_no_parameter_is_copied(tiny_pipe, monkeypatch):
     """From text-to-image round all modes of its checkpoint and back, without one array or file more."""
-    monkeypatch.setattr(kandinsky_jax.pipelines.base, "load_network", lambda *_, **__: pytest.fail("loaded again"))
+    monkeypatch.setattr(kandinsky_jax.pipelines.loading, "load_network", lambda *_, **__: pytest.fail("loaded again"))
     before = {id(array) for array in jax.live_arrays()}
     text2img = KandinskyV22Pipeline.from_pipe(tiny_pipe)
     img2img = KandinskyV22Img2ImgPipeline.from_pipe(text2img)

@@ -113,7 +113,7 @@ def test_a_call_of_ones_own_is_rehearsed_while_loading():
 
 
 def test_what_is_wrong_with_the_call_is_said_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr("kandinsky_jax.pipelines.base.load_network", lambda *_, **__: pytest.fail("read a network"))
+    monkeypatch.setattr("kandinsky_jax.pipelines.loading.load_network", lambda *_, **__: pytest.fail("read a network"))
     with pytest.raises(ValueError, match="height=32 is too small"):
         KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, warmup={"height": 32})
     with pytest.raises(TypeError, match="no_such_argument"):

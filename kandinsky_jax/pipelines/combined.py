@@ -22,7 +22,7 @@ from kandinsky_jax.models import (
 )
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline, Warmup, _describe
+from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
 from kandinsky_jax.pipelines.controlnet import (
     KandinskyV22ControlnetImg2ImgPipeline,
     KandinskyV22ControlnetPipeline,
@@ -31,6 +31,7 @@ from kandinsky_jax.pipelines.controlnet import (
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Drawing
 from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
+from kandinsky_jax.pipelines.loading import Warmup, describe
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
 from kandinsky_jax.schedulers import Scheduler
@@ -136,8 +137,8 @@ class CombinedPipeline(Pipeline):
         ready = {k.removeprefix("prior_"): v for k, v in components.items() if k.startswith("prior_")}
         own = {k: v for k, v in components.items() if not k.startswith("prior_")}
         where = (mesh or default_mesh(), shard_rules)
-        prior_store = _describe(KandinskyV22PriorPipeline, prior_folder, dtype, ready, *where)
-        return cls._load([prior_store.within("prior_"), _describe(cls.DECODER, folder, dtype, own, *where)], warmup)
+        prior_store = describe(KandinskyV22PriorPipeline, prior_folder, dtype, ready, *where)
+        return cls._load([prior_store.within("prior_"), describe(cls.DECODER, folder, dtype, own, *where)], warmup)
 
     def _held(self) -> dict[str, Any]:
         return self.decoder_pipe._held() | {f"prior_{k}": v for k, v in self.prior_pipe._held().items()}
