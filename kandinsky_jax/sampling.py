@@ -274,11 +274,10 @@ AfterSlice = Callable[[int, list[jax.Array]], list[jax.Array] | None]
 def sample(
     network: Network,
     params: Params,
-    lanes: Callable[[], Sequence[Lane]],
+    inputs: Callable[[], tuple[Sequence[Lane], float | None]],
     schedule: Schedule,
     latents: Sequence[jax.Array],
     source: Source,
-    scale: float | None,
     *,
     interval: tuple[int, int] | None = None,
     after: AfterSlice | None = None,
@@ -287,10 +286,10 @@ def sample(
     """Run a whole schedule over one or more lanes, batches of the same shape that share one compiled program.
 
     Args:
-        lanes: gives the lanes; asked again before every slice, so that `after` can change them.
+        inputs: gives the lanes and the scale of guidance, None for none; asked again before every slice, so that
+            `after` can change them. Without guidance, a lane's unconditional half is not looked at.
         latents: each lane's first sample, float32 `[B, ...]`, already scaled.
         source: the noise.
-        scale: of guidance, None for none.
         interval: the first row with guidance and the first without it again (Kynkaanniemi et al. 2024, arXiv
             2404.07724); the others run on the conditional rows alone. None is all rows.
         after: called after each slice.
@@ -307,9 +306,10 @@ def sample(
     while done < len(schedule):
         began = time.perf_counter()
         hi = min(done + size, len(schedule), *(end for end in (first, last) if end > done))
-        guidance, under = (None if scale is None else jnp.float32(scale)), lanes()
-        if guidance is not None and not first <= done < last:
-            guidance, under = None, [_conditional(lane) for lane in under]
+        under, scale = inputs()
+        guidance = jnp.float32(scale) if scale is not None and first <= done < last else None
+        if guidance is None:
+            under = [_conditional(lane) if _guided(lane) else lane for lane in under]
         noises: list[Any] = [*source.steps(done, hi - done, schedule.draws_noise, shape, len(states))]
         if mesh is not None:
             under = [lane.map(functools.partial(place, mesh, pictures=False)) for lane in under]
@@ -347,6 +347,11 @@ def _beside(network: Network, params: Params) -> Callable[[jax.Array, int], jax.
     where = bound_to(jax.tree.leaves(params)[0])
     bound = isinstance(where, jax.sharding.SingleDeviceSharding)
     return lambda array, axis: jax.device_put(array, where) if bound else array
+
+
+def _guided(lane: Lane) -> bool:
+    """Whether a lane has both halves of guidance."""
+    return len(jax.tree.leaves(lane.condition)[0]) == 2
 
 
 @jax.jit

@@ -192,7 +192,7 @@ def test_a_mix_is_drawn_in_the_proportions_given(folder, ours):
     embeds = ours["KandinskyV22PriorPipeline"].interpolate(
         ["yellow ring", Image.open(folder / "star.png")], [0.3, 0.7], num_inference_steps=4, generator=5
     )
-    [expected] = ours["KandinskyV22Pipeline"](*embeds, height=64, width=64, num_inference_steps=4, generator=5).images
+    [expected] = ours["KandinskyV22Pipeline"](**embeds, height=64, width=64, num_inference_steps=4, generator=5).images
     assert np.abs(pixels(folder / "out.png") - np.asarray(expected, int)).max() <= 1
 
 

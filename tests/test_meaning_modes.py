@@ -177,7 +177,7 @@ def test_mix(ours):
         np.concatenate([pipe(c.text, generator=i).image_embeds for i, c in enumerate(x)]) for x in (firsts, seconds)
     ]
     mixes = [pipe.interpolate([a.text, b.text], [0.5, 0.5], generator=i) for i, (a, b) in enumerate(pairs)]
-    mixed, negative = (np.concatenate(x) for x in zip(*mixes, strict=True))
+    mixed, negative = (np.concatenate(x) for x in zip(*(mix.to_tuple() for mix in mixes), strict=True))
     between = cosine(*ends)
     for end in ends:
         assert (cosine(mixed, end) > between).all()

@@ -192,7 +192,7 @@ def text2img(ours, theirs, mine, other, size: tuple[int, int], mode: str, varian
     """Both embeddings through text2img, each library's own."""
     height, width = size
     drawn = ours["KandinskyV22Pipeline"](
-        *mine, generator=TorchGenerator(8), height=height, width=width, output_type="np", **STEPS
+        **mine, generator=TorchGenerator(8), height=height, width=width, output_type="np", **STEPS
     ).images
     generator = torch.Generator().manual_seed(8)
     assert_same(drawn, reference_decode(theirs, "text2img", other, {}, 1, size, generator), mode, variant)

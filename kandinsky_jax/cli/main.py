@@ -286,7 +286,7 @@ def mix(
     numbers = [1 / len(items)] * len(items) if weights is None else _numbers(weights, "--weights")
     checks.mix(mixed, numbers)
 
-    def embed(pipe: Any, generator: Generator) -> tuple[Any, Any]:
+    def embed(pipe: Any, generator: Generator) -> Any:
         return pipe.prior_pipe.interpolate(
             mixed,
             numbers,
@@ -305,7 +305,7 @@ def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength =
     checks.strength(strength, options.prior_steps)
     pictures = _read(prompt, options, {"image": image})["image"]
 
-    def embed(pipe: Any, generator: Generator) -> tuple[Any, Any]:
+    def embed(pipe: Any, generator: Generator) -> Any:
         return KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)(
             prompt,
             pictures,
@@ -372,9 +372,7 @@ def _draw(
     _write(drawn, options, seed, [{"prompt": text, **facts} for text in prompt for _ in range(repeats)])
 
 
-def _decode(
-    embed: Callable[[Any, Generator], tuple[Any, Any]], options: Options, about: Sequence[dict[str, Any]]
-) -> None:
+def _decode(embed: Callable[[Any, Generator], Any], options: Options, about: Sequence[dict[str, Any]]) -> None:
     """Load, draw and write, for the commands that find their embeddings by themselves."""
     settings: dict[str, Any] = {
         "num_inference_steps": options.steps,
@@ -384,7 +382,7 @@ def _decode(
 
     def call(pipe: Any, generator: Generator) -> Any:
         settings.update(options.size(pipe, None))
-        return pipe.decoder_pipe(*embed(pipe, generator), generator=generator, **settings).images
+        return pipe.decoder_pipe(**embed(pipe, generator), generator=generator, **settings).images
 
     seed, drawn = options.draw(KandinskyV22CombinedPipeline, DECODER, call)
     shared = {"negative_prompt": options.negative_prompt, "prior": options.prior_settings(), **settings}

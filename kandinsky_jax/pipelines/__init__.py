@@ -5,7 +5,7 @@ from kandinsky_jax.pipelines.auto import (
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
 )
-from kandinsky_jax.pipelines.base import ImagePipelineOutput, Pipeline
+from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.pipelines.combined import (
     CombinedPipeline,
     KandinskyV22CombinedPipeline,
@@ -18,7 +18,7 @@ from kandinsky_jax.pipelines.controlnet import KandinskyV22ControlnetImg2ImgPipe
 from kandinsky_jax.pipelines.emb2emb import KandinskyV22PriorEmb2EmbPipeline
 from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
-from kandinsky_jax.pipelines.prior import KandinskyPriorPipelineOutput
+from kandinsky_jax.pipelines.outputs import BaseOutput, ImagePipelineOutput, KandinskyPriorPipelineOutput
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
 
@@ -26,6 +26,7 @@ __all__ = [
     "AutoPipelineForImage2Image",
     "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
+    "BaseOutput",
     "CombinedPipeline",
     "ImagePipelineOutput",
     "KandinskyPriorPipelineOutput",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from kandinsky_jax.checkpoint import (
 )
 from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
 from kandinsky_jax.noise import Source
+from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.adapters import LoraLoader
 from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names, expected_types
 from kandinsky_jax.sampling import Lane, Network, sample
@@ -25,12 +26,7 @@ from kandinsky_jax.schedulers import Schedule
 from kandinsky_jax.sharding import Mesh, Rules
 
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
-
-
-class ImagePipelineOutput(NamedTuple):
-    """images: a list of PIL pictures, or an array, as `output_type` asks."""
-
-    images: Any
+LanesOf = Callable[[Network, Any, Mapping[str, Any], bool], Sequence[Lane]]
 
 
 class Late:
@@ -68,6 +64,7 @@ class Pipeline(LoraLoader, PretrainedMixin):
             setattr(self, name, component)
         self._component_names = tuple(components)
         self._progress_bar_config: dict[str, Any] = {}
+        self._call_state: dict[str, Any] = {}  # of the current or last call
 
     @property
     def components(self) -> dict[str, Any]:
@@ -158,22 +155,33 @@ class Pipeline(LoraLoader, PretrainedMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the current or last call."""
-        return self._guidance_scale
+        """Scale of classifier-free guidance of the current or last call.
+
+        A `callback_on_step_end` may set it (`pipe.guidance_scale = 2.0`) for the steps that follow; 1 and below turn
+        guidance off. `_guidance_scale`, diffusers' name for it, is an alias.
+        """
+        return _of_a_call(self, "guidance_scale")
+
+    @guidance_scale.setter
+    def guidance_scale(self, value: Any) -> None:
+        self._call_state["guidance_scale"] = checks.guidance(value)
+
+    _guidance_scale = guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
+        """Whether guidance is on in the next step of the current call, or was in the last step of the last one."""
+        return self.guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
         """Number of steps of the current or last call."""
-        return self._num_timesteps
+        return _of_a_call(self, "num_timesteps")
 
     def _denoise(
         self,
         module: nnx.Module,
-        lanes_of: Callable[[Network, Any, Mapping[str, Any]], Sequence[Lane]],
+        lanes_of: LanesOf,
         tensors: dict[str, Any],
         schedule: Schedule,
         latents: Sequence[jax.Array],
@@ -186,27 +194,33 @@ class Pipeline(LoraLoader, PretrainedMixin):
         """Run the loop under a progress bar, with the user's callback after each step.
 
         Args:
-            lanes_of: (network, parameters, tensors) -> the lanes.
+            lanes_of: (network, parameters, tensors, whether guidance is on) -> the lanes.
             tensors: what a callback may see and change besides the latents, by diffusers' names.
             latents: each lane's first sample.
+            guidance_scale: at the first step; a callback may set another one.
             guidance_interval: see `sample`.
         """
         network, params = Network.split(module)
-        lanes = lanes_of(network, params, tensors)
-        self._guidance_scale, self._num_timesteps = guidance_scale, len(schedule)
+        scale = guidance_scale
+        lanes = lanes_of(network, params, tensors, scale > 1)
+        state: dict[str, Any] = {"guidance_scale": scale, "num_timesteps": len(schedule)}
+        self._call_state = state
 
         def call_back(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
-            nonlocal lanes
+            nonlocal lanes, scale
             seen = tensors | {"latents": _join(samples)}
             given = {name: seen[name] for name in callback_inputs}
             assert callback is not None
+            self._call_state = state  # another thread's call may have put its own there
             returned = callback(self, done - 1, schedule.timesteps[done - 1].item(), dict(given))
             if not isinstance(returned, dict):
                 raise TypeError(f"callback_on_step_end must return a dict, returned {type(returned).__name__}")
             changed = {k: v for k, v in returned.items() if k in seen and v is not seen[k]}
-            if new := {k: v for k, v in changed.items() if k != "latents"}:
+            new = {k: v for k, v in changed.items() if k != "latents"}
+            before, scale = scale, state["guidance_scale"]
+            if new or (before > 1) != (scale > 1):
                 tensors.update(new)
-                lanes = lanes_of(network, params, tensors)
+                lanes = lanes_of(network, params, tensors, scale > 1)
             return _part(changed["latents"], samples) if "latents" in changed else None
 
         with tqdm(**({"total": len(schedule), "desc": self.STAGE} | self._progress_bar_config)) as bar:
@@ -218,15 +232,20 @@ class Pipeline(LoraLoader, PretrainedMixin):
             return sample(
                 network,
                 params,
-                lambda: lanes,
+                lambda: (lanes, scale if scale > 1 else None),
                 schedule,
                 latents,
                 source,
-                guidance_scale if guidance_scale > 1 else None,
                 interval=guidance_interval,
                 after=after,
                 every_step=callback is not None,
             )
+
+
+def _of_a_call(pipe: Pipeline, name: str) -> Any:
+    if name not in pipe._call_state:
+        raise AttributeError(f"{type(pipe).__name__}.{name} is there once the pipeline has been called")
+    return pipe._call_state[name]
 
 
 def _join(samples: Sequence[jax.Array]) -> np.ndarray:

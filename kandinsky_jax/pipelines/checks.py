@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kandinsky_jax.errors import shorten
+
 CALLBACK_DEFAULT = ("latents",)
 
 
@@ -140,8 +142,23 @@ def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     return array
 
 
+def halves(value: Any, name: str, images: int) -> np.ndarray:
+    """What a callback returned: one row for each image, or two where guidance is on."""
+    array = np.asarray(value)
+    if array.ndim == 0 or len(array) not in (images, 2 * images):
+        raise ValueError(
+            f"the callback's {name} has shape {array.shape}; needed are {images} rows, or {2 * images} with guidance"
+        )
+    return array
+
+
 def embeds(value: Any, name: str, dim: int) -> np.ndarray:
     """Image embeddings `[B, dim]`; a list is joined along the first axis."""
+    if isinstance(value, str):
+        raise TypeError(
+            f"{name} must be an array, got {shorten(value)!r}; a prior's output unpacks into its names, so call "
+            "decoder(**output), or decoder(*output.to_tuple())"
+        )
     parts = value if isinstance(value, list | tuple) else [value]
     if not parts:
         raise ValueError(f"{name} is an empty list")

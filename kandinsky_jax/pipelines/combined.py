@@ -22,7 +22,7 @@ from kandinsky_jax.models import (
 )
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
+from kandinsky_jax.pipelines.base import Callback, Pipeline
 from kandinsky_jax.pipelines.controlnet import (
     KandinskyV22ControlnetImg2ImgPipeline,
     KandinskyV22ControlnetPipeline,
@@ -32,6 +32,7 @@ from kandinsky_jax.pipelines.decoder import DecoderPipeline, Drawing
 from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
 from kandinsky_jax.pipelines.loading import Warmup, describe
+from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
 from kandinsky_jax.schedulers import Scheduler
@@ -75,6 +76,12 @@ class CombinedPipeline(Pipeline):
     prior_tokenizer = _component("prior_pipe", "tokenizer")
     prior_scheduler = _component("prior_pipe", "scheduler")
     prior_image_processor = _component("prior_pipe", "image_processor")
+
+    guidance_scale = _component("decoder_pipe", "guidance_scale")
+    _guidance_scale = guidance_scale
+    prior_guidance_scale = _component("prior_pipe", "guidance_scale")
+    num_timesteps = _component("decoder_pipe", "num_timesteps")
+    prior_num_timesteps = _component("prior_pipe", "num_timesteps")
 
     def __init__(
         self,

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput
+from kandinsky_jax.pipelines.base import Callback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline
 from kandinsky_jax.pipelines.img2img import FromPicture
+from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 
 OldCallback = Callable[[int, int, Any], None]
 

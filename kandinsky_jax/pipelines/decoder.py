@@ -20,7 +20,8 @@ from kandinsky_jax.models import UNet2DConditionModel, VQModel
 from kandinsky_jax.models.unet import UNetCondition
 from kandinsky_jax.noise import DECODER, Generator, noise_source
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput, Pipeline
+from kandinsky_jax.pipelines.base import Callback, Pipeline
+from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.sampling import Lane, Network, call, condition
 from kandinsky_jax.schedulers import Schedule, Scheduler
 
@@ -59,9 +60,26 @@ class Scene:
         """What a callback may see and change besides latents and embeddings, in PyTorch's order of axes."""
         return {}
 
-    def lane(self, network: Network, params: Any, tensors: Mapping[str, Any]) -> Lane:
-        """What every step is under."""
-        return Lane(self.condition(network, params, tensors["image_embeds"], hint=self.hint))
+    def lane(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> Lane:
+        """What every step is under.
+
+        Args:
+            guided: whether guidance is on; then the lane has both halves, also where the tensors have one.
+        """
+        return Lane(self.condition(network, params, self.embeds(tensors, guided), hint=self.hint))
+
+    def embeds(self, tensors: Mapping[str, Any], guided: bool) -> np.ndarray:
+        """Image embeddings `[halves * B, D]`, the negative ones first."""
+        images = len(self.start)
+        rows = checks.halves(tensors["image_embeds"], "image_embeds", images)
+        if not guided or len(rows) == 2 * images:
+            return rows
+        if tensors["negative_image_embeds"] is None:
+            raise ValueError(
+                "guidance was turned on by a callback, and there are no negative_image_embeds; give them to the call, "
+                "or return image_embeds of both, the negative ones first"
+            )
+        return np.concatenate([np.asarray(tensors["negative_image_embeds"]), rows])
 
     def condition(
         self, network: Network, params: Any, embeds: Any, hint: Any = None, channels: Any = None
@@ -135,13 +153,13 @@ class DecoderPipeline(Pipeline):
         order = self._order(len(given), **arguments)
         if negative_image_embeds is None and order.scale > 1:
             raise ValueError("negative_image_embeds is needed where guidance_scale is above 1")
-        without = given
+        repeats, negative = order.batch // len(given), None
         if negative_image_embeds is not None:
-            without = checks.embeds(negative_image_embeds, "negative_image_embeds", dim)
-        if len(without) != len(given):
-            raise ValueError(f"negative_image_embeds has {len(without)} rows, image_embeds has {len(given)}")
-        repeats = order.batch // len(given)
-        return self._draw(order, np.repeat(given, repeats, axis=0), np.repeat(without, repeats, axis=0)).result()
+            negative = checks.embeds(negative_image_embeds, "negative_image_embeds", dim)
+            if len(negative) != len(given):
+                raise ValueError(f"negative_image_embeds has {len(negative)} rows, image_embeds has {len(given)}")
+            negative = np.repeat(negative, repeats, axis=0)
+        return self._draw(order, np.repeat(given, repeats, axis=0), negative).result()
 
     def _order(
         self,
@@ -229,8 +247,8 @@ class DecoderPipeline(Pipeline):
 
     # The loop, and after it ---------------------------------------------------------------------------------------
 
-    def _draw(self, order: Order, image_embeds: np.ndarray, negative: np.ndarray) -> Drawing:
-        """Draw what was ordered, for embeddings of one row per picture."""
+    def _draw(self, order: Order, image_embeds: np.ndarray, negative: np.ndarray | None) -> Drawing:
+        """Draw what was ordered, for embeddings of one row per picture; negative ones are needed for guidance."""
         source = noise_source(order.generator, order.batch, DECODER)
         if order.latents is None:
             noise = source.initial((order.batch, order.h, order.w, self.movq.config.latent_channels))[0]
@@ -238,11 +256,14 @@ class DecoderPipeline(Pipeline):
             noise = jnp.asarray(order.latents.transpose(0, 2, 3, 1))
         scene = self._scene(order, noise)
         # The reference's names and order of rows: negative ones first.
-        rows = np.concatenate([negative, image_embeds]) if order.scale > 1 else image_embeds
+        rows = image_embeds
+        if order.scale > 1:
+            assert negative is not None
+            rows = np.concatenate([negative, image_embeds])
         tensors = {"image_embeds": rows, "negative_image_embeds": negative} | scene.tensors()
         [sample] = self._denoise(
             self.unet,
-            lambda network, params, tensors: [scene.lane(network, params, tensors)],
+            lambda network, params, tensors, guided: [scene.lane(network, params, tensors, guided)],
             tensors,
             order.schedule,
             [scene.start],

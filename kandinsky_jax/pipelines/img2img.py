@@ -12,8 +12,9 @@ import jax
 
 from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
-from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput
+from kandinsky_jax.pipelines.base import Callback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Order, Scene
+from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.schedulers.base import mix
 
 

@@ -15,8 +15,10 @@ import numpy as np
 
 from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
-from kandinsky_jax.pipelines.base import Callback, ImagePipelineOutput
+from kandinsky_jax.pipelines import checks
+from kandinsky_jax.pipelines.base import Callback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Order, Scene
+from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.sampling import Blend, Lane, Network
 from kandinsky_jax.schedulers import ROWS
 
@@ -34,12 +36,15 @@ class Hole(Scene):
         rows = 1 + self.doubled
         return {"masked_image": np.tile(masked, (rows, 1, 1, 1)), "mask_image": np.tile(keep, (rows, 1, 1, 1))}
 
-    def lane(self, network: Network, params: Any, tensors: Mapping[str, Any]) -> Lane:
+    def lane(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> Lane:
+        images, embeds = len(self.start), self.embeds(tensors, guided)
         masked, keep = (
-            np.asarray(tensors[name], np.float32).transpose(0, 2, 3, 1) for name in ("masked_image", "mask_image")
+            checks.halves(tensors[name], name, images).astype(np.float32).transpose(0, 2, 3, 1)
+            for name in ("masked_image", "mask_image")
         )
-        channels = np.concatenate([masked, keep], axis=-1)  # [B or 2B, h, w, 5]
-        condition = self.condition(network, params, tensors["image_embeds"], channels=channels)
+        # A callback that turns guidance on or off may have halved or doubled some of the tensors, and not the others.
+        both = [np.tile(x, (2, 1, 1, 1))[-len(embeds) :] for x in (masked, keep)]
+        condition = self.condition(network, params, embeds, channels=np.concatenate(both, axis=-1))
         return Lane(condition, self._blend(keep))
 
     def finish(self, sample: jax.Array, tensors: Mapping[str, Any]) -> jax.Array:

@@ -23,19 +23,13 @@ from kandinsky_jax.models.prior import PriorCondition
 from kandinsky_jax.noise import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Late, Pipeline
+from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky_jax.sampling import Lane, Network, call, condition, place_halves
 from kandinsky_jax.schedulers import Schedule, Scheduler
 from kandinsky_jax.schedulers.base import mix
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
-
-
-class KandinskyPriorPipelineOutput(NamedTuple):
-    """image_embeds, negative_image_embeds: `[B, D]`, what the decoders take."""
-
-    image_embeds: Any
-    negative_image_embeds: Any
 
 
 class Encoded(NamedTuple):
@@ -270,10 +264,18 @@ class PriorPipeline(Pipeline):
         tensors = self._encode_prompts(wish.prompts, wish.negatives, wish.repeats, guided=wish.scale > 1)
         first = dict(tensors)
 
-        def lanes_of(network: Network, params: Any, tensors: Mapping[str, Any]) -> list[Lane]:
+        def lanes_of(network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> list[Lane]:
+            images = wish.images * wish.lanes
+            rows = {name: checks.halves(tensors[name], name, images) for name in first}
             # A callback may have put something else in the empty prompt's place.
-            empty = wish.negatives is None and all(tensors[name] is rows for name, rows in first.items())
-            lanes = [_lane(tensors, wish.lanes, i, wish.images) for i in range(wish.lanes)]
+            empty = wish.negatives is None and all(tensors[name] is given for name, given in first.items())
+            if not guided:
+                rows = {name: x[-images:] for name, x in rows.items()}
+            elif any(len(x) == images for x in rows.values()):  # a callback has turned guidance on
+                both = self._encode_prompts(wish.prompts, wish.negatives, wish.repeats, guided=True)
+                rows = {k: np.concatenate([both[k][:images], x]) if len(x) == images else x for k, x in rows.items()}
+                empty = wish.negatives is None
+            lanes = [_lane(rows, wish.lanes, i, wish.images) for i in range(wish.lanes)]
             return [Lane(self._condition(network, params, halves, empty)) for halves in lanes]
 
         samples = self._denoise(
@@ -395,8 +397,8 @@ def _joined(first: PriorCondition, second: PriorCondition) -> PriorCondition:
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, second)
 
 
-def _lane(tensors: Mapping[str, Any], lanes: int, lane: int, images: int) -> list[list[jax.Array]]:
+def _lane(tensors: Mapping[str, np.ndarray], lanes: int, lane: int, images: int) -> list[list[jax.Array]]:
     """One lane's rows of the conditioning tensors, `[images, ...]` each; the unconditional half before the other."""
-    arrays = [np.asarray(tensors[n]) for n in ("prompt_embeds", "text_encoder_hidden_states", "text_mask")]
+    arrays = [tensors[n] for n in ("prompt_embeds", "text_encoder_hidden_states", "text_mask")]
     halves = zip(*(array.reshape(-1, lanes, images, *array.shape[1:])[:, lane] for array in arrays), strict=True)
     return [[jnp.asarray(rows) for rows in half] for half in halves]

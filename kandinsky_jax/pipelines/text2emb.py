@@ -7,7 +7,8 @@ from typing import Any
 
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines.base import Callback
-from kandinsky_jax.pipelines.prior import KandinskyPriorPipelineOutput, PriorPipeline
+from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
+from kandinsky_jax.pipelines.prior import PriorPipeline
 
 
 class KandinskyV22PriorPipeline(PriorPipeline):

@@ -1,0 +1,77 @@
+"""What pipelines return: objects that behave as diffusers' `BaseOutput` does.
+
+By name they are a dictionary (`out["images"]`, `pipe(**prior(prompt))`), by number a tuple (`out[0]`), and each value
+is an attribute (`out.images`). As in diffusers, iterating gives the names, so unpacking is
+`embeds, negative = prior(prompt).to_tuple()`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import Any, NoReturn
+
+import jax
+
+
+class BaseOutput(OrderedDict[str, Any]):
+    """Base of the outputs, whose subclasses are dataclasses and pytrees of JAX.
+
+    Fields that are None are attributes, but no items. Values may be replaced, not removed.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        jax.tree_util.register_pytree_with_keys(
+            cls,
+            lambda output: (tuple((jax.tree_util.DictKey(k), v) for k, v in output.items()), tuple(output.keys())),
+            lambda names, values: cls(**dict(zip(names, values, strict=True))),
+        )
+
+    def __post_init__(self) -> None:
+        for name in _fields(self):
+            if (value := getattr(self, name)) is not None:
+                self[name] = value
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values in the order of the fields."""
+        return tuple(self.values())
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self and value is not None:
+            super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+    def __reduce__(self) -> Any:
+        return type(self), tuple(getattr(self, name) for name in _fields(self))
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"items of a {type(self).__name__} cannot be removed or merged; dict(output) makes a copy")
+
+    __delitem__ = pop = popitem = clear = update = setdefault = _refuse
+
+
+def _fields(output: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(output)]
+
+
+@dataclasses.dataclass
+class ImagePipelineOutput(BaseOutput):
+    """images: a list of PIL pictures, or an array, as `output_type` asks."""
+
+    images: Any
+
+
+@dataclasses.dataclass
+class KandinskyPriorPipelineOutput(BaseOutput):
+    """image_embeds, negative_image_embeds: `[B, D]`, what the decoders take."""
+
+    image_embeds: Any
+    negative_image_embeds: Any
