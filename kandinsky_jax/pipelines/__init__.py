@@ -9,10 +9,12 @@ from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.pipelines.combined import (
     CombinedPipeline,
     KandinskyV22CombinedPipeline,
-    KandinskyV22ControlnetCombinedPipeline,
-    KandinskyV22ControlnetImg2ImgCombinedPipeline,
     KandinskyV22Img2ImgCombinedPipeline,
     KandinskyV22InpaintCombinedPipeline,
+)
+from kandinsky_jax.pipelines.combined_controlnet import (
+    KandinskyV22ControlnetCombinedPipeline,
+    KandinskyV22ControlnetImg2ImgCombinedPipeline,
 )
 from kandinsky_jax.pipelines.controlnet import KandinskyV22ControlnetImg2ImgPipeline, KandinskyV22ControlnetPipeline
 from kandinsky_jax.pipelines.emb2emb import KandinskyV22PriorEmb2EmbPipeline

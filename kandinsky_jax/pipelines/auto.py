@@ -14,10 +14,12 @@ from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.pipelines.combined import (
     CombinedPipeline,
     KandinskyV22CombinedPipeline,
-    KandinskyV22ControlnetCombinedPipeline,
-    KandinskyV22ControlnetImg2ImgCombinedPipeline,
     KandinskyV22Img2ImgCombinedPipeline,
     KandinskyV22InpaintCombinedPipeline,
+)
+from kandinsky_jax.pipelines.combined_controlnet import (
+    KandinskyV22ControlnetCombinedPipeline,
+    KandinskyV22ControlnetImg2ImgCombinedPipeline,
 )
 
 

@@ -1,7 +1,7 @@
 """prompt -> picture: a prior and a decoder in one call, for every mode of the decoder.
 
 Reference: diffusers' KandinskyV22CombinedPipeline, KandinskyV22Img2ImgCombinedPipeline and
-KandinskyV22InpaintCombinedPipeline. diffusers has no combined pipeline for controlnets; those here follow the others.
+KandinskyV22InpaintCombinedPipeline. Those for controlnets are in `combined_controlnet`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ from kandinsky_jax.models import (
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Pipeline
-from kandinsky_jax.pipelines.controlnet import (
-    KandinskyV22ControlnetImg2ImgPipeline,
-    KandinskyV22ControlnetPipeline,
-    OldCallback,
-)
+from kandinsky_jax.pipelines.controlnet import OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Drawing
 from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
@@ -384,123 +380,4 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             paste_back=paste_back,
-        ).result()
-
-
-class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
-    """Draws pictures for prompts, laid out as depth hints say. Components: see `CombinedPipeline`."""
-
-    REPOSITORY: ClassVar[str] = hub.CONTROLNET
-    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22ControlnetPipeline
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        hint: Any,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        height: int = 512,
-        width: int = 512,
-        prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25,
-        generator: Generator = None,
-        latents: Any = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        prior_callback_on_step_end: Callback | None = None,
-        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures.
-
-        Args:
-            hint: see `KandinskyV22ControlnetPipeline`; one for all, one per prompt, or one per picture.
-            the others: see `KandinskyV22CombinedPipeline`.
-        """
-        return self.draw(
-            prompt,
-            hint=hint,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
-            prior_guidance_scale=prior_guidance_scale,
-            prior_num_inference_steps=prior_num_inference_steps,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-            prior_callback_on_step_end=prior_callback_on_step_end,
-            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        ).result()
-
-
-class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
-    """Redraws pictures after prompts, laid out as depth hints say. Components: see `CombinedPipeline`."""
-
-    REPOSITORY: ClassVar[str] = hub.CONTROLNET
-    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22ControlnetImg2ImgPipeline
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        image: Any,
-        hint: Any,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        strength: float = 0.3,
-        num_images_per_prompt: int = 1,
-        height: int = 512,
-        width: int = 512,
-        prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25,
-        generator: Generator = None,
-        latents: Any = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        prior_callback_on_step_end: Callback | None = None,
-        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Redraw pictures.
-
-        Args:
-            image, strength: see `KandinskyV22Img2ImgPipeline`.
-            hint: see `KandinskyV22ControlnetPipeline`.
-            the others: see `KandinskyV22CombinedPipeline`.
-        """
-        return self.draw(
-            prompt,
-            image=image,
-            hint=hint,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            strength=strength,
-            num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
-            prior_guidance_scale=prior_guidance_scale,
-            prior_num_inference_steps=prior_num_inference_steps,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-            prior_callback_on_step_end=prior_callback_on_step_end,
-            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         ).result()
