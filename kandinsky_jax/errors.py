@@ -22,6 +22,11 @@ def shorten(value: object, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def quote(value: object, limit: int = 120) -> str:
+    """`repr` of a value as `shorten` makes it: strings have quotation marks."""
+    return shorten(repr(value), limit) if isinstance(value, str) else shorten(value, limit)
+
+
 def summarize(faults: Sequence[str], limit: int = MAX_MESSAGE - 100, separator: str = "; ") -> str:
     """The first faults, as many as fit into `limit` characters, and how many more there are."""
     shown: list[str] = []

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.errors import MAX_MESSAGE, shorten
 
 MAX_BYTES = 64 << 20  # of a file that is read whole: the official tokenizer's largest is 2 MB
 MAX_DEPTH = 64  # of JSON; what walks through it afterwards may recurse
@@ -24,8 +24,9 @@ class ReadError(ValueError):
 
 
 def of_file(path: str | os.PathLike[str], reason: object) -> str:
-    """A message about a file: its path, shortened where it is very long, and the reason."""
-    return f"{shorten(os.fspath(path), 240)} {shorten(reason, 200)}"
+    """A message about a file, of at most `MAX_MESSAGE` characters where the path is not very long."""
+    where = shorten(os.fspath(path), 240)
+    return f"{where} {shorten(reason, max(200, MAX_MESSAGE - len(where)))}"
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:

@@ -47,7 +47,9 @@ def test_configs(cls):
     assert cls.CONFIG.from_dict(raw | ignored) == config
     assert cls.CONFIG.from_dict(config.to_dict()) == config
     wrong = dict.fromkeys(cls.CONFIG.FIXED, "something else") | {"new_field": 1, "newer_field": 2}
-    with pytest.raises(ConfigError) as raised:
+    for field, value in wrong.items():
+        with pytest.raises(ConfigError, match=rf"{field}="):
+            cls.CONFIG.from_dict(raw | {field: value})
+    with pytest.raises(ConfigError, match=rf"; {min(wrong)}=|and \d+ more") as raised:
         cls.CONFIG.from_dict(raw | wrong)
-    for field in wrong:
-        assert f"{field}=" in str(raised.value)
+    assert len(str(raised.value)) < 500

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.errors import quote
+from kandinsky_jax.fields import Bounds
 from kandinsky_jax.models.attention import attend
-from kandinsky_jax.models.config import ConfigError, NetworkConfig
+from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import (
     ACTIVATIONS,
     Rngs,
@@ -49,11 +51,15 @@ class _CLIPConfig(NetworkConfig):
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
-    def __post_init__(self) -> None:
+    BOUNDS: ClassVar[Bounds] = dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"), (-1, 1 << 20))
+
+    def faults(self) -> list[str]:
+        faults = []
         if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(f"hidden_act={self.hidden_act!r} is not supported, only {sorted(ACTIVATIONS)}")
+            faults.append(f"hidden_act={quote(self.hidden_act)} is not supported, only {sorted(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(f"hidden_size={self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+            faults.append(f"hidden_size={self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+        return faults
 
     def to_dict(self) -> dict:
         # transformers names the network under `architectures`, not under `_class_name`.

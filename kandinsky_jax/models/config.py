@@ -11,9 +11,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
+from kandinsky_jax.errors import quote, shorten, summarize
+from kandinsky_jax.fields import Bounds, field_faults
+from kandinsky_jax.reading import of_file
+
 
 class ConfigError(ValueError):
     """A configuration that this library cannot follow faithfully."""
+
+
+MAX_BLOCKS = 16
+_SIZES = (1, 1 << 20)  # of a network's whole numbers: the official ones' largest is a vocabulary of 49,408
+_LAYERS: Bounds = dict.fromkeys(("num_layers", "num_hidden_layers", "layers_per_block"), (0, 1000))
 
 
 def _freeze(value: Any) -> Any:
@@ -32,6 +41,19 @@ class NetworkConfig:
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     IGNORED: ClassVar[frozenset[str]] = frozenset()
     CLASS_NAME: ClassVar[str] = ""
+    BOUNDS: ClassVar[Bounds] = {}  # of numbers, beside `_SIZES`
+
+    def __post_init__(self) -> None:
+        whole = {field.name: _SIZES for field in dataclasses.fields(self) if "int" in str(field.type)}
+        faults = field_faults(self, {**whole, **_LAYERS, **self.BOUNDS})
+        if not faults:
+            faults = self.faults()
+        if faults:
+            raise ConfigError(summarize(faults))
+
+    def faults(self) -> list[str]:
+        """What is wrong with a configuration whose fields have the right types."""
+        return []
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
@@ -52,16 +74,18 @@ class NetworkConfig:
             if name in names:
                 known[name] = value
             elif name not in cls.FIXED:
-                faults.append(f"{name}={given!r} is a field this version does not know")
+                faults.append(f"{shorten(name)}={quote(given)} is a field this version does not know")
             elif value not in cls.FIXED[name]:
                 allowed = " or ".join(repr(v) for v in cls.FIXED[name])
-                faults.append(f"{name}={given!r} is not supported, only {allowed}")
+                faults.append(f"{name}={quote(given)} is not supported, only {allowed}")
         if not faults:
             try:
                 return cls(**known)
             except ConfigError as error:
                 faults.append(str(error))
-        raise ConfigError(f"{source} describes a {cls.CLASS_NAME} that cannot be built here: " + "; ".join(faults))
+        raise ConfigError(
+            of_file(source, f"describes a {cls.CLASS_NAME} that cannot be built here: {summarize(faults)}")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as the reference would write it, ready for `json.dump`."""
@@ -76,7 +100,9 @@ def block_faults(config: Any) -> list[str]:
     block_out_channels."""
     faults = []
     for field, allowed in (("down_block_types", config.DOWN), ("up_block_types", config.UP)):
-        faults += [f"{field} has {n!r}, supported: {allowed}" for n in getattr(config, field) if n not in allowed]
+        faults += [f"{field} has {quote(n)}, supported: {allowed}" for n in getattr(config, field) if n not in allowed]
+    if len(config.block_out_channels) > MAX_BLOCKS:
+        faults.append(f"block_out_channels has {len(config.block_out_channels)} items, supported: up to {MAX_BLOCKS}")
     if not len(config.down_block_types) == len(config.up_block_types) == len(config.block_out_channels):
         faults.append("down_block_types, up_block_types and block_out_channels differ in length")
     return faults

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.models.attention import attend
-from kandinsky_jax.models.config import ConfigError, NetworkConfig, block_faults
+from kandinsky_jax.models.config import NetworkConfig, block_faults
 from kandinsky_jax.models.layers import GroupNorm, Rngs, conv, dtype_of, embed, linear, upsample_nearest
 
 EPS = 1e-6
@@ -50,9 +50,8 @@ class MoVQConfig(NetworkConfig):
     sample_size: int = 32  # neither this nor the scaling factor is read by the Kandinsky 2.2 pipelines
     scaling_factor: float = 0.18215
 
-    def __post_init__(self) -> None:
-        if faults := block_faults(self):
-            raise ConfigError("; ".join(faults))
+    def faults(self) -> list[str]:
+        return block_faults(self)
 
     @property
     def embed_dim(self) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.models.attention import attend, attend_after
-from kandinsky_jax.models.config import ConfigError, NetworkConfig
+from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import (
     Rngs,
     TimestepEmbedding,
@@ -57,9 +57,9 @@ class PriorConfig(NetworkConfig):
     embedding_proj_dim: int | None = None
     clip_embed_dim: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.additional_embeddings != 4:
-            raise ConfigError(f"additional_embeddings={self.additional_embeddings} is not supported, only 4")
+    def faults(self) -> list[str]:
+        given = self.additional_embeddings
+        return [] if given == 4 else [f"additional_embeddings={given} is not supported, only 4"]
 
 
 class GELU(nnx.Module):

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from kandinsky_jax.models.config import ConfigError, NetworkConfig, block_faults
+from kandinsky_jax.errors import quote
+from kandinsky_jax.models.config import NetworkConfig, block_faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +75,17 @@ class UNetConfig(NetworkConfig):
     time_embedding_dim: int | None = None
     addition_embed_type: str = "image"
 
-    def __post_init__(self) -> None:
+    def faults(self) -> list[str]:
         faults = block_faults(self)
         if self.addition_embed_type not in ("image", "image_hint"):
-            faults.append(f"addition_embed_type={self.addition_embed_type!r} is not supported, only image, image_hint")
-        for field in ("layers_per_block", "cross_attention_dim", "attention_head_dim"):
-            if not isinstance(getattr(self, field), int):
-                faults.append(f"{field}={getattr(self, field)!r} is not supported, only one number for all blocks")
+            given = quote(self.addition_embed_type)
+            faults.append(f"addition_embed_type={given} is not supported, only image, image_hint")
         cross = {
             w for w, kind in zip(self.block_out_channels, self.down_block_types, strict=False) if kind == self.DOWN[1]
         }
-        if isinstance(self.attention_head_dim, int) and (odd := [w for w in cross if w % self.attention_head_dim]):
+        if odd := [w for w in cross if w % self.attention_head_dim]:
             faults.append(f"block_out_channels has {odd}, no multiples of attention_head_dim={self.attention_head_dim}")
-        if faults:
-            raise ConfigError("; ".join(faults))
+        return faults
 
     @property
     def takes_hint(self) -> bool:

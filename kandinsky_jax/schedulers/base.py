@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kandinsky_jax.errors import quote, shorten, summarize
+from kandinsky_jax.fields import Bounds, field_faults
+from kandinsky_jax.reading import ReadError, of_file, read_json_object
 from kandinsky_jax.schedulers.noise_schedule import (
     SPACINGS,
     SchedulerError,
@@ -39,6 +42,7 @@ _FOREIGN = frozenset(
 )
 _UNSET = "_use_default_values"  # diffusers' name for the fields that a configuration did not name
 _INTERNAL = ("extra", "unset")
+MAX_TRAIN_TIMESTEPS = 10_000  # the tables of the forward process are this long; the longest known is 4,000
 # Ours: diffusers takes these as arguments of `step` or `set_timesteps`. Saved only where they are set.
 STEP_ARGUMENTS = frozenset({"eta", "use_clipped_model_output", "custom_timesteps", "custom_sigmas", "tau_func"})
 
@@ -65,23 +69,44 @@ class Scheduler:
     # Other solvers' values, which configurations carry from one to the other, and what they are here.
     SYNONYMS: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
 
+    # The range of a number, where any other one is a mistake.
+    BOUNDS: ClassVar[Bounds] = {
+        "num_train_timesteps": (1, MAX_TRAIN_TIMESTEPS),
+        "steps_offset": (-MAX_TRAIN_TIMESTEPS, MAX_TRAIN_TIMESTEPS),
+        "beta_start": (0, 1),
+        "beta_end": (0, 1),
+        "trained_betas": (0, 1),
+        "clip_sample_range": (0, np.inf),
+        "dynamic_thresholding_ratio": (0, 1),
+        "sample_max_value": (0, np.inf),
+        "sigma_min": (0, np.inf),
+        "sigma_max": (0, np.inf),
+    }
+
     num_train_timesteps: int = 1000
     extra: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), kw_only=True, repr=False)
     unset: frozenset[str] | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for field in self.fields():
+            object.__setattr__(self, field.name, _freeze(getattr(self, field.name)))
+        faults = field_faults(
+            self, self.BOUNDS, (*_INTERNAL, "custom_timesteps", "custom_sigmas"), ("lambda_min_clipped",)
+        )
+        if faults:
+            raise SchedulerError(f"{type(self).__name__}: {summarize(faults)}")
         if self.unset is None:
             unset = {f.name for f in self.fields() if getattr(self, f.name) == f.default}
             object.__setattr__(self, "unset", frozenset(unset))
         for name, synonyms in self.SYNONYMS.items():
             object.__setattr__(self, name, synonyms.get(getattr(self, name), getattr(self, name)))
         faults = [
-            f"{name}={getattr(self, name)!r} is not supported, only {', '.join(map(repr, allowed))}"
+            f"{name}={quote(getattr(self, name))} is not supported, only {', '.join(map(repr, allowed))}"
             for name, allowed in self.CHOICES.items()
             if hasattr(self, name) and getattr(self, name) not in allowed
         ]
         if faults:
-            raise SchedulerError(f"{type(self).__name__}: " + "; ".join(faults))
+            raise SchedulerError(f"{type(self).__name__}: {summarize(faults)}")
 
     def schedule(self, num_inference_steps: int, begin: int = 0) -> Schedule:
         """The table for this number of steps.
@@ -109,11 +134,12 @@ class Scheduler:
 
     def _check_steps(self, steps: Any, least: int = 1, most: int = ROWS) -> int:
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
-            raise SchedulerError(f"num_inference_steps must be an integer, got {steps!r}")
+            raise SchedulerError(f"num_inference_steps must be an integer, got {quote(steps)}")
         most = min(self.num_train_timesteps, most)
         if not least <= steps <= most:
             raise SchedulerError(
-                f"num_inference_steps={steps} is out of range for {type(self).__name__}, which takes {least} to {most}"
+                f"num_inference_steps={shorten(steps)} is out of range for {type(self).__name__}, "
+                f"which takes {least} to {most}"
             )
         return int(steps)
 
@@ -158,18 +184,28 @@ class Scheduler:
         if unknown := changes.keys() - names:
             wrong = min(unknown)
             raise SchedulerError(f"{cls.__name__} has no field {wrong!r}; {near(wrong, names)}")
-        unset = set(config.get(_UNSET, ())) - changes.keys()
+        listed = config.get(_UNSET) or ()
+        if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+            raise SchedulerError(f"{cls.__name__}: {_UNSET} must be a list of fields' names, got {shorten(listed)}")
+        unset = set(listed) - changes.keys()
         raw = {k: v for k, v in {**config, **changes}.items() if not k.startswith("_") and k not in unset}
         if strange := raw.keys() - names - _FOREIGN:
-            warnings.warn(f"no scheduler knows {sorted(strange)}, which {cls.__name__} does not use", stacklevel=2)
+            unknown_names = shorten(sorted(strange), 240)
+            warnings.warn(f"no scheduler knows {unknown_names}, which {cls.__name__} does not use", stacklevel=2)
         own = {k: _freeze(v) for k, v in raw.items() if k in names and v is not None}
         extra = tuple(sorted((k, _freeze(v)) for k, v in raw.items() if k not in names))
         return cls(**own, extra=extra, unset=frozenset(names - own.keys()))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read `scheduler_config.json` from a folder."""
-        return cls.from_config(json.loads((Path(folder) / "scheduler_config.json").read_text()))
+        """Read `scheduler_config.json` from a folder; SchedulerError where it is missing or damaged."""
+        path = Path(folder) / "scheduler_config.json"
+        try:
+            return cls.from_config(read_json_object(path))
+        except FileNotFoundError:
+            raise SchedulerError(of_file(path, "is missing")) from None
+        except (ReadError, SchedulerError) as error:
+            raise SchedulerError(of_file(path, error)) from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `scheduler_config.json`, for this library or diffusers, into `folder` (made where it is missing)."""
@@ -270,11 +306,13 @@ class BetaScheduler(Scheduler):
         except (TypeError, ValueError):
             values = np.zeros(0)
         if values.ndim != 1 or not values.size or not np.isfinite(values).all() or (np.diff(values) >= 0).any():
-            raise SchedulerError(f"{name} must be falling numbers, got {given!r}")
+            raise SchedulerError(f"{name} must be falling numbers, got {quote(given)}")
         if name == "custom_timesteps" and not 0 <= values[-1] <= values[0] <= self.num_train_timesteps - 1:
-            raise SchedulerError(f"custom_timesteps must lie in 0 to {self.num_train_timesteps - 1}, got {given!r}")
+            raise SchedulerError(
+                f"custom_timesteps must lie in 0 to {self.num_train_timesteps - 1}, got {quote(given)}"
+            )
         if values[-1] < 0:
-            raise SchedulerError(f"{name} must not be negative, got {given!r}")
+            raise SchedulerError(f"{name} must not be negative, got {quote(given)}")
         return values
 
     def limits(self) -> dict[str, Any]:

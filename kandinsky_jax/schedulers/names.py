@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kandinsky_jax.errors import quote
+from kandinsky_jax.reading import of_file
 from kandinsky_jax.schedulers.base import Scheduler, near
 from kandinsky_jax.schedulers.consistency import LCMScheduler, TCDScheduler
 from kandinsky_jax.schedulers.ddim import DDIMScheduler
@@ -66,9 +68,13 @@ SCHEDULERS: dict[str, type[Scheduler]] = {cls.__name__: cls for cls, _ in NAMES.
 def scheduler_from_config(config: Mapping[str, Any], source: str = "scheduler_config.json") -> Scheduler:
     """The scheduler that a `scheduler_config.json` names in `_class_name`."""
     name = config.get("_class_name")
-    if name not in SCHEDULERS:
-        raise SchedulerError(f"{source} names the scheduler {name!r}, which is not supported; {near(name, SCHEDULERS)}")
-    return SCHEDULERS[name].from_config(config)
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        given, known = quote(name, 60), near(name, SCHEDULERS)
+        raise SchedulerError(of_file(source, f"names the scheduler {given}, which is not supported; {known}"))
+    try:
+        return SCHEDULERS[name].from_config(config)
+    except SchedulerError as error:
+        raise SchedulerError(of_file(source, error)) from None
 
 
 def scheduler_named(name: str, config: Mapping[str, Any]) -> Scheduler:

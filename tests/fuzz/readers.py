@@ -1,0 +1,5 @@
+"""All readers that are fuzzed."""
+
+from tests.fuzz import models
+
+READERS = models.READERS
