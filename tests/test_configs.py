@@ -50,6 +50,6 @@ def test_configs(cls):
     for field, value in wrong.items():
         with pytest.raises(ConfigError, match=rf"{field}="):
             cls.CONFIG.from_dict(raw | {field: value})
-    with pytest.raises(ConfigError, match=rf"; {min(wrong)}=|and \d+ more") as raised:
+    with pytest.raises(ConfigError, match=r"newer_field=2 is a field|and \d+ more") as raised:
         cls.CONFIG.from_dict(raw | wrong)
     assert len(str(raised.value)) < 500
