@@ -1,24 +1,28 @@
 """A job's rows, read from JSONL, CSV, Parquet or plain text, on this machine or at any URL that fsspec knows.
 
 A file is read whole once (`scan`): how many rows it has, where they begin, which identifiers are taken twice, and its
-SHA-256. After that, any slice of it is read by itself, so that a host reads what it draws.
+SHA-256. After that, any slice of it is read by itself, so that a host reads what it generates.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
+import itertools
+import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import fsspec
 import numpy as np
 
+from kandinsky_jax.batch import parquet_rows, text_rows
+from kandinsky_jax.batch.text_rows import STRIDE, Raw
+from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
+
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-STRIDE = 256  # rows from one known place of a text file to the next
 # The columns that a job may have, and what they mean.
 COLUMNS = {
     "id": "letters, digits, - and _; names the picture; default: the row's number",
@@ -41,19 +45,27 @@ COLUMNS = {
 
 
 class JobError(ValueError):
-    """What is wrong with a job as a whole, one fault a line."""
+    """What is wrong with a job as a whole, one fault a line; `faults` has them all."""
 
     def __init__(self, faults: list[str]):
         self.faults = faults
-        super().__init__("this job cannot be run:\n  " + "\n  ".join(faults))
+        super().__init__("this job cannot be run:\n  " + summarize(faults, MAX_MESSAGE, separator="\n  "))
 
 
-class Raw(NamedTuple):
-    """A row as it was found: its values, or what is wrong with it."""
+class RowNumbers(Set[int]):
+    """A set of row numbers that takes a byte for each row of the file, and not for each of its members."""
 
-    number: int
-    values: dict[str, Any]
-    fault: str | None = None
+    def __init__(self, which: np.ndarray):
+        self._which = which  # bool [rows]
+
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int) and 0 <= number < len(self._which) and bool(self._which[number])
+
+    def __iter__(self) -> Iterator[int]:
+        return map(int, np.flatnonzero(self._which))
+
+    def __len__(self) -> int:
+        return int(self._which.sum())
 
 
 @dataclass
@@ -65,37 +77,40 @@ class RowFile:
     count: int = 0
     sha256: str = ""
     columns: list[str] = field(default_factory=list)  # of a CSV or Parquet file
-    taken: frozenset[int] = frozenset()  # rows whose id an earlier row has
+    taken: Set[int] = frozenset()  # rows whose id an earlier row has
     starts: array = field(default_factory=lambda: array("q"))  # where every STRIDE-th row begins, in bytes
+    newline: str = "\n"  # of a text file
+    _reader: parquet_rows.ParquetReader | None = field(default=None, repr=False)  # which goes on where it was
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def read(self, first: int, count: int) -> Iterator[Raw]:
-        """The rows first .. first + count - 1."""
-        count = min(count, self.count - first)
-        rows = self._parquet(first) if self.kind == "parquet" else self._text(first)
-        for _ in range(count):
-            yield next(rows)
+        """The rows first .. first + count - 1.
+
+        Raises:
+            JobError: where the file is no longer what was scanned.
+        """
+        number, end = first, min(first + count, self.count)
+        rows = self._parquet(first, end - first) if self.kind == "parquet" else self._text(first)
+        for raw in itertools.islice(rows, max(0, end - first)):
+            yield raw
+            number += 1
+        if number < end:
+            raise JobError([f"{self.path} ends before its row {number}; it has changed since this job began"])
 
     def _text(self, first: int) -> Iterator[Raw]:
         known = first // STRIDE
         with fsspec.open(self.path, "rb") as file:
             file.seek(self.starts[known])
-            for number, _, values, fault in _parse(self.kind, file, self.columns, known * STRIDE):
-                if number >= first:
-                    yield Raw(number, values, fault)
+            for raw in text_rows.read(self.kind, file, self.newline, self.columns, known * STRIDE):
+                if raw.number >= first:
+                    yield raw
 
-    def _parquet(self, first: int) -> Iterator[Raw]:
-        with fsspec.open(self.path, "rb") as file:
-            table = parquet().ParquetFile(file)
-            number = 0
-            for group in range(table.num_row_groups):
-                rows = table.metadata.row_group(group).num_rows
-                if number + rows <= first:
-                    number += rows
-                    continue
-                for part in table.iter_batches(batch_size=STRIDE, row_groups=[group]):
-                    for values in part.slice(max(0, first - number)).to_pylist():
-                        yield Raw(max(number, first), values)
-                        number = max(number, first) + 1
+    def _parquet(self, first: int, count: int) -> Iterator[Raw]:
+        with self._lock:
+            reader, self._reader = self._reader, None
+        reader = reader or parquet_rows.ParquetReader(fsspec.open(self.path, "rb").open())
+        yield from reader.rows(first, count)
+        self._reader = reader
 
 
 def parquet() -> Any:
@@ -118,14 +133,17 @@ def scan(path: str) -> RowFile:
         raise JobError([f"{path} should end in one of {', '.join(FORMATS)}"])
     found = RowFile(path, FORMATS[suffix])
     try:
-        _scan_parquet(found) if found.kind == "parquet" else _scan_text(found)
+        marks = _scan_parquet(found) if found.kind == "parquet" else _scan_text(found)
+        faults = _faults(found)
+        if marks is not None and not faults:
+            found.taken = RowNumbers(_taken(found, marks))
     except JobError:
         raise
     except FileNotFoundError:
         raise JobError([f"there is no file {path}"]) from None
     except Exception as error:  # whatever a remote file system or a broken Parquet file raises
-        raise JobError([f"{path} cannot be read: {type(error).__name__}: {error}"]) from None
-    if faults := _faults(found):
+        raise JobError([f"{path} cannot be read: {type(error).__name__}: {shorten(str(error), 250)}"]) from None
+    if faults:
         raise JobError([f"{path}: {fault}" for fault in faults])
     return found
 
@@ -146,37 +164,31 @@ def _faults(found: RowFile) -> list[str]:
     return faults
 
 
-def _scan_text(found: RowFile) -> None:
-    digest, ids = hashlib.sha256(), array("Q")
+def _scan_text(found: RowFile) -> np.ndarray:
+    digest = hashlib.sha256()
     with fsspec.open(found.path, "rb") as file:
-        lines = _Hashed(file, digest)
-        for number, start, values, _ in _parse(found.kind, lines, found.columns, 0):
-            if number % STRIDE == 0:
-                found.starts.append(start)
-            ids.append(_mark(values.get("id"), number))
-            found.count = number + 1
-    found.sha256, found.taken = digest.hexdigest(), _repeated(ids)
+        layout = text_rows.TextLayout.of(file)
+        scanned = text_rows.scan(found.kind, file, layout, digest.update, default_id)
+    found.columns, found.starts, found.newline = scanned.columns, array("q", scanned.starts), layout.newline
+    found.sha256, found.count = digest.hexdigest(), len(scanned.marks)
+    return scanned.marks
 
 
-def _scan_parquet(found: RowFile) -> None:
-    digest, ids = hashlib.sha256(), array("Q")
-    with fsspec.open(found.path, "rb") as file:
+def _scan_parquet(found: RowFile) -> np.ndarray | None:
+    parquet()
+    with ThreadPoolExecutor(1) as thread, fsspec.open(found.path, "rb") as file:
+        digest = thread.submit(_sha256, found.path)
+        found.columns, found.count, marks = parquet_rows.marks(file)
+        found.sha256 = digest.result()
+    return marks
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with fsspec.open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-        file.seek(0)
-        table = parquet().ParquetFile(file)
-        found.columns, found.count = list(table.schema_arrow.names), table.metadata.num_rows
-        if "id" in found.columns:
-            for part in table.iter_batches(columns=["id"]):
-                for value in part.column(0).to_pylist():
-                    ids.append(_mark(value, len(ids)))
-    found.sha256, found.taken = digest.hexdigest(), _repeated(ids)
-
-
-def _mark(name: Any, number: int) -> int:
-    """64 bits of an identifier, so that a million of them fit into memory; rows without one have their number."""
-    text = default_id(number) if name is None or name == "" else str(name)
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
+    return digest.hexdigest()
 
 
 def default_id(number: int) -> str:
@@ -184,95 +196,22 @@ def default_id(number: int) -> str:
     return f"{number:09d}"
 
 
-def _repeated(ids: array) -> frozenset[int]:
-    marks = np.frombuffer(ids, np.uint64) if len(ids) else np.zeros(0, np.uint64)
-    _, first = np.unique(marks, return_index=True)
-    return frozenset(np.setdiff1d(np.arange(len(marks)), first).tolist())
-
-
-class _Hashed:
-    """The lines of a file, each of them hashed on its way."""
-
-    def __init__(self, file: BinaryIO, digest: Any):
-        self._file, self._digest = file, digest
-
-    def readline(self) -> bytes:
-        line = self._file.readline()
-        self._digest.update(line)
-        return line
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
-def _parse(
-    kind: str, file: Any, columns: list[str], number: int
-) -> Iterator[tuple[int, int, dict[str, Any], str | None]]:
-    """Rows of a text file from where it stands: (number, where it begins, values, fault).
-
-    Bytes that are not UTF-8 become surrogates here; the check of a row finds them.
-    """
-    lines = _Lines(file)
-    if kind == "csv":
-        reader = csv.reader(lines)
-        if not columns:
-            columns += [name.strip() for name in next(reader, [])]
-            columns[:1] = [name.removeprefix("\ufeff") for name in columns[:1]]
-        while True:
-            start = file.tell()
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, start, {}, f"is not CSV: {error}"
-            else:
-                if not cells:  # an empty line
-                    continue
-                fault = None if len(cells) == len(columns) else f"has {len(cells)} cells, the header {len(columns)}"
-                values = {name: cell for name, cell in zip(columns, cells, strict=False) if cell != ""}
-                yield number, start, {} if fault else values, fault
-            number += 1
-    for start, line in lines.with_places():
-        if not line.strip():
+def _taken(found: RowFile, marks: np.ndarray) -> np.ndarray:
+    """Which rows have the id of an earlier row, bool `[rows]`; marks that are equal by chance are told apart."""
+    order = np.sort(marks)
+    equal = np.unique(order[1:][order[1:] == order[:-1]])
+    taken = np.zeros(len(marks), bool)
+    if not len(equal):
+        return taken
+    alike = np.isin(marks, equal)
+    known: set[str] = set()
+    for first in range(0, len(marks), STRIDE):
+        if not alike[first : first + STRIDE].any():
             continue
-        if kind == "text":
-            yield number, start, {"prompt": line.strip()}, None
-        else:
-            yield number, start, *_json(line)
-        number += 1
-
-
-def _json(line: str) -> tuple[dict[str, Any], str | None]:
-    try:
-        parsed = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return {}, f"is not JSON: {error}"
-    if not isinstance(parsed, dict):
-        return {}, f"is a JSON {type(parsed).__name__}, needed is an object"
-    return parsed, None
-
-
-class _Lines:
-    """The lines of a binary file as text, read one by one, so that the file stands behind the last of them."""
-
-    def __init__(self, file: Any):
-        self._file = file
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line = self._file.readline()
-        if not line:
-            raise StopIteration
-        return line.decode("utf-8", errors="surrogateescape")
-
-    def with_places(self) -> Iterator[tuple[int, str]]:
-        while True:
-            start = self._file.tell()
-            try:
-                line = next(self)
-            except StopIteration:
-                return
-            yield start, line.removeprefix("\ufeff") if start == 0 else line
+        for raw in found.read(first, STRIDE):
+            if alike[raw.number]:
+                name = raw.values.get("id")
+                name = default_id(raw.number) if name is None or name == "" else str(name)
+                taken[raw.number] = name in known
+                known.add(name)
+    return taken

@@ -7,7 +7,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -92,7 +92,7 @@ class Checker:
     root: str
     defaults: Mapping[str, Any]
     seed: int = 0
-    taken: frozenset[int] = frozenset()
+    taken: Set[int] = frozenset()
     _schedulable: set[tuple[str, int, float | None]] = field(default_factory=set, repr=False)
 
     def task(self, raw: Raw) -> Task:

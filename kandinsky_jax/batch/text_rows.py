@@ -1,0 +1,279 @@
+"""Rows of a text file (JSONL, CSV or plain text), read in blocks: memory does not grow with the file.
+
+Lines end with LF, CR LF, or CR alone where a file has no LF; U+2028 and its kin are part of a line. Bytes that are not
+UTF-8 become surrogates, which the check of a row finds.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from kandinsky_jax.errors import shorten
+
+BLOCK = 1 << 20  # bytes that are read at once
+MAX_LINE = 1 << 24  # bytes; the rest of a longer line is skipped, so that no line fills the memory
+STRIDE = 256  # rows from one known position of a file to the next
+# What a file in another encoding begins with.
+BYTE_ORDER_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+UTF8_MARK = b"\xef\xbb\xbf"
+
+
+class Raw(NamedTuple):
+    """A row as it was found: its values, or what is wrong with it."""
+
+    number: int
+    values: dict[str, Any]
+    fault: str | None = None
+
+
+class TextLayout(NamedTuple):
+    """What the beginning of a text file says about the rest."""
+
+    start: int  # bytes before the first line: a byte order mark
+    newline: str
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> TextLayout:
+        """Look at the first block of a file; ValueError where it is not in UTF-8."""
+        head = file.read(BLOCK)
+        file.seek(0)
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+        if encoding is None and b"\0" in head[:4096]:
+            encoding = "binary, or text in UTF-16 or UTF-32"
+        if encoding is not None:
+            raise ValueError(f"it is {encoding}; needed is text in UTF-8, as `iconv -f UTF-16 -t UTF-8` makes it")
+        newline = "\r" if b"\r" in head and b"\n" not in head else "\n"
+        return cls(len(UTF8_MARK) if head.startswith(UTF8_MARK) else 0, newline)
+
+
+class Lines:
+    """The lines of a binary file in lists, one for each block, with their positions in the file.
+
+    Args:
+        file: is read from where it stands, which is the beginning of a line.
+        newline: "\\n" or "\\r".
+        update: is given every byte that is read.
+        block: bytes that are read at once.
+    """
+
+    def __init__(self, file: BinaryIO, newline: str, update: Callable[[bytes], object] | None, block: int = BLOCK):
+        self._file, self._newline, self._update, self._block = file, newline, update, block
+        self._position = file.tell()  # of the first line that has not been given
+        self._first = 0  # number of the first line of the last list
+        self._starts = np.zeros(0, np.int64)  # where its lines begin
+        self.count = 0  # lines given so far
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for start, data in self._blocks():
+            ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(self._newline)) + 1
+            lines = data.decode("utf-8", errors="surrogateescape").split(self._newline)
+            if not lines[-1]:
+                lines.pop()
+            self._first = self.count
+            self._starts = start + np.concatenate([[0], ends])[: len(lines)]
+            self.count += len(lines)
+            yield lines
+
+    def start(self, number: int) -> int:
+        """Where a line of the last list begins, or the one after it."""
+        return self._position if number >= self.count else int(self._starts[number - self._first])
+
+    def _blocks(self) -> Iterator[tuple[int, bytes]]:
+        """Whole lines, about a block of them at a time, and where they begin."""
+        newline, kept = self._newline.encode(), b""
+        skipped = 0  # bytes of a line that is too long, which are not kept
+        while data := self._file.read(self._block):
+            if self._update is not None:
+                self._update(data)
+            cut = data.rfind(newline) + 1
+            if not cut:
+                room = max(0, MAX_LINE + 1 - len(kept))
+                kept, skipped = kept + data[:room], skipped + max(0, len(data) - room)
+                continue
+            start = self._position
+            if skipped:  # the end of that line is left out too
+                end = data.find(newline)
+                self._position += len(kept) + skipped + end + 1
+                yield start, kept + newline
+                start, whole = self._position, data[end + 1 : cut]
+            else:
+                whole = kept + data[:cut]
+            self._position = start + len(whole)
+            kept, skipped = data[cut:], 0
+            if whole:
+                yield start, whole
+        if kept:
+            start = self._position
+            self._position += len(kept) + skipped
+            yield start, kept
+
+
+class Scan(NamedTuple):
+    """What one pass over a text file finds."""
+
+    columns: list[str]  # of a CSV file
+    starts: list[int]  # where every STRIDE-th row begins, in bytes
+    marks: np.ndarray  # int64 [rows], equal where two rows have the same id
+
+
+def scan(
+    kind: str, file: BinaryIO, layout: TextLayout, update: Callable[[bytes], object], default_id: Callable[[int], str]
+) -> Scan:
+    """Count the rows of a file and note where they begin.
+
+    Args:
+        kind: "jsonl", "csv" or "text".
+        update: is given every byte of the file.
+        default_id: the id of a row, by its number, that names none.
+    """
+    if layout.start:
+        update(file.read(layout.start))
+    lines = Lines(file, layout.newline, update)
+    if kind == "csv":
+        return _scan_csv(lines, layout.newline, default_id)
+    starts: list[int] = []
+    marks = _Marks(default_id)
+    for block in lines:
+        first = lines.count - len(block)
+        filled = [i for i, line in enumerate(block) if line and not line.isspace()]
+        starts += [lines.start(first + i) for i in filled[-len(marks) % STRIDE :: STRIDE]]
+        marks.extend([_json_id(block[i]) for i in filled] if kind == "jsonl" else [None] * len(filled))
+    return Scan([], starts, marks.array())
+
+
+def _scan_csv(lines: Lines, newline: str, default_id: Callable[[int], str]) -> Scan:
+    reader = _csv_reader(lines, newline)
+    columns = _header(reader)
+    column = columns.index("id") if "id" in columns else None
+    starts: list[int] = []
+    marks = _Marks(default_id)
+    width, ended = len(columns), False
+    while not ended:
+        if len(marks) == len(starts) * STRIDE:
+            starts.append(lines.start(reader.line_num))
+        names: list[str | None] = []
+        ended = True
+        try:
+            for cells in itertools.islice(reader, STRIDE - len(marks) % STRIDE):
+                ended = False
+                if cells:  # not an empty line
+                    names.append(cells[column] if column is not None and len(cells) == width else None)
+        except csv.Error:
+            ended = False
+            names.append(None)
+        marks.extend(names)
+    return Scan(columns, starts, marks.array())
+
+
+class _Marks:
+    """64 bits of each row's id, so that a million of them fit into little memory."""
+
+    def __init__(self, default_id: Callable[[int], str]):
+        self._default_id, self._parts, self._count = default_id, [np.zeros(0, np.int64)], 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def extend(self, names: list[Any]) -> None:
+        """Add the ids of the next rows, None or empty where a row names none."""
+        marks = [
+            hash(name) if type(name) is str and name else self._other(name, number)
+            for number, name in enumerate(names, self._count)
+        ]
+        self._parts.append(np.array(marks, np.int64))
+        self._count += len(names)
+
+    def _other(self, name: Any, number: int) -> int:
+        return hash(self._default_id(number) if name is None or name == "" else str(name))
+
+    def array(self) -> np.ndarray:
+        return np.concatenate(self._parts)
+
+
+def read(kind: str, file: BinaryIO, newline: str, columns: list[str], number: int) -> Iterator[Raw]:
+    """Rows from where a file stands, the first of which has this number.
+
+    Args:
+        columns: of a CSV file, whose header is not read again.
+    """
+    lines = Lines(file, newline, None, block=1 << 16)
+    if kind == "csv":
+        yield from _read_csv(_csv_reader(lines, newline), columns, number)
+        return
+    for line in itertools.chain.from_iterable(lines):
+        if not line or line.isspace():
+            continue
+        if kind == "text":
+            yield Raw(number, {"prompt": line.strip()}, _too_long(line))
+        else:
+            yield Raw(number, *_json(line))
+        number += 1
+
+
+def _read_csv(reader: Any, columns: list[str], number: int) -> Iterator[Raw]:
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Raw(number, {}, f"is not CSV: {shorten(str(error))}")
+        else:
+            if not cells:
+                continue
+            fault = None if len(cells) == len(columns) else f"has {len(cells)} cells, the header {len(columns)}"
+            values = {name: cell for name, cell in zip(columns, cells, strict=False) if cell != ""}
+            yield Raw(number, {} if fault else values, fault)
+        number += 1
+
+
+def _csv_reader(lines: Lines, newline: str) -> Any:
+    """A `csv.reader` of lines, which keep their ends: a quoted cell may hold some."""
+    return csv.reader(line + newline for line in itertools.chain.from_iterable(lines))
+
+
+def _header(reader: Any) -> list[str]:
+    try:
+        return [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise ValueError(f"its header is not CSV: {shorten(str(error))}") from None
+
+
+_decode = json.JSONDecoder().raw_decode  # half as long as json.loads for a short line
+
+
+def _json(line: str) -> tuple[dict[str, Any], str | None]:
+    if fault := _too_long(line):
+        return {}, fault
+    line = line.strip()
+    try:
+        parsed, end = _decode(line)
+    except (ValueError, RecursionError) as error:
+        return {}, f"is not JSON: {shorten(str(error))}"
+    if end < len(line):
+        return {}, f"is not JSON: there is more after its end, from character {end} on"
+    if not isinstance(parsed, dict):
+        return {}, f"is a JSON {type(parsed).__name__}, needed is an object"
+    return parsed, None
+
+
+def _json_id(line: str) -> Any:
+    """The id of a line, parsed only where it may have one: the key is written "id", or with an escape."""
+    return _json(line)[0].get("id") if '"id"' in line or "\\u" in line else None
+
+
+def _too_long(line: str) -> str | None:
+    if len(line) <= MAX_LINE // 4 or len(line.encode(errors="surrogateescape")) <= MAX_LINE:
+        return None
+    return f"is a line of more than {MAX_LINE:,} bytes"
