@@ -70,6 +70,23 @@ def restore(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
     )
 
 
+def restore_tree(path: Path, target: T) -> T:
+    """A checkpoint of any tree of arrays, of the shapes, dtypes and shardings of `target`.
+
+    Raises:
+        CheckpointError: where it is damaged, or of another structure or other shapes.
+    """
+    path = path.absolute()
+    read_json(path / "_METADATA")
+    if cut := _cut_short(path):
+        raise CheckpointError(f"{path} is damaged, {len(cut)} of its files are missing or cut short: {cut[0]}")
+    return _run(
+        lambda checkpointer: checkpointer.restore(path, args=ocp.args.StandardRestore(target)),
+        CheckpointError,
+        f"{path} is damaged or of another structure",
+    )
+
+
 def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Some arrays of a checkpoint, on the host and in their own dtypes; CheckpointError where it is damaged."""
     path, item = path.absolute(), dict.fromkeys(names, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 
 from kandinsky_jax.stop import STOPPED, Stop
+from kandinsky_jax.terminal import TRACEBACK
 from kandinsky_jax.training.kinds import Kind
 
 EXAMPLE = "Example: kandinsky-jax train lora-decoder lora.toml"
@@ -18,17 +20,30 @@ def train(
     kind: Annotated[Kind, typer.Argument(help="What is trained.")],
     config: Annotated[Path, typer.Argument(help="A TOML file; its names are in kandinsky_jax/training/config.py.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes", help="Go on from checkpoints of other settings, data or weights, with the new ones."
+        ),
+    ] = False,
 ) -> None:
     """Train on captioned pictures.
 
     Started again, it goes on from the last checkpoint. The result is a folder that diffusers loads too.
     """
     from kandinsky_jax.training.config import load  # what trains takes a second to import
+    from kandinsky_jax.training.errors import TrainingError
     from kandinsky_jax.training.loop import Run
 
-    run = Run(kind, load(config), quiet=quiet)
-    with Stop().listening() as stop:
-        result = run.train(stop=stop)
+    try:
+        run = Run(kind, load(config), quiet=quiet, accept_changes=accept_changes)
+        with Stop().listening() as stop:
+            result = run.train(stop=stop)
+    except TrainingError as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     if result is None:
         print(f"stopped; start it again to go on: {config}")
         sys.exit(STOPPED)

@@ -1,6 +1,6 @@
 """What the towers and MoVQ make of a whole data set, computed once and kept in files.
 
-    OUT/encoded/about.json    what it was made of, and which items could be read
+    OUT/encoded/about.json    the format's version, what the arrays were made of, which items could be read, checksums
     OUT/encoded/NAME.npy      one array of `Task.encode` each, a row per item that could be read
 
 The arrays are mapped into memory, not read, so that they may be larger than it.
@@ -10,18 +10,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from kandinsky_jax import reading
 from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax.errors import shorten
 from kandinsky_jax.storage import check_room, complete_or_absent
-from kandinsky_jax.training.data import Captioned, DataError, Reader
+from kandinsky_jax.training.data import Captioned, DataError, Reader, fingerprint
+from kandinsky_jax.training.run_record import weights_digest
 from kandinsky_jax.training.tasks import DiffusionTask
 
 CHUNK = 32  # pictures that are encoded at once
+VERSION = 2
+READ_BYTES = 2**22
+MAX_ABOUT_BYTES = 2**30
+
+
+class StaleCacheError(ValueError):
+    """Encoded data is damaged, or was made of something else."""
 
 
 class Encoded:
@@ -29,12 +42,20 @@ class Encoded:
 
     Args:
         folder: where they lie.
+        about: what about.json holds.
+    Raises:
+        StaleCacheError: where a file is absent or damaged.
     """
 
-    def __init__(self, folder: Path):
-        self.which: list[int] = json.loads((folder / "about.json").read_text())["which"]
-        self._arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
-        self.unreadable: list[str] = []
+    def __init__(self, folder: Path, about: Mapping[str, Any]):
+        self.which: list[int] = about["which"]
+        self.unreadable: dict[str, str] = {}
+        self._arrays = {}
+        for name, expected in about["files"].items():
+            path = folder / f"{name}.npy"
+            if _checksum(path) != expected:
+                raise StaleCacheError(f"{path.name} is damaged")
+            self._arrays[name] = np.load(path, mmap_mode="r")
 
     def __call__(self, position: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """The arrays of one item."""
@@ -43,24 +64,27 @@ class Encoded:
 
 def encoded(
     folder: Path, task: DiffusionTask, items: Sequence[Captioned], quiet: bool = False
-) -> tuple[Encoded, list[str]]:
-    """What `folder` holds, computed first where it holds nothing, or what was made of other data or other weights.
+) -> tuple[Encoded, dict[str, str]]:
+    """What `folder` holds, computed first where it holds nothing, or what is damaged or made of something else.
 
-    A picture is known by its name and caption: whoever puts another one into the same file has to remove the folder.
+    Of other data, weights or settings, that is. A picture is known by its name, caption, size and time of change.
 
     Returns:
-        the encoded items, and what could not be read, by name.
+        the encoded items, and why others could not be read, by name.
     Raises:
         DataError: where nothing could be read.
         OSError: where the disk has no room for it, before anything is written.
     """
     reader, rng = task.reader(), np.random.default_rng(0)
     mark = _mark(task, reader, items)
-    about = folder / "about.json"
-    if about.is_file() and json.loads(about.read_text())["mark"] == mark:
-        return Encoded(folder), []
+    try:
+        return Encoded(folder, _about(folder / "about.json", mark)), {}
+    except FileNotFoundError:
+        pass
+    except (StaleCacheError, OSError, ValueError, EOFError) as error:
+        warnings.warn(f"{folder} is not used, all pictures are encoded again: {shorten(str(error), 150)}", stacklevel=2)
     which: list[int] = []
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.memmap] = {}
     with complete_or_absent(folder, overwrite=True) as scratch:
         for start in tqdm(range(0, len(items), CHUNK), desc="encode", unit="batch", disable=quiet):
             read = {i: reader(items[i], rng) for i in range(start, min(start + CHUNK, len(items)))}
@@ -77,12 +101,47 @@ def encoded(
                 arrays[name][len(which) : len(which) + len(found)] = value[: len(found)]
             which += found
         if not which:
-            raise DataError("the data", reader.unreadable)
-        (scratch / "about.json").write_text(json.dumps({"mark": mark, "which": which}))
-    return Encoded(folder), reader.unreadable
+            raise DataError(task.config.data, list(reader.unreadable.values()))
+        for array in arrays.values():
+            array.flush()
+        files = {name: _checksum(scratch / f"{name}.npy") for name in arrays}
+        about = {"format_version": VERSION, "mark": mark, "which": which, "files": files}
+        about["checksum"] = _digest(about)
+        (scratch / "about.json").write_text(json.dumps(about))
+    return Encoded(folder, about), reader.unreadable
 
 
-def _create(folder: Path, rows: int, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _about(path: Path, mark: str) -> dict[str, Any]:
+    """What about.json holds; StaleCacheError where it is damaged or of something else."""
+    if not path.parent.exists():
+        raise FileNotFoundError(path)
+    try:
+        about = reading.read_json_object(path, MAX_ABOUT_BYTES)
+    except (OSError, reading.ReadError):
+        raise StaleCacheError(f"{path.name} is damaged or missing") from None
+    if about.get("format_version") != VERSION:
+        raise StaleCacheError("it is of another format version")
+    if about.pop("checksum", None) != _digest(about):
+        raise StaleCacheError(f"{path.name} is damaged")
+    if about["mark"] != mark:
+        raise StaleCacheError("it was made of other pictures, captions, weights or settings")
+    return about
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum(path: Path) -> list[int]:
+    """A file's size and CRC-32."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            found = zlib.crc32(block, found)
+        return [file.tell(), found]
+
+
+def _create(folder: Path, rows: int, like: dict[str, np.ndarray]) -> dict[str, np.memmap]:
     """Files for so many rows. They are mapped: a disk that fills up later would end the process without a word."""
     check_room(folder, "encoded data", rows * sum(array[:1].nbytes for array in like.values()))
     return {
@@ -92,12 +151,10 @@ def _create(folder: Path, rows: int, like: dict[str, np.ndarray]) -> dict[str, n
 
 
 def _mark(task: DiffusionTask, reader: Reader, items: Sequence[Captioned]) -> str:
-    """Of all that decides what is encoded but the pictures themselves: names, captions, settings and weights."""
+    """Of all that decides what is encoded: pictures (by name, caption, size and time), settings and weights."""
     settings = (task.of_prior, reader.resolution, reader.length, reader.hints, reader.processor)
     found = hashlib.sha256(repr(settings).encode())
-    for item in items:
-        found.update(repr((item.name, item.text)).encode())
+    found.update(fingerprint(items, modified=True).encode())
     for name, module in sorted(task.encoders.items()):
-        for path, leaf in sorted(flat_params(module).items()):
-            found.update(f"{name}.{path}".encode() + np.asarray(leaf).tobytes())
+        found.update(f"{name} {weights_digest(flat_params(module))}".encode())
     return found.hexdigest()

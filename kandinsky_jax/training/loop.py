@@ -2,21 +2,22 @@
 
 A run that is killed and started again goes on from its last checkpoint, and ends with the weights of a run that nothing
 happened to: the state holds the weights, the optimizer, the step (which decides all noise) and the place in the data.
+With other settings, data or weights it would be another run, and is refused (see `run_record`).
 
-    OUT/checkpoints/STEP/    Orbax: the state, and where the data stands
+    OUT/checkpoints/STEP/    the state, and where the data stands (see `checkpoints`)
     OUT/metrics.jsonl        one line a step: loss, gradient_norm, learning_rate, images_per_second
     OUT/events/, OUT/wandb/  the same for TensorBoard, and for Weights & Biases (see `metrics`)
     OUT/samples/STEP.png     the validation prompts
     OUT/encoded/             with `precompute`: latents and embeddings of all the data
-    OUT/bad_data.txt         pictures that could not be read, and batches whose loss was not finite
+    OUT/bad_data.txt         data that is not used, and batches whose loss was not finite (see `bad_data`)
     OUT/model/               the result: the pipeline in diffusers' layout, or pytorch_lora_weights.safetensors
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,27 +25,28 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from tqdm.auto import tqdm
 
-from kandinsky_jax import images
+from kandinsky_jax import images, lora
+from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax.errors import shorten
 from kandinsky_jax.stop import Stop
+from kandinsky_jax.training.bad_data import BadData
+from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Batches, Captioned, DataError, listing
 from kandinsky_jax.training.encoded import Encoded, encoded
+from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.foundations import CLIPTask, MoVQTask
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import gathered, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics
+from kandinsky_jax.training.run_record import run_record
 from kandinsky_jax.training.step import Trainer, TrainState
 from kandinsky_jax.training.tasks import DiffusionTask, Task
 
 TASKS: dict[Kind, type[Task]] = {Kind.MOVQ: MoVQTask, Kind.CLIP: CLIPTask}  # the others diffuse
 MOST_BAD = 10  # steps in a row without a finite loss, after which going on makes no sense
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; what was kept stays."""
 
 
 class Run:
@@ -55,40 +57,51 @@ class Run:
         config: see `Config`.
         pipe: the model, float32; None loads it.
         quiet: no progress bars.
+        accept_changes: go on from checkpoints of other settings, data or weights.
     Raises:
-        DataError: where the data cannot be trained on, before the model is loaded where that can be known.
+        DataError: where there is nothing to train on, before the model is loaded where that can be known.
+        TrainingError: where the result could not be written.
         ValueError: where a setting is not one of this kind's.
     """
 
-    def __init__(self, kind: Kind, config: Config, pipe: Any = None, *, quiet: bool = False):
+    def __init__(
+        self, kind: Kind, config: Config, pipe: Any = None, *, quiet: bool = False, accept_changes: bool = False
+    ):
         self.config, self.folder, self.quiet = config, Path(config.output), quiet
+        self.accept_changes = accept_changes
         mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
         _check_batch(config, parts(mesh))
         if config.precompute and kind in TASKS:
             raise ValueError(f"precompute is of no use for {kind}: nothing before it stays as it is")
-        self.items: list[Captioned] = listing(config.data)
         task_class = TASKS.get(kind, DiffusionTask)
+        _check_target(self.folder, lora.FILE if kind.startswith("lora-") else "model_index.json")
+        found = listing(config.data, exclude=[self.folder], scratch=self.folder)
         pipe = task_class.load(config) if pipe is None else pipe
         pipe.set_progress_bar_config(disable=True)
         self.task = task_class(pipe, kind, config)
-        if faults := self.task.faults(self.items):
-            raise DataError(config.data, faults)
+        self.items: list[Captioned] = self.task.usable(found, found.skipped)
+        self._skipped = found.skipped
+        if not self.items:
+            raise DataError(config.data, found.skipped.faults)
         self.trainer = Trainer(self.task.loss(), config.optimizer, self.task.frozen(), mesh)
         self.key, self._first_key = jax.random.split(jax.random.key(config.seed))
         self._bad_in_a_row = 0
+        self._bad_data = BadData(self.folder / "bad_data.txt")
         self.reader: Any = self.task.reader()
         rows: Any = self.items
         if config.precompute:
             self.reader = self._precomputed()
             rows = range(len(self.items))
-        self.batches = Batches(rows, self.reader, config.train_batch_size, config.seed)
+        self.batches = Batches(rows, self.reader, config.train_batch_size, config.seed, config.data)
 
     def _precomputed(self) -> Encoded:
         """The encoded items, those that could be read."""
         assert isinstance(self.task, DiffusionTask)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        reader, faults = encoded(self.folder / "encoded", self.task, self.items, self.quiet)
-        self._report([f"before the first step: {fault}" for fault in faults])
+        with _in_folder(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            reader, unreadable = encoded(self.folder / "encoded", self.task, self.items, self.quiet)
+            for name, fault in unreadable.items():
+                self._bad_data.report(fault, "before the first step", name)
         self.items = [self.items[i] for i in reader.which]
         return reader
 
@@ -96,36 +109,58 @@ class Run:
         """Train to the end; the folder of the result, or None where a signal came before.
 
         Raises:
-            TrainingError: where the loss stays not finite.
+            DataError: where no picture can be read any more; the state is kept.
+            TrainingError: where the loss stays not finite, the checkpoints are of another run or cannot be read, or
+                something cannot be written.
         """
-        stop, config = stop or Stop(), self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with _in_folder(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._report_skipped()
+            state = self._trained(stop or Stop())
+            return None if state is None else self.export(state)
+
+    def _trained(self, stop: Stop) -> TrainState | None:
+        """The state after the last step, or None where a signal came before."""
+        config, last = self.config, self.config.optimizer.max_train_steps
         state = self.trainer.init(self.task.initial(self._first_key))
-        with self._checkpoints() as manager, Metrics(self.folder, config) as metrics:
-            state = self._resume(manager, state)
-            done, last = int(state.step), config.optimizer.max_train_steps
+        networks = {name: flat_params(module) for name, module in self.task.networks.items()}
+        record = run_record(self.task.kind, config, self.items, networks)
+        checkpoints = Checkpoints(
+            self.folder, record, config.checkpoints_total_limit, accept_changes=self.accept_changes
+        )
+        with checkpoints, Metrics(self.folder, config) as metrics:
+            if (found := checkpoints.restore(state)) is not None:
+                state, self.batches.state = found
+            done = saved = int(state.step)
             metrics.forget_after(done)
             with tqdm(total=last, initial=done, desc=self.task.kind, unit="step", disable=self.quiet) as bar:
                 while done < last and not stop.asked:
-                    state, found = self._one(state, done)
+                    began = time.perf_counter()
+                    try:
+                        batch = next(self.batches)
+                    except DataError:
+                        if done > saved:
+                            checkpoints.save(done, state, self.batches.state)
+                        raise
+                    state, values = self._one(state, batch, done, began)
                     done += 1
-                    metrics.write(done, found)
-                    bar.set_postfix(loss=f"{found['loss']:.4f}", images_s=f"{found['images_per_second']:.1f}")
+                    metrics.write(done, values)
+                    bar.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values['images_per_second']:.1f}")
                     bar.update()
                     if done % config.checkpointing_steps == 0 or done == last:
-                        self._keep(manager, state, done)
+                        checkpoints.save(done, state, self.batches.state)
+                        saved = done
                     if config.validation_steps and (done % config.validation_steps == 0 or done == last):
                         self._sample(state, done, metrics)
-            if done < last:
-                self._keep(manager, state, done)
-                return None
-        return self.export(state)
+            if done < last and done > saved:
+                checkpoints.save(done, state, self.batches.state)
+        return state if done >= last else None
 
     # Steps --------------------------------------------------------------------------------------------------------
 
-    def _one(self, state: TrainState, done: int) -> tuple[TrainState, dict[str, float]]:
-        began = time.perf_counter()
-        batch = next(self.batches)
+    def _one(
+        self, state: TrainState, batch: dict[str, Any], done: int, began: float
+    ) -> tuple[TrainState, dict[str, float]]:
         which = batch.pop("index")
         state, found = self.trainer.step(state, batch if self.config.precompute else self.task.encode(batch), self.key)
         metrics = {name: float(value) for name, value in found.items()}
@@ -136,50 +171,29 @@ class Run:
 
     def _judge(self, loss: float, done: int, which: np.ndarray) -> None:
         """Report what was bad; a step without a finite loss has changed nothing."""
-        faults = [f"step {done}: {fault}" for fault in self.reader.unreadable]
-        self.reader.unreadable.clear()
+        for name, fault in list(self.reader.unreadable.items()):
+            self._bad_data.report(fault, f"step {done}", name)
         self._bad_in_a_row = 0 if math.isfinite(loss) else self._bad_in_a_row + 1
         if self._bad_in_a_row:
-            faults.append(f"step {done}: loss {loss} of " + ", ".join(self.items[i].name for i in which))
-        self._report(faults)
+            self._bad_data.report(f"loss {loss} of " + ", ".join(self.items[i].name for i in which), f"step {done}")
         if self._bad_in_a_row >= MOST_BAD:
             raise TrainingError(
                 f"the loss was not finite in {MOST_BAD} steps, up to step {done}; the pictures are named in "
-                f"{self.folder / 'bad_data.txt'}. Lower the learning rate, or take them out, and start again: it goes "
-                "on from the last checkpoint"
+                f"{self.folder / 'bad_data.txt'}. Lower the learning rate, or take them out, and start again with "
+                "--accept-changes: it goes on from the last checkpoint"
             )
 
-    def _report(self, faults: list[str]) -> None:
-        if faults:
-            with (self.folder / "bad_data.txt").open("a", encoding="utf-8") as file:
-                file.write("\n".join(faults) + "\n")
-
-    # The state ----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _checkpoints(self) -> Iterator[ocp.CheckpointManager]:
-        logging.getLogger("absl").setLevel(logging.WARNING)
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.config.checkpoints_total_limit)
-        with ocp.CheckpointManager((self.folder / "checkpoints").absolute(), options=options) as manager:
-            yield manager
-            manager.wait_until_finished()
-
-    def _keep(self, manager: ocp.CheckpointManager, state: TrainState, done: int) -> None:
-        """Keep the state; it is written while the next steps are done, and is there whole or not at all."""
-        if manager.latest_step() != done:
-            data = {"data": self.batches.state, "kind": str(self.task.kind)}
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), place=ocp.args.JsonSave(data))
-            manager.save(done, args=args)
-
-    def _resume(self, manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
-        latest = manager.latest_step()
-        if latest is None:
-            return state
-        place = manager.restore(latest, args=ocp.args.Composite(place=ocp.args.JsonRestore())).place
-        if place["kind"] != self.task.kind:
-            raise TrainingError(f"{self.folder} holds checkpoints of {place['kind']}, not of {self.task.kind}")
-        self.batches.state = place["data"]
-        return manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state
+    def _report_skipped(self) -> None:
+        """Say what is not used of the data: a warning with the first faults, all of them in the file."""
+        if not self._skipped.count:
+            return
+        for fault in self._skipped.faults:
+            self._bad_data.report(fault, "not used")
+        warnings.warn(
+            f"{self.config.data}: {len(self.items)} pictures are used, not used are {self._skipped.count} files or "
+            f"rows (see {self.folder / 'bad_data.txt'}): {self._skipped.summary()}",
+            stacklevel=3,
+        )
 
     # Pictures and the result --------------------------------------------------------------------------------------
 
@@ -202,6 +216,31 @@ class Run:
         with self.task.installed(trained):
             self.task.export(target, trained, self.items)
         return target
+
+
+@contextmanager
+def _in_folder(folder: Path) -> Iterator[None]:
+    """Make TrainingErrors of the file system's errors."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or shorten(str(error), 150)
+        raise TrainingError(
+            f"{shorten(error.filename or folder, 250)}: {reason}. Start again when that is put right; training goes on "
+            "from the last checkpoint"
+        ) from error
+
+
+def _check_target(folder: Path, replaceable: str) -> None:
+    """Raise where the result could not be put into its folder, before the work for it is done."""
+    target = folder / "model"
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder} is no folder; choose another output")
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / replaceable).is_file())):
+        raise TrainingError(
+            f"{target} exists and is no result of such a run (it has no {replaceable}), so it is not replaced; move it "
+            "away, or choose another output folder"
+        )
 
 
 def _check_batch(config: Config, devices: int) -> None:

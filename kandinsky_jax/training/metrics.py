@@ -41,10 +41,15 @@ class Metrics:
         self._wandb = None if config.wandb_project is None else WandbRun(folder, config.wandb_project, config)
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that will be done again."""
-        if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-            replace_file(self._path, "".join(line + "\n" for line in lines).encode())
+        """Drop the lines of steps that will be done again, and those that cannot be read."""
+        if not self._path.exists():
+            return
+        scratch = self._path.with_name(f".{self._path.name}.partial")
+        with self._path.open("rb") as file, scratch.open("wb") as kept:
+            for line in file:
+                if _step_of(line) <= step:
+                    kept.write(line if line.endswith(b"\n") else line + b"\n")
+        scratch.replace(self._path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One step's numbers."""
@@ -144,8 +149,10 @@ def _tensorboard(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinity where it has none: cut short by a kill, or damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # cut short by a kill
+        found = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return math.inf
+    return found if isinstance(found, int | float) else math.inf

@@ -33,7 +33,7 @@ from kandinsky_jax.pipelines import (
 from kandinsky_jax.sampling import Network, Params, call
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.data import TEXT_ROWS, Captioned, Reader
+from kandinsky_jax.training.data import TEXT_ROWS, Captioned, Reader, Skipped
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import decoder_loss, prior_loss
 
@@ -114,9 +114,14 @@ class Task(ABC):
             for name, module in modules.items():
                 set_params(module, before[name])
 
-    def faults(self, items: Sequence[Captioned]) -> list[str]:
-        """What this kind of training misses in the data."""
-        return []
+    @property
+    def networks(self) -> dict[str, Any]:
+        """All networks that decide the result."""
+        return self.modules
+
+    def usable(self, items: Sequence[Captioned], skipped: Skipped) -> list[Captioned]:
+        """The pictures that have what this kind of training needs; `skipped` is told of the others."""
+        return list(items)
 
 
 # The prior and the decoder ----------------------------------------------------------------------------------------
@@ -205,10 +210,16 @@ class DiffusionTask(Task):
             options = {"tokenizer": pipe.prior_tokenizer, "length": self.config.text_length or length}
         return reader_of(self.config, pipe.prior_image_processor, **options)
 
-    def faults(self, items: Sequence[Captioned]) -> list[str]:
-        if not self._hinted:
-            return []
-        return [f"{item.name}: it has no hint, which this UNet takes" for item in items if item.hint is None]
+    @property
+    def networks(self) -> dict[str, Any]:
+        return self.modules | self.encoders
+
+    def usable(self, items: Sequence[Captioned], skipped: Skipped) -> list[Captioned]:
+        found = [item for item in items if item.hint is not None or not self._hinted]
+        for item in items:
+            if item.hint is None and self._hinted:
+                skipped.add(f"{item.name}: it has no hint, which this UNet takes")
+        return found
 
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         embeds = self._encoded_by("prior_image_encoder", jnp.asarray(batch["clip_pixels"]))
@@ -295,6 +306,8 @@ class DiffusionTask(Task):
 
     def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
         if self.of_lora:
+            for left in target.glob(f".{lora.FILE}.*"):  # by a process that was killed
+                left.unlink(missing_ok=True)
             lora.write(target, trained, self.config.lora, "prior" if self.of_prior else "unet")
         else:
             part = self.pipe.prior_pipe if self.of_prior else self.pipe.decoder_pipe

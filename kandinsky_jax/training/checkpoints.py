@@ -1,0 +1,237 @@
+"""A run's checkpoints: written whole or not at all, checked when they are read, of a known version.
+
+    OUT/checkpoints/STEP/state/    Orbax: the training state
+    OUT/checkpoints/STEP/place/    JSON: the format's version, the place in the data, what makes the run the same run
+                                   (see `run_record`), and checksums of the state and of this JSON
+    OUT/damaged_checkpoints/       what could not be read, and was newer than the checkpoint that was
+
+Orbax checks little of what it reads: a flipped bit in the weights goes unnoticed. And it writes no checkpoint whose
+step is below that of a folder that is there, whatever that folder holds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from kandinsky_jax import orbax, reading
+from kandinsky_jax.errors import shorten, summarize
+from kandinsky_jax.tensors.files import CheckpointError
+from kandinsky_jax.training.errors import TrainingError
+from kandinsky_jax.training.run_record import STRUCTURE, Record, changes, checksums, describe
+from kandinsky_jax.training.step import TrainState
+
+VERSION = 2  # 1, without a record and checksums, is read as well
+MAX_PLACE_BYTES = 64 * 2**20
+TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class Checkpoints:
+    """The checkpoints of a run; a context, which waits at its end until the last one is written.
+
+    Args:
+        folder: of the run, "OUT".
+        record: what makes it the same run.
+        limit: how many are kept.
+        accept_changes: whether a checkpoint of other settings, data or weights is used.
+    """
+
+    def __init__(self, folder: Path, record: Record, limit: int, *, accept_changes: bool = False):
+        self.folder, self.record, self.limit, self.accept_changes = folder, record, limit, accept_changes
+        self._path = (folder / "checkpoints").absolute()
+        self._manager: ocp.CheckpointManager | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            try:
+                manager.wait_until_finished()
+                manager.close()
+            except Exception as failure:
+                if error is None:
+                    raise self._unwritten(failure) from None
+
+    # Writing ------------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Write a checkpoint, while the next steps are done.
+
+        Args:
+            step: that have been done.
+            state: after them.
+            data: the place in the data.
+        Raises:
+            TrainingError: where this one, or the one before, could not be written.
+        """
+        place = {"format_version": VERSION, "step": step, "data": data, "kind": self.record["kind"]}
+        place |= {"run": self.record, "state": checksums(state)}
+        place["checksum"] = _checksum(place)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), place=ocp.args.JsonSave(place))
+        try:
+            manager = self._opened()
+            written = manager.latest_step() == step or manager.save(step, args=args)
+        except Exception as error:
+            raise self._unwritten(error) from None
+        if not written:
+            raise TrainingError(f"the checkpoint of step {step} was not written: {self._path} holds newer ones")
+
+    def _opened(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            logging.getLogger("absl").setLevel(logging.WARNING)
+            options = ocp.CheckpointManagerOptions(max_to_keep=self.limit)
+            self._manager = ocp.CheckpointManager(self._path, options=options)
+        return self._manager
+
+    def _unwritten(self, error: Exception) -> TrainingError:
+        reason = shorten(str(error).split("\n")[0] or type(error).__name__, 150)
+        return TrainingError(f"{self._path}: a checkpoint could not be written: {reason}; those before it stay")
+
+    # Reading ------------------------------------------------------------------------------------------------------
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that is whole, and its place in the data; None where there is no checkpoint.
+
+        Damaged checkpoints that are newer are moved out of the way, with one warning.
+
+        Args:
+            state: of the shapes, dtypes and shardings that are wanted.
+        Raises:
+            TrainingError: where no checkpoint can be read, the newest is of another run or of a newer version.
+        """
+        faults: list[str] = []
+        damaged: list[Path] = []
+        for path in self._candidates():
+            try:
+                place = self._place(path)
+                restored = self._state(path, place, state)
+            except CheckpointError as error:
+                faults.append(f"{shorten(path.name, 24)}: {shorten(str(error).removeprefix(str(path)), 120)}")
+                damaged.append(path)
+                continue
+            if faults:
+                aside = self._moved_aside(damaged)
+                warnings.warn(
+                    f"{self._path}: damaged checkpoints are not used, training goes on from step {path.name}; they are "
+                    f"in {aside.name}: {summarize(faults, 200)}",
+                    stacklevel=2,
+                )
+            return restored, place["data"]
+        if faults:
+            raise TrainingError(
+                f"{self._path}: no checkpoint can be read; remove the folder to begin anew: {summarize(faults, 200)}"
+            )
+        return None
+
+    def _candidates(self) -> list[Path]:
+        """Folders named like steps, the newest first. What killed writers have left is removed."""
+        try:
+            if not self._path.exists():
+                return []
+            found = list(self._path.iterdir())
+        except OSError as error:
+            raise TrainingError(f"{self._path} cannot be read: {error.strerror}") from None
+        for path in found:
+            if TEMPORARY in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+        steps = [path for path in found if path.name.isascii() and path.name.isdigit() and path.is_dir()]
+        return sorted(steps, key=lambda path: (len(path.name), path.name), reverse=True)
+
+    def _place(self, path: Path) -> dict[str, Any]:
+        """The JSON of a checkpoint.
+
+        Raises:
+            CheckpointError: where it is damaged.
+            TrainingError: where it is whole, and of another run or of a newer version.
+        """
+        place = _read_json(path / "place" / "metadata")
+        version = place.get("format_version", 1)
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise CheckpointError("its format version is no number")
+        if version > VERSION:
+            raise TrainingError(
+                f"{path} is of format version {version}, this version of kandinsky_jax reads those up to {VERSION}: "
+                "update it, or choose another output folder"
+            )
+        whole = dict(place)
+        if version > 1 and whole.pop("checksum", None) != _checksum(whole):
+            raise CheckpointError("its description is damaged")
+        data = place.get("data")
+        if not isinstance(place.get("kind"), str) or not isinstance(data, dict):
+            raise CheckpointError("its description has no place in the data")
+        if str(data.get("next_index")) != path.name:  # a step takes a batch
+            raise CheckpointError(f"its place in the data is {shorten(data.get('next_index'), 24)}")
+        if version > 1:
+            self._compare(place["run"])
+        elif place["kind"] != self.record["kind"]:
+            raise self._other({"kind": (place["kind"], self.record["kind"])})
+        else:
+            warnings.warn(
+                f"{path} is of format version 1: it says nothing of the run's settings, which are not compared",
+                stacklevel=3,
+            )
+        return place
+
+    def _compare(self, before: Record) -> None:
+        found = changes(before, self.record)
+        if found and (not self.accept_changes or STRUCTURE & found.keys()):
+            raise self._other(found)
+
+    def _other(self, found: dict[str, tuple[Any, Any]]) -> TrainingError:
+        if "kind" in found:
+            before, now = found["kind"]
+            return TrainingError(
+                f"{self.folder} holds checkpoints of {before}, not of {now}; choose another output folder"
+            )
+        way = "" if STRUCTURE & found.keys() else ", or start with --accept-changes to go on with the new ones"
+        return TrainingError(
+            f"{self.folder} holds the checkpoints of a run with other settings or data: changed are {describe(found)}; "
+            f"change that back, choose another output folder{way}"
+        )
+
+    def _state(self, path: Path, place: dict[str, Any], like: TrainState) -> TrainState:
+        """The state of a checkpoint; CheckpointError where it is damaged."""
+        restored = orbax.restore_tree(path / "state", like)
+        if str(int(restored.step)) != path.name:
+            raise CheckpointError(f"its state is of step {int(restored.step)}")
+        if "state" in place and (found := checksums(restored)) != place["state"]:
+            wrong = [name for name in found if place["state"].get(name) != found[name]] or ["the list of arrays"]
+            raise CheckpointError(f"{len(wrong)} of its arrays are damaged, such as {shorten(wrong[0], 60)}")
+        return restored
+
+    def _moved_aside(self, damaged: list[Path]) -> Path:
+        aside = self.folder / "damaged_checkpoints"
+        try:
+            aside.mkdir(exist_ok=True)
+            for path in damaged:
+                if (target := aside / path.name).exists():
+                    shutil.rmtree(target)
+                path.rename(target)
+        except OSError as error:
+            raise TrainingError(
+                f"{aside}: damaged checkpoints cannot be moved there ({error.strerror}); remove "
+                f"{', '.join(shorten(path.name, 24) for path in damaged[:5])} from {self._path}"
+            ) from None
+        return aside
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return reading.read_json_object(path, MAX_PLACE_BYTES)
+    except FileNotFoundError:
+        raise CheckpointError("its description is missing") from None
+    except reading.ReadError as error:
+        raise CheckpointError(f"its description {error}") from None
+
+
+def _checksum(place: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(place, sort_keys=True).encode())

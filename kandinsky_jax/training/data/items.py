@@ -1,0 +1,103 @@
+"""Captioned pictures that have been found, and data that is not used."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from PIL import Image
+
+from kandinsky_jax import images
+from kandinsky_jax.errors import shorten, summarize
+
+MAX_KEPT = 1000  # faults that are kept by name; further ones are counted
+MAX_PICTURE_BYTES = 2**30
+MAX_CAPTION_BYTES = 2**20
+CAPTION_KEYS = ("text", "caption", "prompt")  # of JSON
+
+
+class DataError(ValueError):
+    """What is wrong with training data, by file name, one fault a line; `faults` has all lines."""
+
+    def __init__(self, where: str, faults: Sequence[str]):
+        self.faults = list(faults)
+        found = summarize(self.faults, separator="\n  ")
+        super().__init__(f"{shorten(where, 300)} cannot be trained on:\n  {found}")
+
+
+class Captioned(NamedTuple):
+    """A picture that has not been read yet.
+
+    Args:
+        name: of the file, or of the archive and the member or row.
+        text: the caption.
+        read: returns the bytes of the picture's file.
+        hint: returns those of its depth map, where it has one.
+        size: bytes of both files; of a Parquet file, of the row group's column.
+        modified: when the file was last changed, nanoseconds.
+    """
+
+    name: str
+    text: str
+    read: Callable[[], bytes]
+    hint: Callable[[], bytes] | None = None
+    size: int = 0
+    modified: int = 0
+
+
+class Skipped:
+    """Data that is not used: how much, and the first faults by name."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.faults: list[str] = []
+
+    def add(self, fault: str) -> None:
+        """One file, row or member that is not used, and why."""
+        self.count += 1
+        if len(self.faults) < MAX_KEPT:
+            self.faults.append(shorten(fault, 300))
+
+    def summary(self, limit: int = 200) -> str:
+        """The first faults in at most about `limit` characters, and how many more there are."""
+        shown = summarize(self.faults[:3], limit)
+        more = self.count - min(3, len(self.faults))
+        return f"{shown}; and {more} more" if more > 0 and " more" not in shown[-12:] else shown
+
+
+class Listing(list[Captioned]):
+    """The captioned pictures of a data set, and in `skipped` what is not used."""
+
+    def __init__(self, items: Iterable[Captioned], skipped: Skipped):
+        super().__init__(items)
+        self.skipped = skipped
+
+
+@functools.cache
+def picture_suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of the formats that `images.read` opens."""
+    Image.init()
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in images.READABLE)
+
+
+@functools.cache
+def unread_suffixes() -> frozenset[str]:
+    """The suffixes of other pictures, which are reported."""
+    Image.init()
+    raw = {".heic", ".heif", ".svg", ".jxl", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+    pictures = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return frozenset((pictures | raw) - picture_suffixes() - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"})
+
+
+def fingerprint(items: Iterable[Captioned], *, modified: bool = False) -> str:
+    """A digest of what is known of pictures without reading them: names, captions and sizes, and their order.
+
+    Args:
+        modified: also when files were last changed.
+    """
+    found = hashlib.sha256()
+    for item in items:
+        found.update(repr((item.name, item.text, item.size, item.modified if modified else 0)).encode())
+    return found.hexdigest()

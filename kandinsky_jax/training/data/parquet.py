@@ -1,0 +1,199 @@
+"""Parquet files as `datasets` writes them: `image` (and `hint`, if any) is bytes or has them, `text` is the caption.
+
+Parquet is read a row group at a time, training asks for rows in any order. So a row group's pictures are copied to a
+temporary file when the first of them is asked for, and read from there, one by one: memory holds a few pictures,
+whatever the size of the row groups.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kandinsky_jax.errors import shorten
+from kandinsky_jax.training.data.captions import clean
+from kandinsky_jax.training.data.items import CAPTION_KEYS, MAX_PICTURE_BYTES, Captioned, Skipped
+
+ROWS = 16  # pictures that are in memory at once
+CAPTIONS = 4096  # captions that are
+BUFFER_BYTES = 2**20
+
+
+def read_parquet(path: Path, name: str, skipped: Skipped, scratch: Path | None = None) -> Iterator[Captioned]:
+    """The captioned pictures of a Parquet file; of the file itself, only its index and captions are read.
+
+    Args:
+        path: the file.
+        name: of the file, in names and faults.
+        skipped: is told what is not used.
+        scratch: a folder for temporary files; None, or one that is absent, is the system's. The files have
+            no names, and vanish with the process.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        skipped.add(f"{name}: Parquet needs pyarrow; pip install pyarrow")
+        return
+    try:
+        file = _open(path)
+        names = set(file.schema_arrow.names)
+        text = next((key for key in CAPTION_KEYS if key in names), None)
+        if "image" not in names or text is None:
+            missing = " and ".join(key for key in ("image", "text") if key not in names)
+            skipped.add(f"{name}: there is no column {missing}")
+            return
+        columns = tuple(column for column in ("image", "hint") if column in names)
+        for column in columns:
+            _check_bytes(file.schema_arrow.field(column).type, column)
+        pictures, modified = Pictures(path, columns, scratch), path.stat().st_mtime_ns
+        groups = file.metadata.num_row_groups
+    except Exception as error:  # damaged files raise far more than pyarrow's own errors
+        skipped.add(f"{name}: it cannot be read: {shorten(str(error), 120)}")
+        return
+    number = 0
+    for group in range(groups):
+        first = number
+        try:
+            number += file.metadata.row_group(group).num_rows
+            size = _bytes_of(file, group, columns)
+            captions = _captions(file, group, text)
+            for row, caption in enumerate(captions):
+                full = f"{name}, row {first + row}"
+                if not isinstance(caption, str):
+                    skipped.add(f"{full}: needed are a picture's bytes and a text")
+                    continue
+                read = [partial(pictures.read, column, group, row) for column in columns]
+                yield Captioned(full, clean(caption), read[0], read[1] if read[1:] else None, size, modified)
+        except Exception as error:
+            skipped.add(f"{name}: row group {group} cannot be read: {shorten(str(error), 120)}")
+
+
+def _open(path: Path) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(
+        path, memory_map=False, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
+    )
+
+
+def _check_bytes(kind: Any, column: str) -> None:
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        if kind.get_field_index("bytes") < 0:
+            raise ValueError(f"the column {column} has no bytes")
+        kind = kind.field("bytes").type
+    if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+        raise ValueError(f"the column {column} must be bytes, is {shorten(kind, 60)}")
+
+
+def _bytes_of(file: Any, group: int, columns: tuple[str, ...]) -> int:
+    """The compressed size of some columns in a row group."""
+    about = file.metadata.row_group(group)
+    chunks = [about.column(i) for i in range(about.num_columns)]
+    return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+
+
+def _captions(file: Any, group: int, column: str) -> Iterator[Any]:
+    for batch in file.iter_batches(CAPTIONS, row_groups=[group], columns=[column], use_threads=False):
+        for value in batch.column(0):
+            try:
+                yield value.as_py()
+            except UnicodeDecodeError:
+                yield None
+
+
+class Pictures:
+    """The pictures of a Parquet file, in any order, from any thread.
+
+    Args:
+        path: the file.
+        columns: those with pictures.
+        scratch: a folder for temporary files; None is the system's.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], scratch: Path | None = None):
+        self._path, self._columns, self._scratch = path, columns, scratch
+        self._lock = threading.Lock()
+        self._copy: Any = None
+        self._places: dict[int, np.ndarray | None] = {}  # by row group [columns, rows, (offset, length)]
+        self._faults: dict[int, str] = {}  # of row groups that could not be read to their end
+
+    def read(self, column: str, group: int, row: int) -> bytes:
+        """The bytes of one picture.
+
+        Raises:
+            OSError, ValueError: where it has none, or the file is damaged.
+        """
+        with self._lock:
+            if group not in self._places:
+                self._places[group] = self._copied(group)
+            places = self._places[group]
+            if places is None:
+                return self._streamed(column, group, row)
+            offset, length = (int(x) for x in places[self._columns.index(column), row])
+            if length < 0:
+                raise ValueError(self._faults.get(group, f"the column {column} is empty"))
+            self._copy.seek(offset)
+            return self._copy.read(length)
+
+    def _copied(self, group: int) -> np.ndarray | None:
+        """Copy a row group to the temporary file; None where the disk has no room to spare."""
+        file = _open(self._path)
+        about = file.metadata.row_group(group)
+        needed = sum(about.column(i).total_uncompressed_size for i in range(about.num_columns))
+        scratch = self._scratch if self._scratch is not None and self._scratch.is_dir() else tempfile.gettempdir()
+        if shutil.disk_usage(scratch).free < 2 * needed:
+            warnings.warn(
+                f"{self._path}: the disk has no room for {needed:,} bytes of a copy, so that each picture takes a pass "
+                "over its row group; free some, or write smaller row groups",
+                stacklevel=2,
+            )
+            return None
+        if self._copy is None:
+            self._copy = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (closed with this object)
+            weakref.finalize(self, self._copy.close)
+        self._copy.seek(0, 2)
+        offset, places = self._copy.tell(), np.full((len(self._columns), about.num_rows, 2), -1, np.int64)
+        try:
+            for row, values in self._rows(file, group):
+                for which, data in enumerate(values):
+                    if data is not None:
+                        self._copy.write(data)
+                        places[which, row] = offset, len(data)
+                        offset += len(data)
+        except Exception as error:  # damaged files raise far more than pyarrow's own errors
+            self._faults[group] = f"row group {group} is damaged: {shorten(str(error), 120)}"
+        return places
+
+    def _streamed(self, column: str, group: int, row: int) -> bytes:
+        for number, values in self._rows(_open(self._path), group):
+            if number == row and (data := values[self._columns.index(column)]) is not None:
+                return bytes(data)
+        raise ValueError(f"the column {column} is empty")
+
+    def _rows(self, file: Any, group: int) -> Iterator[tuple[int, list[Any]]]:
+        """Each row's number and the bytes of its columns, None where there are none or too many."""
+        import pyarrow
+        import pyarrow.compute
+
+        number = 0
+        batches = file.iter_batches(ROWS, row_groups=[group], columns=list(self._columns), use_threads=False)
+        for batch in batches:
+            found = []
+            for column in self._columns:
+                array = batch.column(batch.schema.get_field_index(column))
+                if pyarrow.types.is_struct(array.type):
+                    array = pyarrow.compute.struct_field(array, "bytes")
+                found.append([value.as_buffer() for value in array])
+            for values in zip(*found, strict=True):
+                yield number, [data if data is not None and len(data) <= MAX_PICTURE_BYTES else None for data in values]
+                number += 1

@@ -1,0 +1,280 @@
+"""WebDataset's tars: files whose names agree up to the first dot are one sample.
+
+A damaged tar is used as far as it goes, and from the next whole member on.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kandinsky_jax.errors import shorten
+from kandinsky_jax.training.data.captions import caption_from
+from kandinsky_jax.training.data.items import (
+    MAX_CAPTION_BYTES,
+    MAX_PICTURE_BYTES,
+    Captioned,
+    Skipped,
+    picture_suffixes,
+    unread_suffixes,
+)
+
+BLOCK = tarfile.BLOCKSIZE
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar; that of a link is the file that the link leads to."""
+
+    name: str
+    info: tarfile.TarInfo
+
+    @property
+    def suffix(self) -> str:
+        """The last one, in lower case."""
+        return posixpath.splitext(self.name)[1].lower()
+
+    @property
+    def stem(self) -> str:
+        """The name without the last suffix."""
+        return posixpath.splitext(self.name)[0]
+
+    @property
+    def ending(self) -> str:
+        """What follows the first dot of the file's name, in lower case."""
+        return posixpath.basename(self.name).partition(".")[2].lower()
+
+    @property
+    def is_hint(self) -> bool:
+        """Whether it is a depth map."""
+        return self.ending.startswith("hint.") and self.suffix in picture_suffixes()
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it is a picture and no depth map."""
+        return self.suffix in picture_suffixes() and not self.is_hint
+
+    @property
+    def is_caption(self) -> bool:
+        """Whether it may hold a caption."""
+        return self.suffix in (".txt", ".json")
+
+    def read(self, path: Path) -> bytes:
+        """Its bytes; OSError where the tar has fewer."""
+        with path.open("rb") as file:
+            return self.read_from(file)
+
+    def read_from(self, file: BinaryIO) -> bytes:
+        """Its bytes, of the tar's open file."""
+        file.seek(self.info.offset_data)
+        data = file.read(_stored(self.info))
+        if len(data) != _stored(self.info):
+            raise OSError(f"{self.name} is cut short, {len(data):,} of {self.info.size:,} bytes")
+        if not self.info.issparse():
+            return data
+        whole, position = bytearray(self.info.size), 0
+        for offset, length in _pieces(self.info):
+            whole[offset : offset + length] = data[position : position + length]
+            position += length
+        return bytes(whole)
+
+
+@dataclass
+class Sample:
+    """The files of one key."""
+
+    members: dict[str, Member] = field(default_factory=dict)  # by their endings
+
+
+def read_tar(path: Path, name: str, skipped: Skipped) -> Iterator[Captioned]:
+    """The captioned pictures of a tar, in the order of its members.
+
+    A picture's caption is the .txt, or else the .json, of its own name; or, for the first picture of a sample, that of
+    the sample. Its depth map is `KEY.hint.png`.
+
+    Args:
+        path: the tar.
+        name: of the tar, in names and faults.
+        skipped: is told what is not used.
+    """
+    try:
+        with path.open("rb") as file:
+            members = list(_regular(list(_members(file, name, skipped)), name, skipped))
+            modified = os.fstat(file.fileno()).st_mtime_ns
+            for sample in _samples(members):
+                yield from _of_sample(sample, path, file, name, modified, skipped)
+    except OSError as error:
+        skipped.add(f"{name}: {error.strerror or error}")
+
+
+def _of_sample(
+    sample: Sample, path: Path, file: BinaryIO, tar: str, modified: int, skipped: Skipped
+) -> Iterator[Captioned]:
+    members = list(sample.members.values())
+    pictures = sorted((member for member in members if member.is_picture), key=lambda member: "." in member.ending)
+    captions = sorted((member for member in members if member.is_caption), key=lambda member: member.suffix != ".txt")
+    hints = [member for member in members if member.is_hint]
+    for member in members:
+        if member.suffix in unread_suffixes():
+            skipped.add(f"{tar}/{member.name}: pictures of this format are not read; convert it to PNG or JPEG")
+    if not pictures:
+        if texts := [member for member in captions if member.suffix == ".txt"]:
+            skipped.add(f"{tar}/{texts[0].name}: there is no picture beside it")
+        return
+    own = {member.stem: member for member in reversed(captions)}
+    if not any(picture.stem in own for picture in pictures) and captions:
+        # Of several, the one with the fewest dots.
+        own[pictures[0].stem] = min(captions, key=lambda member: (member.suffix != ".txt", member.ending.count(".")))
+    for picture in pictures:
+        full = f"{tar}/{picture.name}"
+        if (caption := own.get(picture.stem)) is None:
+            skipped.add(f"{full}: there is no caption beside it")
+            continue
+        try:
+            for member, most in ((picture, MAX_PICTURE_BYTES), (caption, MAX_CAPTION_BYTES)):
+                if member.info.size > most:
+                    raise ValueError(f"{member.name} has {member.info.size:,} bytes, at most {most:,} are read")
+            text = caption_from(caption.read_from(file), caption.suffix)
+        except (ValueError, OSError, tarfile.TarError) as error:
+            skipped.add(f"{full}: {'' if caption.name in str(error) else f'{caption.name}: '}{error}")
+            continue
+        size = picture.info.size + sum(member.info.size for member in hints[:1])
+        read: list[Callable[[], bytes]] = [partial(member.read, path) for member in (picture, *hints[:1])]
+        yield Captioned(full, text, read[0], read[1] if hints else None, size, modified)
+
+
+def _samples(members: list[Member]) -> list[Sample]:
+    """The files of a tar by their keys; a name that comes twice begins another sample of its key."""
+    samples: list[Sample] = []
+    current: dict[str, Sample] = {}
+    for member in members:
+        folder, base = posixpath.split(member.name)
+        key = f"{folder}/{base.partition('.')[0]}"
+        if key not in current or member.ending in current[key].members:
+            current[key] = Sample()
+            samples.append(current[key])
+        current[key].members[member.ending] = member
+    return samples
+
+
+# Members ----------------------------------------------------------------------------------------------------------
+
+
+def _regular(found: list[tarfile.TarInfo], tar: str, skipped: Skipped) -> Iterator[Member]:
+    """The files of a tar that are not hidden, links among them."""
+    by_name = {posixpath.normpath(info.name): info for info in found if info.isreg()}
+    for info in found:
+        base = posixpath.basename(info.name)
+        if info.isdir() or not base or base.startswith("."):
+            continue
+        if posixpath.pardir in info.name.split("/"):
+            skipped.add(f"{tar}/{info.name}: its name leads out of the tar")
+        elif info.isreg():
+            yield Member(info.name, info)
+        elif not info.islnk() and not info.issym():
+            skipped.add(f"{tar}/{info.name}: it is no file")
+        else:
+            to = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(info.name), info.linkname)
+            if (target := by_name.get(posixpath.normpath(to))) is None:
+                skipped.add(f"{tar}/{info.name}: it is a link to {shorten(info.linkname, 80)}, which the tar has not")
+            else:
+                yield Member(info.name, target)
+
+
+def _members(file: BinaryIO, name: str, skipped: Skipped) -> Iterator[tarfile.TarInfo]:
+    """The headers of all members that are there whole; what is damaged between them is reported and passed over."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    first = file.read(8)
+    for mark, kind in COMPRESSED.items():
+        if first.startswith(mark):
+            skipped.add(f"{name}: it is compressed with {kind}; decompress it, as members are read one by one")
+            return
+    start: int | None = 0
+    while start is not None and start < size:
+        position, reason = start, ""
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in tar:
+                    if info.size < 0 or info.offset < position:
+                        raise tarfile.ReadError("a size below zero")
+                    position = info.offset_data + _blocks(_stored(info))
+                    if info.offset_data + _stored(info) > size:
+                        skipped.add(f"{name}/{info.name}: the tar is cut short within it")
+                    else:
+                        yield info
+        except Exception as error:  # on damaged headers, tarfile also raises ValueError, KeyError, OverflowError, ...
+            reason = shorten(str(error), 80)
+        start = _next(file, name, position, size, reason, skipped)
+
+
+def _next(file: BinaryIO, name: str, position: int, size: int, reason: str, skipped: Skipped) -> int | None:
+    """Where the next header is, if any, after the members that could be read end at `position`."""
+    if position >= size:
+        if position == size:
+            skipped.add(f"{name}: it has no end; it may be cut short after {size:,} bytes")
+        return None
+    file.seek(position)
+    if not any(block := file.read(BLOCK)):
+        found = _first_that(lambda chunk: bool(chunk.strip(b"\0")), file, position)  # tars that were joined
+        if found is None or _is_header(file, found):
+            return found
+        position = found
+        file.seek(position)
+        block = file.read(BLOCK)
+    label = block[:100].split(b"\0")[0].decode("utf-8", "replace")
+    what = f" ({shorten(label, 60)!r})" if label.isprintable() and label else ""
+    skipped.add(f"{name}: the header at byte {position:,}{what} is damaged{f': {reason}' if reason else ''}")
+    following = _first_that(lambda chunk: b"ustar" in chunk, file, position + BLOCK)
+    while following is not None and not _is_header(file, following):
+        following = _first_that(lambda chunk: b"ustar" in chunk, file, following + BLOCK)
+    return following
+
+
+def _first_that(test: Callable[[bytes], bool], file: BinaryIO, position: int) -> int | None:
+    """The first block from `position` on that passes a test, which is also made of many blocks at once."""
+    file.seek(position)
+    while chunk := file.read(2048 * BLOCK):
+        if test(chunk):
+            for at in range(0, len(chunk), BLOCK):
+                if test(chunk[at : at + BLOCK]):
+                    return position + at
+        position += len(chunk)
+    return None
+
+
+def _is_header(file: BinaryIO, position: int) -> bool:
+    file.seek(position)
+    try:
+        tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        return False
+    return True
+
+
+def _stored(info: tarfile.TarInfo) -> int:
+    """The bytes that a member has in the tar: of a sparse one, those that are not holes."""
+    if not info.isreg() and info.type in tarfile.SUPPORTED_TYPES:  # others are taken for files, as tarfile does
+        return 0
+    return sum(length for _, length in _pieces(info)) if info.issparse() else info.size
+
+
+def _pieces(info: tarfile.TarInfo) -> list[tuple[int, int]]:
+    """Of a sparse member: where its data belongs, and how much of it; a map that makes no sense is a ValueError."""
+    sparse: Any = info.sparse  # typeshed says bytes
+    found: list[tuple[int, int]] = list(sparse)
+    if any(offset < 0 or length < 0 or offset + length > info.size for offset, length in found):
+        raise ValueError("a damaged map of a sparse member")
+    return found
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

@@ -1,0 +1,110 @@
+"""What makes a run the same run: kept in its checkpoints, compared when it is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from kandinsky_jax.errors import shorten
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.data import Captioned, fingerprint
+from kandinsky_jax.training.kinds import Kind
+
+# Settings that may change from one start to the next: they change neither what is learned from which data nor the
+# random numbers. Where files lie is free because what is in them is compared.
+FREE = frozenset(
+    {
+        "model",
+        "prior",
+        "data",
+        "output",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "validation_prompts",
+        "validation_steps",
+        "wandb_project",
+        "mesh.data",
+        "mesh.fsdp",
+        "optimizer.max_train_steps",
+        "optimizer.remat",
+    }
+)
+# What decides the shapes of the state: with another one, no checkpoint can be used.
+STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "average of the weights"})
+
+Record = dict[str, Any]
+
+
+def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks: Mapping[str, Any]) -> Record:
+    """The settings, data and weights that decide a run's result, JSON.
+
+    Args:
+        kind: what is trained.
+        config: how.
+        items: the pictures, of which names, captions and sizes are compared.
+        networks: parameters before the first step, by name, of all networks that take part.
+    """
+    settings = {
+        name: value
+        for name, value in _flat(dataclasses.asdict(config))
+        if name not in FREE and (not name.startswith("lora.") or str(kind).startswith("lora-"))
+    }
+    return {
+        "kind": str(kind),
+        **settings,
+        "average of the weights": config.optimizer.ema_decay is not None,
+        "number of pictures": len(items),
+        "data": fingerprint(items)[:16],
+        **{f"weights of {name}": weights_digest(params) for name, params in sorted(networks.items())},
+    }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs: (before, now) by name. What only one of them knows is not compared."""
+    names = [name for name in now if name in before]
+    return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
+
+
+def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Changes in a few words, such as "seed (0, now 1)"."""
+    given = dict(changed)
+    if "number of pictures" in given:
+        given.pop("data", None)
+    parts = []
+    for name, (before, now) in list(given.items())[:4]:
+        opaque = name == "data" or name.startswith("weights of ")  # digests say nothing to a reader
+        parts.append(name if opaque else f"{name} ({shorten(before, 24)}, now {shorten(now, 24)})")
+    return ", ".join(parts) + (f" and {len(given) - 4} more" if len(given) > 4 else "")
+
+
+def weights_digest(params: Any) -> str:
+    """A digest of a tree of arrays: names, shapes and values."""
+    return hashlib.sha256(repr(sorted(checksums(params).items())).encode()).hexdigest()[:16]
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The CRC-32 of each leaf's bytes, dtype and shape, by its path."""
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
+        return dict(zip((path for path, _ in leaves), pool.map(_checksum, (leaf for _, leaf in leaves)), strict=True))
+
+
+def _checksum(leaf: Any) -> int:
+    array = np.asarray(leaf)
+    kind = zlib.crc32(f"{array.dtype}{array.shape}".encode())
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, kind)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
