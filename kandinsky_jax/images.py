@@ -15,12 +15,18 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from kandinsky_jax.errors import quote, shorten, summarize
+from kandinsky_jax.fields import Bounds, field_faults
+from kandinsky_jax.reading import of_file, read_json_object
+from kandinsky_jax.tensors.files import CheckpointError
+
+MAX_EDGE = 4096  # of what a vision tower takes: the official one takes 224 pixels
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 # What is opened: no format whose reader starts another program, as PostScript's does.
@@ -124,6 +130,10 @@ def hints(value: Any, name: str, height: int, width: int) -> np.ndarray:
         depth = Image.fromarray(_depth(plane, which)).resize((width, height), Image.Resampling.BILINEAR)
         found.append(np.repeat(np.asarray(depth)[..., None], 3, axis=-1))
     return np.stack(found).clip(0, 1)
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _depth(plane: np.ndarray, name: str) -> np.ndarray:
@@ -302,28 +312,39 @@ class CLIPImageProcessor:
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
-    FILE = "preprocessor_config.json"
+    FILE: ClassVar[str] = "preprocessor_config.json"
+    BOUNDS: ClassVar[Bounds] = {"size": (1, MAX_EDGE), "crop": (1, MAX_EDGE), "image_std": (1e-6, 1e6)}
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> CLIPImageProcessor:
+        """Read a configuration; CheckpointError where it is missing, damaged or of another kind of processor."""
         path = Path(folder) / cls.FILE
         try:
-            return cls._from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be used: {error}") from None
+            return cls._from_dict(read_json_object(path))
+        except FileNotFoundError:
+            raise CheckpointError(of_file(path, "is missing")) from None
+        except ValueError as error:  # ReadError among them
+            raise CheckpointError(of_file(path, f"cannot be used: {shorten(error, 240)}")) from None
 
     @classmethod
     def _from_dict(cls, raw: dict[str, Any]) -> CLIPImageProcessor:
-        size, crop = raw.get("size", 224), raw.get("crop_size", 224)
-        side = size["shortest_edge"] if isinstance(size, dict) else size
-        cropped = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
+        size, crop = raw.get("size", cls.size), raw.get("crop_size", cls.crop)
+        side: Any = size.get("shortest_edge") if isinstance(size, dict) else size
+        cropped: tuple[Any, Any] = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
         needed = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "do_rescale": True, "resample": 3}
-        faults = [f"{k}={raw[k]!r}" for k, v in needed.items() if raw.get(k, v) != v]
+        faults = [f"{k}={quote(raw[k], 40)}" for k, v in needed.items() if raw.get(k, v) != v]
         if cropped[0] != cropped[1]:
-            faults.append(f"crop_size={crop!r}")
+            faults.append(f"crop_size={quote(crop, 40)}")
         if faults:
-            raise ValueError(f"not supported here: {', '.join(faults)}")
-        return cls(side, cropped[0], tuple(raw["image_mean"]), tuple(raw["image_std"]))
+            raise ValueError(f"not supported here: {summarize(faults, 200, ', ')}")
+        colours: list[Any] = [_freeze(raw.get(name)) for name in ("image_mean", "image_std")]
+        processor = cls(side, cropped[0], *colours)
+        faults = field_faults(processor, cls.BOUNDS)
+        if not faults and not (len(processor.image_mean) == len(processor.image_std) == 3):
+            faults = ["image_mean and image_std must have three numbers each"]
+        if faults:
+            raise ValueError(summarize(faults, 200))
+        return processor
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
+from kandinsky_jax.reading import of_file
 from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors.files import CheckpointError
 
@@ -45,16 +47,20 @@ def listing(path: Path) -> dict[str, Any]:
         CheckpointError: where it is damaged; every file that is cut short is listed.
     """
     path = path.absolute()
+    _check_files(path)
     read_json(path / "_METADATA")
     if cut := _cut_short(path):
         raise CheckpointError(
-            f"{path} is damaged, {len(cut)} of its files are missing or cut short:\n  " + "\n  ".join(cut)
+            of_file(path, f"is damaged, {len(cut)} of its files are missing or cut short: {summarize(cut, 250)}")
         )
 
     def listed(checkpointer: ocp.Checkpointer) -> dict[str, Any]:
         if (arrays := checkpointer.metadata(path).item_metadata) is None:  # Orbax's way to say so
             raise CheckpointError("its list of arrays cannot be read")
-        return dict(arrays)
+        found = dict(arrays)
+        if odd := [name for name, leaf in found.items() if not hasattr(leaf, "shape")]:
+            raise CheckpointError(f"it holds something else than arrays: {summarize(odd, 150)}")
+        return found
 
     return _run(listed, CheckpointError, f"{path} is damaged or no Orbax checkpoint")
 
@@ -103,6 +109,13 @@ def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     return _run(action, CheckpointError, f"{path} is damaged or no Orbax checkpoint")
 
 
+def _check_files(path: Path) -> None:
+    """Raise where a part of a checkpoint is a pipe or a device, at which its readers would wait for ever."""
+    for part in sorted(path.rglob("*")):
+        if part.is_symlink() or not (part.is_file() or part.is_dir()):
+            raise CheckpointError(of_file(path, f"is damaged: {shorten(part.name)} is no regular file"))
+
+
 def _cut_short(path: Path) -> list[str]:
     """The files that an Orbax checkpoint's index names and that are missing or too short.
 
@@ -114,8 +127,13 @@ def _cut_short(path: Path) -> list[str]:
     try:
         base = ts.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
         nodes = [ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]]
+        seen: set[str] = set()
         while nodes:
-            for entry in ts.ocdbt.dump(base, nodes.pop()).result()["entries"]:
+            node = nodes.pop()
+            if (mark := repr(node)) in seen:
+                raise ValueError("its index leads back to itself")
+            seen.add(mark)
+            for entry in ts.ocdbt.dump(base, node).result()["entries"]:
                 if "location" in entry:
                     nodes.append(entry["location"])
                 elif "indirect_value" in entry:
@@ -123,8 +141,8 @@ def _cut_short(path: Path) -> list[str]:
                     file, offset, length = entry["indirect_value"].removeprefix("value:").rsplit(":", 2)
                     file = file.replace(":", "")
                     needed[file] = max(needed.get(file, 0), int(offset) + int(length))
-    except (ValueError, LookupError) as error:
-        raise CheckpointError(f"{path} is damaged: {_reason(error)}") from None
+    except Exception as error:  # of tensorstore, or of an index that is not what it was
+        raise CheckpointError(of_file(path, f"is damaged: {_reason(error)}")) from None
     sizes = {file: (path / file).stat().st_size if (path / file).is_file() else 0 for file in needed}
     return [f"{file}: {sizes[file]:,} of {size:,} bytes" for file, size in sorted(needed.items()) if sizes[file] < size]
 
@@ -165,7 +183,7 @@ def _run(action: Callable[[ocp.Checkpointer], T], kind: type[Exception], message
         sys.unraisablehook = hook
         for logger in loggers:
             logger.removeFilter(report)
-    raise kind(f"{message}: {reason}")
+    raise kind(f"{message}: {shorten(reason, max(100, MAX_MESSAGE - len(message)))}")
 
 
 def _attempt(action: Callable[[ocp.Checkpointer], T]) -> tuple[Any, str | None]:

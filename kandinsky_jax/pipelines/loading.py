@@ -25,6 +25,7 @@ from kandinsky_jax.checkpoint import (
     save_network,
     stored_bytes,
 )
+from kandinsky_jax.checkpoint.tokenizer import load_tokenizer
 from kandinsky_jax.compilation import compiling_ahead
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS
@@ -244,6 +245,4 @@ def _load_small(bare: str, folder: Path) -> Any:
         return scheduler_from_config(read_json(path), str(path))
     if bare == "image_processor":
         return CLIPImageProcessor.from_pretrained(folder)
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return load_tokenizer(folder)

@@ -11,13 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from kandinsky_jax import hub, zero_embed
-from kandinsky_jax.checkpoint import CheckpointError, check_network, load_network, save_network
+from kandinsky_jax import hub, orbax, zero_embed
+from kandinsky_jax.checkpoint import CheckpointError, check_network, load_network
+from kandinsky_jax.checkpoint.tokenizer import load_tokenizer
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.config import ConfigError
@@ -167,14 +169,19 @@ def _read_pickles(folder: Path) -> None:
 
 @functools.cache
 def _orbax_checkpoint() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="kandinsky-jax-fuzz-")) / "movq"
-    save_network(load_network(NETWORKS["VQModel"], DECODER / "movq", jnp.float32), folder, "orbax")
+    folder = Path(tempfile.mkdtemp(prefix="kandinsky-jax-fuzz-")) / "params"
+    orbax.save(folder, {name: jnp.asarray(array) for name, array in _few_tensors().items() if array.size})
     return folder
 
 
 def _orbax(folder: Path) -> list[Path]:
     shutil.copytree(_orbax_checkpoint(), folder, dirs_exist_ok=True)
-    return [path for path in (folder / "params").rglob("*") if path.is_file()]
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _read_orbax(folder: Path) -> None:
+    orbax.restore(folder, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in orbax.listing(folder).items()})
+    orbax.read(folder, ["conv_in.bias"])
 
 
 def _zero_embed(folder: Path) -> list[Path]:
@@ -233,7 +240,7 @@ READERS = (
     *(_tensors(name) for name in NETWORKS),
     Reader("safetensors index", _shards, _read_shards, (CheckpointError,)),
     Reader("pickles", _pickles, _read_pickles, (CheckpointError,)),
-    Reader("Orbax", _orbax, lambda folder: load_network(NETWORKS["VQModel"], folder), (CheckpointError,)),
+    Reader("Orbax", _orbax, _read_orbax, (CheckpointError,)),
     Reader(
         "zero_embed",
         _zero_embed,
@@ -245,6 +252,8 @@ READERS = (
         "preprocessor_config.json",
         lambda folder: copy(PRIOR / "image_processor", folder),
         _read_processor,
-        (ConfigError,),
+        (CheckpointError,),
     ),
+    Reader("tokenizer.json", _tokenizer, load_tokenizer, (CheckpointError,)),
+    Reader("vocab.json and merges.txt", _slow_tokenizer, load_tokenizer, (CheckpointError,)),
 )
