@@ -267,13 +267,12 @@ def test_damaged_orbax_checkpoint_is_refused_or_read_right(damage: str, text_enc
             refused[file] = str(error)
     assert all(str(tmp_path) in message for message in refused.values())
     assert {"_METADATA", "manifest.ocdbt"} <= refused.keys()
-    # All files of numbers at once: the error lists exactly those that were refused one by one.
+    # All files of numbers at once: the error counts those that were refused one by one, and names the first.
     numbers = [file for file in files if file.startswith("ocdbt.process_0/d/")]
+    wrong = sorted(file for file in numbers if file in refused)
     folder = spoil(tmp_path / "all", numbers)
-    with pytest.raises(CheckpointError, match="are missing or cut short") as raised:
+    with pytest.raises(CheckpointError, match=f"{len(wrong)} of its files are missing or cut short: {wrong[0]}: "):
         load_text_encoder(folder)
-    listed = [line.strip().split(": ")[0] for line in str(raised.value).splitlines()[1:]]
-    assert listed == [file for file in numbers if file in refused] != []
     assert "Traceback" not in capfd.readouterr().err
 
 
