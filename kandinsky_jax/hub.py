@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
 import os
 import re
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kandinsky_jax import orbax
+from kandinsky_jax.errors import MAX_MESSAGE, shorten
+from kandinsky_jax.models.config import ConfigError
+from kandinsky_jax.schedulers.noise_schedule import SchedulerError
 from kandinsky_jax.storage import read_json
-from kandinsky_jax.tensors.files import STEMS, ZERO_EMBED, CheckpointError, find
+from kandinsky_jax.tensors.files import PREFERRED, STEMS, ZERO_EMBED, CheckpointError, WeightSelection, find, variant_of
 
 PRIOR, DECODER = "kandinsky-2-2-prior", "kandinsky-2-2-decoder"
 INPAINT, CONTROLNET = "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"
@@ -40,24 +48,45 @@ EMBEDDED = {"tiny": Path(__file__).parent / "tiny"}
 _REVISIONS = {f"{OFFICIAL}/{CONTROLNET}": "refs/pr/5"}
 
 _COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
-# Without the half-precision twins that some repositories hold beside them ("*.fp16.safetensors").
-_FILES = (
-    "*.json",
-    "*.txt",
-    "params/**",
-    ZERO_EMBED,
-    *(f"{stem}{end}" for stem in STEMS for end in (".safetensors", "-*.safetensors")),
-)
-_PICKLES = tuple(f"{stem}.bin" for stem in STEMS)
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_SMALL_FILES = ("*.json", "*.txt", "params/**", ZERO_EMBED)
+_INDEX = ("model_index.json", "README.md", "kandinsky_jax_manifest.json")
+
+MOST_WAITS = 6  # for a Hub that answers 429 or 5xx
+LONGEST_WAIT = 60.0  # seconds, of one of them
+
+T = TypeVar("T")
 
 
-def resolve(
-    name: str | os.PathLike[str],
-    repository: str,
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Path:
+@dataclasses.dataclass(frozen=True)
+class HubOptions:
+    """How a model is fetched from the Hub; names and meaning are diffusers'.
+
+    Attributes:
+        revision: a branch, tag, commit or `refs/pr/N`.
+        cache_dir: where Hub files are kept; None is huggingface_hub's own.
+        token: for private and gated repositories; None is the one of `hf auth login`.
+        local_files_only: use what is in the cache, ask no server.
+        force_download: fetch files again that are in the cache.
+        subfolder: of the repository or folder, in which the model lies.
+        selection: which files of tensors, where there are several.
+    """
+
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+    subfolder: str | None = None
+    selection: WeightSelection = PREFERRED
+
+    def __post_init__(self) -> None:
+        parts = Path(self.subfolder).parts if self.subfolder else ()
+        if ".." in parts or (self.subfolder and Path(self.subfolder).is_absolute()):
+            raise ValueError(f"subfolder must lie within the model, got {shorten(self.subfolder)}")
+
+
+def resolve(name: str | os.PathLike[str], repository: str, **options: Any) -> Path:
     """The local folder of a model, with `model_index.json` in it.
 
     Args:
@@ -65,18 +94,22 @@ def resolve(
             repository ("owner/name"). A folder may also hold a whole family, subfolders named as the official
             repositories; then `repository` picks one.
         repository: which member of a family is wanted, such as "kandinsky-2-2-decoder".
-        revision: of a Hub repository: a branch, tag, commit or `refs/pr/N`.
-        cache_dir: where Hub files are kept; None is huggingface_hub's own.
+        options: see `HubOptions`.
     Raises:
         CheckpointError: saying what was looked for.
     """
+    where = HubOptions(**options)
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"a model is named by a string or a path, got {shorten(name)}")
     embedded, _, member = str(name).partition("/")
     if embedded in EMBEDDED and not Path(name).exists():
+        member = member or where.subfolder or ""
         if member not in ("", PRIOR, DECODER, INPAINT, CONTROLNET):
             raise CheckpointError(f"{name}: {embedded} has {PRIOR}, {DECODER}, {INPAINT} and {CONTROLNET}")
         return EMBEDDED[embedded] / (member or repository)
     folder = Path(name)
     if folder.is_dir():
+        folder = folder / (where.subfolder or "")
         for candidate in (folder, folder / repository):
             if (candidate / "model_index.json").is_file():
                 return candidate
@@ -84,33 +117,166 @@ def resolve(
             f"{folder} has no model_index.json, and no subfolder {repository} with one: it is no model in diffusers' "
             "layout or ours"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        return _download(str(name), revision or _REVISIONS.get(str(name)), cache_dir)
+    if _REPOSITORY.fullmatch(str(name)):
+        return _download_model(str(name), where)
     raise CheckpointError(
-        f"{name} is no folder here, no embedded model ({', '.join(EMBEDDED)}) and no Hub repository (owner/name)"
+        f"{shorten(str(name))} is no folder here, no embedded model ({', '.join(EMBEDDED)}) and no Hub repository "
+        "(owner/name)"
     )
 
 
-def _download(repository: str, revision: str | None, cache_dir: Any) -> Path:
+def resolve_component(name: str | os.PathLike[str], **options: Any) -> Path:
+    """The local folder of one component, such as a network or a scheduler.
+
+    Args:
+        name: a folder, a Hub repository, or one of an embedded model ("tiny/kandinsky-2-2-decoder").
+        options: see `HubOptions`; `subfolder` is the component's within a model.
+    Raises:
+        CheckpointError: saying what was looked for.
+    """
+    where = HubOptions(**options)
+    subfolder = where.subfolder or ""
+    embedded, _, member = str(name).partition("/")
+    folder = EMBEDDED[embedded] / member if embedded in EMBEDDED and not Path(name).exists() else Path(name)
+    if folder.is_dir():
+        if (folder / subfolder).is_dir():
+            return folder / subfolder
+        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise CheckpointError(f"{folder} has no folder {shorten(subfolder)}; it has {shorten(', '.join(found))}")
+    if _REPOSITORY.fullmatch(str(name)):
+        return _fetch_component_files(str(name), where, [subfolder] if subfolder else [""]) / subfolder
+    raise CheckpointError(f"{shorten(str(name))} is no folder here and no Hub repository (owner/name)")
+
+
+# Fetching from the Hub --------------------------------------------------------------------------------------------
+
+
+def _download_model(repository: str, where: HubOptions) -> Path:
+    prefix = f"{where.subfolder.strip('/')}/" if where.subfolder else ""
+    root = _fetch(repository, where, [prefix + name for name in _INDEX] + ["README.md"])
+    parts = [prefix + part for part in components(root / prefix)]
+    return _fetch_component_files(repository, where, parts) / prefix
+
+
+def _fetch_component_files(repository: str, where: HubOptions, parts: Iterable[str]) -> Path:
+    """Fetch components' small files, and of their files of tensors those that are read; returns the whole's folder."""
+    prefixes = [f"{part}/" if part else "" for part in parts]
+    folder = _fetch(repository, where, [prefix + name for prefix in prefixes for name in _SMALL_FILES])
+    lacking = [prefix for prefix in prefixes if (folder / prefix / "config.json").is_file()]
+    for variant, form in _weight_kinds(where.selection):
+        if not lacking:
+            break
+        folder = _fetch(repository, where, [p + name for p in lacking for name in _weight_patterns(variant, form)])
+        lacking = [p for p in lacking if not _has_arrived(folder / p, where.selection, variant, form)]
+    return folder
+
+
+def _weight_kinds(selection: WeightSelection) -> list[tuple[str | None, str]]:
+    """Variants ("*" is any) and formats of files of tensors, those that are looked for first in front."""
+    forms = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[selection.use_safetensors]
+    return [(variant, form) for variant in dict.fromkeys([selection.variant, None, "*"]) for form in forms]
+
+
+def _weight_patterns(variant: str | None, form: str) -> list[str]:
+    suffix, shard = f".{variant}" if variant else "", "-?????-of-?????"
+    return [f"{stem}{name}.{form}" for stem in STEMS for name in (suffix, suffix + shard, shard + suffix)]
+
+
+def _has_arrived(folder: Path, selection: WeightSelection, variant: str | None, form: str) -> bool:
+    if (folder / orbax.FOLDER).is_dir():
+        return True
+    path = find(folder, selection)
+    return path is not None and f".{form}" in path.name and variant in ("*", variant_of(path.name))
+
+
+def _fetch(repository: str, where: HubOptions, patterns: list[str]) -> Path:
+    """Fetch files of a repository into the Hub's cache.
+
+    Raises:
+        CheckpointError: for whatever goes wrong.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    def fetch(patterns: list[str]) -> Path:
+    revision = where.revision or _REVISIONS.get(repository)
+    try:
+        return _patiently(
+            lambda: Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    cache_dir=None if where.cache_dir is None else Path(where.cache_dir),
+                    token=where.token,
+                    local_files_only=where.local_files_only,
+                    force_download=where.force_download,
+                    allow_patterns=patterns,
+                )
+            )
+        )
+    except Exception as error:  # of huggingface_hub, httpx and the disk: they share no base
+        raise CheckpointError(_explain(repository, revision, error)) from None
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    """What `action` returns; a server that is busy (429, 5xx) is asked again after a while."""
+    for attempt in range(MOST_WAITS + 1):
         try:
-            return Path(snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-        except RepositoryNotFoundError:
-            raise CheckpointError(f"{repository} is not on the Hub, or not open to you") from None
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise CheckpointError(f"{repository} could not be fetched from the Hub: {reason}") from None
+            return action()
+        except Exception as error:
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
+            if attempt == MOST_WAITS or not (status == 429 or (isinstance(status, int) and 500 <= status < 600)):
+                raise
+            wait = _wait(response, attempt)
+            logging.getLogger(__name__).warning("the Hub answers %s; asking again in %.0f s", status, wait)
+        time.sleep(wait)
+    raise AssertionError("unreachable")
 
-    root = fetch(["model_index.json", "README.md"])
-    parts = components(root)
-    folder = fetch(["model_index.json", "README.md"] + [f"{part}/{pattern}" for part in parts for pattern in _FILES])
-    # Pickles only where there is nothing else.
-    networks = [part for part in parts if (folder / part / "config.json").is_file()]
-    bare = [p for p in networks if find(folder / p) is None and not (folder / p / orbax.FOLDER).is_dir()]
-    return fetch([f"{part}/{pattern}" for part in bare for pattern in _PICKLES]) if bare else folder
+
+def _wait(response: Any, attempt: int) -> float:
+    """Seconds to wait: what the server asks for, or longer each time; never above `LONGEST_WAIT`."""
+    try:
+        asked = float(response.headers.get("Retry-After", ""))
+    except ValueError:
+        asked = 2.0**attempt
+    return min(max(asked, 0.0), LONGEST_WAIT)
+
+
+def _explain(repository: str, revision: str | None, error: Exception) -> str:
+    """What went wrong with a repository, in one sentence with what to do."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{repository} is gated: accept its conditions on its page at the Hub, then `hf auth login` or give "
+            "token=..."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repository} is not on the Hub, or not open to you: `hf auth login`, or give token=..."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repository} has no revision {shorten(repr(revision))} (a branch, tag, commit or refs/pr/N) on the Hub"
+    reason = shorten(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 200)
+    return f"{repository} could not be fetched from the Hub: {reason}" + (
+        "" if isinstance(error, ValueError) else ". What has arrived is kept; call it again"
+    )
+
+
+_CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+?)[/\\]snapshots")
+
+
+@contextlib.contextmanager
+def hint_for_cached_files() -> Iterator[None]:
+    """Add to an error about files in the Hub's cache how to check them and to fetch them again."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, SchedulerError) as error:
+        if (cached := _CACHED.search(str(error))) is None:
+            raise
+        repository = f"{cached['owner']}/{cached['name']}"
+        hint = f" (`kandinsky-jax verify {repository}` finds damaged files, force_download=True fetches them again)"
+        raise type(error)(shorten(str(error), MAX_MESSAGE - len(hint)) + hint) from None
+
+
+# What lies in a model ---------------------------------------------------------------------------------------------
 
 
 def components(folder: Path) -> dict[str, str]:
@@ -124,10 +290,14 @@ def components(folder: Path) -> dict[str, str]:
     for name, value in index.items():
         if name.startswith("_"):
             continue
+        if value is None or isinstance(value, bool | int | float):
+            continue  # an option of the pipeline, such as "requires_safety_checker", or a component that is not there
         if not (isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value)):
-            raise CheckpointError(f"{folder / 'model_index.json'}: {name} should be [library, class], is {value!r}")
+            raise CheckpointError(
+                f"{folder / 'model_index.json'}: {shorten(name)} should be [library, class], is {shorten(value)}"
+            )
         if not _COMPONENT.fullmatch(name):
-            raise CheckpointError(f"{folder / 'model_index.json'}: {name!r} is no name of a component")
+            raise CheckpointError(f"{folder / 'model_index.json'}: {shorten(repr(name))} is no name of a component")
         if value[1] is not None:
             parts[name] = value[1]
     return parts
@@ -165,29 +335,35 @@ def component_folder(folder: Path, name: str) -> Path:
 def find_prior(
     decoder: Path,
     prior: str | os.PathLike[str] | None = None,
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> Path:
     """The prior that belongs to a decoder.
 
     In this order: `prior`, where given; a folder `kandinsky-2-2-prior` beside the decoder's; the repository that the
-    front matter of the decoder's README names under `prior:`.
+    front matter of the decoder's README names under `prior:`. `options`: see `HubOptions`.
     """
     if prior is not None:
-        return resolve(prior, PRIOR, revision=revision, cache_dir=cache_dir)
+        return resolve(prior, PRIOR, **options)
     beside = decoder.parent / PRIOR
     if (beside / "model_index.json").is_file():
         return beside
     readme = decoder / "README.md"
     if readme.is_file():
-        from huggingface_hub import ModelCard
-
-        named = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict().get("prior")
+        named = _front_matter(readme).get("prior")
         named = named[0] if isinstance(named, list) and named else named
         if isinstance(named, str):
-            return resolve(named, PRIOR, revision=revision, cache_dir=cache_dir)
+            return resolve(named, PRIOR, **options)
     raise CheckpointError(
         f"{decoder} does not say which prior belongs to it: there is no folder {beside} and no `prior:` in the front "
         "matter of its README.md. Name one: from_pretrained(..., prior=FOLDER_OR_REPOSITORY)"
     )
+
+
+def _front_matter(readme: Path) -> dict[str, Any]:
+    """The YAML block in front of a model card; empty where there is none that can be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # of PyYAML, of the model card's own checks, of the decoder: a README is no part of a model
+        return {}

@@ -30,7 +30,7 @@ from kandinsky_jax.models.layers import Shapes, abstract
 from kandinsky_jax.sampling import Network, call
 from kandinsky_jax.storage import replace_file, user_cache
 from kandinsky_jax.tensors import names
-from kandinsky_jax.tensors.files import ZERO_EMBED
+from kandinsky_jax.tensors.files import PREFERRED, ZERO_EMBED, WeightSelection
 
 _TENSOR = "zero_embed"
 
@@ -43,9 +43,17 @@ def of(tower: CLIPVisionModelWithProjection | Deferred) -> np.ndarray:
     """
     if not isinstance(tower, Deferred):
         return np.asarray(call(*Network.split(tower), _zeros(tower.config)), np.float32)
-    mark = fingerprint(tower.folder, tower.config)
-    if (embed := _find(tower.folder, mark)) is None:
-        embed = _compute(tower.folder, tower.config)
+    with tower.lock:
+        if tower.zero_embed is None:
+            tower.zero_embed = _of_folder(tower.folder, tower.config, tower.selection)
+        return tower.zero_embed
+
+
+def _of_folder(folder: Path, config: CLIPVisionConfig, selection: WeightSelection) -> np.ndarray:
+    """Found beside the tensors or in the user's cache, else computed and kept there."""
+    mark = fingerprint(folder, config, selection)
+    if (embed := _find(folder, mark)) is None:
+        embed = _compute(folder, config, selection)
         if (path := _cached(mark)) is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,16 +68,16 @@ def store(folder: Path, config: CLIPVisionConfig) -> None:
     _write(folder / ZERO_EMBED, _compute(folder, config), fingerprint(folder, config))
 
 
-def carry(source: Path, target: Path, config: CLIPVisionConfig) -> bool:
+def carry(source: Path, target: Path, config: CLIPVisionConfig, selection: WeightSelection = PREFERRED) -> bool:
     """Put what is known of the tower in `source` beside the tensors in `target`, where the weights are the same."""
     mark = fingerprint(target, config)
-    if fingerprint(source, config) != mark or (embed := _find(source, mark)) is None:
+    if fingerprint(source, config, selection) != mark or (embed := _find(source, mark)) is None:
         return False
     _write(target / ZERO_EMBED, embed, mark)
     return True
 
 
-def fingerprint(folder: Path, config: CLIPVisionConfig) -> str:
+def fingerprint(folder: Path, config: CLIPVisionConfig, selection: WeightSelection = PREFERRED) -> str:
     """Ties an embedding to the weights in `folder`; the same in every layout and dtype that holds the same numbers.
 
     Of PyTorch's names and order of axes, so that a change of ours does not put away what was stored.
@@ -83,7 +91,9 @@ def fingerprint(folder: Path, config: CLIPVisionConfig) -> str:
         f"vision_model.encoder.layers.{config.num_hidden_layers - 1}.self_attn.",
     )
     wanted = [name for name in flat_params(abstract(CLIPVisionModelWithProjection, config)) if name.startswith(parts)]
-    tensors = {names.torch_name(name): names.to_torch(name, x) for name, x in read_params(folder, wanted).items()}
+    tensors = {
+        names.torch_name(name): names.to_torch(name, x) for name, x in read_params(folder, wanted, selection).items()
+    }
     # What no tensor's shape shows.
     settings = (config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps)
     found = hashlib.sha256(repr(settings).encode())
@@ -96,13 +106,13 @@ def _zeros(config: CLIPVisionConfig) -> jax.Array:
     return jnp.zeros((1, config.image_size, config.image_size, config.num_channels), jnp.float32)
 
 
-def _compute(folder: Path, config: CLIPVisionConfig) -> np.ndarray:
+def _compute(folder: Path, config: CLIPVisionConfig, selection: WeightSelection = PREFERRED) -> np.ndarray:
     """In float32, one layer after the other."""
 
     def run(module: nnx.Module, prefix: str, *args: Any, method: str = "__call__") -> np.ndarray:
         network, shapes = Network.split(module)
         wanted, structure = _named(shapes, prefix)
-        arrays = read_params(folder, wanted)
+        arrays = read_params(folder, wanted, selection)
         params = jax.tree.unflatten(structure, [jnp.asarray(arrays[name], jnp.float32) for name in wanted])
         return np.asarray(call(network, params, *args, method=method))
 

@@ -101,7 +101,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         in_index(
             unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DPMSolverSDEScheduler"], movq=[None, None]
         ),
-        ["unet is a UNet2DModel", "scheduler is a DPMSolverSDEScheduler, supported: DDPMScheduler", "movq is missing"],
+        ["unet is a UNet2DModel", "scheduler is a DPMSolverSDEScheduler, did you mean DPMSolver", "movq is missing"],
     ),
     "no component": (
         lambda f: edit_json(f / "model_index.json", lambda index: index.pop("movq")),
@@ -182,17 +182,16 @@ def test_all_faults_of_the_tensors_are_in_one_error(spoilable, capfd):
     capfd.readouterr()
     with pytest.raises(CheckpointError) as raised:
         load_text_encoder(folder)
-    lines = str(raised.value).splitlines()
-    assert "7 tensors differ" in lines[0]
-    assert len(lines) == 8
-    for name in missing:
-        assert any(line.startswith(f"  missing: {name} [") for line in lines)
-    for name in misshaped:
-        shape = list(tensors[name].shape)
-        assert any(line.startswith(f"  shape: {name} is {shape}, {folder / 'config.json'} asks for") for line in lines)
-    for name in not_finite:
-        assert f"  not finite as float16: {name}, 2 of {tensors[name].size} numbers" in lines
-    assert "  unexpected: extra.weight [2, 3]" in lines
+    message = str(raised.value)
+    assert len(message) < 500
+    assert f"{folder} is not what its config.json describes, 7 tensors differ: " in message
+    for kind, name in {
+        "missing": missing[0],
+        "unexpected": "extra.weight",
+        "shape": misshaped[0],
+        "not finite as float16": not_finite[0],
+    }.items():
+        assert f"{kind}: {name[:20]}" in message  # and as much of the rest as fits
     assert capfd.readouterr().err == ""
 
 
@@ -204,14 +203,14 @@ def test_numbers_too_large_for_the_dtype_asked_for(spoilable):
     write_tensors(folder, tensors, layout)
     loaded = flat_params(load_text_encoder(folder, "float32")).values()
     assert max(float(array.max()) for array in loaded) == 1e6
-    with pytest.raises(CheckpointError, match=f"not finite as float16: {name}, 1 of"):
+    with pytest.raises(CheckpointError, match=f"not finite as float16: {name} in 1 of"):
         load_text_encoder(folder, "float16")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 32}, r"shape: text_model\.final_layer_norm\.\w+ is \[64\], .*config.json asks for \[32\]"),
+        ({"hidden_size": 32}, r"shape: text_model\.[\w.]+ is \[.*64\], config.json asks for \[.*32\]"),
         ({"num_hidden_layers": 4}, r"missing: text_model\.encoder\.layers\.3\."),
         ({"num_hidden_layers": 2}, r"unexpected: text_model\.encoder\.layers\.2\."),
     ],
@@ -288,6 +287,7 @@ def test_overwritten_orbax_checkpoint(orbax, tmp_path, capfd):
 
 def test_params_that_are_no_checkpoint(folder: Path):
     (folder / "params").mkdir()
+    (folder / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="params/_METADATA is missing"):
         load_text_encoder(folder)
 
@@ -323,12 +323,15 @@ def test_sharded_safetensors(folder: Path, text_encoder):
     index = shard(folder)
     assert same_params(load_text_encoder(folder), text_encoder)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors is named by the index but is not"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model-00002-of-00002.safetensors is named by the index .* but is not",
+    ):
         load_text_encoder(folder)
     edit_json(index, lambda i: i.update(weight_map={"a": "model-00001-of-00002.safetensors"}))
     with pytest.raises(CheckpointError, match="missing: ") as raised:
         load_text_encoder(folder)
-    assert len(str(raised.value).splitlines()) > 20
+    assert len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "a/model.safetensors", "..", "", 3])

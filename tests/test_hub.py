@@ -22,7 +22,7 @@ from kandinsky_jax import (
     KandinskyV22Pipeline,
     hub,
 )
-from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax.checkpoint import WeightSelection, flat_params
 from tests.conftest import SHAPES_MODEL
 
 FAMILY = [hub.PRIOR, hub.DECODER, hub.INPAINT, hub.CONTROLNET]
@@ -163,27 +163,40 @@ def test_repository_of_pickles(tiny_pipe, tmp_path):
     assert_same_pipeline(pipe, tiny_pipe.decoder_pipe)
 
 
-def test_files_of_a_component_that_are_fetched():
-    wanted = [
-        "config.json",
-        "merges.txt",
-        "diffusion_pytorch_model.safetensors",
-        "model.safetensors",
-        "diffusion_pytorch_model-00001-of-00002.safetensors",
-        "diffusion_pytorch_model.safetensors.index.json",
-        "params/_METADATA",
-        "params/ocdbt.process_0/d/0123",
-    ]
-    unwanted = [
-        "diffusion_pytorch_model.fp16.safetensors",
-        "model.fp16-00001-of-00002.safetensors",
-        "diffusion_pytorch_model.bin",
-        "model.onnx",
-        "custom.py",
-    ]
-    assert list(filter_repo_objects(wanted + unwanted, allow_patterns=list(hub._FILES))) == wanted
-    pickles = ["diffusion_pytorch_model.bin", "pytorch_model.bin"]
-    assert list(filter_repo_objects([*wanted, *pickles, "x.fp16.bin"], allow_patterns=list(hub._PICKLES))) == pickles
+STORED = [
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model-00001-of-00002.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "model.fp16-00001-of-00002.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "pytorch_model.fp16.bin",
+]
+
+
+@pytest.mark.parametrize(
+    ("selection", "stages"),
+    [
+        (WeightSelection(), [STORED[:3], STORED[5:7]]),
+        (WeightSelection(use_safetensors=True), [STORED[:3]]),
+        (WeightSelection(use_safetensors=False), [STORED[5:7]]),
+        (WeightSelection("fp16"), [STORED[3:5], STORED[7:], STORED[:3], STORED[5:7]]),
+    ],
+    ids=str,
+)
+def test_files_of_tensors_are_fetched_in_the_order_of_preference(selection, stages):
+    others = ["model.onnx", "custom.py", "optimizer.bin", "config.json", "diffusion_flax_model.msgpack"]
+    kinds = hub._weight_kinds(selection)
+    assert [variant for variant, _ in kinds[len(stages) :]] == ["*"] * (len(kinds) - len(stages))
+    for (variant, form), expected in zip(kinds, stages, strict=False):
+        patterns = hub._weight_patterns(variant, form)
+        assert list(filter_repo_objects(STORED + others, allow_patterns=patterns)) == expected
+
+
+def test_small_files_of_a_component_are_fetched():
+    wanted = ["config.json", "merges.txt", "model.safetensors.index.fp16.json", "params/_METADATA", "params/d/0123"]
+    assert list(filter_repo_objects([*wanted, *STORED, "x.py"], allow_patterns=list(hub._SMALL_FILES))) == wanted
 
 
 def test_bad_index_in_the_cache(tmp_path):

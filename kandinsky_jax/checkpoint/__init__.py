@@ -11,18 +11,20 @@ from kandinsky_jax.checkpoint.networks import (
     load_network,
     loading_bar,
     move_network,
+    network_dtype,
     read_params,
     save_network,
     set_params,
     stored_bytes,
 )
-from kandinsky_jax.tensors.files import CheckpointError
+from kandinsky_jax.tensors.files import CheckpointError, WeightSelection
 
 __all__ = [
     "CheckpointError",
     "Deferred",
     "Layout",
     "Progress",
+    "WeightSelection",
     "check_network",
     "default_dtype",
     "describe_network",
@@ -30,6 +32,7 @@ __all__ = [
     "load_network",
     "loading_bar",
     "move_network",
+    "network_dtype",
     "read_params",
     "save_network",
     "set_params",

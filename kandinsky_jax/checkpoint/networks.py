@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,12 +22,13 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from kandinsky_jax import orbax
+from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.sharding import Mesh, Rules, parameter_places
 from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors import files, names
-from kandinsky_jax.tensors.files import CheckpointError
+from kandinsky_jax.tensors.files import PREFERRED, WEIGHT_DTYPES, CheckpointError, WeightSelection
 
 Layout = Literal["diffusers", "orbax"]
 
@@ -41,6 +42,27 @@ class Progress(Protocol):
 def default_dtype() -> jnp.dtype:
     """float32 on a CPU, bfloat16 on a TPU or GPU."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def network_dtype(dtype: Any) -> jnp.dtype | None:
+    """A dtype of networks from its name, or from NumPy's, JAX's or PyTorch's object; None stays None.
+
+    Raises:
+        ValueError: where it is none that networks are run in.
+    """
+    if dtype is None:
+        return None
+    text = str(dtype).removeprefix("torch.") if isinstance(dtype, str) or "torch" in type(dtype).__module__ else dtype
+    text = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}.get(
+        str(text), text
+    )
+    try:
+        found = jnp.dtype(text)
+    except TypeError:
+        found = None
+    if found not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"dtype={shorten(dtype)} is not supported, only float32, bfloat16 and float16")
+    return found
 
 
 def flat_params(module: nnx.Module) -> dict[str, Any]:
@@ -74,7 +96,7 @@ def describe_network(
     """
     module, shapes = _expected(cls, Path(folder))
     places: Mapping[str, Any] = parameter_places(mesh, shapes, rules)
-    if mesh is None and (Path(folder) / orbax.FOLDER).is_dir():
+    if mesh is None and _is_orbax(Path(folder)):
         places = dict.fromkeys(shapes, _home())
     return set_params(
         module,
@@ -101,6 +123,7 @@ def load_network(
     dtype: Any = None,
     sharding: jax.sharding.Sharding | None = None,
     progress: Progress | None = None,
+    selection: WeightSelection = PREFERRED,
 ) -> Any:
     """Build the network in `folder`.
 
@@ -111,43 +134,47 @@ def load_network(
         sharding: where the arrays shall live; None is where `cls` is described to have them, or else JAX's default
             device.
         progress: told the number of bytes as they are read.
+        selection: which files to read, where there are several.
     Raises:
-        CheckpointError: listing every tensor that is missing, unexpected, of another shape than the configuration
-            asks for, or not finite.
+        CheckpointError: naming the tensors that are missing, unexpected, of another shape than the configuration
+            asks for, of a dtype that is none of weights, or not finite.
         ConfigError: where the configuration is not supported.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), network_dtype(dtype)
     module = describe_network(cls, folder) if isinstance(cls, type) else cls
     leaves = flat_params(module)
     expected = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     places = {name: sharding or getattr(leaf, "sharding", None) for name, leaf in leaves.items()}
-    if (folder / orbax.FOLDER).is_dir():
+    if _is_orbax(folder, selection):
         params = _read_orbax(folder, expected, dtype, places, progress)
     else:
-        params = _read_torch(folder, expected, dtype, places, progress)
+        params = _read_torch(folder, expected, dtype, places, progress, selection)
     return set_params(module, params)
 
 
-def check_network(cls: type[nnx.Module], folder: str | os.PathLike[str]) -> NetworkConfig:
+def check_network(
+    cls: type[nnx.Module], folder: str | os.PathLike[str], selection: WeightSelection = PREFERRED
+) -> NetworkConfig:
     """What `load_network` says of the network in `folder` before it reads a tensor: its configuration, or the error."""
     folder = Path(folder)
     module, expected = _expected(cls, folder)
-    if (folder / orbax.FOLDER).is_dir():
-        stored = orbax.listing(folder / orbax.FOLDER)
-        faults = _differences(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
+    if _is_orbax(folder, selection):
+        faults = _orbax_faults(folder, expected, orbax.listing(folder / orbax.FOLDER))
     else:
         wanted = {names.torch_name(name): names.torch_shape(name, shape) for name, shape in expected.items()}
-        faults = _differences(folder, wanted, {name: t.shape for name, t in _torch_tensors(folder).items()})
+        faults = _torch_faults(wanted, _torch_tensors(folder, selection))
     _report(folder, faults)
     return module.config
 
 
-def read_params(folder: str | os.PathLike[str], wanted: Iterable[str]) -> dict[str, np.ndarray]:
+def read_params(
+    folder: str | os.PathLike[str], wanted: Iterable[str], selection: WeightSelection = PREFERRED
+) -> dict[str, np.ndarray]:
     """Some parameters of a checked network by their dotted Flax names, on the host, in the dtypes of the file."""
     folder = Path(folder)
-    if (folder / orbax.FOLDER).is_dir():
+    if _is_orbax(folder, selection):
         return orbax.read(folder / orbax.FOLDER, wanted)
-    tensors = _torch_tensors(folder)
+    tensors = _torch_tensors(folder, selection)
     return {name: names.to_flax(name, tensors[names.torch_name(name)].read()) for name in wanted}
 
 
@@ -157,6 +184,7 @@ class Deferred:
     Args:
         cls, folder, dtype: see `load_network`, whose errors come at once, but for the numbers that are not finite.
         mesh, rules: where its parameters will lie, see `kandinsky_jax.sharding`.
+        selection: which files to read, where there are several.
     """
 
     def __init__(
@@ -166,13 +194,15 @@ class Deferred:
         dtype: Any = None,
         mesh: Mesh | None = None,
         rules: Rules = (),
+        selection: WeightSelection = PREFERRED,
     ):
-        self.cls, self.folder = cls, Path(folder).absolute()
+        self.cls, self.folder, self.selection = cls, Path(folder).absolute(), selection
         self._mesh, self._rules = mesh, rules
-        self.dtype = None if dtype is None else jnp.dtype(dtype)
-        self.config: Any = check_network(cls, folder)
+        self.dtype = network_dtype(dtype)
+        self.config: Any = check_network(cls, folder, selection)
+        self.zero_embed: np.ndarray | None = None  # of a vision tower, where it is known
+        self.lock = threading.RLock()
         self._network: Any = None
-        self._lock = threading.Lock()
 
     @property
     def loaded(self) -> bool:
@@ -182,11 +212,15 @@ class Deferred:
     def nbytes(self) -> int:
         """How many bytes it takes when it is loaded."""
         leaves = flat_params(abstract(self.cls, self.config)).values()
-        return stored_bytes(self.folder) if self.dtype is None else sum(x.size for x in leaves) * self.dtype.itemsize
+        return (
+            stored_bytes(self.folder, self.selection)
+            if self.dtype is None
+            else sum(x.size for x in leaves) * self.dtype.itemsize
+        )
 
     def load(self) -> Any:
         """The network; it stays in memory."""
-        with self._lock:
+        with self.lock:
             if self._network is None:
                 self._network = self._read()
         return self._network
@@ -197,7 +231,7 @@ class Deferred:
 
     def move(self, mesh: Mesh | None, rules: Rules = ()) -> None:
         """Put the network on a mesh, or on JAX's default device: now if it is loaded, else when it is."""
-        with self._lock:
+        with self.lock:
             self._mesh, self._rules = mesh, rules
             if self._network is not None:
                 move_network(self._network, mesh, rules)
@@ -206,8 +240,9 @@ class Deferred:
         described: Any = self.cls
         if self._mesh is not None:
             described = describe_network(self.cls, self.folder, mesh=self._mesh, rules=self._rules)
-        with loading_bar(stored_bytes(self.folder), f"{self.folder.parent.name}/{self.folder.name}") as bar:
-            return load_network(described, self.folder, self.dtype, progress=bar)
+        stored, name = stored_bytes(self.folder, self.selection), f"{self.folder.parent.name}/{self.folder.name}"
+        with loading_bar(stored, name) as bar:
+            return load_network(described, self.folder, self.dtype, progress=bar, selection=self.selection)
 
 
 def loading_bar(total: int, what: str) -> Any:
@@ -222,42 +257,87 @@ def _expected(cls: type[nnx.Module], folder: Path) -> tuple[Any, dict[str, tuple
     return module, {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
 
 
-def _torch_tensors(folder: Path) -> dict[str, files.Tensor]:
+def _is_orbax(folder: Path, selection: WeightSelection = PREFERRED) -> bool:
+    """Whether a network's tensors are read from an Orbax checkpoint.
+
+    Raises:
+        CheckpointError: where there are files of PyTorch's too, and nobody said which count.
+    """
+    if not (folder / orbax.FOLDER).is_dir():
+        return False
+    if (path := files.find(folder, selection)) is None:
+        return True
+    if selection == PREFERRED:
+        raise CheckpointError(f"{folder} has both {orbax.FOLDER}/ and {path.name}: remove the one that is out of date")
+    return False
+
+
+def _torch_tensors(folder: Path, selection: WeightSelection) -> dict[str, files.Tensor]:
     """The tensors of a folder in diffusers' layout by their names in today's diffusers; none is read yet."""
-    path = files.find(folder)
+    path = files.find(folder, selection)
     if path is None:
+        stored = files.stored_variants(folder) if folder.is_dir() else []
+        kind = {None: "safetensors or .bin", True: "safetensors", False: ".bin"}[selection.use_safetensors]
         raise CheckpointError(
-            f"{folder} has no tensors: looked for {orbax.FOLDER}/, {files.STEMS[0]}.safetensors and its kin"
+            f"{folder} has no tensors: looked for {orbax.FOLDER}/, {files.STEMS[0]}, {files.STEMS[1]} and "
+            f"{files.STEMS[2]} as {kind}" + (f"; there are the variants {', '.join(stored)}" if stored else "")
         )
-    stored = files.open_tensors(path)
-    return {modern: t for name, t in stored.items() if (modern := names.modern_name(name)) is not None}
+    stored_tensors = files.open_tensors(path)
+    return {modern: t for name, t in stored_tensors.items() if (modern := names.modern_name(name)) is not None}
 
 
-def _differences(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> list[str]:
+def _torch_faults(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, files.Tensor]) -> list[str]:
+    """What can be said of the tensors in PyTorch's files before one is read."""
+    faults = _differences(wanted, {name: tensor.shape for name, tensor in tensors.items()})
+    return faults + _dtype_faults({name: t.dtype for name, t in tensors.items() if name in wanted}, WEIGHT_DTYPES)
+
+
+def _orbax_faults(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Any]) -> list[str]:
+    """The same of the arrays in an Orbax checkpoint."""
+    faults = _differences(expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
+    dtypes = {name: str(leaf.dtype) for name, leaf in stored.items() if name in expected}
+    return faults + _dtype_faults(dtypes, WEIGHT_DTYPES.values())
+
+
+def _dtype_faults(dtypes: Mapping[str, str], allowed: Iterable[str]) -> list[str]:
+    allowed = list(allowed)
+    return [
+        f"dtype: {name} is {dtype}, weights are {', '.join(allowed)}"
+        for name, dtype in sorted(dtypes.items())
+        if dtype not in allowed
+    ]
+
+
+def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
     faults = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - found.keys())]
     faults += [f"unexpected: {n} {list(found[n])}" for n in sorted(found.keys() - expected.keys())]
     faults += [
-        f"shape: {n} is {list(found[n])}, {folder / 'config.json'} asks for {list(expected[n])}"
+        f"shape: {n} is {list(found[n])}, config.json asks for {list(expected[n])}"
         for n in sorted(expected.keys() & found.keys())
         if found[n] != expected[n]
     ]
     return faults
 
 
-def _report(folder: Path, faults: list[str]) -> None:
-    if faults:
-        raise CheckpointError(
-            f"{folder} does not hold the network that its config.json describes, {len(faults)} tensors differ:\n  "
-            + "\n  ".join(faults)
-        )
+def _report(folder: Path, faults: Sequence[str]) -> None:
+    """Raise where there are faults, each "KIND: WHAT"; of every kind, as many as fit."""
+    if not faults:
+        return
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kind, what = fault.split(": ", 1)
+        kinds.setdefault(kind, []).append(what)
+    head = f"{folder} is not what its config.json describes, {len(faults)} tensors differ: "
+    room = max(MAX_MESSAGE + 30 - len(head), 160) // len(kinds) - len(", and 1,000 more; ")
+    raise CheckpointError(
+        head + "; ".join(f"{kind}: {summarize(which, room - len(kind), ', ')}" for kind, which in kinds.items())
+    )
 
 
 def _not_finite(name: str, array: np.ndarray) -> list[str]:
     """Looked for in the dtype asked for, which may be too narrow for what the file holds."""
     bad = array.size - int(np.isfinite(array).sum())
-    return [f"not finite as {array.dtype}: {name}, {bad} of {array.size} numbers"] if bad else []
+    return [f"not finite as {array.dtype}: {name} in {bad} of {array.size}"] if bad else []
 
 
 def _read_torch(
@@ -266,16 +346,19 @@ def _read_torch(
     dtype: Any,
     places: Mapping[str, jax.sharding.Sharding | None],
     progress: Progress | None,
+    selection: WeightSelection,
 ) -> dict[str, jax.Array]:
-    tensors = _torch_tensors(folder)
+    tensors = _torch_tensors(folder, selection)
     by_torch_name = {names.torch_name(name): name for name in expected}
     params = {}
     wanted = {torch: names.torch_shape(flax, expected[flax]) for torch, flax in by_torch_name.items()}
-    faults = _differences(folder, wanted, {name: tensor.shape for name, tensor in tensors.items()})
+    faults = _torch_faults(wanted, tensors)
     for torch_name in sorted(wanted.keys() & tensors.keys()):
+        if tensors[torch_name].dtype not in WEIGHT_DTYPES:
+            continue
         name, array = by_torch_name[torch_name], tensors[torch_name].read()
         own = _own(names.to_flax(name, array) if array.shape == wanted[torch_name] else array, dtype)
-        faults += _not_finite(torch_name, own)
+        faults += _not_finite(torch_name, own) or _inexact(torch_name, array)
         if not faults:
             params[name] = jax.device_put(own, places[name])
         if progress is not None:
@@ -284,10 +367,19 @@ def _read_torch(
     return params
 
 
+def _inexact(name: str, array: np.ndarray) -> list[str]:
+    """JAX holds no float64; networks saved as such are taken where that loses nothing."""
+    if array.dtype != np.float64:
+        return []
+    lost = int((array.astype(np.float32) != array).sum())
+    return [f"inexact: {name} has {lost} numbers of float64 that float32 does not hold; convert it"] if lost else []
+
+
 def _own(array: np.ndarray, dtype: Any) -> np.ndarray:
     # A private, contiguous copy: on a CPU, JAX may otherwise keep looking at the file's memory.
     with np.errstate(over="ignore", invalid="ignore"):  # _not_finite says it better
-        return np.array(array, dtype=array.dtype if dtype is None else dtype, order="C")
+        own = np.float32 if array.dtype == np.float64 else array.dtype
+        return np.array(array, dtype=own if dtype is None else dtype, order="C")
 
 
 def _read_orbax(
@@ -299,7 +391,9 @@ def _read_orbax(
 ) -> dict[str, jax.Array]:
     path = folder / orbax.FOLDER
     stored = orbax.listing(path)
-    faults = _differences(folder, expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
+    faults = _orbax_faults(folder, expected, stored)
+    if any(fault.startswith("dtype:") for fault in faults):
+        _report(folder, faults)
     target = {
         name: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype if dtype is None else dtype, sharding=places.get(name) or _home()
@@ -317,15 +411,16 @@ def _read_orbax(
     return params
 
 
-def stored_bytes(folder: str | os.PathLike[str]) -> int:
+def stored_bytes(folder: str | os.PathLike[str], selection: WeightSelection = PREFERRED) -> int:
     """How many bytes of tensors a component's folder holds."""
     folder = Path(folder)
-    if (folder / orbax.FOLDER).is_dir():
+    if _is_orbax(folder, selection):
         return sum(path.stat().st_size for path in (folder / orbax.FOLDER).rglob("*") if path.is_file())
-    path = files.find(folder)
-    if path is not None and path.name.endswith(".index.json"):
-        return sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
-    return 0 if path is None else path.stat().st_size
+    path = files.find(folder, selection)
+    if path is None:
+        return 0
+    parts = files.shards(path) if path.suffix == ".json" else [path]
+    return sum(part.stat().st_size for part in parts if part.is_file())
 
 
 def save_network(

@@ -45,7 +45,17 @@ def _divided_by_xla() -> bool:
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """`attend` by XLA, for every platform, dtype and shape."""
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask)  # [B, T, N, H]
+
+    def own_dtype(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)  # [B, T, N, H]
+
+    def in_float32(*rows: jax.Array) -> jax.Array:
+        return own_dtype(*(x.astype(jnp.float32) for x in rows)).astype(q.dtype)
+
+    if q.dtype == jnp.float16:  # whose products with sums in float32 XLA's CPU compiler does not have
+        out = jax.lax.platform_dependent(q, k, v, cpu=in_float32, default=own_dtype)
+    else:
+        out = own_dtype(q, k, v)
     return out.reshape(*out.shape[:-2], -1)
 
 

@@ -7,7 +7,7 @@ KandinskyV22InpaintCombinedPipeline. Those for controlnets are in `combined_cont
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kandinsky_jax import hub
@@ -27,12 +27,11 @@ from kandinsky_jax.pipelines.controlnet import OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Drawing
 from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
-from kandinsky_jax.pipelines.loading import Warmup, describe
+from kandinsky_jax.pipelines.loading import LoadOptions, describe
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
 from kandinsky_jax.schedulers import Scheduler
-from kandinsky_jax.sharding import Mesh, Rules, default_mesh
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -110,38 +109,36 @@ class CombinedPipeline(Pipeline):
         name: str | os.PathLike[str],
         *,
         prior: str | os.PathLike[str] | None = None,
-        dtype: Any = None,
-        revision: str | None = None,
         prior_revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        warmup: Warmup | None = None,
-        mesh: Mesh | None = None,
-        shard_rules: Rules = (),
-        **components: Any,
+        **arguments: Any,
     ) -> Self:
         """Load a decoder and its prior, or a combined pipeline that was saved as one.
 
         Args:
             name: "tiny" (embedded), a folder, or a Hub repository; of a decoder, or saved by `save_pretrained`.
             prior: folder or Hub repository of the prior. None finds it: see `kandinsky_jax.hub.find_prior`.
-            dtype: of the networks; None is float32 on a CPU and bfloat16 on a TPU or GPU.
-            revision, prior_revision, cache_dir: of Hub repositories.
-            warmup, mesh, shard_rules: see `Pipeline.from_pretrained`.
-            components: ready components, by the constructor's names, that are not loaded.
+            prior_revision: of the prior's Hub repository.
+            arguments: see `Pipeline.from_pretrained`.
         """
-        folder = hub.resolve(name, cls.REPOSITORY, revision=revision, cache_dir=cache_dir)
+        return super().from_pretrained(name, prior=prior, prior_revision=prior_revision, **arguments)
+
+    @classmethod
+    def _open(cls, name: str | os.PathLike[str], options: LoadOptions, components: Mapping[str, Any]) -> Any:
+        given = dict(components)
+        prior, prior_revision = given.pop("prior", None), given.pop("prior_revision", None)
+        folder = hub.resolve(name, cls.REPOSITORY, **vars(options.hub))
         if any(part.startswith("prior_") for part in hub.components(folder)):
             if prior is not None:
                 raise CheckpointError(f"{folder} has a prior of its own, so that prior={prior} has no place in it")
-            return super().from_pretrained(
-                folder, dtype=dtype, warmup=warmup, mesh=mesh, shard_rules=shard_rules, **components
-            )
-        prior_folder = hub.find_prior(folder, prior, revision=prior_revision, cache_dir=cache_dir)
-        ready = {k.removeprefix("prior_"): v for k, v in components.items() if k.startswith("prior_")}
-        own = {k: v for k, v in components.items() if not k.startswith("prior_")}
-        where = (mesh or default_mesh(), shard_rules)
-        prior_store = describe(KandinskyV22PriorPipeline, prior_folder, dtype, ready, *where)
-        return cls._load([prior_store.within("prior_"), describe(cls.DECODER, folder, dtype, own, *where)], warmup)
+            return [describe(cls, folder, options, given)]
+        where = vars(options.hub) | {"revision": prior_revision, "subfolder": None}
+        prior_folder = hub.find_prior(folder, prior, **where)
+        ready = {k.removeprefix("prior_"): v for k, v in given.items() if k.startswith("prior_")}
+        own = {k: v for k, v in given.items() if not k.startswith("prior_")}
+        return [
+            describe(KandinskyV22PriorPipeline, prior_folder, options, ready, "prior_"),
+            describe(cls.DECODER, folder, options, own),
+        ]
 
     def _held(self) -> dict[str, Any]:
         return self.decoder_pipe._held() | {f"prior_{k}": v for k, v in self.prior_pipe._held().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -9,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-import jax
 from flax import nnx
 
 from kandinsky_jax import hub, zero_embed
@@ -17,7 +17,6 @@ from kandinsky_jax.checkpoint import (
     CheckpointError,
     Deferred,
     Layout,
-    default_dtype,
     describe_network,
     flat_params,
     load_network,
@@ -27,13 +26,27 @@ from kandinsky_jax.checkpoint import (
 )
 from kandinsky_jax.checkpoint.tokenizer import load_tokenizer
 from kandinsky_jax.compilation import compiling_ahead
+from kandinsky_jax.errors import shorten, summarize
 from kandinsky_jax.images import CLIPImageProcessor
-from kandinsky_jax.models import NETWORKS
+from kandinsky_jax.models import NETWORKS, CLIPVisionModelWithProjection
+from kandinsky_jax.pipelines.loading_arguments import Dtypes, without_diffusers_arguments
 from kandinsky_jax.schedulers import SCHEDULERS, Scheduler, scheduler_from_config
+from kandinsky_jax.schedulers.base import near
 from kandinsky_jax.sharding import Mesh, Rules, default_mesh
 from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
+from kandinsky_jax.tensors.files import WeightSelection, stored_variants
 
 Warmup = Mapping[str, Any] | Callable[[Any], Any]  # arguments of `warmup`, or what calls a pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOptions:
+    """How a pipeline is loaded: see `PretrainedMixin.from_pretrained`."""
+
+    dtypes: Dtypes
+    mesh: Mesh | None
+    rules: Rules
+    hub: hub.HubOptions
 
 
 class PretrainedMixin:
@@ -51,8 +64,15 @@ class PretrainedMixin:
         name: str | os.PathLike[str],
         *,
         dtype: Any = None,
+        torch_dtype: Any = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
         warmup: Warmup | None = None,
         mesh: Mesh | None = None,
         shard_rules: Rules = (),
@@ -64,21 +84,50 @@ class PretrainedMixin:
 
         Args:
             name: "tiny" (embedded), a folder in diffusers' layout or ours, or a Hub repository.
-            dtype: of the networks; None is float32 on a CPU and bfloat16 on a TPU or GPU.
-            revision, cache_dir: of a Hub repository.
+            dtype: of the networks: a name, a NumPy, JAX or PyTorch dtype, or a dictionary of them by component, with
+                the others' under "default"; None is float32 on a CPU and bfloat16 on a TPU or GPU.
+            torch_dtype: diffusers' older name of `dtype`.
+            variant: read files such as `*.fp16.safetensors`, and plain ones where a component has none of these.
+            use_safetensors: True refuses `.bin` files, False reads nothing else; None prefers safetensors.
+            revision, cache_dir, token, local_files_only, force_download: see `kandinsky_jax.hub.HubOptions`.
+            subfolder: of the folder or repository, in which the model lies.
             warmup: what to compile while the networks are read: arguments of `warmup`, such as `{"height": 512,
                 "width": 512, "batch": 1}`, or a function that calls the pipeline that it is given, which has no
                 arrays, as the loaded one will be called.
-            mesh: the devices to draw on, see `kandinsky_jax.sharding.make_mesh`; None is all of this process, each for
+            mesh: the devices to run on, see `kandinsky_jax.sharding.make_mesh`; None is all of this process, each for
                 its own images.
-            shard_rules: which parameters are divided over the mesh's `rows`, for networks that would not fit on one
+            shard_rules: which parameters are sharded over the mesh's `rows`, for networks that would not fit on one
                 device: (pattern, PartitionSpec) pairs, see `kandinsky_jax.sharding.Rules`.
             components: ready components, by the constructor's names, that are not loaded.
         Raises:
             CheckpointError, ConfigError, SchedulerError: before any network is read where that can be known.
+            TypeError: for an argument of diffusers that has no use here; the message says what to write instead.
         """
-        folder = hub.resolve(name, cls.REPOSITORY, revision=revision, cache_dir=cache_dir)
-        return cls._load([describe(cls, folder, dtype, components, mesh or default_mesh(), shard_rules)], warmup)
+        components = without_diffusers_arguments(components, f"{cls.__name__}.from_pretrained")
+        options = LoadOptions(
+            dtypes=Dtypes.read(dtype, torch_dtype, component_names(cls)),
+            mesh=mesh or default_mesh(),
+            rules=shard_rules,
+            hub=hub.HubOptions(
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                force_download=force_download,
+                subfolder=subfolder,
+                selection=WeightSelection(variant, use_safetensors),
+            ),
+        )
+        with hub.hint_for_cached_files():
+            return cls._load(cls._open(name, options, components), warmup)
+
+    @classmethod
+    def _open(
+        cls, name: str | os.PathLike[str], options: LoadOptions, components: Mapping[str, Any]
+    ) -> Sequence[_Store]:
+        """The folders that the pipeline consists of."""
+        folder = hub.resolve(name, cls.REPOSITORY, **vars(options.hub))
+        return [describe(cls, folder, options, components)]
 
     @classmethod
     def _load(cls, stores: Sequence[_Store], warmup: Warmup | None) -> Self:
@@ -118,7 +167,7 @@ class PretrainedMixin:
                 if isinstance(part, nnx.Module):
                     save_network(part, scratch / name, layout)
                     if isinstance(held, Deferred):
-                        zero_embed.carry(held.folder, scratch / name, held.config)
+                        zero_embed.carry(held.folder, scratch / name, held.config, held.selection)
                 else:
                     part.save_pretrained(scratch / name)
                 library = "diffusers" if isinstance(part, Scheduler) or _is_diffusers(part) else "transformers"
@@ -181,62 +230,103 @@ def _check_index(cls: type[PretrainedMixin], folder: Path, names: Sequence[str])
     if (kind := hub.kind(folder)) != cls.REPOSITORY:
         right = f"load it with {' or '.join(hub.KINDS[kind])}, or " if kind else ""
         raise CheckpointError(
-            f"{folder} holds a {found}, which {cls.__name__} cannot use; {right}give {cls.__name__} a "
+            f"{folder} holds a {shorten(found)}, which {cls.__name__} cannot use; {right}give {cls.__name__} a "
             + " or ".join(hub.KINDS[cls.REPOSITORY])
         )
     listed, faults = hub.components(folder), []
     for name in names:
-        allowed = [t.__name__ for t in expected_types(name)] if _bare(name) != "scheduler" else list(SCHEDULERS)
-        allowed += ["CLIPTokenizerFast"] if _bare(name) == "tokenizer" else []
+        bare = _bare(name)
         if name not in listed:
             faults.append(f"{name} is missing")
-        elif listed[name] not in allowed:
-            faults.append(f"{name} is a {listed[name]}, supported: {', '.join(allowed)}")
+        elif not _is_supported(bare, listed[name]):
+            if bare == "scheduler":
+                supported = shorten(near(listed[name], SCHEDULERS), 150)
+            else:
+                supported = "supported: " + ", ".join(t.__name__ for t in expected_types(name))
+            faults.append(f"{name} is a {shorten(listed[name], 60)}, {supported}")
     if faults:
-        raise CheckpointError(f"{folder / 'model_index.json'}: " + "; ".join(faults))
+        raise CheckpointError(f"{folder / 'model_index.json'}: {summarize(faults)}")
+
+
+# Whatever a release of transformers calls them ("...Fast", "...Pil", another back end's): the component's own files
+# say what it does.
+_NAMED_BY_ITS_FILES = {"image_processor": "CLIPImageProcessor", "tokenizer": "CLIPTokenizer"}
+_OLD_NAMES = {"image_processor": ("CLIPFeatureExtractor",), "tokenizer": ("TokenizersBackend",)}
+
+
+def _is_supported(bare: str, class_name: str) -> bool:
+    if bare in _NAMED_BY_ITS_FILES:
+        return class_name.startswith(_NAMED_BY_ITS_FILES[bare]) or class_name in _OLD_NAMES[bare]
+    return class_name in SCHEDULERS if bare == "scheduler" else class_name == _NETWORK_OF[bare]
 
 
 class _Store(NamedTuple):
     """A pipeline's folder, opened: what is cheap is read, the networks are described."""
 
     folder: Path
-    dtype: Any
     ready: dict[str, Any]  # given, or read, by the names of the pipeline's constructor
     networks: dict[str, nnx.Module]  # to be read; without their arrays
-    prefix: str = ""  # of the names
-
-    def within(self, prefix: str) -> _Store:
-        """The same for the constructor of a combined pipeline."""
-        ready, networks = ({prefix + k: v for k, v in parts.items()} for parts in (self.ready, self.networks))
-        return self._replace(ready=ready, networks=networks, prefix=prefix)
+    folders: dict[str, Path]  # of the networks
+    options: LoadOptions
+    prefix: str  # of the names in the constructor of a combined pipeline
 
 
 def describe(
-    cls: type[PretrainedMixin], folder: Path, dtype: Any, given: Mapping[str, Any], mesh: Mesh | None, rules: Rules
+    cls: type[PretrainedMixin], folder: Path, options: LoadOptions, given: Mapping[str, Any], prefix: str = ""
 ) -> _Store:
-    """Check and open a pipeline's folder; `given` components are not looked for in it."""
+    """Check and open a pipeline's folder; `given` components are not looked for in it.
+
+    Args:
+        prefix: what the components are called in a combined pipeline that this one is a part of.
+    """
     names = component_names(cls)
     if unknown := given.keys() - set(names):
         raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
     missing = [name for name in names if name not in given]
     _check_index(cls, folder, missing)
     folders = {name: hub.component_folder(folder, name) for name in missing}
-    dtype = default_dtype() if dtype is None else jax.numpy.dtype(dtype)
-    heavy = [name for name in missing if _bare(name) in _NETWORK_OF]
-    cheap = {name: _load_small(_bare(name), folders[name]) for name in missing if name not in heavy}
-    kinds = {name: NETWORKS[_NETWORK_OF[_bare(name)]] for name in heavy}
-    later = {n: Deferred(kind, folders[n], dtype, mesh, rules) for n, kind in kinds.items() if _bare(n) in _DEFERRED}
-    networks = {
-        n: describe_network(kind, folders[n], dtype, mesh, rules) for n, kind in kinds.items() if n not in later
-    }
-    return _Store(folder, dtype, {**given, **cheap, **later}, networks)
+    kinds = {name: NETWORKS[_NETWORK_OF[_bare(name)]] for name in missing if _bare(name) in _NETWORK_OF}
+    selection = options.hub.selection
+    _check_variant(folder, [folders[name] for name in kinds], selection)
+    ready = dict(given) | {name: _load_small(_bare(name), folders[name]) for name in missing if name not in kinds}
+    networks = {}
+    for name, kind in kinds.items():
+        arguments = (kind, folders[name], options.dtypes.of(prefix + name), options.mesh, options.rules)
+        if _bare(name) in _DEFERRED:
+            ready[name] = Deferred(*arguments, selection)
+        else:
+            networks[name] = describe_network(*arguments)
+    return _Store(
+        folder,
+        {prefix + name: part for name, part in ready.items()},
+        {prefix + name: network for name, network in networks.items()},
+        {prefix + name: folders[name] for name in networks},
+        options,
+        prefix,
+    )
+
+
+def _check_variant(folder: Path, parts: Sequence[Path], selection: WeightSelection) -> None:
+    """Raise where a variant is asked for that no component has."""
+    stored = sorted({variant for part in parts for variant in stored_variants(part)})
+    if selection.variant is not None and parts and selection.variant not in stored:
+        there = f"there are {', '.join(stored)}" if stored else "leave variant= out to load its plain files"
+        raise CheckpointError(f"{folder} has no files of the variant {selection.variant!r}; {there}")
 
 
 def _read(store: _Store) -> dict[str, Any]:
     """A pipeline's networks, under a progress bar."""
-    folders = {name: hub.component_folder(store.folder, name.removeprefix(store.prefix)) for name in store.networks}
-    with loading_bar(sum(stored_bytes(folder) for folder in folders.values()), store.folder.name) as bar:
-        return {n: load_network(store.networks[n], folder, store.dtype, progress=bar) for n, folder in folders.items()}
+    selection, dtypes = store.options.hub.selection, store.options.dtypes
+    total = sum(stored_bytes(folder, selection) for folder in store.folders.values())
+    with loading_bar(total, store.folder.name) as bar:
+        networks = {
+            name: load_network(store.networks[name], folder, dtypes.of(name), progress=bar, selection=selection)
+            for name, folder in store.folders.items()
+        }
+    for part in store.ready.values():
+        if isinstance(part, Deferred) and part.cls is CLIPVisionModelWithProjection:
+            zero_embed.of(part)  # so that prompts need no folder any more
+    return networks
 
 
 def _load_small(bare: str, folder: Path) -> Any:
