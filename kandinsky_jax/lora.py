@@ -23,8 +23,8 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.sampling import Params
-from kandinsky_jax.storage import replace_file
 from kandinsky_jax.tensors.files import CheckpointError
 
 # The layers that the reference's LoRA scripts change: of every attention, queries, keys, values and output, and in the

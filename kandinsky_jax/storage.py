@@ -6,13 +6,11 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kandinsky_jax import reading
+from kandinsky_jax import atomic, reading
 from kandinsky_jax.tensors.files import CheckpointError
 
 
@@ -32,19 +30,6 @@ def user_cache() -> Path | None:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky_jax"
     except RuntimeError:
         return None
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file that other processes see whole or not at all; OSError where that fails."""
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
 
 
 def check_replaceable(target: str | os.PathLike[str]) -> None:
@@ -71,49 +56,41 @@ def complete_or_absent(
 ) -> Iterator[Path]:
     """A scratch folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
 
-    What a killed run leaves behind is the scratch folder `.NAME.partial`, which the next run for the same target
-    removes; `target` itself is never half written. Replacing a folder takes two renames: a run killed between them
-    leaves the old one as `.NAME.old`, and the next run for the same target puts it back.
+    What a killed run leaves behind is its scratch folder, `.NAME.TOKEN.partial`, which the next run for the same target
+    removes; that of a run that is still alive stays. `target` itself is never half written. Replacing a folder takes
+    two renames: a run killed between them leaves the old one as `.NAME.old`, and the next run for the same target puts
+    it back.
 
     Raises:
-        FileExistsError: where `target` exists and `overwrite` is not given.
+        FileExistsError: where `target` exists and `overwrite` is not given, at the end too.
         OSError: where the disk has less than `needed_bytes` free, before anything is written.
     """
     target = Path(target).resolve()  # "." and links have no name that could be given to another folder
     old = target.with_name(f".{target.name}.old")
-    if old.exists() and not target.exists():
-        old.rename(target)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already; choose another folder, or ask to overwrite it")
     parent = target.parent
+    if old.exists():
+        with atomic.locked_folder(parent):
+            if old.exists() and not target.exists():
+                old.rename(target)
+    _check_absent(target, overwrite)
     parent.mkdir(parents=True, exist_ok=True)
     check_room(parent, target.name, needed_bytes)
-    scratch = parent / f".{target.name}.partial"
-    _remove(scratch)
-    scratch.mkdir()
-    try:
+    atomic.sweep(parent, target.name)
+    with atomic.scratch_folder(target) as scratch:
         yield scratch
-        _swap(scratch, target, old)
-    except BaseException:
-        _remove(scratch)
-        raise
+        with atomic.locked_folder(parent):
+            _check_absent(target, overwrite)
+            _swap(scratch, target, old)
+
+
+def _check_absent(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already; choose another folder, or ask to overwrite it")
 
 
 def _swap(scratch: Path, target: Path, old: Path) -> None:
-    _remove(old)
+    atomic.remove(old)
     if target.exists():
         target.rename(old)
     scratch.rename(target)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder or file, if it is there."""
-    for _ in range(20):  # after a failed save, Orbax's threads may still be putting files into it
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        if not path.exists():
-            return
-        time.sleep(0.05)
+    atomic.remove(old)

@@ -22,13 +22,14 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint import CheckpointError, Deferred, flat_params, read_params
 from kandinsky_jax.compilation import for_real
 from kandinsky_jax.models import CLIPVisionModelWithProjection
 from kandinsky_jax.models.clip import CLIPEncoderLayer, CLIPVisionConfig
 from kandinsky_jax.models.layers import Shapes, abstract
 from kandinsky_jax.sampling import Network, call
-from kandinsky_jax.storage import replace_file, user_cache
+from kandinsky_jax.storage import user_cache
 from kandinsky_jax.tensors import names
 from kandinsky_jax.tensors.files import PREFERRED, ZERO_EMBED, WeightSelection
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.fields import Bounds, field_faults
 from kandinsky_jax.reading import ReadError, of_file, read_json_object
@@ -216,7 +217,8 @@ class Scheduler:
             if name != _UNSET and not (name in STEP_ARGUMENTS and name in (self.unset or ())):
                 named[name] = value
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "scheduler_config.json").write_text(json.dumps(named, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(named, indent=2, sort_keys=True) + "\n"
+        replace_file(Path(folder) / "scheduler_config.json", text.encode())
 
 
 def mix(levels: np.ndarray, signal: jax.Array, noise: jax.Array) -> jax.Array:

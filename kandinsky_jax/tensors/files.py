@@ -9,11 +9,12 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kandinsky_jax.atomic import fill_file
 from kandinsky_jax.errors import shorten, summarize
 
 
@@ -250,11 +251,11 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
-    try:
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                array = np.ascontiguousarray(tensor.read())
-                file.write(array.reshape(-1).view(np.uint8).data)
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror}") from None
+
+    def fill(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            array = np.ascontiguousarray(tensor.read())
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+    fill_file(path, fill)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kandinsky_jax.storage import replace_file
+from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.training.config import Config
 
 START_SECONDS, FINISH_SECONDS = 30, 60  # that a server may keep a run waiting, before its first step and after its last
