@@ -130,26 +130,15 @@ def test_what_is_complete_is_skipped_and_what_was_left_is_removed(whole, rows, t
     shutil.copytree(whole, tmp_path / "out")
     (tmp_path / "out" / "000001.tar").unlink()
     (tmp_path / "out" / ".000001.tar.partial").write_bytes(b"half a tar file")
-    (tmp_path / "out" / ".job.json.0.partial").write_bytes(b"{")
-    (tmp_path / "out" / ".job.json.7.partial").write_bytes(b"{")  # of a run with more processes
+    (tmp_path / "out" / ".job.json.0.partial").write_bytes(b"{")  # as an older release named them
+    (tmp_path / "out" / ".errors.jsonl.0123456789abcdef.partial").write_bytes(b"{")
+    (tmp_path / "out" / "errors").mkdir()
+    (tmp_path / "out" / "errors" / "000001.jsonl").write_bytes(b"{}")  # what failed then does not fail now
     before = (tmp_path / "out" / "000000.tar").stat().st_mtime_ns
     report = draw(job_of(tmp_path, rows), tiny_pipe)
     assert (report.shards, report.skipped) == (1, 2)
     assert contents(tmp_path / "out") == contents(whole)
     assert (tmp_path / "out" / "000000.tar").stat().st_mtime_ns == before
-
-
-def test_processes_that_begin_at_once_do_not_disturb_each_other(rows, tmp_path):
-    """Each writes job.json under a name of its own, and removes no other's."""
-    job = job_of(tmp_path, rows)
-    paths = [tmp_path / "out" / f".job.json.{i}.partial" for i in range(3)]
-    job.output.begin(job.identity, Process(1, 2))
-    for path in paths:
-        path.write_bytes(b"{")
-    (tmp_path / "out" / ".000000.tar.partial").write_bytes(b"another's")
-    job.output.sweep([1, 3])
-    assert [path.exists() for path in paths] == [True, False, False]  # the third is of a run with more processes
-    assert (tmp_path / "out" / ".000000.tar.partial").exists()
 
 
 def test_a_job_compiles_once_for_each_shape(rows, tiny_pipe, tmp_path):

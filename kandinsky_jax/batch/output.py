@@ -6,31 +6,32 @@
     OUT/errors.jsonl          all of these, when the last shard is complete
 
 or, as a folder of pictures, OUT/images/000000/ID.png and OUT/manifest/000000.parquet in the place of the tar file. The
-tar file or manifest is written last: where it is, the shard is complete. On a local disk a shard is written under
-another name and renamed; in an object store, an object is there when all of it is.
+tar file or manifest is written last: where it is, the shard is complete. A file of that name that is empty or cut short
+is no shard, and is made again; files of other names do not count. How files come to be complete or absent, also where
+two processes write the same one, is told in `kandinsky_jax.batch.files`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import io
 import json
-import os
-import posixpath
-import shutil
+import math
+import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
-from kandinsky_jax.batch.process import Process
+from kandinsky_jax import reading
+from kandinsky_jax.batch.files import open_files
 from kandinsky_jax.batch.rows import JobError, parquet
+from kandinsky_jax.errors import shorten, summarize
 
-PARTIAL = ".partial"
 FORMATS = ("webdataset", "folder")
+FORMAT_VERSION = 1  # of job.json and the shards; 0 had no number, and is resumed
+_BLOCK = tarfile.BLOCKSIZE
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of an object: different in every run
 
 
 class Drawn(NamedTuple):
@@ -39,6 +40,7 @@ class Drawn(NamedTuple):
     key: str  # its name without the ending
     data: bytes  # the encoded picture
     about: dict[str, Any]  # what it takes to draw it again
+    fault: str | None = None  # why there is no picture
 
 
 class Output:
@@ -48,166 +50,200 @@ class Output:
         url: a local path or an fsspec URL.
         form: one of `FORMATS`.
         suffix: of the pictures, such as "png".
+    Raises:
+        ImportError, ValueError, OSError: where there is no such file system, or its package is not installed.
     """
 
     def __init__(self, url: str, form: str, suffix: str):
         self.url, self.form, self.suffix = url, form, suffix
-        self.fs, self.root = fsspec.core.url_to_fs(url)
-        self.local = isinstance(self.fs, LocalFileSystem)
-        self._process = Process()
+        self._files = open_files(url)
+        self._stale: set[str] = set()  # errors of shards that are made now, by an earlier run
 
-    def begin(self, identity: dict[str, Any], process: Process) -> None:
-        """Make the folder the job's, or see that it is.
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Make the folder the job's, or see that it is; other processes may do the same at this moment.
 
         Args:
             identity: of the job.
-            process: which one this is; others may do the same at this moment.
         Raises:
             JobError: naming what differs where it is another job's, or no job's.
+            OSError: where it cannot be read or written.
         """
-        self._process = process
-        path = self._path("job.json")
-        if self.fs.exists(path):
-            known = json.loads(self.fs.cat_file(path))
-            differ = [
-                f"{name} was {known.get(name)!r}, now {identity.get(name)!r}"
-                for name in sorted(known.keys() | identity.keys())
-                if known.get(name) != identity.get(name)
-            ]
-            if differ:
-                raise JobError([f"{self.url} holds another job; finish that one, or take another folder", *differ])
-            return
-        others = [name for name in self._names("") if not name.startswith(".")]
-        if others:
-            raise JobError([f"{self.url} is neither empty nor a job's folder; it has {', '.join(sorted(others)[:5])}"])
-        self._put("job.json", (json.dumps(identity, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps({"format_version": FORMAT_VERSION} | identity, indent=2) + "\n"
+        found = self._files.sizes("")
+        if "job.json" not in found:
+            if others := sorted(name for name in found if not name.startswith(".")):
+                shown = shorten(", ".join(others[:5]), 150)
+                raise JobError([f"{self.url} is neither empty nor a job's folder; it has {shown}"])
+            if self._write("job.json", text.encode(), overwrite=False):
+                return
+        self._compare(self._files.read("job.json"), json.loads(text))
 
-    def complete(self) -> set[int]:
-        """The shards that are complete."""
-        folder, ending = ("", ".tar") if self.form == "webdataset" else ("manifest", ".parquet")
-        names = [name.removesuffix(ending) for name in self._names(folder) if name.endswith(ending)]
-        return {int(name) for name in names if name.isdecimal()}
+    def _compare(self, data: bytes, identity: dict[str, Any]) -> None:
+        """Raise where job.json is damaged, of a later version, or another job's."""
+        try:
+            known = reading.parse_json(data)
+            if not isinstance(known, dict):
+                raise reading.ReadError(f"holds {type(known).__name__}, needed is an object")
+        except reading.ReadError as error:
+            fault = reading.of_file(f"{self.url}/job.json", error)
+            raise JobError([f"{fault}; it is damaged: take another folder, or remove this one"]) from None
+        version = known.pop("format_version", 0)
+        if version not in range(FORMAT_VERSION + 1) or isinstance(version, bool):
+            raise JobError(
+                [
+                    f"{self.url}/job.json has format version {shorten(version, 40)}, this release knows 0 to "
+                    f"{FORMAT_VERSION}: go on with the release that began the job, or take another folder"
+                ]
+            )
+        differ = [
+            f"{shorten(name, 40)} was {shorten(known.get(name), 100)}, now {shorten(identity.get(name), 100)}"
+            for name in sorted(known.keys() | identity.keys() - {"format_version"})
+            if known.get(name) != identity.get(name)
+        ]
+        if differ:
+            fault = f"{shorten(self.url, 150)} holds another job; finish that one, or take another folder"
+            raise JobError([fault, summarize(differ, 220, "\n  ")])
 
-    def sweep(self, shards: Sequence[int]) -> None:
-        """Remove what an earlier run, killed, has left of shards that are not complete."""
-        if not self.local:
-            return
-        for folder in ("", "errors", "images", "manifest"):
-            for name in self._names(folder):
-                if not (name.startswith(".") and name.endswith(PARTIAL)):
-                    continue
-                shard, writer = name.split(".")[1], name.split(".")[-2]
-                if shard.isdecimal():  # others may be writing theirs
-                    mine = int(shard) in shards
+    # Shards -------------------------------------------------------------------------------------------------------
+
+    def complete(self, count: int) -> set[int]:
+        """Those of a job's shards, numbered from 0 to `count` - 1, that are complete.
+
+        A file that has a shard's name and is none, because it is empty or cut short, is warned of.
+        """
+        folder = "" if self.form == "webdataset" else "manifest"
+        found = self._files.sizes(folder)
+        names = {number: self._name(number) for number in range(count)}
+        sizes = {name: found.get(name.rpartition("/")[2]) for name in names.values()}
+        known = {name: size for name, size in sizes.items() if size is not None}
+        ends = dict(zip(known, self._files.ends(known, _BLOCK, 2 * _BLOCK), strict=True))
+        errors = self._files.sizes("errors")
+        complete = set()
+        for number, name in names.items():
+            if name in ends:
+                if self._is_whole(known[name], *ends[name], f"{number:06d}.jsonl" in errors):
+                    complete.add(number)
                 else:
-                    mine = writer.isdecimal() and (
-                        int(writer) == self._process.index or int(writer) >= self._process.count
-                    )
-                if mine:
-                    _remove(Path(self._path(folder, name)))
+                    warnings.warn(f"{self.url}/{name} is not a complete shard and is made again", stacklevel=2)
+        return complete
 
-    def write(self, shard: int, pictures: Sequence[Drawn], errors: Sequence[dict[str, Any]]) -> None:
-        """Write a shard; when this returns, it is complete."""
-        name = f"{shard:06d}"
+    def is_complete(self, shard: int) -> bool:
+        """Whether one shard is complete, by this process or another."""
+        name = self._name(shard)
+        size = self._files.size(name)
+        if size is None:
+            return False
+        [ends] = self._files.ends({name: size}, _BLOCK, 2 * _BLOCK)
+        return self._is_whole(size, *ends, self._files.size(f"errors/{shard:06d}.jsonl") is not None)
+
+    def _name(self, shard: int) -> str:
+        return f"{shard:06d}.tar" if self.form == "webdataset" else f"manifest/{shard:06d}.parquet"
+
+    def _is_whole(self, size: int, head: bytes, tail: bytes, errors: bool) -> bool:
+        """Whether a file of this size, with these first and last bytes, is a shard that was not cut short."""
+        if self.form == "folder":
+            footer = int.from_bytes(tail[-8:-4], "little")
+            return size >= 12 and head[:4] == tail[-4:] == b"PAR1" and footer + 12 <= size
+        if size < tarfile.RECORDSIZE or size % tarfile.RECORDSIZE or any(tail):
+            return False
+        return head[257:262] == b"ustar" or (errors and size == tarfile.RECORDSIZE and not any(head))
+
+    def sweep(self, shards: Iterable[int]) -> None:
+        """Remove what killed runs have left; `shards` are those that this process will make."""
+        self._files.sweep(("", "errors", "images", "manifest", *(f"images/{shard:06d}" for shard in shards)))
+        self._stale = {name for name in self._files.sizes("errors") if not name.startswith(".")}
+
+    def write(self, shard: int, pictures: Sequence[Drawn], errors: Sequence[dict[str, Any]]) -> bool:
+        """Write a shard; when this returns, it is complete.
+
+        Returns:
+            whether this call has written it; False where another process was first, whose shard stays as it is.
+        Raises:
+            OSError: where it cannot be written; it is absent then.
+        """
+        number, name = f"{shard:06d}", self._name(shard)
+        if self.is_complete(shard):
+            return False
         if errors:
-            self._put(f"errors/{name}.jsonl", b"".join(_line(error) for error in errors))
+            self._write(f"errors/{number}.jsonl", b"".join(_error_line(error) for error in errors))
+        elif f"{number}.jsonl" in self._stale:
+            self._files.remove(f"errors/{number}.jsonl")
         if self.form == "webdataset":
-            with self._whole(f"{name}.tar") as file:
-                _write_tar(file, pictures, self.suffix)
+            fill = functools.partial(_write_tar, pictures=pictures, suffix=self.suffix)
         else:
-            self._write_folder(f"images/{name}", pictures)
-            with self._whole(f"manifest/{name}.parquet") as file:
-                _write_manifest(file, [(f"images/{name}/{p.key}.{self.suffix}", p) for p in pictures])
+            paths = [f"images/{number}/{picture.key}.{self.suffix}" for picture in pictures]
+            for path, picture in zip(paths, pictures, strict=True):
+                self._write(path, picture.data)
+            fill = functools.partial(_write_manifest, pictures=list(zip(paths, pictures, strict=True)))
+        if self._files.write(name, fill):
+            return True
+        if self.is_complete(shard):
+            return False
+        return self._files.write(name, fill, overwrite=True)  # what was there is no shard
 
-    def finish(self) -> None:
+    def finish(self, count: int) -> None:
         """When all shards are complete: the errors of all in one file."""
-        parts = [self.fs.cat_file(self._path("errors", name)) for name in sorted(self._names("errors"))]
-        if parts:
-            self._put("errors.jsonl", b"".join(parts))
+        found = self._files.sizes("errors")
+        names = [name for name in (f"{number:06d}.jsonl" for number in range(count)) if name in found]
+        if names:
+            self._write("errors.jsonl", b"".join(self._files.read(f"errors/{name}") for name in names))
+        else:
+            self._files.remove("errors.jsonl")
 
-    # Files --------------------------------------------------------------------------------------------------------
-
-    def _path(self, *names: str) -> str:
-        return posixpath.join(self.root, *filter(None, names))
-
-    def _names(self, folder: str) -> list[str]:
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.ls(self._path(folder), detail=False)
-        except FileNotFoundError:
-            return []
-        return [posixpath.basename(path.rstrip("/")) for path in found]
-
-    def _put(self, name: str, data: bytes) -> None:
-        with self._whole(name) as file:
-            file.write(data)
-
-    @contextlib.contextmanager
-    def _whole(self, name: str) -> Iterator[BinaryIO]:
-        """A file to write that will be there whole, or not at all."""
-        path = self._path(name)
-        if not self.local:
-            file = self.fs.open(path, "wb")
-            try:
-                yield file
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    file.discard()
-                raise
-            file.close()
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # What is no shard's may be written by several processes at once, all with the same bytes.
-        writer = "" if target.name.split(".")[0].isdecimal() else f".{self._process.index}"
-        scratch = target.with_name(f".{target.name}{writer}{PARTIAL}")
-        try:
-            with scratch.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(target)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
-
-    def _write_folder(self, name: str, pictures: Sequence[Drawn]) -> None:
-        if not self.local:
-            for picture in pictures:
-                self.fs.pipe_file(self._path(name, f"{picture.key}.{self.suffix}"), picture.data)
-            return
-        target = Path(self._path(name))
-        scratch = target.with_name(f".{target.name}{PARTIAL}")
-        _remove(scratch)
-        scratch.mkdir(parents=True)
-        try:
-            for picture in pictures:
-                (scratch / f"{picture.key}.{self.suffix}").write_bytes(picture.data)
-            _remove(target)  # of a run that was killed before it wrote the manifest
-            scratch.rename(target)
-        except BaseException:
-            _remove(scratch)
-            raise
+    def _write(self, name: str, data: bytes, *, overwrite: bool = True) -> bool:
+        return self._files.write(name, lambda file: file.write(data), overwrite=overwrite)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+# Content ----------------------------------------------------------------------------------------------------------
 
 
-def _line(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
+def json_line(value: Any) -> bytes:
+    """A value as a line of JSON that any reader takes, the same in every run.
+
+    Numbers that JSON does not have become text, "Infinity", "-Infinity" and "NaN", as in Protocol Buffers; what is no
+    JSON value becomes its text, without addresses in memory.
+
+    Raises:
+        ValueError: where it is nested too deeply, or has keys that are not text.
+    """
+    try:
+        text = json.dumps(_finite(value), ensure_ascii=False, default=_text, allow_nan=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot be written as JSON: {shorten(str(error), 100)}") from None
+    return (text + "\n").encode(errors="backslashreplace")  # an unpaired surrogate, as JSON escapes it
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _text(value: Any) -> str:
+    return _ADDRESS.sub("", str(value))
+
+
+def _error_line(error: dict[str, Any]) -> bytes:
+    """A line of errors.jsonl; the row's identifier may be anything that a row can hold."""
+    name = error.get("id")
+    short = isinstance(name, str) and len(name) <= 200
+    if not (name is None or short or (isinstance(name, int) and abs(name) < 2**63)):
+        name = shorten(name, 200)
+    return json_line(error | {"id": name, "error": _text(error["error"])})
 
 
 def _write_tar(file: BinaryIO, pictures: Sequence[Drawn], suffix: str) -> None:
-    """WebDataset: the files of one sample share a name, and are neighbours. Nothing in it tells when or where."""
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    """WebDataset: the files of one sample share a name, and are neighbours. Nothing in it tells when or where.
+
+    Names of up to 100 characters give the bytes of the older USTAR form; PAX takes longer ones too.
+    """
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for picture in pictures:
             for name, data in (
                 (f"{picture.key}.{suffix}", picture.data),
-                (f"{picture.key}.json", _line(picture.about)),
+                (f"{picture.key}.json", json_line(picture.about)),
             ):
                 member = tarfile.TarInfo(name)
                 member.size, member.mode = len(data), 0o644
@@ -230,6 +266,10 @@ def _write_manifest(file: BinaryIO, pictures: Sequence[tuple[str, Drawn]]) -> No
     for path, picture in pictures:
         row = {"file_name": path, **picture.about}
         if "metadata" in row:  # of any type
-            row["metadata"] = json.dumps(row["metadata"], ensure_ascii=False)
-        rows.append({name: row.get(name) for name in schema.names})
+            row["metadata"] = json_line(row["metadata"]).decode().rstrip("\n")
+        rows.append({name: _utf8(row.get(name)) for name in schema.names})
     parquet().write_table(pyarrow.Table.from_pylist(rows, schema), file)
+
+
+def _utf8(value: Any) -> Any:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value

@@ -27,9 +27,10 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax import images
 from kandinsky_jax.batch.job import OpenJob
-from kandinsky_jax.batch.output import Drawn
+from kandinsky_jax.batch.output import Drawn, json_line
 from kandinsky_jax.batch.process import Process
 from kandinsky_jax.batch.tasks import Checker, RowError, Shape, Task
+from kandinsky_jax.errors import shorten
 from kandinsky_jax.noise import image_keys
 from kandinsky_jax.pipelines import CombinedPipeline
 from kandinsky_jax.sampling import Network
@@ -79,6 +80,7 @@ class Shard:
     errors: list[dict[str, Any]]
     calls: list[list[Unit]]
     drawn: list[Future[list[Drawn]]] = field(default_factory=list)
+    complete: bool = False  # another process has made it meanwhile
 
 
 def run(
@@ -95,8 +97,8 @@ def run(
         JobError: where the output is another job's.
         OSError: where it cannot be written to; what is complete stays so.
     """
-    job.output.begin(job.identity, process)
-    done, mine = job.output.complete(), range(process.index, job.shards, process.count)
+    job.output.begin(job.identity)
+    done, mine = job.output.complete(job.shards), range(process.index, job.shards, process.count)
     left = [number for number in mine if number not in done]
     job.output.sweep(left)
     report = Report(skipped=len(mine) - len(left))
@@ -104,10 +106,10 @@ def run(
     with _Stages(job, pipe, report, overlap) as stages, _bar(job, process, left, quiet) as bar:
         stages.draw(left, stop, bar)
     report.seconds = time.perf_counter() - began
-    report.stopped = stop.asked and report.shards < len(left)
-    report.complete = len(job.output.complete()) >= job.shards
+    report.stopped = stop.asked and report.shards + report.skipped < len(mine)
+    report.complete = len(job.output.complete(job.shards)) == job.shards
     if report.complete:
-        job.output.finish()
+        job.output.finish(job.shards)
     return report
 
 
@@ -166,6 +168,10 @@ class _Stages:
         """Draw and write shards, one after the other."""
         writing: list[Future[None]] = []
         for shard in self._read_ahead(shards, stop):
+            if shard.complete:
+                self._report.skipped += 1
+                bar.total -= _expected(self._job, shard.number)
+                continue
             bar.total += len(shard.units) - _expected(self._job, shard.number)
             if not self._draw_shard(shard, stop, bar):
                 break
@@ -193,6 +199,8 @@ class _Stages:
     # Stages -------------------------------------------------------------------------------------------------------
 
     def _read(self, number: int) -> Shard:
+        if self._job.output.is_complete(number):
+            return Shard(number, [], [], [], complete=True)
         size = self._job.job.rows_per_shard
         tasks: list[Task] = []
         errors: list[dict[str, Any]] = []
@@ -231,14 +239,23 @@ class _Stages:
             pixels = np.asarray(drawing.drawn)[: len(call)]  # [B, H, W, 3]
         finally:
             self._slots.release()
-        constants, found = self._constants(), []
-        for unit, picture in zip(call, pixels, strict=True):
-            data = b""  # of a picture that is none
-            if np.isfinite(picture).all():
-                [drawn] = images.to_output(images.from_network(picture[None]), "pil")
-                data = images.encode(drawn, self._job.job.pictures)
-            found.append(Drawn(unit.key, data, unit.task.about() | {"image_number": unit.image} | constants))
-        return found
+        constants = self._constants()
+        return [
+            self._encoded(unit, picture, unit.task.about() | {"image_number": unit.image} | constants)
+            for unit, picture in zip(call, pixels, strict=True)
+        ]
+
+    def _encoded(self, unit: Unit, picture: np.ndarray, about: dict[str, Any]) -> Drawn:
+        """A picture as bytes, or why there are none: one that cannot be written must not stop the others."""
+        if not np.isfinite(picture).all():
+            return Drawn(unit.key, b"", about, f"the model's picture {unit.image} has numbers that are not finite")
+        try:
+            json_line(about)
+            [drawn] = images.to_output(images.from_network(picture[None]), "pil")
+            return Drawn(unit.key, images.encode(drawn, self._job.job.pictures), about)
+        except (ValueError, TypeError, OSError, MemoryError) as error:
+            reason = shorten(str(error) or type(error).__name__, 200)
+            return Drawn(unit.key, b"", about, f"picture {unit.image} cannot be written: {reason}")
 
     def _constants(self) -> dict[str, Any]:
         job = self._job
@@ -247,14 +264,14 @@ class _Stages:
 
     def _write(self, shard: Shard) -> None:
         by_key = {drawn.key: drawn for future in shard.drawn for drawn in future.result()}
-        pictures = [by_key[unit.key] for unit in shard.units]
         for unit in shard.units:
-            if not by_key[unit.key].data:
-                fault = {"error": f"the model's picture {unit.image} has numbers that are not finite"}
-                shard.errors.append({"row": unit.task.number, "id": unit.task.id} | fault)
+            if fault := by_key[unit.key].fault:
+                shard.errors.append({"row": unit.task.number, "id": unit.task.id, "error": fault})
         shard.errors.sort(key=lambda error: error["row"])
-        good = [picture for picture in pictures if picture.data]
-        self._job.output.write(shard.number, good, shard.errors)
+        good = [by_key[unit.key] for unit in shard.units if by_key[unit.key].fault is None]
+        if not self._job.output.write(shard.number, good, shard.errors):
+            self._report.skipped += 1  # another process was first
+            return
         self._report.shards += 1
         self._report.images += len(good)
         self._report.errors += len({error["row"] for error in shard.errors})

@@ -1,0 +1,301 @@
+"""Files of a job's folder, on a local disk or in an object store: each is complete or absent.
+
+On a local disk a file is written under a scratch name and renamed (`kandinsky_jax.atomic`). In an object store it is
+sent from memory in one piece: nothing is published before all of it has arrived, and no file object is there whose
+closing or garbage collection could publish a part. It is created only where there is none of that name (a generation
+precondition in Google's store, `If-None-Match` in S3), and looked at afterwards. Requests that fail for a reason that
+may pass (503, 429, a connection that is lost, a reply that does not come) are repeated.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import hashlib
+import inspect
+import io
+import os
+import posixpath
+import random
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from kandinsky_jax import atomic
+from kandinsky_jax.atomic import PARTIAL, Fill
+from kandinsky_jax.errors import shorten
+
+T = TypeVar("T")
+
+# Where one request publishes all of an object. Elsewhere (SFTP, HDFS, SMB) a file is sent under a scratch name.
+ATOMIC_STORES = {"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "oss", "oci", "ocilake", "memory"}
+WAITS = (1.0, 4.0, 10.0)  # seconds from one try to the next; most file systems repeat requests by themselves as well
+LASTING = (  # what does not pass by waiting
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    ImportError,
+)
+
+
+class Files(Protocol):
+    """The files below a folder, by their names relative to it."""
+
+    def sizes(self, folder: str) -> dict[str, int | None]:
+        """Names in a folder and their sizes in bytes, None for a folder; empty where there is no such folder."""
+
+    def size(self, name: str) -> int | None:
+        """A file's size in bytes; None where there is no such file."""
+
+    def read(self, name: str) -> bytes:
+        """A file's content; FileNotFoundError where there is none."""
+
+    def ends(self, known: dict[str, int], head: int, tail: int) -> list[tuple[bytes, bytes]]:
+        """The first `head` and last `tail` bytes of files of known sizes."""
+
+    def write(self, name: str, fill: Fill, *, overwrite: bool = False) -> bool:
+        """Write a file; without `overwrite`, one that is there already stays, and the result is False."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def sweep(self, folders: Sequence[str]) -> None:
+        """Remove what killed processes have left in these folders."""
+
+
+def open_files(url: str) -> Files:
+    """The files below a local path or an fsspec URL."""
+    fs, root = fsspec.core.url_to_fs(url)
+    return LocalFiles(Path(root)) if isinstance(fs, LocalFileSystem) else RemoteFiles(fs, root)
+
+
+class LocalFiles:
+    """Files on a local disk.
+
+    Args:
+        root: the folder, made with the first file.
+    """
+
+    def __init__(self, root: Path):
+        self._root = root
+
+    def sizes(self, folder: str) -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
+        try:
+            with os.scandir(self._root / folder) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # renamed by its writer meanwhile
+                        found[entry.name] = None if entry.is_dir() else entry.stat().st_size
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def size(self, name: str) -> int | None:
+        path = self._root / name
+        try:
+            return path.stat().st_size if path.is_file() else None
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+    def ends(self, known: dict[str, int], head: int, tail: int) -> list[tuple[bytes, bytes]]:
+        return [self._ends(self._root / name, size, head, tail) for name, size in known.items()]
+
+    def _ends(self, path: Path, size: int, head: int, tail: int) -> tuple[bytes, bytes]:
+        try:
+            with path.open("rb") as file:
+                first = file.read(head)
+                file.seek(max(0, size - tail))
+                return first, file.read(tail)
+        except FileNotFoundError:
+            return b"", b""
+
+    def write(self, name: str, fill: Fill, *, overwrite: bool = False) -> bool:
+        path = self._root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return atomic.fill_file(path, fill, overwrite=overwrite)
+
+    def remove(self, name: str) -> None:
+        (self._root / name).unlink(missing_ok=True)
+
+    def sweep(self, folders: Sequence[str]) -> None:
+        for folder in folders:
+            atomic.sweep(self._root / folder)
+
+
+class RemoteFiles:
+    """Files at an fsspec URL.
+
+    Args:
+        fs: the file system.
+        root: the folder's path in it.
+    """
+
+    def __init__(self, fs: Any, root: str):
+        self._fs, self._root = fs, root.rstrip("/")
+        protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+        self._one_request = bool(protocols & ATOMIC_STORES)
+        publish = getattr(fs, "_pipe_file", fs.pipe_file)
+        self._can_create = self._one_request and "mode" in inspect.signature(publish).parameters
+
+    def sizes(self, folder: str) -> dict[str, int | None]:
+        path = self._path(folder)
+        try:
+            entries = self._tried(path, lambda: self._fresh().ls(path, detail=True))
+        except FileNotFoundError:
+            return {}
+        found = {}
+        for entry in entries:
+            if entry["name"].strip("/") != path.strip("/"):  # an empty object that stands for the folder
+                name = posixpath.basename(entry["name"].rstrip("/"))
+                found[name] = None if entry["type"] == "directory" else int(entry["size"] or 0)
+        return found
+
+    def size(self, name: str) -> int | None:
+        path = self._path(name)
+        info = self._tried(path, lambda: self._info(path))
+        return None if info is None or info["type"] == "directory" else int(info["size"] or 0)
+
+    def read(self, name: str) -> bytes:
+        path = self._path(name)
+        return self._tried(path, lambda: self._fs.cat_file(path))
+
+    def ends(self, known: dict[str, int], head: int, tail: int) -> list[tuple[bytes, bytes]]:
+        spans = [(self._path(name), 0, min(head, size)) for name, size in known.items() if size]
+        spans += [(self._path(name), max(0, size - tail), size) for name, size in known.items() if size]
+        if not spans:
+            return [(b"", b"")] * len(known)
+        paths, starts, stops = zip(*spans, strict=True)
+        parts = self._fs.cat_ranges([*paths], [*starts], [*stops], on_error="return")
+        found = {span: self._part(span, part) for span, part in zip(spans, parts, strict=True)}
+        return [
+            (found.get((path, 0, min(head, size)), b""), found.get((path, max(0, size - tail), size), b""))
+            for path, size in ((self._path(name), size) for name, size in known.items())
+        ]
+
+    def _part(self, span: tuple[str, int, int], part: Any) -> bytes:
+        path, start, stop = span
+        if not isinstance(part, Exception):
+            return bytes(part)
+        try:
+            return self._tried(path, lambda: self._fs.cat_file(path, start=start, end=stop))
+        except FileNotFoundError:
+            return b""
+
+    def write(self, name: str, fill: Fill, *, overwrite: bool = False) -> bool:
+        path, memory = self._path(name), io.BytesIO()
+        fill(memory)
+        data = memory.getvalue()
+        del memory
+        try:
+            return self._tried(path, lambda: self._send(path, data, overwrite))
+        except FileNotFoundError:
+            raise OSError(errno.ENOENT, "could not be written: there is no such bucket or folder", path) from None
+
+    def _send(self, path: str, data: bytes, overwrite: bool) -> bool:
+        """Publish an object, and see that it is the one that was sent.
+
+        A reply that is lost lets the file system repeat its request, and then find its own object there.
+        """
+        if not overwrite and not self._can_create and self._info(path) is not None:
+            return self._holds(path, data)
+        try:
+            if not self._one_request:
+                self._send_renamed(path, data)
+            elif overwrite or not self._can_create:
+                self._fs.pipe_file(path, data)
+            else:
+                self._fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return self._holds(path, data)
+        if not self._holds(path, data, thorough=False):
+            if overwrite:
+                raise OSError(errno.EIO, "what arrived is not what was sent", path)
+            return self._send(path, data, overwrite=True)
+        return True
+
+    def _send_renamed(self, path: str, data: bytes) -> None:
+        folder, name = posixpath.split(path)
+        scratch = posixpath.join(folder, f".{name[:200]}.{secrets.token_hex(8)}{PARTIAL}")
+        self._fs.makedirs(folder, exist_ok=True)
+        try:
+            self._fs.pipe_file(scratch, data)
+            self._fs.mv(scratch, path)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._fs.rm_file(scratch)
+            raise
+
+    def _holds(self, path: str, data: bytes, thorough: bool = True) -> bool:
+        """Whether an object has this content, or at least, unless `thorough`, this size."""
+        info = self._info(path)
+        if info is None or int(info.get("size") or 0) != len(data):
+            return False
+        if digest := info.get("md5Hash"):  # Google's store
+            return digest == base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        return not thorough or self._fs.cat_file(path) == data
+
+    def _info(self, path: str) -> dict[str, Any] | None:
+        try:
+            return self._fresh().info(path)
+        except FileNotFoundError:
+            return None
+
+    def remove(self, name: str) -> None:
+        path = self._path(name)
+        with contextlib.suppress(FileNotFoundError):
+            self._tried(path, lambda: self._fs.rm_file(path))
+
+    def sweep(self, folders: Sequence[str]) -> None:
+        """Nothing where one request publishes an object; elsewhere scratch files that are old."""
+        if self._one_request:
+            return
+        for folder in folders:
+            for name in self.sizes(folder):
+                if name.startswith(".") and name.endswith(PARTIAL):
+                    with contextlib.suppress(Exception):  # no time of modification, or another process was first
+                        path = self._path(folder, name)
+                        if time.time() - self._fs.modified(path).timestamp() > atomic.ABANDONED_SECONDS:
+                            self._fs.rm_file(path)
+
+    # Requests -----------------------------------------------------------------------------------------------------
+
+    def _path(self, *names: str) -> str:
+        return posixpath.join(self._root, *filter(None, names))
+
+    def _fresh(self) -> Any:
+        """The file system without what it remembers of listings: other processes write there too."""
+        self._fs.invalidate_cache()
+        return self._fs
+
+    def _tried(self, path: str, request: Callable[[], T]) -> T:
+        """What a request answers, repeated where it fails for a reason that may pass.
+
+        Raises:
+            FileNotFoundError, FileExistsError: as the file system does.
+            OSError: for whatever else, with the path.
+        """
+        for wait in (*WAITS, None):
+            try:
+                return request()
+            except (FileNotFoundError, FileExistsError):
+                raise
+            except Exception as error:  # each file system has its own kinds
+                if wait is None or isinstance(error, LASTING):
+                    reason = shorten(str(error) or type(error).__name__, 200)
+                    raise OSError(getattr(error, "errno", None) or errno.EIO, reason, path) from error
+                time.sleep(wait * random.uniform(0.5, 1.5))
+        raise AssertionError("not reached")
