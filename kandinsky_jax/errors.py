@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 MAX_MESSAGE = 450  # characters of a message; a path of ordinary length before it keeps the whole under 500
 
+_ADDRESS = re.compile(r"(?: object)? at 0x[0-9a-fA-F]+")
+
 
 def shorten(value: object, limit: int = 120) -> str:
     """Text of a value in at most `limit` characters, on one line, that can be printed; "..." marks what is left out.
+
+    Addresses in memory, which differ between equal runs, are left out.
 
     Args:
         value: a string or an exception as its text, anything else by its `repr`.
@@ -17,6 +22,7 @@ def shorten(value: object, limit: int = 120) -> str:
         text = str(value) if isinstance(value, str | BaseException) else repr(value)
     except (ValueError, RecursionError):  # an integer of more than 4,300 digits, or deep nesting
         text = f"a {type(value).__name__} too large to show"
+    text = _ADDRESS.sub("", text[: 20 * limit])
     text = " ".join(text[: 10 * limit].split()) + ("..." if len(text) > 10 * limit else "")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."

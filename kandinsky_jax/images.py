@@ -1,8 +1,13 @@
 """Pictures <-> arrays, on the host. The one place that reads and makes pictures.
 
-A picture that a user gives is a PIL picture of any mode (turned upright by its EXIF), the path of a file, or an array:
-`[H, W]`, `[H, W, C]` or `[C, H, W]`, uint8 in 0..255 or float in 0..1, NumPy or JAX. Several come as a list, or stacked
-along a first axis. PIL pictures and files are resized to what is drawn; arrays have to fit.
+A picture that a user gives is a PIL picture of any mode (turned upright by its EXIF), the path of a file, or an array
+of NumPy, JAX or PyTorch: `[H, W]`, `[H, W, C]` or `[C, H, W]`. Several come as a list, or stacked along a first axis.
+
+What its numbers mean is decided by their dtype and range (`unit`): booleans and floats up to 1 are shares of white,
+whole numbers up to 255 are levels of 8 bits, larger ones of 16 bits. What could be either is refused.
+
+PIL pictures and files are resized as in diffusers: pictures bicubic, masks by Lanczos. So are arrays: to the nearest
+pixel, which is what `torch.nn.functional.interpolate` does by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
@@ -21,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.fields import Bounds, field_faults
 from kandinsky_jax.reading import of_file, read_json_object
@@ -31,6 +37,10 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 
 # What is opened: no format whose reader starts another program, as PostScript's does.
 READABLE = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes of more than 8 bits
+DARKEST = 31  # floats up to 1 are shares of white, and such with one above this are levels; between, they may be either
+MAX_FITTING = 4096  # pixels along a side
+LONGEST = 16  # times its shorter side: a longer picture is not resized whole before its middle is cut out
 
 # Pictures in ------------------------------------------------------------------------------------------------------
 
@@ -42,69 +52,107 @@ def read(value: Image.Image | str | os.PathLike[str] | BinaryIO, name: str = "im
         ValueError: where it cannot be read, or has more pixels than Pillow holds to be safe.
     """
     given = isinstance(value, str | os.PathLike)
-    what = os.fspath(value) if given else value if isinstance(value, Image.Image) else "the file"  # type: ignore[arg-type]
+    what = shorten(os.fspath(value), 200) if given else "it"  # type: ignore[arg-type]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(value, Image.Image):
-                value.load()
-                return ImageOps.exif_transpose(value)
-            Image.init()
-            with Image.open(value, formats=[name for name in READABLE if name in Image.OPEN]) as image:
-                image.load()
-                return ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: {what} is too large to be opened safely: {error}") from None
+        if isinstance(value, Image.Image):
+            value.load()
+            return _upright(value)
+        Image.init()
+        with Image.open(value, formats=[name for name in READABLE if name in Image.OPEN]) as image:
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.width * image.height > most:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, at most {most} in all")
+            image.load()
+            return _upright(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError, MemoryError) as error:
+        raise ValueError(f"{name}: {what} is too large to be opened safely: {shorten(str(error), 150)}") from None
     except FileNotFoundError:
         raise ValueError(f"{name}: there is no file {what}") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"{name}: {what} cannot be read as a picture: {error}") from None
+    except Image.UnidentifiedImageError:
+        known = ", ".join(READABLE)
+        raise ValueError(f"{name}: {what} cannot be read as a picture: cannot identify it as any of {known}") from None
+    except Exception as error:  # of Pillow's readers, which raise whatever damaged data leads them to
+        fault = shorten(str(error), 150) or type(error).__name__
+        raise ValueError(f"{name}: {what} cannot be read as a picture: {fault}") from None
 
 
-def rgb(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF that is damaged says nothing
+        return image.copy()
+
+
+def rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """A picture of any mode as RGB; transparency is dropped, as `convert` does."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray((_unit(np.asarray(image), "image") * 255).round().astype(np.uint8))
+    if image.mode in DEEP:
+        image = Image.fromarray((unit(np.asarray(image), name) * 255).round().astype(np.uint8))
     elif image.mode == "P":
         image = image.convert("RGBA")  # straight to RGB, Pillow warns about a transparent palette
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB; convert it first") from None
 
 
 def pictures(value: Any, name: str, height: int, width: int) -> np.ndarray:
-    """Pictures as MoVQ encodes them, float32 `[N, height, width, 3]` in -1..1.
-
-    PIL pictures and files are resized (bicubic), arrays have to fit.
-    """
+    """Pictures as MoVQ encodes them, float32 `[N, height, width, 3]` in -1..1."""
     found = []
-    for which, item in _items(value, name, (3, 4, 1)):
+    for which, item in _items(value, name, (3, 4, 1), unit):
         if isinstance(item, Image.Image):
-            resized = rgb(item).resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)
+            resized = rgb(item, which).resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1)
             pixels = np.asarray(resized, np.float32) / 127.5 - 1
         else:
-            pixels = _unit(_fitting(item, which, height, width), which) * 2 - 1
+            pixels = _nearest(item, height, width) * 2 - 1
         found.append(np.broadcast_to(pixels[..., :3], (height, width, 3)))
     return np.stack(found).astype(np.float32)
 
 
-def masks(value: Any, name: str, height: int, width: int) -> np.ndarray:
+def masks(value: Any, name: str, height: int, width: int, warn: bool = True) -> np.ndarray:
     """Masks, bool `[N, height, width]`, true where the picture is to be repainted: where it is white, 1 or true.
 
-    PIL masks and files are resized (Lanczos), arrays have to fit; from the middle of the range on it is white.
+    From the middle of the range on it is white. Whole numbers of which none is above 1 are 0 and 1.
+
+    Args:
+        warn: whether a mask that repaints nothing or everything is worth a warning.
     """
     found = []
-    for which, item in _items(value, name, (1,)):
+    for which, item in _items(value, name, (1,), _mask_unit):
         if isinstance(item, Image.Image):
-            mask = item if item.mode in ("1", "L", "RGB") else rgb(item)
-            mask = mask.resize((width, height), Image.Resampling.LANCZOS).convert("L")
-            found.append(np.asarray(mask) >= 128)
+            grey = _mask_levels(item, which).resize((width, height), Image.Resampling.LANCZOS).convert("L")
+            mask, largest = np.asarray(grey) >= 128, f"{np.asarray(grey).max()} of 255"
         else:
-            plane = _fitting(item, which, height, width)[..., 0]
-            # Whole numbers may be levels, or 0 and 1.
-            binary = plane.dtype.kind in "iu" and 0 <= plane.min() <= plane.max() <= 1
-            found.append(_unit(plane.astype(bool) if binary else plane, which) >= 0.5)
+            mask = _nearest(item, height, width)[..., 0] >= 0.5
+            largest = f"{float(item.max()):.3g} of 1"
+        if warn and not mask.any():
+            warnings.warn(f"{which} repaints nothing: its largest value is {largest}; white is repainted", stacklevel=2)
+        elif warn and mask.all():
+            warnings.warn(f"{which} repaints everything: all of it is white; black is kept", stacklevel=2)
+        found.append(mask)
     return np.stack(found)
+
+
+def _mask_levels(image: Image.Image, name: str) -> Image.Image:
+    """A mask of any mode as one of 1, L or RGB, in which white is 255."""
+    if image.has_transparency_data and image.mode != "1":
+        colours = image.convert("RGBA")
+        *ranges, alpha = [np.ptp(np.asarray(band)) for band in colours.split()]
+        if alpha and not any(ranges):
+            raise ValueError(
+                f"{name} is of one colour, and what it shows is in its transparency, which can mean either; needed is "
+                "a mask without transparency in which white is repainted"
+            )
+    if image.mode in DEEP:
+        return Image.fromarray((_mask_unit(np.asarray(image), name) * 255).round().astype(np.uint8))
+    mask = image if image.mode in ("1", "L", "RGB") else rgb(image, name)
+    return mask.point(lambda level: 255 * level) if np.asarray(mask).max() == 1 and mask.mode != "1" else mask
+
+
+def _mask_unit(array: np.ndarray, name: str) -> np.ndarray:
+    """As `unit`, but for whole numbers of 0 and 1."""
+    if array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 1:
+        return array.astype(np.float32)
+    return unit(array, name)
 
 
 def hints(value: Any, name: str, height: int, width: int) -> np.ndarray:
@@ -116,16 +164,16 @@ def hints(value: Any, name: str, height: int, width: int) -> np.ndarray:
     """
     found = []
     for which, item in _items(value, name, (3, 1)):
-        if isinstance(item, Image.Image) and item.mode in ("1", "L", "LA", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"):
+        if isinstance(item, Image.Image) and item.mode in ("1", "L", "LA", *DEEP):
             plane = np.asarray(item.convert("L") if item.mode in ("1", "LA") else item)
         elif isinstance(item, Image.Image):
-            resized = rgb(item).resize((width, height), Image.Resampling.BILINEAR)
+            resized = rgb(item, which).resize((width, height), Image.Resampling.BILINEAR)
             found.append(np.asarray(resized, np.float32) / 255)
             continue
         elif item.shape[-1] == 1:
             plane = item[..., 0]
         else:
-            found.append(_unit(_fitting(item, which, height, width), which))
+            found.append(unit(_fitting(item, which, height, width), which))
             continue
         depth = Image.fromarray(_depth(plane, which)).resize((width, height), Image.Resampling.BILINEAR)
         found.append(np.repeat(np.asarray(depth)[..., None], 3, axis=-1))
@@ -147,17 +195,24 @@ def _depth(plane: np.ndarray, name: str) -> np.ndarray:
     return (plane - low) / (high - low if high > low else 1)
 
 
-def _items(value: Any, name: str, channels: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
-    """The pictures that a user gave, one by one, each with its name: PIL pictures, or arrays `[H, W, channels]`."""
+def _items(
+    value: Any, name: str, channels: tuple[int, ...], convert: Callable[[np.ndarray, str], np.ndarray] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """The pictures that a user gave, one by one, each with its name: PIL pictures, or arrays `[H, W, channels]`.
+
+    Args:
+        convert: is applied to each array as it was given, with all of its pictures, which share a range.
+    """
     if isinstance(value, Image.Image | str | os.PathLike):
         yield name, read(value, name)
     elif isinstance(value, list | tuple):
         if not value:
             raise ValueError(f"{name} is an empty list; give one picture or more")
         for i, item in enumerate(value):
-            yield from _items(item, f"{name}[{i}]", channels)
+            yield from _items(item, f"{name}[{i}]", channels, convert)
     elif hasattr(value, "__array__"):
-        array = _nhwc(np.asarray(value), name, channels)
+        array = _nhwc(to_numpy(value, name), name, channels)
+        array = array if convert is None else convert(array, name)
         yield from ((name if len(array) == 1 else f"{name}[{i}]", item) for i, item in enumerate(array))
     else:
         raise TypeError(
@@ -168,8 +223,8 @@ def _items(value: Any, name: str, channels: tuple[int, ...]) -> Iterator[tuple[s
 def _nhwc(array: np.ndarray, name: str, channels: tuple[int, ...]) -> np.ndarray:
     """An array of one or more pictures in any order of axes as `[N, H, W, C]`."""
     shape = array.shape
-    if array.dtype.kind not in "biufV" or array.dtype.fields is not None:  # V: bfloat16 and its kin
-        raise TypeError(f"{name} must be an array of numbers, has dtype {array.dtype}")
+    if channels == (1,) and array.ndim == 3 and shape[-1] in (2, 3, 4):
+        raise ValueError(f"{name} has shape {shape}, which is {shape[-1]} channels; needed is one, [H, W]")
     if array.ndim in (3, 4) and shape[-1] not in channels and shape[-3] in channels:
         array = np.moveaxis(array, -3, -1)  # [C, H, W] or [N, C, H, W]
     elif array.ndim == 2 or (array.ndim == 3 and shape[-1] not in channels and 4 not in channels):
@@ -186,30 +241,63 @@ def _fitting(array: np.ndarray, name: str, height: int, width: int) -> np.ndarra
     if array.shape[:2] != (height, width):
         raise ValueError(
             f"{name} has {array.shape[0]}x{array.shape[1]} pixels (height x width), needed is {height}x{width}, the "
-            "size that is drawn; resize the array, or give a PIL picture, which is resized for you"
+            "size of the output; resize the array, or give a PIL picture, which is resized for you"
         )
     return array
 
 
-def _unit(array: np.ndarray, name: str) -> np.ndarray:
-    """An array of levels 0..255 (whole numbers) or of 0..1 (floats, booleans) as float32 in 0..1."""
+def _nearest(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """An array `[H, W, C]` of the size that is asked for, by the pixels that PyTorch's `interpolate` takes."""
+    if array.shape[:2] == (height, width):
+        return array
+    rows, columns = (
+        np.minimum(np.floor(np.arange(new, dtype=np.float32) * np.float32(old / new)).astype(int), old - 1)
+        for old, new in zip(array.shape, (height, width), strict=False)
+    )
+    return array[rows][:, columns]
+
+
+def unit(array: np.ndarray, name: str) -> np.ndarray:
+    """Numbers of a picture as float32 in 0..1, by their dtype and range.
+
+    - Booleans, and floats up to 1: as they are. Floats from above `DARKEST` to 255: levels of 8 bits.
+    - Whole numbers up to 255: levels of 8 bits, also in a wider dtype. From above 4095 to 65535: of 16 bits.
+
+    Raises:
+        ValueError: for what is negative, not finite or too large, or could be in two units.
+    """
+    if array.dtype.kind == "b":
+        return array.astype(np.float32)
     whole = array.dtype.kind in "iu"
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} has numbers that are not finite")
-    top = 255 if whole else 1
-    if array.min() < 0 or array.max() > top:
-        raise ValueError(
-            f"{name} has values from {array.min():g} to {array.max():g}, needed are "
-            + ("whole numbers of 0 to 255" if whole else "floats of 0 to 1 (x / 2 + 0.5 for -1 to 1)")
-        )
-    return array / np.float32(top)
+    if not whole:
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has numbers that are not finite")
+    low, high = array.min(), array.max()
+    if whole:
+        top = 255 if high <= 255 else 65535 if 4095 < high <= 65535 else 0
+        needed = "whole numbers of 0 to 255, or 16-bit levels of which some are above 4095"
+    else:
+        top = 1 if high <= 1 else 255 if DARKEST < high <= 255 else 0
+        needed = "floats of 0 to 1 (x / 2 + 0.5 for -1 to 1), or levels up to 255"
+    if low < 0 or not top:
+        raise ValueError(f"{name} has values from {low:g} to {high:g}, needed are {needed}")
+    return array.astype(np.float32) / np.float32(top)
 
 
 def fitting_size(image: Image.Image, native: int) -> tuple[int, int]:
-    """(height, width) for drawing after a picture: its proportions, about native x native pixels, multiples of 64."""
+    """(height, width) to generate after a picture: its proportions, about native x native pixels, multiples of 64.
+
+    Raises:
+        ValueError: where a picture is so long that a side would exceed `MAX_FITTING`.
+    """
     scale = native / math.sqrt(image.width * image.height)
     height, width = (max(64, round(side * scale / 64) * 64) for side in (image.height, image.width))
+    if max(height, width) > max(MAX_FITTING, native):
+        raise ValueError(
+            f"image has {image.height} x {image.width} pixels (height x width), which is too long for its proportions "
+            f"to be kept: a side would have {max(height, width)} pixels, at most {MAX_FITTING}; give height and width"
+        )
     return height, width
 
 
@@ -290,11 +378,11 @@ def encode(picture: Image.Image, ending: str) -> bytes:
 def embeddable(value: Any, name: str) -> list[Image.Image]:
     """Pictures for `CLIPImageProcessor`, which resizes and crops by itself."""
     found = []
-    for which, item in _items(value, name, (3, 4, 1)):
+    for _, item in _items(value, name, (3, 4, 1), unit):
         if isinstance(item, Image.Image):
             found.append(item)
         else:
-            levels = (_unit(item, which) * 255).round().astype(np.uint8)
+            levels = (item * 255).round().astype(np.uint8)
             found.append(Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels))
     return found
 
@@ -370,9 +458,14 @@ class CLIPImageProcessor:
         image = rgb(read(image))
         scale = self.size / min(image.size)
         width, height = (self.size if side == min(image.size) else int(side * scale) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.crop) // 2, (height - self.crop) // 2
-        image = image.crop((left, top, left + self.crop, top + self.crop))
+        box = (left, top, left + self.crop, top + self.crop)
+        if max(width, height) > LONGEST * self.size and min(left, top) >= 0:  # only the part that is kept
+            across, down = image.width / width, image.height / height
+            part = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+            image = image.resize((self.crop, self.crop), Image.Resampling.BICUBIC, box=part)
+        else:
+            image = image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
         pixels = np.asarray(image, np.float32) / 255
         mean, std = np.asarray(self.image_mean, np.float32), np.asarray(self.image_std, np.float32)
         return ((pixels - mean) / std)[None]

@@ -23,7 +23,7 @@ from tests.test_compile import compilations
 
 RED = "a red circle on a blue background"
 PICTURE = Image.new("RGB", (80, 70), (200, 30, 30))
-MASK = Image.new("L", (80, 70), 255)
+MASK = Image.linear_gradient("L")
 HINT = np.zeros((3, 64, 64), np.float32)
 GIVEN = {
     "Img2Img": {"image": PICTURE},
@@ -49,7 +49,6 @@ WRONG = [
     ("Img2Img", {"image": None}, TypeError, "image must be a PIL picture.*got NoneType"),
     ("Img2Img", {"image": []}, ValueError, "image is an empty list"),
     ("Img2Img", {"image": [PICTURE, PICTURE]}, ValueError, "image has 2 pictures for 1 prompts"),
-    ("Img2Img", {"image": np.zeros((64, 63, 3))}, ValueError, "image has 64x63 pixels.*needed is 64x64"),
     ("Img2Img", {"image": np.full((64, 64, 3), np.nan)}, ValueError, "image has numbers that are not finite"),
     ("Img2Img", {"image": "missing.png"}, ValueError, "there is no file missing.png"),
     ("Img2Img", {"image": __file__}, ValueError, "cannot be read as a picture"),
@@ -62,9 +61,8 @@ WRONG = [
     ("Inpaint", {"mask_image": None}, TypeError, "mask_image must be a PIL picture"),
     ("Inpaint", {"mask_image": np.full((64, 64), 1.2)}, ValueError, "mask_image has values from 1.2.*0 to 1"),
     ("Inpaint", {"mask_image": np.full((64, 64), -0.2)}, ValueError, "mask_image has values from -0.2"),
-    ("Inpaint", {"mask_image": np.zeros((32, 64))}, ValueError, "mask_image has 32x64 pixels"),
     ("Inpaint", {"mask_image": [MASK] * 3}, ValueError, "mask_image has 3 pictures for 1 prompts"),
-    ("Inpaint", {"image": [PICTURE, np.zeros((8, 8, 3))]}, ValueError, r"image\[1\] has 8x8 pixels"),
+    ("Inpaint", {"image": [PICTURE, np.full((8, 8, 3), 7.0)]}, ValueError, r"image\[1\] has values from 7 to 7"),
     ("Inpaint", {"paste_back": True, "output_type": "latent"}, ValueError, "paste_back works on pixels"),
     ("Inpaint", {"callback_on_step_end_tensor_inputs": ["hint"]}, ValueError, "masked_image"),
     ("Inpaint", {"strength": 0.5}, TypeError, "strength"),

@@ -138,7 +138,7 @@ def test_nothing_compiles_after_a_modes_first_call(ours, name, takes, batch):
         one = {kind: value[0] for kind, value in pictures(7, batch).items() if kind in takes}
         draw(7, **one)  # one picture for all prompts
         if "mask_image" in takes:
-            draw(8, mask_image=np.ones((64, 64), np.uint8))
+            draw(8, mask_image=np.eye(64, dtype=np.uint8))
             draw(9, paste_back=True)
     assert not events
 

@@ -208,7 +208,7 @@ class _Stages:
             try:
                 tasks.append(self._checker.task(raw))
             except RowError as error:
-                errors.append({"row": raw.number, "id": raw.values.get("id"), "error": str(error)})
+                errors.append(error.record(raw))
         units = [Unit(task, image) for task in tasks for image in range(task.num_images)]
         groups: dict[Shape, list[Unit]] = {}
         for unit in units:

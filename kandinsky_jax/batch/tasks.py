@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import datetime
 import functools
 import io
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Set
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -17,6 +21,7 @@ from PIL import Image
 
 from kandinsky_jax import images
 from kandinsky_jax.batch.rows import COLUMNS, Raw, default_id
+from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten, summarize
 from kandinsky_jax.pipelines import CombinedPipeline, checks
 
 # What a mode needs of a row besides its prompt.
@@ -28,13 +33,32 @@ MODES = {
     "controlnet-img2img": ("image", "hint"),
 }
 FILES = ("image", "mask", "hint")
-MAX_SIDE = 4096  # a larger picture would not fit, and its failure would take the job along
+# What is larger would not fit, and its failure would take the job along.
+MAX_SIDE = 4096
+MAX_PIXELS = 2**22  # of one picture: 2048 x 2048
 MAX_IMAGES = 1000
-_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")  # a dot would end a WebDataset key, a slash leave the folder
+MAX_ROW_PIXELS = 2**28  # of all pictures of a row: 1000 of 512 x 512
+MAX_FILE = 2**28  # bytes of a picture that a row names
+MAX_NESTING = 50  # of metadata
+ATTEMPTS = 4  # to read a picture from a URL
+MAX_KEY = 95  # characters before the ending: a name in a tar file has at most 100
+_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY}}}")  # a dot would end a WebDataset key, a slash leave the folder
+_TEXTS = ("id", "prompt", "negative_prompt", "image", "mask", "hint")
 
 
 class RowError(ValueError):
     """What is wrong with a row, everything at once."""
+
+    def __init__(self, faults: Sequence[str]):
+        super().__init__(summarize(faults, MAX_MESSAGE))
+
+    def record(self, raw: Raw) -> dict[str, Any]:
+        """The line of errors.jsonl; JSON whatever the row holds, and the same in every run."""
+        name = raw.values.get("id")
+        plain = name is None or (isinstance(name, str) and _ID.fullmatch(name)) or type(name) is int
+        if not plain or (isinstance(name, int) and abs(name) >= 2**63):
+            name = shorten(name, 200)
+        return {"row": raw.number, "id": name, "error": str(self)}
 
 
 class Shape(NamedTuple):
@@ -102,7 +126,7 @@ class Checker:
             RowError: naming everything that is wrong with it.
         """
         if raw.fault is not None:
-            raise RowError(raw.fault)
+            raise RowError([raw.fault])
         row = _Row({k: v for k, v in raw.values.items() if v is not None})
         name = row.get("id", _identifier, default_id(raw.number))
         if raw.number in self.taken:
@@ -114,13 +138,15 @@ class Checker:
         seed = row.get("seed", _seed, self.seed + raw.number)
         count = row.get("num_images", _count, self.defaults.get("num_images", 1))
         files = self._files(row)
+        metadata = row.get("metadata", json_value, None)
+        row.faults += [f"there is no column {quote(key)}" for key in row.values if key not in COLUMNS]
         read = {kind: row.get(kind, functools.partial(_read, self.root, kind), None) for kind in files}
         shape = self._shape(row, read.get("image"), negative)
+        _check_room(row, name, count, shape)
         pictures = {} if row.faults else self._pictures(row, read, shape)
-        row.faults += [f"there is no column {key!r}" for key in row.values if key not in COLUMNS]
         if row.faults:
-            raise RowError("; ".join(row.faults))
-        return Task(raw.number, name, prompt, negative, seed, count, shape, files, pictures, row.values.get("metadata"))
+            raise RowError(row.faults)
+        return Task(raw.number, name, prompt, negative, seed, count, shape, files, pictures, metadata)
 
     def _files(self, row: _Row) -> dict[str, str]:
         needed = MODES[self.mode]
@@ -134,7 +160,9 @@ class Checker:
     def _shape(self, row: _Row, image: Image.Image | None, negative: str | None) -> Shape:
         pipe, given = self.pipe, self.defaults
         native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
-        fitting = (native, native) if image is None else images.fitting_size(image, native)
+        fitting = (native, native)
+        if image is not None and not all(name in row.values or given.get(name) for name in ("height", "width")):
+            fitting = row.judge("image", functools.partial(images.fitting_size, image, native), fitting)
         side = pipe.movq.config.scale_factor**2
         height, width = (
             -(-row.get(name, functools.partial(_side, name=name), given.get(name) or size) // side) * side
@@ -178,12 +206,29 @@ class Checker:
                     resized = images.rgb(picture).resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=1)
                     found["image"] = resized
                 elif kind == "mask":
-                    found["mask_image"] = images.masks(picture, "mask", *size)[0]
+                    mask = images.masks(picture, "mask", *size, warn=False)[0]
+                    found["mask_image"] = mask
+                    if not mask.any():
+                        row.faults.append("mask repaints nothing; white is repainted")
                 else:
                     found["hint"] = images.hints(picture, "hint", *size)[0]
-        except (ValueError, TypeError, OSError, MemoryError) as error:
-            row.faults.append(str(error))
+        except (ValueError, TypeError, ArithmeticError, OSError, MemoryError) as error:
+            row.faults.append(shorten(error, 300) or type(error).__name__)
         return found
+
+
+def _check_room(row: _Row, name: str, count: int, shape: Shape) -> None:
+    """Find what would not fit into a tar's names or into memory."""
+    if len(name) <= MAX_KEY < len(f"{name}+{count - 1}") and count > 1:
+        row.faults.append(f"id: with num_images={count}, at most {MAX_KEY - len(f'+{count - 1}')} characters")
+    pixels = shape.height * shape.width
+    if pixels > MAX_PIXELS:
+        row.faults.append(f"height and width: {shape.height} x {shape.width} is more than {MAX_PIXELS:,} pixels")
+    elif count * pixels > MAX_ROW_PIXELS:
+        row.faults.append(
+            f"num_images: {count} of {shape.height} x {shape.width} are more than {MAX_ROW_PIXELS:,} pixels in all; "
+            "use more rows"
+        )
 
 
 class _Row:
@@ -191,6 +236,9 @@ class _Row:
 
     def __init__(self, values: dict[str, Any]):
         self.values, self.faults = values, []
+        for name in _TEXTS:  # Parquet files of some writers have bytes for text
+            if isinstance(value := values.get(name), bytes):
+                values[name] = value.decode("utf-8", errors="surrogateescape")
 
     faults: list[str]
 
@@ -204,8 +252,9 @@ class _Row:
         """What a judgement says, or the default where it raises, which is a fault of the column."""
         try:
             return judge()
-        except (ValueError, TypeError) as error:
-            self.faults.append(str(error) if str(error).startswith(name) else f"{name}: {error}")
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+            text = shorten(error, 300)
+            self.faults.append(text if text.startswith(name) else f"{name}: {text}")
             return default
 
 
@@ -214,7 +263,7 @@ class _Row:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"must be text, got {value!r}")
+        raise TypeError(f"must be text, got {quote(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -231,51 +280,49 @@ def _prompt(value: Any) -> str:
 def _identifier(value: Any) -> str:
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
     if not _ID.fullmatch(name):
-        raise ValueError(f"may hold letters, digits, - and _, at most 200 of them; got {name[:200]!r}")
+        raise ValueError(f"may hold letters, digits, - and _, at most {MAX_KEY} of them; got {quote(name)}")
     return name
 
 
 def _number(value: Any) -> float:
     """A number; text may be one, as in a CSV file."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError(f"must be a number, got {value!r}")
+        raise TypeError(f"must be a number, got {quote(value)}")
     try:
         return float(value)
     except (ValueError, OverflowError):
-        raise ValueError(f"must be a number, got {value!r}") from None
+        raise ValueError(f"must be a number, got {quote(value)}") from None
 
 
 def _whole(value: Any) -> int:
     """A whole number; pandas makes floats of a column with gaps."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             return int(value)
-        except ValueError:
-            pass
     number = value if isinstance(value, int) and not isinstance(value, bool) else _number(value)
-    if not math.isfinite(number) or number != int(number):
-        raise ValueError(f"must be a whole number, got {value!r}")
+    if isinstance(number, float) and (not math.isfinite(number) or number != int(number)):
+        raise ValueError(f"must be a whole number, got {quote(value)}")
     return int(number)
 
 
 def _seed(value: Any) -> int:
     seed = _whole(value)
     if not 0 <= seed < 2**63:
-        raise ValueError(f"must be from 0 to 2**63 - 1, got {seed}")
+        raise ValueError(f"must be from 0 to 2**63 - 1, got {shorten(seed)}")
     return seed
 
 
 def _count(value: Any) -> int:
     count = checks.count(_whole(value), "num_images")
     if count > MAX_IMAGES:
-        raise ValueError(f"must be at most {MAX_IMAGES}, got {count}; use more rows")
+        raise ValueError(f"must be at most {MAX_IMAGES}, got {shorten(count)}; use more rows")
     return count
 
 
 def _side(value: Any, name: str) -> int:
     side = checks.side(_whole(value), name)
     if side > MAX_SIDE:
-        raise ValueError(f"must be at most {MAX_SIDE} pixels, got {side}")
+        raise ValueError(f"must be at most {MAX_SIDE} pixels, got {shorten(side)}")
     return side
 
 
@@ -283,19 +330,62 @@ def _guidance(value: Any, name: str) -> float:
     return checks.guidance(_number(value), name)
 
 
+def json_value(value: Any, depth: int = 0) -> Any:
+    """Metadata as JSON has it.
+
+    What JSON has no value for is written as in protobuf's JSON: NaN and the infinities as strings, bytes in base64,
+    times in ISO 8601; decimal numbers, and anything else, as text.
+
+    Raises:
+        ValueError: for text that is not Unicode, and for what is nested too deep.
+    """
+    if depth > MAX_NESTING:
+        raise ValueError(f"is nested deeper than {MAX_NESTING} levels")
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, dict):
+        return {_text(str(key)): json_value(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item, depth + 1) for item in value]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    return _text(shorten(str(value), 1000))
+
+
 # Files ------------------------------------------------------------------------------------------------------------
 
 
 def _read(root: str, kind: str, value: Any) -> Image.Image:
     """The picture at a path below the root."""
-    try:
-        with fsspec.open(below(root, _text(value)), "rb") as file:
-            data = file.read()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ValueError(f"{kind}: there is no file {value}") from None
-    except OSError as error:
-        raise ValueError(f"{kind}: {value} cannot be read: {error.strerror or error}") from None
-    return images.read(io.BytesIO(data), f"{kind} {value}")
+    name, path = shorten(_text(value), 200), below(root, value)
+    for attempt in range(ATTEMPTS):
+        try:
+            data = _bytes(path)
+            break
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ValueError(f"{kind}: there is no file {name}") from None
+        except Exception as error:  # of a remote file system, which may be overloaded
+            if "://" not in path or attempt == ATTEMPTS - 1:
+                fault = getattr(error, "strerror", None) or shorten(error, 200)
+                raise ValueError(f"{kind}: {name} cannot be read: {fault or type(error).__name__}") from None
+            time.sleep(2**attempt)
+    if len(data) > MAX_FILE:
+        raise ValueError(f"{kind}: {name} has more than {MAX_FILE:,} bytes")
+    return images.read(io.BytesIO(data), f"{kind} {name}")
+
+
+def _bytes(path: str) -> bytes:
+    """A file's bytes, the first of them where there are more than `MAX_FILE`."""
+    if "://" not in path and os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise FileNotFoundError(path)
+    with fsspec.open(path, "rb") as file:
+        return file.read(MAX_FILE + 1)
 
 
 def below(root: str, path: str) -> str:
@@ -306,11 +396,11 @@ def below(root: str, path: str) -> str:
     """
     parts = PurePosixPath(path.replace("\\", "/")).parts
     if "://" in path or "::" in path or not parts or parts[0].endswith(":") or parts[0] == "/" or ".." in parts:
-        raise ValueError(f"{path!r} leads out of the job's folder; needed is a path below it")
+        raise ValueError(f"{quote(path)} leads out of the job's folder; needed is a path below it")
     if "://" in root:
         return f"{root.rstrip('/')}/{'/'.join(parts)}"
     base = Path(root).resolve()
     found = base.joinpath(*parts).resolve()
     if not found.is_relative_to(base):
-        raise ValueError(f"{path!r} leads out of the job's folder by a link; needed is a path below it")
+        raise ValueError(f"{quote(path)} leads out of the job's folder by a link; needed is a path below it")
     return os.fspath(found)

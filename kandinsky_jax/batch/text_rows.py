@@ -49,7 +49,7 @@ class TextLayout(NamedTuple):
         head = file.read(BLOCK)
         file.seek(0)
         encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
-        if encoding is None and b"\0" in head[:4096]:
+        if encoding is None and head[:4096].count(0) > len(head[:4096]) // 8:
             encoding = "binary, or text in UTF-16 or UTF-32"
         if encoding is not None:
             raise ValueError(f"it is {encoding}; needed is text in UTF-8, as `iconv -f UTF-16 -t UTF-8` makes it")

@@ -117,7 +117,7 @@ class Pipeline(LoraLoader, PretrainedMixin):
         """
         picture = Image.new("RGB", (64, 64))
         given: dict[str, Any] = {"height": height, "width": width, "generator": 0, "prompt": [""] * batch}
-        given |= {"image": picture, "mask_image": picture.convert("L"), "hint": picture.convert("L")}
+        given |= {"image": picture, "mask_image": Image.linear_gradient("L"), "hint": picture.convert("L")}
         given |= self._stand_ins(batch)
         # Another pipeline of the same parts, because a pipeline may keep results, and here they are zeros.
         twin: Any = type(self)(**self._held())

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.errors import shorten
 
 CALLBACK_DEFAULT = ("latents",)
@@ -134,7 +135,7 @@ def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     """Latents that the user gives, in PyTorch's order of axes."""
     if value is None:
         return None
-    array = np.asarray(value, np.float32)
+    array = to_numpy(value, "latents").astype(np.float32)
     if array.shape != shape:
         raise ValueError(f"latents have shape {array.shape}, needed is {shape}")
     if not np.isfinite(array).all():
@@ -153,7 +154,7 @@ def halves(value: Any, name: str, images: int) -> np.ndarray:
 
 
 def embeds(value: Any, name: str, dim: int) -> np.ndarray:
-    """Image embeddings `[B, dim]`; a list is joined along the first axis."""
+    """Image embeddings, float32 `[B, dim]`; a list is joined along the first axis."""
     if isinstance(value, str):
         raise TypeError(
             f"{name} must be an array, got {shorten(value)!r}; a prior's output unpacks into its names, so call "
@@ -162,9 +163,9 @@ def embeds(value: Any, name: str, dim: int) -> np.ndarray:
     parts = value if isinstance(value, list | tuple) else [value]
     if not parts:
         raise ValueError(f"{name} is an empty list")
-    arrays = [np.asarray(part) for part in parts]
+    arrays = [to_numpy(part, name).astype(np.float32) for part in parts]
     for array in arrays:
-        if array.ndim != 2 or array.shape[1] != dim or array.dtype == object:
+        if array.ndim != 2 or array.shape[1] != dim:
             raise ValueError(f"{name} has shape {array.shape}, needed is [batch, {dim}]")
     joined = np.concatenate(arrays)
     if not np.isfinite(joined).all():
@@ -177,6 +178,8 @@ def mix(items: Any, weights: Any) -> tuple[list[Any], list[float]]:
     for value, name in ((items, "images_and_prompts"), (weights, "weights")):
         if isinstance(value, str) or not (isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1):
             raise TypeError(f"{name} must be a list, got {type(value).__name__}")
+    if hasattr(weights, "__array__"):
+        weights = to_numpy(weights, "weights").tolist()
     if len(items) != len(weights):
         raise ValueError(f"images_and_prompts has {len(items)} items, weights has {len(weights)}; give one for each")
     if not len(items):

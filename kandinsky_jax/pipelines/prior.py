@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from kandinsky_jax import hub, images, zero_embed
+from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.checkpoint import Deferred, flat_params
 from kandinsky_jax.compilation import program
 from kandinsky_jax.images import CLIPImageProcessor
@@ -213,7 +214,7 @@ class PriorPipeline(Pipeline):
         name, side = f"images_and_prompts{which}" if which else "image", self._held()["image_encoder"].config.image_size
         dim = self.prior.config.embedding_dim
         parts = value if isinstance(value, list | tuple) else [value]
-        arrays = [np.asarray(x) for x in parts if hasattr(x, "__array__") and not isinstance(x, Image.Image)]
+        arrays = [to_numpy(x, name) for x in parts if hasattr(x, "__array__") and not isinstance(x, Image.Image)]
         if arrays and len(arrays) == len(parts):
             # In a mix, a plane of another shape is a grey picture.
             if all(x.ndim == 2 and (not which or x.shape == (1, dim)) for x in arrays):

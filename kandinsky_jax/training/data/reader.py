@@ -79,7 +79,7 @@ class Reader:
 
     def _pictures(self, item: Captioned, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """The arrays that come from files."""
-        picture = images.rgb(images.read(io.BytesIO(item.read()), item.name))
+        picture = images.rgb(images.read(io.BytesIO(item.read()), item.name), item.name)
         hint = None
         if self.hints and item.hint is not None:
             hint = images.read(io.BytesIO(item.hint()), f"the hint of {item.name}").resize(
