@@ -299,6 +299,29 @@ def test_a_hundred_bad_rows(ours, tmp_path):
     assert [name for name in members(tmp_path / "out") if name.endswith("png")] == ["good.png", "last.png"]
 
 
+@pytest.mark.parametrize("form", ["webdataset", "folder"])
+def test_bad_rows_leave_the_job_complete_and_its_files_json(tiny_pipe, tmp_path, form):
+    rows = [
+        {"prompt": "a red circle", "metadata": {"score": float("inf"), "parts": [float("nan")]}},
+        {"prompt": "a red circle", "id": "x" * 96},
+        {"prompt": "a red circle", "id": float("nan")},
+        {"prompt": "a red circle", "id": "x" * 95},
+    ]
+    report = draw(job_of(tmp_path, rows, form=form), tiny_pipe)
+    assert (report.images, report.errors, report.complete) == (2, 2, True)
+
+    def constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = [
+        json.loads(x, parse_constant=constant) for x in (tmp_path / "out" / "errors.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert [(line["row"], line["id"]) for line in lines] == [(1, "x" * 96), (2, "nan")]
+    if form == "webdataset":
+        about = json.loads(members(tmp_path / "out")["000000000.json"], parse_constant=constant)
+        assert about["metadata"] == {"score": "Infinity", "parts": ["NaN"]}
+
+
 def test_a_row_tells_all_its_faults(tiny_pipe, tmp_path):
     job = job_of(tmp_path, [{"prompt": "", "seed": -1, "height": 3, "steps": 0, "colour": "red"}])
     draw(job, tiny_pipe)
