@@ -148,6 +148,33 @@ def resolve_component(name: str | os.PathLike[str], **options: Any) -> Path:
     raise CheckpointError(f"{shorten(str(name))} is no folder here and no Hub repository (owner/name)")
 
 
+def resolve_lora(name: str | os.PathLike[str], weight_name: str | None = None, **options: Any) -> Path:
+    """The local file of LoRA, or the folder that holds it.
+
+    Args:
+        name: a file, a folder, or a Hub repository.
+        weight_name: the file's name in the folder or repository.
+        options: see `HubOptions`.
+    Raises:
+        CheckpointError: where there is none of these, or the Hub cannot be reached.
+    """
+    where = HubOptions(**options)
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"LoRA is named by a string or a path, or given as a dictionary; got {shorten(name)}")
+    subfolder = where.subfolder or ""
+    if os.path.exists(name):
+        return Path(name) / subfolder if os.path.isdir(name) else Path(name)
+    if not _REPOSITORY.fullmatch(str(name)):
+        raise CheckpointError(f"{shorten(str(name), 240)} is no file or folder here and no Hub repository (owner/name)")
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    usual = [weight_name] if weight_name else ["pytorch_lora_weights.*", "adapter_model.*"]
+    for patterns in (usual, ["*.safetensors"]):
+        folder = _fetch(str(name), where, [prefix + pattern for pattern in (*patterns, "adapter_config.json")])
+        if any(path.suffix in (".safetensors", ".bin") for path in (folder / prefix).glob("*")):
+            break
+    return folder / prefix
+
+
 # Fetching from the Hub --------------------------------------------------------------------------------------------
 
 

@@ -1,144 +1,428 @@
-"""LoRA in pipelines: files are loaded beside the networks, and their changes added to the weights.
+"""LoRA in pipelines: adapters are loaded beside the networks, and their changes added to the weights.
 
-The names are those of diffusers' loaders. Weights are always changed in place, so that drawing with LoRA costs what
-drawing without costs, and compiles nothing; the weights as they were are kept while a change may be taken back.
+The names and manners are those of diffusers' loaders. Weights are always changed in place, so that generating with LoRA
+costs what generating without costs, and compiles nothing; the weights as they were are kept while a change may be taken
+back. All arithmetic is NumPy's, on the host: no program is compiled for it either.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from kandinsky_jax import lora
-from kandinsky_jax.checkpoint import CheckpointError, flat_params, set_params
+from kandinsky_jax import hub
+from kandinsky_jax.checkpoint import CheckpointError, flat_params, lora_files, set_params
+from kandinsky_jax.checkpoint.lora_files import Adapter
+from kandinsky_jax.errors import shorten
+from kandinsky_jax.lora import FILE, LayerChange
 from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
 
 _TRAINED = (UNet2DConditionModel, PriorTransformer)
 
+Weight = float | Mapping[str, float]  # of an adapter: one number, or one for each network by the component's name
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The LoRA of one network, which several pipelines may share. A change of it makes another one.
+
+    Attributes:
+        loaded: the adapters by name.
+        weights: of those that are active.
+        fused: the weights of those that are fused into the network's own.
+        enabled: whether active ones count.
+    """
+
+    loaded: Mapping[str, Adapter] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    fused: Mapping[str, float] = field(default_factory=dict)
+    enabled: bool = True
+
+    def changes(self) -> dict[str, list[tuple[LayerChange, float]]]:
+        """The changes that count now and their weights, by parameter. Where a layer has fused ones, these alone do."""
+        found: dict[str, list[tuple[LayerChange, float]]] = {}
+        for weights in (self.fused, self.weights) if self.enabled else ():
+            fused = set(found)
+            for name, weight in weights.items():
+                for layer, change in self.loaded[name].items():
+                    parameter = lora_files.parameter_of(layer, change)
+                    if weights is self.fused or parameter not in fused:
+                        found.setdefault(parameter, []).append((change, weight))
+        return found
+
 
 @dataclass
-class Adapters:
-    """The LoRA of one network, which several pipelines may share."""
+class _State:
+    adapters: Adapters = field(default_factory=Adapters)
+    before: dict[str, jax.Array] = field(default_factory=dict)  # parameters without any change
 
-    files: dict[str, tuple[lora.Lora, float]] = field(default_factory=dict)  # by name: changes, and their own scale
-    weights: dict[str, float] = field(default_factory=dict)  # of those that are active
-    before: dict[str, jax.Array] = field(default_factory=dict)  # weights without any change
-    fused: bool = False
 
-    def apply(self, module: nnx.Module) -> None:
-        """Set the weights to what they were, plus what is active now."""
-        active = [(*self.files[name], weight) for name, weight in self.weights.items()]
-        touched = {f"{layer}.weight" for changes, _, _ in active for layer in changes}
+_STATES: weakref.WeakKeyDictionary[nnx.Module, _State] = weakref.WeakKeyDictionary()
+
+
+def _apply(updates: Sequence[tuple[nnx.Module, Adapters]]) -> None:
+    """Give networks their adapters, and the weights that follow: all of them, or none where one cannot be."""
+    ready = []
+    for module, adapters in updates:
+        state = _STATES.get(module) or _State()
         params = flat_params(module)
-        self.before |= {name: params[name] for name in touched - self.before.keys()}
-        new = dict(self.before)
-        for changes, scale, weight in active:
-            for layer, pair in changes.items():
-                name = f"{layer}.weight"
-                new[name] = new[name].astype(jnp.float32) + lora.change(pair, scale * weight)
-        dtypes = {name: leaf.dtype for name, leaf in self.before.items()}
-        placed = {n: jax.device_put(x.astype(dtypes[n]), self.before[n].sharding) for n, x in new.items()}
-        set_params(module, params | placed)
-        self.before = {name: leaf for name, leaf in self.before.items() if name in touched}
+        changes = adapters.changes()
+        before = state.before | {name: params[name] for name in changes.keys() - state.before.keys()}
+        before = {name: _placed(array, params[name]) for name, array in before.items()}
+        changed = {n: _changed(n, array, changes[n]) if n in changes else array for n, array in before.items()}
+        kept = {name: array for name, array in before.items() if name in changes}
+        ready.append((module, params | changed, _State(adapters, kept)))
+    for module, params, state in ready:
+        set_params(module, params)
+        _STATES[module] = state
 
 
-_ADAPTERS: weakref.WeakKeyDictionary[nnx.Module, Adapters] = weakref.WeakKeyDictionary()
+def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
+    """An array where another one lies: `shard` may have moved the network since."""
+    if array.sharding == like.sharding and array.committed == like.committed:
+        return array
+    return jax.device_put(array, like.sharding)
+
+
+def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, float]]) -> jax.Array:
+    """A parameter with changes added in float32, in its own dtype, where it lay."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.sum([change.delta(weight) for change, weight in changes], axis=0)
+        parts = []
+        for shard in before.addressable_shards:
+            array = (np.asarray(shard.data, np.float32) + total[shard.index]).astype(before.dtype)
+            if not np.isfinite(array.astype(np.float32)).all():
+                raise _NotFiniteError(f"makes {name} too large for {before.dtype}, or not finite")
+            # An array that is bound to no device has to stay so: programs are compiled anew for one that is.
+            parts.append(jax.device_put(array, shard.device if before.committed else None))
+    return (
+        parts[0]
+        if not before.committed
+        else jax.make_array_from_single_device_arrays(before.shape, before.sharding, parts)
+    )
+
+
+class _NotFiniteError(ValueError):
+    """Changed weights that are no finite numbers."""
 
 
 class LoraLoader:
     """The part of a pipeline that loads LoRA."""
 
     def load_lora_weights(
-        self, path: str | os.PathLike[str], adapter_name: str | None = None, weight: float = 1.0
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Any],
+        adapter_name: str | None = None,
+        weight: float = 1.0,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        hotswap: bool = False,
     ) -> None:
-        """Load a file of LoRA, for the UNet or the prior, and draw with it, beside those that are active already.
+        """Load LoRA for the UNet, the prior or both, and make it the active adapter of these networks.
+
+        Adapters that were loaded before stay loaded and are no longer active there, as in diffusers; `set_adapters`
+        makes several active at once.
 
         Args:
-            path: a `.safetensors` file of diffusers', peft's or ours, or the folder that holds
-                `pytorch_lora_weights.safetensors`.
+            pretrained_model_name_or_path_or_dict: a `.safetensors` or tensors-only `.bin` file of diffusers', peft's,
+                kohya's or ours; a folder that holds one, such as a training checkpoint or a folder of peft's; a Hub
+                repository ("owner/name"); or a dictionary of arrays by such a file's names.
             adapter_name: to call it by; None is its number, "default_0" and so on.
             weight: how much of it.
+            weight_name: the file's name in the folder or repository.
+            subfolder: of the folder or repository.
+            metadata: peft's configuration for a dictionary.
+            revision, cache_dir, token, local_files_only, force_download: of a Hub repository, see huggingface_hub.
+            hotswap: put it in the place of the adapter with this name.
         Raises:
-            CheckpointError: where it cannot be read, or fits no network of this pipeline.
-            ValueError: where the name is taken.
+            CheckpointError: where it cannot be read, is not supported, or fits no network of this pipeline.
+            ValueError: where the name is taken, or with `hotswap` is not.
         """
-        file = Path(path)
-        component, module = self._trained_by(file)
-        shapes = {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
+        networks = self._networks()
+        if not networks:
+            raise CheckpointError(f"{type(self).__name__} has no network that LoRA is trained for")
+        given = pretrained_model_name_or_path_or_dict
+        amount = _number("weight", weight)
+        if isinstance(given, Mapping):
+            opened = lora_files.from_dict(given, metadata)
+        elif metadata is not None:
+            raise ValueError("metadata is for a dictionary of arrays; a file has its own")
+        else:
+            found_at = hub.resolve_lora(
+                given,
+                weight_name,
+                subfolder=subfolder,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+            opened = lora_files.open_file(lora_files.find(found_at, weight_name))
+        layers = {_bare(name): lora_files.layers_of(flat_params(module)) for name, module in networks.items()}
+        found, left_out = lora_files.read(opened, layers)
+        modules = {bare: module for name, module in networks.items() if (bare := _bare(name)) in found}
+        name = self._name_of(adapter_name, modules, hotswap)
+        updates = []
+        for bare, module in modules.items():
+            now = _adapters_of(module)
+            if name in now.fused:
+                raise ValueError(f"the adapter {name!r} is fused into the {bare}; call unfuse_lora first")
+            updates.append((module, replace(now, loaded={**now.loaded, name: found[bare]}, weights={name: amount})))
         try:
-            changes, config = lora.read(file, shapes)
-        except CheckpointError as error:
-            raise CheckpointError(f"for the {component}: {error}") from None
-        adapters = _ADAPTERS.setdefault(module, Adapters())
-        name = f"default_{len(adapters.files)}" if adapter_name is None else adapter_name
-        if name in adapters.files:
-            raise ValueError(f"there is an adapter {name!r} already; give another name, or unload it first")
-        adapters.files[name] = (changes, config.scale)
-        adapters.weights[name] = float(weight)
-        adapters.apply(module)
+            _apply(updates)
+        except _NotFiniteError as error:
+            raise opened.error(error) from None
+        for other, count in left_out.items():
+            warnings.warn(
+                f"{shorten(opened.source, 200)} also changes {count} layers of a {other}, which are left out: "
+                f"{type(self).__name__} has none",
+                stacklevel=2,
+            )
 
-    def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
-        """Draw with these adapters, each with its weight, and with no others.
+    def save_lora_weights(
+        self,
+        save_directory: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        safe_serialization: bool = True,
+    ) -> Path:
+        """Write a loaded adapter as a file that diffusers and `load_lora_weights` read.
 
+        In diffusers this takes the layers' tensors; there as here, what was trained is saved, without its weight.
+
+        Args:
+            save_directory: made where it is missing.
+            adapter_name: which; None where one alone is loaded.
+            weight_name: the file's name; None is "pytorch_lora_weights.safetensors".
+            safe_serialization: safetensors; nothing else is written.
+        Returns:
+            the file.
         Raises:
-            ValueError: for a name that was not loaded, or another number of weights.
+            ValueError: where it is not clear which adapter is meant, or `safe_serialization` is off.
         """
-        wanted = [names] if isinstance(names, str) else list(names)
-        each = [float(weights)] * len(wanted) if isinstance(weights, int | float) else [float(x) for x in weights]
+        if not safe_serialization:
+            raise ValueError("only safetensors files are written; leave safe_serialization at True")
+        names = self._loaded_names()
+        if adapter_name is None and len(names) != 1:
+            raise ValueError(f"there are {len(names)} adapters: {shorten(names)}; give adapter_name=")
+        [name] = self._known([names[0] if adapter_name is None else adapter_name])
+        parts = {_bare(part): now.loaded[name] for part, _, now in self._adapters() if name in now.loaded}
+        return lora_files.write(save_directory, parts, FILE if weight_name is None else weight_name)
+
+    def set_adapters(
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: Weight | Sequence[Weight | None] | None = None,
+    ) -> None:
+        """Make these adapters active, each with its weight, and no others.
+
+        Args:
+            adapter_names: of loaded adapters.
+            adapter_weights: a number for all, or one for each; None is 1. In place of a number, a dictionary gives one
+                for each network by its name in the pipeline, such as {"unet": 0.5, "prior": 1.0}.
+        Raises:
+            ValueError: for a name that was not loaded, another number of weights, or a weight that is no number.
+        """
+        wanted = self._known(adapter_names)
+        if isinstance(adapter_weights, Sequence | np.ndarray) and not isinstance(adapter_weights, str):
+            each: list[Any] = list(adapter_weights)
+        else:
+            each = [adapter_weights] * len(wanted)
         if len(each) != len(wanted):
             raise ValueError(
                 f"there are {len(each)} weights for {len(wanted)} adapters; give one for each, or one number"
             )
-        known = {name for _, adapters in self._adapters() for name in adapters.files}
-        if missing := [name for name in wanted if name not in known]:
-            raise ValueError(f"no adapter {missing} is loaded; there are {sorted(known)}")
-        given = dict(zip(wanted, each, strict=True))
-        for module, adapters in self._adapters():
-            adapters.weights = {name: weight for name, weight in given.items() if name in adapters.files}
-            adapters.apply(module)
+        for given in each:
+            self._check_weight(given)
+        updates = []
+        for component, module, now in self._adapters():
+            weights = {
+                name: _weight_in(component, given)
+                for name, given in zip(wanted, each, strict=True)
+                if name in now.loaded
+            }
+            updates.append((module, replace(now, weights=weights)))
+        _apply(updates)
 
     def get_active_adapters(self) -> list[str]:
-        """The names of those that are drawn with."""
-        return [name for _, adapters in self._adapters() for name in adapters.weights]
+        """The names of the active adapters, whether `disable_lora` was called or not."""
+        return list(dict.fromkeys(name for _, _, now in self._adapters() for name in now.weights))
 
-    def fuse_lora(self) -> None:
-        """Make the changes lasting: unloading leaves them in the weights, and `save_pretrained` writes them anyway."""
-        for _, adapters in self._adapters():
-            adapters.fused = True
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The names of all loaded adapters by the component that they change."""
+        return {component: list(now.loaded) for component, _, now in self._adapters() if now.loaded}
 
-    def unfuse_lora(self) -> None:
-        """Take `fuse_lora` back."""
-        for _, adapters in self._adapters():
-            adapters.fused = False
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget these adapters.
+
+        Raises:
+            ValueError: for a name that was not loaded, or an adapter that is fused.
+        """
+        names = self._known(adapter_names)
+        updates = []
+        for _, module, now in self._adapters():
+            if fused := [name for name in names if name in now.fused]:
+                raise ValueError(f"the adapters {shorten(fused)} are fused; call unfuse_lora first")
+            loaded = {name: adapter for name, adapter in now.loaded.items() if name not in names}
+            weights = {name: weight for name, weight in now.weights.items() if name not in names}
+            updates.append((module, replace(now, loaded=loaded, weights=weights)))
+        _apply(updates)
+
+    def disable_lora(self) -> None:
+        """Generate with the networks as they were; adapters stay loaded and active for `enable_lora`."""
+        _apply([(module, replace(now, enabled=False)) for _, module, now in self._adapters()])
+
+    def enable_lora(self) -> None:
+        """Take `disable_lora` back."""
+        _apply([(module, replace(now, enabled=True)) for _, module, now in self._adapters()])
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Make adapters part of the weights: unloading leaves them there. `save_pretrained` writes active ones anyway.
+
+        Args:
+            components: the networks, by their names in the pipeline; None is all.
+            lora_scale: their weights are multiplied by it.
+            safe_fusing: without effect: weights that are not finite are refused in any case.
+            adapter_names: which; None is the active ones.
+        Raises:
+            ValueError: for a name that was not loaded, or a component without LoRA.
+        """
+        names = None if adapter_names is None else self._known(adapter_names)
+        scale = _number("lora_scale", lora_scale)
+        updates = []
+        for _, module, now in self._chosen(components):
+            chosen = {name: now.weights.get(name, 1.0) for name in (now.weights if names is None else names)}
+            new = {name: weight * scale for name, weight in chosen.items() if name in now.loaded}
+            updates.append((module, replace(now, fused={**new, **now.fused})))
+        _apply(updates)
+
+    def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
+        """Take `fuse_lora` back: active adapters count with their own weights again.
+
+        Args:
+            components: as in `fuse_lora`.
+        """
+        _apply([(module, replace(now, fused={})) for _, module, now in self._chosen(components)])
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The names of the adapters that are fused."""
+        return {name for _, _, now in self._adapters() for name in now.fused}
+
+    @property
+    def num_fused_loras(self) -> int:
+        """How many adapters are fused."""
+        return len(self.fused_loras)
 
     def unload_lora_weights(self) -> None:
-        """Forget all adapters; the weights are again, bit for bit, what they were, unless they were fused."""
-        for module, adapters in self._adapters():
-            if not adapters.fused:
-                adapters.weights = {}
-                adapters.apply(module)
-            del _ADAPTERS[module]
+        """Forget all adapters; the weights are again, bit for bit, what they were, but for what was fused."""
+        held = self._adapters()
+        _apply([(module, replace(now, weights={}, enabled=True)) for _, module, now in held])
+        for _, module, _ in held:
+            del _STATES[module]
+
+    # Networks and names -------------------------------------------------------------------------------------------
 
     def _networks(self) -> dict[str, nnx.Module]:
         held: Mapping[str, Any] = self._held()  # type: ignore[attr-defined]
         return {name: part for name, part in held.items() if isinstance(part, _TRAINED)}
 
-    def _adapters(self) -> list[tuple[nnx.Module, Adapters]]:
-        return [(module, _ADAPTERS[module]) for module in self._networks().values() if module in _ADAPTERS]
+    def _adapters(self) -> list[tuple[str, nnx.Module, Adapters]]:
+        """The components that LoRA was loaded for: their names, networks and adapters."""
+        return [
+            (name, module, _STATES[module].adapters) for name, module in self._networks().items() if module in _STATES
+        ]
 
-    def _trained_by(self, file: Path) -> tuple[str, nnx.Module]:
-        """The network that has most of a file's layers."""
-        networks, wanted = self._networks(), lora.layers(file)
-        if not networks:
-            raise CheckpointError(f"{type(self).__name__} has no network that LoRA is trained for")
-        shared = {n: len(wanted & {k.removesuffix(".weight") for k in flat_params(m)}) for n, m in networks.items()}
-        best = max(shared, key=lambda name: shared[name])
-        return best, networks[best]
+    def _chosen(self, components: Sequence[str] | None) -> list[tuple[str, nnx.Module, Adapters]]:
+        """Those of `_adapters` that are named; all for None."""
+        names = [components] if isinstance(components, str) else components
+        own = list(self._networks())
+        if names is not None and (unknown := [n for n in names if n not in own and n not in map(_bare, own)]):
+            raise ValueError(f"{shorten(unknown)} has no LoRA in {type(self).__name__}; it has {own}")
+        return [each for each in self._adapters() if names is None or each[0] in names or _bare(each[0]) in names]
+
+    def _loaded_names(self) -> list[str]:
+        return list(dict.fromkeys(name for _, _, now in self._adapters() for name in now.loaded))
+
+    def _known(self, names: str | Sequence[str]) -> list[str]:
+        """Names as a list, all of them of loaded adapters."""
+        wanted = [names] if isinstance(names, str) else list(names)
+        known = self._loaded_names()
+        if missing := [name for name in wanted if name not in known]:
+            raise ValueError(f"no adapter {shorten(missing)} is loaded; there are {shorten(sorted(known))}")
+        return wanted
+
+    def _name_of(self, name: str | None, modules: Mapping[str, nnx.Module], hotswap: bool) -> str:
+        """The name of a new adapter of these networks."""
+        taken = {each for module in modules.values() for each in _adapters_of(module).loaded}
+        if name is None:
+            if hotswap:
+                raise ValueError("hotswap needs adapter_name=, the name of the adapter to replace")
+            numbers = range(max((len(_adapters_of(module).loaded) for module in modules.values()), default=0), 10**9)
+            return next(f"default_{i}" for i in numbers if f"default_{i}" not in taken)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"adapter_name is {shorten(name, 60)}, needed is a name")
+        if hotswap != (name in taken):
+            what = "no adapter" if hotswap else "an adapter"
+            advice = "leave hotswap out" if hotswap else "give another name, unload it first, or give hotswap=True"
+            raise ValueError(f"there is {what} {shorten(name, 60)!r} already; {advice}")
+        return name
+
+    def _check_weight(self, given: Any) -> None:
+        """Raise where a weight is no number, and no dictionary of numbers by components."""
+        if not isinstance(given, Mapping):
+            _number("an adapter's weight", 1.0 if given is None else given)
+            return
+        own = list(self._networks())
+        if unknown := [name for name in given if name not in own and name not in map(_bare, own)]:
+            raise ValueError(f"weights for {shorten(unknown)}, {type(self).__name__} has LoRA in {own}")
+        for name, value in given.items():
+            if isinstance(value, Mapping):
+                raise ValueError(f"weights for blocks of the {name} are not supported; give one number for all of it")
+            _number(f"an adapter's weight in the {name}", value)
+
+
+def _adapters_of(module: nnx.Module) -> Adapters:
+    return _STATES[module].adapters if module in _STATES else Adapters()
+
+
+def _bare(component: str) -> str:
+    """A combined pipeline's `prior_prior` is a `prior`."""
+    return component.removeprefix("prior_")
+
+
+def _weight_in(component: str, given: Any) -> float:
+    """An adapter's weight in a network."""
+    if isinstance(given, Mapping):
+        given = given.get(component, given.get(_bare(component)))
+    return 1.0 if given is None else float(given)
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(float(value)):
+        raise ValueError(f"{what} is {shorten(value, 60)}, needed is a finite number")
+    return float(value)

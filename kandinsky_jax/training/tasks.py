@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from kandinsky_jax import hub, lora
-from kandinsky_jax.checkpoint import flat_params, set_params
+from kandinsky_jax.checkpoint import flat_params, lora_files, set_params
 from kandinsky_jax.pipelines import (
     KandinskyV22CombinedPipeline,
     KandinskyV22ControlnetCombinedPipeline,
@@ -308,7 +308,8 @@ class DiffusionTask(Task):
         if self.of_lora:
             for left in target.glob(f".{lora.FILE}.*"):  # by a process that was killed
                 left.unlink(missing_ok=True)
-            lora.write(target, trained, self.config.lora, "prior" if self.of_prior else "unet")
+            changes = lora.changes(trained, self.config.lora.scale)
+            lora_files.write(target, {"prior" if self.of_prior else "unet": changes})
         else:
             part = self.pipe.prior_pipe if self.of_prior else self.pipe.decoder_pipe
             part.save_pretrained(target, overwrite=True)
