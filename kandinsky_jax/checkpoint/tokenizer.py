@@ -12,6 +12,11 @@ from kandinsky_jax.tensors.files import CheckpointError
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+    from kandinsky_jax.models.clip import CLIPTextConfig
+
+MIN_KNOWN = 0.9  # of the embeddings of a text tower, which may be filled up to a round number
+LEGACY_END = 2  # as eos_token_id, what configurations of old releases say whatever the token is
+
 FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -21,9 +26,20 @@ FILES = (
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer in a folder, after it has encoded a short text.
 
+    It is made of `tokenizer.json`, or else of `vocab.json` and `merges.txt`; where there are both, they have to agree.
+
     Raises:
         CheckpointError: where its files are missing or damaged.
     """
+    present = {name for name in FILES[:3] if (folder / name).is_file()}
+    if not {"tokenizer.json"} <= present and not {"vocab.json", "merges.txt"} <= present:
+        raise CheckpointError(  # of which transformers makes a tokenizer of two words
+            reading.of_file(
+                folder,
+                "does not hold a tokenizer that can be used: needed is tokenizer.json, or vocab.json and merges.txt; "
+                f"there is {', '.join(sorted(present)) or 'none of them'}",
+            )
+        )
     for path in (folder / name for name in FILES):
         try:
             _check(path)
@@ -45,7 +61,59 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         raise CheckpointError(
             reading.of_file(folder, f"does not hold a tokenizer that can be used: {reason}")
         ) from None
+    if present == set(FILES[:3]):
+        _check_agreement(folder, tokenizer)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: CLIPTokenizer, tower: CLIPTextConfig) -> None:
+    """Raise where a tokenizer is not the one that a text tower was trained with, as far as that shows.
+
+    Of the numbers of special tokens only the end's matters, at which the tower's output is read; many configurations
+    have the others wrong. 2 stands for the greatest number of a text, whichever it is.
+
+    Raises:
+        CheckpointError: where it knows other numbers of tokens, ends texts with another one, or is for shorter texts.
+    """
+    last, size = max(tokenizer.get_vocab().values(), default=-1), tower.vocab_size
+    if last >= size or last < MIN_KNOWN * size - 1:
+        raise CheckpointError(
+            f"the tokenizer numbers its tokens up to {last:,}, and the text tower has embeddings for {size:,}: they do "
+            "not belong together"
+        )
+    if tower.eos_token_id == LEGACY_END and tokenizer.eos_token_id != last:
+        raise CheckpointError(
+            f"the tokenizer ends a text with token {tokenizer.eos_token_id}, and the text tower (eos_token_id=2) is "
+            f"read at the greatest one, which is {last}: they do not belong together"
+        )
+    if tower.eos_token_id not in (LEGACY_END, tokenizer.eos_token_id):
+        raise CheckpointError(
+            f"the tokenizer ends a text with token {tokenizer.eos_token_id}, and the text tower is read at token "
+            f"{tower.eos_token_id}: they do not belong together"
+        )
+    if tokenizer.model_max_length < tower.max_position_embeddings:
+        raise CheckpointError(
+            f"the tokenizer is for texts of {tokenizer.model_max_length} tokens (model_max_length), and the text tower "
+            f"takes {tower.max_position_embeddings}: they do not belong together"
+        )
+
+
+def _check_agreement(folder: Path, tokenizer: CLIPTokenizer) -> None:
+    """Raise where vocab.json and merges.txt are not what tokenizer.json, which is read, was made of."""
+    known, listed = tokenizer.get_vocab(), reading.read_json_object(folder / "vocab.json")
+    model = reading.read_json_object(folder / "tokenizer.json").get("model")
+    stored = model.get("merges") if isinstance(model, dict) else None
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in stored or ()]
+    lines = reading.read_text(folder / "merges.txt").split("\n")
+    plain = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    for name, agrees in {
+        "vocab.json": all(known.get(token) == number for token, number in listed.items()),
+        "merges.txt": plain[: len(merges)] == merges,
+    }.items():
+        if not agrees:
+            raise CheckpointError(
+                reading.of_file(folder, f"has tokenizer.json and another {name}: remove what is out of date")
+            )
 
 
 def _check(path: Path) -> None:

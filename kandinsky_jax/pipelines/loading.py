@@ -24,12 +24,13 @@ from kandinsky_jax.checkpoint import (
     save_network,
     stored_bytes,
 )
-from kandinsky_jax.checkpoint.tokenizer import load_tokenizer
+from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from kandinsky_jax.compilation import compiling_ahead
 from kandinsky_jax.errors import shorten, summarize
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS, CLIPVisionModelWithProjection
 from kandinsky_jax.pipelines.loading_arguments import Dtypes, without_diffusers_arguments
+from kandinsky_jax.reading import of_file
 from kandinsky_jax.schedulers import SCHEDULERS, Scheduler, scheduler_from_config
 from kandinsky_jax.schedulers.base import near
 from kandinsky_jax.sharding import Mesh, Rules, default_mesh
@@ -296,6 +297,11 @@ def describe(
             ready[name] = Deferred(*arguments, selection)
         else:
             networks[name] = describe_network(*arguments)
+    if "tokenizer" in folders and "text_encoder" in networks:
+        try:
+            check_tokenizer(ready["tokenizer"], networks["text_encoder"].config)
+        except CheckpointError as error:
+            raise CheckpointError(of_file(folders["tokenizer"], f"does not fit the model: {error}")) from None
     return _Store(
         folder,
         {prefix + name: part for name, part in ready.items()},

@@ -17,6 +17,7 @@ from PIL import Image
 from kandinsky_jax import hub, images, zero_embed
 from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.checkpoint import Deferred, flat_params
+from kandinsky_jax.checkpoint.tokenizer import check_tokenizer
 from kandinsky_jax.compilation import program
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
@@ -102,6 +103,7 @@ class PriorPipeline(Pipeline):
             scheduler=scheduler,
             image_processor=image_processor,
         )
+        check_tokenizer(tokenizer, text_encoder.config)
         self._constants: dict[str, tuple[list[Any], tuple[int, ...], Any]] = {}
 
     def interpolate(

@@ -49,7 +49,16 @@ STEP_ARGUMENTS = frozenset({"eta", "use_clipped_model_output", "custom_timesteps
 
 
 def _freeze(value: Any) -> Any:
-    return tuple(map(_freeze, value)) if isinstance(value, list | tuple | np.ndarray) else value
+    """Lists as tuples; arrays and numbers of NumPy's, JAX's or PyTorch's as Python's."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_freeze, value))
+    if not hasattr(value, "__array__"):
+        return value
+    try:
+        plain = np.asarray(value.detach() if hasattr(value, "detach") else value).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return value  # `field_faults` says what is needed
+    return tuple(map(_freeze, plain)) if isinstance(plain, list) else plain
 
 
 def near(name: Any, known: Iterable[str]) -> str:

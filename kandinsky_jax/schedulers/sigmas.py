@@ -17,6 +17,7 @@ from kandinsky_jax.schedulers.base import BetaScheduler, predictions
 from kandinsky_jax.schedulers.noise_schedule import LEAST_ALPHA, SchedulerError, spaced_points, spread_timesteps
 from kandinsky_jax.schedulers.table import SLOTS, Schedule, build
 
+FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 FEW = 15  # steps below which multistep solvers lower their order at the end, as the reference does
 
 
@@ -127,7 +128,8 @@ class MultistepScheduler(SigmaScheduler):
         **BetaScheduler.CHOICES,
         "use_flow_sigmas": (False,),
         "use_dynamic_shifting": (False,),
-        "variance_type": (None, "learned", "learned_range"),  # that half of the output is left aside
+        # Of a solver with a variance of its own: fixed ones are not used, a learned half of the output is left aside.
+        "variance_type": (None, *FIXED_VARIANCES, "learned", "learned_range"),
     }
     CUSTOM: ClassVar[tuple[str, ...]] = ()
 

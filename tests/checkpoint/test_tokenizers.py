@@ -1,0 +1,106 @@
+"""A tokenizer is whole, and the one that the text tower was trained with, or the model is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kandinsky_jax import CheckpointError, KandinskyV22PriorPipeline, hub
+from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
+from kandinsky_jax.models.clip import CLIPTextConfig
+from tests.conftest import SHAPES_MODEL
+
+TOKENIZER = SHAPES_MODEL / hub.PRIOR / "tokenizer"
+CONFIG = CLIPTextConfig.from_dict(json.loads((TOKENIZER.parent / "text_encoder/config.json").read_text()))
+PROMPT = "a Red circle, on a blue background"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return Path(shutil.copytree(TOKENIZER, tmp_path / "tokenizer"))
+
+
+@pytest.mark.parametrize("removed", [[], ["vocab.json", "merges.txt"], ["tokenizer.json"], ["special_tokens_map.json"]])
+def test_either_form_or_both(removed, folder):
+    for name in removed:
+        (folder / name).unlink()
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, CONFIG)
+    assert tokenizer(PROMPT).input_ids == load_tokenizer(TOKENIZER)(PROMPT).input_ids
+
+
+@pytest.mark.parametrize(
+    ("removed", "there"),
+    [
+        (["tokenizer.json", "vocab.json", "merges.txt"], "none of them"),
+        (["tokenizer.json", "merges.txt"], "vocab.json"),
+        (["tokenizer.json", "vocab.json"], "merges.txt"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_without_its_files_is_refused(removed, there, folder):
+    """transformers makes one of two words of such a folder."""
+    for name in removed:
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"^{folder} .*needed is tokenizer.json, .*; there is {there}$"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_two_forms_that_contradict_each_other(name, folder):
+    text = (folder / name).read_text()
+    changed = text.replace('"rcle</w>"', '"rklo</w>"') if name == "vocab.json" else "\n".join(text.splitlines()[:-3])
+    assert changed != text
+    (folder / name).write_text(changed)
+    with pytest.raises(CheckpointError, match=f"has tokenizer.json and another {name}: remove what is out of date"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vocab_size": 573}, "up to 573, and the text tower has embeddings for 573"),
+        ({"vocab_size": 49408}, "up to 573, and the text tower has embeddings for 49,408"),
+        ({"eos_token_id": 572}, "ends a text with token 573, and the text tower is read at token 572"),
+        ({"max_position_embeddings": 78}, r"texts of 77 tokens \(model_max_length\), and the text tower takes 78"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_of_another_text_tower(changes, says):
+    with pytest.raises(CheckpointError, match=says):
+        check_tokenizer(load_tokenizer(TOKENIZER), dataclasses.replace(CONFIG, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1},  # as the official configuration has them
+        {"vocab_size": 576},  # filled up
+        {"max_position_embeddings": 64},  # texts are cut where the tower ends
+    ],
+    ids=str,
+)
+def test_configurations_that_fit(changes):
+    check_tokenizer(load_tokenizer(TOKENIZER), dataclasses.replace(CONFIG, **changes))
+
+
+def test_legacy_towers_are_read_at_the_greatest_token(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_token = "<|startoftext|>"
+    with pytest.raises(CheckpointError, match=r"eos_token_id=2\) is read at the greatest one, which is 573"):
+        check_tokenizer(tokenizer, dataclasses.replace(CONFIG, eos_token_id=2))
+
+
+def test_a_pipeline_with_a_tokenizer_of_another_model(tiny_pipe, tmp_path):
+    other = hub.EMBEDDED["tiny"] / hub.PRIOR / "tokenizer"
+    folder = tmp_path / "prior"
+    shutil.copytree(SHAPES_MODEL / hub.PRIOR, folder, ignore=shutil.ignore_patterns("tokenizer"))
+    shutil.copytree(other, folder / "tokenizer")
+    with pytest.raises(CheckpointError, match=rf"^{folder}/tokenizer does not fit the model: .* up to 2,047"):
+        KandinskyV22PriorPipeline.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        KandinskyV22PriorPipeline.from_pipe(tiny_pipe, tokenizer=load_tokenizer(other))
