@@ -15,7 +15,10 @@ from kandinsky_jax.pipelines import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
+    BaseOutput,
+    DiffusionPipeline,
     ImagePipelineOutput,
+    KandinskyPriorPipeline,
     KandinskyPriorPipelineOutput,
     KandinskyV22CombinedPipeline,
     KandinskyV22ControlnetCombinedPipeline,
@@ -29,6 +32,7 @@ from kandinsky_jax.pipelines import (
     KandinskyV22Pipeline,
     KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
+    class_of_2_1,
 )
 from kandinsky_jax.schedulers import (
     DDIMScheduler,
@@ -58,6 +62,7 @@ __all__ = [
     "AutoPipelineForImage2Image",
     "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
+    "BaseOutput",
     "CLIPTextModelWithProjection",
     "CLIPVisionModelWithProjection",
     "CheckpointError",
@@ -67,6 +72,7 @@ __all__ = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "DiffusionPipeline",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",
@@ -74,6 +80,7 @@ __all__ = [
     "ImagePipelineOutput",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
+    "KandinskyPriorPipeline",
     "KandinskyPriorPipelineOutput",
     "KandinskyV22CombinedPipeline",
     "KandinskyV22ControlnetCombinedPipeline",
@@ -105,3 +112,9 @@ __all__ = [
     "scheduler_named",
     "set_compilation_cache",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if (cls := class_of_2_1(name)) is not None:
+        return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,11 @@ draws are those of `torch.Generator("cpu")`, in diffusers' order, so that a seed
 from __future__ import annotations
 
 import functools
+import random
 import secrets
+import sys
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -84,7 +88,47 @@ def _box_muller(uniform: np.ndarray) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
 
 
-Generator = int | jax.Array | TorchGenerator | Sequence[int] | Sequence[TorchGenerator] | None
+# Any also stands for a `torch.Generator`.
+Generator = int | jax.Array | TorchGenerator | Sequence[int] | Sequence[TorchGenerator] | Any | None
+
+# The stream that goes on for a `torch.Generator`, and the generator's state since.
+_continued: weakref.WeakKeyDictionary[Any, tuple[TorchGenerator, bytes]] = weakref.WeakKeyDictionary()
+
+
+def from_torch(generator: Any) -> TorchGenerator:
+    """The `TorchGenerator` that goes on where a `torch.Generator` is.
+
+    A generator that is as `manual_seed` made it starts a stream. It counts as used from then on, and given again it
+    goes on with that stream, as in diffusers from the prior to the decoder.
+
+    Raises:
+        ValueError: where somebody else has used it.
+    """
+    ours, since = _continued.get(generator, (None, b""))
+    state = generator.get_state().numpy().tobytes()
+    if ours is not None and state == since:
+        return ours
+    seed = generator.initial_seed()
+    if type(generator)(device=generator.device).manual_seed(seed).get_state().numpy().tobytes() != state:
+        raise ValueError(
+            f"generator is a torch.Generator that has been used since manual_seed({seed}); give a fresh one, or "
+            f"kandinsky_jax.TorchGenerator({seed}), which goes on from call to call"
+        )
+    if generator.device.type != "cpu":
+        warnings.warn(
+            f"the random numbers are those of torch.Generator('cpu').manual_seed({seed}), not of "
+            f"{generator.device.type}'s",
+            stacklevel=2,
+        )
+    sys.modules["torch"].rand(1, generator=generator, device=generator.device)
+    ours = TorchGenerator(seed)
+    _continued[generator] = ours, generator.get_state().numpy().tobytes()
+    return ours
+
+
+def _is_torch(generator: Any) -> bool:
+    cls = type(generator)
+    return cls.__name__ == "Generator" and cls.__module__.partition(".")[0] == "torch" and "torch" in sys.modules
 
 
 class KeyNoise(NamedTuple):
@@ -212,18 +256,21 @@ def noise_source(generator: Generator, images: int, use: int) -> Source:
 
     Args:
         generator: an int seed or a JAX key (image i draws from `fold_in(key, i)`); a `TorchGenerator` (one stream for
-            the whole batch, as in diffusers, which goes on from call to call); a list of either kind, one per image;
-            None for a fresh seed.
+            the whole batch, as in diffusers, which goes on from call to call), or a `torch.Generator`, see
+            `from_torch`; a list of either kind, one per image; None for a fresh seed.
         images: how many.
         use: `PRIOR` or `DECODER`; keys give each its own numbers, a `TorchGenerator` just goes on.
     """
     if generator is None:
         generator = secrets.randbits(32)
+    if _is_torch(generator):
+        generator = from_torch(generator)
     if isinstance(generator, TorchGenerator):
         return TorchSource([generator])
     if isinstance(generator, list | tuple):
         if len(generator) != images:
             raise ValueError(f"generator lists {len(generator)} items for {images} images; one per image is needed")
+        generator = [from_torch(g) if _is_torch(g) else g for g in generator]
         if all(isinstance(g, TorchGenerator) for g in generator):
             return TorchSource(generator)
         # Each image is drawn as the first of a job of its own.
@@ -266,8 +313,13 @@ def _key(generator: Any) -> jax.Array:
         return generator
     if isinstance(generator, jax.Array) and generator.dtype == jnp.uint32:
         return jax.random.wrap_key_data(generator)
+    if isinstance(generator, np.random.Generator | np.random.RandomState | random.Random):
+        raise TypeError(
+            f"generator must not be {type(generator).__module__.partition('.')[0]}'s {type(generator).__name__}, which "
+            "makes no images here; give a seed, such as int(rng.integers(2**32))"
+        )
     what = f"an array of {generator.dtype}" if isinstance(generator, jax.Array) else type(generator).__name__
     raise TypeError(
-        f"generator must be an int, a jax.random.key, a TorchGenerator, a list of ints or TorchGenerators, or None, "
+        f"generator must be an int, a jax.random.key, a TorchGenerator, a torch.Generator, a list of such, or None, "
         f"got {what}"
     )

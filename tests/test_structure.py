@@ -17,7 +17,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 # A room may import rooms of lower floors, and its own.
 FLOORS = (
-    ("kandinsky_jax.errors", "kandinsky_jax.atomic"),
+    ("kandinsky_jax.errors", "kandinsky_jax.attribute_dict", "kandinsky_jax.atomic"),
     ("kandinsky_jax.arrays",),
     ("kandinsky_jax.reading", "kandinsky_jax.fields"),
     ("kandinsky_jax.tensors", "kandinsky_jax.terminal", "kandinsky_jax.sharding", "kandinsky_jax.stop"),

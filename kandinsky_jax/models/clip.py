@@ -16,6 +16,7 @@ from flax import nnx
 from kandinsky_jax.errors import quote
 from kandinsky_jax.fields import Bounds
 from kandinsky_jax.models.attention import attend
+from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import (
     ACTIVATIONS,
@@ -170,7 +171,7 @@ class CLIPTextOutput(NamedTuple):
     last_hidden_state: jax.Array
 
 
-class CLIPTextModelWithProjection(nnx.Module):
+class CLIPTextModelWithProjection(TorchModuleMixin, nnx.Module):
     """The text tower. Padding is visible to it; only the prior masks it."""
 
     CONFIG = CLIPTextConfig
@@ -225,7 +226,7 @@ class CLIPVisionTransformer(nnx.Module):
         self.post_layernorm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
 
 
-class CLIPVisionModelWithProjection(nnx.Module):
+class CLIPVisionModelWithProjection(TorchModuleMixin, nnx.Module):
     """The vision tower: a picture's image embedding, the space in which the prior works."""
 
     CONFIG = CLIPVisionConfig

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.models.attention import attend
+from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig, block_faults
 from kandinsky_jax.models.layers import GroupNorm, Rngs, conv, dtype_of, embed, linear, upsample_nearest
 
@@ -267,7 +268,7 @@ class VectorQuantizer(nnx.Module):
         return codebook[indices], indices
 
 
-class VQModel(nnx.Module):
+class VQModel(TorchModuleMixin, nnx.Module):
     """The MoVQ autoencoder, NHWC."""
 
     CONFIG = MoVQConfig

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.models.attention import attend, attend_after
+from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import (
     Rngs,
@@ -113,7 +114,7 @@ class PriorCondition(NamedTuple):
     visible: jax.Array  # bool [B, num_embeddings + 1]
 
 
-class PriorTransformer(nnx.Module):
+class PriorTransformer(TorchModuleMixin, nnx.Module):
     """The prior network: `condition` once per prompt, then `__call__` once per step."""
 
     CONFIG = PriorConfig

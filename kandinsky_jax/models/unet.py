@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.layers import (
     GroupNorm,
     Rngs,
@@ -86,7 +87,7 @@ class UNetCondition(NamedTuple):
     channels: jax.Array | None  # further input channels: the hint's latents, or an inpainting picture; [B, h, w, c]
 
 
-class UNet2DConditionModel(nnx.Module):
+class UNet2DConditionModel(TorchModuleMixin, nnx.Module):
     """The UNet: `condition` once per picture, then `__call__` once per step. NHWC throughout."""
 
     CONFIG = UNetConfig

@@ -16,10 +16,12 @@ from kandinsky_jax.pipelines.combined_controlnet import (
     KandinskyV22ControlnetCombinedPipeline,
     KandinskyV22ControlnetImg2ImgCombinedPipeline,
 )
+from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
 from kandinsky_jax.pipelines.controlnet import KandinskyV22ControlnetImg2ImgPipeline, KandinskyV22ControlnetPipeline
 from kandinsky_jax.pipelines.emb2emb import KandinskyV22PriorEmb2EmbPipeline
 from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
+from kandinsky_jax.pipelines.older import KandinskyPriorPipeline, class_of_2_1
 from kandinsky_jax.pipelines.outputs import BaseOutput, ImagePipelineOutput, KandinskyPriorPipelineOutput
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
@@ -30,7 +32,9 @@ __all__ = [
     "AutoPipelineForText2Image",
     "BaseOutput",
     "CombinedPipeline",
+    "DiffusionPipeline",
     "ImagePipelineOutput",
+    "KandinskyPriorPipeline",
     "KandinskyPriorPipelineOutput",
     "KandinskyV22CombinedPipeline",
     "KandinskyV22ControlnetCombinedPipeline",
@@ -45,4 +49,5 @@ __all__ = [
     "KandinskyV22PriorEmb2EmbPipeline",
     "KandinskyV22PriorPipeline",
     "Pipeline",
+    "class_of_2_1",
 ]

@@ -6,10 +6,17 @@ Reference: diffusers' AutoPipelineForText2Image, AutoPipelineForImage2Image and 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
+
+import jax
+from flax import nnx
 
 from kandinsky_jax import hub
 from kandinsky_jax.checkpoint import CheckpointError
+from kandinsky_jax.errors import shorten
+from kandinsky_jax.models import UNet2DConditionModel
 from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.pipelines.combined import (
     CombinedPipeline,
@@ -21,6 +28,16 @@ from kandinsky_jax.pipelines.combined_controlnet import (
     KandinskyV22ControlnetCombinedPipeline,
     KandinskyV22ControlnetImg2ImgCombinedPipeline,
 )
+from kandinsky_jax.pipelines.controlnet import KandinskyV22ControlnetImg2ImgPipeline, KandinskyV22ControlnetPipeline
+from kandinsky_jax.pipelines.decoder import unet_kind
+from kandinsky_jax.pipelines.emb2emb import KandinskyV22PriorEmb2EmbPipeline
+from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
+from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
+from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
+from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
+from kandinsky_jax.sharding import mesh_of
+
+_WHERE = ("revision", "cache_dir")  # arguments that say where a model lies
 
 
 class _AutoPipeline:
@@ -54,15 +71,48 @@ class _AutoPipeline:
     def from_pipe(cls, *pipes: Pipeline, **components: Any) -> Pipeline:
         """The pipeline for this task with the components of others, see `Pipeline.from_pipe`.
 
-        Of a decoder alone it is a decoder; of a combined pipeline, or a decoder and a prior, a combined one.
+        Of a decoder alone it is a decoder; of a combined pipeline, or a decoder and a prior, a combined one. Where the
+        task needs another UNet, it is `unet`, or read from the folder beside the pipeline's own.
+
+        Args:
+            components: by the constructor's names; `dtype` or `torch_dtype` converts all networks, in place.
+        Raises:
+            CheckpointError: where there is no UNet for this task.
         """
         if not pipes:
             raise TypeError(f"{cls.__name__}.from_pipe needs a pipeline")
+        dtypes = [x for name in ("dtype", "torch_dtype") if (x := components.pop(name, None)) is not None]
         kinds = [pipe.REPOSITORY for pipe in pipes]
-        kind = next((k for k in kinds if k != hub.PRIOR), hub.PRIOR)
+        decoders: list[Any] = [pipe for pipe in pipes if pipe.REPOSITORY != hub.PRIOR]
+        kind = decoders[0].REPOSITORY if decoders else hub.PRIOR
+        if decoders and isinstance(components.get("unet"), UNet2DConditionModel):
+            kind = unet_kind(components["unet"], decoders[0].movq.config.latent_channels) or kind
+        elif decoders and kind not in cls.COMBINED and "unet" not in components:
+            components["unet"], kind = cls._unet_beside(decoders[0]), cls.DEFAULT
         combined = cls._pick(kind, f"this is a {' and a '.join(type(pipe).__name__ for pipe in pipes)}")
         whole = hub.PRIOR in kinds or any(isinstance(pipe, CombinedPipeline) for pipe in pipes)
-        return (combined if whole else combined.DECODER).from_pipe(*pipes, **components)
+        pipe = (combined if whole else combined.DECODER).from_pipe(*pipes, **components)
+        return pipe.to(*dtypes) if dtypes else pipe
+
+    @classmethod
+    def _unet_beside(cls, pipe: Any) -> UNet2DConditionModel:
+        """The UNet for this task from the folder beside the one that a pipeline was loaded from.
+
+        Raises:
+            CheckpointError: where there is none; with what to write.
+        """
+        decoder = cls.COMBINED[cls.DEFAULT].DECODER
+        folder = Path(pipe.name_or_path or ".")
+        if folder.name not in hub.KINDS or not (folder.parent / cls.DEFAULT / "unet").is_dir():
+            raise CheckpointError(
+                f"the unet of this {type(pipe).__name__} is none for {cls.TASK}; give one: {cls.__name__}.from_pipe("
+                f"pipe, unet={decoder.__name__}.from_pretrained('{hub.OFFICIAL}/{cls.DEFAULT}', movq=pipe.movq).unet)"
+            )
+        mesh = mesh_of(jax.tree.leaves(nnx.state(pipe.unet, nnx.Param))[0])
+        loaded: Any = decoder.from_pretrained(
+            folder.parent / cls.DEFAULT, movq=pipe.movq, scheduler=pipe.scheduler, dtype=pipe.unet.dtype, mesh=mesh
+        )
+        return loaded.unet
 
     @classmethod
     def _pick(cls, kind: str | None, what: str) -> type[CombinedPipeline]:
@@ -101,4 +151,33 @@ class AutoPipelineForInpainting(_AutoPipeline):
     COMBINED: ClassVar[dict[str, type[CombinedPipeline]]] = {hub.INPAINT: KandinskyV22InpaintCombinedPipeline}
 
 
+def pipeline_for(name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Pipeline:
+    """A model loaded with the class that its `model_index.json` names; see `DiffusionPipeline.from_pretrained`."""
+    folder = hub.resolve(name, hub.DECODER, **{key: arguments[key] for key in _WHERE if key in arguments})
+    found = hub.pipeline_class(folder)
+    cls = CLASSES.get(found)
+    if cls is None:
+        raise CheckpointError(
+            f"{folder} holds a {shorten(found)}, which is no pipeline of Kandinsky 2.2, such as a KandinskyV22Pipeline"
+        )
+    return cls.from_pretrained(name, **arguments)
+
+
 AUTO = (AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting)
+CLASSES: Mapping[str, type[Pipeline]] = {
+    cls.__name__: cls
+    for cls in (
+        KandinskyV22PriorPipeline,
+        KandinskyV22PriorEmb2EmbPipeline,
+        KandinskyV22Pipeline,
+        KandinskyV22Img2ImgPipeline,
+        KandinskyV22InpaintPipeline,
+        KandinskyV22ControlnetPipeline,
+        KandinskyV22ControlnetImg2ImgPipeline,
+        KandinskyV22CombinedPipeline,
+        KandinskyV22Img2ImgCombinedPipeline,
+        KandinskyV22InpaintCombinedPipeline,
+        KandinskyV22ControlnetCombinedPipeline,
+        KandinskyV22ControlnetImg2ImgCombinedPipeline,
+    )
+} | {"KandinskyPriorPipeline": KandinskyV22PriorPipeline}

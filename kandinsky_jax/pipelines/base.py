@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -20,7 +21,9 @@ from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
 from kandinsky_jax.noise import Source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.adapters import LoraLoader
-from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names, expected_types
+from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
+from kandinsky_jax.pipelines.components import as_component
+from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names
 from kandinsky_jax.sampling import Lane, Network, sample
 from kandinsky_jax.schedulers import Schedule
 from kandinsky_jax.sharding import Mesh, Rules
@@ -43,7 +46,7 @@ class Late:
         vars(pipe)[self._name] = part
 
 
-class Pipeline(LoraLoader, PretrainedMixin):
+class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
     """Base of the pipelines.
 
     A subclass's constructor takes its components by diffusers' names and hands them to `_register`.
@@ -56,20 +59,31 @@ class Pipeline(LoraLoader, PretrainedMixin):
     def _register(self, **components: Any) -> None:
         use_compilation_cache()
         for name, component in components.items():
-            expected = expected_types(name)
-            kind = component.cls if isinstance(component, Deferred) else type(component)
-            if not issubclass(kind, expected):
-                wanted = " or ".join(t.__name__ for t in expected)
-                raise TypeError(f"{type(self).__name__}: {name} must be a {wanted}, got {kind.__name__}")
             setattr(self, name, component)
         self._component_names = tuple(components)
         self._progress_bar_config: dict[str, Any] = {}
         self._call_state: dict[str, Any] = {}  # of the current or last call
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; what is no component for this place is refused at once, see `as_component`."""
+        super().__setattr__(name, as_component(self, name, value) if name in self._component_slots() else value)
+
+    @classmethod
+    @functools.cache
+    def _component_slots(cls) -> tuple[str, ...]:
+        return component_names(cls)
+
     @property
     def components(self) -> dict[str, Any]:
         """The components by the names that the constructor takes; asked for in this way, all of them are loaded."""
         return {name: getattr(self, name) for name in self._component_names}
+
+    @classmethod
+    def _load(cls, *arguments: Any) -> Self:
+        stores, *_ = arguments
+        pipe = super()._load(*arguments)
+        pipe._name_or_path = str(stores[-1].folder)
+        return pipe
 
     def _held(self) -> dict[str, Any]:
         """The components, those that nobody has needed yet as `Deferred`."""
@@ -101,6 +115,7 @@ class Pipeline(LoraLoader, PretrainedMixin):
         new = cls(**ready)
         if pipes:
             new.set_progress_bar_config(**pipes[0]._progress_bar_config)
+            new._name_or_path = pipes[0]._name_or_path
         return new
 
     # Compiling ahead ----------------------------------------------------------------------------------------------

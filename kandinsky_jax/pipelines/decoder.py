@@ -21,6 +21,7 @@ from kandinsky_jax.models.unet import UNetCondition
 from kandinsky_jax.noise import DECODER, Generator, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Pipeline
+from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.sampling import Lane, Network, call, condition
 from kandinsky_jax.schedulers import Schedule, Scheduler
@@ -130,7 +131,16 @@ class DecoderPipeline(Pipeline):
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: Scheduler, movq: VQModel):
         self._register(unet=unet, scheduler=scheduler, movq=movq)
-        kind = _kind(unet, movq.config.latent_channels)
+        self._check_mode(unet)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "unet" and "movq" in vars(self):
+            self._check_mode(as_component(self, name, value))
+        super().__setattr__(name, value)
+
+    def _check_mode(self, unet: UNet2DConditionModel) -> None:
+        """Raise where a UNet is one for another mode."""
+        kind = unet_kind(unet, self.movq.config.latent_channels)
         if kind != self.REPOSITORY:
             right = f"is one for {' or '.join(hub.KINDS[kind])}" if kind else "fits no pipeline"
             raise CheckpointError(
@@ -285,7 +295,7 @@ def _halved(rows: jax.Array | None, images: int) -> jax.Array | None:
     return None if rows is None else rows.reshape(-1, images, *rows.shape[1:])
 
 
-def _kind(unet: UNet2DConditionModel, latent_channels: int) -> str | None:
+def unet_kind(unet: UNet2DConditionModel, latent_channels: int) -> str | None:
     """Which of `hub.KINDS` a UNet is for, by its input."""
     further = unet.config.in_channels - latent_channels
     kinds = {

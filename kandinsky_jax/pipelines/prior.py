@@ -365,6 +365,10 @@ class PriorPipeline(Pipeline):
         )
         return tokens.input_ids.astype(np.int32), tokens.attention_mask.astype(bool)
 
+    def get_zero_embed(self, batch_size: int = 1, device: Any = None) -> jax.Array:
+        """The vision tower's embedding of zeros, `[batch_size, D]`: the negative one without a negative prompt."""
+        return jnp.asarray(np.repeat(self._zero_embed(), checks.count(batch_size, "batch_size"), axis=0))
+
     def _zero_embed(self) -> np.ndarray:
         """The embedding of zeros (after normalisation), `[1, D]`: it depends on nothing but the weights."""
         tower = self._held()["image_encoder"]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.attribute_dict import AttributeDict
 from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.fields import Bounds, field_faults
 from kandinsky_jax.reading import ReadError, of_file, read_json_object
@@ -174,14 +175,14 @@ class Scheduler:
         return [f for f in dataclasses.fields(cls) if f.name not in _INTERNAL]
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The configuration, with what other schedulers' fields it was loaded with.
+    def config(self) -> AttributeDict:
+        """The configuration, also as attributes, with what other schedulers' fields it was loaded with.
 
         As in diffusers, `_use_default_values` lists the fields that nobody set, so that another scheduler made from
         this configuration takes its own defaults for them.
         """
         own = {f.name: getattr(self, f.name) for f in self.fields()}
-        return {_UNSET: sorted(self.unset or ()), **dict(self.extra), **own}
+        return AttributeDict({_UNSET: sorted(self.unset or ()), **dict(self.extra), **own})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:

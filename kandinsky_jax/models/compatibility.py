@@ -1,0 +1,217 @@
+"""What users do with PyTorch's modules: `to`, `device`, `dtype`, and switches that save memory there.
+
+Shared by networks and pipelines, so that programs written for diffusers run as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from kandinsky_jax.errors import shorten
+from kandinsky_jax.sharding import EVERYWHERE, make_mesh
+
+# PyTorch's names of devices, and JAX's platform where it has one.
+PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "tpu": "tpu", "xla": "tpu", "mps": "METAL"}
+FOREIGN = ("cuda", "xla", "mps", "xpu", "npu", "hpu", "mlu")  # where there is no such device, another accelerator does
+DTYPES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+_warned: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def warn_once(owner: Any, what: str, message: str, stacklevel: int = 3) -> None:
+    """Warn, unless this object has warned of it before."""
+    seen = _warned.setdefault(owner, set())
+    if what not in seen:
+        seen.add(what)
+        warnings.warn(message, stacklevel=stacklevel)
+
+
+def without_effect(name: str) -> Callable[..., None]:
+    """A method that does nothing but warn once, for what saves memory or time in PyTorch."""
+
+    def method(self: Any, *_: Any, **__: Any) -> None:
+        warn_once(
+            self,
+            name,
+            f"{type(self).__name__}.{name}() has no effect here: XLA plans memory and attention by itself; to use less "
+            "memory, load with dtype='bfloat16', or shard with mesh= and shard_rules=",
+        )
+
+    method.__name__ = name
+    method.__doc__ = "Do nothing but warn once: XLA plans memory and attention by itself."
+    return method
+
+
+def nothing_to_do(self: Any, *_: Any, **__: Any) -> None:
+    """Do nothing: there is nothing to undo."""
+
+
+def refused(name: str, instead: str) -> Any:
+    """A method that raises NotImplementedError with what to write instead."""
+
+    def method(*_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(f"{name} is not supported: {instead}")
+
+    method.__name__ = name
+    method.__doc__ = f"Not supported: {instead}."
+    return staticmethod(method)
+
+
+# Devices and dtypes -----------------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """Where networks are to lie and what their numbers are to be; None leaves it as it is."""
+
+    devices: Sequence[jax.Device] | None = None
+    exact: bool = False  # on these devices, not just on some of their platform
+    dtype: jnp.dtype | None = None
+
+    def apply(self, network: nnx.Module) -> None:
+        """Convert and move a network's parameters, in place."""
+        state = nnx.state(network, nnx.Param)
+        if self.dtype is not None:
+            state = jax.tree.map(lambda leaf: leaf.astype(self.dtype), state)
+        if self.devices is not None and not self._holds(jax.tree.leaves(state)[0]):
+            place = NamedSharding(make_mesh(devices=self.devices), EVERYWHERE)
+            state = jax.tree.map(lambda leaf: jax.device_put(leaf, place), state)
+        nnx.update(network, state)
+
+    def _holds(self, leaf: jax.Array) -> bool:
+        assert self.devices is not None
+        if self.exact:
+            return leaf.devices() == set(self.devices)
+        return {device.platform for device in leaf.devices()} == {self.devices[0].platform}
+
+
+def read_target(owner: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> Target:
+    """The arguments of PyTorch's `to`: a device, a dtype or both, by place or by name.
+
+    Raises:
+        TypeError, ValueError: saying what there is.
+    """
+    devices: list[Any] = []
+    dtypes: list[Any] = []
+    rest = dict(named)
+    for name in ("non_blocking", "copy", "memory_format", "silence_dtype_warnings"):  # nothing of the result
+        rest.pop(name, None)
+    for names, found in ((("device", "torch_device"), devices), (("dtype", "torch_dtype"), dtypes)):
+        found += [value for name in names if (value := rest.pop(name, None)) is not None]
+    if rest:
+        raise TypeError(f"to() takes a device and a dtype, not {shorten(sorted(rest))}")
+    for value in arguments:
+        if value is not None:
+            (dtypes if _is_dtype(value) else devices).append(value)
+    if len(devices) > 1 or len(dtypes) > 1:
+        raise TypeError(f"to() takes one device and one dtype, got {shorten(arguments)} {shorten(named)}")
+    dtype = read_dtype(dtypes[0]) if dtypes else None
+    return _read_devices(owner, devices[0])._replace(dtype=dtype) if devices else Target(dtype=dtype)
+
+
+def _is_dtype(value: Any) -> bool:
+    if isinstance(value, str):
+        return value in DTYPES or "float" in value or "int" in value
+    return isinstance(value, np.dtype | type | jnp.dtype) or type(value).__name__ in ("dtype", "_ScalarMeta")
+
+
+def read_dtype(value: Any) -> jnp.dtype:
+    """A dtype of networks by its name, or as NumPy's, JAX's or PyTorch's object."""
+    text = str(value).removeprefix("torch.")
+    try:
+        found = jnp.dtype(DTYPES.get(text, text) if isinstance(value, str) or text != str(value) else value)
+    except TypeError:
+        found = None
+    if found not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"dtype {shorten(value)} is not supported, only float32, bfloat16 and float16")
+    return found
+
+
+def _read_devices(owner: Any, value: Any) -> Target:
+    if isinstance(value, jax.Device):
+        return Target([value], exact=True)
+    text = f"cuda:{value}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    parsed = re.fullmatch(r"([a-z]+)(?::(\d+))?", text)
+    if parsed is None or parsed[1] not in {*PLATFORMS, *FOREIGN}:
+        raise ValueError(f"{shorten(value)} is no device; give {_devices_here()}, or a dtype")
+    kind, index = parsed[1], parsed[2]
+    try:
+        there = jax.local_devices(backend=PLATFORMS[kind]) if kind in PLATFORMS else []
+    except RuntimeError:
+        there = []
+    if not there and kind in FOREIGN:
+        warn_once(
+            owner,
+            f"to {kind}",
+            f"there is no {kind} device here; {type(owner).__name__} stays on JAX's, {_devices_here()}",
+            stacklevel=5,
+        )
+        return Target()
+    if not there:
+        raise ValueError(f"there is no {kind} device here; there are {_devices_here()}")
+    if index is None:
+        return Target(there)
+    if int(index) >= len(there):
+        raise ValueError(f"{text} is not here; there are {len(there)} {kind} devices, counted from 0")
+    return Target([there[int(index)]], exact=True)
+
+
+def _devices_here() -> str:
+    return ", ".join(dict.fromkeys(device.platform for device in jax.local_devices()))
+
+
+class TorchModuleMixin:
+    """Methods of PyTorch's and diffusers' modules, for networks."""
+
+    @property
+    def device(self) -> jax.Device:
+        """Where the parameters lie; on a mesh, its first device."""
+        leaf = jax.tree.leaves(nnx.state(self, nnx.Param))[0]
+        return min(leaf.devices(), key=lambda device: device.id)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the first parameter, in which the network computes."""
+        return jnp.dtype(jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype)
+
+    def num_parameters(self) -> int:
+        """How many numbers the parameters have."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def to(self, *arguments: Any, **named: Any) -> Self:
+        """Move or convert the parameters, in place; see `kandinsky_jax.DiffusionPipeline.to`."""
+        read_target(self, arguments, named).apply(self)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Do nothing: in JAX, `jax.grad` says what is differentiated. Returns the network."""
+        return self
+
+    compile = without_effect("compile")
+    enable_attention_slicing = without_effect("enable_attention_slicing")
+    enable_forward_chunking = without_effect("enable_forward_chunking")
+    enable_gradient_checkpointing = without_effect("enable_gradient_checkpointing")
+    enable_group_offload = without_effect("enable_group_offload")
+    enable_layerwise_casting = without_effect("enable_layerwise_casting")
+    enable_slicing = without_effect("enable_slicing")
+    enable_tiling = without_effect("enable_tiling")
+    enable_xformers_memory_efficient_attention = without_effect("enable_xformers_memory_efficient_attention")
+    fuse_qkv_projections = without_effect("fuse_qkv_projections")
+    set_attention_slice = without_effect("set_attention_slice")
+    set_attn_processor = without_effect("set_attn_processor")
+    set_default_attn_processor = without_effect("set_default_attn_processor")
+    set_use_memory_efficient_attention_xformers = without_effect("set_use_memory_efficient_attention_xformers")
+
+    disable_forward_chunking = disable_freeu = disable_gradient_checkpointing = disable_slicing = nothing_to_do
+    disable_tiling = disable_xformers_memory_efficient_attention = unfuse_qkv_projections = nothing_to_do
+
+    enable_freeu = refused("enable_freeu", "it changes the images, and diffusers' Kandinsky 2.2 has none either")

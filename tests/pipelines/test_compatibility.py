@@ -1,0 +1,171 @@
+"""Pipelines have what diffusers' pipelines have: each member works, or warns once, or says what to write instead."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+
+import kandinsky_jax
+from kandinsky_jax import hub
+from kandinsky_jax.models.compatibility import TorchModuleMixin
+from tests.conftest import SHAPES_MODEL
+
+CLASSES = [name for name in dir(diffusers) if name.startswith("KandinskyV22")]
+NETWORKS = ("UNet2DConditionModel", "VQModel", "PriorTransformer")
+SAVERS = [
+    "enable_attention_slicing",
+    "enable_group_offload",
+    "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload",
+    "enable_vae_slicing",
+    "enable_vae_tiling",
+    "enable_xformers_memory_efficient_attention",
+]
+
+
+@pytest.fixture
+def pipe():
+    """One of its own, because tests convert it."""
+    return kandinsky_jax.KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_public_member_is_there(name):
+    wanted = {member for member in dir(getattr(diffusers, name)) if not member.startswith("_")}
+    assert not wanted - set(dir(getattr(kandinsky_jax, name)))
+
+
+@pytest.mark.parametrize("name", SAVERS)
+def test_what_saves_memory_warns_once(pipe, name):
+    with pytest.warns(UserWarning, match=rf"{name}\(\) has no effect here: .* dtype='bfloat16'"):
+        getattr(pipe, name)()
+    with warnings.catch_warnings(action="error"):
+        getattr(pipe, name)()
+        getattr(pipe, name.replace("enable", "disable"), lambda: None)()
+        pipe.remove_all_hooks()
+        pipe.maybe_free_model_hooks()
+        pipe.reset_device_map()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4), "changes the images"),
+        (lambda pipe: pipe.unet.enable_freeu(0.9, 0.2, 1.2, 1.4), "changes the images"),
+        (lambda pipe: pipe.push_to_hub("owner/name"), "hf upload OWNER/NAME FOLDER"),
+        (lambda pipe: pipe.from_config({}), "from_pretrained"),
+        (lambda pipe: pipe.prepare_latents((1, 4, 8, 8)), "give latents= to the call"),
+        (lambda pipe: pipe.load_ip_adapter("x"), "interpolate"),
+        (lambda _: kandinsky_jax.KandinskyPipeline.from_pretrained("x"), "write KandinskyV22Pipeline; its decoder"),
+        (lambda _: kandinsky_jax.KandinskyImg2ImgCombinedPipeline(), "write KandinskyV22Img2ImgCombinedPipeline"),
+    ],
+)
+def test_what_is_not_supported_says_what_is(pipe, call, says):
+    with pytest.raises(NotImplementedError, match=says):
+        call(pipe)
+
+
+def test_networks_take_what_modules_of_torch_take(pipe):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert pipe.unet.to(memory_format=torch.channels_last) is pipe.unet
+            pipe.unet.set_attn_processor(None)
+            pipe.unet.enable_xformers_memory_efficient_attention()
+            pipe.movq.enable_tiling()
+            assert pipe.unet.requires_grad_(False) is pipe.unet
+    assert len(seen) == 3
+    reference = diffusers.UNet2DConditionModel.from_pretrained(SHAPES_MODEL / hub.DECODER / "unet")
+    assert pipe.unet.num_parameters() == reference.num_parameters()
+    assert pipe.unet.device == jax.devices()[0]
+    assert all(issubclass(getattr(kandinsky_jax, name), TorchModuleMixin) for name in NETWORKS)
+
+
+def test_the_configuration_is_model_index_json(pipe, tmp_path):
+    index = json.loads((SHAPES_MODEL / hub.DECODER / "model_index.json").read_text())
+    assert {name: list(pipe.config[name]) for name in ("unet", "scheduler", "movq")} == {
+        name: index[name] for name in ("unet", "scheduler", "movq")
+    }
+    assert pipe.config.unet == ("diffusers", "UNet2DConditionModel")
+    assert pipe.scheduler.config.num_train_timesteps == pipe.scheduler.config["num_train_timesteps"] == 1000
+    with pytest.raises(AttributeError, match="no 'vae'; it has _class_name"):
+        _ = pipe.config.vae
+    pipe.save_config(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "KandinskyV22Pipeline"
+    assert pipe.load_config(SHAPES_MODEL)["_class_name"] == index["_class_name"]
+    assert pipe.name_or_path == str(SHAPES_MODEL / hub.DECODER)
+    assert pipe.parameters == {}
+    assert type(pipe)(**pipe.components, **pipe.parameters).unet is pipe.unet
+
+
+def test_the_text_of_a_pipeline_names_its_parts(ours):
+    text = repr(ours["KandinskyV22CombinedPipeline"])
+    assert "unet: UNet2DConditionModel, " in text
+    assert "parameters, float32 on " in text
+    assert "prior_image_encoder: CLIPVisionModelWithProjection" in text
+    assert len(text) < 1500
+
+
+def test_to_converts_and_moves(pipe):
+    assert pipe.to(torch.float16) is pipe
+    assert pipe.dtype == np.float16
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.tree.leaves(pipe.movq))} == {np.dtype("float16")}
+    assert pipe.to("cpu", torch.float32).dtype == np.float32
+    assert pipe.to(dtype="bfloat16").dtype == jax.numpy.bfloat16
+    assert pipe.to(device=torch.device("cpu"), dtype=np.float32).dtype == np.float32
+    assert pipe.to(jax.devices()[0]).device == jax.devices()[0]
+    assert pipe.to(pipe.device).to(pipe.dtype).dtype == np.float32
+
+
+def test_a_device_that_is_not_here_is_another_accelerator(pipe):
+    with pytest.warns(UserWarning, match="there is no cuda device here; KandinskyV22Pipeline stays on JAX's, cpu"):
+        assert pipe.to("cuda") is pipe
+    with warnings.catch_warnings(action="error"):
+        pipe.to("cuda")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        (("tpu",), ValueError, "there is no tpu device here; there are cpu"),
+        (("float64",), ValueError, "dtype float64 is not supported, only float32, bfloat16 and float16"),
+        ((torch.int8,), ValueError, "dtype torch.int8 is not supported"),
+        (("disk",), ValueError, "disk is no device; give cpu, or a dtype"),
+        (("cpu:9",), ValueError, "cpu:9 is not here; there are 1 cpu devices, counted from 0"),
+        (("cpu", "cpu"), TypeError, "one device and one dtype"),
+    ],
+    ids=str,
+)
+def test_to_says_what_there_is(pipe, given, error, says):
+    if "cpu:9" in given and len(jax.devices()) > 1:
+        pytest.skip("for one device")
+    with pytest.raises(error, match=says):
+        pipe.to(*given)
+
+
+def test_the_progress_bar_is_configured_as_the_pipelines_own(pipe, capsys):
+    pipe.set_progress_bar_config(desc="steps", leave=True)
+    assert list(pipe.progress_bar([1, 2])) == [1, 2]
+    with pipe.progress_bar(total=3) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err.count("steps") >= 2
+    with pytest.raises(ValueError, match="an iterable or a total"):
+        pipe.progress_bar()
+
+
+def test_numpy_to_pil_is_the_references(pipe):
+    for shape in ((2, 4, 5, 3), (4, 5, 3), (2, 4, 5, 1)):
+        pixels = np.random.default_rng(0).random(shape, np.float32)
+        ours, theirs = pipe.numpy_to_pil(pixels), diffusers.DiffusionPipeline.numpy_to_pil(pixels)
+        assert [np.asarray(x).tolist() for x in ours] == [np.asarray(x).tolist() for x in theirs]
+
+
+def test_the_zero_embedding_is_public(ours):
+    prior = ours["KandinskyV22PriorPipeline"]
+    assert prior.get_zero_embed(2).shape == (2, prior.prior.config.embedding_dim)
