@@ -81,7 +81,7 @@ class Target(NamedTuple):
         """Convert and move a network's parameters, in place."""
         state = nnx.state(network, nnx.Param)
         if self.dtype is not None:
-            state = jax.tree.map(lambda leaf: leaf.astype(self.dtype), state)
+            state = jax.tree.map(lambda leaf: _converted(leaf, self.dtype), state)
         if self.devices is not None and not self._holds(jax.tree.leaves(state)[0]):
             place = NamedSharding(make_mesh(devices=self.devices), EVERYWHERE)
             state = jax.tree.map(lambda leaf: jax.device_put(leaf, place), state)
@@ -92,6 +92,13 @@ class Target(NamedTuple):
         if self.exact:
             return leaf.devices() == set(self.devices)
         return {device.platform for device in leaf.devices()} == {self.devices[0].platform}
+
+
+def _converted(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """An array in another dtype where it lies; on the host, so that no program is compiled for every shape."""
+    with np.errstate(over="ignore"):  # what is too large for float16 is infinite there in PyTorch too
+        array = np.asarray(leaf).astype(dtype)
+    return jax.device_put(array, leaf.sharding if leaf.committed else None)
 
 
 def read_target(owner: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> Target:

@@ -104,9 +104,11 @@ class _AutoPipeline:
         decoder = cls.COMBINED[cls.DEFAULT].DECODER
         folder = Path(pipe.name_or_path or ".")
         if folder.name not in hub.KINDS or not (folder.parent / cls.DEFAULT / "unet").is_dir():
+            others = [other.__name__ for other in AUTO if pipe.REPOSITORY in other.COMBINED]
             raise CheckpointError(
-                f"the unet of this {type(pipe).__name__} is none for {cls.TASK}; give one: {cls.__name__}.from_pipe("
-                f"pipe, unet={decoder.__name__}.from_pretrained('{hub.OFFICIAL}/{cls.DEFAULT}', movq=pipe.movq).unet)"
+                f"the unet of this {type(pipe).__name__} is none for {cls.TASK}; use {' or '.join(others)}, or give one: "
+                f"{cls.__name__}.from_pipe(pipe, unet={decoder.__name__}.from_pretrained('{hub.OFFICIAL}/{cls.DEFAULT}', "
+                "movq=pipe.movq).unet)"
             )
         mesh = mesh_of(jax.tree.leaves(nnx.state(pipe.unet, nnx.Param))[0])
         loaded: Any = decoder.from_pretrained(

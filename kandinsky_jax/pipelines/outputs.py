@@ -24,8 +24,8 @@ class BaseOutput(OrderedDict[str, Any]):
         super().__init_subclass__()
         jax.tree_util.register_pytree_with_keys(
             cls,
-            lambda output: (tuple((jax.tree_util.DictKey(k), v) for k, v in output.items()), tuple(output.keys())),
-            lambda names, values: cls(**dict(zip(names, values, strict=True))),
+            lambda output: (tuple((jax.tree_util.DictKey(k), getattr(output, k)) for k in _fields(output)), None),
+            lambda _, values: cls(*values),
         )
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import kandinsky_jax
 from kandinsky_jax import hub
@@ -29,10 +30,16 @@ SAVERS = [
 ]
 
 
-@pytest.fixture
-def pipe():
-    """One of its own, because tests convert it."""
+@pytest.fixture(scope="module")
+def loaded():
+    """One of this module's own, because tests convert its networks."""
     return kandinsky_jax.KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
+
+
+@pytest.fixture
+def pipe(loaded):
+    """Another pipeline of the same networks, which has not warned yet."""
+    return type(loaded).from_pipe(loaded)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -115,7 +122,7 @@ def test_the_text_of_a_pipeline_names_its_parts(ours):
 def test_to_converts_and_moves(pipe):
     assert pipe.to(torch.float16) is pipe
     assert pipe.dtype == np.float16
-    assert {leaf.dtype for leaf in jax.tree.leaves(jax.tree.leaves(pipe.movq))} == {np.dtype("float16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(pipe.movq, nnx.Param))} == {np.dtype("float16")}
     assert pipe.to("cpu", torch.float32).dtype == np.float32
     assert pipe.to(dtype="bfloat16").dtype == jax.numpy.bfloat16
     assert pipe.to(device=torch.device("cpu"), dtype=np.float32).dtype == np.float32

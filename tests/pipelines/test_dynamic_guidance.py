@@ -61,7 +61,7 @@ def ours_callback(scales, name="guidance_scale"):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mode", ["", "Inpaint"])
+@pytest.mark.parametrize("mode", ["", pytest.param("Inpaint", marks=pytest.mark.slow)])
 def test_decoders_follow_the_scale(ours, theirs, embeds, mode, case):
     scale, scales = CASES[case]
     name, pictures = f"KandinskyV22{mode}Pipeline", given("inpaint", 1, 64, 64) if mode else {}
@@ -94,7 +94,7 @@ def test_decoders_follow_the_scale(ours, theirs, embeds, mode, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("negative", [None, "gray"])
+@pytest.mark.parametrize("negative", [None, pytest.param("gray", marks=pytest.mark.slow)])
 def test_the_prior_follows_the_scale(ours, theirs, case, negative):
     scale, scales = CASES[case]
     call = {"negative_prompt": negative, "num_inference_steps": 6, "guidance_scale": scale}

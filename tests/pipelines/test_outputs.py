@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 
-import diffusers
 import jax
 import numpy as np
 import pytest
+from diffusers.pipelines.kandinsky.pipeline_kandinsky_prior import KandinskyPriorPipelineOutput as Reference
 
 from kandinsky_jax import ImagePipelineOutput, KandinskyPriorPipelineOutput
 
@@ -51,7 +51,7 @@ def test_an_output_is_used_as_the_reference_is(use):
         except Exception as error:
             return isinstance(error, Exception)
 
-    ours, theirs = result(KandinskyPriorPipelineOutput), result(diffusers.pipelines.KandinskyPriorPipelineOutput)
+    ours, theirs = result(KandinskyPriorPipelineOutput), result(Reference)
     assert str(ours) == str(theirs)
 
 
