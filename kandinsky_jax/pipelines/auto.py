@@ -5,6 +5,7 @@ Reference: diffusers' AutoPipelineForText2Image, AutoPipelineForImage2Image and 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax
 from flax import nnx
 
 from kandinsky_jax import hub
-from kandinsky_jax.checkpoint import CheckpointError
+from kandinsky_jax.checkpoint import CheckpointError, WeightSelection
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.models import UNet2DConditionModel
 from kandinsky_jax.pipelines.base import Pipeline
@@ -37,7 +38,13 @@ from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
 from kandinsky_jax.sharding import mesh_of
 
-_WHERE = ("revision", "cache_dir")  # arguments that say where a model lies
+
+def _resolve(name: str | os.PathLike[str], repository: str, arguments: Mapping[str, Any]) -> Path:
+    """The folder that `from_pretrained` with these arguments reads."""
+    names = {field.name for field in dataclasses.fields(hub.HubOptions)} - {"selection"}
+    where = {key: arguments[key] for key in names & arguments.keys()}
+    selection = WeightSelection(arguments.get("variant"), arguments.get("use_safetensors"))
+    return hub.resolve(name, repository, **where, selection=selection)
 
 
 class _AutoPipeline:
@@ -61,10 +68,9 @@ class _AutoPipeline:
         Raises:
             CheckpointError: where it holds nothing for this task; the message names the class that can use it.
         """
-        where = {key: arguments[key] for key in ("revision", "cache_dir") if key in arguments}
-        folder = hub.resolve(name, cls.DEFAULT, **where)
+        folder = _resolve(name, cls.DEFAULT, arguments)
         return cls._pick(hub.kind(folder), f"{folder} holds a {hub.pipeline_class(folder)}").from_pretrained(
-            folder, **{key: value for key, value in arguments.items() if key != "revision"}
+            folder, **{key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
         )
 
     @classmethod
@@ -106,9 +112,9 @@ class _AutoPipeline:
         if folder.name not in hub.KINDS or not (folder.parent / cls.DEFAULT / "unet").is_dir():
             others = [other.__name__ for other in AUTO if pipe.REPOSITORY in other.COMBINED]
             raise CheckpointError(
-                f"the unet of this {type(pipe).__name__} is none for {cls.TASK}; use {' or '.join(others)}, or give one: "
-                f"{cls.__name__}.from_pipe(pipe, unet={decoder.__name__}.from_pretrained('{hub.OFFICIAL}/{cls.DEFAULT}', "
-                "movq=pipe.movq).unet)"
+                f"the unet of this {type(pipe).__name__} is none for {cls.TASK}; use {' or '.join(others)}, or give "
+                f"one: {cls.__name__}.from_pipe(pipe, unet={decoder.__name__}.from_pretrained("
+                f"'{hub.OFFICIAL}/{cls.DEFAULT}', movq=pipe.movq).unet)"
             )
         mesh = mesh_of(jax.tree.leaves(nnx.state(pipe.unet, nnx.Param))[0])
         loaded: Any = decoder.from_pretrained(
@@ -155,7 +161,7 @@ class AutoPipelineForInpainting(_AutoPipeline):
 
 def pipeline_for(name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Pipeline:
     """A model loaded with the class that its `model_index.json` names; see `DiffusionPipeline.from_pretrained`."""
-    folder = hub.resolve(name, hub.DECODER, **{key: arguments[key] for key in _WHERE if key in arguments})
+    folder = _resolve(name, hub.DECODER, arguments)
     found = hub.pipeline_class(folder)
     cls = CLASSES.get(found)
     if cls is None:
