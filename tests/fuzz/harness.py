@@ -99,15 +99,28 @@ def _judge(reader: Reader, folder: Path, error: BaseException) -> str | None:
     if type(error) not in reader.errors:
         return f"foreign: {_told(error)}"
     message = str(error)
+    if (fault := fault_of(message)) is not None:
+        return fault
+    if reader.names_path and str(folder) not in message:
+        return f"without the path: {message}"
+    return None
+
+
+def fault_of(message: str) -> str | None:
+    """What is wrong with the text of an error; None where it is short and can be printed."""
     if len(message) > MAX_MESSAGE:
         return f"{len(message)} characters: {message[:300]}"
     try:
         message.encode()
     except UnicodeEncodeError:
         return f"cannot be printed: {message!r}"
-    if reader.names_path and str(folder) not in message:
-        return f"without the path: {message}"
     return None
+
+
+def check_message(message: object) -> None:
+    """Raise AssertionError where a message that is no error, or that a reader handles, is not as it should be."""
+    fault = fault_of(str(message))
+    assert fault is None, fault
 
 
 def _is_ours(warning: Warning) -> bool:

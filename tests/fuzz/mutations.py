@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,60 @@ def change_safetensors(data: bytes, rng: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + rest
 
 
+def change_png(data: bytes, rng: random.Random) -> bytes:
+    """A PNG file whose chunks lie with right checksums: sizes, modes, lengths, order."""
+    chunks, place = [], 8
+    while place + 12 <= len(data):
+        size = int.from_bytes(data[place : place + 4], "big")
+        chunks.append((data[place + 4 : place + 8], data[place + 8 : place + 8 + size]))
+        place += 12 + size
+    which = rng.randrange(len(chunks))
+    kind, content = chunks[which]
+    what = rng.randrange(5)
+    if what <= 1:
+        sizes = (0, 1, 2, 7, 1000, 10**6, 2**31 - 1, 2**32 - 1)
+        width, height = (rng.choice(sizes).to_bytes(4, "big") for _ in range(2))
+        modes = rng.choice(
+            (chunks[0][1][8:], bytes((rng.choice((1, 2, 4, 8, 16, 3)), rng.choice((0, 2, 3, 4, 6)), 0, 0, 0)))
+        )
+        chunks[0] = (b"IHDR", width + height + modes)
+    elif what == 2:
+        chunks[which] = (kind, flip_bits(content, rng))
+    elif what == 3:
+        chunks.insert(
+            which,
+            rng.choice(((b"iTXt", b"kandinsky_jax\0" + rng.randbytes(50)), (b"eXIf", rng.randbytes(30)), chunks[-1])),
+        )
+    else:
+        rng.shuffle(chunks)
+    parts = [data[:8]]
+    for kind, content in chunks:
+        parts.append(len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big"))
+    return b"".join(parts)
+
+
+TOML_VALUES = (
+    *("-1", "0", "1.5", "10000000", "1e400", "nan", "inf", "-inf", "true", '""', '"x"', "[]", "{}", "[[]]"),
+    *("1979-05-27T07:32:00Z", "0x7fffffffffffffffff", "{a = {b = 1}}", '["a", 1]', '"\\ud800"', HUGE_DIGITS),
+    *("'" + "x" * 5000 + "'", "[" * 5000 + "]" * 5000),
+)
+
+
+def change_toml(data: bytes, rng: random.Random) -> bytes:
+    """A TOML file with another value, name or table."""
+    lines = data.decode().split("\n")
+    place = rng.choice([i for i, line in enumerate(lines) if "=" in line])
+    name = lines[place].split("=")[0].strip()
+    what = rng.randrange(4)
+    if what == 0:
+        lines[place] = f"{rng.choice((name.upper(), 'no.such.name', f'{name}_', '__class__', repr(name)))} = 1"
+    elif what == 1:
+        lines.insert(place, rng.choice(("[a.b]", "[[lora]]", "[optimizer]", lines[place], '"" = 1', "[" * 3)))
+    else:
+        lines[place] = f"{name} = {rng.choice(TOML_VALUES)}"
+    return "\n".join(lines).encode()
+
+
 # What a file is ---------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +342,13 @@ def odd_neighbour(path: Path, rng: random.Random) -> str:
     return "odd neighbour"
 
 
+FORMS: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    ".safetensors": change_safetensors,
+    ".png": change_png,
+    ".toml": change_toml,
+}
+
+
 def damage(path: Path, rng: random.Random) -> str:
     """Damage a file in place; the name of what was done."""
     chance = rng.random()
@@ -296,10 +358,10 @@ def damage(path: Path, rng: random.Random) -> str:
         return odd_neighbour(path, rng)
     data = path.read_bytes()
     kinds: tuple[Callable[[bytes, random.Random], bytes], ...] = BYTES
-    if path.suffix in (".json", ".jsonl", ".csv", ".txt", ".toml", ".md", "") and chance < 0.6:
+    if path.suffix in (".json", ".jsonl", ".csv", ".txt", ".md", "") and chance < 0.6:
         kinds = (change_lines,) if path.suffix != ".json" and b"\n" in data.strip() else (change_json,)
-    elif path.suffix == ".safetensors" and chance < 0.6:
-        kinds = (change_safetensors,)
+    elif path.suffix in FORMS and chance < 0.6:
+        kinds = (FORMS[path.suffix],)
     elif path.suffix in (".json", ".jsonl", ".csv", ".txt", ".toml", ".md"):
         kinds = TEXT
     change = rng.choice(kinds)

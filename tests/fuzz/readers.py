@@ -1,5 +1,5 @@
 """All readers that are fuzzed."""
 
-from tests.fuzz import models
+from tests.fuzz import jobs, models, training
 
-READERS = models.READERS
+READERS = (*models.READERS, *jobs.READERS, *training.READERS)
