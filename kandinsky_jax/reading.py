@@ -37,9 +37,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
         ReadError: for whatever else: a folder, a pipe or device (which might never end), no permission, too large.
     """
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise ReadError("is a folder, needed is a file" if stat.S_ISDIR(mode) else "is no regular file")
+        check_regular(path)
         with Path(path).open("rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:
@@ -51,6 +49,13 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
     if len(data) > limit:
         raise ReadError(f"is larger than {limit:,} bytes, which no such file is")
     return data
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise ReadError where a path is a folder, a pipe or a device, OSError where it cannot be looked at."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ReadError("is a folder, needed is a file" if stat.S_ISDIR(mode) else "is no regular file")
 
 
 def read_text(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> str:

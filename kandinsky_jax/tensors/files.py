@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from kandinsky_jax.atomic import fill_file
 from kandinsky_jax.errors import shorten, summarize
+from kandinsky_jax.reading import read_json
 
 
 class CheckpointError(ValueError):
@@ -158,8 +159,8 @@ def shards(index: Path) -> list[Path]:
     """
     form = ".safetensors" if ".safetensors." in index.name else ".bin"
     try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError) as error:
+        named = set(read_json(index)["weight_map"].values())
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise CheckpointError(f"{index} is no index of {form[1:]} files: {shorten(error)}") from None
     for shard in named:
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(form) or "\0" in shard:

@@ -9,6 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from kandinsky_jax import reading
+from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.schedulers.base import near
 from kandinsky_jax.training.mesh import MeshConfig
@@ -20,7 +22,7 @@ class ConfigError(ValueError):
 
     def __init__(self, path: str, faults: list[str]):
         self.faults = faults
-        super().__init__(f"{path} is no configuration to train with:\n  " + "\n  ".join(faults))
+        super().__init__(f"{shorten(path, 240)} is no configuration to train with:\n  {summarize(faults, 200, '; ')}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,9 +110,13 @@ def load(path: str | Path) -> Config:
     """
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(path), [str(error)]) from None
+        raw = tomllib.loads(reading.read_text(path))
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["there is no such file"]) from None
+    except RecursionError:
+        raise ConfigError(str(path), ["it is nested too deeply"]) from None
+    except ValueError as error:  # ReadError, tomllib's own, and integers of thousands of digits
+        raise ConfigError(str(path), [shorten(error, 200)]) from None
     faults: list[str] = []
     config = _build(Config, raw, "", faults)
     if faults or config is None:
@@ -123,7 +129,7 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str, faults: list[str]) 
     before = len(faults)
     hints, given = typing.get_type_hints(cls), {}
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    faults += [f"there is no {prefix}{name}; {near(name, fields)}" for name in raw if name not in fields]
+    faults += [f"there is no {prefix}{shorten(name, 60)}; {near(name, fields)}" for name in raw if name not in fields]
     for name, field in fields.items():
         if name in raw:
             given[name] = _value(hints[name], raw[name], f"{prefix}{name}", faults)
@@ -145,13 +151,13 @@ def _value(kind: Any, value: Any, name: str, faults: list[str]) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, dict):
             return _build(typing.cast(type, kind), value, f"{name}.", faults)
-        faults.append(f"{name} must be a table, got {value!r}")
+        faults.append(f"{name} must be a table, got {quote(value)}")
     elif typing.get_origin(kind) is tuple:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        faults.append(f"{name} must be a list of texts, got {value!r}")
+        faults.append(f"{name} must be a list of texts, got {quote(value)}")
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        faults.append(f"{name} must be {kind.__name__}, got {value!r}")
+        faults.append(f"{name} must be {kind.__name__}, got {quote(value)}")
     return value

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kandinsky_jax import reading
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.errors import TrainingError
 
 START_SECONDS, FINISH_SECONDS = 30, 60  # that a server may keep a run waiting, before its first step and after its last
 
@@ -42,8 +44,13 @@ class Metrics:
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be done again, and those that cannot be read."""
-        if not self._path.exists():
+        try:
+            reading.check_regular(self._path)
+        except FileNotFoundError:
             return
+        except (OSError, reading.ReadError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise TrainingError(f"{reading.of_file(self._path, reason)}: move it away to go on") from None
         scratch = self._path.with_name(f".{self._path.name}.partial")
         with self._path.open("rb") as file, scratch.open("wb") as kept:
             for line in file:

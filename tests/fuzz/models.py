@@ -237,7 +237,7 @@ READERS = (
     Reader("README.md", _readme, hub.find_prior, (CheckpointError,)),
     *(_config(name) for name in NETWORKS),
     Reader("official config.json", _official_configs, _read_official_configs, (ConfigError, CheckpointError)),
-    *(_tensors(name) for name in NETWORKS),
+    *(_tensors(name) for name in ("CLIPTextModelWithProjection", "PriorTransformer")),
     Reader("safetensors index", _shards, _read_shards, (CheckpointError,)),
     Reader("pickles", _pickles, _read_pickles, (CheckpointError,)),
     Reader("Orbax", _orbax, _read_orbax, (CheckpointError,)),

@@ -96,7 +96,11 @@ def _files(path: Path, exclude: Sequence[Path], skipped: Skipped) -> Iterator[Pa
             continue
         visited.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        for file in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+            if file.is_file():
+                yield file
+            else:  # a pipe or a device might never end
+                skipped.add(f"{_name(file, path)}: it is no regular file, or a link to nothing")
 
 
 def _name(file: Path, base: Path) -> str:
