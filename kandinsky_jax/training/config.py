@@ -17,15 +17,13 @@ from kandinsky_jax.training.mesh import MeshConfig
 from kandinsky_jax.training.step import Settings
 
 
-SEPARATOR = "\n  "
-
-
 class ConfigError(ValueError):
     """What is wrong with a configuration, one fault a line."""
 
     def __init__(self, path: str, faults: list[str]):
         self.faults = faults
-        super().__init__(f"{shorten(path, 240)} is no configuration to train with:\n  {summarize(faults, 250, SEPARATOR)}")
+        listed = summarize(faults, 250, "\n  ")
+        super().__init__(f"{shorten(path, 240)} is no configuration to train with:\n  {listed}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
