@@ -22,6 +22,7 @@ from kandinsky_jax.checkpoint import (
     save_network,
     stored_bytes,
 )
+from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
@@ -75,7 +76,7 @@ def convert(
         tqdm(total=sum(read.values()), unit="B", unit_scale=True, disable=not progress) as bar,
     ):
         for path in folder.iterdir():
-            if path.is_file() and path.suffix in _PLAIN:
+            if path.is_file() and path.suffix in _PLAIN and path.name != MANIFEST:
                 shutil.copy(path, scratch / path.name)
         for name, part in parts.items():
             bar.set_description(f"{folder.name}/{name}")
@@ -93,6 +94,7 @@ def convert(
                 for path in part.iterdir():
                     if path.is_file() and path.suffix in _PLAIN:
                         shutil.copy(path, scratch / name / path.name)
+        write_manifest(scratch)
     return target
 
 

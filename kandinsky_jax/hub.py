@@ -175,6 +175,34 @@ def resolve_lora(name: str | os.PathLike[str], weight_name: str | None = None, *
     return folder / prefix
 
 
+def stored_folders(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
+    """Where a model's files lie on this machine, each of its fetched revisions; nothing is fetched.
+
+    Raises:
+        CheckpointError: where there is nothing of it.
+    """
+    embedded, _, member = str(name).partition("/")
+    if embedded in EMBEDDED and not Path(name).exists():
+        return [EMBEDDED[embedded] / member]
+    if Path(name).is_dir():
+        return [Path(name)]
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    snapshots = Path(cache_dir or HF_HUB_CACHE) / f"models--{str(name).replace('/', '--')}" / "snapshots"
+    found = sorted(snapshots.iterdir()) if _REPOSITORY.fullmatch(str(name)) and snapshots.is_dir() else []
+    if not found:
+        raise CheckpointError(
+            f"{shorten(str(name))} is no folder here, no embedded model and no Hub repository of which "
+            f"{snapshots.parent} has files"
+        )
+    return found
+
+
+def is_in_cache(folder: Path) -> bool:
+    """Whether a folder is a revision in the Hub's cache."""
+    return _CACHED.search(str(folder)) is not None
+
+
 # Fetching from the Hub --------------------------------------------------------------------------------------------
 
 

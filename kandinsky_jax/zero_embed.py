@@ -69,9 +69,15 @@ def store(folder: Path, config: CLIPVisionConfig) -> None:
     _write(folder / ZERO_EMBED, _compute(folder, config), fingerprint(folder, config))
 
 
-def carry(source: Path, target: Path, config: CLIPVisionConfig, selection: WeightSelection = PREFERRED) -> bool:
+def carry(
+    source: Path,
+    target: Path,
+    config: CLIPVisionConfig,
+    selection: WeightSelection = PREFERRED,
+    saved: WeightSelection = PREFERRED,
+) -> bool:
     """Put what is known of the tower in `source` beside the tensors in `target`, where the weights are the same."""
-    mark = fingerprint(target, config)
+    mark = fingerprint(target, config, saved)
     if fingerprint(source, config, selection) != mark or (embed := _find(source, mark)) is None:
         return False
     _write(target / ZERO_EMBED, embed, mark)

@@ -295,7 +295,7 @@ def test_saved_pipeline_is_the_same(layout: str, saved, tiny_pipe):
     assert len(list(saved[layout].rglob("params"))) == (5 if layout == "orbax" else 0)
     assert_same_pipeline(KandinskyV22CombinedPipeline.from_pretrained(saved[layout], dtype="float32"), tiny_pipe)
     with pytest.raises(FileExistsError, match="exists already"):
-        tiny_pipe.save_pretrained(saved[layout])
+        tiny_pipe.save_pretrained(saved[layout], overwrite=False)
 
 
 def test_saved_decoder_is_the_same(tiny_pipe, tmp_path):

@@ -13,10 +13,10 @@ from kandinsky_jax.checkpoint.networks import (
     move_network,
     network_dtype,
     read_params,
-    save_network,
     set_params,
     stored_bytes,
 )
+from kandinsky_jax.checkpoint.saving import save_config, save_network
 from kandinsky_jax.tensors.files import CheckpointError, WeightSelection
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "move_network",
     "network_dtype",
     "read_params",
+    "save_config",
     "save_network",
     "set_params",
     "stored_bytes",

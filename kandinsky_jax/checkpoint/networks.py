@@ -8,7 +8,6 @@ numbers, and read when it is needed.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -421,37 +420,3 @@ def stored_bytes(folder: str | os.PathLike[str], selection: WeightSelection = PR
         return 0
     parts = files.shards(path) if path.suffix == ".json" else [path]
     return sum(part.stat().st_size for part in parts if part.is_file())
-
-
-def save_network(
-    module: nnx.Module,
-    folder: str | os.PathLike[str],
-    layout: Layout = "diffusers",
-    progress: Progress | None = None,
-) -> None:
-    """Write a network's `config.json` and tensors into `folder`, which is made where it is missing.
-
-    Args:
-        layout: "diffusers" writes the safetensors file that diffusers or transformers reads; "orbax" writes `params/`.
-        progress: told the number of bytes as they are handed over.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config: Any = module.config
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
-    params = flat_params(module)
-    if layout == "orbax":
-        orbax.save(folder / orbax.FOLDER, params)
-    else:
-        tensors = {names.torch_name(name): _unread(name, array) for name, array in params.items()}
-        stem = "diffusion_pytorch_model" if "_class_name" in config.to_dict() else "model"
-        files.write(folder / f"{stem}.safetensors", tensors)
-    if progress is not None:
-        progress.update(sum(leaf.nbytes for leaf in params.values()))
-
-
-def _unread(name: str, array: jax.Array) -> files.Tensor:
-    """A parameter as a PyTorch tensor that is fetched from its device when it is written."""
-    return files.Tensor(
-        names.torch_shape(name, array.shape), lambda: names.to_torch(name, np.asarray(array)), np.dtype(array.dtype)
-    )

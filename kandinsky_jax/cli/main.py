@@ -20,6 +20,8 @@ from kandinsky_jax.cli.batch import EXAMPLE as BATCH_EXAMPLE
 from kandinsky_jax.cli.batch import batch
 from kandinsky_jax.cli.train import EXAMPLE as TRAIN_EXAMPLE
 from kandinsky_jax.cli.train import train
+from kandinsky_jax.cli.verify import EXAMPLE as VERIFY_EXAMPLE
+from kandinsky_jax.cli.verify import verify
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.hub import CONTROLNET, DECODER, INPAINT, OFFICIAL
 from kandinsky_jax.noise import Generator, TorchGenerator
@@ -322,6 +324,7 @@ def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength =
 
 app.command(epilog=BATCH_EXAMPLE)(batch)
 app.command(epilog=TRAIN_EXAMPLE)(train)
+app.command(epilog=VERIFY_EXAMPLE)(verify)
 
 
 def _numbers(text: str, name: str) -> list[float]:

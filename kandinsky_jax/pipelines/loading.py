@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from flax import nnx
 
 from kandinsky_jax import hub, zero_embed
+from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint import (
     CheckpointError,
     Deferred,
@@ -24,6 +26,8 @@ from kandinsky_jax.checkpoint import (
     save_network,
     stored_bytes,
 )
+from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
+from kandinsky_jax.checkpoint.saving import check_saving_arguments
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from kandinsky_jax.compilation import compiling_ahead
 from kandinsky_jax.errors import shorten, summarize
@@ -151,29 +155,101 @@ class PretrainedMixin:
         return cls(**ready)
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, layout: Layout = "diffusers", overwrite: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        layout: Layout = "diffusers",
+        overwrite: bool | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **arguments: Any,
     ) -> None:
-        """Write the pipeline; the folder is complete or absent.
+        """Write the pipeline, with a manifest of checksums for `kandinsky-jax verify`; it is complete or absent.
 
         Args:
+            folder: is made; it may be there if it is empty or holds a pipeline of this kind, which is replaced. What
+                else lies in it, such as a README, is kept.
             layout: "diffusers" writes what diffusers loads; "orbax" what a pod restores fastest.
+            overwrite: True replaces a pipeline of another kind too, False nothing at all.
+            safe_serialization: True; no pickles are written.
+            variant, max_shard_size: see `kandinsky_jax.save_network`.
+            arguments: further ones of diffusers', which have no use here.
+        Raises:
+            FileExistsError: where the folder holds something else.
+            TypeError: for such an argument; the message says what to write instead.
         """
-        check_replaceable(folder)
+        check_saving_arguments(f"{type(self).__name__}.save_pretrained", safe_serialization, arguments)
+        folder = Path(folder)
+        _check_target(type(self), folder, overwrite)
         parts = self._held()
         needed = sum(_bytes(part) for part in parts.values())
-        with complete_or_absent(folder, needed, overwrite) as scratch:
+        with complete_or_absent(folder, needed, overwrite=overwrite is not False) as scratch:
             index: dict[str, Any] = {"_class_name": type(self).__name__}
             for name, held in parts.items():
                 part = held.peek() if isinstance(held, Deferred) else held
                 if isinstance(part, nnx.Module):
-                    save_network(part, scratch / name, layout)
+                    save_network(part, scratch / name, layout, None, variant, max_shard_size)
                     if isinstance(held, Deferred):
-                        zero_embed.carry(held.folder, scratch / name, held.config, held.selection)
+                        saved = WeightSelection(variant)
+                        zero_embed.carry(held.folder, scratch / name, held.config, held.selection, saved)
                 else:
                     part.save_pretrained(scratch / name)
-                library = "diffusers" if isinstance(part, Scheduler) or _is_diffusers(part) else "transformers"
-                index[name] = [library, type(part).__name__]
+                index[name] = _index_entry(part)
             (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            write_manifest(scratch)
+            _keep_other_files(folder, scratch)
+
+    def save_config(self, folder: str | os.PathLike[str], **arguments: Any) -> None:
+        """Write the pipeline's `model_index.json` into a folder, which is made where it is missing."""
+        check_saving_arguments(f"{type(self).__name__}.save_config", True, arguments)
+        held = {name: part.cls if isinstance(part, Deferred) else part for name, part in self._held().items()}
+        index = {"_class_name": type(self).__name__} | {name: _index_entry(part) for name, part in held.items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        replace_file(Path(folder) / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _check_target(cls: type[PretrainedMixin], folder: Path, overwrite: bool | None) -> None:
+    """Raise where a pipeline cannot be saved into this folder without losing something else."""
+    check_replaceable(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        if folder.is_dir() and overwrite is False:
+            folder.rmdir()
+        return
+    found = hub.pipeline_class(folder)
+    if overwrite is None and hub.kind(folder) != cls.REPOSITORY:
+        raise FileExistsError(
+            f"{folder} holds a {shorten(found)}; choose another folder, or overwrite=True to replace it by a "
+            f"{cls.__name__}"
+        )
+
+
+def _keep_other_files(folder: Path, scratch: Path) -> None:
+    """Carry over what a folder holds beside its pipeline: by links where the disk can, else copied."""
+    if not (folder / "model_index.json").is_file():
+        return
+    own = {"model_index.json", MANIFEST, *hub.components(folder)}
+    for path in folder.iterdir():
+        if path.name in own or (scratch / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, scratch / path.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(path, scratch / path.name)
+
+
+def _link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _index_entry(part: Any) -> list[str]:
+    """What `model_index.json` says of a component or of its class: library and class."""
+    cls = part if isinstance(part, type) else type(part)
+    network_of_diffusers = issubclass(cls, nnx.Module) and not cls.__name__.startswith("CLIP")
+    return ["diffusers" if issubclass(cls, Scheduler) or network_of_diffusers else "transformers", cls.__name__]
 
 
 # Components -------------------------------------------------------------------------------------------------------
@@ -207,10 +283,6 @@ def expected_types(name: str) -> tuple[type, ...]:
     from transformers import CLIPTokenizer
 
     return (CLIPTokenizer,)
-
-
-def _is_diffusers(part: Any) -> bool:
-    return isinstance(part, nnx.Module) and not type(part).__name__.startswith("CLIP")
 
 
 def _bytes(part: Any) -> int:

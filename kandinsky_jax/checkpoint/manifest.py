@@ -1,0 +1,210 @@
+"""Checksums of a model's files: written beside them when a model is saved, and compared with them when asked for.
+
+A file may change in ways that no reader notices: a bit flips, and a weight is another finite number. Three sources of
+checksums are known here: the manifest that `write_manifest` makes; the Hub's cache, in which a file is named by its
+SHA-256 (large files) or by git's SHA-1 of it (small ones); and what `hf download --local-dir` notes beside a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.reading import of_file
+from kandinsky_jax.storage import read_json
+from kandinsky_jax.tensors.files import CheckpointError
+
+MANIFEST = "kandinsky_jax_manifest.json"
+VERSION = 1
+
+Status = Literal["ok", "damaged", "missing", "extra", "not covered"]
+FAULTS: tuple[Status, ...] = ("damaged", "missing")
+
+_SHA256, _SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+_LOCAL = Path(".cache/huggingface/download")
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What is known of a file.
+
+    Attributes:
+        path: within the folder, with slashes.
+        status: "not covered" has no checksum to compare with; "extra" is not in a manifest that lists the others.
+        detail: what differs, or where the checksum comes from.
+    """
+
+    path: str
+    status: Status
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a file should be; a size of -1 is not known."""
+
+    digest: str
+    source: str
+    size: int = -1
+
+
+def write_manifest(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None = None) -> Path:
+    """Write the sizes and checksums of a model's files into its folder; files and folders with a dot are left out.
+
+    Args:
+        progress: called with numbers of bytes as they are read.
+    """
+    folder = Path(folder)
+    found = {
+        name: {"bytes": path.stat().st_size, "sha256": _digest(path, "sha256", progress)}
+        for name, path in _files(folder)
+    }
+    text = json.dumps({"format_version": VERSION, "files": found}, indent=1, sort_keys=True) + "\n"
+    replace_file(folder / MANIFEST, text.encode())
+    return folder / MANIFEST
+
+
+def verify(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None = None) -> list[FileReport]:
+    """Compare a folder's files with what is known of them; sorted by path.
+
+    Args:
+        progress: called with numbers of bytes as they are read.
+    Raises:
+        CheckpointError: where a manifest itself cannot be read.
+    """
+    folder = Path(folder)
+    present = dict(_files(folder))
+    listed: dict[str, _Expected] = {}
+    roots = []
+    for path in sorted([folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")]):
+        if path.is_file():
+            prefix = path.parent.relative_to(folder).as_posix().removeprefix(".")
+            prefix = f"{prefix}/" if prefix else ""
+            roots.append(prefix)
+            listed |= {prefix + name: expected for name, expected in _read_manifest(path).items()}
+    reports = [_missing(name, listed[name]) for name in listed.keys() - present.keys()]
+    for name, path in present.items():
+        expected = listed.get(name) or _by_name_in_cache(path) or _noted_by_download(folder, name)
+        if expected is not None:
+            reports.append(_compare(name, path, expected, progress))
+        elif any(name.startswith(root) for root in roots):
+            reports.append(FileReport(name, "extra", "not in the manifest"))
+        else:
+            reports.append(FileReport(name, "not covered", "no checksum of it is known"))
+    reports += _missing_components(folder, {report.path for report in reports})
+    return sorted(reports, key=lambda report: report.path)
+
+
+def total_bytes(folder: str | os.PathLike[str]) -> int:
+    """How many bytes `verify` will read at most."""
+    return sum(path.stat().st_size for _, path in _files(Path(folder)) if path.is_file())
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """A folder's files, by their paths within it; a link to nothing is one too."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts) or name.name == MANIFEST:
+            continue
+        if path.is_file() or (path.is_symlink() and not path.exists()):
+            yield name.as_posix(), path
+
+
+def _read_manifest(path: Path) -> dict[str, _Expected]:
+    content = read_json(path)
+    if content.get("format_version") != VERSION:
+        raise CheckpointError(
+            of_file(path, f"has the format version {content.get('format_version')!r}, this release knows {VERSION}")
+        )
+    found = {}
+    try:
+        for name, entry in content["files"].items():
+            if not _SHA256.fullmatch(entry["sha256"]):
+                raise ValueError(f"{name} has no SHA-256")
+            found[name] = _Expected(entry["sha256"], "manifest", int(entry["bytes"]))
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(of_file(path, f"is no manifest: {error}")) from None
+    return found
+
+
+def _by_name_in_cache(path: Path) -> _Expected | None:
+    """In the Hub's cache, a file is a link to one that is named by its checksum."""
+    if not path.is_symlink():
+        return None
+    name = Path(os.readlink(path)).name
+    known = _SHA256.fullmatch(name) or _SHA1.fullmatch(name)
+    return _Expected(name, "Hub's cache") if known else None
+
+
+def _noted_by_download(folder: Path, name: str) -> _Expected | None:
+    """What `hf download --local-dir` has written down: commit, checksum, time."""
+    for parent, inner in ((folder, name), (folder.parent, f"{folder.name}/{name}")):
+        try:
+            lines = (parent / _LOCAL / f"{inner}.metadata").read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if len(lines) >= 2 and (_SHA256.fullmatch(lines[1]) or _SHA1.fullmatch(lines[1])):
+            return _Expected(lines[1], "download's notes")
+    return None
+
+
+def _missing(name: str, expected: _Expected) -> FileReport:
+    return FileReport(name, "missing", f"it is in the {expected.source}, {expected.size:,} bytes")
+
+
+def _compare(name: str, path: Path, expected: _Expected, progress: Callable[[int], Any] | None) -> FileReport:
+    if not path.is_file():
+        return FileReport(name, "missing", "it is a link to nothing")
+    try:
+        size = path.stat().st_size
+        if expected.size not in (-1, size):
+            detail = f"{size:,} bytes, {expected.size:,} in the {expected.source}"
+        elif _digest(path, "sha256" if len(expected.digest) == 64 else "git", progress) == expected.digest:
+            return FileReport(name, "ok", expected.source)
+        else:
+            detail = f"other content than in the {expected.source}"
+    except OSError as error:
+        detail = f"cannot be read: {error.strerror}"
+    edited = " (if you edited it: --update)" if expected.source == "manifest" and path.suffix in _TEXT else ""
+    return FileReport(name, "damaged", detail + edited)
+
+
+_TEXT = (".json", ".txt", ".md")
+
+
+def _digest(path: Path, kind: str, progress: Callable[[int], Any] | None) -> str:
+    """SHA-256 of a file, or the SHA-1 by which git names it."""
+    found = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
+    if kind == "git":
+        found.update(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return found.hexdigest()
+
+
+def _missing_components(folder: Path, known: set[str]) -> list[FileReport]:
+    """Components that a model's `model_index.json` names and that lie nowhere; of MoVQ, a family shares one."""
+    reports = []
+    for index in [folder / "model_index.json", *folder.glob("*/model_index.json")]:
+        try:
+            entries = read_json(index) if index.is_file() else {}
+        except CheckpointError:
+            continue  # reported as damaged, where a checksum is known
+        for name, value in entries.items():
+            named = not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1] is not None
+            if named and name != "movq" and not (index.parent / name).is_dir():
+                path = (index.parent / name).relative_to(folder).as_posix()
+                if not any(other.startswith(f"{path}/") for other in known):
+                    reports.append(FileReport(path, "missing", "model_index.json names it"))
+    return reports

@@ -1,0 +1,131 @@
+"""Networks written: `config.json` and tensors, in diffusers' layout or ours, whole or in shards."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from kandinsky_jax import orbax
+from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.checkpoint.networks import Layout, Progress, flat_params
+from kandinsky_jax.tensors import files, names
+from kandinsky_jax.tensors.files import WeightSelection
+
+# Arguments of diffusers' save_pretrained that have no use here, and what to write instead.
+INSTEAD = {
+    "push_to_hub": "save into a folder and run `hf upload OWNER/NAME FOLDER`",
+    "repo_id": "save into a folder and run `hf upload OWNER/NAME FOLDER`",
+    "state_dict": "put the arrays into the network and save that",
+    "save_function": "leave it out, safetensors are written by this library",
+    "is_main_process": "call it on one process only",
+}
+
+
+def check_saving_arguments(function: str, safe_serialization: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError for arguments of diffusers' save_pretrained that have no use here, with what to write instead."""
+    if safe_serialization is not True:
+        raise TypeError(
+            f"{function} writes safetensors, which diffusers loads, and no pickles: leave safe_serialization="
+            f"{safe_serialization} out"
+        )
+    for name, value in arguments.items():
+        if name not in INSTEAD:
+            raise TypeError(f"{function} has no argument {name!r}")
+        if value not in (None, False) and not (name == "is_main_process" and value is True):
+            raise TypeError(f"{function} takes no {name}: {INSTEAD[name]}")
+
+
+def save_network(
+    module: nnx.Module,
+    folder: str | os.PathLike[str],
+    layout: Layout = "diffusers",
+    progress: Progress | None = None,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write a network's `config.json` and tensors into `folder`, which is made where it is missing.
+
+    Tensors of an earlier save under other names, of the same variant, are removed: nothing out of date stays beside
+    the new ones.
+
+    Args:
+        layout: "diffusers" writes the safetensors file that diffusers or transformers reads; "orbax" writes `params/`.
+        progress: told the number of bytes as they are handed over.
+        variant: written into the files' names, as in `diffusion_pytorch_model.fp16.safetensors`; changes no number.
+        max_shard_size: bytes, or as in "5GB": larger networks are written in shards, with an index.
+    """
+    if layout not in ("diffusers", "orbax"):
+        raise ValueError(f"layout={layout!r} is not supported, only diffusers and orbax")
+    WeightSelection(variant)  # checks it
+    if layout == "orbax" and (variant is not None or max_shard_size is not None):
+        raise ValueError("variant and max_shard_size are for layout='diffusers'")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(module, folder)
+    params, config = flat_params(module), module.config.to_dict()
+    if layout == "orbax":
+        shutil.rmtree(folder / orbax.FOLDER, ignore_errors=True)
+        orbax.save(folder / orbax.FOLDER, params)
+        written = set()
+    else:
+        tensors = {names.torch_name(name): _unread(name, array) for name, array in params.items()}
+        stem = files.STEMS[0] if "_class_name" in config else files.STEMS[1]
+        written = _write(folder, stem, tensors, variant, max_shard_size)
+        if variant is None:
+            shutil.rmtree(folder / orbax.FOLDER, ignore_errors=True)
+    for path in folder.iterdir():
+        same_kind = files.WEIGHT_FILE.fullmatch(path.name) and files.variant_of(path.name) == variant
+        if same_kind and path.name not in written:
+            path.unlink()
+    if progress is not None:
+        progress.update(sum(leaf.nbytes for leaf in params.values()))
+
+
+def save_config(module: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a network's `config.json` into `folder`, which is made where it is missing."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(module.config.to_dict(), indent=2, sort_keys=True) + "\n"
+    replace_file(Path(folder) / "config.json", text.encode())
+
+
+def _write(
+    folder: Path, stem: str, tensors: Mapping[str, files.Tensor], variant: str | None, max_shard_size: int | str | None
+) -> set[str]:
+    """Write safetensors, in one file or in shards with an index; the names of what was written."""
+    middle = "" if variant is None else f".{variant}"
+    if max_shard_size is None:
+        files.write(folder / f"{stem}{middle}.safetensors", tensors)
+        return {f"{stem}{middle}.safetensors"}
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize,
+        filename_pattern=f"{stem}{middle}{{suffix}}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for name, held in split.filename_to_tensors.items():
+        files.write(folder / name, {key: tensors[key] for key in held})
+    written = set(split.filename_to_tensors)
+    if split.is_sharded:
+        index = f"{stem}.safetensors.index{middle}.json"
+        content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        replace_file(folder / index, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        written.add(index)
+    return written
+
+
+def _unread(name: str, array: jax.Array) -> files.Tensor:
+    """A parameter as a PyTorch tensor that is fetched from its device when it is written."""
+    return files.Tensor(
+        names.torch_shape(name, array.shape), lambda: names.to_torch(name, np.asarray(array)), np.dtype(array.dtype)
+    )

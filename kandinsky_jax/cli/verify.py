@@ -1,0 +1,65 @@
+"""`kandinsky-jax verify`: a model's files compared with their checksums."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm.auto import tqdm
+
+EXAMPLE = "Example: kandinsky-jax verify kandinsky-community/kandinsky-2-2-decoder"
+
+
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a Hub repository that was fetched.")],
+    update: Annotated[
+        bool, typer.Option("--update", help="Write a folder's manifest anew, after its files were changed on purpose.")
+    ] = False,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where Hub files are kept; default: the Hub's own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with an entry for each file.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar; print faults only.")] = False,
+) -> None:
+    """Compare a model's files with their checksums, and exit with 1 where one is damaged or missing.
+
+    Checksums come from the Hub's cache, or from the manifest that save_pretrained and convert_weights write. Each file
+    is ok, damaged, missing, extra (not in the manifest) or not covered (no checksum is known).
+    """
+    from kandinsky_jax import hub
+    from kandinsky_jax.checkpoint import manifest
+
+    folders = hub.stored_folders(model, cache_dir)
+    if update:
+        for folder in folders:
+            if not folder.is_dir() or any(path.is_symlink() for path in folder.rglob("*")):
+                raise ValueError(
+                    f"{folder} is in the Hub's cache, whose checksums are the Hub's; --update is for folders"
+                )
+            print(f"wrote {manifest.write_manifest(folder)}")
+        return
+    total = sum(manifest.total_bytes(folder) for folder in folders)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=quiet or total < 1e8) as bar:
+        found = {folder: manifest.verify(folder, bar.update) for folder in folders}
+    counts = Counter(report.status for reports in found.values() for report in reports)
+    damaged = any(counts[status] for status in manifest.FAULTS)
+    if as_json:
+        entries = [
+            {"folder": str(folder), **dataclasses.asdict(report)}
+            for folder, reports in found.items()
+            for report in reports
+        ]
+        print(json.dumps({"model": model, "ok": not damaged, "counts": counts, "files": entries}, indent=1))
+    else:
+        for folder, reports in found.items():
+            print(folder)
+            for report in reports:
+                if not quiet or report.status in manifest.FAULTS:
+                    print(f"  {report.status:12}{report.path}" + (f": {report.detail}" if report.detail else ""))
+        print(", ".join(f"{count} {status}" for status, count in counts.items()) or "no files")
+        if damaged and hub.is_in_cache(folders[0]):
+            print("fetch it again: from_pretrained(..., force_download=True), or `hf download --force-download ...`")
+    sys.exit(1 if damaged else 0)

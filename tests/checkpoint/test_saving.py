@@ -1,0 +1,117 @@
+"""Saving again, into folders that are there, in shards and variants; and what saving does not do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+
+from kandinsky_jax import CheckpointError, KandinskyV22Pipeline, PriorTransformer, hub, load_network, save_network
+from kandinsky_jax.checkpoint import WeightSelection, flat_params
+from kandinsky_jax.checkpoint.manifest import MANIFEST, verify
+from tests.conftest import SHAPES_MODEL
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return load_network(PriorTransformer, SHAPES_MODEL / hub.PRIOR / "prior")
+
+
+def weights(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != "config.json")
+
+
+def test_a_pipeline_is_saved_into_an_empty_folder_and_again(tiny_pipe, tmp_path):
+    pipe, folder = tiny_pipe.decoder_pipe, tmp_path / "decoder"
+    folder.mkdir()
+    pipe.save_pretrained(folder)
+    (folder / "README.md").write_text("mine")
+    (folder / "samples").mkdir()
+    (folder / "samples/a.png").write_bytes(b"picture")
+    (folder / "unet/old.txt").write_text("of an older save")
+    pipe.save_pretrained(folder, max_shard_size="1MB")
+    assert (folder / "README.md").read_text() == "mine"
+    assert (folder / "samples/a.png").read_bytes() == b"picture"
+    assert not (folder / "unet/old.txt").exists()
+    assert "diffusion_pytorch_model.safetensors.index.json" in weights(folder / "unet")
+    assert "diffusion_pytorch_model.safetensors" not in weights(folder / "unet")
+    extra = {report.path for report in verify(folder) if report.status == "extra"}
+    assert extra == {"README.md", "samples/a.png"}
+    with pytest.raises(FileExistsError, match="exists already"):
+        pipe.save_pretrained(folder, overwrite=False)
+    assert diffusers.KandinskyV22Pipeline.from_pretrained(folder)  # the shards too
+
+
+def test_what_saving_would_lose_is_kept(tiny_pipe, tmp_path):
+    pipe = tiny_pipe.decoder_pipe
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is no model"):
+        pipe.save_pretrained(tmp_path / "notes")
+    with pytest.raises(FileExistsError, match="is no model"):
+        pipe.save_pretrained(tmp_path / "notes/a.txt", overwrite=True)
+    prior = tmp_path / "prior"
+    prior.mkdir()
+    (prior / "model_index.json").write_text('{"_class_name": "KandinskyV22PriorPipeline"}')
+    with pytest.raises(FileExistsError, match=r"holds a KandinskyV22PriorPipeline; .*overwrite=True to replace it"):
+        pipe.save_pretrained(prior)
+    assert os.listdir(prior) == ["model_index.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"safe_serialization": False}, "leave safe_serialization=False out"),
+        ({"push_to_hub": True}, "run `hf upload"),
+        ({"repo_id": "a/b"}, "run `hf upload"),
+        ({"stuff": 1}, "has no argument 'stuff'"),
+        ({"variant": "a/b"}, "variant must be a name"),
+        ({"layout": "flax"}, "layout='flax' is not supported"),
+        ({"layout": "orbax", "variant": "fp16"}, "are for layout='diffusers'"),
+    ],
+    ids=str,
+)
+def test_what_saving_does_not_do(arguments, says, tiny_pipe, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=says):
+        tiny_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder", **arguments)
+    assert not any(tmp_path.iterdir())
+    tiny_pipe.decoder_pipe.save_config(tmp_path / "decoder", push_to_hub=False)
+    assert hub.pipeline_class(tmp_path / "decoder") == "KandinskyV22Pipeline"
+
+
+def test_diffusers_reads_a_variant_in_shards(prior, tmp_path):
+    save_network(prior, tmp_path, variant="fp16", max_shard_size=200_000)
+    assert "diffusion_pytorch_model.safetensors.index.fp16.json" in weights(tmp_path)
+    theirs = diffusers.PriorTransformer.from_pretrained(tmp_path, variant="fp16").state_dict()
+    ours = flat_params(load_network(PriorTransformer, tmp_path, selection=WeightSelection("fp16")))
+    assert np.array_equal(ours["proj_in.bias"], theirs["proj_in.bias"].numpy())
+    assert all(np.array_equal(ours[name], array) for name, array in flat_params(prior).items())
+
+
+def test_nothing_out_of_date_stays_beside_a_new_save(prior, tmp_path):
+    for arguments in (
+        {"max_shard_size": "200KB"},
+        {},
+        {"layout": "orbax"},
+        {"max_shard_size": "200KB"},
+        {"max_shard_size": "500KB"},
+        {"layout": "orbax"},
+        {},
+    ):
+        save_network(prior, tmp_path, **arguments)
+        loaded = flat_params(load_network(PriorTransformer, tmp_path))
+        assert all(np.array_equal(loaded[name], array) for name, array in flat_params(prior).items())
+    save_network(prior, tmp_path, variant="fp16")
+    assert weights(tmp_path) == ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"]
+
+
+def test_loading_needs_no_manifest(tiny_pipe, tmp_path):
+    tiny_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder")
+    (tmp_path / "decoder" / MANIFEST).write_text("{")
+    parts = {"unet": tiny_pipe.unet, "movq": tiny_pipe.movq}
+    assert KandinskyV22Pipeline.from_pretrained(tmp_path / "decoder", **parts)
+    with pytest.raises(CheckpointError, match=f"{MANIFEST} is not JSON"):
+        verify(tmp_path / "decoder")

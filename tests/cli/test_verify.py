@@ -1,0 +1,185 @@
+"""`kandinsky-jax verify` finds flipped bits, cut, missing and foreign files, by a manifest or by the Hub's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from convert_weights.convert import convert
+from kandinsky_jax import hub
+from kandinsky_jax.checkpoint.manifest import MANIFEST, verify, write_manifest
+from kandinsky_jax.cli import app
+from tests.conftest import SHAPES_MODEL
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A model with a manifest."""
+    copy = Path(shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path / "model"))
+    write_manifest(copy)
+    return copy
+
+
+@pytest.fixture
+def cached(tmp_path) -> Path:
+    """A snapshot in a Hub's cache as huggingface_hub lays it out: links to files that are named by their checksums."""
+    base = tmp_path / "cache/models--owner--model"
+    snapshot = base / "snapshots" / ("0" * 40)
+    (base / "blobs").mkdir(parents=True)
+    for path in (SHAPES_MODEL / hub.DECODER).rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            large = path.suffix == ".safetensors"
+            git = hashlib.sha1(f"blob {len(data)}\0".encode() + data)
+            name = hashlib.sha256(data).hexdigest() if large else git.hexdigest()
+            (base / "blobs" / name).write_bytes(data)
+            link = snapshot / path.relative_to(SHAPES_MODEL / hub.DECODER)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(base / "blobs" / name, link.parent))
+    return snapshot
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, ["verify", *map(str, arguments)])
+
+
+def flip(path: Path, at: float = 0.7) -> None:
+    """Flip the lowest bit of a byte, which leaves a finite number of the same size."""
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    return {report.path: report.status for report in verify(folder)}
+
+
+def test_an_intact_folder(folder):
+    assert set(statuses(folder).values()) == {"ok"}
+    assert len(statuses(folder)) == 6
+    done = run(folder)
+    assert done.exit_code == 0
+    assert f"  ok          {UNET}" in done.output
+    assert "6 ok" in done.output
+
+
+def test_each_kind_of_fault_is_named(folder):
+    flip(folder / UNET)
+    os.truncate(folder / "movq/diffusion_pytorch_model.safetensors", 1000)
+    (folder / "unet/config.json").unlink()
+    (folder / "notes.txt").write_text("mine")
+    done = run(folder, "--quiet")
+    assert done.exit_code == 1
+    assert f"damaged     {UNET}: other content than in the manifest" in done.output
+    assert "damaged     movq/diffusion_pytorch_model.safetensors: 1,000 bytes, " in done.output
+    assert "missing     unet/config.json" in done.output
+    assert "notes.txt" not in done.output  # no fault
+    assert statuses(folder)["notes.txt"] == "extra"
+
+
+def test_json_output(folder):
+    flip(folder / UNET)
+    done = run(folder, "--json")
+    assert done.exit_code == 1
+    told = json.loads(done.stdout)
+    assert told["ok"] is False
+    assert told["counts"] == {"ok": 5, "damaged": 1}
+    [entry] = [entry for entry in told["files"] if entry["status"] == "damaged"]
+    assert (entry["folder"], entry["path"]) == (str(folder), UNET)
+
+
+def test_a_configuration_that_was_edited(folder):
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace("}", ', "steps_offset": 1}'))
+    done = run(folder)
+    assert done.exit_code == 1
+    assert "damaged     scheduler/scheduler_config.json" in done.output
+    assert "if you edited it: --update" in done.output
+    assert run(folder, "--update").exit_code == 0
+    assert run(folder).exit_code == 0
+
+
+def test_a_folder_without_checksums(tmp_path):
+    folder = shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path / "model")
+    assert set(statuses(folder).values()) == {"not covered"}
+    assert run(folder).exit_code == 0
+    shutil.rmtree(tmp_path / "model/unet")
+    assert statuses(folder)["unet"] == "missing"
+    assert run(folder).exit_code == 1
+
+
+def test_a_family_whose_members_have_manifests(folder):
+    root = folder.parent / "family"
+    root.mkdir()
+    shutil.move(folder, root / "decoder")
+    assert set(statuses(root).values()) == {"ok"}
+    flip(root / "decoder" / UNET)
+    assert statuses(root)[f"decoder/{UNET}"] == "damaged"
+
+
+def test_the_hubs_cache(cached, tmp_path):
+    intact = run("owner/model", "--cache-dir", tmp_path / "cache")
+    assert intact.exit_code == 0
+    assert "6 ok" in intact.output
+    for name in (UNET, "unet/config.json"):
+        flip((cached / name).resolve())
+    (cached / "movq/diffusion_pytorch_model.safetensors").resolve().unlink()
+    found = statuses(cached)
+    assert {name for name, status in found.items() if status == "damaged"} == {UNET, "unet/config.json"}
+    assert found["movq/diffusion_pytorch_model.safetensors"] == "missing"
+    done = run("owner/model", "--cache-dir", tmp_path / "cache")
+    assert done.exit_code == 1
+    assert "force_download=True" in done.output
+    refused = run("owner/model", "--cache-dir", tmp_path / "cache", "--update")
+    assert isinstance(refused.exception, ValueError)
+
+
+def test_what_a_download_into_a_folder_has_noted(tmp_path):
+    folder = Path(shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path / "model"))
+    note = folder / ".cache/huggingface/download" / f"{UNET}.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text(f"{'0' * 40}\n{hashlib.sha256((folder / UNET).read_bytes()).hexdigest()}\n1700000000.0\n")
+    assert statuses(folder)[UNET] == "ok"
+    flip(folder / UNET)
+    assert statuses(folder)[UNET] == "damaged"
+
+
+def test_a_converted_model_has_a_manifest_of_its_own(folder, tmp_path):
+    flip(folder / "model_index.json", 0)  # no matter: what was written is listed
+    shutil.copy(SHAPES_MODEL / hub.DECODER / "model_index.json", folder / "model_index.json")
+    target = convert(folder, tmp_path / "orbax", progress=False)
+    assert set(statuses(target).values()) == {"ok"}
+    [data] = sorted((target / "unet/params").rglob("d/*"), key=lambda path: path.stat().st_size)[-1:]
+    flip(data)
+    assert statuses(target)[data.relative_to(target).as_posix()] == "damaged"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not JSON"),
+        ('{"format_version": 2}', "has the format version 2"),
+        ('{"format_version": 1}', "no manifest"),
+    ],
+    ids=["cut", "newer", "empty"],
+)
+def test_a_manifest_that_cannot_be_read(content, says, folder):
+    (folder / MANIFEST).write_text(content)
+    done = run(folder)
+    assert says in str(done.exception)
+    assert str(folder / MANIFEST) in str(done.exception)
+
+
+def test_names_of_nothing_and_help():
+    assert "no Hub repository" in str(run("no-owner/no-model").exception)
+    done = run("--help")
+    assert done.exit_code == 0
+    assert "kandinsky-jax verify kandinsky-community/kandinsky-2-2-decoder" in done.output
