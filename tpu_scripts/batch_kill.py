@@ -3,7 +3,9 @@
 Real processes on this machine, as many as asked for; each kill is SIGKILL at a random moment, of one process or of
 all, and what was killed is started again. In the end every id is there once, with the same bytes, and no temporary
 file. With --distributed the processes join by jax.distributed over loopback: as on a TPU slice, all of them start
-together, so after a kill the others are told to end (SIGTERM) before all are started again.
+together, so after a kill the others are told to end (SIGTERM) before all are started again. With --twins all of them
+have the same index, as a pod that is started again while its twin still runs, and some are stopped (SIGSTOP) for a
+while instead of killed.
 
 Writes tpu_scripts/results/batch-kill-DATE.json.
 """
@@ -43,11 +45,20 @@ class Cluster:
         processes: how many.
         options: of `kandinsky-jax batch`.
         distributed: whether they join by jax.distributed.
+        twins: whether all of them are process 0 of 1.
     """
 
-    def __init__(self, folder: Path, output: Path, processes: int, options: list[str], distributed: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        output: Path,
+        processes: int,
+        options: list[str],
+        distributed: bool = False,
+        twins: bool = False,
+    ):
         self.folder, self.output, self.count = folder, output, processes
-        self.options, self.distributed = options, distributed
+        self.options, self.distributed, self.twins = options, distributed, twins
         self.running: dict[int, subprocess.Popen[str]] = {}
         self.address = ""
 
@@ -68,7 +79,8 @@ class Cluster:
                 str(self.output),
                 "--quiet",
             ]
-            command += [*self.options, "--process", str(i), "--processes", str(self.count)]
+            index, count = (0, 1) if self.twins else (i, self.count)
+            command += [*self.options, "--process", str(index), "--processes", str(count)]
             command += ["--coordinator", self.address] if self.distributed else []
             with (self.folder / f"log-{i}.txt").open("a") as log:
                 self.running[i] = subprocess.Popen(
@@ -139,15 +151,22 @@ def undisturbed(folder: Path, options: list[str]) -> float:
 
 
 def disturbed(
-    folder: Path, rows: int, processes: int, kills: int, options: list[str], distributed: bool, rng: random.Random
+    folder: Path,
+    rows: int,
+    processes: int,
+    kills: int,
+    options: list[str],
+    distributed: bool,
+    rng: random.Random,
+    twins: bool = False,
 ) -> dict[str, Any]:
     """Kill the job, start it again, and compare; the job begins anew where it is complete before the last kill."""
     whole, wanted = contents(folder / "whole"), [f"picture-{i}" for i in range(rows)]
     found: dict[str, Any] = {"processes": processes, "distributed": distributed, "kills": 0, "of_all": 0, "jobs": 0}
-    found |= {"while_writing": 0, "shards_when_killed": []}
+    found |= {"while_writing": 0, "shards_when_killed": []} | ({"twins": True, "stopped": 0} if twins else {})
     while found["kills"] < kills or not found["jobs"]:
-        output = folder / f"out-{processes}-{distributed}-{found['jobs']}"
-        cluster = Cluster(folder, output, processes, options, distributed)
+        output = folder / f"out-{processes}-{distributed}-{twins}-{found['jobs']}"
+        cluster = Cluster(folder, output, processes, options, distributed, twins)
         cluster.start()
         while found["kills"] < kills:
             _pause(cluster, output, rng)
@@ -156,6 +175,13 @@ def disturbed(
             assert not failed, [(folder / f"log-{i}.txt").read_text()[-2000:] for i in failed]
             if not busy:
                 break
+            if twins and rng.random() < 0.4:
+                stopped = cluster.running[rng.choice(busy)]
+                stopped.send_signal(signal.SIGSTOP)
+                found["stopped"] += 1
+                _pause(cluster, output, rng)
+                stopped.send_signal(signal.SIGCONT)
+                continue
             killed = busy if rng.random() < 0.3 else [rng.choice(busy)]
             cluster.kill(killed)
             found["kills"] += 1
@@ -196,6 +222,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rows-per-shard", type=int, default=40)
     parser.add_argument("--distributed", choices=("yes", "no", "both"), default="both", help="join by jax.distributed")
+    parser.add_argument("--twins", action="store_true", help="all have the same index; without jax.distributed")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -220,13 +247,15 @@ def main() -> None:
         found["seconds_undisturbed"] = round(undisturbed(folder, options), 1)
         print(f"undisturbed: {found['seconds_undisturbed']} s", flush=True)
         for processes in arguments.processes:
-            for distributed in {"yes": [True], "no": [False], "both": [False, True]}[arguments.distributed]:
+            joined = "no" if arguments.twins else arguments.distributed
+            for distributed in {"yes": [True], "no": [False], "both": [False, True]}[joined]:
                 rng = random.Random(arguments.seed + processes + 100 * distributed)
                 kills = arguments.kills
-                result = disturbed(folder, arguments.rows, processes, kills, options, distributed, rng)
+                result = disturbed(folder, arguments.rows, processes, kills, options, distributed, rng, arguments.twins)
                 print(json.dumps(result), flush=True)
                 found["runs"].append(result)
-    path = ROOT / "tpu_scripts" / "results" / f"batch-kill-{datetime.date.today().isoformat()}.json"
+    kind = "batch-kill-twins" if arguments.twins else "batch-kill"
+    path = ROOT / "tpu_scripts" / "results" / f"{kind}-{datetime.date.today().isoformat()}.json"
     path.write_text(json.dumps(found, indent=2) + "\n")
 
 
