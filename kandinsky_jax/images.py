@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from kandinsky_jax import atomic
 from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.fields import Bounds, field_faults
@@ -351,13 +352,10 @@ def write(path: Path, picture: Image.Image, about: dict[str, Any] | None = None)
     info = PngInfo()
     if about is not None:
         info.add_itxt("kandinsky_jax", json.dumps(about, ensure_ascii=False))
-    scratch = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
-        kind, options = ENCODINGS[path.suffix.lower().removeprefix(".")]
-        picture.save(scratch, kind, **options, **({"pnginfo": info} if kind == "PNG" else {}))
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    kind, options = ENCODINGS[path.suffix.lower().removeprefix(".")]
+    given = options | ({"pnginfo": info} if kind == "PNG" else {})
+    atomic.sweep(path.parent, path.name)
+    atomic.fill_file(path, lambda file: picture.save(file, kind, **given))
 
 
 def encode(picture: Image.Image, ending: str) -> bytes:
@@ -451,7 +449,7 @@ class CLIPImageProcessor:
             "do_normalize": True,
             **{name: list(value) for name, value in fields.items()},
         }
-        (Path(folder) / self.FILE).write_text(json.dumps(config, indent=2) + "\n")
+        atomic.replace_file(Path(folder) / self.FILE, (json.dumps(config, indent=2) + "\n").encode())
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """A picture of any size and mode -> float32 `[1, crop, crop, 3]`."""

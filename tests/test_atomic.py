@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from kandinsky_jax import atomic
+from kandinsky_jax import atomic, images
 from kandinsky_jax.storage import complete_or_absent
 
 # Writes half a file, says so, and waits: for SIGKILL, or for a line on its standard input to finish. The module is
@@ -146,3 +147,20 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_two_processes_may_write_one_picture(tmp_path, ending):
+    """What another process is writing is neither taken nor removed; what a killed one left is."""
+    path = tmp_path / f"picture.{ending}"
+    abandoned = tmp_path / f".picture.{ending}.{'0' * 16}.partial"
+    abandoned.touch()
+    with writer(path) as twin:
+        images.write(path, Image.new("RGB", (8, 8), "red"), {"prompt": "red"})
+        with Image.open(path) as written:
+            assert written.size == (8, 8)
+        assert not abandoned.exists()
+        assert len(os.listdir(tmp_path)) == 2
+        out, _ = twin.communicate("\n")
+    assert out == "False\n"
+    assert os.listdir(tmp_path) == [path.name]

@@ -63,7 +63,7 @@ def job(folder: Path, form: str, seed: int) -> None:
     output.begin({"seed": 0})
     done = output.complete(SHARDS)
     left = [shard for shard in range(SHARDS) if shard not in done]
-    output.sweep(left)
+    output.sweep()
     for shard in left:
         if not output.is_complete(shard):
             time.sleep(rng.uniform(0, 0.004))

@@ -20,7 +20,7 @@ import math
 import re
 import tarfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from kandinsky_jax import reading
@@ -148,9 +148,10 @@ class Output:
             return False
         return head[257:262] == b"ustar" or (errors and size == tarfile.RECORDSIZE and not any(head))
 
-    def sweep(self, shards: Iterable[int]) -> None:
-        """Remove what killed runs have left; `shards` are those that this process will make."""
-        self._files.sweep(("", "errors", "images", "manifest", *(f"images/{shard:06d}" for shard in shards)))
+    def sweep(self) -> None:
+        """Remove what killed runs have left, of whatever shard; what others write now stays."""
+        pictures = [f"images/{name}" for name, size in self._files.sizes("images").items() if size is None]
+        self._files.sweep(("", "errors", "manifest", "images", *pictures))
         self._stale = {name for name in self._files.sizes("errors") if not name.startswith(".")}
 
     def write(self, shard: int, pictures: Sequence[Drawn], errors: Sequence[dict[str, Any]]) -> bool:

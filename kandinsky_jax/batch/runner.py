@@ -100,7 +100,7 @@ def run(
     job.output.begin(job.identity)
     done, mine = job.output.complete(job.shards), range(process.index, job.shards, process.count)
     left = [number for number in mine if number not in done]
-    job.output.sweep(left)
+    job.output.sweep()
     report = Report(skipped=len(mine) - len(left))
     began = time.perf_counter()
     with _Stages(job, pipe, report, overlap) as stages, _bar(job, process, left, quiet) as bar:

@@ -16,13 +16,13 @@ import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from kandinsky_jax import reading
-from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.atomic import fill_file, replace_file
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.errors import TrainingError
 
@@ -51,12 +51,14 @@ class Metrics:
         except (OSError, reading.ReadError) as error:
             reason = getattr(error, "strerror", None) or error
             raise TrainingError(f"{reading.of_file(self._path, reason)}: move it away to go on") from None
-        scratch = self._path.with_name(f".{self._path.name}.partial")
-        with self._path.open("rb") as file, scratch.open("wb") as kept:
-            for line in file:
-                if _step_of(line) <= step:
-                    kept.write(line if line.endswith(b"\n") else line + b"\n")
-        scratch.replace(self._path)
+
+        def keep(kept: BinaryIO) -> None:
+            with self._path.open("rb") as file:
+                for line in file:
+                    if _step_of(line) <= step:
+                        kept.write(line if line.endswith(b"\n") else line + b"\n")
+
+        fill_file(self._path, keep)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One step's numbers."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import random
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 
 from kandinsky_jax.batch.output import Drawn, Output
@@ -50,8 +51,8 @@ def make(url: str, count: int, form: str = "webdataset", until: int | None = Non
     """What a run does, eight shards at a time; a run that is killed stops at a shard."""
     output = Output(url, form, "png")
     output.begin({"seed": 0})
-    left = [shard for shard in range(count) if shard not in output.complete(count)]
-    output.sweep(left)
+    left = sorted(set(range(count)) - output.complete(count))
+    output.sweep()
     with ThreadPoolExecutor(8) as threads:
         written = list(threads.map(lambda shard: output.write(shard, pictures(shard), errors(shard)), left[:until]))
     if until is None:
@@ -154,10 +155,15 @@ def test_a_shard_that_an_older_release_left_truncated_is_made_again(healthy):
 @pytest.mark.slow
 def test_a_job_of_a_model_in_a_faulty_store(healthy, tiny_pipe, tmp_path):
     """Its shards are those of the same job on a disk."""
-    rows = [{"prompt": PROMPTS[i % 5], "seed": int(np.uint32(i))} for i in range(7)] + [{"prompt": ""}]
+    rows = [{"prompt": PROMPTS[i % 5], "seed": i} for i in range(7)] + [{"prompt": ""}]
+    rows[0] |= {"id": "i" * 200, "metadata": {"a": float("inf")}}
     assert draw(job_of(tmp_path, rows), tiny_pipe).complete
     healthy.random_faults(1, 0.2)
     assert draw(job_of(tmp_path, rows, "gs://bucket/model"), tiny_pipe).complete
     assert draw(job_of(tmp_path, rows, "gs://bucket/model"), tiny_pipe).skipped == 3
     healthy.fault = lambda method, path: None
-    assert objects("gs://bucket/model") == contents(tmp_path / "out")
+    found = objects("gs://bucket/model")
+    assert found == contents(tmp_path / "out")
+    assert json.loads(found["errors.jsonl"])["row"] == 7
+    with tarfile.open(fileobj=io.BytesIO(found["000000.tar"])) as tar:
+        assert json.loads(tar.extractfile("i" * 200 + ".json").read())["metadata"] == {"a": "Infinity"}

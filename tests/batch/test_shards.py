@@ -103,13 +103,25 @@ def test_errors_are_those_of_the_jobs_shards_in_their_order(place):
         put(f"errors/{name}", b"{")
     put("errors.jsonl", b"of an earlier run\n")
     output = Output(url, "webdataset", "png")
-    output.sweep([0, 1])
+    output.sweep()
     output.write(1, pictures(1), [])
     output.write(0, pictures(0), [{"row": 0, "id": "a", "error": "x"}])
     output.finish(2)
     assert content(url, "errors.jsonl") == b'{"row": 0, "id": "a", "error": "x"}\n'
     with pytest.raises(FileNotFoundError):
         content(url, "errors/000001.jsonl")
+
+
+def test_what_killed_runs_left_of_a_shard_that_is_complete_is_swept(tmp_path):
+    """The twin of a killed process has made the shard, so none of its parts is written again."""
+    output = Output(str(tmp_path), "folder", "png")
+    output.write(0, pictures(0), errors=[{"row": 0, "id": None, "error": "x"}])
+    before = sorted(tmp_path.rglob("*"))
+    for folder in ("", "errors", "images", "images/000000", "manifest"):
+        (tmp_path / folder / ".name.0123456789abcdef.partial").touch()
+    (tmp_path / "images" / ".000001.partial").mkdir()  # as an older release named it
+    output.sweep()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_two_processes_may_begin_at_once(place, monkeypatch):
