@@ -174,6 +174,17 @@ def test_mask_that_repaints_everything_is_worth_a_warning(mask):
         assert images.masks(mask, "mask_image", H, W).all()
 
 
+@pytest.mark.slow
+def test_mask_between_the_latents_is_worth_a_warning(ours):
+    """The reference looks at one pixel of each latent's 64."""
+    mask = np.zeros((H, H), bool)
+    mask[9:12, 9:12] = True
+    embeds = np.zeros((1, 64), np.float32)
+    size = {"height": H, "width": H, "num_inference_steps": 1, "output_type": "latent", "generator": 0}
+    with pytest.warns(UserWarning, match="mask_image of image 0 repaints nothing: its white parts are smaller than"):
+        ours["KandinskyV22InpaintPipeline"](embeds, RGB[:, :H], mask, embeds, **size)
+
+
 def test_one_mask_of_several_is_named():
     with pytest.warns(UserWarning, match=r"mask_image\[1\] repaints nothing"):
         images.masks(np.stack([BINARY, BINARY & False]), "mask_image", H, W)

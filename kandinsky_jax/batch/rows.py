@@ -90,27 +90,27 @@ class RowFile:
             JobError: where the file is no longer what was scanned.
         """
         number, end = first, min(first + count, self.count)
-        rows = self._parquet(first, end - first) if self.kind == "parquet" else self._text(first)
-        for raw in itertools.islice(rows, max(0, end - first)):
+        for raw in self._parquet(first, end) if self.kind == "parquet" else self._text(first, end):
             yield raw
             number += 1
         if number < end:
             raise JobError([f"{self.path} ends before its row {number}; it has changed since this job began"])
 
-    def _text(self, first: int) -> Iterator[Raw]:
+    def _text(self, first: int, end: int) -> Iterator[Raw]:
+        if first >= end:
+            return
         known = first // STRIDE
         with fsspec.open(self.path, "rb") as file:
             file.seek(self.starts[known])
-            for raw in text_rows.read(self.kind, file, self.newline, self.columns, known * STRIDE):
-                if raw.number >= first:
-                    yield raw
+            rows = text_rows.read(self.kind, file, self.newline, self.columns, known * STRIDE)
+            yield from itertools.islice(rows, first - known * STRIDE, end - known * STRIDE)
 
-    def _parquet(self, first: int, count: int) -> Iterator[Raw]:
+    def _parquet(self, first: int, end: int) -> Iterator[Raw]:
         with self._lock:
             reader, self._reader = self._reader, None
         reader = reader or parquet_rows.ParquetReader(fsspec.open(self.path, "rb").open())
-        yield from reader.rows(first, count)
-        self._reader = reader
+        yield from reader.rows(first, max(0, end - first))
+        self._reader = reader  # not where the rows were not all asked for: the next ones open the file again
 
 
 def parquet() -> Any:

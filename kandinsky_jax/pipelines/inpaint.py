@@ -5,6 +5,7 @@ Reference: diffusers' KandinskyV22InpaintPipeline.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -124,10 +125,17 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
     def _scene(self, order: Order, noise: jax.Array) -> Hole:
         assert order.image is not None
         assert order.mask is not None
+        keep = kept_latents(order.mask, order.h, order.w)
+        for i in np.flatnonzero(keep.all(axis=(1, 2)) & order.mask.any(axis=(1, 2))):
+            warnings.warn(
+                f"mask_image of image {i} repaints nothing: its white parts are smaller than a latent, which has "
+                f"{self.movq.config.scale_factor} x {self.movq.config.scale_factor} pixels; widen them",
+                stacklevel=2,
+            )
         blend = Blend(
             picture=self._encode(order.image),
             noise=noise,
-            keep=jnp.asarray(kept_latents(order.mask, order.h, order.w)[..., None]),
+            keep=jnp.asarray(keep[..., None]),
             levels=jnp.asarray(self._levels(order)),
         )
         return Hole(start=noise * order.schedule.init_noise_sigma, blend=blend, doubled=order.scale > 1)

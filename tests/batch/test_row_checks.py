@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
     Image.new("1", (20_000, 20_000)).save(root / "bomb.png")
     Image.new("RGB", (64, 64)).save(root / "good.png")
     Image.new("L", (64, 64)).save(root / "black.png")
+    Image.fromarray(np.pad(np.full((3, 3), 255, np.uint8), ((9, 52), (9, 52)))).save(root / "small.png")
     Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(root / "12-bit.png")
     (root / "cut.png").write_bytes((root / "good.png").read_bytes()[:60])
     (root / "text.png").write_text("no picture")
@@ -124,10 +125,12 @@ def test_long_picture_is_used_where_its_row_says_a_size(ours, folder):
 
 
 def test_mask_that_repaints_nothing_is_an_error_of_its_row(ours, folder):
-    row = {"image": "good.png", "mask": "black.png"}
-    assert error_of(ours["KandinskyV22InpaintCombinedPipeline"], "inpaint", folder, row) == (
-        "mask repaints nothing; white is repainted"
-    )
+    pipe = ours["KandinskyV22InpaintCombinedPipeline"]
+    for name, says in (
+        ("black.png", "mask repaints nothing; white is repainted"),
+        ("small.png", "mask repaints nothing: its white parts are smaller than 8 pixels"),
+    ):
+        assert error_of(pipe, "inpaint", folder, {"image": "good.png", "mask": name}) == says
 
 
 @pytest.mark.parametrize(

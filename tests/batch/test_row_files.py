@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kandinsky_jax.batch import text_rows
+from kandinsky_jax.batch import parquet_rows, text_rows
 from kandinsky_jax.batch.parquet_rows import _hash
 from kandinsky_jax.batch.rows import JobError, RowFile, scan
 from kandinsky_jax.batch.text_rows import STRIDE
@@ -35,6 +35,17 @@ def test_parquet_slices_of_any_row_group_layout(tmp_path, group):
     random.Random(0).shuffle(order)  # rising and falling
     for first, count in order:
         assert prompts(found, first, count) == wanted[first : first + count]
+
+
+def test_parquet_slices_in_rising_order_are_read_once(tmp_path, monkeypatch):
+    """A row group is not begun again for each slice of it."""
+    pq.write_table(pa.table({"prompt": [f"p{i}" for i in range(5000)]}), tmp_path / "a.parquet")
+    found, opened = scan(str(tmp_path / "a.parquet")), []
+    real = parquet_rows.open_parquet
+    monkeypatch.setattr(parquet_rows, "open_parquet", lambda file: opened.append(file) or real(file))
+    for first in range(0, 5000, 300):
+        assert prompts(found, first, 256)[0] == f"p{first}"
+    assert len(opened) == 1
 
 
 def test_parquet_slices_read_at_once(tmp_path):

@@ -1,0 +1,38 @@
+"""Planning a job takes little memory, whatever its rows, and about as long as reading them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tpu_scripts.batch_planning import LAYOUTS, compare, measure, write
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jsonl", "csv with line breaks", "parquet, one group"])
+def test_planning_of_many_rows_is_cheap(name):
+    """Memory of 150,000 rows, and a time that no quadratic step would keep; the machine may be busy."""
+    found = compare(name, 150_000, rounds=2)
+    assert found["plan_memory_mb"] < 120  # most of it pyarrow's, or the blocks' that are being read
+    assert found["slices_memory_mb"] < 150
+    assert found["best_ratio"] < 3
+    assert found["slices_seconds"] < 10 * found["library_seconds"] + 10
+
+
+@pytest.mark.slow
+def test_planning_with_every_id_twice_is_cheap(tmp_path):
+    path = write(tmp_path, "jsonl", 50_000)
+    path.write_bytes(path.read_bytes() * 2)
+    assert measure("plan", path)["memory"] < 120e6
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_planning_of_a_million_rows(name):
+    """As tpu_scripts/batch_planning.py, whose dated result is in tpu_scripts/results."""
+    found = compare(name, 1_000_000, rounds=3)
+    assert found["plan_memory_mb"] <= 200
+    assert found["ratio"] <= 1.5
