@@ -6,6 +6,7 @@ ending and does it in place.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -140,7 +141,8 @@ def _place(data: bytes, rng: random.Random) -> int:
 
 def wild_value(rng: random.Random) -> Any:
     """One of `WILD`, or a number of any size."""
-    return rng.choice((rng.choice(WILD), rng.choice(WILD), rng.randrange(-(10**6), 10**6), rng.uniform(-2, 2)))
+    value = rng.choice((rng.choice(WILD), rng.choice(WILD), rng.randrange(-(10**6), 10**6), rng.uniform(-2, 2)))
+    return copy.deepcopy(value)  # it may be changed in its turn
 
 
 def change_value(value: Any, rng: random.Random) -> Any:
