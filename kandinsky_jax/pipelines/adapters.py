@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,12 @@ from kandinsky_jax.checkpoint.lora_files import Adapter
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.lora import FILE, LayerChange
 from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
+from kandinsky_jax.pipelines import lora_weights
+from kandinsky_jax.pipelines.lora_weights import LayerWeights
 
 _TRAINED = (UNet2DConditionModel, PriorTransformer)
 
-Weight = float | Mapping[str, float]  # of an adapter: one number, or one for each network by the component's name
+Weight = float | Mapping[str, Any]  # of an adapter: one number, or one for each network by the component's name
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Adapters:
 
     Attributes:
         loaded: the adapters by name.
-        weights: of those that are active.
+        weights: of those that are active, by layer.
         fused: the weights of those that are fused into the network's own.
         enabled: whether active ones count.
     """
 
     loaded: Mapping[str, Adapter] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
-    fused: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, LayerWeights] = field(default_factory=dict)
+    fused: Mapping[str, LayerWeights] = field(default_factory=dict)
     enabled: bool = True
 
     def changes(self) -> dict[str, list[tuple[LayerChange, float]]]:
@@ -53,10 +54,11 @@ class Adapters:
         found: dict[str, list[tuple[LayerChange, float]]] = {}
         for weights in (self.fused, self.weights) if self.enabled else ():
             fused = set(found)
-            for name, weight in weights.items():
+            for name, by_layer in weights.items():
                 for layer, change in self.loaded[name].items():
                     parameter = lora_files.parameter_of(layer, change)
                     if weights is self.fused or parameter not in fused:
+                        weight = lora_weights.in_layer(by_layer, layer)
                         found.setdefault(parameter, []).append((change, weight))
         return found
 
@@ -88,7 +90,9 @@ def _apply(updates: Sequence[tuple[nnx.Module, Adapters]]) -> None:
 
 
 def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
-    """An array where another one lies: `shard` may have moved the network since."""
+    """An array where another one lies, and in its dtype: the network may have been moved or cast since."""
+    if array.dtype != like.dtype:
+        array = jax.device_put(np.asarray(array).astype(like.dtype))
     if array.sharding == like.sharding and array.committed == like.committed:
         return array
     return jax.device_put(array, like.sharding)
@@ -159,7 +163,7 @@ class LoraLoader:
         if not networks:
             raise CheckpointError(f"{type(self).__name__} has no network that LoRA is trained for")
         given = pretrained_model_name_or_path_or_dict
-        amount = _number("weight", weight)
+        amount = lora_weights.in_all_layers(lora_weights.number("weight", weight))
         if isinstance(given, Mapping):
             opened = lora_files.from_dict(given, metadata)
         elif metadata is not None:
@@ -175,9 +179,11 @@ class LoraLoader:
                 local_files_only=local_files_only,
                 force_download=force_download,
             )
-            opened = lora_files.open_file(lora_files.find(found_at, weight_name))
+            with hub.hint_for_cached_files():
+                opened = lora_files.open_file(lora_files.find(found_at, weight_name))
         layers = {_bare(name): lora_files.layers_of(flat_params(module)) for name, module in networks.items()}
-        found, left_out = lora_files.read(opened, layers)
+        with hub.hint_for_cached_files():
+            found, left_out = lora_files.read(opened, layers)
         modules = {bare: module for name, module in networks.items() if (bare := _bare(name)) in found}
         name = self._name_of(adapter_name, modules, hotswap)
         updates = []
@@ -237,9 +243,11 @@ class LoraLoader:
         Args:
             adapter_names: of loaded adapters.
             adapter_weights: a number for all, or one for each; None is 1. In place of a number, a dictionary gives one
-                for each network by its name in the pipeline, such as {"unet": 0.5, "prior": 1.0}.
+                for each network by its name in the pipeline, or for parts of it: {"unet": {"down": 0.5, "up":
+                {"block_1": [0.2, 0.3]}}, "prior": 1.0}, see `lora_weights.of_network`.
         Raises:
-            ValueError: for a name that was not loaded, another number of weights, or a weight that is no number.
+            ValueError: for a name that was not loaded, another number of weights, a weight that is no number, or a
+                part that a network has not.
         """
         wanted = self._known(adapter_names)
         if isinstance(adapter_weights, Sequence | np.ndarray) and not isinstance(adapter_weights, str):
@@ -250,12 +258,16 @@ class LoraLoader:
             raise ValueError(
                 f"there are {len(each)} weights for {len(wanted)} adapters; give one for each, or one number"
             )
-        for given in each:
-            self._check_weight(given)
+        own = [name for component in self._networks() for name in (component, _bare(component))]
+        if unknown := [name for given in each if isinstance(given, Mapping) for name in given if name not in own]:
+            raise ValueError(
+                f"weights for {shorten(unknown)}; {type(self).__name__} has LoRA in {list(self._networks())}"
+            )
         updates = []
         for component, module, now in self._adapters():
+            layers = lora_files.layers_of(flat_params(module))
             weights = {
-                name: _weight_in(component, given)
+                name: lora_weights.of_network(_bare(component), _of_component(component, given), layers)
                 for name, given in zip(wanted, each, strict=True)
                 if name in now.loaded
             }
@@ -312,11 +324,12 @@ class LoraLoader:
             ValueError: for a name that was not loaded, or a component without LoRA.
         """
         names = None if adapter_names is None else self._known(adapter_names)
-        scale = _number("lora_scale", lora_scale)
+        scale = lora_weights.number("lora_scale", lora_scale)
         updates = []
         for _, module, now in self._chosen(components):
-            chosen = {name: now.weights.get(name, 1.0) for name in (now.weights if names is None else names)}
-            new = {name: weight * scale for name, weight in chosen.items() if name in now.loaded}
+            chosen = [name for name in (now.weights if names is None else names) if name in now.loaded]
+            weights = {name: now.weights.get(name, lora_weights.in_all_layers(1.0)) for name in chosen}
+            new = {name: lora_weights.scaled(weight, scale) for name, weight in weights.items()}
             updates.append((module, replace(now, fused={**new, **now.fused})))
         _apply(updates)
 
@@ -392,19 +405,6 @@ class LoraLoader:
             raise ValueError(f"there is {what} {shorten(name, 60)!r} already; {advice}")
         return name
 
-    def _check_weight(self, given: Any) -> None:
-        """Raise where a weight is no number, and no dictionary of numbers by components."""
-        if not isinstance(given, Mapping):
-            _number("an adapter's weight", 1.0 if given is None else given)
-            return
-        own = list(self._networks())
-        if unknown := [name for name in given if name not in own and name not in map(_bare, own)]:
-            raise ValueError(f"weights for {shorten(unknown)}, {type(self).__name__} has LoRA in {own}")
-        for name, value in given.items():
-            if isinstance(value, Mapping):
-                raise ValueError(f"weights for blocks of the {name} are not supported; give one number for all of it")
-            _number(f"an adapter's weight in the {name}", value)
-
 
 def _adapters_of(module: nnx.Module) -> Adapters:
     return _STATES[module].adapters if module in _STATES else Adapters()
@@ -415,14 +415,6 @@ def _bare(component: str) -> str:
     return component.removeprefix("prior_")
 
 
-def _weight_in(component: str, given: Any) -> float:
-    """An adapter's weight in a network."""
-    if isinstance(given, Mapping):
-        given = given.get(component, given.get(_bare(component)))
-    return 1.0 if given is None else float(given)
-
-
-def _number(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(float(value)):
-        raise ValueError(f"{what} is {shorten(value, 60)}, needed is a finite number")
-    return float(value)
+def _of_component(component: str, given: Any) -> Any:
+    """What is said of one network in an adapter's weight."""
+    return given.get(component, given.get(_bare(component))) if isinstance(given, Mapping) else given

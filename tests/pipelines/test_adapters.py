@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -30,6 +33,7 @@ from kandinsky_jax.sampling import Network
 from kandinsky_jax.tensors import names
 from tests.conftest import SHAPES_MODEL, note
 from tests.test_compile import compilations
+from tests.test_hub import cached
 
 PROMPT = "a red circle on a blue background"
 SIZE = {"height": 64, "width": 64, "output_type": "np"}
@@ -169,6 +173,62 @@ def test_the_same_calls_as_diffusers_networks(pipe, unet, folders):
             assert pipe.get_list_adapters() == {"unet": list(twin.peft_config)}
     assert pipe.get_list_adapters() == {}
     assert all(np.array_equal(array, before[name]) for name, array in weights_of(pipe.unet).items())
+
+
+BLOCKS = [
+    {"down": 0.5, "mid": 0.25, "up": {"block_0": 0.1, "block_1": [0.2, 0.3]}},
+    {"up": {"block_1": 2}},
+    {"mid": [3.0], "up": 0.0},
+    {"down": {"block_1": [0.5]}},
+]
+
+
+def test_weights_of_blocks_are_diffusers(pipe, unet, folders):
+    """Of attention layers, and of what stands beside it; fused they are the same."""
+    before, twin = weights_of(pipe.unet), copy.deepcopy(unet)
+    for name in "bc":
+        twin.load_lora_adapter(folders[name], prefix=None, weight_name=FILE, adapter_name=name)
+        pipe.load_lora_weights(folders[name], name)
+    for blocks in BLOCKS:
+        twin.set_adapters(["b", "c"], [copy.deepcopy(blocks), 0.5])
+        pipe.set_adapters(["b", "c"], [{"unet": blocks}, 0.5])
+        same_weights(pipe.unet, before, twin)
+    twin.fuse_lora(lora_scale=0.5)
+    pipe.fuse_lora(lora_scale=0.5)
+    same_weights(pipe.unet, before, twin)
+
+
+def test_weights_of_the_priors_layers(pipe, tmp_path):
+    changes = random_changes(pipe.prior_prior, 2)
+    before = weights_of(pipe.prior_prior)
+    lora_files.write(tmp_path, {"prior": changes})
+    pipe.load_lora_weights(tmp_path, "one")
+    pipe.set_adapters("one", {"prior": {"transformer_blocks.0.": 0.5, "to_q": 0.0}})
+    now = weights_of(pipe.prior_prior)
+    for layer, change in changes.items():
+        weight = 0.5 if "blocks.0." in layer else 0.0 if "to_q" in layer else 1.0
+        np.testing.assert_allclose(now[f"{layer}.weight"], before[f"{layer}.weight"] + change.delta(weight), atol=1e-6)
+    with pytest.raises(ValueError, match="the prior has no layer with nowhere in its name"):
+        pipe.set_adapters("one", {"prior": {"nowhere": 0.5}})
+
+
+def test_a_hub_repository_in_the_cache(pipe, folders, tmp_path):
+    """Its usual file, one by name, and peft's with its configuration."""
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "style.safetensors").write_bytes((folders["a"] / FILE).read_bytes())
+    (source / "sub" / FILE).write_bytes((folders["b"] / FILE).read_bytes())
+    cached(tmp_path / "cache", "owner/lora", source)
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    pipe.load_lora_weights("owner/lora", "a", **options)
+    first = weights_of(pipe.unet)
+    pipe.load_lora_weights(folders["a"], "local")
+    assert all(np.array_equal(array, first[name]) for name, array in weights_of(pipe.unet).items())
+    pipe.load_lora_weights("owner/lora", "b", subfolder="sub", **options)
+    pipe.load_lora_weights("owner/lora", "c", weight_name="style.safetensors", **options)
+    assert all(np.array_equal(array, first[name]) for name, array in weights_of(pipe.unet).items())
+    with pytest.raises(CheckpointError, match="owner/absent could not be fetched from the Hub"):
+        pipe.load_lora_weights("owner/absent", **options)
 
 
 def test_fused_weights_stay_when_adapters_are_unloaded(folders, unet):
@@ -315,10 +375,13 @@ def test_wrong_arguments(pipe, folders, tmp_path):
         (lambda: pipe.load_lora_weights(folders["a"], subfolder="x"), "x is not there"),
         (lambda: pipe.set_adapters("yours"), r"no adapter \['yours'\] is loaded; there are \['mine'\]"),
         (lambda: pipe.set_adapters("mine", [1.0, 2.0]), "2 weights for 1 adapters"),
-        (lambda: pipe.set_adapters("mine", "much"), "weight is much"),
-        (lambda: pipe.set_adapters("mine", True), "weight is True"),
+        (lambda: pipe.set_adapters("mine", "much"), "weight in the unet is much"),
+        (lambda: pipe.set_adapters("mine", True), "weight in the unet is True"),
         (lambda: pipe.set_adapters("mine", {"text_encoder": 1.0}), "weights for .'text_encoder'.*has LoRA in"),
-        (lambda: pipe.set_adapters("mine", {"unet": {"mid": 1.0}}), "weights for blocks of the unet are not supported"),
+        (lambda: pipe.set_adapters("mine", {"unet": {"side": 1.0}}), r"the unet has no blocks \['side'\]"),
+        (lambda: pipe.set_adapters("mine", {"unet": {"up": {"block_9": 1.0}}}), "no attention in up.*block_9"),
+        (lambda: pipe.set_adapters("mine", {"unet": {"down": [1.0, 2.0, 3.0]}}), "3 weights for 1 attentions in down"),
+        (lambda: pipe.set_adapters("mine", {"unet": {"mid": None}}), "mid of the unet is None, needed is a finite"),
         (lambda: pipe.set_adapters("mine", 1e39), "makes .* too large for float32, or not finite"),
         (lambda: pipe.delete_adapters("yours"), "no adapter"),
         (lambda: pipe.fuse_lora(components=["movq"]), "has no LoRA in"),
@@ -349,6 +412,39 @@ def test_the_names_of_arguments_are_diffusers():
         ours = inspect.signature(getattr(KandinskyV22Pipeline, method)).parameters
         wanted = [n for n, p in theirs.parameters.items() if p.kind is not p.VAR_KEYWORD]
         assert [n for n in wanted if n not in ours and "text_encoder" not in n and "fuse_" not in n] == []
+
+
+ON_A_MESH = """
+import sys
+import numpy as np, jax
+from kandinsky_jax import KandinskyV22Pipeline
+from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax.sharding import largest_axis, make_mesh
+model, folder = sys.argv[1:]
+mesh = make_mesh(1, 1, 4)
+plain = KandinskyV22Pipeline.from_pretrained(model, dtype="bfloat16")
+plain.load_lora_weights(folder)
+rules = largest_axis(mesh, {n: x.shape for n, x in flat_params(plain.unet).items()}, least=1 << 10)
+pipe = KandinskyV22Pipeline.from_pretrained(model, dtype="bfloat16", mesh=mesh, shard_rules=rules)
+before = flat_params(pipe.unet)
+pipe.load_lora_weights(folder)
+after = flat_params(pipe.unet)
+assert all(after[n].sharding == before[n].sharding and after[n].dtype == before[n].dtype for n in before)
+assert any(len(x.sharding.device_set) > 1 and not x.is_fully_replicated for x in after.values())
+assert all(np.array_equal(after[n], x) for n, x in flat_params(plain.unet).items())
+pipe.shard(None)
+pipe.unload_lora_weights()
+assert all(np.array_equal(x, before[n]) for n, x in flat_params(pipe.unet).items())
+assert all(len(x.sharding.device_set) == 1 for x in flat_params(pipe.unet).values())
+"""
+
+
+@pytest.mark.slow
+def test_weights_on_a_mesh_stay_where_they_are(folders):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", ON_A_MESH, str(SHAPES_MODEL), str(folders["a"])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------
