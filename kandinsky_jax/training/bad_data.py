@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from kandinsky_jax.errors import shorten
@@ -46,6 +47,8 @@ class BadData:
 
     def _read(self) -> list[str]:
         found: list[str] = []
+        if self._path.exists() and not self._path.is_file():
+            raise FileExistsError(errno.EEXIST, "it is no file", str(self._path))
         try:
             with self._path.open("rb") as file:
                 for raw in file:

@@ -1,8 +1,10 @@
-"""A training run's configuration: a TOML file with the names of these fields, whose faults are told all at once."""
+"""A training run's configuration: a TOML file with the names of these fields, whose faults are reported all at once."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import tomllib
 import types
 import typing
@@ -16,14 +18,20 @@ from kandinsky_jax.schedulers.base import near
 from kandinsky_jax.training.mesh import MeshConfig
 from kandinsky_jax.training.step import Settings
 
+MAX_BYTES = 2**18  # of a configuration
+MAX_STEPS = 2**31 - 1  # of an int32
+MAX_BATCH = 2**20
+MAX_RESOLUTION = 16384
+MAX_SEED = 2**63 - 1
+
 
 class ConfigError(ValueError):
-    """What is wrong with a configuration, one fault a line."""
+    """What is wrong with a configuration, one fault a line; `faults` has all of them."""
 
     def __init__(self, path: str, faults: list[str]):
-        self.faults = faults
-        listed = summarize(faults, 250, "\n  ")
-        super().__init__(f"{shorten(path, 240)} is no configuration to train with:\n  {listed}")
+        self.faults = [shorten(fault, 200) for fault in faults]
+        found = summarize(self.faults, 250, "\n  ")
+        super().__init__(f"{shorten(path, 240)} is no configuration to train with:\n  {found}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,28 +87,53 @@ class Config:
 
     def __post_init__(self) -> None:
         faults = []
-        for name in ("resolution", "train_batch_size", "checkpointing_steps", "checkpoints_total_limit"):
+        for name, most in (
+            ("resolution", MAX_RESOLUTION),
+            ("train_batch_size", MAX_BATCH),
+            ("checkpointing_steps", MAX_STEPS),
+            ("checkpoints_total_limit", MAX_STEPS),
+        ):
             if getattr(self, name) < 1:
-                faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
+                faults.append(f"{name} must be at least 1, got {shorten(getattr(self, name))}")
+            elif getattr(self, name) > most:
+                faults.append(f"{name} must be at most {most}, got {shorten(getattr(self, name))}")
         if self.resolution % 64:
             faults.append(f"resolution must be a multiple of 64, got {self.resolution}")
         if self.train_batch_size % self.optimizer.gradient_accumulation_steps:
             faults.append(
-                f"train_batch_size={self.train_batch_size} cannot be divided into "
+                f"train_batch_size={shorten(self.train_batch_size)} cannot be divided into "
                 f"gradient_accumulation_steps={self.optimizer.gradient_accumulation_steps} parts"
             )
+        if not 0 <= self.seed <= MAX_SEED:
+            faults.append(f"seed must be from 0 to {MAX_SEED}, got {shorten(self.seed)}")
+        if self.snr_gamma is not None and not 0 < self.snr_gamma < math.inf:
+            faults.append(f"snr_gamma must be above 0, got {self.snr_gamma}")
         if self.text_length is not None and self.text_length < 3:
-            faults.append(f"text_length must be at least 3, got {self.text_length}")
+            faults.append(f"text_length must be at least 3, got {shorten(self.text_length)}")
         if not 0 <= self.quantized_share <= 1:
             faults.append(f"quantized_share must be from 0 to 1, got {self.quantized_share}")
         if self.precompute and (self.random_flip or self.random_crop):
             faults.append("precompute keeps one form of each picture: turn random_flip and random_crop off")
         if not 0 <= self.condition_dropout < 1:
             faults.append(f"condition_dropout must be from 0 to below 1, got {self.condition_dropout}")
-        if self.validation_steps < 0:
-            faults.append(f"validation_steps must not be negative, got {self.validation_steps}")
+        if not 0 <= self.validation_steps <= MAX_STEPS:
+            faults.append(f"validation_steps must not be negative, got {shorten(self.validation_steps)}")
+        faults += _lora_faults(self.lora)
         if faults:
             raise ValueError("\n  ".join(faults))
+
+
+def _lora_faults(config: LoraConfig) -> list[str]:
+    faults = []
+    if not 1 <= config.rank <= MAX_BATCH:
+        faults.append(f"lora.rank must be from 1 to {MAX_BATCH}, got {shorten(config.rank)}")
+    if config.alpha is not None and not 0 < config.alpha < math.inf:
+        faults.append(f"lora.alpha must be above 0, got {config.alpha}")
+    try:
+        re.compile(config.pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        faults.append(f"lora.pattern is no regular expression: {shorten(error)}")
+    return faults
 
 
 def load(path: str | Path) -> Config:
@@ -109,9 +142,8 @@ def load(path: str | Path) -> Config:
     Raises:
         ConfigError: listing everything that is wrong with it.
     """
-    path = Path(path)
     try:
-        raw = tomllib.loads(reading.read_text(path))
+        raw = tomllib.loads(reading.read_text(path, MAX_BYTES))
     except FileNotFoundError:
         raise ConfigError(str(path), ["there is no such file"]) from None
     except RecursionError:
@@ -130,7 +162,8 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str, faults: list[str]) 
     before = len(faults)
     hints, given = typing.get_type_hints(cls), {}
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    faults += [f"there is no {prefix}{shorten(name, 60)}; {near(name, fields)}" for name in raw if name not in fields]
+    unknown = [name for name in raw if name not in fields]
+    faults += [f"there is no {prefix}{shorten(name, 60)}; {near(name[:60], fields)}" for name in unknown]
     for name, field in fields.items():
         if name in raw:
             given[name] = _value(hints[name], raw[name], f"{prefix}{name}", faults)
@@ -141,7 +174,7 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str, faults: list[str]) 
     try:
         return cls(**given)
     except ValueError as error:
-        faults += [f"{prefix}{line.strip()}" for line in str(error).split("\n")]
+        faults += [f"{prefix}{line.strip().removeprefix(prefix)}" for line in str(error).split("\n")]
         return None
 
 
@@ -158,7 +191,9 @@ def _value(kind: Any, value: Any, name: str, faults: list[str]) -> Any:
             return tuple(value)
         faults.append(f"{name} must be a list of texts, got {quote(value)}")
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        if abs(value) < 2**1000:
+            return float(value)
+        faults.append(f"{name} is too large")
     elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         faults.append(f"{name} must be {kind.__name__}, got {quote(value)}")
     return value

@@ -135,6 +135,8 @@ def _digest(about: Mapping[str, Any]) -> str:
 def _checksum(path: Path) -> list[int]:
     """A file's size and CRC-32."""
     found = 0
+    if not path.is_file():
+        raise StaleCacheError(f"{path.name} is missing")
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
             found = zlib.crc32(block, found)

@@ -97,7 +97,7 @@ class Run:
     def _precomputed(self) -> Encoded:
         """The encoded items, those that could be read."""
         assert isinstance(self.task, DiffusionTask)
-        with _in_folder(self.folder):
+        with in_folder(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             reader, unreadable = encoded(self.folder / "encoded", self.task, self.items, self.quiet)
             for name, fault in unreadable.items():
@@ -113,7 +113,7 @@ class Run:
             TrainingError: where the loss stays not finite, the checkpoints are of another run or cannot be read, or
                 something cannot be written.
         """
-        with _in_folder(self.folder):
+        with in_folder(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._report_skipped()
             state = self._trained(stop or Stop())
@@ -219,7 +219,7 @@ class Run:
 
 
 @contextmanager
-def _in_folder(folder: Path) -> Iterator[None]:
+def in_folder(folder: Path) -> Iterator[None]:
     """Make TrainingErrors of the file system's errors."""
     try:
         yield

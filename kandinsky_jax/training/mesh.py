@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath, tree_flatten_with_path
 
+from kandinsky_jax.errors import shorten
 from kandinsky_jax.sharding import DATA, EVERYWHERE, Rules, largest_axis, parameter_places
 
 FSDP = "fsdp"
@@ -37,9 +38,9 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         if faults := [
-            f"{name} must be at least 1, got {value}"
+            f"{name} must be at least 1, got {shorten(value)}"
             for name, value in (("data", self.data), ("fsdp", self.fsdp))
-            if value is not None and value < 1
+            if value is not None and not 1 <= value <= 2**20
         ]:
             raise ValueError("\n".join(faults))
 

@@ -161,7 +161,7 @@ def _tensorboard(folder: Path) -> Any:
 def _step_of(line: bytes) -> float:
     """The step of a line; infinity where it has none: cut short by a kill, or damaged."""
     try:
-        found = json.loads(line)["step"]
+        found = json.loads(line.decode())["step"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return math.inf
     return found if isinstance(found, int | float) else math.inf

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
+from kandinsky_jax.errors import shorten
 from kandinsky_jax.sharding import Rules
 from kandinsky_jax.training.heap import keep_freed_memory
 from kandinsky_jax.training.mesh import ROW, place_batch, places, whole
@@ -26,6 +28,7 @@ Loss = Callable[..., jax.Array]
 
 # Parameters that are statistics of the data, which no optimizer may touch.
 STATISTICS = ("clip_mean", "clip_std")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +65,24 @@ class Settings:
     def __post_init__(self) -> None:
         faults = []
         if self.lr_scheduler not in SCHEDULES:
-            faults.append(f"lr_scheduler={self.lr_scheduler!r} is not supported, only {', '.join(SCHEDULES)}")
+            faults.append(
+                f"lr_scheduler={shorten(self.lr_scheduler, 40)!r} is not supported, only {', '.join(SCHEDULES)}"
+            )
         for name in ("max_train_steps", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr_warmup_steps < 0:
-            faults.append(f"lr_warmup_steps must not be negative, got {self.lr_warmup_steps}")
+            if not 1 <= getattr(self, name) < 2**31:
+                faults.append(f"{name} must be at least 1 and an int32, got {shorten(getattr(self, name))}")
+        if not 0 <= self.lr_warmup_steps < 2**31:
+            faults.append(f"lr_warmup_steps must not be negative, and an int32, got {shorten(self.lr_warmup_steps)}")
+        for name in ("learning_rate", "adam_weight_decay", "adam_epsilon"):
+            if not 0 <= getattr(self, name) < math.inf:
+                faults.append(f"{name} must be a number from 0 on, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm <= math.inf:
+            faults.append(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.dtype not in DTYPES:
+            faults.append(f"dtype={shorten(self.dtype, 40)!r} is not supported, only {', '.join(DTYPES)}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             faults.append(f"ema_decay must be between 0 and 1, got {self.ema_decay}")
         if faults:

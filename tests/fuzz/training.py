@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow
@@ -19,13 +20,18 @@ import pyarrow.parquet
 from PIL import Image
 
 from kandinsky_jax.images import CLIPImageProcessor
+from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline
 from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.config import Config, ConfigError, load
 from kandinsky_jax.training.data import DataError, listing
 from kandinsky_jax.training.data import Reader as PictureReader
+from kandinsky_jax.training.encoded import encoded
 from kandinsky_jax.training.errors import TrainingError
+from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.step import TrainState
+from kandinsky_jax.training.tasks import DiffusionTask
+from tests.conftest import SHAPES_MODEL
 from tests.fuzz.harness import Reader, check_message
 from tests.fuzz.jobs import PIXELS
 
@@ -96,6 +102,17 @@ def _tar(folder: Path) -> list[Path]:
     return [folder / "data.tar"]
 
 
+def _long_names(format: int, folder: Path) -> list[Path]:
+    """A tar whose members have headers of their own for their names."""
+    with tarfile.open(folder / "data.tar", "w", format=format) as tar:
+        for i in range(3):
+            for ending, data in (("png", _png(i)), ("txt", b"picture"), ("hint.png", _png(i))):
+                member = tarfile.TarInfo(f"{'x' * 120}{i}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return [folder / "data.tar"]
+
+
 def _table(folder: Path) -> list[Path]:
     rows = [{"image": {"bytes": _png(i), "path": None}, "text": f"picture {i}"} for i in range(4)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "data.parquet", row_group_size=2)
@@ -138,7 +155,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _restore(folder: Path) -> None:
     with warnings.catch_warnings(), Checkpoints(folder, RECORD, 3) as checkpoints:
         warnings.filterwarnings("ignore", "damaged|.*(damaged|format version)", UserWarning)
-        checkpoints.restore(_state(0))
+        found = checkpoints.restore(_state(0))
+    assert found is not None, "damaged, and begun anew"
+    wanted = _state(found[1]["next_index"])
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(wanted), strict=True))
 
 
 def _metrics(folder: Path) -> list[Path]:
@@ -153,12 +173,43 @@ def _forget(folder: Path) -> None:
         metrics.write(4, {"loss": 0.25})
 
 
+@functools.cache
+def _task() -> tuple[DiffusionTask, Path]:
+    """A prior's task on a folder of pictures that outlives the trials."""
+    data = Path(tempfile.mkdtemp(prefix="kandinsky-jax-fuzz-"))
+    _pairs(data)
+    pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
+    return DiffusionTask(pipe, Kind.PRIOR, Config(model="tiny", data=str(data), output="o", resolution=64)), data
+
+
+def _encoded(folder: Path) -> list[Path]:
+    task, data = _task()
+    encoded(folder / "encoded", task, listing(data), quiet=True)
+    return list((folder / "encoded").iterdir())
+
+
+def _read_encoded(folder: Path) -> None:
+    """Whatever the damage, what is used are the right arrays."""
+    task, data = _task()
+    items, rng = listing(data), np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*all pictures are encoded again", UserWarning)
+        found, _ = encoded(folder / "encoded", task, items, quiet=True)
+    whole, _ = encoded(data.with_name(f"{data.name}-whole"), task, items, quiet=True)
+    for i in range(len(items)):
+        for name, array in whole(i, rng).items():
+            assert np.array_equal(found(i, rng)[name], array)
+
+
 READERS = (
     Reader("training configuration", _config, lambda folder: load(folder / "train.toml"), (ConfigError,)),
     Reader("training data: pictures and captions", _pairs, _read_data, (DataError,)),
     Reader("training data: metadata.jsonl", _metadata, _read_data, (DataError,)),
     Reader("training data: tar", _tar, _read_data, (DataError,)),
+    Reader("training data: tar (pax)", functools.partial(_long_names, tarfile.PAX_FORMAT), _read_data, (DataError,)),
+    Reader("training data: tar (gnu)", functools.partial(_long_names, tarfile.GNU_FORMAT), _read_data, (DataError,)),
     Reader("training data: Parquet", _table, _read_data, (DataError,)),
     Reader("training checkpoints", _checkpoints, _restore, (TrainingError,)),
+    Reader("training encoded data", _encoded, _read_encoded, (TrainingError,)),
     Reader("metrics.jsonl", _metrics, _forget, (TrainingError,)),
 )

@@ -459,6 +459,7 @@ print(len(items), (listed - before) // 1024, (resource.getrusage(resource.RUSAGE
 """
 
 
+@pytest.mark.slow
 def test_parquet_is_not_read_into_memory(tmp_path):
     """50 MB in one row group: neither when it is listed, nor when its pictures are read."""
     for name, count in (("small", 2), ("large", 500)):
