@@ -210,6 +210,8 @@ READERS = (
     Reader("training data: tar (gnu)", functools.partial(_long_names, tarfile.GNU_FORMAT), _read_data, (DataError,)),
     Reader("training data: Parquet", _table, _read_data, (DataError,)),
     Reader("training checkpoints", _checkpoints, _restore, (TrainingError,)),
-    Reader("training encoded data", _encoded, _read_encoded, (TrainingError,)),
     Reader("metrics.jsonl", _metrics, _forget, (TrainingError,)),
 )
+
+# Not among the readers of the quick suite: most inputs run networks again.
+ENCODED = Reader("training encoded data", _encoded, _read_encoded, (TrainingError,))

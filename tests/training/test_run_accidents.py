@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from kandinsky_jax import KandinskyV22CombinedPipeline, lora
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.training.bad_data import MAX_LINES, BadData
+from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, DataError, fingerprint, listing
 from kandinsky_jax.training.encoded import encoded
@@ -27,9 +28,11 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.run_record import FREE, changes, checksums, describe, run_record
-from kandinsky_jax.training.step import Settings
+from kandinsky_jax.training.step import Settings, Trainer
 from kandinsky_jax.training.tasks import DiffusionTask
 from tests.conftest import SHAPES_MODEL
+from tests.fuzz.harness import trials
+from tests.fuzz.training import ENCODED
 
 ROOT = Path(__file__).parents[2]
 COUNT = 6
@@ -248,6 +251,11 @@ def test_stale_and_damaged_encoded_data_is_made_again(tmp_path, pipe):
         assert not np.array_equal(arrays()["image_embeds"], first["image_embeds"])
 
 
+@pytest.mark.slow
+def test_encoded_data_that_is_damaged_anywhere_is_not_used(tmp_path):
+    assert not [trial for trial in trials(ENCODED, 40, 5, tmp_path) if trial.fault]
+
+
 # Whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -295,33 +303,18 @@ def test_a_run_with_a_batch_of_one_goes_on_past_damage_and_refuses_another_seed(
 
 @pytest.mark.slow
 def test_the_command_says_it_in_one_line(tmp_path):
-    data = fill(tmp_path / "data", 2)
-    text = f'model = "{SHAPES_MODEL}"\ndata = "{data}"\noutput = "{tmp_path / "out"}"\n'
-    text += "resolution = 64\ntrain_batch_size = 1\ntext_length = 16\n[optimizer]\nmax_train_steps = 2\n"
-
-    def train(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            "-W",
-            "error",
-            "-m",
-            "kandinsky_jax.cli",
-            "train",
-            "lora-prior",
-            "c.toml",
-            "-q",
-            *options,
-        ]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-
-    (tmp_path / "c.toml").write_text(text)
-    done = train()
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "c.toml").write_text("seed = 4\n" + text)
-    done = train()
+    data, output = fill(tmp_path / "data", 2), tmp_path / "out"
+    (tmp_path / "c.toml").write_text(
+        f'model = "{SHAPES_MODEL}"\ndata = "{data}"\noutput = "{output}"\nresolution = 64\ntrain_batch_size = 1\n'
+    )
+    state = Trainer(lambda params, batch, key: 0.0, Settings()).init({"a": jax.numpy.zeros(3)})
+    with Checkpoints(output, {"kind": "lora-prior", "seed": 7}, 3) as checkpoints:
+        checkpoints.save(1, state._replace(step=jax.numpy.int32(1)), {"next_index": 1})
+    command = [sys.executable, "-W", "error", "-m", "kandinsky_jax.cli", "train", "lora-prior", "c.toml", "-q"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {tmp_path / 'out'} holds the checkpoints of a run with other settings")
-    assert len(done.stderr.splitlines()) == 1
-    done = train("--accept-changes")
-    assert done.returncode == 0, done.stderr
+    assert done.stderr == (
+        f"error: {output} holds the checkpoints of a run with other settings or data: changed are seed (7, now 0); "
+        "change that back, choose another output folder, or start with --accept-changes to go on with the new ones\n"
+    )
