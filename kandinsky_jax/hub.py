@@ -268,7 +268,7 @@ def _fetch(repository: str, where: HubOptions, patterns: list[str]) -> Path:
             )
         )
     except Exception as error:  # of huggingface_hub, httpx and the disk: they share no base
-        raise CheckpointError(_explain(repository, revision, error)) from None
+        raise CheckpointError(_explain(repository, revision, where.local_files_only, error)) from None
 
 
 def _patiently(action: Callable[[], T]) -> T:
@@ -277,7 +277,7 @@ def _patiently(action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:
-            response = getattr(error, "response", None)
+            response = _response_of(error)
             status = getattr(response, "status_code", None)
             if attempt == MOST_WAITS or not (status == 429 or (isinstance(status, int) and 500 <= status < 600)):
                 raise
@@ -285,6 +285,15 @@ def _patiently(action: Callable[[], T]) -> T:
             logging.getLogger(__name__).warning("the Hub answers %s; asking again in %.0f s", status, wait)
         time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _response_of(error: BaseException | None) -> Any:
+    """The answer of a server that led to an error, which huggingface_hub may have wrapped in others."""
+    for _ in range(10):
+        if error is None or getattr(error, "response", None) is not None:
+            break
+        error = error.__cause__ or error.__context__
+    return getattr(error, "response", None)
 
 
 def _wait(response: Any, attempt: int) -> float:
@@ -296,7 +305,7 @@ def _wait(response: Any, attempt: int) -> float:
     return min(max(asked, 0.0), LONGEST_WAIT)
 
 
-def _explain(repository: str, revision: str | None, error: Exception) -> str:
+def _explain(repository: str, revision: str | None, offline: bool, error: Exception) -> str:
     """What went wrong with a repository, in one sentence with what to do."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -309,10 +318,15 @@ def _explain(repository: str, revision: str | None, error: Exception) -> str:
         return f"{repository} is not on the Hub, or not open to you: `hf auth login`, or give token=..."
     if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no revision {shorten(repr(revision))} (a branch, tag, commit or refs/pr/N) on the Hub"
+    from huggingface_hub import constants
+
     reason = shorten(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 200)
-    return f"{repository} could not be fetched from the Hub: {reason}" + (
-        "" if isinstance(error, ValueError) else ". What has arrived is kept; call it again"
-    )
+    message = f"{repository} could not be fetched from the Hub: {reason.rstrip('. ')}"
+    if isinstance(error, ValueError):
+        return message
+    if offline or constants.HF_HUB_OFFLINE:
+        return message + ". Only the cache was looked at, because of local_files_only or HF_HUB_OFFLINE"
+    return message + ". What has arrived is kept; call it again"
 
 
 _CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+?)[/\\]snapshots")
