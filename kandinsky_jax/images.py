@@ -37,7 +37,10 @@ MAX_EDGE = 4096  # of what a vision tower takes: the official one takes 224 pixe
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 # What is opened: no format whose reader starts another program, as PostScript's does.
-READABLE = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+READABLE = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI"),
+    *("SGI", "TGA", "TIFF", "WEBP"),
+)
 DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes of more than 8 bits
 DARKEST = 31  # floats up to 1 are shares of white, and such with one above this are levels; between, they may be either
 MAX_FITTING = 4096  # pixels along a side
