@@ -71,8 +71,8 @@ class LayerChange:
         Args:
             weight: of the adapter; the change is multiplied by it too.
         """
-        product = np.tensordot(self.up, self.down, axes=1) * np.float32(self.scale * weight)
-        return product if product.ndim == 2 else product.transpose(2, 3, 1, 0)
+        up = self.up * np.float32(self.scale * weight)
+        return up @ self.down if self.down.ndim == 2 else self.down.transpose(2, 3, 1, 0) @ up.T
 
 
 def init(params: Params, config: LoraConfig, key: jax.Array) -> Lora:

@@ -11,6 +11,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def _apply(updates: Sequence[tuple[nnx.Module, Adapters]]) -> None:
         changes = adapters.changes()
         before = state.before | {name: params[name] for name in changes.keys() - state.before.keys()}
         before = {name: _placed(array, params[name]) for name, array in before.items()}
-        changed = {n: _changed(n, array, changes[n]) if n in changes else array for n, array in before.items()}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy's loops run beside each other
+            arrays = pool.map(lambda name: _changed(name, before[name], changes.get(name, [])), before)  # noqa: B023
+            changed = dict(zip(before, arrays, strict=True))
         kept = {name: array for name, array in before.items() if name in changes}
         ready.append((module, params | changed, _State(adapters, kept)))
     for module, params, state in ready:
@@ -100,12 +103,17 @@ def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
 
 def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, float]]) -> jax.Array:
     """A parameter with changes added in float32, in its own dtype, where it lay."""
+    if not changes:
+        return before
+    parts = []
     with np.errstate(over="ignore", invalid="ignore"):
-        total = np.sum([change.delta(weight) for change, weight in changes], axis=0)
-        parts = []
+        (first, amount), *others = changes
+        total = first.delta(amount)
+        for change, weight in others:
+            total += change.delta(weight)
         for shard in before.addressable_shards:
-            array = (np.asarray(shard.data, np.float32) + total[shard.index]).astype(before.dtype)
-            if not np.isfinite(array.astype(np.float32)).all():
+            array = np.add(np.asarray(shard.data, np.float32), total[shard.index]).astype(before.dtype)
+            if not np.isfinite(array).all():
                 raise _NotFiniteError(f"makes {name} too large for {before.dtype}, or not finite")
             # An array that is bound to no device has to stay so: programs are compiled anew for one that is.
             parts.append(jax.device_put(array, shard.device if before.committed else None))
