@@ -48,7 +48,7 @@ def check_twins(runs: int, seed: int) -> None:
 @pytest.mark.slow
 def test_two_processes_with_the_same_index_write_one_job():
     """The twins' shards are whole at every kill, and whoever is not killed ends well."""
-    check_twins(15, 1)
+    check_twins(10, 1)
 
 
 @pytest.mark.campaign

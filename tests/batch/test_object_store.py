@@ -156,7 +156,7 @@ def test_a_shard_that_an_older_release_left_truncated_is_made_again(healthy):
 def test_a_job_of_a_model_in_a_faulty_store(healthy, tiny_pipe, tmp_path):
     """Its shards are those of the same job on a disk."""
     rows = [{"prompt": PROMPTS[i % 5], "seed": i} for i in range(7)] + [{"prompt": ""}]
-    rows[0] |= {"id": "i" * 200, "metadata": {"a": float("inf")}}
+    rows[0] |= {"id": "i" * 95, "metadata": {"a": float("inf")}}
     assert draw(job_of(tmp_path, rows), tiny_pipe).complete
     healthy.random_faults(1, 0.2)
     assert draw(job_of(tmp_path, rows, "gs://bucket/model"), tiny_pipe).complete
@@ -166,4 +166,4 @@ def test_a_job_of_a_model_in_a_faulty_store(healthy, tiny_pipe, tmp_path):
     assert found == contents(tmp_path / "out")
     assert json.loads(found["errors.jsonl"])["row"] == 7
     with tarfile.open(fileobj=io.BytesIO(found["000000.tar"])) as tar:
-        assert json.loads(tar.extractfile("i" * 200 + ".json").read())["metadata"] == {"a": "Infinity"}
+        assert json.loads(tar.extractfile("i" * 95 + ".json").read())["metadata"] == {"a": "Infinity"}
