@@ -55,7 +55,9 @@ def test_a_used_one_is_refused():
         first([ours_and_theirs, ours_and_theirs], 2)
 
 
-@pytest.mark.parametrize("generator", [np.random.default_rng(0), np.random.RandomState(0), random.Random(0)], ids=repr)
+@pytest.mark.parametrize(
+    "generator", [np.random.default_rng(0), np.random.RandomState(0), random.Random(0)], ids=lambda g: type(g).__name__
+)
 def test_generators_of_other_libraries_are_refused(generator):
     with pytest.raises(TypeError, match=r"makes no images here; give a seed, such as int\(rng.integers"):
         noise_source(generator, 1, PRIOR)
