@@ -142,19 +142,21 @@ def test_img2img_callback_counts_the_steps_that_are_done(ours, embeds):
     assert ours["KandinskyV22Img2ImgPipeline"].num_timesteps == 3
 
 
-def test_the_older_callback(ours, theirs, embeds):
-    """`callback(step, timestep, latents)` every so many steps, which the reference's controlnets still take."""
+@pytest.mark.filterwarnings("ignore:.*callback:FutureWarning")
+@pytest.mark.parametrize("mode", ["Controlnet", ""])
+def test_the_older_callback(ours, theirs, embeds, mode):
+    """`callback(step, timestep, latents)` every so many steps, which the reference still takes."""
     seen: dict[str, list] = {"ours": [], "theirs": []}
-    name, hint = "KandinskyV22ControlnetPipeline", given("controlnet", 1, 64, 64)["hint"]
+    name, hints = f"KandinskyV22{mode}Pipeline", [given("controlnet", 1, 64, 64)["hint"]] if mode else []
     rows = [x[:1] for x in embeds]
 
     def watcher(who: str):
         return lambda i, t, latents: seen[who].append((i, int(t), torch.as_tensor(latents).numpy().copy()))
 
-    ours[name](*rows, hint, generator=TorchGenerator(1), callback=watcher("ours"), callback_steps=2, **SHORT)
+    ours[name](*rows, *hints, generator=TorchGenerator(1), callback=watcher("ours"), callback_steps=2, **SHORT)
     theirs[name](
         *(torch.tensor(x) for x in rows),
-        torch.tensor(np.stack(hint)),
+        *(torch.tensor(np.stack(hint)) for hint in hints),
         generator=torch.Generator().manual_seed(1),
         callback=watcher("theirs"),
         callback_steps=2,

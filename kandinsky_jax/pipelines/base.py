@@ -29,6 +29,7 @@ from kandinsky_jax.schedulers import Schedule
 from kandinsky_jax.sharding import Mesh, Rules
 
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
+OldCallback = Callable[[int, int, Any], None]  # (step, timestep, latents)
 LanesOf = Callable[[Network, Any, Mapping[str, Any], bool], Sequence[Lane]]
 
 

@@ -22,8 +22,7 @@ from kandinsky_jax.models import (
 )
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, Pipeline
-from kandinsky_jax.pipelines.controlnet import OldCallback
+from kandinsky_jax.pipelines.base import Callback, OldCallback, Pipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Drawing
 from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
@@ -347,6 +346,8 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         paste_back: bool = False,
         guidance_interval: tuple[float, float] | None = None,
+        callback: OldCallback | None = None,
+        callback_steps: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Repaint a part of pictures.
 
@@ -374,6 +375,8 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
             return_dict=return_dict,
             prior_callback_on_step_end=prior_callback_on_step_end,
             prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
+            callback=callback,
+            callback_steps=callback_steps,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             paste_back=paste_back,

@@ -135,7 +135,7 @@ class DiffusionPipeline:
                 there. Where PyTorch's name stands for no device here, they stay where they are, with a warning.
         """
         target = read_target(self, arguments, named)
-        if target.dtype is not None and self.get_active_adapters():  # type: ignore[attr-defined]
+        if target.dtype is not None and any(self.get_list_adapters().values()):  # type: ignore[attr-defined]
             raise ValueError(
                 "the dtype cannot change while LoRA is loaded: call unload_lora_weights() before, or load the pipeline "
                 f"with dtype={target.dtype.name!r}"

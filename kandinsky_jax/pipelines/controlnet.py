@@ -5,18 +5,16 @@ Reference: diffusers' KandinskyV22ControlnetPipeline and KandinskyV22ControlnetI
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback
+from kandinsky_jax.pipelines.base import Callback, OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline
 from kandinsky_jax.pipelines.img2img import FromPicture
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
-
-OldCallback = Callable[[int, int, Any], None]
 
 
 class KandinskyV22ControlnetPipeline(DecoderPipeline):
@@ -53,7 +51,6 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
         Args:
             hint: `[3, H, W]` in 0..1, or a depth map of any size; see `kandinsky_jax.images.hints`. One for all, one
                 per embedding, or one per picture drawn.
-            callback: `(step, timestep, latents)`, the reference's older kind, every `callback_steps` steps.
             the others: see `KandinskyV22Pipeline`.
         """
         return self._call(

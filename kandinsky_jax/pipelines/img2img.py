@@ -12,7 +12,8 @@ import jax
 
 from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
-from kandinsky_jax.pipelines.base import Callback
+from kandinsky_jax.pipelines import checks
+from kandinsky_jax.pipelines.base import Callback, OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Order, Scene
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.schedulers.base import mix
@@ -53,6 +54,8 @@ class KandinskyV22Img2ImgPipeline(FromPicture):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
+        callback: OldCallback | None = None,
+        callback_steps: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Redraw pictures.
 
@@ -75,6 +78,6 @@ class KandinskyV22Img2ImgPipeline(FromPicture):
             generator=generator,
             output_type=output_type,
             return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )

@@ -17,7 +17,7 @@ import numpy as np
 from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback
+from kandinsky_jax.pipelines.base import Callback, OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, Order, Scene
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.sampling import Blend, Lane, Network
@@ -91,6 +91,8 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         paste_back: bool = False,
         guidance_interval: tuple[float, float] | None = None,
+        callback: OldCallback | None = None,
+        callback_steps: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Repaint a part of pictures.
 
@@ -117,7 +119,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
             latents=latents,
             output_type=output_type,
             return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             paste_back=paste_back,
         )

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
-from kandinsky_jax.pipelines.base import Callback
+from kandinsky_jax.pipelines import checks
+from kandinsky_jax.pipelines.base import Callback, OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 
@@ -37,6 +38,8 @@ class KandinskyV22Pipeline(DecoderPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
+        callback: OldCallback | None = None,
+        callback_steps: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures.
 
@@ -56,6 +59,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
             callback_on_step_end_tensor_inputs: which tensors: latents, image_embeds, negative_image_embeds.
             guidance_interval: guidance only between two shares of the steps that this call does, such as (0.4, 1);
                 outside, a step is half the work. None, as (0, 1), is guidance at every step.
+            callback: `(step, timestep, latents)`, the reference's older kind, every `callback_steps` steps.
         Raises:
             ValueError, TypeError: saying what was given and what is needed, before anything is compiled.
         """
@@ -72,6 +76,6 @@ class KandinskyV22Pipeline(DecoderPipeline):
             latents=latents,
             output_type=output_type,
             return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )

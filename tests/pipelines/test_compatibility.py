@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import diffusers
 import jax
@@ -176,3 +180,14 @@ def test_numpy_to_pil_is_the_references(pipe):
 def test_the_zero_embedding_is_public(ours):
     prior = ours["KandinskyV22PriorPipeline"]
     assert prior.get_zero_embed(2).shape == (2, prior.prior.config.embedding_dim)
+
+
+@pytest.mark.slow
+def test_to_moves_to_one_of_several_devices():
+    worker = Path(__file__).parent / "move_worker.py"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, worker, SHAPES_MODEL], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "moved"
