@@ -17,7 +17,7 @@ import numpy as np
 
 from kandinsky_jax.errors import shorten
 
-BLOCK = 1 << 20  # bytes that are read at once
+BLOCK = 1 << 18  # bytes that are read at once
 MAX_LINE = 1 << 24  # bytes; the rest of a longer line is skipped, so that no line fills the memory
 STRIDE = 256  # rows from one known position of a file to the next
 # What a file in another encoding begins with.
@@ -174,21 +174,24 @@ def _scan_csv(lines: Lines, default_id: Callable[[int], str]) -> Scan:
     column = columns.index("id") if "id" in columns else None
     starts: list[int] = []
     marks = _Marks(default_id)
+    names: list[str | None]
     width, ended = len(columns), False
     while not ended:
         if len(marks) == len(starts) * STRIDE:
             starts.append(lines.start(reader.line_num))
-        names: list[str | None] = []
-        ended = True
+        rows: list[list[str]] = []
+        broken = False
         try:
-            for cells in itertools.islice(reader, STRIDE - len(marks) % STRIDE):
-                ended = False
-                if cells:  # not an empty line
-                    names.append(cells[column] if column is not None and len(cells) == width else None)
-        except csv.Error:
-            ended = False
-            names.append(None)
-        marks.extend(names)
+            rows.extend(itertools.islice(reader, STRIDE - len(marks) % STRIDE))
+        except csv.Error:  # of the row after these
+            broken = True
+        ended = not rows and not broken
+        # An empty line is no row, and one with more or fewer cells has no id.
+        if column is None:
+            names = [None] * sum(map(bool, rows))
+        else:
+            names = [cells[column] if len(cells) == width else None for cells in rows if cells]
+        marks.extend([*names, None] if broken else names)
     return Scan(columns, starts, marks.array())
 
 
