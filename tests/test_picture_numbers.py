@@ -314,3 +314,27 @@ def test_no_array_of_numbers_is_a_short_error(value, says):
 def test_weights_of_a_mix_may_be_an_array():
     for weights in (np.array([0.25, 0.5]), jnp.array([0.25, 0.5]), torch.tensor([0.25, 0.5], dtype=torch.bfloat16)):
         assert checks.mix(["a", "b"], weights)[1] == [0.25, 0.5]
+
+
+@pytest.mark.slow
+def test_call_takes_tensors_of_any_library_and_dtype(ours):
+    """Embeddings, latents, a picture, and what a callback gives back: as the same numbers in NumPy."""
+    rng = np.random.default_rng(0)
+    embeds, negative = (rng.random((1, 64)).astype(ml_dtypes.bfloat16).astype(np.float32) for _ in range(2))
+    latents = rng.standard_normal((1, 4, 8, 8)).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.tensor(array, dtype=torch.bfloat16, requires_grad=True)
+
+    def halved(convert):
+        return lambda pipe, i, t, tensors: {name: convert(np.asarray(value) / 2) for name, value in tensors.items()}
+
+    found = []
+    for convert in (np.asarray, tensor, lambda x: jnp.asarray(x, jnp.bfloat16)):
+        given = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent", "generator": 0}
+        given |= {"callback_on_step_end": halved(convert), "callback_on_step_end_tensor_inputs": ["image_embeds"]}
+        arrays = {"image_embeds": embeds, "negative_image_embeds": negative, "latents": latents}
+        arrays = {name: convert(array) for name, array in arrays.items()}
+        found.append(np.asarray(ours["KandinskyV22Pipeline"](**arrays, **given).images))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])

@@ -25,7 +25,7 @@ from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 # The columns that a job may have, and what they mean.
 COLUMNS = {
-    "id": "letters, digits, - and _; names the picture; default: the row's number",
+    "id": "letters, digits, - and _, at most 95; names the picture; default: the row's number",
     "prompt": "what to draw",
     "negative_prompt": "what to keep away from",
     "seed": "default: the job's seed plus the row's number",
@@ -40,7 +40,7 @@ COLUMNS = {
     "image": "path of a picture to start from",
     "mask": "path of a mask; white is repainted",
     "hint": "path of a depth map",
-    "metadata": "anything; is copied beside the picture",
+    "metadata": "anything; is copied beside the picture, as JSON",
 }
 
 

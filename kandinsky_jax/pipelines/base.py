@@ -13,6 +13,7 @@ from flax import nnx
 from PIL import Image
 from tqdm.auto import tqdm
 
+from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.checkpoint import (
     Deferred,
     move_network,
@@ -231,7 +232,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
             returned = callback(self, done - 1, schedule.timesteps[done - 1].item(), dict(given))
             if not isinstance(returned, dict):
                 raise TypeError(f"callback_on_step_end must return a dict, returned {type(returned).__name__}")
-            changed = {k: v for k, v in returned.items() if k in seen and v is not seen[k]}
+            changed = {k: to_numpy(v, k) for k, v in returned.items() if k in seen and v is not seen[k]}
             new = {k: v for k, v in changed.items() if k != "latents"}
             before, scale = scale, state["guidance_scale"]
             if new or (before > 1) != (scale > 1):
