@@ -1,5 +1,6 @@
 """Kandinsky 2.2 for JAX: diffusers' pipelines in Flax NNX, for TPUs, GPUs and CPUs."""
 
+from kandinsky_jax import pretrained as pretrained
 from kandinsky_jax.checkpoint import CheckpointError, load_network, save_network
 from kandinsky_jax.compilation import set_compilation_cache
 from kandinsky_jax.models import (

@@ -29,6 +29,7 @@ from kandinsky_jax.models.layers import (
     param,
     split_heads,
 )
+from kandinsky_jax.models.pretrained import PretrainedNetwork
 
 # Fields that every transformers configuration may carry and that do not change an encoder's output.
 _BOOKKEEPING = frozenset(
@@ -171,7 +172,7 @@ class CLIPTextOutput(NamedTuple):
     last_hidden_state: jax.Array
 
 
-class CLIPTextModelWithProjection(TorchModuleMixin, nnx.Module):
+class CLIPTextModelWithProjection(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     """The text tower. Padding is visible to it; only the prior masks it."""
 
     CONFIG = CLIPTextConfig
@@ -226,7 +227,7 @@ class CLIPVisionTransformer(nnx.Module):
         self.post_layernorm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
 
 
-class CLIPVisionModelWithProjection(TorchModuleMixin, nnx.Module):
+class CLIPVisionModelWithProjection(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     """The vision tower: a picture's image embedding, the space in which the prior works."""
 
     CONFIG = CLIPVisionConfig

@@ -18,6 +18,7 @@ from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig, block_faults
 from kandinsky_jax.models.layers import GroupNorm, Rngs, conv, dtype_of, embed, linear, upsample_nearest
+from kandinsky_jax.models.pretrained import PretrainedNetwork
 
 EPS = 1e-6
 SPATIAL_GROUPS = 32  # fixed in the reference's SpatialNorm, whatever norm_num_groups says
@@ -268,7 +269,7 @@ class VectorQuantizer(nnx.Module):
         return codebook[indices], indices
 
 
-class VQModel(TorchModuleMixin, nnx.Module):
+class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     """The MoVQ autoencoder, NHWC."""
 
     CONFIG = MoVQConfig

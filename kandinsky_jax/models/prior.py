@@ -30,6 +30,7 @@ from kandinsky_jax.models.layers import (
     split_heads,
     timestep_embedding,
 )
+from kandinsky_jax.models.pretrained import PretrainedNetwork
 
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -114,7 +115,7 @@ class PriorCondition(NamedTuple):
     visible: jax.Array  # bool [B, num_embeddings + 1]
 
 
-class PriorTransformer(TorchModuleMixin, nnx.Module):
+class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     """The prior network: `condition` once per prompt, then `__call__` once per step."""
 
     CONFIG = PriorConfig

@@ -27,6 +27,7 @@ from kandinsky_jax.models.layers import (
     linear,
     timestep_embedding,
 )
+from kandinsky_jax.models.pretrained import PretrainedNetwork
 from kandinsky_jax.models.unet_blocks import DownBlock, KeyValue, MidBlock, SimpleCrossAttention, UpBlock
 from kandinsky_jax.models.unet_config import UNetConfig
 
@@ -87,7 +88,7 @@ class UNetCondition(NamedTuple):
     channels: jax.Array | None  # further input channels: the hint's latents, or an inpainting picture; [B, h, w, c]
 
 
-class UNet2DConditionModel(TorchModuleMixin, nnx.Module):
+class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     """The UNet: `condition` once per picture, then `__call__` once per step. NHWC throughout."""
 
     CONFIG = UNetConfig

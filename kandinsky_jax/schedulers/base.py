@@ -208,11 +208,16 @@ class Scheduler:
         return cls(**own, extra=extra, unset=frozenset(names - own.keys()))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read `scheduler_config.json` from a folder; SchedulerError where it is missing or damaged."""
-        path = Path(folder) / "scheduler_config.json"
+    def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None, **changes: Any) -> Self:
+        """Read `scheduler_config.json` from a folder on this machine; SchedulerError where it is missing or damaged.
+
+        Args:
+            folder: a scheduler's own, or with `subfolder` that of a model.
+            changes: fields to change, see `from_config`.
+        """
+        path = Path(folder) / (subfolder or "") / "scheduler_config.json"
         try:
-            return cls.from_config(read_json_object(path))
+            return cls.from_config(read_json_object(path), **changes)
         except FileNotFoundError:
             raise SchedulerError(of_file(path, "is missing")) from None
         except (ReadError, SchedulerError) as error:
@@ -229,6 +234,10 @@ class Scheduler:
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(named, indent=2, sort_keys=True) + "\n"
         replace_file(Path(folder) / "scheduler_config.json", text.encode())
+
+    def save_config(self, folder: str | os.PathLike[str]) -> None:
+        """The same by diffusers' other name."""
+        self.save_pretrained(folder)
 
 
 def mix(levels: np.ndarray, signal: jax.Array, noise: jax.Array) -> jax.Array:

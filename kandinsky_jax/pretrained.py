@@ -1,0 +1,74 @@
+"""Networks loaded and saved by themselves, as by `UNet2DConditionModel.from_pretrained(name, subfolder="unet")`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from kandinsky_jax import hub
+from kandinsky_jax.checkpoint import CheckpointError, Layout, default_dtype, load_network, network_dtype
+from kandinsky_jax.checkpoint.saving import check_saving_arguments, save_config, save_network
+from kandinsky_jax.models.pretrained import HOOKS
+from kandinsky_jax.tensors.files import WeightSelection, stored_variants
+
+
+def load_component(
+    cls: type[nnx.Module],
+    name: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    low_cpu_mem_usage: bool = True,
+    **options: Any,
+) -> Any:
+    """Load a network of this class.
+
+    Args:
+        name: its folder, or that of a model, or a Hub repository, or "tiny/kandinsky-2-2-decoder" and its like.
+        subfolder: where it lies in it, such as "unet".
+        dtype: its dtype; None is float32 on a CPU and bfloat16 on a TPU or GPU. torch_dtype is its older name.
+        variant, use_safetensors: see `kandinsky_jax.checkpoint.WeightSelection`; a variant has to be there.
+        low_cpu_mem_usage: has no effect, tensors are read one by one.
+        options: revision, cache_dir, token, local_files_only and force_download of `kandinsky_jax.hub.HubOptions`.
+    Raises:
+        CheckpointError, ConfigError: where there is no such network.
+    """
+    if dtype is not None and torch_dtype is not None:
+        raise TypeError("dtype and torch_dtype are two names of one argument: give one of them")
+    selection = WeightSelection(variant, use_safetensors)
+    wanted = network_dtype(torch_dtype if dtype is None else dtype) or default_dtype()
+    folder = hub.resolve_component(name, subfolder=subfolder, selection=selection, **options)
+    if variant is not None and variant not in stored_variants(folder):
+        raise CheckpointError(f"{folder} has no files of the variant {variant!r}")
+    with hub.hint_for_cached_files():
+        return load_network(cls, folder, wanted, selection=selection)
+
+
+def save_component(
+    network: nnx.Module,
+    folder: str | os.PathLike[str],
+    *,
+    layout: Layout = "diffusers",
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    **arguments: Any,
+) -> None:
+    """Write a network into a folder, see `kandinsky_jax.save_network`; `arguments` are diffusers', without use here."""
+    check_saving_arguments(f"{type(network).__name__}.save_pretrained", safe_serialization, arguments)
+    save_network(network, folder, layout, None, variant, max_shard_size)
+
+
+def save_component_config(network: nnx.Module, folder: str | os.PathLike[str], **arguments: Any) -> None:
+    """Write a network's configuration into a folder."""
+    check_saving_arguments(f"{type(network).__name__}.save_config", True, arguments)
+    save_config(network, Path(folder))
+
+
+HOOKS.update(load=load_component, save=save_component, save_config=save_component_config)
