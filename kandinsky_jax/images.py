@@ -30,7 +30,7 @@ from kandinsky_jax import atomic
 from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.fields import Bounds, field_faults
-from kandinsky_jax.reading import of_file, read_json_object
+from kandinsky_jax.reading import check_regular, of_file, read_json_object
 from kandinsky_jax.tensors.files import CheckpointError
 
 MAX_EDGE = 4096  # of what a vision tower takes: the official one takes 224 pixels
@@ -61,6 +61,8 @@ def read(value: Image.Image | str | os.PathLike[str] | BinaryIO, name: str = "im
         if isinstance(value, Image.Image):
             value.load()
             return _upright(value)
+        if given:
+            check_regular(value)  # type: ignore[arg-type]
         Image.init()
         with Image.open(value, formats=[name for name in READABLE if name in Image.OPEN]) as image:
             most = Image.MAX_IMAGE_PIXELS

@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from kandinsky_jax import atomic
+from kandinsky_jax import atomic, reading
 from kandinsky_jax.atomic import PARTIAL, Fill
 from kandinsky_jax.errors import shorten
 
@@ -95,8 +95,12 @@ class LocalFiles:
         try:
             with os.scandir(self._root / folder) as entries:
                 for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):  # renamed by its writer meanwhile
+                    try:
                         found[entry.name] = None if entry.is_dir() else entry.stat().st_size
+                    except FileNotFoundError:  # renamed by its writer meanwhile, or a link to nothing
+                        continue
+                    except OSError:  # a link to itself
+                        found[entry.name] = None
         except FileNotFoundError:
             return {}
         return found
@@ -109,7 +113,12 @@ class LocalFiles:
             return None
 
     def read(self, name: str) -> bytes:
-        return (self._root / name).read_bytes()
+        path = self._root / name
+        try:
+            reading.check_regular(path)
+        except reading.ReadError as error:
+            raise OSError(reading.of_file(path, error)) from None
+        return path.read_bytes()
 
     def ends(self, known: dict[str, int], head: int, tail: int) -> list[tuple[bytes, bytes]]:
         return [self._ends(self._root / name, size, head, tail) for name, size in known.items()]

@@ -76,7 +76,12 @@ class Output:
                 raise JobError([f"{self.url} is neither empty nor a job's folder; it has {shown}"])
             if self._write("job.json", text.encode(), overwrite=False):
                 return
-        self._compare(self._files.read("job.json"), json.loads(text))
+        try:
+            known = self._files.read("job.json")
+        except OSError as error:
+            reason = error.strerror or error
+            raise JobError([f"{shorten(self.url, 240)}/job.json cannot be read: {shorten(reason, 200)}"]) from None
+        self._compare(known, json.loads(text))
 
     def _compare(self, data: bytes, identity: dict[str, Any]) -> None:
         """Raise where job.json is damaged, of a later version, or another job's."""

@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from kandinsky_jax import reading
 from kandinsky_jax.batch import parquet_rows, text_rows
 from kandinsky_jax.batch.text_rows import STRIDE, Raw
 from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
@@ -133,6 +134,8 @@ def scan(path: str) -> RowFile:
         raise JobError([f"{path} should end in one of {', '.join(FORMATS)}"])
     found = RowFile(path, FORMATS[suffix])
     try:
+        if "://" not in path:
+            reading.check_regular(path)
         marks = _scan_parquet(found) if found.kind == "parquet" else _scan_text(found)
         faults = _faults(found)
         if marks is not None and not faults:
@@ -141,6 +144,8 @@ def scan(path: str) -> RowFile:
         raise
     except FileNotFoundError:
         raise JobError([f"there is no file {path}"]) from None
+    except reading.ReadError as error:
+        raise JobError([reading.of_file(path, error)]) from None
     except Exception as error:  # whatever a remote file system or a broken Parquet file raises
         raise JobError([f"{path} cannot be read: {type(error).__name__}: {shorten(str(error), 250)}"]) from None
     if faults:

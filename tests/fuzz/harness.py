@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tests.fuzz.mutations import damage
 
-SECONDS, GIBIBYTES = 10, 3  # of one input
+SECONDS, GIBIBYTES = 20, 3  # of one input
 MAX_MESSAGE = 500
 PACKAGE = "kandinsky_jax"
 
@@ -161,5 +161,5 @@ def trials(reader: Reader, count: int, seed: int, scratch: Path) -> list[Trial]:
     intact = scratch / "intact"
     intact.mkdir()
     files = sorted(reader.build(intact))
-    assert attempt(reader, intact) == ("loaded", None), f"{reader.name} does not read intact files"
+    reader.read(intact)  # without limits: the first use imports and compiles
     return [trial(reader, i, seed, intact, files, scratch / f"{i}") for i in range(count)]

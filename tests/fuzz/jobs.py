@@ -16,9 +16,14 @@ from kandinsky_jax import KandinskyV22Img2ImgCombinedPipeline, images
 from kandinsky_jax.batch import Job, JobError, open_job
 from kandinsky_jax.batch.output import Output
 from kandinsky_jax.batch.tasks import Checker, RowError
+from kandinsky_jax.checkpoint import describe_network
+from kandinsky_jax.checkpoint.tokenizer import load_tokenizer
 from kandinsky_jax.images import CLIPImageProcessor
+from kandinsky_jax.models import NETWORKS
+from kandinsky_jax.schedulers import DDPMScheduler, UnCLIPScheduler
 from tests.conftest import SHAPES_MODEL
 from tests.fuzz.harness import Reader, check_message
+from tests.fuzz.models import COMPONENTS, DECODER, PRIOR
 
 # Pictures ---------------------------------------------------------------------------------------------------------
 
@@ -83,6 +88,7 @@ ROWS: list[dict[str, Any]] = [
 
 def _rows(form: str) -> list[Any]:
     def build(folder: Path) -> list[Path]:
+        _pipe()  # not under the limits of an input
         for name in ("a.png", "b.jpg"):
             Image.fromarray(PIXELS[..., :3]).save(folder / name)
         path = folder / f"rows.{form}"
@@ -105,9 +111,19 @@ def _rows(form: str) -> list[Any]:
 
 @functools.cache
 def _pipe() -> Any:
-    pipe = KandinskyV22Img2ImgCombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    """A pipeline whose networks have no arrays, which the check of rows does not need."""
+    networks = {path.name: describe_network(NETWORKS[name], path) for name, path in COMPONENTS.items()}
+    prior = {name: networks[name] for name in ("prior", "text_encoder", "image_encoder")} | {
+        "tokenizer": load_tokenizer(PRIOR / "tokenizer"),
+        "scheduler": UnCLIPScheduler.from_pretrained(PRIOR / "scheduler"),
+        "image_processor": CLIPImageProcessor.from_pretrained(PRIOR / "image_processor"),
+    }
+    return KandinskyV22Img2ImgCombinedPipeline(
+        unet=networks["unet"],
+        movq=networks["movq"],
+        scheduler=DDPMScheduler.from_pretrained(DECODER / "scheduler"),
+        **{f"prior_{name}": part for name, part in prior.items()},
+    )
 
 
 def _job(form: str) -> Reader:

@@ -254,6 +254,9 @@ def change_safetensors(data: bytes, rng: random.Random) -> bytes:
             header[rng.choice(("x" * 5000, "", "\ud800", "../" + name))] = header.pop(name)
         else:
             header[name] = dict(header[rng.choice(names)])  # two tensors at one place
+    elif texts := [key for key, text in header.get("__metadata__", {}).items() if text.startswith("{")]:
+        about = json.loads(header["__metadata__"][texts[0]])
+        header["__metadata__"][texts[0]] = to_json(change_value(about, rng), rng)
     else:
         header = change_value(header, rng)
     text = to_json(header, rng).encode("utf-8", "surrogatepass")

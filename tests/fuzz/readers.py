@@ -1,5 +1,5 @@
 """All readers that are fuzzed."""
 
-from tests.fuzz import jobs, models, training
+from tests.fuzz import cli, jobs, lora, models, training
 
-READERS = (*models.READERS, *jobs.READERS, *training.READERS)
+READERS = (*models.READERS, *lora.READERS, *jobs.READERS, *training.READERS, *cli.READERS)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import json
+import multiprocessing
 import platform
+import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,14 +21,20 @@ import pytest
 from tests.fuzz.harness import Reader, Trial, trials
 from tests.fuzz.readers import READERS
 
+WORKERS = 4
 QUICK, SLOW, CAMPAIGN = (300, 1), (1000, 2), (5000, 3)  # inputs of all readers together, and the seed
 RESULTS = Path(__file__).parents[2] / "tpu_scripts" / "results"
 
 
 def share(reader: Reader, total: int) -> int:
-    """How many of the inputs a reader gets; those that take long get fewer in the quick suite."""
+    """How many of the inputs a reader gets."""
     whole, left = divmod(total, len(READERS))
     return whole + (READERS.index(reader) < left)
+
+
+def of_reader(number: int, count: int, seed: int) -> list[Trial]:
+    with tempfile.TemporaryDirectory() as scratch:
+        return trials(READERS[number], share(READERS[number], count), seed, Path(scratch))
 
 
 def check(found: list[Trial], seed: int) -> None:
@@ -44,14 +54,12 @@ def test_more_damaged_files_give_one_short_error(reader, tmp_path):
 
 
 @pytest.mark.campaign
-def test_campaign_of_damaged_files(tmp_path):
+def test_campaign_of_damaged_files():
     """Also writes what came of it into tpu_scripts/results/."""
     count, seed = CAMPAIGN
-    found: list[Trial] = []
-    for number, reader in enumerate(READERS):
-        scratch = tmp_path / f"{number}"
-        scratch.mkdir()
-        found += trials(reader, share(reader, count), seed, scratch)
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:  # a crash breaks it
+        parts = pool.map(of_reader, range(len(READERS)), itertools.repeat(count), itertools.repeat(seed))
+        found = [trial for part in parts for trial in part]
     versions = ("jax", "orbax-checkpoint", "transformers", "tokenizers", "safetensors", "torch", "Pillow", "pyarrow")
     result = {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
