@@ -25,9 +25,11 @@ from safetensors.numpy import save
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint import CheckpointError, Deferred, flat_params, read_params
 from kandinsky_jax.compilation import for_real
+from kandinsky_jax.errors import shorten
 from kandinsky_jax.models import CLIPVisionModelWithProjection
 from kandinsky_jax.models.clip import CLIPEncoderLayer, CLIPVisionConfig
 from kandinsky_jax.models.layers import Shapes, abstract
+from kandinsky_jax.reading import check_regular
 from kandinsky_jax.sampling import Network, call
 from kandinsky_jax.storage import user_cache
 from kandinsky_jax.tensors import names
@@ -159,12 +161,13 @@ def _find(folder: Path, mark: str) -> np.ndarray | None:
     """What was kept of the weights with this fingerprint; what does not fit is told and left."""
     for path in _places(folder, mark):
         try:
+            check_regular(path)  # at a pipe, safetensors waits for ever
             with safe_open(path, framework="numpy") as file:
                 embed, seal = file.get_tensor(_TENSOR), (file.metadata() or {}).get("seal")
         except FileNotFoundError:
             continue
-        except (SafetensorError, OSError) as error:
-            warnings.warn(f"{path} is damaged and not used: {error}", stacklevel=2)
+        except (SafetensorError, OSError, ValueError) as error:
+            warnings.warn(f"{path} is damaged and not used: {shorten(error)}", stacklevel=2)
             continue
         if seal == _seal(embed, mark):
             return embed
