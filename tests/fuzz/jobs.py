@@ -155,7 +155,7 @@ def _output(form: str) -> Reader:
         output = Output(str(folder), form, "png")
         output.begin(IDENTITY)
         output.complete(3)
-        output.sweep(range(3))
+        output.sweep()
         output.finish(3)
 
     return Reader(f"job.json of {form}", build, read, (JobError,))
