@@ -53,7 +53,7 @@ class Files(Protocol):
     """The files below a folder, by their names relative to it."""
 
     def sizes(self, folder: str) -> dict[str, int | None]:
-        """Names in a folder and their sizes in bytes, None for a folder; empty where there is no such folder."""
+        """Names in a folder and their sizes in bytes, None for what is no file; empty where there is no such folder."""
 
     def size(self, name: str) -> int | None:
         """A file's size in bytes; None where there is no such file."""
@@ -96,7 +96,7 @@ class LocalFiles:
             with os.scandir(self._root / folder) as entries:
                 for entry in entries:
                     try:
-                        found[entry.name] = None if entry.is_dir() else entry.stat().st_size
+                        found[entry.name] = entry.stat().st_size if entry.is_file() else None
                     except FileNotFoundError:  # renamed by its writer meanwhile, or a link to nothing
                         continue
                     except OSError:  # a link to itself

@@ -17,6 +17,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
 from kandinsky_jax import reading
 from kandinsky_jax.batch import parquet_rows, text_rows
@@ -134,8 +135,9 @@ def scan(path: str) -> RowFile:
         raise JobError([f"{path} should end in one of {', '.join(FORMATS)}"])
     found = RowFile(path, FORMATS[suffix])
     try:
-        if "://" not in path:
-            reading.check_regular(path)
+        fs, local = fsspec.core.url_to_fs(path)
+        if isinstance(fs, LocalFileSystem):
+            reading.check_regular(local)  # a pipe would be waited for
         marks = _scan_parquet(found) if found.kind == "parquet" else _scan_text(found)
         faults = _faults(found)
         if marks is not None and not faults:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import os
 import random
 from pathlib import Path
 
@@ -251,3 +252,12 @@ def test_a_job_error_is_short_and_keeps_all_faults():
     error = JobError([f"fault {i} {'x' * 50}" for i in range(1000)])
     assert len(str(error)) < 500
     assert len(error.faults) == 1000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("scheme", ["", "file://", "local://"])
+def test_a_pipe_is_no_file_of_rows(tmp_path, name, scheme):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(JobError, match="is no regular file"):
+        scan(f"{scheme}{tmp_path / name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import tarfile
 import warnings
 from pathlib import Path
@@ -259,3 +260,15 @@ def test_no_warning_for_a_healthy_folder(place):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert output.complete(5) == set()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["000001.tar", "manifest/000001.parquet"])
+def test_a_pipe_of_a_shards_name_is_no_shard(tmp_path, name):
+    output = Output(str(tmp_path), "webdataset" if name.endswith(".tar") else "folder", "png")
+    output.begin(IDENTITY)
+    assert output.write(0, pictures(0), [])
+    os.mkfifo(tmp_path / name)
+    assert output.complete(2) == {0}
+    assert output.write(1, pictures(1), [])
+    assert output.complete(2) == {0, 1}
