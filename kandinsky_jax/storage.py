@@ -24,6 +24,22 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(reading.of_file(path, error)) from None
 
 
+def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """What lies in a folder and those below it, but for folders; links to folders are followed, as readers do.
+
+    Args:
+        above: the folders that lead here, resolved; a link to one of them is passed over.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_below(path, above | {real})
+        else:
+            yield path
+
+
 def user_cache() -> Path | None:
     """Where this library keeps what it would otherwise compute again; None where the user has no home."""
     try:

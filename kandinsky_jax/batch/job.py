@@ -26,6 +26,7 @@ from kandinsky_jax.pipelines import (
     KandinskyV22InpaintCombinedPipeline,
     checks,
 )
+from kandinsky_jax.storage import files_below
 
 PIPELINES: dict[str, type[CombinedPipeline]] = {
     "generate": KandinskyV22CombinedPipeline,
@@ -210,7 +211,7 @@ def fingerprint(pipeline: type[CombinedPipeline], model: str, prior: str | None)
         folders.append(Path(hub.find_prior(folder, prior)))
     digest = hashlib.sha256()
     for place in folders:
-        for path in sorted(p for p in place.rglob("*") if p.is_file()):
+        for path in sorted(p for p in files_below(place) if p.is_file()):
             digest.update(f"{path.relative_to(place)} {path.stat().st_size}\n".encode())
             if path.suffix == ".json" and path.stat().st_size < 1 << 20:
                 digest.update(path.read_bytes())

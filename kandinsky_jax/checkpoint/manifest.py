@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kandinsky_jax.atomic import replace_file
-from kandinsky_jax.reading import of_file
-from kandinsky_jax.storage import read_json
+from kandinsky_jax.reading import ReadError, of_file, read_text
+from kandinsky_jax.storage import files_below, read_json
 from kandinsky_jax.tensors.files import CheckpointError
 
 MANIFEST = "kandinsky_jax_manifest.json"
@@ -110,7 +110,7 @@ def total_bytes(folder: str | os.PathLike[str]) -> int:
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """A folder's files, by their paths within it; a link to nothing is one too."""
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(files_below(folder)):
         name = path.relative_to(folder)
         if any(part.startswith(".") for part in name.parts) or name.name == MANIFEST:
             continue
@@ -148,8 +148,8 @@ def _noted_by_download(folder: Path, name: str) -> _Expected | None:
     """What `hf download --local-dir` has written down: commit, checksum, time."""
     for parent, inner in ((folder, name), (folder.parent, f"{folder.name}/{name}")):
         try:
-            lines = (parent / _LOCAL / f"{inner}.metadata").read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
+            lines = read_text(parent / _LOCAL / f"{inner}.metadata").splitlines()
+        except (OSError, ReadError):
             continue
         if len(lines) >= 2 and (_SHA256.fullmatch(lines[1]) or _SHA1.fullmatch(lines[1])):
             return _Expected(lines[1], "download's notes")

@@ -35,7 +35,7 @@ def verify(
     folders = hub.stored_folders(model, cache_dir)
     if update:
         for folder in folders:
-            if not folder.is_dir() or any(path.is_symlink() for path in folder.rglob("*")):
+            if hub.is_in_cache(folder):
                 raise ValueError(
                     f"{folder} is in the Hub's cache, whose checksums are the Hub's; --update is for folders"
                 )

@@ -183,3 +183,14 @@ def test_names_of_nothing_and_help():
     done = run("--help")
     assert done.exit_code == 0
     assert "kandinsky-jax verify kandinsky-community/kandinsky-2-2-decoder" in done.output
+
+
+def test_components_that_are_links_to_folders(folder, tmp_path):
+    """Readers follow such links, so checksums do too; a link to a folder above ends nowhere."""
+    (folder / "unet").rename(tmp_path / "elsewhere")
+    (folder / "unet").symlink_to(tmp_path / "elsewhere")
+    (folder / "movq/above").symlink_to(folder)
+    assert run(folder, "--update").exit_code == 0
+    assert set(statuses(folder).values()) == {"ok"}
+    flip(tmp_path / "elsewhere" / Path(UNET).name)
+    assert {path for path, status in statuses(folder).items() if status != "ok"} == {UNET}
