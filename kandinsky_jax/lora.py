@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from kandinsky_jax.errors import quote
 from kandinsky_jax.sampling import Params
 
 # The layers that the reference's LoRA scripts change: of every attention, queries, keys, values and output, and in the
@@ -85,7 +86,7 @@ def init(params: Params, config: LoraConfig, key: jax.Array) -> Lora:
     layers = {name: leaf for name, leaf in weights.items() if leaf.ndim == 2 and re.search(config.pattern, name)}
     if not layers:
         some = ", ".join(sorted(weights)[:5])
-        raise ValueError(f"the pattern {config.pattern!r} matches none of the linear layers, such as {some}")
+        raise ValueError(f"the pattern {quote(config.pattern)} matches none of the linear layers, such as {some}")
     keys = jax.random.split(key, len(layers))
     return {
         name: {

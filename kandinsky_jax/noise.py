@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kandinsky_jax.errors import quote
+
 # What a key is folded with, so that no two uses of one image's key share numbers.
 PRIOR, DECODER = 0, 1
 
@@ -38,7 +40,7 @@ class TorchGenerator:
 
     def __init__(self, seed: int):
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {seed!r}")
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1, got {quote(seed)}")
         self.seed = int(seed)
         self._twister = np.random.RandomState(self.seed & 0xFFFFFFFF)
         self._spare: float | None = None  # the second of a pair of double-precision draws
@@ -304,7 +306,7 @@ def _key(generator: Any) -> jax.Array:
     """A seed or a JAX key, typed or raw, as a typed key."""
     if isinstance(generator, int | np.integer) and not isinstance(generator, bool):
         if not 0 <= generator < 2**63:
-            raise ValueError(f"generator={generator} is no seed; needed is an integer from 0 to 2**63 - 1")
+            raise ValueError(f"generator={quote(generator)} is no seed; needed is an integer from 0 to 2**63 - 1")
         # Without 64-bit mode, JAX would drop a seed's upper half.
         high, low = divmod(int(generator), 2**32)
         key = jax.random.key(low)

@@ -11,6 +11,7 @@ from flax import nnx
 from kandinsky_jax import hub
 from kandinsky_jax.checkpoint import CheckpointError, Layout, default_dtype, load_network, network_dtype
 from kandinsky_jax.checkpoint.saving import check_saving_arguments, save_config, save_network
+from kandinsky_jax.errors import quote
 from kandinsky_jax.models.pretrained import HOOKS
 from kandinsky_jax.tensors.files import WeightSelection, stored_variants
 
@@ -45,7 +46,7 @@ def load_component(
     wanted = network_dtype(torch_dtype if dtype is None else dtype) or default_dtype()
     folder = hub.resolve_component(name, subfolder=subfolder, selection=selection, **options)
     if variant is not None and variant not in stored_variants(folder):
-        raise CheckpointError(f"{folder} has no files of the variant {variant!r}")
+        raise CheckpointError(f"{folder} has no files of the variant {quote(variant)}")
     with hub.hint_for_cached_files():
         return load_network(cls, folder, wanted, selection=selection)
 

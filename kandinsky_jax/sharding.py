@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kandinsky_jax.errors import quote
+
 DATA, GUIDANCE, ROWS = AXES = ("data", "guidance", "rows")
 EVERYWHERE = PartitionSpec()
 PICTURE = 4  # axes of an array of pictures, [B, H, W, C]
@@ -45,7 +47,7 @@ def make_mesh(
     found = list(jax.local_devices() if devices is None else devices)
     for name, value in ((DATA, data), (GUIDANCE, guidance), (ROWS, rows)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"a mesh's {name} must be an integer of at least 1, got {value!r}")
+            raise ValueError(f"a mesh's {name} must be an integer of at least 1, got {quote(value)}")
     if guidance > 2:
         raise ValueError(f"a mesh's {GUIDANCE} must be 1 or 2, guidance has two halves; got {guidance}")
     data = max(1, len(found) // (guidance * rows)) if data is None else data

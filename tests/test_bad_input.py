@@ -97,7 +97,7 @@ def test_long_prompt_is_cut_with_a_warning(tiny_pipe):
 
 def test_wrong_components(tiny_pipe):
     parts = tiny_pipe.decoder_pipe.components
-    with pytest.raises(TypeError, match="movq must be a VQModel, got UNet2DConditionModel"):
+    with pytest.raises(TypeError, match="movq must be a VQModel of kandinsky_jax, got UNet2DConditionModel"):
         KandinskyV22Pipeline(**parts | {"movq": parts["unet"]})
     with pytest.raises(TypeError, match="has no component"):
         KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL, unett=parts["unet"])

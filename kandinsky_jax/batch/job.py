@@ -17,6 +17,7 @@ from kandinsky_jax import hub, images
 from kandinsky_jax.batch.output import FORMATS, Output
 from kandinsky_jax.batch.rows import COLUMNS, JobError, RowFile, parquet, scan
 from kandinsky_jax.batch.tasks import MODES
+from kandinsky_jax.errors import quote
 from kandinsky_jax.pipelines import (
     CombinedPipeline,
     KandinskyV22CombinedPipeline,
@@ -84,13 +85,15 @@ class Job:
             ("pictures", self.pictures, tuple(images.ENCODINGS)),
         ):
             if value not in allowed:
-                found.append(f"{name}={value!r} is not supported, only {', '.join(repr(x) for x in allowed if x)}")
+                found.append(f"{name}={quote(value)} is not supported, only {', '.join(repr(x) for x in allowed if x)}")
         for name in ("rows_per_shard", "batch"):
             with _listed(found):
                 checks.count(getattr(self, name), name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**62:
-            found.append(f"seed must be a whole number from 0 to 2**62 - 1, got {self.seed!r}")
-        found += [f"there is no column {name!r} to give a default for" for name in self.defaults if name not in COLUMNS]
+            found.append(f"seed must be a whole number from 0 to 2**62 - 1, got {quote(self.seed)}")
+        found += [
+            f"there is no column {quote(name)} to give a default for" for name in self.defaults if name not in COLUMNS
+        ]
         for name, check in (("height", checks.side), ("width", checks.side), ("num_images", checks.count)):
             if self.defaults.get(name) is not None:
                 with _listed(found):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.errors import quote
 from kandinsky_jax.reading import ReadError, of_file, read_text
 from kandinsky_jax.storage import files_below, read_json
 from kandinsky_jax.tensors.files import CheckpointError
@@ -122,7 +123,9 @@ def _read_manifest(path: Path) -> dict[str, _Expected]:
     content = read_json(path)
     if content.get("format_version") != VERSION:
         raise CheckpointError(
-            of_file(path, f"has the format version {content.get('format_version')!r}, this release knows {VERSION}")
+            of_file(
+                path, f"has the format version {quote(content.get('format_version'))}, this release knows {VERSION}"
+            )
         )
     found = {}
     try:

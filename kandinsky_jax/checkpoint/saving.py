@@ -17,6 +17,7 @@ from flax import nnx
 from kandinsky_jax import orbax
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint.networks import Layout, Progress, flat_params
+from kandinsky_jax.errors import quote
 from kandinsky_jax.tensors import files, names
 from kandinsky_jax.tensors.files import WeightSelection
 
@@ -39,7 +40,7 @@ def check_saving_arguments(function: str, safe_serialization: Any, arguments: Ma
         )
     for name, value in arguments.items():
         if name not in INSTEAD:
-            raise TypeError(f"{function} has no argument {name!r}")
+            raise TypeError(f"{function} has no argument {quote(name)}")
         if value not in (None, False) and not (name == "is_main_process" and value is True):
             raise TypeError(f"{function} takes no {name}: {INSTEAD[name]}")
 
@@ -64,7 +65,7 @@ def save_network(
         max_shard_size: bytes, or as in "5GB": larger networks are written in shards, with an index.
     """
     if layout not in ("diffusers", "orbax"):
-        raise ValueError(f"layout={layout!r} is not supported, only diffusers and orbax")
+        raise ValueError(f"layout={quote(layout)} is not supported, only diffusers and orbax")
     WeightSelection(variant)  # checks it
     if layout == "orbax" and (variant is not None or max_shard_size is not None):
         raise ValueError("variant and max_shard_size are for layout='diffusers'")

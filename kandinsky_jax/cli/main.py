@@ -23,6 +23,7 @@ from kandinsky_jax.cli.train import train
 from kandinsky_jax.cli.verify import EXAMPLE as VERIFY_EXAMPLE
 from kandinsky_jax.cli.verify import verify
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
+from kandinsky_jax.errors import quote
 from kandinsky_jax.hub import CONTROLNET, DECODER, INPAINT, OFFICIAL
 from kandinsky_jax.noise import Generator, TorchGenerator
 from kandinsky_jax.pipelines import (
@@ -174,7 +175,7 @@ class Options:
         parts = _numbers(self.mesh, "--mesh")
         if len(parts) != 3 or any(part != int(part) for part in parts):
             raise ValueError(
-                f"--mesh must be three whole numbers with commas between, such as 1,2,4, got {self.mesh!r}"
+                f"--mesh must be three whole numbers with commas between, such as 1,2,4, got {quote(self.mesh)}"
             )
         data, guidance, rows = map(int, parts)
         return make_mesh(data, guidance, rows)
@@ -331,7 +332,7 @@ def _numbers(text: str, name: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from None
+        raise ValueError(f"{name} must be numbers with commas between, got {quote(text)}") from None
 
 
 def _read(prompt: Sequence[str], options: Options, files: dict[str, list[Path]]) -> dict[str, list[Image.Image]]:

@@ -18,7 +18,7 @@ from kandinsky_jax import hub
 from kandinsky_jax.checkpoint import CheckpointError, WeightSelection
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.models import UNet2DConditionModel
-from kandinsky_jax.pipelines.base import Pipeline
+from kandinsky_jax.pipelines.base import Pipeline, check_pipelines
 from kandinsky_jax.pipelines.combined import (
     CombinedPipeline,
     KandinskyV22CombinedPipeline,
@@ -87,6 +87,7 @@ class _AutoPipeline:
         """
         if not pipes:
             raise TypeError(f"{cls.__name__}.from_pipe needs a pipeline")
+        check_pipelines(f"{cls.__name__}.from_pipe", pipes)
         dtypes = [x for name in ("dtype", "torch_dtype") if (x := components.pop(name, None)) is not None]
         kinds = [pipe.REPOSITORY for pipe in pipes]
         decoders: list[Any] = [pipe for pipe in pipes if pipe.REPOSITORY != hub.PRIOR]

@@ -19,6 +19,7 @@ from kandinsky_jax.checkpoint import (
     move_network,
 )
 from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
+from kandinsky_jax.errors import quote
 from kandinsky_jax.noise import Source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.adapters import LoraLoader
@@ -103,6 +104,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
             TypeError: where a component is missing or has no place here.
             CheckpointError: where the unet is one for another mode.
         """
+        check_pipelines(f"{cls.__name__}.from_pipe", pipes)
         names = component_names(cls)
         if unknown := components.keys() - set(names):
             raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
@@ -279,3 +281,12 @@ def _part(latents: Any, samples: Sequence[jax.Array]) -> list[jax.Array]:
     if array.ndim == 4:
         array = array.transpose(0, 2, 3, 1)
     return [jax.numpy.asarray(part) for part in np.split(array, len(samples))]
+
+
+def check_pipelines(function: str, pipes: Sequence[Any]) -> None:
+    """Raise where something else was given to a function that takes pipelines of this package."""
+    for pipe in pipes:
+        if not isinstance(pipe, Pipeline):
+            raise TypeError(
+                f"{function} takes pipelines of kandinsky_jax, such as from_pretrained gives, got {quote(pipe, 80)}"
+            )

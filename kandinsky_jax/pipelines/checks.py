@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from kandinsky_jax.arrays import to_numpy
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.errors import quote, shorten
 
 CALLBACK_DEFAULT = ("latents",)
+LARGEST = 2**31 - 1  # of whole numbers that count things
 
 
 def texts(value: Any, name: str) -> list[str]:
@@ -24,7 +25,7 @@ def texts(value: Any, name: str) -> list[str]:
         raise ValueError(f"{name} is an empty list; give one string or more")
     for i, item in enumerate(value):
         if not isinstance(item, str):
-            raise TypeError(f"{name}[{i}] must be a string, got {type(item).__name__} ({item!r})")
+            raise TypeError(f"{name}[{i}] must be a string, got {type(item).__name__} ({quote(item)})")
     return list(value)
 
 
@@ -44,25 +45,42 @@ def negative_texts(value: Any, prompts: Sequence[str]) -> list[str] | None:
 
 def count(value: Any, name: str, least: int = 1) -> int:
     """A whole number of things."""
+    if isinstance(value, int) and value > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got {quote(value)}")
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {least}, got {quote(value)}")
     return int(value)
 
 
 def side(value: Any, name: str) -> int:
     """A picture's side in pixels."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer number of pixels, got {value!r}")
+        raise TypeError(f"{name} must be an integer number of pixels, got {quote(value)}")
     if value < 64:
-        raise ValueError(f"{name}={value} is too small; the smallest picture is 64 pixels")
+        raise ValueError(f"{name}={quote(value)} is too small; the smallest picture is 64 pixels")
+    if value > LARGEST:
+        raise ValueError(f"{name}={quote(value)} is too large; needed are at most {LARGEST} pixels")
     return int(value)
 
 
 def guidance(value: Any, name: str = "guidance_scale") -> float:
-    """A guidance scale; at 1 and below, guidance is off."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    """A guidance scale, a number or an array of one without axes; at 1 and below, guidance is off."""
+    if hasattr(value, "__array__") and getattr(value, "ndim", 1) == 0:
+        value = to_numpy(value, name).item()
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or not _is_finite(value)
+    ):
+        raise ValueError(f"{name} must be a finite number, got {quote(value)}")
     return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (OverflowError, TypeError):  # a whole number beyond all floats; a complex one
+        return False
 
 
 def interval(value: Any, steps: int, name: str = "guidance_interval") -> tuple[int, int] | None:
@@ -70,19 +88,21 @@ def interval(value: Any, steps: int, name: str = "guidance_interval") -> tuple[i
     if value is None:
         return None
     ends = tuple(value) if isinstance(value, list | tuple | np.ndarray) else ()
-    numbers = [x for x in ends if isinstance(x, int | float | np.number) and not isinstance(x, bool)]
+    numbers = [x for x in ends if isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)]
     if len(ends) != 2 or len(numbers) != 2 or not 0 <= ends[0] < ends[1] <= 1:
-        raise ValueError(f"{name} must be two rising numbers from 0 to 1, such as (0.4, 1), got {value!r}")
+        raise ValueError(f"{name} must be two rising numbers from 0 to 1, such as (0.4, 1), got {quote(value)}")
     first, last = round(float(ends[0]) * steps), round(float(ends[1]) * steps)
     if first == last:
-        raise ValueError(f"{name}={value} holds none of {steps} steps; give a wider one, or a guidance_scale of 1")
+        raise ValueError(
+            f"{name}={quote(value)} holds none of {steps} steps; give a wider one, or a guidance_scale of 1"
+        )
     return first, last
 
 
 def strength(value: Any, steps: int) -> int:
     """How many of a schedule's steps a strength leaves to do: the last `int(steps * strength)`."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value <= 1:
-        raise ValueError(f"strength must be a number above 0 and at most 1, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not 0 < value <= 1:
+        raise ValueError(f"strength must be a number above 0 and at most 1, got {quote(value)}")
     done = int(steps * value)
     if done < 1:
         raise ValueError(
@@ -99,7 +119,7 @@ def skipped(value: Any, steps: int) -> int:
 def choice(value: Any, name: str, allowed: Sequence[str]) -> str:
     """One of a few names."""
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not supported, only {', '.join(map(repr, allowed))}")
+        raise ValueError(f"{name}={quote(value)} is not supported, only {', '.join(map(repr, allowed))}")
     return str(value)
 
 
@@ -109,7 +129,7 @@ def callback(function: Any, inputs: Any, allowed: Sequence[str]) -> tuple[str, .
         raise TypeError(f"callback_on_step_end must be callable, got {type(function).__name__}")
     names = CALLBACK_DEFAULT if inputs is None else tuple(inputs)
     if unknown := [name for name in names if name not in allowed]:
-        raise ValueError(f"callback_on_step_end_tensor_inputs has {unknown}; there are {list(allowed)}")
+        raise ValueError(f"callback_on_step_end_tensor_inputs has {quote(unknown)}; there are {list(allowed)}")
     return names
 
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from kandinsky_jax import hub
 from kandinsky_jax.attribute_dict import AttributeDict
 from kandinsky_jax.checkpoint import Deferred
+from kandinsky_jax.errors import quote
 from kandinsky_jax.models.compatibility import Target, nothing_to_do, read_target, refused, without_effect
 from kandinsky_jax.schedulers import Scheduler
 from kandinsky_jax.sharding import make_mesh
@@ -121,7 +122,7 @@ class DiffusionPipeline:
         """Replace components by name."""
         for name, part in components.items():
             if name not in self._held():
-                raise TypeError(f"{type(self).__name__} has no component {name!r}; it has {list(self._held())}")
+                raise TypeError(f"{type(self).__name__} has no component {quote(name)}; it has {list(self._held())}")
             setattr(self, name, part)
 
     # Devices and dtypes -------------------------------------------------------------------------------------------

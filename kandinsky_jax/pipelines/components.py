@@ -67,7 +67,7 @@ def _instead(name: str, value: Any, wanted: str, library: str) -> str:
         return f"; write pipe.{name} = kandinsky_jax.DDIMScheduler.from_config(pipe.{name}.config), or another class"
     if library in ("diffusers", "transformers", "torch") and not isinstance(value, type):
         return f"; write it with save_pretrained(FOLDER), and load it with kandinsky_jax.load_network({wanted}, FOLDER)"
-    if callable(value):
+    if callable(value) and library != __name__.partition(".")[0]:
         return "; networks are compiled by XLA already, so leave wrappers out"
     return ""
 

@@ -30,7 +30,7 @@ from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
 from kandinsky_jax.checkpoint.saving import check_saving_arguments
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from kandinsky_jax.compilation import compiling_ahead
-from kandinsky_jax.errors import shorten, summarize
+from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS, CLIPVisionModelWithProjection
 from kandinsky_jax.pipelines.loading_arguments import Dtypes, without_diffusers_arguments
@@ -389,7 +389,7 @@ def _check_variant(folder: Path, parts: Sequence[Path], selection: WeightSelecti
     stored = sorted({variant for part in parts for variant in stored_variants(part)})
     if selection.variant is not None and parts and selection.variant not in stored:
         there = f"there are {', '.join(stored)}" if stored else "leave variant= out to load its plain files"
-        raise CheckpointError(f"{folder} has no files of the variant {selection.variant!r}; {there}")
+        raise CheckpointError(f"{folder} has no files of the variant {quote(selection.variant)}; {there}")
 
 
 def _read(store: _Store) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.checkpoint import Deferred, flat_params
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer
 from kandinsky_jax.compilation import program
+from kandinsky_jax.errors import quote
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
 from kandinsky_jax.models.prior import PriorCondition
@@ -357,7 +358,8 @@ class PriorPipeline(Pipeline):
             if len(full) > length:
                 dropped = self.tokenizer.decode(full[length - 1 : -1])
                 warnings.warn(
-                    f"CLIP reads at most {length} tokens; of a prompt with {len(full)}, this was cut: {dropped!r}",
+                    f"CLIP reads at most {length} tokens; of a prompt with {len(full)}, this was cut: "
+                    f"{quote(dropped, 200)}",
                     stacklevel=5,
                 )
         tokens = self.tokenizer(

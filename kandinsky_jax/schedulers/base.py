@@ -194,7 +194,7 @@ class Scheduler:
         names = {f.name for f in cls.fields()}
         if unknown := changes.keys() - names:
             wrong = min(unknown)
-            raise SchedulerError(f"{cls.__name__} has no field {wrong!r}; {near(wrong, names)}")
+            raise SchedulerError(f"{cls.__name__} has no field {quote(wrong)}; {near(wrong, names)}")
         listed = config.get(_UNSET) or ()
         if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
             raise SchedulerError(f"{cls.__name__}: {_UNSET} must be a list of fields' names, got {shorten(listed)}")

@@ -84,7 +84,7 @@ def scheduler_named(name: str, config: Mapping[str, Any]) -> Scheduler:
         stem, suffix = stem.rsplit("-", 1)
         suffixes.append(suffix)
     if stem not in NAMES:
-        raise SchedulerError(f"there is no scheduler {name!r}; {near(stem, NAMES)}")
+        raise SchedulerError(f"there is no scheduler {quote(name)}; {near(stem, NAMES)}")
     cls, changes = NAMES[stem]
     fields = {field.name for field in cls.fields()}
     for suffix in suffixes:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kandinsky_jax.errors import quote
+
 
 class SchedulerError(ValueError):
     """A scheduler configuration or a number of steps that cannot be followed."""
@@ -58,7 +60,7 @@ def make_betas(schedule: str, start: float, end: float, steps: int, trained: Any
     if schedule == "sigmoid":
         return (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps))) + start
     known = ", ".join(["linear", "scaled_linear", "sigmoid", *ALPHA_BARS])
-    raise SchedulerError(f"beta_schedule={schedule!r} is not supported, only {known}")
+    raise SchedulerError(f"beta_schedule={quote(schedule)} is not supported, only {known}")
 
 
 def rescaled_to_zero_snr(betas: np.ndarray) -> np.ndarray:

@@ -1,0 +1,62 @@
+"""Whatever is given as an argument, the error is ours and short."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import kandinsky_jax
+from kandinsky_jax import noise
+from kandinsky_jax.pipelines import checks
+
+ODD = {
+    "5,000 digits": 10**5000,
+    "-5,000 digits": -(10**5000),
+    "beyond floats": 10**400,
+    "a long list": list(range(100_000)),
+    "a long text": "x" * 10_000,
+    "bytes": b"x" * 5_000,
+    "complex": 1j,
+    "NumPy's complex": np.complex64(1j),
+    "an object": object(),
+}
+CHECKS = {
+    "count": lambda x: checks.count(x, "num_images_per_prompt"),
+    "side": lambda x: checks.side(x, "height"),
+    "guidance": checks.guidance,
+    "interval": lambda x: checks.interval(x, 10),
+    "interval's ends": lambda x: checks.interval((x, x), 10),
+    "strength": lambda x: checks.strength(x, 10),
+    "choice": lambda x: checks.choice(x, "output_type", ("pil", "np")),
+    "callback": lambda x: checks.callback(None, [x], ("latents",)),
+    "prompt": lambda x: checks.texts(["a", [x]], "prompt"),
+    "weights": lambda x: checks.mix(["a"], [x]),
+    "latents": lambda x: checks.latents(x, (1, 4, 8, 8)),
+    "embeds": lambda x: checks.embeds(x, "image_embeds", 64),
+    "generator": lambda x: noise.noise_source(x, 1, noise.PRIOR),
+    "torch generator": noise.TorchGenerator,
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("value", ODD)
+def test_odd_values_are_refused_in_a_short_message(check, value):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        CHECKS[check](ODD[value])
+    assert len(str(caught.value)) < 500
+    assert "digits" not in str(caught.value)  # Python's own words
+
+
+@pytest.mark.parametrize("scale", [4, 4.0, np.float32(4), np.array(4), jnp.float32(4), torch.tensor(4.0)], ids=repr)
+def test_a_guidance_scale_may_be_an_array_without_axes(scale):
+    assert checks.guidance(scale) == 4.0
+    assert isinstance(checks.guidance(scale), float)
+
+
+@pytest.mark.parametrize("value", ["tiny", None, kandinsky_jax.KandinskyV22Pipeline, object()], ids=repr)
+@pytest.mark.parametrize("name", ["AutoPipelineForText2Image", "AutoPipelineForInpainting", "KandinskyV22Pipeline"])
+def test_from_pipe_takes_pipelines_only(name, value):
+    with pytest.raises(TypeError, match=rf"{name}.from_pipe takes pipelines of kandinsky_jax"):
+        getattr(kandinsky_jax, name).from_pipe(value)
