@@ -48,7 +48,7 @@ EMBEDDED = {"tiny": Path(__file__).parent / "tiny"}
 _REVISIONS = {f"{OFFICIAL}/{CONTROLNET}": "refs/pr/5"}
 
 _COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _SMALL_FILES = ("*.json", "*.txt", "params/**", ZERO_EMBED)
 _INDEX = ("model_index.json", "README.md", "kandinsky_jax_manifest.json")
 
@@ -102,20 +102,22 @@ def resolve(name: str | os.PathLike[str], repository: str, **options: Any) -> Pa
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"a model is named by a string or a path, got {shorten(name)}")
     embedded, _, member = str(name).partition("/")
-    if embedded in EMBEDDED and not Path(name).exists():
+    if embedded in EMBEDDED and not os.path.exists(name):
         member = member or where.subfolder or ""
         if member not in ("", PRIOR, DECODER, INPAINT, CONTROLNET):
-            raise CheckpointError(f"{name}: {embedded} has {PRIOR}, {DECODER}, {INPAINT} and {CONTROLNET}")
+            raise CheckpointError(
+                f"{shorten(str(name))}: {embedded} has {PRIOR}, {DECODER}, {INPAINT} and {CONTROLNET}"
+            )
         return EMBEDDED[embedded] / (member or repository)
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # which takes a name that is too long for one that is not there
         folder = folder / (where.subfolder or "")
         for candidate in (folder, folder / repository):
-            if (candidate / "model_index.json").is_file():
+            if os.path.isfile(candidate / "model_index.json"):
                 return candidate
         raise CheckpointError(
-            f"{folder} has no model_index.json, and no subfolder {repository} with one: it is no model in diffusers' "
-            "layout or ours"
+            f"{shorten(str(folder), 240)} has no model_index.json, and no subfolder {repository} with one: it is no "
+            "model in diffusers' layout or ours"
         )
     if _REPOSITORY.fullmatch(str(name)):
         return _download_model(str(name), where)
@@ -137,9 +139,9 @@ def resolve_component(name: str | os.PathLike[str], **options: Any) -> Path:
     where = HubOptions(**options)
     subfolder = where.subfolder or ""
     embedded, _, member = str(name).partition("/")
-    folder = EMBEDDED[embedded] / member if embedded in EMBEDDED and not Path(name).exists() else Path(name)
-    if folder.is_dir():
-        if (folder / subfolder).is_dir():
+    folder = EMBEDDED[embedded] / member if embedded in EMBEDDED and not os.path.exists(name) else Path(name)
+    if os.path.isdir(folder):
+        if os.path.isdir(folder / subfolder):
             return folder / subfolder
         found = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise CheckpointError(f"{folder} has no folder {shorten(subfolder)}; it has {shorten(', '.join(found))}")
@@ -182,9 +184,13 @@ def stored_folders(name: str | os.PathLike[str], cache_dir: str | os.PathLike[st
         CheckpointError: where there is nothing of it.
     """
     embedded, _, member = str(name).partition("/")
-    if embedded in EMBEDDED and not Path(name).exists():
-        return [EMBEDDED[embedded] / member]
-    if Path(name).is_dir():
+    if embedded in EMBEDDED and not os.path.exists(name):
+        if not os.path.isdir(folder := EMBEDDED[embedded] / member):
+            raise CheckpointError(
+                f"{shorten(str(name))}: {embedded} has {PRIOR}, {DECODER}, {INPAINT} and {CONTROLNET}"
+            )
+        return [folder]
+    if os.path.isdir(name):
         return [Path(name)]
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -193,7 +199,7 @@ def stored_folders(name: str | os.PathLike[str], cache_dir: str | os.PathLike[st
     if not found:
         raise CheckpointError(
             f"{shorten(str(name))} is no folder here, no embedded model and no Hub repository of which "
-            f"{snapshots.parent} has files"
+            f"{shorten(str(snapshots.parent), 200)} has files"
         )
     return found
 

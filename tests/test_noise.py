@@ -134,12 +134,11 @@ def test_no_generator_is_a_fresh_seed():
         (2**63, ValueError, f"generator={2**63} is no seed"),
         ([1, -2], ValueError, "generator=-2 is no seed"),
         ([1, 2, 3], ValueError, "lists 3 items for 2 images"),
-        ([1, True], TypeError, "list of ints or TorchGenerators"),
-        ([1, TorchGenerator(1)], TypeError, "list of ints or TorchGenerators"),
+        ([1, True], TypeError, "a list of such, or None, got bool"),
+        ([1, TorchGenerator(1)], TypeError, "or None, got TorchGenerator"),
         (jnp.array(7.0), TypeError, "array of float32"),
         (jnp.array(7), TypeError, "array of int32"),
         (jax.random.split(jax.random.key(0), 3), ValueError, r"keys of shape \(3,\), needed is one key or \(2,\)"),
-        (torch.Generator("cpu"), TypeError, "must be an int, .* got Generator"),
     ],
 )
 def test_bad_generators(generator, error, message):

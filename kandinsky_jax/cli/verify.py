@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from tqdm.auto import tqdm
 
+from kandinsky_jax.errors import shorten
+
 EXAMPLE = "Example: kandinsky-jax verify kandinsky-community/kandinsky-2-2-decoder"
 
 
@@ -44,6 +46,8 @@ def verify(
     total = sum(manifest.total_bytes(folder) for folder in folders)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=quiet or total < 1e8) as bar:
         found = {folder: manifest.verify(folder, bar.update) for folder in folders}
+    if not any(found.values()):
+        raise ValueError(f"{shorten(model)} holds no files")
     counts = Counter(report.status for reports in found.values() for report in reports)
     damaged = any(counts[status] for status in manifest.FAULTS)
     if as_json:
@@ -59,7 +63,7 @@ def verify(
             for report in reports:
                 if not quiet or report.status in manifest.FAULTS:
                     print(f"  {report.status:12}{report.path}" + (f": {report.detail}" if report.detail else ""))
-        print(", ".join(f"{count} {status}" for status, count in counts.items()) or "no files")
+        print(", ".join(f"{count} {status}" for status, count in counts.items()))
         if damaged and hub.is_in_cache(folders[0]):
             print("fetch it again: from_pretrained(..., force_download=True), or `hf download --force-download ...`")
     sys.exit(1 if damaged else 0)

@@ -194,3 +194,10 @@ def test_components_that_are_links_to_folders(folder, tmp_path):
     assert set(statuses(folder).values()) == {"ok"}
     flip(tmp_path / "elsewhere" / Path(UNET).name)
     assert {path for path, status in statuses(folder).items() if status != "ok"} == {UNET}
+
+
+def test_a_model_without_files_is_an_error(tmp_path):
+    for model in (tmp_path, "tiny/kandinsky-2-2-decodr", "owner/" + "x" * 5000):
+        done = run(model)
+        assert done.exit_code == 1
+        assert len(str(done.exception)) < 500
