@@ -51,6 +51,7 @@ def user_cache() -> Path | None:
 def check_replaceable(target: str | os.PathLike[str]) -> None:
     """Raise where `target` is something else than a model or an empty folder, which overwriting would lose."""
     target = Path(target)
+    atomic.sweep(target, target.resolve().name)  # of a run that was killed, see `_stays`
     if (
         target.exists()
         and not (target / "model_index.json").is_file()
@@ -75,7 +76,7 @@ def complete_or_absent(
     What a killed run leaves behind is its scratch folder, `.NAME.TOKEN.partial`, which the next run for the same target
     removes; that of a run that is still alive stays. `target` itself is never half written. Replacing a folder takes
     two renames: a run killed between them leaves the old one as `.NAME.old`, and the next run for the same target puts
-    it back.
+    it back. An empty folder that cannot be exchanged for another (`_stays`) is filled instead, `model_index.json` last.
 
     Raises:
         FileExistsError: where `target` exists and `overwrite` is not given, at the end too.
@@ -90,13 +91,38 @@ def complete_or_absent(
                 old.rename(target)
     _check_absent(target, overwrite)
     parent.mkdir(parents=True, exist_ok=True)
-    check_room(parent, target.name, needed_bytes)
+    stays = _stays(target)
+    check_room(target if stays else parent, target.name, needed_bytes)
     atomic.sweep(parent, target.name)
-    with atomic.scratch_folder(target) as scratch:
+    with atomic.scratch_folder(target / target.name if stays else target) as scratch:
         yield scratch
         with atomic.locked_folder(parent):
+            if stays:
+                for path in sorted(scratch.iterdir(), key=lambda path: path.name == "model_index.json"):
+                    path.rename(target / path.name)
+                return
             _check_absent(target, overwrite)
+            here = _is_working_directory(target)
             _swap(scratch, target, old)
+            if here:
+                os.chdir(target)  # this process was left in the folder that was replaced
+
+
+def _stays(folder: Path) -> bool:
+    """Whether an empty folder must not be exchanged for another: someone works in it, it is mounted, or its parent
+    cannot be written."""
+    return (
+        folder.is_dir()
+        and not any(folder.iterdir())
+        and (_is_working_directory(folder) or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK))
+    )
+
+
+def _is_working_directory(folder: Path) -> bool:
+    try:
+        return os.path.samefile(folder, os.curdir)
+    except OSError:  # one of them is gone
+        return False
 
 
 def _check_absent(target: Path, overwrite: bool) -> None:

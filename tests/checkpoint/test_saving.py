@@ -45,6 +45,28 @@ def test_a_pipeline_is_saved_into_an_empty_folder_and_again(tiny_pipe, tmp_path)
     assert diffusers.KandinskyV22Pipeline.from_pretrained(folder)  # the shards too
 
 
+def test_saving_into_the_working_directory(tiny_pipe, tmp_path, monkeypatch):
+    """It is filled, not exchanged for another: a shell that stands there sees the files."""
+    monkeypatch.chdir(tmp_path)
+    there = os.open(".", os.O_RDONLY)
+    (tmp_path / f".{tmp_path.name}.{'0' * 16}.partial").mkdir()  # of a run that was killed
+    tiny_pipe.decoder_pipe.save_pretrained(".")
+    assert "model_index.json" in os.listdir(there)
+    os.close(there)
+    tiny_pipe.decoder_pipe.save_pretrained(".")
+    assert sorted(os.listdir(".")) == [MANIFEST, "model_index.json", "movq", "scheduler", "unet"]
+    assert {report.status for report in verify(Path())} == {"ok"}
+
+
+@pytest.mark.skipif(os.access("/", os.W_OK), reason="may write everywhere")
+def test_saving_into_an_empty_folder_whose_parent_cannot_be_written(tiny_pipe, tmp_path):
+    folder = tmp_path / "shared/model"
+    folder.mkdir(parents=True)
+    folder.parent.chmod(0o555)
+    tiny_pipe.decoder_pipe.save_pretrained(folder)
+    assert {report.status for report in verify(folder)} == {"ok"}
+
+
 def test_what_saving_would_lose_is_kept(tiny_pipe, tmp_path):
     pipe = tiny_pipe.decoder_pipe
     (tmp_path / "notes").mkdir()
