@@ -63,7 +63,7 @@ class NetworkConfig:
             raw: the parsed file; names beginning with `_` are the reference's own bookkeeping.
             source: what to call the file in an error.
         Raises:
-            ConfigError: listing every field that is unknown or has an unsupported value.
+            ConfigError: listing every field that is unknown and not null, or has an unsupported value.
         """
         names = {f.name for f in dataclasses.fields(cls)}
         known, faults = {}, []
@@ -74,7 +74,8 @@ class NetworkConfig:
             if name in names:
                 known[name] = value
             elif name not in cls.FIXED:
-                faults.append(f"{shorten(name)}={quote(given)} is a field this version does not know")
+                if given is not None:  # null is a feature of a later release that is off
+                    faults.append(f"{shorten(name)}={quote(given)} is a field this version does not know")
             elif value not in cls.FIXED[name]:
                 allowed = " or ".join(repr(v) for v in cls.FIXED[name])
                 faults.append(f"{name}={quote(given)} is not supported, only {allowed}")

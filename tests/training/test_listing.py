@@ -381,6 +381,10 @@ def test_compressed_tars_are_named(tmp_path):
             tar.add(__file__, "x.txt")
     assert texts(tmp_path) == ["a"]
     assert "b.tar.gz: a compressed tar is not read; decompress it" in faults(tmp_path)
+    for name in ("d.zip", "metadata.csv"):
+        (tmp_path / name).write_bytes(b"x")
+    assert "d.zip: files of this kind are not read; unpack it" in faults(tmp_path)
+    assert "metadata.csv: is not read; needed is metadata.jsonl" in faults(tmp_path)
     assert "c.tar: it is compressed with xz" in faults(tmp_path)
 
 

@@ -25,6 +25,7 @@ from kandinsky_jax.training.data.webdataset import read_tar
 
 METADATA = "metadata.jsonl"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+ARCHIVES = (".zip", ".7z", ".rar", ".arrow", ".feather", ".tfrecord", ".h5", ".lmdb", ".mdb")
 
 
 def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scratch: Path | None = None) -> Listing:
@@ -61,6 +62,10 @@ def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scrat
             found += read_tar(file, _name(file, path), skipped)
         elif file.name.lower().endswith(COMPRESSED):
             skipped.add(f"{_name(file, path)}: a compressed tar is not read; decompress it")
+        elif file.suffix.lower() in ARCHIVES:
+            skipped.add(f"{_name(file, path)}: files of this kind are not read; unpack it, or write tars or Parquet")
+        elif file.name == "metadata.csv":
+            skipped.add(f"{_name(file, path)}: is not read; needed is {METADATA}")
     for file in files:
         if file.suffix.lower() == ".parquet":
             found += read_parquet(file, _name(file, path), skipped, scratch)
