@@ -67,6 +67,11 @@ def refused(name: str, instead: str) -> Any:
     return staticmethod(method)
 
 
+def _by_the_pipeline(name: str, instead: str = "") -> Any:
+    """A method of diffusers' networks for LoRA, which pipelines load and weight here."""
+    return refused(f"{name} of a network", f"LoRA is the pipeline's here; call pipe.{instead or name}(...)")
+
+
 # Devices and dtypes -----------------------------------------------------------------------------------------------
 
 
@@ -222,3 +227,19 @@ class TorchModuleMixin:
     disable_tiling = disable_xformers_memory_efficient_attention = unfuse_qkv_projections = nothing_to_do
 
     enable_freeu = refused("enable_freeu", "it changes the images, and diffusers' Kandinsky 2.2 has none either")
+
+    add_adapter = refused("add_adapter of a network", "train with `kandinsky-jax train lora-decoder` or lora-prior")
+    delete_adapters = _by_the_pipeline("delete_adapters")
+    disable_adapters = _by_the_pipeline("disable_adapters", "disable_lora")
+    disable_lora = _by_the_pipeline("disable_lora")
+    enable_adapters = _by_the_pipeline("enable_adapters", "enable_lora")
+    enable_lora = _by_the_pipeline("enable_lora")
+    fuse_lora = _by_the_pipeline("fuse_lora")
+    load_attn_procs = _by_the_pipeline("load_attn_procs", "load_lora_weights")
+    load_lora_adapter = _by_the_pipeline("load_lora_adapter", "load_lora_weights")
+    save_attn_procs = _by_the_pipeline("save_attn_procs", "save_lora_weights")
+    save_lora_adapter = _by_the_pipeline("save_lora_adapter", "save_lora_weights")
+    set_adapter = _by_the_pipeline("set_adapter", "set_adapters")
+    set_adapters = _by_the_pipeline("set_adapters")
+    unfuse_lora = _by_the_pipeline("unfuse_lora")
+    unload_lora = _by_the_pipeline("unload_lora", "unload_lora_weights")

@@ -69,6 +69,8 @@ def test_what_saves_memory_warns_once(pipe, name):
     [
         (lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4), "changes the images"),
         (lambda pipe: pipe.unet.enable_freeu(0.9, 0.2, 1.2, 1.4), "changes the images"),
+        (lambda pipe: pipe.unet.load_lora_adapter("folder", prefix="unet"), r"call pipe\.load_lora_weights\("),
+        (lambda pipe: pipe.unet.load_attn_procs("folder"), r"call pipe\.load_lora_weights\("),
         (lambda pipe: pipe.push_to_hub("owner/name"), "hf upload OWNER/NAME FOLDER"),
         (lambda pipe: pipe.from_config({}), "from_pretrained"),
         (lambda pipe: pipe.prepare_latents((1, 4, 8, 8)), "give latents= to the call"),
