@@ -99,6 +99,10 @@ def test_an_id_that_is_taken_is_found(tmp_path, ending):
         ("rows.xlsx", "", "should end in one of .jsonl"),
         ("rows.txt", "\n \n", "it has no rows"),
         ("rows.csv", "id,promt\n1,x\n", "there is no column 'promt'.*\n.*the column 'prompt' is missing"),
+        ("rows.csv", "Prompt,Seed\nx,1\n", r"'Prompt'; did you mean prompt\?\n.*'Seed'; did you mean seed\?"),
+        ("rows.csv", "prompt;seed\nx;1\n", "its columns are separated by semicolons; needed are commas"),
+        ("rows.csv", "prompt\tseed\nx\t1\n", "its columns are separated by tabs; needed are commas"),
+        ("rows.csv", "prompt,colour\nx,1\n", "there is no column 'colour'; there are id, prompt, "),
         ("rows.csv", "prompt,id,id\nx,1,2\n", "column 'id' is there more than once"),
         ("rows.parquet", "PAR1 but not", "cannot be read"),
         ("absent.txt", None, "there is no file"),
@@ -110,6 +114,12 @@ def test_a_bad_file(tmp_path, name, text, says):
         (tmp_path / name).write_text(text)
     with pytest.raises(JobError, match=says):
         scan(str(tmp_path / name))
+
+
+def test_the_output_is_a_file(tmp_path):
+    (tmp_path / "rows.txt").write_text("x\n")
+    with pytest.raises(JobError, match=r"rows\.txt is a file; needed is a folder"):
+        open_job(Job(str(tmp_path / "rows.txt"), str(tmp_path / "rows.txt")))
 
 
 def test_all_faults_of_a_job_are_told_at_once(tmp_path):

@@ -77,7 +77,11 @@ class Files(Protocol):
 def open_files(url: str) -> Files:
     """The files below a local path or an fsspec URL."""
     fs, root = fsspec.core.url_to_fs(url)
-    return LocalFiles(Path(root)) if isinstance(fs, LocalFileSystem) else RemoteFiles(fs, root)
+    if not isinstance(fs, LocalFileSystem):
+        return RemoteFiles(fs, root)
+    if Path(root).is_file():
+        raise NotADirectoryError(f"{url} is a file; needed is a folder")
+    return LocalFiles(Path(root))
 
 
 class LocalFiles:

@@ -22,7 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 from kandinsky_jax import reading
 from kandinsky_jax.batch import parquet_rows, text_rows
 from kandinsky_jax.batch.text_rows import STRIDE, Raw
-from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
+from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten, summarize
+from kandinsky_jax.schedulers.base import near
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 # The columns that a job may have, and what they mean.
@@ -160,14 +161,30 @@ def _faults(found: RowFile) -> list[str]:
     if found.kind in ("csv", "parquet"):
         unknown = [name for name in found.columns if name not in COLUMNS]
         twice = sorted({name for name in found.columns if found.columns.count(name) > 1})
-        if unknown:
-            faults.append(f"there is no column {', '.join(map(repr, unknown))}; there are {', '.join(COLUMNS)}")
+        faults += _unknown(unknown)
         if twice:
             faults.append(f"column {', '.join(map(repr, twice))} is there more than once")
         if "prompt" not in found.columns:
             faults.append("the column 'prompt' is missing")
     if not found.count:
         faults.append("it has no rows")
+    return faults
+
+
+def _unknown(names: list[str]) -> list[str]:
+    """What is to be said of columns that have no meaning."""
+    for mark, called in ((";", "semicolons"), ("\t", "tabs")):
+        if any(mark in name and not COLUMNS.keys().isdisjoint(name.split(mark)) for name in names):
+            return [f"its columns are separated by {called}; needed are commas"]
+    faults, others = [], []
+    for name in names:
+        hint = near(name.strip().lower(), COLUMNS)
+        if hint.startswith("did you mean"):
+            faults.append(f"there is no column {quote(name, 40)}; {hint}")
+        else:
+            others.append(quote(name, 40))
+    if others:
+        faults.append(f"there is no column {summarize(others, 120, ', ')}; there are {', '.join(COLUMNS)}")
     return faults
 
 
