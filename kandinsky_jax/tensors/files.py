@@ -199,8 +199,13 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
             "safetensors files."
         ) from None
     try:
+        with open(path, "rb") as file:
+            if (start := file.read(1)) and start not in b"P\x80":  # of a zip file, of a pickle
+                raise CheckpointError(f"{path} holds no tensors; needed is .safetensors or what torch.save writes")
         # Mapped where the format allows it, so that nothing is read before it is asked for.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and more, by the kind of damage
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
