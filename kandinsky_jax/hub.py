@@ -197,9 +197,11 @@ def stored_folders(name: str | os.PathLike[str], cache_dir: str | os.PathLike[st
     snapshots = Path(cache_dir or HF_HUB_CACHE) / f"models--{str(name).replace('/', '--')}" / "snapshots"
     found = sorted(snapshots.iterdir()) if _REPOSITORY.fullmatch(str(name)) and snapshots.is_dir() else []
     if not found:
+        is_name = _REPOSITORY.fullmatch(str(name))
+        end = f" of which {shorten(str(snapshots.parent), 200)} has files" if is_name else " (owner/name)"
+        models = ", ".join(EMBEDDED)
         raise CheckpointError(
-            f"{shorten(str(name))} is no folder here, no embedded model and no Hub repository of which "
-            f"{shorten(str(snapshots.parent), 200)} has files"
+            f"{shorten(str(name))} is no folder here, no embedded model ({models}) and no Hub repository{end}"
         )
     return found
 
@@ -325,7 +327,14 @@ def _explain(repository: str, revision: str | None, offline: bool, error: Except
     if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no revision {shorten(repr(revision))} (a branch, tag, commit or refs/pr/N) on the Hub"
     from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    if (offline or constants.HF_HUB_OFFLINE) and isinstance(error, LocalEntryNotFoundError):
+        which = f" with the revision {shorten(repr(revision))}" if revision else ""
+        return (
+            f"{repository}{which} is not in the Hub's cache, and only the cache was looked at, because of "
+            "local_files_only or HF_HUB_OFFLINE; leave that out to fetch it, or give cache_dir="
+        )
     reason = shorten(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 200)
     message = f"{repository} could not be fetched from the Hub: {reason.rstrip('. ')}"
     if isinstance(error, ValueError):

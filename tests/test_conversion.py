@@ -182,7 +182,7 @@ def spoiled(tmp_path: Path) -> Path:
     [
         (lambda tmp: tmp / "nothing", [], ["is no folder here, no embedded model (tiny)"]),
         (lambda tmp: tmp, [], ["has no model_index.json"]),
-        (lambda tmp: "no-owner/no-repository", [], ["no-owner/no-repository could not be fetched from the Hub"]),
+        (lambda tmp: "no-owner/no-repository", [], ["no-owner/no-repository is not in the Hub's cache"]),
         (lambda tmp: "tiny/kandinsky-3", [], ["tiny has kandinsky-2-2-prior"]),
         (lambda tmp: "tiny", ["--dtype", "int8"], ["--dtype=int8 is not supported, only float32"]),
         (lambda tmp: "tiny", ["--layout", "onnx"], ["--layout=onnx is not supported, only orbax"]),

@@ -64,6 +64,8 @@ def verify(
                 if not quiet or report.status in manifest.FAULTS:
                     print(f"  {report.status:12}{report.path}" + (f": {report.detail}" if report.detail else ""))
         print(", ".join(f"{count} {status}" for status, count in counts.items()))
+        if set(counts) == {"not covered"}:
+            print("nothing could be compared; --update writes a folder's manifest, of its files as they are now")
         if damaged and hub.is_in_cache(folders[0]):
             print("fetch it again: from_pretrained(..., force_download=True), or `hf download --force-download ...`")
     sys.exit(1 if damaged else 0)

@@ -15,6 +15,7 @@ from convert_weights.convert import convert
 from kandinsky_jax import hub
 from kandinsky_jax.checkpoint.manifest import MANIFEST, verify, write_manifest
 from kandinsky_jax.cli import app
+from kandinsky_jax.tensors.files import CheckpointError
 from tests.conftest import SHAPES_MODEL
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -107,10 +108,21 @@ def test_a_configuration_that_was_edited(folder):
     assert run(folder).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("/nothing/here", r"model \(tiny\) and no Hub repository \(owner/name\)$"), ("owner/absent", "has files$")],
+)
+def test_names_of_nothing(tmp_path, name, says):
+    with pytest.raises(CheckpointError, match=says):
+        hub.stored_folders(name, tmp_path)
+
+
 def test_a_folder_without_checksums(tmp_path):
     folder = shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path / "model")
     assert set(statuses(folder).values()) == {"not covered"}
-    assert run(folder).exit_code == 0
+    done = run(folder)
+    assert done.exit_code == 0
+    assert "nothing could be compared; --update writes" in done.output
     shutil.rmtree(tmp_path / "model/unet")
     assert statuses(folder)["unet"] == "missing"
     assert run(folder).exit_code == 1
