@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 TRACEBACK = "KANDINSKY_JAX_TRACEBACK"
@@ -13,7 +14,9 @@ def run(app: Callable[[], None]) -> None:
     """Run a command line; print what went wrong and exit with 1, or 130 after Ctrl-C.
 
     With KANDINSKY_JAX_TRACEBACK=1 in the environment, errors keep their traceback.
+    A warning is one line too, without the source that it comes from.
     """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app()
     except KeyboardInterrupt:

@@ -192,10 +192,14 @@ class Checkpoints:
             return TrainingError(
                 f"{self.folder} holds checkpoints of {before}, not of {now}; choose another output folder"
             )
-        way = "" if STRUCTURE & found.keys() else ", or start with --accept-changes to go on with the new ones"
+        ways = ["change that back", "choose another output folder"]
+        if STRUCTURE & found.keys():
+            advice = " or ".join(ways)
+        else:
+            advice = f"{', '.join(ways)}, or start with --accept-changes to go on with the new ones"
         return TrainingError(
             f"{self.folder} holds the checkpoints of a run with other settings or data: changed are {describe(found)}; "
-            f"change that back, choose another output folder{way}"
+            f"{advice}"
         )
 
     def _state(self, path: Path, place: dict[str, Any], like: TrainState) -> TrainState:

@@ -174,7 +174,7 @@ def test_another_run_is_refused_by_name(run, changed, says):
     ("changed", "says"),
     [
         ({"kind": "decoder"}, "holds checkpoints of prior, not of decoder"),
-        ({"lora.rank": 8}, r"lora.rank \(4, now 8\)"),
+        ({"lora.rank": 8}, r"lora.rank \(4, now 8\); change that back or choose another output folder$"),
     ],
 )
 def test_another_structure_is_always_refused(run, changed, says):
