@@ -317,17 +317,17 @@ def _seed(value: Any) -> int:
 
 
 def _count(value: Any) -> int:
-    count = checks.count(_whole(value), "num_images")
+    count = _whole(value)
     if count > MAX_IMAGES:
         raise ValueError(f"must be at most {MAX_IMAGES}, got {shorten(count)}; use more rows")
-    return count
+    return checks.count(count, "num_images")
 
 
 def _side(value: Any, name: str) -> int:
-    side = checks.side(_whole(value), name)
+    side = _whole(value)
     if side > MAX_SIDE:
         raise ValueError(f"must be at most {MAX_SIDE} pixels, got {shorten(side)}")
-    return side
+    return checks.side(side, name)
 
 
 def _guidance(value: Any, name: str) -> float:
