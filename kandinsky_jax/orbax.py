@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import re
 import sys
 import time
 import types
@@ -27,6 +28,7 @@ FOLDER = "params"  # of a component, in place of diffusers' file of tensors
 
 CONCURRENT_GB = 1  # how much of a checkpoint is on its way at once; Orbax's default, 96, is a second copy of a network
 
+_FOLDERS = re.compile(r'"/[^"]*/')  # of a quoted path
 T = TypeVar("T")
 
 
@@ -202,6 +204,6 @@ def _abandoned() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what went wrong at the bottom; what Orbax puts above it is a page long."""
+    """The first line of the innermost error, with files by their last names; Orbax puts a page above it."""
     text = str(error.__cause__ or error)
-    return text.splitlines()[0] if text else type(error).__name__
+    return _FOLDERS.sub('"', text.splitlines()[0]) if text else type(error).__name__

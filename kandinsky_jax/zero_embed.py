@@ -164,7 +164,7 @@ def _find(folder: Path, mark: str) -> np.ndarray | None:
             check_regular(path)  # at a pipe, safetensors waits for ever
             with safe_open(path, framework="numpy") as file:
                 embed, seal = file.get_tensor(_TENSOR), (file.metadata() or {}).get("seal")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (SafetensorError, OSError, ValueError) as error:
             warnings.warn(f"{path} is damaged and not used: {shorten(error)}", stacklevel=2)

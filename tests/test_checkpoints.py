@@ -101,7 +101,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         in_index(
             unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DPMSolverSDEScheduler"], movq=[None, None]
         ),
-        ["unet is a UNet2DModel", "scheduler is a DPMSolverSDEScheduler, did you mean DPMSolver", "movq is missing"],
+        ["unet is a UNet2DModel", "scheduler is a DPMSolverSDEScheduler, did you mean SASolver", "movq is missing"],
     ),
     "no component": (
         lambda f: edit_json(f / "model_index.json", lambda index: index.pop("movq")),

@@ -146,7 +146,7 @@ def test_code_and_pickles_stay_behind(tmp_path):
         (source / name).write_text("x")
     convert(source, tmp_path / "target", progress=False)
     new = {name for name in files_of(tmp_path / "target") if "params/" not in name} - files_of(PRIOR).keys()
-    assert new == {"README.md"}
+    assert new == {"README.md", "kandinsky_jax_manifest.json"}
 
 
 def test_decoders_of_a_family_take_along_the_movq_they_share(tmp_path):

@@ -118,7 +118,7 @@ def test_another_tower_may_be_put_in_its_place(tiny_pipe):
     assert worst(pipe._zero_embed(), -own) <= 1e-5
     assert tiny_pipe.prior_image_encoder is not other
     text = checkpoint.Deferred(CLIPTextModelWithProjection, SHAPES_MODEL / hub.PRIOR / "text_encoder")
-    with pytest.raises(TypeError, match="must be a CLIPVisionModelWithProjection, got CLIPTextModelWithProjection"):
+    with pytest.raises(TypeError, match="must be a CLIPVisionModelWithProjection of kandinsky_jax, got CLIPText"):
         KandinskyV22PriorPipeline.from_pipe(pipe, image_encoder=text)
 
 

@@ -207,7 +207,7 @@ def test_emb2emb(ours, theirs, variant):
     )
     arguments = {"prompt": PROMPTS[:count], "image": [picture(i) for i in range(count)], **settings}
     arguments["negative_prompt"] = NEGATIVES[:count] if negative else None
-    mine = ours[name](generator=TorchGenerator(7), output_type="np", return_dict=False, **arguments)
+    mine = ours[name](generator=TorchGenerator(7), output_type="np", **arguments)
     other = theirs[name](generator=torch.Generator().manual_seed(7), return_dict=False, **arguments)
     assert worst(mine[0], other[0]) <= 1e-3
     assert worst(mine[1], other[1]) <= 1e-3

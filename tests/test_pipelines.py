@@ -86,7 +86,7 @@ def test_same_seed_same_picture(tiny_pipe, reference, name):
     assert worst(ours.image_embeds, embeds) <= 1e-3
     assert worst(ours.negative_image_embeds, negative) <= 1e-3
     # text2img on our own embeddings, going on with the same generator
-    assert_same_pictures(tiny_pipe.decoder_pipe(*ours, generator=generator, **decoder).images, pictures)
+    assert_same_pictures(tiny_pipe.decoder_pipe(**ours, generator=generator, **decoder).images, pictures)
 
 
 @pytest.mark.parametrize("name", ["red", "two, negative", "two by two", "guidance 1 and 1", "wide"])
@@ -145,7 +145,7 @@ def test_latents_given(tiny_pipe, reference):
     theirs = decoder_pipe(
         embeds, negative, latents=torch.tensor(noise), generator=torch.Generator().manual_seed(2), **size
     ).images
-    pictures = tiny_pipe.decoder_pipe(*ours, latents=noise, generator=TorchGenerator(2), **size).images
+    pictures = tiny_pipe.decoder_pipe(**ours, latents=noise, generator=TorchGenerator(2), **size).images
     assert_same_pictures(pictures, theirs)
 
 
@@ -223,7 +223,7 @@ def test_callback_sees_and_changes(tiny_pipe, reference):
         callback_on_step_end_tensor_inputs=prior_names,
     )
     ours = tiny_pipe.decoder_pipe(
-        *ours_embeds,
+        **ours_embeds,
         generator=TorchGenerator(6),
         callback_on_step_end=watch("ours"),
         callback_on_step_end_tensor_inputs=names,
