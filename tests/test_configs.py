@@ -39,6 +39,20 @@ def test_every_network_with_fixed_fields_is_checked():
     assert {cls.__name__ for cls, _ in FIXED} == {"PriorTransformer", "UNet2DConditionModel", "VQModel"}
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("VQModel", {"norm_num_groups": 17}, "norm_num_groups=17"),
+        ("VQModel", {"norm_num_groups": 8, "block_out_channels": [8, 8]}, "no multiples of 32"),
+        ("UNet2DConditionModel", {"norm_num_groups": 17}, "norm_num_groups=17"),
+    ],
+)
+def test_groups_that_do_not_divide_the_channels_are_named(name, changes, named):
+    cls = NETWORKS[name]
+    with pytest.raises(ConfigError, match=named):
+        cls.CONFIG.from_dict(shapes_config(cls) | changes)
+
+
 @pytest.mark.parametrize("cls", NETWORKS.values(), ids=NETWORKS)
 def test_configs(cls):
     raw = shapes_config(cls)

@@ -106,4 +106,6 @@ def block_faults(config: Any) -> list[str]:
         faults.append(f"block_out_channels has {len(config.block_out_channels)} items, supported: up to {MAX_BLOCKS}")
     if not len(config.down_block_types) == len(config.up_block_types) == len(config.block_out_channels):
         faults.append("down_block_types, up_block_types and block_out_channels differ in length")
+    if odd := [width for width in config.block_out_channels if width % config.norm_num_groups]:
+        faults.append(f"block_out_channels has {quote(odd)}, no multiples of norm_num_groups={config.norm_num_groups}")
     return faults

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.errors import quote
 from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig, block_faults
@@ -53,7 +54,12 @@ class MoVQConfig(NetworkConfig):
     scaling_factor: float = 0.18215
 
     def faults(self) -> list[str]:
-        return block_faults(self)
+        faults = block_faults(self)
+        if odd := [width for width in self.block_out_channels if width % SPATIAL_GROUPS]:
+            faults.append(
+                f"block_out_channels has {quote(odd)}, no multiples of {SPATIAL_GROUPS}, as spatial norms need"
+            )
+        return faults
 
     @property
     def embed_dim(self) -> int:
