@@ -85,6 +85,7 @@ def restore_tree(path: Path, target: T) -> T:
         CheckpointError: where it is damaged, or of another structure or other shapes.
     """
     path = path.absolute()
+    _check_files(path)
     read_json(path / "_METADATA")
     if cut := _cut_short(path):
         raise CheckpointError(f"{path} is damaged, {len(cut)} of its files are missing or cut short: {cut[0]}")

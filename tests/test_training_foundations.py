@@ -265,7 +265,8 @@ def test_encoded_once_is_encoded_at_every_step(folder, tmp_path, monkeypatch):
     before = about.stat().st_mtime_ns
     Run(Kind.PRIOR, config_of(folder, tmp_path / "once", precompute=True, text_length=24), quiet=True)
     assert about.stat().st_mtime_ns == before
-    Run(Kind.PRIOR, config_of(folder, tmp_path / "once", precompute=True, text_length=25), quiet=True)
+    with pytest.warns(UserWarning, match="is not used, all pictures are encoded again"):
+        Run(Kind.PRIOR, config_of(folder, tmp_path / "once", precompute=True, text_length=25), quiet=True)
     assert about.stat().st_mtime_ns != before
 
 
