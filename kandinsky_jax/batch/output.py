@@ -8,7 +8,7 @@
 or, as a folder of pictures, OUT/images/000000/ID.png and OUT/manifest/000000.parquet in the place of the tar file. The
 tar file or manifest is written last: where it is, the shard is complete. A file of that name that is empty or cut short
 is no shard, and is made again; files of other names do not count. How files come to be complete or absent, also where
-two processes write the same one, is told in `kandinsky_jax.batch.files`.
+two processes write the same one, is described in `kandinsky_jax.batch.files`.
 """
 
 from __future__ import annotations

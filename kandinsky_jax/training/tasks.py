@@ -120,7 +120,7 @@ class Task(ABC):
         return self.modules
 
     def usable(self, items: Sequence[Captioned], skipped: Skipped) -> list[Captioned]:
-        """The pictures that have what this kind of training needs; `skipped` is told of the others."""
+        """The pictures that have what this kind of training needs; `skipped` collects the others."""
         return list(items)
 
 

@@ -35,7 +35,7 @@ def read_parquet(path: Path, name: str, skipped: Skipped, scratch: Path | None =
     Args:
         path: the file.
         name: of the file, in names and faults.
-        skipped: is told what is not used.
+        skipped: collects what is not used.
         scratch: a folder for temporary files; None, or one that is absent, is the system's. The files have
             no names, and vanish with the process.
     """

@@ -102,7 +102,7 @@ def read_tar(path: Path, name: str, skipped: Skipped) -> Iterator[Captioned]:
     Args:
         path: the tar.
         name: of the tar, in names and faults.
-        skipped: is told what is not used.
+        skipped: collects what is not used.
     """
     try:
         with path.open("rb") as file:
