@@ -55,7 +55,9 @@ def test_a_guidance_scale_may_be_an_array_without_axes(scale):
     assert isinstance(checks.guidance(scale), float)
 
 
-@pytest.mark.parametrize("value", ["tiny", None, kandinsky_jax.KandinskyV22Pipeline, object()], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["tiny", None, kandinsky_jax.KandinskyV22Pipeline, object()], ids=["name", "none", "class", "object"]
+)
 @pytest.mark.parametrize("name", ["AutoPipelineForText2Image", "AutoPipelineForInpainting", "KandinskyV22Pipeline"])
 def test_from_pipe_takes_pipelines_only(name, value):
     with pytest.raises(TypeError, match=rf"{name}.from_pipe takes pipelines of kandinsky_jax"):
