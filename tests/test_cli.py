@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from kandinsky_jax import hub, scheduler_named
 from kandinsky_jax.cli import app
+from kandinsky_jax.cli.main import main
 from tests import shapes
 from tests.conftest import SHAPES_MODEL
 
@@ -49,6 +50,7 @@ def test_generate(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.slow
 def test_several_pictures(tmp_path):
     arguments = [*SHORT, "--seed", "3", "--num-images", "2", "--quiet", "-o", "b.webp"]
     done = kandinsky("generate", "a red circle", "yellow ring", *arguments, cwd=tmp_path)
@@ -58,6 +60,7 @@ def test_several_pictures(tmp_path):
     assert {pixels(path).shape for path in tmp_path.iterdir()} == {(64, 64, 3)}
 
 
+@pytest.mark.slow
 def test_torch_noise_is_the_references_picture(tmp_path, tiny_pipe):
     from kandinsky_jax import TorchGenerator
 
@@ -89,13 +92,24 @@ def test_torch_noise_is_the_references_picture(tmp_path, tiny_pipe):
         (["x", "--scheduler", "heun", "--steps", "600"], "num_inference_steps=600 is out of range"),
     ],
 )
-def test_errors_are_one_line(tmp_path, arguments, says):
-    done = kandinsky("generate", *arguments, cwd=tmp_path)
-    assert done.returncode == 1
-    assert says in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kandinsky-jax", "generate", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_ends_with_the_error_alone(tmp_path):
+    done = kandinsky("generate", "x", "--model", "nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: nowhere is no folder here")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def invoke(arguments: list[str], folder) -> Any:
@@ -126,7 +140,11 @@ def test_every_command_is_listed(tmp_path):
     assert all(f" {name} " in shown for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+# Each mode compiles programs of its own: one with a picture in the quick suite.
+QUICK = ("generate", "img2img")
+
+
+@pytest.mark.parametrize("name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in COMMANDS])
 def test_the_example_in_the_help_runs(folder, name):
     """As it is printed, offline, only with fewer steps, whichever model is embedded."""
     parts = [hub.EMBEDDED["tiny"] / hub.DECODER / part / "config.json" for part in ("unet", "movq")]
@@ -151,6 +169,7 @@ def test_the_example_in_the_help_runs(folder, name):
     assert ("files" in about) == (name not in ("generate", "mix"))
 
 
+@pytest.mark.slow
 def test_the_commands_do_what_the_pipelines_do(folder, ours):
     """Files, sizes and seeds arrive: the same pictures as from Python."""
     prompt = "a green star on a white background"

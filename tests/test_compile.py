@@ -48,7 +48,7 @@ def test_counter_counts():
     assert events
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_nothing_compiles_after_the_first_call(tiny_pipe, batch):
     prompts = ["a red circle on a blue background", "yellow ring, black background"][:batch]
     tiny_pipe(prompts, generator=0, **SMALL)

@@ -28,6 +28,7 @@ def assert_same(ours, reference) -> None:
     assert note(difference.max(), "max |d|, of 255") <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["img2img", "inpaint", "controlnet"])
 def test_guidance_off_and_two_images(ours, theirs, embeds, mode):
     """The reference forgets to repeat where guidance is off: it is given everything twice instead."""
@@ -186,6 +187,7 @@ def test_every_output_type(ours, embeds, mode):
     assert draw("latent").shape == (1, 4, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["inpaint", "controlnet img2img"])
 def test_one_picture_serves_all_prompts(ours, embeds, mode):
     rows = {"image_embeds": embeds[0], "negative_image_embeds": embeds[1]}
@@ -222,6 +224,7 @@ def test_a_picture_does_not_depend_on_its_batch(ours, embeds, mode):
         np.testing.assert_allclose(both[i], alone[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_kept_latents_are_the_pictures_own(ours, embeds):
     """To the last bit, whatever was drawn in the hole; `paste_back` does the same for pixels."""
     from kandinsky_jax import images

@@ -170,14 +170,21 @@ def jitted(module: nnx.Module, *args: Any, method: str = "__call__") -> Any:
     return call(*Network.split(module), *arrays, method=method)
 
 
+# Block lists whose programs take long to compile, and that show no more than the others do day by day.
+LONG = ("3 blocks, 9 channels", "4 blocks", "3 blocks, no codebook width")
+
+
 def cases(configs: dict[str, dict[str, Any]]) -> Any:
     return pytest.mark.parametrize("config", configs.values(), ids=configs.keys())
 
 
 def alternate_batch(configs: dict[str, dict[str, Any]]) -> Any:
     """Each configuration, alternately with one row and with three: a compilation is what takes the time here."""
-    values = [(config, (1, 3)[i % 2]) for i, config in enumerate(configs.values())]
-    return pytest.mark.parametrize(("config", "batch"), values, ids=configs.keys())
+    values = [
+        pytest.param(config, (1, 3)[i % 2], id=name, marks=pytest.mark.slow if name in LONG else ())
+        for i, (name, config) in enumerate(configs.items())
+    ]
+    return pytest.mark.parametrize(("config", "batch"), values)
 
 
 @pytest.fixture(autouse=True)

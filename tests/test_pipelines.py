@@ -73,10 +73,11 @@ def assert_same_pictures(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert note(difference.max(), "max |d|, of 255") <= 4
 
 
-LONG = ("two by two", "tall, rounded up")  # programs of their own
+# Batches, sizes and guidance of their own have programs of their own to compile.
+QUICK = ("red", "red, negative", "star", "purple", "star, negative")
 
 
-@pytest.mark.parametrize("name", [pytest.param(c, marks=pytest.mark.slow) if c in LONG else c for c in CASES])
+@pytest.mark.parametrize("name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_same_seed_same_picture(tiny_pipe, reference, name):
     case = CASES[name]
     embeds, negative, pictures = reference_picture(reference, case)
@@ -89,7 +90,13 @@ def test_same_seed_same_picture(tiny_pipe, reference, name):
     assert_same_pictures(tiny_pipe.decoder_pipe(**ours, generator=generator, **decoder).images, pictures)
 
 
-@pytest.mark.parametrize("name", ["red", "two, negative", "two by two", "guidance 1 and 1", "wide"])
+COMBINED = [
+    "red",
+    *(pytest.param(c, marks=pytest.mark.slow) for c in ("two, negative", "two by two", "guidance 1 and 1", "wide")),
+]
+
+
+@pytest.mark.parametrize("name", COMBINED)
 def test_same_seed_same_picture_combined(tiny_pipe, reference, name):
     case = CASES[name]
     _, _, pictures = reference_picture(reference, case)
@@ -172,6 +179,7 @@ def test_output_types(tiny_pipe, reference):
     assert tiny_pipe(RED, generator=0, output_type="np", return_dict=False, **SHORT)[0].shape == array.shape
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(tiny_pipe):
     """JAX keys: image i draws from fold_in(key, i), so it is the same in a batch of any size."""
     one = tiny_pipe(RED, generator=3, output_type="np", **SHORT).images

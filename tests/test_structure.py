@@ -86,6 +86,7 @@ def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 500
 
 
+@pytest.mark.slow
 def test_a_picture_without_torch():
     """The whole way from prompt to picture, where torch and diffusers cannot be imported."""
     program = """

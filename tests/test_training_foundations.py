@@ -116,6 +116,7 @@ def test_the_loss_of_movq():
     gradients_agree(gradients, theirs)
 
 
+@pytest.mark.slow
 def test_the_loss_of_clip():
     """Against transformers' towers, and its own contrastive loss."""
     prior = SHAPES_MODEL / hub.PRIOR

@@ -209,11 +209,11 @@ def test_all_faults_of_a_configuration(tmp_path):
 # Runs -------------------------------------------------------------------------------------------------------------
 
 
-QUICK = (Kind.LORA_PRIOR,)
 DIFFUSION = (Kind.PRIOR, Kind.DECODER, Kind.LORA_PRIOR, Kind.LORA_DECODER)
 
 
-@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in DIFFUSION])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DIFFUSION)
 def test_a_run(pipe, folder, tmp_path, kind):
     """The loss falls, pictures are drawn on the way, and diffusers loads what comes out."""
     steps = {"max_train_steps": 6, "learning_rate": 1e-2 if "lora" in kind else 1e-3, "ema_decay": 0.9}
@@ -242,6 +242,7 @@ def test_a_run(pipe, folder, tmp_path, kind):
     assert np.abs(trained.state_dict()[name].numpy()).sum() > 0
 
 
+@pytest.mark.slow
 def test_padding_that_no_caption_needs_is_left_out(pipe, folder, tmp_path):
     """As little text as the longest caption needs, and the loss, with empty prompts in some places, is the same."""
     run = Run(Kind.PRIOR, config_of(folder, tmp_path, condition_dropout=0.5), pipe, quiet=True)

@@ -35,10 +35,11 @@ def nothing_compiled():
     ("name", "warm", "given"),
     [
         ("Combined", SIZE, {"prompt": "a red circle", **SIZE, **STEPS}),
-        (
+        pytest.param(
             "InpaintCombined",
             SIZE | {"generator": TorchGenerator(0)},
             {"prompt": "red", "image": PICTURE, "mask_image": MASK, "generator": TorchGenerator(1), **SIZE, **STEPS},
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             "ControlnetImg2ImgCombined",
@@ -82,7 +83,8 @@ def test_the_picture_is_the_same_after_a_warmup(tiny_pipe):
     assert np.array_equal(fresh("a red circle", generator=3, output_type="np", **SIZE, **STEPS).images, expected)
 
 
-@pytest.mark.parametrize("layout", [pytest.param("diffusers", marks=pytest.mark.slow), "orbax"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["diffusers", "orbax"])
 def test_loading_compiles_meanwhile(ours, tmp_path, layout):
     """What is compiled for a network without arrays is what the loaded one runs."""
     ours["KandinskyV22Pipeline"].save_pretrained(tmp_path / "decoder", layout=layout)
