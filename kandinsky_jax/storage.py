@@ -114,8 +114,13 @@ def _stays(folder: Path) -> bool:
     return (
         folder.is_dir()
         and not any(folder.iterdir())
-        and (_is_working_directory(folder) or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK))
+        and (_is_working_directory(folder) or os.path.ismount(folder) or not _may_write(folder.parent))
     )
+
+
+def _may_write(folder: Path) -> bool:
+    """By the identity that counts when it writes; access() asks for that of who started the process."""
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _is_working_directory(folder: Path) -> bool:

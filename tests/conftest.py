@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,6 +55,14 @@ def nhwc(tensor) -> jax.Array:
 def nchw(array) -> np.ndarray:
     """Our picture batch in torch's order of axes."""
     return np.asarray(array, np.float32).transpose(0, 3, 1, 2)
+
+
+def slow_and_campaign(values: Iterable[Any], *slow: Any) -> list[Any]:
+    """The parameters of a long test: some of them in the slow suite, and all of them in the campaign."""
+    values = list(values)
+    assert set(slow) < set(values)
+    marks = {value: pytest.mark.slow if value in slow else pytest.mark.campaign for value in values}
+    return [pytest.param(value, marks=mark) for value, mark in marks.items()]
 
 
 FIGURES: dict[tuple[str, str], list[float]] = {}

@@ -25,8 +25,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "distributed"), [(2, False), (4, True)])
+@pytest.mark.parametrize(
+    ("processes", "distributed"),
+    [pytest.param(2, False, marks=pytest.mark.campaign), pytest.param(4, True, marks=pytest.mark.slow)],
+)
 def test_killed_and_started_again(folder, processes, distributed):
     found = batch_kill.disturbed(folder, 64, processes, 4, OPTIONS, distributed, random.Random(processes))
     assert found["kills"] == 4

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import note
-
-pytestmark = pytest.mark.slow
+from tests.conftest import note, slow_and_campaign
 
 TOLERANCE = 1e-4  # max |difference| / std(reference)
 PEAK_GIB = 20  # of the 24 that the machine running these tests has
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    "network",
-    ["unet_decoder", "unet_inpaint", "unet_controlnet_depth", "prior", "movq", "text_encoder", "image_encoder"],
-)
+# The decoder for inpainting is that for text with more channels in its first convolution.
+SLOW = ("unet_decoder", "unet_controlnet_depth", "prior", "movq", "text_encoder", "image_encoder")
+
+
+@pytest.mark.parametrize("network", slow_and_campaign((*SLOW, "unet_inpaint"), *SLOW))
 def test_network_follows_the_reference(network: str, tmp_path: Path):
     folder = tmp_path / network
     command = [sys.executable, "-m", "tests.full_size_worker", network, str(folder)]

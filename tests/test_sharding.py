@@ -30,8 +30,13 @@ def drawn_by(folder: Path, *parts: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> dict[str, np.ndarray]:
+    return drawn_by(tmp_path_factory.mktemp("drawn"), "over_data")
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory) -> dict[str, np.ndarray]:
     parts = ("over_data", "further_over_data", "other_meshes")
-    return drawn_by(tmp_path_factory.mktemp("drawn"), *parts)
+    return drawn_by(tmp_path_factory.mktemp("further"), *parts)
 
 
 def levels(pictures: np.ndarray) -> np.ndarray:
@@ -51,39 +56,39 @@ def test_a_batch_that_does_not_fill_the_devices(drawn):
     assert np.array_equal(drawn["uneven"], drawn["alone"][:3])
 
 
-@pytest.mark.slow
-def test_a_callback_sees_the_batch(drawn):
-    assert np.array_equal(drawn["callback"], drawn["alone"][:3])
+@pytest.mark.campaign
+def test_a_callback_sees_the_batch(further):
+    assert np.array_equal(further["callback"], further["alone"][:3])
 
 
-@pytest.mark.slow
-def test_a_batch_on_one_device(drawn):
+@pytest.mark.campaign
+def test_a_batch_on_one_device(further):
     """Another program, of eight pictures: the last bits of float32 may differ, and rarely a level by one."""
-    assert note(np.abs(drawn["data"] - drawn["batch"]).max() * 255, "data, max |d| of 255") <= 0.05
-    assert np.abs(levels(drawn["data"]) - levels(drawn["batch"])).max() <= 1
+    assert note(np.abs(further["data"] - further["batch"]).max() * 255, "data, max |d| of 255") <= 0.05
+    assert np.abs(levels(further["data"]) - levels(further["batch"])).max() <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("case", ["unguided", "negative", "torch", "Img2Img", "Inpaint", "Controlnet"])
-def test_cases_over_data(drawn, case):
-    ours, alone = drawn[case], drawn[f"{case} alone"]
+def test_cases_over_data(further, case):
+    ours, alone = further[case], further[f"{case} alone"]
     assert len(ours) == (3 if case[0].isupper() else 8)
     assert np.array_equal(ours[: len(alone)], alone)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("shape", [(1, 2, 1), (4, 2, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2)], ids=str)
-def test_guidance_and_rows(drawn, shape):
-    ours, one = drawn[f"mesh {shape}"], drawn["batch"]
+def test_guidance_and_rows(further, shape):
+    ours, one = further[f"mesh {shape}"], further["batch"]
     kind = "rows" if shape[2] > 1 else "guidance"
     assert note(np.abs(ours - one).max() * 255, f"{kind}, max |d| of 255") <= (2 if kind == "rows" else 0.05)
     assert np.abs(levels(ours) - levels(one)).max() <= 1
 
 
-@pytest.mark.slow
-def test_divided_parameters(drawn):
-    assert drawn["share"] < 0.2  # of eight devices, each has an eighth of what is large enough
-    assert np.abs(drawn["divided"] - drawn["alone"][:1]).max() * 255 <= 2
+@pytest.mark.campaign
+def test_divided_parameters(further):
+    assert further["share"] < 0.2  # of eight devices, each has an eighth of what is large enough
+    assert np.abs(further["divided"] - further["alone"][:1]).max() * 255 <= 2
 
 
 # One device, no process of its own --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from kandinsky_jax.pipelines.inpaint import kept_latents
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from tests import shapes
-from tests.conftest import note
+from tests.conftest import note, slow_and_campaign
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = shapes.captions(25, seed=3)
@@ -41,8 +41,7 @@ def modes(guide, tiny_pipe):
     tiny_pipe.scheduler = original
 
 
-@pytest.mark.slow  # eight minutes
-@pytest.mark.parametrize("mode", ["text2img", "img2img", "inpaint"])
+@pytest.mark.parametrize("mode", slow_and_campaign(("text2img", "img2img", "inpaint"), "text2img"))
 def test_right_pictures_at_25_evaluations(guide, modes, mode):
     """At least 90 % of what DDPM draws right in 50."""
     baseline = modes.rate(mode, guide.BASELINE, guide.BASELINE_EVALUATIONS)

@@ -177,9 +177,15 @@ def test_loss_and_gradients_of_lora(tiny_pipe, reference, kind, gamma):
     close(by_peft_name(gradients), {name: p.grad for name, p in twin.trained().items()}, "gradients", 1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "with_lora"),
+    [
+        pytest.param("prior", False, marks=pytest.mark.slow),
+        pytest.param("decoder", True, marks=pytest.mark.slow),
+        pytest.param("prior", True, marks=pytest.mark.campaign),
+        pytest.param("decoder", False, marks=pytest.mark.campaign),
+    ],
+)
 def test_weights_after_twenty_steps(tiny_pipe, reference, kind, with_lora):
     """Agree within 1e-3 of how far they have come; in the mean over a tensor, since AdamW makes steps of one size
     even where a gradient is nothing but rounding."""

@@ -35,7 +35,7 @@ from kandinsky_jax.training.losses import clip_loss, movq_loss
 from kandinsky_jax.training.step import Settings
 from kandinsky_jax.training.tasks import holes
 from tests import shapes
-from tests.conftest import SHAPES_MODEL, nchw, note, worst
+from tests.conftest import SHAPES_MODEL, nchw, note, slow_and_campaign, worst
 from tests.test_training_loop import StopAfter
 
 COUNT = 10
@@ -335,8 +335,10 @@ def test_foundations_learn(folder, scratch, tmp_path, kind):
         assert worst(embeds.std(0), theirs.prior.clip_std[0].numpy(force=True)) < 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [Kind.MOVQ, Kind.CLIP, Kind.PRIOR, Kind.DECODER, Kind.LORA_DECODER])
+EVERY = (Kind.MOVQ, Kind.CLIP, Kind.PRIOR, Kind.DECODER, Kind.LORA_DECODER)
+
+
+@pytest.mark.parametrize("kind", slow_and_campaign(EVERY, Kind.CLIP, Kind.LORA_DECODER))
 def test_every_kind_goes_on_where_it_stopped(folder, tmp_path, kind):
     """Stopped between two steps and begun again: the weights and losses of a run that went through, bit for bit."""
 
@@ -359,8 +361,7 @@ def test_every_kind_goes_on_where_it_stopped(folder, tmp_path, kind):
         assert all(np.array_equal(one[name], two[name]) for name in one), file
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("member", [hub.INPAINT, hub.CONTROLNET])
+@pytest.mark.parametrize("member", slow_and_campaign((hub.INPAINT, hub.CONTROLNET), hub.CONTROLNET))
 def test_decoders_of_other_modes(folder, tmp_path, member):
     """Their own data, pictures on the way, and a result that diffusers loads."""
     options = {"validation_steps": 4, "validation_prompts": ("a red circle", "a star"), "precompute": True}

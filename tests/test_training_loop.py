@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run, TrainingError
 from kandinsky_jax.training.step import Settings
 from tests import shapes
-from tests.conftest import SHAPES_MODEL
+from tests.conftest import SHAPES_MODEL, slow_and_campaign
 
 ROOT = Path(__file__).parents[1]
 COUNT = 12
@@ -212,8 +213,7 @@ def test_all_faults_of_a_configuration(tmp_path):
 DIFFUSION = (Kind.PRIOR, Kind.DECODER, Kind.LORA_PRIOR, Kind.LORA_DECODER)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", DIFFUSION)
+@pytest.mark.parametrize("kind", slow_and_campaign(DIFFUSION, Kind.LORA_PRIOR, Kind.DECODER))
 def test_a_run(pipe, folder, tmp_path, kind):
     """The loss falls, pictures are drawn on the way, and diffusers loads what comes out."""
     steps = {"max_train_steps": 6, "learning_rate": 1e-2 if "lora" in kind else 1e-3, "ema_decay": 0.9}
@@ -380,6 +380,9 @@ def test_stopped_and_resumed(folder, tmp_path):
     run("parts").train()
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(np.array_equal(one[name], two[name]) for name in one)
+    with pytest.raises(TrainingError, match="model exists and is no result of such a run"):
+        Run(Kind.PRIOR, config_of(folder, tmp_path / "parts"), quiet=True)
+    shutil.rmtree(tmp_path / "parts" / "model")
     other = Run(Kind.PRIOR, config_of(folder, tmp_path / "parts"), quiet=True)
     with pytest.raises(TrainingError, match="holds checkpoints of lora-prior, not of prior"):
         other.train()

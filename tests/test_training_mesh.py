@@ -15,13 +15,12 @@ from jax.sharding import PartitionSpec
 from kandinsky_jax.training.config import ConfigError, load
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import make_training_mesh, parts, places
-from tests.conftest import note
+from tests.conftest import note, slow_and_campaign
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [Kind.PRIOR, Kind.DECODER, Kind.LORA_DECODER])
+@pytest.mark.parametrize("kind", slow_and_campaign((Kind.PRIOR, Kind.DECODER, Kind.LORA_DECODER), Kind.PRIOR))
 def test_the_loss_curve_is_that_of_one_device(tmp_path, kind):
     """Ten AdamW steps with dropout: losses within 1e-5, on every mesh, and also where a run changes its mesh."""
     command = [sys.executable, "-W", "error", "-m", "tests.training_mesh_worker", tmp_path / "out.json", kind]
