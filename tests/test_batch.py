@@ -407,6 +407,7 @@ def kandinsky(*arguments: str, cwd: Path, **options):
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 def test_the_command(rows, tmp_path):
     """From a shell: SIGTERM on the way, a second run that finishes; its help has an example."""
     (tmp_path / "p.csv").write_text("prompt,seed\n" + "".join(f"{PROMPTS[i % 5]},{i}\n" for i in range(400)))

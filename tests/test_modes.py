@@ -43,8 +43,8 @@ MODES = {
     "controlnet": "KandinskyV22ControlnetPipeline",
     "controlnet img2img": "KandinskyV22ControlnetImg2ImgPipeline",
 }
-# The decoders by themselves: every variant of the first mode, and of the others one, in the quick suite.
-QUICK_DECODERS = [
+# Every variant of the first mode, and of the others one, in the quick suite.
+QUICK_MODES = [
     pytest.param(mode, *v.values, marks=pytest.mark.slow if v.marks or (mode != "text2img" and i) else ())
     for mode in MODES
     for i, v in enumerate(QUICK_FIRST)
@@ -140,7 +140,7 @@ def embeds(ours):
     return {False: plain, True: pipe(PROMPTS, NEGATIVES, generator=1, output_type="np", return_dict=False)}
 
 
-@pytest.mark.parametrize(("mode", "variant"), QUICK_DECODERS)
+@pytest.mark.parametrize(("mode", "variant"), QUICK_MODES)
 def test_decoder(ours, theirs, embeds, mode, variant):
     count, repeats, negative, height, width = VARIANTS[variant]
     rows = [x[:count] for x in embeds[negative]]
@@ -162,8 +162,7 @@ def test_decoder(ours, theirs, embeds, mode, variant):
     assert_same(drawn, reference, mode, variant)
 
 
-@pytest.mark.parametrize("variant", QUICK_FIRST)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "variant"), QUICK_MODES)
 def test_combined(ours, theirs, mode, variant):
     """prompt -> picture in one call, beside the reference's prior and decoder with one generator."""
     count, repeats, negative, height, width = VARIANTS[variant]

@@ -41,6 +41,7 @@ def taken_for(pipe, picture: Image.Image, names: list[str]) -> str:
     return names[int(np.argmax(said @ seen / np.linalg.norm(said, axis=1)))]
 
 
+@pytest.mark.slow
 def test_one_line_for_every_mode(script):
     """The block for every mode, as it is printed."""
     made: dict = {}
