@@ -105,9 +105,7 @@ def resolve(name: str | os.PathLike[str], repository: str, **options: Any) -> Pa
     if embedded in EMBEDDED and not os.path.exists(name):
         member = member or where.subfolder or ""
         if member not in ("", PRIOR, DECODER, INPAINT, CONTROLNET):
-            raise CheckpointError(
-                f"{shorten(str(name))}: {embedded} has {PRIOR}, {DECODER}, {INPAINT} and {CONTROLNET}"
-            )
+            raise _no_member(name, embedded)
         return EMBEDDED[embedded] / (member or repository)
     folder = Path(name)
     if os.path.isdir(folder):  # which takes a name that is too long for one that is not there
@@ -125,6 +123,10 @@ def resolve(name: str | os.PathLike[str], repository: str, **options: Any) -> Pa
         f"{shorten(str(name))} is no folder here, no embedded model ({', '.join(EMBEDDED)}) and no Hub repository "
         "(owner/name)"
     )
+
+
+def _no_member(name: str | os.PathLike[str], embedded: str) -> CheckpointError:
+    return CheckpointError(f"{shorten(str(name))}: {embedded} has {PRIOR}, {DECODER}, {INPAINT} and {CONTROLNET}")
 
 
 def resolve_component(name: str | os.PathLike[str], **options: Any) -> Path:
@@ -186,9 +188,7 @@ def stored_folders(name: str | os.PathLike[str], cache_dir: str | os.PathLike[st
     embedded, _, member = str(name).partition("/")
     if embedded in EMBEDDED and not os.path.exists(name):
         if not os.path.isdir(folder := EMBEDDED[embedded] / member):
-            raise CheckpointError(
-                f"{shorten(str(name))}: {embedded} has {PRIOR}, {DECODER}, {INPAINT} and {CONTROLNET}"
-            )
+            raise _no_member(name, embedded)
         return [folder]
     if os.path.isdir(name):
         return [Path(name)]

@@ -57,12 +57,20 @@ def nchw(array) -> np.ndarray:
     return np.asarray(array, np.float32).transpose(0, 3, 1, 2)
 
 
+def quick_and_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """The parameters of a test: some of them in the quick suite, the others in the slow one."""
+    return _divided(values, quick, (), pytest.mark.slow)
+
+
 def slow_and_campaign(values: Iterable[Any], *slow: Any) -> list[Any]:
-    """The parameters of a long test: some of them in the slow suite, and all of them in the campaign."""
+    """The parameters of a long test: some of them in the slow suite, the others in the campaign."""
+    return _divided(values, slow, pytest.mark.slow, pytest.mark.campaign)
+
+
+def _divided(values: Iterable[Any], chosen: tuple[Any, ...], mark: Any, other: Any) -> list[Any]:
     values = list(values)
-    assert set(slow) < set(values)
-    marks = {value: pytest.mark.slow if value in slow else pytest.mark.campaign for value in values}
-    return [pytest.param(value, marks=mark) for value, mark in marks.items()]
+    assert set(chosen) < set(values)
+    return [pytest.param(value, marks=mark if value in chosen else other) for value in values]
 
 
 FIGURES: dict[tuple[str, str], list[float]] = {}

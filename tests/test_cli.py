@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from kandinsky_jax import hub, scheduler_named
 from kandinsky_jax.cli import app
 from kandinsky_jax.cli.main import main
 from tests import shapes
-from tests.conftest import SHAPES_MODEL
+from tests.conftest import SHAPES_MODEL, quick_and_slow
 
 DECODER, INPAINT = (str(SHAPES_MODEL / name) for name in (hub.DECODER, hub.INPAINT))
 SHORT = ["--model", str(SHAPES_MODEL), "--steps", "3", "--prior-steps", "2"]
@@ -95,6 +96,8 @@ def test_torch_noise_is_the_references_picture(tmp_path, tiny_pipe):
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["kandinsky-jax", "generate", *arguments])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # main() changes both for its process
+    monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 1
@@ -141,10 +144,7 @@ def test_every_command_is_listed(tmp_path):
 
 
 # Each mode compiles programs of its own: one with a picture in the quick suite.
-QUICK = ("generate", "img2img")
-
-
-@pytest.mark.parametrize("name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in COMMANDS])
+@pytest.mark.parametrize("name", quick_and_slow(COMMANDS, "generate", "img2img"))
 def test_the_example_in_the_help_runs(folder, name):
     """As it is printed, offline, only with fewer steps, whichever model is embedded."""
     parts = [hub.EMBEDDED["tiny"] / hub.DECODER / part / "config.json" for part in ("unet", "movq")]

@@ -170,7 +170,7 @@ def jitted(module: nnx.Module, *args: Any, method: str = "__call__") -> Any:
     return call(*Network.split(module), *arrays, method=method)
 
 
-# Block lists whose programs take long to compile, and that show no more than the others do day by day.
+# Block lists whose programs take long to compile: in the slow suite.
 LONG = ("3 blocks, 9 channels", "4 blocks", "3 blocks, no codebook width")
 
 

@@ -16,7 +16,7 @@ from kandinsky_jax import (
     scheduler_named,
 )
 from kandinsky_jax.schedulers.base import STEP_ARGUMENTS
-from tests.conftest import SHAPES_MODEL, note, official_config, worst
+from tests.conftest import SHAPES_MODEL, note, official_config, quick_and_slow, worst
 
 RED = "a red circle on a blue background"
 STAR = "small green star, white background"
@@ -77,7 +77,7 @@ def assert_same_pictures(ours: np.ndarray, theirs: np.ndarray) -> None:
 QUICK = ("red", "red, negative", "star", "purple", "star, negative")
 
 
-@pytest.mark.parametrize("name", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("name", quick_and_slow(CASES, *QUICK))
 def test_same_seed_same_picture(tiny_pipe, reference, name):
     case = CASES[name]
     embeds, negative, pictures = reference_picture(reference, case)
@@ -90,13 +90,10 @@ def test_same_seed_same_picture(tiny_pipe, reference, name):
     assert_same_pictures(tiny_pipe.decoder_pipe(**ours, generator=generator, **decoder).images, pictures)
 
 
-COMBINED = [
-    "red",
-    *(pytest.param(c, marks=pytest.mark.slow) for c in ("two, negative", "two by two", "guidance 1 and 1", "wide")),
-]
+COMBINED = ("red", "two, negative", "two by two", "guidance 1 and 1", "wide")
 
 
-@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("name", quick_and_slow(COMBINED, "red"))
 def test_same_seed_same_picture_combined(tiny_pipe, reference, name):
     case = CASES[name]
     _, _, pictures = reference_picture(reference, case)
