@@ -48,7 +48,7 @@ EMBEDDED = {"tiny": Path(__file__).parent / "tiny"}
 _REVISIONS = {f"{OFFICIAL}/{CONTROLNET}": "refs/pr/5"}
 
 _COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
-_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+_REPOSITORY = re.compile(r"(?![.-])[\w.-]{1,96}/(?![.-])[\w.-]{1,96}")  # "./here" and "../there" are paths
 _SMALL_FILES = ("*.json", "*.txt", "params/**", ZERO_EMBED)
 _INDEX = ("model_index.json", "README.md", "kandinsky_jax_manifest.json")
 

@@ -44,6 +44,7 @@ READABLE = (
 DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes of more than 8 bits
 DARKEST = 31  # floats up to 1 are shares of white, and such with one above this are levels; between, they may be either
 MAX_FITTING = 4096  # pixels along a side
+MAX_NESTING = 4  # of lists
 LONGEST = 16  # times its shorter side: a longer picture is not resized whole before its middle is cut out
 
 # Pictures in ------------------------------------------------------------------------------------------------------
@@ -202,20 +203,27 @@ def _depth(plane: np.ndarray, name: str) -> np.ndarray:
 
 
 def _items(
-    value: Any, name: str, channels: tuple[int, ...], convert: Callable[[np.ndarray, str], np.ndarray] | None = None
+    value: Any,
+    name: str,
+    channels: tuple[int, ...],
+    convert: Callable[[np.ndarray, str], np.ndarray] | None = None,
+    nesting: int = 0,
 ) -> Iterator[tuple[str, Any]]:
     """The pictures that a user gave, one by one, each with its name: PIL pictures, or arrays `[H, W, channels]`.
 
     Args:
         convert: is applied to each array as it was given, with all of its pictures, which share a range.
+        nesting: in how many lists the value is.
     """
     if isinstance(value, Image.Image | str | os.PathLike):
         yield name, read(value, name)
     elif isinstance(value, list | tuple):
         if not value:
             raise ValueError(f"{name} is an empty list; give one picture or more")
+        if nesting == MAX_NESTING:
+            raise ValueError(f"{name} is a list in {nesting} others; give one list of pictures")
         for i, item in enumerate(value):
-            yield from _items(item, f"{name}[{i}]", channels, convert)
+            yield from _items(item, f"{name}[{i}]", channels, convert, nesting + 1)
     elif hasattr(value, "__array__"):
         array = _nhwc(to_numpy(value, name), name, channels)
         array = array if convert is None else convert(array, name)

@@ -123,7 +123,8 @@ def test_a_decoder_loads_with_the_shared_movq(repository: str, tiny_pipe, tmp_pa
     ("name", "message"),
     [
         ("tiny/other", "tiny has kandinsky-2-2-prior, kandinsky-2-2-decoder"),
-        ("./nothing", "could not be fetched from the Hub"),
+        ("./nothing", "./nothing is no folder here, no embedded model (tiny) and no Hub repository"),
+        ("../nothing", "../nothing is no folder here, no embedded model (tiny) and no Hub repository"),
         ("/nothing/at/all", "is no folder here, no embedded model (tiny) and no Hub repository"),
         ("nothing", "is no folder here, no embedded model (tiny) and no Hub repository"),
         ("no-owner/no-repository", "no-owner/no-repository is not in the Hub's cache, and only the cache"),

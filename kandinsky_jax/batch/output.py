@@ -187,14 +187,20 @@ class Output:
             return False
         return self._files.write(name, fill, overwrite=True)  # what was there is no shard
 
-    def finish(self, count: int) -> None:
-        """When all shards are complete: the errors of all in one file."""
+    def finish(self, count: int) -> int:
+        """When all shards are complete: the errors of all in one file.
+
+        Returns:
+            how many rows it names.
+        """
         found = self._files.sizes("errors")
         names = [name for name in (f"{number:06d}.jsonl" for number in range(count)) if name in found]
-        if names:
-            self._write("errors.jsonl", b"".join(self._files.read(f"errors/{name}") for name in names))
-        else:
+        if not names:
             self._files.remove("errors.jsonl")
+            return 0
+        lines = b"".join(self._files.read(f"errors/{name}") for name in names)
+        self._write("errors.jsonl", lines)
+        return len({_row_number(line) for line in lines.splitlines()})
 
     def _write(self, name: str, data: bytes, *, overwrite: bool = True) -> bool:
         return self._files.write(name, lambda file: file.write(data), overwrite=overwrite)
@@ -238,6 +244,14 @@ def _error_line(error: dict[str, Any]) -> bytes:
     if not (name is None or short or (isinstance(name, int) and abs(name) < 2**63)):
         name = shorten(name, 200)
     return json_line(error | {"id": name, "error": _text(error["error"])})
+
+
+def _row_number(line: bytes) -> Any:
+    """The row that a line of errors.jsonl is about; a row of several pictures may have several lines."""
+    try:
+        return json.loads(line)["row"]
+    except (ValueError, TypeError, KeyError, RecursionError):  # damaged
+        return line
 
 
 def _write_tar(file: BinaryIO, pictures: Sequence[Drawn], suffix: str) -> None:

@@ -51,6 +51,7 @@ class Report:
     seconds: float = 0.0
     drawing: float = 0.0  # seconds in which a device had something to do
     complete: bool = False  # whether all shards of the job are there, of every process
+    failed: int = 0  # rows of the complete job, of every process and run, that could not be drawn
     stopped: bool = False  # by a signal, before the end
 
     @property
@@ -109,7 +110,7 @@ def run(
     report.stopped = stop.asked and report.shards + report.skipped < len(mine)
     report.complete = len(job.output.complete(job.shards)) == job.shards
     if report.complete:
-        job.output.finish(job.shards)
+        report.failed = job.output.finish(job.shards)
     return report
 
 

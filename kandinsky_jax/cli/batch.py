@@ -124,6 +124,8 @@ def batch(
             pipe.scheduler = scheduler_named(scheduler, pipe.scheduler.config)
         report = run(opened, pipe, which, overlap=overlap, quiet=quiet, stop=stop)
     print(summary(report, which, output))
+    if report.failed == opened.rows.count:
+        raise ValueError(f"none of the {report.failed} rows could be drawn; see {output}/errors.jsonl")
     if report.stopped:
         sys.stdout.flush()
         os._exit(STOPPED)  # threads that still read or encode are not waited for
@@ -143,12 +145,13 @@ def summary(report: Report, process: Process, output: str) -> str:
         f"{report.images} images in {report.shards} shards, {report.seconds:.1f} s, {rate:.2f} images/s; "
         f"{report.skipped} shards were complete; devices waited {report.waited:.1%} of the time"
     )
-    if report.errors:
-        lines.append(f"{report.errors} rows could not be drawn; see the errors in {output}")
+    if report.errors and not report.complete:
+        lines.append(f"{report.errors} rows could not be drawn; see {output}/errors")
     if report.stopped:
         lines.append("stopped; start it again to go on")
     elif report.complete:
-        lines.append(f"the job is complete: {output}")
+        failed = f"; {report.failed} rows could not be drawn, see {output}/errors.jsonl" if report.failed else ""
+        lines.append(f"the job is complete: {output}{failed}")
     else:
         lines.append("other processes' shards are still to be done")
     return "\n".join(lines)

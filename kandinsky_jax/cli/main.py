@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
 import os
 import secrets
@@ -47,6 +48,21 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Kandinsky 2.2 for JAX: pictures from prompts, pictures, masks and depth maps.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print("\n".join(f"{name} {importlib.metadata.version(name)}" for name in ("kandinsky_jax", "jax", "flax")))
+        raise typer.Exit()
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the versions, and exit.")
+    ] = False,
+) -> None:
+    """Take what stands before a command's name."""
 
 
 class Dtype(StrEnum):

@@ -233,7 +233,10 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
             self._call_state = state  # another thread's call may have put its own there
             returned = callback(self, done - 1, schedule.timesteps[done - 1].item(), dict(given))
             if not isinstance(returned, dict):
-                raise TypeError(f"callback_on_step_end must return a dict, returned {type(returned).__name__}")
+                raise TypeError(
+                    f"callback_on_step_end must return a dict, returned {type(returned).__name__}; return its fourth "
+                    "argument, or {}"
+                )
             changed = {k: to_numpy(v, k) for k, v in returned.items() if k in seen and v is not seen[k]}
             new = {k: v for k, v in changed.items() if k != "latents"}
             before, scale = scale, state["guidance_scale"]

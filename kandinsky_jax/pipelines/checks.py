@@ -127,6 +127,8 @@ def callback(function: Any, inputs: Any, allowed: Sequence[str]) -> tuple[str, .
     """The tensors that a callback asks for."""
     if function is not None and not callable(function):
         raise TypeError(f"callback_on_step_end must be callable, got {type(function).__name__}")
+    if not (inputs is None or isinstance(inputs, list | tuple)):
+        raise TypeError(f"callback_on_step_end_tensor_inputs must be a list of names, got {quote(inputs)}")
     names = CALLBACK_DEFAULT if inputs is None else tuple(inputs)
     if unknown := [name for name in names if name not in allowed]:
         raise ValueError(f"callback_on_step_end_tensor_inputs has {quote(unknown)}; there are {list(allowed)}")

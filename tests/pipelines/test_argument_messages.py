@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kandinsky_jax
-from kandinsky_jax import noise
+from kandinsky_jax import images, noise
 from kandinsky_jax.pipelines import checks
 
 ODD = {
@@ -53,6 +53,25 @@ def test_odd_values_are_refused_in_a_short_message(check, value):
 def test_a_guidance_scale_may_be_an_array_without_axes(scale):
     assert checks.guidance(scale) == 4.0
     assert isinstance(checks.guidance(scale), float)
+
+
+def test_a_raw_key_of_another_shape_is_named():
+    with pytest.raises(ValueError, match=r"raw key of shape \(3,\), needed is \[2\]"):
+        noise.noise_source(jnp.zeros(3, jnp.uint32), 1, noise.PRIOR)
+    assert noise.noise_source(jnp.zeros(2, jnp.uint32), 1, noise.PRIOR)
+
+
+@pytest.mark.parametrize("inputs", ["latents", 7, object()], ids=["name", "number", "object"])
+def test_the_tensors_of_a_callback_are_a_list(inputs):
+    with pytest.raises(TypeError, match="callback_on_step_end_tensor_inputs must be a list of names, got"):
+        checks.callback(print, inputs, ("latents",))
+
+
+def test_a_list_of_pictures_that_holds_itself_is_refused():
+    value = []
+    value.append(value)
+    with pytest.raises(ValueError, match=r"image.* is a list in 4 others; give one list of pictures"):
+        images.pictures(value, "image", 64, 64)
 
 
 @pytest.mark.parametrize(
