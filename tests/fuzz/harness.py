@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import random
@@ -9,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -137,6 +139,13 @@ def _told(error: BaseException) -> str:
     except Exception:
         text = "?"
     return f"{type(error).__name__}: {text!r} at {where}"
+
+
+def lasting_folder() -> Path:
+    """A folder for what is made once and outlives the trials; it goes with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="kandinsky-jax-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def trial(reader: Reader, index: int, seed: int, intact: Path, files: list[Path], folder: Path) -> Trial:

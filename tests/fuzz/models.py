@@ -27,7 +27,7 @@ from kandinsky_jax.schedulers import SCHEDULERS, SchedulerError, scheduler_from_
 from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors import files
 from tests.conftest import OFFICIAL, SHAPES_MODEL
-from tests.fuzz.harness import Reader
+from tests.fuzz.harness import Reader, lasting_folder
 
 PRIOR, DECODER = SHAPES_MODEL / hub.PRIOR, SHAPES_MODEL / hub.DECODER
 CONTROLNET, INPAINT = SHAPES_MODEL / hub.CONTROLNET, SHAPES_MODEL / hub.INPAINT
@@ -169,7 +169,7 @@ def _read_pickles(folder: Path) -> None:
 
 @functools.cache
 def _orbax_checkpoint() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="kandinsky-jax-fuzz-")) / "params"
+    folder = lasting_folder() / "params"
     orbax.save(folder, {name: jnp.asarray(array) for name, array in _few_tensors().items() if array.size})
     return folder
 

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import tarfile
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.step import TrainState
 from kandinsky_jax.training.tasks import DiffusionTask
 from tests.conftest import SHAPES_MODEL
-from tests.fuzz.harness import Reader, check_message
+from tests.fuzz.harness import Reader, check_message, lasting_folder
 from tests.fuzz.jobs import PIXELS
 
 CONFIG = """model = "tiny"
@@ -140,7 +139,7 @@ def _state(step: int) -> TrainState:
 
 @functools.cache
 def _run() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="kandinsky-jax-fuzz-"))
+    folder = lasting_folder()
     with Checkpoints(folder, RECORD, 3) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, _state(step), {"next_index": step})
@@ -176,7 +175,8 @@ def _forget(folder: Path) -> None:
 @functools.cache
 def _task() -> tuple[DiffusionTask, Path]:
     """A prior's task on a folder of pictures that outlives the trials."""
-    data = Path(tempfile.mkdtemp(prefix="kandinsky-jax-fuzz-"))
+    data = lasting_folder() / "data"
+    data.mkdir()
     _pairs(data)
     pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     return DiffusionTask(pipe, Kind.PRIOR, Config(model="tiny", data=str(data), output="o", resolution=64)), data
@@ -195,7 +195,7 @@ def _read_encoded(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*all pictures are encoded again", UserWarning)
         found, _ = encoded(folder / "encoded", task, items, quiet=True)
-    whole, _ = encoded(data.with_name(f"{data.name}-whole"), task, items, quiet=True)
+    whole, _ = encoded(data.with_name("whole"), task, items, quiet=True)
     for i in range(len(items)):
         for name, array in whole(i, rng).items():
             assert np.array_equal(found(i, rng)[name], array)
