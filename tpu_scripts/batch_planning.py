@@ -104,7 +104,7 @@ def write(folder: Path, name: str, count: int) -> Path:
 
 
 def measure(what: str, path: Path) -> dict[str, float]:
-    """Count, seconds (also the processor's) and bytes of a process that plans, reads slices, or reads by the library."""
+    """Count, seconds, processor seconds and bytes of a process that plans, reads slices, or reads by the library."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM, what, str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

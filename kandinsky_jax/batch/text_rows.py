@@ -10,12 +10,13 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.errors import quote, shorten
+from kandinsky_jax.reading import ReadError
 
 BLOCK = 1 << 18  # bytes that are read at once
 MAX_LINE = 1 << 24  # bytes; the rest of a longer line is skipped, so that no line fills the memory
@@ -77,7 +78,7 @@ class Lines:
         block: int = BLOCK,
         keep: bool = False,
     ):
-        self._file, self._newline, self._update, self._block, self._keep = file, newline, update, block, keep
+        self._file, self.newline, self._update, self._block, self._keep = file, newline, update, block, keep
         self._position = file.tell()  # of the first line that has not been given
         self._first = 0  # number of the first line of the last list
         self._starts = np.zeros(0, np.int64)  # where its lines begin
@@ -85,9 +86,9 @@ class Lines:
 
     def __iter__(self) -> Iterator[list[str]]:
         for start, data in self._blocks():
-            ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(self._newline)) + 1
+            ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(self.newline)) + 1
             text = data.decode("utf-8", errors="surrogateescape")
-            lines = text.split(self._newline) if not self._keep else _with_ends(text, self._newline)
+            lines = text.split(self.newline) if not self._keep else _with_ends(text, self.newline)
             if not lines[-1]:
                 lines.pop()
             self._first = self.count
@@ -99,9 +100,18 @@ class Lines:
         """Where a line of the last list begins, or the one after it."""
         return self._position if number >= self.count else int(self._starts[number - self._first])
 
+    def again(self, position: int, skip: int, end: int) -> list[str]:
+        """Lines `skip` to `end` - 1, counted from the one at a position of the file, read once more."""
+        back = self._file.tell()
+        self._file.seek(position)
+        lines = Lines(self._file, self.newline, block=1 << 16, keep=self._keep)
+        found = list(itertools.islice(itertools.chain.from_iterable(lines), skip, end))
+        self._file.seek(back)
+        return found
+
     def _blocks(self) -> Iterator[tuple[int, bytes]]:
         """Whole lines, about a block of them at a time, and where they begin."""
-        newline, kept = self._newline.encode(), b""
+        newline, kept = self.newline.encode(), b""
         skipped = 0  # bytes of a line that is too long, which are not kept
         while data := self._file.read(self._block):
             if self._update is not None:
@@ -169,22 +179,31 @@ def scan(
 
 
 def _scan_csv(lines: Lines, default_id: Callable[[int], str]) -> Scan:
-    reader = csv.reader(itertools.chain.from_iterable(lines))
-    columns = _header(reader)
+    """Scan a CSV file.
+
+    Raises:
+        ReadError: where quotes are wrong, because the rows after them cannot be known.
+    """
+    reader = _csv_reader(itertools.chain.from_iterable(lines))
+    columns = _header(reader, lines)
     column = columns.index("id") if "id" in columns else None
     starts: list[int] = []
     marks = _Marks(default_id)
     names: list[str | None]
     width, ended = len(columns), False
     while not ended:
+        line = reader.line_num
+        position = lines.start(line)
         if len(marks) == len(starts) * STRIDE:
-            starts.append(lines.start(reader.line_num))
+            starts.append(position)
         rows: list[list[str]] = []
         broken = False
         try:
             rows.extend(itertools.islice(reader, STRIDE - len(marks) % STRIDE))
         except csv.Error:  # of the row after these
             broken = True
+            good = len(rows) + sum(cell.count(lines.newline) for cells in rows for cell in cells)
+            _check_quotes(lines.again(position, good, reader.line_num - line), line + good + 1)
         ended = not rows and not broken
         # An empty line is no row, and one with more or fewer cells has no id.
         if column is None:
@@ -193,6 +212,45 @@ def _scan_csv(lines: Lines, default_id: Callable[[int], str]) -> Scan:
             names = [cells[column] if len(cells) == width else None for cells in rows if cells]
         marks.extend([*names, None] if broken else names)
     return Scan(columns, starts, marks.array())
+
+
+def _csv_reader(lines: Iterator[str]) -> Any:
+    """A reader that raises where the lenient default of the csv module would join rows: at a quote without an end."""
+    return csv.reader(lines, strict=True)
+
+
+def _check_quotes(lines: Iterable[str], first: int) -> None:
+    """Raise ReadError where the quotes of a CSV row are wrong, naming the line where the quote opens.
+
+    Args:
+        lines: of the row, as far as the csv module has read them.
+        first: the number of the first one, counted from 1.
+    """
+    state, opened, number = "start", first, first
+    for number, line in enumerate(lines, first):
+        for character in line.rstrip("\r\n"):
+            if state == "quoted":
+                state = "closed" if character == '"' else "quoted"
+            elif character == ",":
+                state = "start"
+            elif character == '"' and state != "plain":
+                opened = number if state == "start" else opened
+                state = "quoted"
+            elif state == "closed":
+                raise ReadError(
+                    f"has a quote in line {opened} that is closed in line {number} with text after it: "
+                    f"{quote(line.rstrip(), 60)}; needed is a comma or the line's end, and within quotes two "
+                    "quotation marks for one"
+                )
+            else:
+                state = "plain"
+        if state != "quoted":
+            state = "start"
+    if state == "quoted":
+        raise ReadError(
+            f"has a quote in line {opened} that is not closed before line {number + 1} or the file's end, so "
+            "later rows cannot be told from its text; close it, or write two quotation marks for one within quotes"
+        )
 
 
 class _Marks:
@@ -228,7 +286,7 @@ def read(kind: str, file: BinaryIO, newline: str, columns: list[str], number: in
     """
     lines = itertools.chain.from_iterable(Lines(file, newline, block=1 << 16, keep=kind == "csv"))
     if kind == "csv":
-        yield from _read_csv(csv.reader(lines), columns, number)
+        yield from _read_csv(_csv_reader(lines), columns, number)
         return
     for line in lines:
         if not line or line.isspace():
@@ -257,11 +315,13 @@ def _read_csv(reader: Any, columns: list[str], number: int) -> Iterator[Raw]:
         number += 1
 
 
-def _header(reader: Any) -> list[str]:
+def _header(reader: Any, lines: Lines) -> list[str]:
+    position = lines.start(0)
     try:
         return [name.strip() for name in next(reader, [])]
     except csv.Error as error:
-        raise ValueError(f"its header is not CSV: {shorten(str(error))}") from None
+        _check_quotes(lines.again(position, 0, reader.line_num), 1)
+        raise ReadError(f"has a header that is not CSV: {shorten(str(error))}") from None
 
 
 _decode = json.JSONDecoder().raw_decode  # half as long as json.loads for a short line

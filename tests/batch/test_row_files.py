@@ -190,6 +190,40 @@ def test_json_beyond_its_limits_costs_its_line(tmp_path):
     assert all(len(row.fault) < 300 for row in rows[:3])
 
 
+QUOTES = {
+    '"cat\ndog\nbird\n': "a quote in line 2 that is not closed before line 5 ",
+    'cat\n"dog\n"bird"\nfish\n': 'a quote in line 3 that is closed in line 4 with text after it: ."bird".',
+    '"a" b\nc\n': 'a quote in line 2 that is closed in line 2 with text after it: ."a" b.',
+    "x\n" * 300 + '"y\nz"\n"\n' + "w\n" * 9: "a quote in line 304 that is not closed before line 314 ",
+    "x\n" * 99 + '"y\n' + "z\n" * 99_999: "a quote in line 101 that is not closed before line ",  # a field's limit
+    '"' + "e" * 200_000 + '\nb"\nc\n': "a quote in line 2 that is not closed before line 3",
+}
+
+
+@pytest.mark.parametrize("text", QUOTES, ids=range(len(QUOTES)))
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_csv_quote_without_end_takes_no_rows_along(tmp_path, text, newline):
+    """Rows after it could not be told from its text, so there is no job."""
+    path = tmp_path / "a.csv"
+    path.write_text("prompt\n" + text, newline=newline)
+    with pytest.raises(JobError, match=rf"a\.csv has {QUOTES[text]}") as caught:
+        scan(str(path))
+    assert len(str(caught.value)) < 500
+
+
+def test_csv_header_with_a_quote_without_end_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text('id,"prompt\na,cat\n')
+    with pytest.raises(JobError, match="has a quote in line 1 that is not closed before line 3"):
+        scan(str(tmp_path / "a.csv"))
+
+
+def test_csv_quotes_that_are_right_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,seed\na "b" c",1\n"d ""e"", f\ng",2\n"",3\n"h"\n')
+    rows = list(scan(str(tmp_path / "a.csv")).read(0, 9))
+    assert [row.values.get("prompt") for row in rows] == ['a "b" c"', 'd "e", f\ng', None, None]
+    assert rows[3].fault == "has 1 cells, the header 2"
+
+
 def test_scan_and_read_agree_on_any_text(tmp_path):
     """Random lines, good, broken and empty, at every start of a slice."""
     rng = random.Random(3)
@@ -203,7 +237,7 @@ def test_scan_and_read_agree_on_any_text(tmp_path):
         '{"\\u0069d": "b", "prompt": ""}',
         "1 2",
     ]
-    cells = ["a", "", "a,b", '"x', '"x"', 'b"', "a,b,c", '"q,1', '2"', "\r"]
+    cells = ["a", "", "a,b", '"x"', 'b"', "a,b,c", '"q,1\n\n2"', '"q",2', "\r", "a\rb"]
     for ending, choices in (("jsonl", pool), ("csv", cells), ("txt", cells)):
         lines = (["prompt,id"] if ending == "csv" else []) + rng.choices(choices, k=1500)
         (tmp_path / f"a.{ending}").write_text("\n".join(lines), newline="")
