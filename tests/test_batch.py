@@ -185,10 +185,14 @@ def test_another_job_does_not_go_on_in_the_folder(rows, tiny_pipe, tmp_path):
         draw(job_of(tmp_path, rows), tiny_pipe)
     (tmp_path / "out" / "photo.jpg").unlink()
     draw(job_of(tmp_path, rows[:1]), tiny_pipe)
-    for changed in ({"batch": 3}, {"seed": 1}, {"defaults": {"steps": 4}}):
-        with pytest.raises(JobError, match=f"another job.*\n.*{next(iter(changed))} was"):
+    for changed, says in (
+        ({"batch": 3}, "batch was 2, now 3"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"defaults": {"steps": 4}}, "steps was 3, now 4"),
+    ):
+        with pytest.raises(JobError, match=f"another job.*\n  {says}$"):
             draw(job_of(tmp_path, rows[:1], **changed), tiny_pipe)
-    with pytest.raises(JobError, match="rows was"):
+    with pytest.raises(JobError, match=r"the count of rows was 1, now 8$"):
         draw(job_of(tmp_path, rows), tiny_pipe)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import os
 import posixpath
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky_jax import hub, images
+from kandinsky_jax.batch import model_files
 from kandinsky_jax.batch.output import FORMATS, Output
 from kandinsky_jax.batch.rows import COLUMNS, JobError, RowFile, parquet, scan
 from kandinsky_jax.batch.tasks import MODES
@@ -27,7 +27,6 @@ from kandinsky_jax.pipelines import (
     KandinskyV22InpaintCombinedPipeline,
     checks,
 )
-from kandinsky_jax.storage import files_below
 
 PIPELINES: dict[str, type[CombinedPipeline]] = {
     "generate": KandinskyV22CombinedPipeline,
@@ -160,7 +159,7 @@ class OpenJob:
         job = self.job
         return {
             "rows": {"sha256": self.rows.sha256, "count": self.rows.count},
-            "model": fingerprint(self.pipeline, self.model, job.prior),
+            "model": model_files.digests(self.pipeline, self.model, job.prior),
             "mode": self.mode,
             "format": job.form,
             "pictures": job.pictures,
@@ -172,6 +171,10 @@ class OpenJob:
             "defaults": {name: job.settings[name] for name in sorted(job.settings)},
             "versions": versions,
         }
+
+    def begin(self) -> None:
+        """Make the output folder the job's, or see that it is; see `Output.begin`."""
+        self.output.begin(self.identity, lambda: model_files.names_and_sizes(self.pipeline, self.model, self.job.prior))
 
 
 def open_job(job: Job) -> OpenJob:
@@ -204,18 +207,3 @@ def _mode_of(rows: RowFile) -> str:
     if not modes:
         raise JobError([f"{rows.path}: no mode takes {' and '.join(sorted(files))} alone; say which one is meant"])
     return modes[0]
-
-
-def fingerprint(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> str:
-    """Of a model's configurations, and of its weights' names and sizes."""
-    folder = hub.resolve(model, pipeline.REPOSITORY)
-    folders = [Path(folder)]
-    if not any(name.startswith("prior_") for name in hub.components(folder)):
-        folders.append(Path(hub.find_prior(folder, prior)))
-    digest = hashlib.sha256()
-    for place in folders:
-        for path in sorted(p for p in files_below(place) if p.is_file()):
-            digest.update(f"{path.relative_to(place)} {path.stat().st_size}\n".encode())
-            if path.suffix == ".json" and path.stat().st_size < 1 << 20:
-                digest.update(path.read_bytes())
-    return digest.hexdigest()

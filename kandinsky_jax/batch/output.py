@@ -20,16 +20,17 @@ import math
 import re
 import tarfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from kandinsky_jax import reading
 from kandinsky_jax.batch.files import open_files
+from kandinsky_jax.batch.model_files import changed
 from kandinsky_jax.batch.rows import JobError, parquet
-from kandinsky_jax.errors import shorten, summarize
+from kandinsky_jax.errors import quote, shorten, summarize
 
 FORMATS = ("webdataset", "folder")
-FORMAT_VERSION = 1  # of job.json and the shards; 0 had no number, and is resumed
+FORMAT_VERSION = 2  # of job.json and the shards; 1 had one digest of the model, 0 no number; both are resumed
 _BLOCK = tarfile.BLOCKSIZE
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of an object: different in every run
 
@@ -59,11 +60,12 @@ class Output:
         self._files = open_files(url)
         self._stale: set[str] = set()  # errors of shards that are made now, by an earlier run
 
-    def begin(self, identity: dict[str, Any]) -> None:
+    def begin(self, identity: dict[str, Any], older_model: Callable[[], str] | None = None) -> None:
         """Make the folder the job's, or see that it is; other processes may do the same at this moment.
 
         Args:
             identity: of the job.
+            older_model: what the format versions 0 and 1 have in the place of `identity["model"]`.
         Raises:
             JobError: naming what differs where it is another job's, or no job's.
             OSError: where it cannot be read or written.
@@ -81,9 +83,9 @@ class Output:
         except OSError as error:
             reason = error.strerror or error
             raise JobError([f"{shorten(self.url, 240)}/job.json cannot be read: {shorten(reason, 200)}"]) from None
-        self._compare(known, json.loads(text))
+        self._compare(known, json.loads(text), older_model)
 
-    def _compare(self, data: bytes, identity: dict[str, Any]) -> None:
+    def _compare(self, data: bytes, identity: dict[str, Any], older_model: Callable[[], str] | None) -> None:
         """Raise where job.json is damaged, of a later version, or another job's."""
         try:
             known = reading.parse_json(data)
@@ -100,14 +102,13 @@ class Output:
                     f"{FORMAT_VERSION}: go on with the release that began the job, or take another folder"
                 ]
             )
-        differ = [
-            f"{shorten(name, 40)} was {shorten(known.get(name), 100)}, now {shorten(identity.get(name), 100)}"
-            for name in sorted(known.keys() | identity.keys() - {"format_version"})
-            if known.get(name) != identity.get(name)
-        ]
+        del identity["format_version"]
+        if version < 2 and older_model is not None:
+            identity["model"] = older_model()
+        differ = _changes(known, identity)
         if differ:
             fault = f"{shorten(self.url, 150)} holds another job; finish that one, or take another folder"
-            raise JobError([fault, summarize(differ, 220, "\n  ")])
+            raise JobError([fault, *differ])
 
     # Shards -------------------------------------------------------------------------------------------------------
 
@@ -204,6 +205,40 @@ class Output:
 
     def _write(self, name: str, data: bytes, *, overwrite: bool = True) -> bool:
         return self._files.write(name, lambda file: file.write(data), overwrite=overwrite)
+
+
+_PARTS = {"defaults": "{}", "rows": "the {} of rows", "versions": "the version of {}"}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two identities of a job, each setting by its own name."""
+    faults = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            faults.append("the model's files changed" if name == "model" else _change(name, old, new))
+        elif name == "model":
+            faults.append(f"the model's files changed: {summarize(changed(old, new), 150, ', ')}")
+        elif name == "rows" and old.get("count") == new.get("count"):
+            faults.append("the file of rows changed; the number of rows did not")
+        else:
+            faults += [
+                _change(_PARTS.get(name, f"{shorten(name, 20)}: {{}}").format(part), old.get(part), new.get(part))
+                for part in sorted(old.keys() | new.keys())
+                if old.get(part) != new.get(part) and (name, part) != ("rows", "sha256")
+            ]
+    return faults
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """A setting's two values, from where they differ on if they are long."""
+    old, new = ("not given" if value is None else quote(value, 2000) for value in (before, now))
+    alike = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    if alike > 40:
+        old, new = f"...{old[alike - 20 :]}", f"...{new[alike - 20 :]}"
+    return f"{shorten(name, 40)} was {shorten(old, 60)}, now {shorten(new, 60)}"
 
 
 # Content ----------------------------------------------------------------------------------------------------------

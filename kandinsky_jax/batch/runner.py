@@ -98,7 +98,7 @@ def run(
         JobError: where the output is another job's.
         OSError: where it cannot be written to; what is complete stays so.
     """
-    job.output.begin(job.identity)
+    job.begin()
     done, mine = job.output.complete(job.shards), range(process.index, job.shards, process.count)
     left = [number for number in mine if number not in done]
     job.output.sweep()

@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.errors import quote
-from kandinsky_jax.reading import ReadError, of_file, read_text
+from kandinsky_jax.reading import ReadError, check_regular, of_file, read_text
 from kandinsky_jax.storage import files_below, read_json
 from kandinsky_jax.tensors.files import CheckpointError
 
@@ -102,6 +103,30 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None
             reports.append(FileReport(name, "not covered", "no checksum of it is known"))
     reports += _missing_components(folder, {report.path for report in reports})
     return sorted(reports, key=lambda report: report.path)
+
+
+def sha256_of_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """SHA-256 of files, several at once; of a file in the Hub's cache that is named by its SHA-256, that name.
+
+    Raises:
+        CheckpointError: naming a file that cannot be read.
+    """
+
+    def digest(path: Path) -> str:
+        cached = _by_name_in_cache(path)
+        if cached is not None and _SHA256.fullmatch(cached.digest):
+            return cached.digest
+        try:
+            check_regular(path)  # a pipe would be waited for
+            return _digest(path, "sha256", None)
+        except ReadError as error:
+            raise CheckpointError(of_file(path, error)) from None
+        except OSError as error:
+            raise CheckpointError(of_file(path, f"cannot be read: {error.strerror or error}")) from None
+
+    wanted = list(paths)
+    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
+        return dict(zip(wanted, pool.map(digest, wanted), strict=True))
 
 
 def total_bytes(folder: str | os.PathLike[str]) -> int:

@@ -117,7 +117,7 @@ def batch(
         set_compilation_cache(None if compilation_cache == OFF else compilation_cache)
     which = this_process(process, processes, distributed, coordinator)
     with Stop(grace).listening() as stop:
-        opened.output.begin(opened.identity)  # what is wrong with it is reported before a model is loaded
+        opened.begin()  # what is wrong with it is reported before a model is loaded
         pipe = opened.pipeline.from_pretrained(opened.model, prior=prior, dtype=dtype, warmup=rehearsal(opened))
         pipe.set_progress_bar_config(disable=True)
         if scheduler is not None:

@@ -157,7 +157,7 @@ def test_the_format_of_a_job_has_a_version(place):
     output.begin(IDENTITY)
     for version in (FORMAT_VERSION + 1, 10**100, -1, "1", 1.5, None, True, [1]):
         put("job.json", json.dumps({"format_version": version} | IDENTITY).encode())
-        with pytest.raises(JobError, match=r"job\.json has format version .*, this release knows 0 to 1") as caught:
+        with pytest.raises(JobError, match=r"job\.json has format version .*, this release knows 0 to 2") as caught:
             output.begin(IDENTITY)
         assert len(str(caught.value)) < 500
 
