@@ -3,13 +3,14 @@
 Only the tower's weights decide it, and text-to-image needs nothing else of its 1.8 billion parameters. So it is looked
 for beside the tower's tensors (`store` puts it there), then in a cache of the user's, and else computed, with one layer
 of the tower in memory at a time. What is kept is computed in float32 from the tensors as stored, whatever a pipeline
-computes in, and sealed with a fingerprint of them.
+computes in, and sealed with a fingerprint of all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kandinsky_jax.atomic import replace_file
-from kandinsky_jax.checkpoint import CheckpointError, Deferred, flat_params, read_params
+from kandinsky_jax.checkpoint import CheckpointError, Deferred, read_params
+from kandinsky_jax.checkpoint.fingerprint import weights_fingerprint
 from kandinsky_jax.compilation import for_real
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.models import CLIPVisionModelWithProjection
@@ -32,10 +34,10 @@ from kandinsky_jax.models.layers import Shapes, abstract
 from kandinsky_jax.reading import check_regular
 from kandinsky_jax.sampling import Network, call
 from kandinsky_jax.storage import user_cache
-from kandinsky_jax.tensors import names
 from kandinsky_jax.tensors.files import PREFERRED, ZERO_EMBED, WeightSelection
 
 _TENSOR = "zero_embed"
+_VERSION = 2  # of the seal; the first had no number, and its fingerprint was of a few tensors
 
 
 def of(tower: CLIPVisionModelWithProjection | Deferred) -> np.ndarray:
@@ -79,36 +81,21 @@ def carry(
     saved: WeightSelection = PREFERRED,
 ) -> bool:
     """Put what is known of the tower in `source` beside the tensors in `target`, where the weights are the same."""
-    mark = fingerprint(target, config, saved)
-    if fingerprint(source, config, selection) != mark or (embed := _find(source, mark)) is None:
+    mark = fingerprint(source, config, selection)
+    if (embed := _find(source, mark)) is None or fingerprint(target, config, saved) != mark:
         return False
     _write(target / ZERO_EMBED, embed, mark)
     return True
 
 
 def fingerprint(folder: Path, config: CLIPVisionConfig, selection: WeightSelection = PREFERRED) -> str:
-    """Ties an embedding to the weights in `folder`; the same in every layout and dtype that holds the same numbers.
+    """Ties an embedding to all numbers of all tensors in `folder`, and to the settings that no tensor's shape shows.
 
-    Of PyTorch's names and order of axes, so that a change of ours does not put away what was stored.
-
-    It is taken of the projection, the position embedding and the last layer's attention, 1 in 135 of the official
-    tower's numbers: training the tower, or merging something into it, changes one of them.
+    The same in every layout and dtype that holds the same numbers, see `weights_fingerprint`.
     """
-    parts = (
-        "visual_projection.",
-        "vision_model.embeddings.position_embedding.",
-        f"vision_model.encoder.layers.{config.num_hidden_layers - 1}.self_attn.",
-    )
-    wanted = [name for name in flat_params(abstract(CLIPVisionModelWithProjection, config)) if name.startswith(parts)]
-    tensors = {
-        names.torch_name(name): names.to_torch(name, x) for name, x in read_params(folder, wanted, selection).items()
-    }
-    # What no tensor's shape shows.
     settings = (config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps)
-    found = hashlib.sha256(repr(settings).encode())
-    for name, array in sorted(tensors.items()):
-        found.update(name.encode() + np.asarray(array, np.float32, order="C").tobytes())
-    return found.hexdigest()
+    weights = weights_fingerprint(CLIPVisionModelWithProjection, config, folder, selection)
+    return hashlib.sha256(f"{settings!r} {weights}".encode()).hexdigest()
 
 
 def _zeros(config: CLIPVisionConfig) -> jax.Array:
@@ -171,13 +158,17 @@ def _find(folder: Path, mark: str) -> np.ndarray | None:
             continue
         if seal == _seal(embed, mark):
             return embed
-        warnings.warn(f"{path} is not of these weights, or damaged, and not used", stacklevel=2)
+        if re.fullmatch(r"[0-9a-f]{64}", str(seal)):
+            told = "was written by an earlier release, which did not compare all weights, and is not used"
+        else:
+            told = "is not of these weights, or damaged, and not used"
+        warnings.warn(f"{path} {told}", stacklevel=2)
     return None
 
 
 def _seal(embed: np.ndarray, mark: str) -> str:
     """Of the embedding and of the weights that it belongs to."""
-    return hashlib.sha256(mark.encode() + embed.tobytes()).hexdigest()
+    return f"{_VERSION}:{hashlib.sha256(mark.encode() + embed.tobytes()).hexdigest()}"
 
 
 def _write(path: Path, embed: np.ndarray, mark: str) -> None:
