@@ -10,6 +10,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -209,14 +210,17 @@ def _scan_csv(lines: Lines, default_id: Callable[[int], str]) -> Scan:
         if column is None:
             names = [None] * sum(map(bool, rows))
         else:
-            names = [cells[column] if len(cells) == width else None for cells in rows if cells]
+            names = [cells[column].strip() if len(cells) == width else None for cells in rows if cells]
         marks.extend([*names, None] if broken else names)
     return Scan(columns, starts, marks.array())
 
 
 def _csv_reader(lines: Iterator[str]) -> Any:
-    """A reader that raises where the lenient default of the csv module would join rows: at a quote without an end."""
-    return csv.reader(lines, strict=True)
+    """A reader that raises where the csv module's default joins rows, at a quote without an end.
+
+    Spaces before a cell are left out, so that a cell may be quoted after them.
+    """
+    return csv.reader(lines, strict=True, skipinitialspace=True)
 
 
 def _check_quotes(lines: Iterable[str], first: int) -> None:
@@ -233,6 +237,8 @@ def _check_quotes(lines: Iterable[str], first: int) -> None:
                 state = "closed" if character == '"' else "quoted"
             elif character == ",":
                 state = "start"
+            elif character == " " and state == "start":
+                continue
             elif character == '"' and state != "plain":
                 opened = number if state == "start" else opened
                 state = "quoted"
@@ -286,7 +292,7 @@ def read(kind: str, file: BinaryIO, newline: str, columns: list[str], number: in
     """
     lines = itertools.chain.from_iterable(Lines(file, newline, block=1 << 16, keep=kind == "csv"))
     if kind == "csv":
-        yield from _read_csv(_csv_reader(lines), columns, number)
+        yield from _read_csv(lines, columns, number)
         return
     for line in lines:
         if not line or line.isspace():
@@ -298,8 +304,17 @@ def read(kind: str, file: BinaryIO, newline: str, columns: list[str], number: in
         number += 1
 
 
-def _read_csv(reader: Any, columns: list[str], number: int) -> Iterator[Raw]:
+def _read_csv(lines: Iterator[str], columns: list[str], number: int) -> Iterator[Raw]:
+    row: list[str] = []  # lines of the row that is being read
+
+    def noted() -> Iterator[str]:
+        for line in lines:
+            row.append(line)
+            yield line
+
+    reader = _csv_reader(noted())
     while True:
+        row.clear()
         try:
             cells = next(reader)
         except StopIteration:
@@ -310,9 +325,20 @@ def _read_csv(reader: Any, columns: list[str], number: int) -> Iterator[Raw]:
             if not cells:
                 continue
             fault = None if len(cells) == len(columns) else f"has {len(cells)} cells, the header {len(columns)}"
+            if any(cell != cell.strip() for cell in cells):
+                cells = _without_padding(cells, "".join(row))
             values = {name: cell for name, cell in zip(columns, cells, strict=False) if cell != ""}
             yield Raw(number, {} if fault else values, fault)
         number += 1
+
+
+_CELL = re.compile(r' *(?:("[^"]*(?:""[^"]*)*")|[^,]*)(?:,|\Z)')
+
+
+def _without_padding(cells: list[str], text: str) -> list[str]:
+    """A row's cells without white space around those that are not quoted in its text."""
+    found = _CELL.finditer(text.rstrip("\r\n"))
+    return [cell if match[1] else cell.strip() for cell, match in zip(cells, found, strict=False)]
 
 
 def _header(reader: Any, lines: Lines) -> list[str]:

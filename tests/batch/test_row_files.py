@@ -224,6 +224,30 @@ def test_csv_quotes_that_are_right_are_text(tmp_path):
     assert rows[3].fault == "has 1 cells, the header 2"
 
 
+def test_csv_padding_is_no_part_of_a_cell_unless_it_is_quoted(tmp_path):
+    """In every column; a cell may be quoted after spaces."""
+    names = ["id", "prompt", "seed", "image", "mask", "hint", "metadata"]
+    lines = [
+        ",".join(f" {name}\t" for name in names),
+        "a, cat, 1, a.png, b.png ,\tc.png,  x ",
+        'b ,"  cat, ""too"" ", "2", "a b.png","b.png",  ,"\n y"',
+        "  b,dog,,,,,",
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    found = scan(str(tmp_path / "a.csv"))
+    rows = [row.values for row in found.read(0, 9)]
+    assert rows[0] == dict(zip(names, ["a", "cat", "1", "a.png", "b.png", "c.png", "x"], strict=True))
+    assert rows[1] == {
+        "id": "b",
+        "prompt": '  cat, "too" ',
+        "seed": "2",
+        "image": "a b.png",
+        "mask": "b.png",
+        "metadata": "\n y",
+    }
+    assert found.taken == {2}
+
+
 def test_scan_and_read_agree_on_any_text(tmp_path):
     """Random lines, good, broken and empty, at every start of a slice."""
     rng = random.Random(3)
@@ -237,7 +261,7 @@ def test_scan_and_read_agree_on_any_text(tmp_path):
         '{"\\u0069d": "b", "prompt": ""}',
         "1 2",
     ]
-    cells = ["a", "", "a,b", '"x"', 'b"', "a,b,c", '"q,1\n\n2"', '"q",2', "\r", "a\rb"]
+    cells = ["a", "", "a,b", '"x"', 'b"', "a,b,c", '"q,1\n\n2"', '"q",2', "\r", "a\rb", " a , b ", ' "c "']
     for ending, choices in (("jsonl", pool), ("csv", cells), ("txt", cells)):
         lines = (["prompt,id"] if ending == "csv" else []) + rng.choices(choices, k=1500)
         (tmp_path / f"a.{ending}").write_text("\n".join(lines), newline="")
