@@ -14,24 +14,28 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from kandinsky_jax import orbax
 from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.checkpoint import tokenizer
 from kandinsky_jax.errors import quote
 from kandinsky_jax.reading import ReadError, check_regular, of_file, read_text
 from kandinsky_jax.storage import files_below, read_json
-from kandinsky_jax.tensors.files import CheckpointError
+from kandinsky_jax.tensors.files import WEIGHT_FILE, ZERO_EMBED, CheckpointError
 
 MANIFEST = "kandinsky_jax_manifest.json"
 VERSION = 1
 
-Status = Literal["ok", "damaged", "missing", "extra", "not covered"]
-FAULTS: tuple[Status, ...] = ("damaged", "missing")
+Status = Literal["ok", "damaged", "missing", "unexpected", "extra", "not covered"]
+FAULTS: tuple[Status, ...] = ("damaged", "missing", "unexpected")
 
 _SHA256, _SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _LOCAL = Path(".cache/huggingface/download")
 _CHUNK = 1 << 22
+_READ = {"config.json", "scheduler_config.json", "preprocessor_config.json", ZERO_EMBED, *tokenizer.FILES}
+_LEVELS = 3  # how far above a folder a manifest may lie: PARAMS in COMPONENT in MEMBER in FAMILY
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class FileReport:
 
     Attributes:
         path: within the folder, with slashes.
-        status: "not covered" has no checksum to compare with; "extra" is not in a manifest that lists the others.
+        status: "not covered" has no checksum to compare with. Where others have one, a file without is "unexpected" if
+            it is one that loading the model reads (tensors, configurations, the tokenizer's), and otherwise "extra".
         detail: what differs, or where the checksum comes from.
     """
 
@@ -82,27 +87,92 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None
     Raises:
         CheckpointError: where a manifest itself cannot be read.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     present = dict(_files(folder))
-    listed: dict[str, _Expected] = {}
-    roots = []
-    for path in sorted([folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")]):
-        if path.is_file():
-            prefix = path.parent.relative_to(folder).as_posix().removeprefix(".")
-            prefix = f"{prefix}/" if prefix else ""
-            roots.append(prefix)
-            listed |= {prefix + name: expected for name, expected in _read_manifest(path).items()}
+    listed, roots = _listed(folder)
+    expected = {
+        name: listed.get(name) or _by_name_in_cache(path) or _noted_by_download(folder, name)
+        for name, path in present.items()
+    }
+    covered = {PurePosixPath(name).parent for name, known in expected.items() if known is not None}
+    components = {root: _components(folder / root) | _folders_of(listed, root) for root in roots}
     reports = [_missing(name, listed[name]) for name in listed.keys() - present.keys()]
     for name, path in present.items():
-        expected = listed.get(name) or _by_name_in_cache(path) or _noted_by_download(folder, name)
-        if expected is not None:
-            reports.append(_compare(name, path, expected, progress))
-        elif any(name.startswith(root) for root in roots):
+        root = next((root for root in sorted(roots, key=len, reverse=True) if name.startswith(root)), None)
+        if (known := expected[name]) is not None:
+            reports.append(_compare(name, path, known, progress))
+        elif root is not None and _is_read(name.removeprefix(root), components[root]):
+            detail = "not in the manifest, but loading reads it: remove it, or --update if it belongs there"
+            reports.append(FileReport(name, "unexpected", detail))
+        elif root is not None:
             reports.append(FileReport(name, "extra", "not in the manifest"))
+        elif PurePosixPath(name).parent in covered and _is_read_in_component(PurePosixPath(name).name):
+            detail = "its neighbours have checksums and it has none, but loading reads it: remove it"
+            reports.append(FileReport(name, "unexpected", detail))
         else:
             reports.append(FileReport(name, "not covered", "no checksum of it is known"))
     reports += _missing_components(folder, {report.path for report in reports})
     return sorted(reports, key=lambda report: report.path)
+
+
+def manifest_above(folder: str | os.PathLike[str]) -> Path | None:
+    """The manifest of the model that a folder is a part of, if one lists files of it."""
+    folder = Path(os.path.abspath(folder))
+    for parent in list(folder.parents)[:_LEVELS]:
+        path, prefix = parent / MANIFEST, f"{folder.relative_to(parent).as_posix()}/"
+        if path.is_file() and any(name.startswith(prefix) for name in _read_manifest(path)):
+            return path
+    return None
+
+
+def _listed(folder: Path) -> tuple[dict[str, _Expected], set[str]]:
+    """What manifests say of a folder's files, and the parts of it ("", "MEMBER/") of which they list all files.
+
+    The manifest of a whole counts before that of a part.
+    """
+    listed: dict[str, _Expected] = {}
+    roots = set()
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        prefix = f"{path.parent.name}/"
+        roots.add(prefix)
+        listed |= {prefix + name: expected for name, expected in _read_manifest(path).items()}
+    if (folder / MANIFEST).is_file():
+        roots.add("")
+        listed |= _read_manifest(folder / MANIFEST)
+    if (above := manifest_above(folder)) is not None:
+        roots.add("")
+        prefix = f"{folder.relative_to(above.parent).as_posix()}/"
+        found = _read_manifest(above).items()
+        listed |= {name.removeprefix(prefix): expected for name, expected in found if name.startswith(prefix)}
+    return listed, roots
+
+
+def _components(folder: Path) -> set[str]:
+    """The folders that a model's `model_index.json` names."""
+    try:
+        entries = read_json(folder / "model_index.json")
+    except (CheckpointError, OSError):
+        return set()
+    return {name for name, value in entries.items() if not name.startswith("_") and isinstance(value, list)}
+
+
+def _folders_of(listed: Iterable[str], root: str) -> set[str]:
+    """The folders with files that a manifest lists; "" where the folder itself is a component."""
+    inner = [name.removeprefix(root) for name in listed if name.startswith(root)]
+    found = {name.partition("/")[0] for name in inner if "/" in name}
+    return found if "model_index.json" in inner else found | {""}
+
+
+def _is_read(name: str, components: set[str]) -> bool:
+    """Whether loading a model reads a file, given by its path in the model's folder."""
+    first, _, rest = name.partition("/")
+    if name == "model_index.json" or ("" in components and _is_read_in_component(name)):
+        return True
+    return first in components and _is_read_in_component(rest)
+
+
+def _is_read_in_component(name: str) -> bool:
+    return name in _READ or name.startswith(f"{orbax.FOLDER}/") or WEIGHT_FILE.fullmatch(name) is not None
 
 
 def sha256_of_files(paths: Iterable[Path]) -> dict[Path, str]:
@@ -146,20 +216,25 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _read_manifest(path: Path) -> dict[str, _Expected]:
     content = read_json(path)
-    if content.get("format_version") != VERSION:
-        raise CheckpointError(
-            of_file(
-                path, f"has the format version {quote(content.get('format_version'))}, this release knows {VERSION}"
-            )
-        )
+    version = content.get("format_version")
+    if type(version) is not int or version != VERSION:
+        raise CheckpointError(of_file(path, f"has the format version {quote(version)}, this release knows {VERSION}"))
+    entries = content.get("files")
+    if not isinstance(entries, dict):
+        raise CheckpointError(of_file(path, "is no manifest: it has no object files"))
     found = {}
-    try:
-        for name, entry in content["files"].items():
-            if not _SHA256.fullmatch(entry["sha256"]):
-                raise ValueError(f"{name} has no SHA-256")
-            found[name] = _Expected(entry["sha256"], "manifest", int(entry["bytes"]))
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(of_file(path, f"is no manifest: {error}")) from None
+    for name, entry in entries.items():
+        digest, size = (entry.get("sha256"), entry.get("bytes")) if isinstance(entry, dict) else (None, None)
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name in ("", "."):
+            fault = "is no path within the folder"
+        elif not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            fault = "has no SHA-256 (sha256, 64 digits)"
+        elif type(size) is not int or size < 0:
+            fault = f"has the size {quote(size)}, needed is a whole number of bytes"
+        else:
+            found[name] = _Expected(digest, "manifest", size)
+            continue
+        raise CheckpointError(of_file(path, f"is no manifest: {quote(name, 100)} {fault}; --update writes it anew"))
     return found
 
 

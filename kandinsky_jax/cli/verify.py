@@ -26,10 +26,14 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with an entry for each file.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar; print faults only.")] = False,
 ) -> None:
-    """Compare a model's files with their checksums, and exit with 1 where one is damaged or missing.
+    """Compare a model's files with their checksums.
+
+    Exit codes: 0 if all that could be compared is as it should be, 1 if a file is damaged, missing or unexpected, 2 if
+    nothing could be compared.
 
     Checksums come from the Hub's cache, or from the manifest that save_pretrained and convert_weights write. Each file
-    is ok, damaged, missing, extra (not in the manifest) or not covered (no checksum is known).
+    is ok, damaged, missing, unexpected (not in the manifest, but read when the model is loaded), extra (not in the
+    manifest, and not read) or not covered (no checksum is known).
     """
     from kandinsky_jax import hub
     from kandinsky_jax.checkpoint import manifest
@@ -41,6 +45,10 @@ def verify(
                 raise ValueError(
                     f"{folder} is in the Hub's cache, whose checksums are the Hub's; --update is for folders"
                 )
+            if (above := manifest.manifest_above(folder)) is not None:
+                raise ValueError(
+                    f"{folder} is a part of the model in {above.parent}, whose manifest lists it: give that"
+                )
             print(f"wrote {manifest.write_manifest(folder)}")
         return
     total = sum(manifest.total_bytes(folder) for folder in folders)
@@ -50,13 +58,16 @@ def verify(
         raise ValueError(f"{shorten(model)} holds no files")
     counts = Counter(report.status for reports in found.values() for report in reports)
     damaged = any(counts[status] for status in manifest.FAULTS)
+    compared = damaged or bool(counts["ok"])
     if as_json:
         entries = [
             {"folder": str(folder), **dataclasses.asdict(report)}
             for folder, reports in found.items()
             for report in reports
         ]
-        print(json.dumps({"model": model, "ok": not damaged, "counts": counts, "files": entries}, indent=1))
+        print(
+            json.dumps({"model": model, "ok": compared and not damaged, "counts": counts, "files": entries}, indent=1)
+        )
     else:
         for folder, reports in found.items():
             print(folder)
@@ -64,8 +75,8 @@ def verify(
                 if not quiet or report.status in manifest.FAULTS:
                     print(f"  {report.status:12}{report.path}" + (f": {report.detail}" if report.detail else ""))
         print(", ".join(f"{count} {status}" for status, count in counts.items()))
-        if set(counts) == {"not covered"}:
+        if not compared:
             print("nothing could be compared; --update writes a folder's manifest, of its files as they are now")
         if damaged and hub.is_in_cache(folders[0]):
             print("fetch it again: from_pretrained(..., force_download=True), or `hf download --force-download ...`")
-    sys.exit(1 if damaged else 0)
+    sys.exit(1 if damaged else 0 if compared else 2)

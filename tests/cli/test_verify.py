@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -86,6 +87,60 @@ def test_each_kind_of_fault_is_named(folder):
     assert statuses(folder)["notes.txt"] == "extra"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "movq/diffusion_pytorch_model.bin",
+        "unet/params/manifest.ocdbt",
+        "unet/params/d/0123",
+        "unet/scheduler_config.json",
+        "scheduler/config.json",
+        "tokenizer/added_tokens.json",
+    ],
+)
+def test_a_file_that_loading_would_read_is_a_fault(folder, name):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "CLIPTokenizer"]}))
+    (folder / "tokenizer").mkdir()
+    for path in (SHAPES_MODEL / hub.PRIOR / "tokenizer").iterdir():
+        shutil.copy(path, folder / "tokenizer")
+    write_manifest(folder)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("{}")
+    done = run(folder, "--quiet")
+    assert done.exit_code == 1
+    assert f"unexpected  {name}: not in the manifest, but loading reads it" in done.output
+    assert run(folder, "--update").exit_code == run(folder).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "unet/notes.md", "old/model.safetensors", "pytorch_lora_weights.safetensors", "unet/mine.txt"]
+)
+def test_a_file_that_loading_does_not_read_is_none(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    assert statuses(folder)[name] == "extra"
+    assert run(folder).exit_code == 0
+
+
+def test_a_component_is_compared_with_the_models_manifest(folder):
+    done = run(folder / "unet")
+    assert done.exit_code == 0
+    assert "2 ok" in done.output
+    with contextlib.chdir(folder / "unet"):
+        assert set(statuses(Path()).values()) == {"ok"}
+    write_manifest(folder / "unet")
+    flip(folder / UNET)
+    write_manifest(folder / "unet")  # of the part, which does not count before that of the whole
+    assert statuses(folder / "unet")[Path(UNET).name] == statuses(folder)[UNET] == "damaged"
+    (folder / "unet/model.safetensors").write_text("")
+    assert statuses(folder / "unet")["model.safetensors"] == statuses(folder)["unet/model.safetensors"] == "unexpected"
+    assert "give that" in str(run(folder / "unet", "--update").exception)
+
+
 def test_json_output(folder):
     flip(folder / UNET)
     done = run(folder, "--json")
@@ -121,8 +176,9 @@ def test_a_folder_without_checksums(tmp_path):
     folder = shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path / "model")
     assert set(statuses(folder).values()) == {"not covered"}
     done = run(folder)
-    assert done.exit_code == 0
+    assert done.exit_code == 2
     assert "nothing could be compared; --update writes" in done.output
+    assert json.loads(run(folder, "--json").stdout)["ok"] is False
     shutil.rmtree(tmp_path / "model/unet")
     assert statuses(folder)["unet"] == "missing"
     assert run(folder).exit_code == 1
@@ -141,6 +197,9 @@ def test_the_hubs_cache(cached, tmp_path):
     intact = run("owner/model", "--cache-dir", tmp_path / "cache")
     assert intact.exit_code == 0
     assert "6 ok" in intact.output
+    (cached / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    assert statuses(cached)["unet/diffusion_pytorch_model.safetensors.index.json"] == "unexpected"
+    (cached / "unet/diffusion_pytorch_model.safetensors.index.json").unlink()
     for name in (UNET, "unet/config.json"):
         flip((cached / name).resolve())
     (cached / "movq/diffusion_pytorch_model.safetensors").resolve().unlink()
@@ -174,14 +233,31 @@ def test_a_converted_model_has_a_manifest_of_its_own(folder, tmp_path):
     assert statuses(target)[data.relative_to(target).as_posix()] == "damaged"
 
 
+def entry(size: str, name: str = "a.json", sha: str = "0" * 64) -> str:
+    """A manifest of one file."""
+    return f'{{"format_version": 1, "files": {{"{name}": {{"bytes": {size}, "sha256": "{sha}"}}}}}}'
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ("{", "is not JSON"),
         ('{"format_version": 2}', "has the format version 2"),
+        ('{"format_version": true}', "has the format version True"),
+        ('{"format_version": 1.0}', "has the format version 1.0"),
         ('{"format_version": 1}', "no manifest"),
+        ('{"format_version": 1, "files": []}', "no manifest"),
+        (entry("Infinity"), "'a.json' has the size inf"),
+        (entry("-3"), "'a.json' has the size -3"),
+        (entry("2.5"), "'a.json' has the size 2.5"),
+        (entry("true"), "'a.json' has the size True"),
+        (entry('"3"'), "has the size"),
+        (entry("1" * 5000), "json"),
+        (entry("3", sha="0"), "has no SHA-256"),
+        (entry("3", sha=""), "has no SHA-256"),
+        (entry("3", name="../a.json"), "is no path within the folder"),
+        (entry("3", name="/a.json"), "is no path within the folder"),
     ],
-    ids=["cut", "newer", "empty"],
 )
 def test_a_manifest_that_cannot_be_read(content, says, folder):
     (folder / MANIFEST).write_text(content)
