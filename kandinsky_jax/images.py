@@ -43,6 +43,7 @@ READABLE = (
 )
 DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes of more than 8 bits
 DARKEST = 31  # floats up to 1 are shares of white, and such with one above this are levels; between, they may be either
+OVERSHOOT = 1e-3
 MAX_FITTING = 4096  # pixels along a side
 MAX_NESTING = 4  # of lists
 LONGEST = 16  # times its shorter side: a longer picture is not resized whole before its middle is cut out
@@ -84,6 +85,8 @@ def read(value: Image.Image | str | os.PathLike[str] | BinaryIO, name: str = "im
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.mode in ("La", "RGBa"):  # premultiplied, which Pillow converts to nothing else
+        image = image.convert(image.mode.upper())
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # EXIF that is damaged says nothing
@@ -276,6 +279,7 @@ def unit(array: np.ndarray, name: str) -> np.ndarray:
 
     - Booleans, and floats up to 1: as they are. Floats from above `DARKEST` to 255: levels of 8 bits.
     - Whole numbers up to 255: levels of 8 bits, also in a wider dtype. From above 4095 to 65535: of 16 bits.
+    - Floats that overshoot a range by rounding, by up to `OVERSHOOT` of it, are clipped.
 
     Raises:
         ValueError: for what is negative, not finite or too large, or could be in two units.
@@ -292,11 +296,13 @@ def unit(array: np.ndarray, name: str) -> np.ndarray:
         top = 255 if high <= 255 else 65535 if 4095 < high <= 65535 else 0
         needed = "whole numbers of 0 to 255, or 16-bit levels of which some are above 4095"
     else:
-        top = 1 if high <= 1 else 255 if DARKEST < high <= 255 else 0
-        needed = "floats of 0 to 1 (x / 2 + 0.5 for -1 to 1), or levels up to 255"
-    if low < 0 or not top:
-        raise ValueError(f"{name} has values from {low:g} to {high:g}, needed are {needed}")
-    return array.astype(np.float32) / np.float32(top)
+        most = 1 + OVERSHOOT
+        top = 1 if high <= most else 255 if DARKEST < high <= 255 * most else 0
+        needed = "floats of 0 to 1 (x / 2 + 0.5 for -1 to 1; clip what overshoots), or levels up to 255"
+    if low < (0 if whole else -OVERSHOOT * top) or not top:
+        low, high = (str(x).removesuffix(".0") for x in (low, high))
+        raise ValueError(f"{name} has values from {low} to {high}, needed are {needed}")
+    return (array.astype(np.float32) / np.float32(top)).clip(0, 1)
 
 
 def fitting_size(image: Image.Image, native: int) -> tuple[int, int]:
@@ -410,9 +416,13 @@ class CLIPImageProcessor:
     crop: int = 224
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255  # by which levels are multiplied first
 
     FILE: ClassVar[str] = "preprocessor_config.json"
-    BOUNDS: ClassVar[Bounds] = {"size": (1, MAX_EDGE), "crop": (1, MAX_EDGE), "image_std": (1e-6, 1e6)}
+    BOUNDS: ClassVar[Bounds] = {
+        **{"size": (1, MAX_EDGE), "crop": (1, MAX_EDGE)},
+        **{"image_std": (1e-6, 1e6), "rescale_factor": (1e-6, 1e3)},
+    }
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> CLIPImageProcessor:
@@ -430,14 +440,23 @@ class CLIPImageProcessor:
         size, crop = raw.get("size", cls.size), raw.get("crop_size", cls.crop)
         side: Any = size.get("shortest_edge") if isinstance(size, dict) else size
         cropped: tuple[Any, Any] = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
-        needed = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "do_rescale": True, "resample": 3}
-        faults = [f"{k}={quote(raw[k], 40)}" for k, v in needed.items() if raw.get(k, v) != v]
-        if cropped[0] != cropped[1]:
-            faults.append(f"crop_size={quote(crop, 40)}")
+        needed: dict[str, Any] = {
+            "do_resize": True,
+            "do_center_crop": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "resample": 3,
+        }
+        needed |= {"do_pad": None, "use_square_size": False}
+        faults = [f"{k}={quote(raw[k], 40)}" for k, v in needed.items() if raw.get(k, v) != v and (v or raw[k])]
+        if isinstance(size, dict) and size.keys() != {"shortest_edge"}:
+            faults.append(f'size={quote(size, 60)} (only {{"shortest_edge": N}})')
+        if isinstance(crop, dict) and (crop.keys() != {"height", "width"} or cropped[0] != cropped[1]):
+            faults.append(f'crop_size={quote(crop, 60)} (only {{"height": N, "width": N}})')
         if faults:
             raise ValueError(f"not supported here: {summarize(faults, 200, ', ')}")
         colours: list[Any] = [_freeze(raw.get(name)) for name in ("image_mean", "image_std")]
-        processor = cls(side, cropped[0], *colours)
+        processor = cls(side, cropped[0], *colours, raw.get("rescale_factor", cls.rescale_factor))
         faults = field_faults(processor, cls.BOUNDS)
         if not faults and not (len(processor.image_mean) == len(processor.image_std) == 3):
             faults = ["image_mean and image_std must have three numbers each"]
@@ -458,9 +477,8 @@ class CLIPImageProcessor:
             "do_center_crop": True,
             "crop_size": {"height": crop, "width": crop},
             "do_rescale": True,
-            "rescale_factor": 1 / 255,
             "do_normalize": True,
-            **{name: list(value) for name, value in fields.items()},
+            **fields,
         }
         atomic.replace_file(Path(folder) / self.FILE, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -477,6 +495,6 @@ class CLIPImageProcessor:
             image = image.resize((self.crop, self.crop), Image.Resampling.BICUBIC, box=part)
         else:
             image = image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
-        pixels = np.asarray(image, np.float32) / 255
+        pixels = (np.asarray(image, np.float64) * self.rescale_factor).astype(np.float32)
         mean, std = np.asarray(self.image_mean, np.float32), np.asarray(self.image_std, np.float32)
         return ((pixels - mean) / std)[None]

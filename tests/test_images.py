@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,13 +41,56 @@ def test_clip_image_processor_saved(tmp_path):
     assert CLIPImageProcessorPil.from_pretrained(tmp_path).crop_size["height"] == processor.crop
 
 
-@pytest.mark.parametrize("change", [{"do_center_crop": False}, {"resample": 2}, {"image_mean": None}])
-def test_clip_image_processor_refuses(tmp_path, change):
-    shutil.copytree(PROCESSORS[0], tmp_path / "p")
-    path = tmp_path / "p" / images.CLIPImageProcessor.FILE
+def changed(folder: Path, change: dict[str, Any]) -> Path:
+    shutil.copytree(PROCESSORS[0], folder)
+    path = folder / images.CLIPImageProcessor.FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json cannot be used"):
-        images.CLIPImageProcessor.from_pretrained(tmp_path / "p")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"rescale_factor": factor} for factor in (1 / 127.5, 1 / 255, 1 / 256, 1)),
+        {"size": 48, "crop_size": 40},
+        {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "do_pad": False},
+    ],
+)
+def test_settings_of_the_clip_image_processor(tmp_path, change):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    folder = changed(tmp_path / "p", change)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+    theirs = CLIPImageProcessorPil.from_pretrained(folder)(picture, return_tensors="np").pixel_values
+    ours = images.CLIPImageProcessor.from_pretrained(folder)
+    np.testing.assert_allclose(ours(picture), theirs.transpose(0, 2, 3, 1), rtol=1e-6, atol=1e-6)
+    ours.save_pretrained(tmp_path / "again")
+    assert images.CLIPImageProcessor.from_pretrained(tmp_path / "again") == ours
+    theirs = CLIPImageProcessorPil.from_pretrained(tmp_path / "again")(picture, return_tensors="np").pixel_values
+    np.testing.assert_allclose(ours(picture), theirs.transpose(0, 2, 3, 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"do_center_crop": False}, "do_center_crop=False"),
+        ({"resample": 2}, "resample=2"),
+        ({"image_mean": None}, "image_mean must be a list"),
+        ({"rescale_factor": None}, "rescale_factor must be a"),
+        ({"rescale_factor": "1/255"}, "rescale_factor must be a"),
+        ({"rescale_factor": True}, "rescale_factor must be a"),
+        ({"rescale_factor": 0}, "rescale_factor must be from"),
+        ({"size": {"height": 64, "width": 64}}, r"size=.*height.* \(only {\"shortest_edge\": N}\)"),
+        ({"size": {"shortest_edge": 64, "longest_edge": 90}}, "size=.*longest_edge"),
+        ({"crop_size": {"height": 64, "width": 32}}, "crop_size=.*32"),
+        ({"crop_size": {"shortest_edge": 64}}, "crop_size=.*only .*height"),
+        ({"do_pad": True}, "do_pad=True"),
+        ({"use_square_size": True}, "use_square_size=True"),
+    ],
+)
+def test_clip_image_processor_refuses(tmp_path, change, says):
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json cannot be used: .*{says}"):
+        images.CLIPImageProcessor.from_pretrained(changed(tmp_path / "p", change))
 
 
 def test_levels_round_as_the_reference():

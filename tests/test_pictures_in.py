@@ -231,6 +231,39 @@ def test_files_that_are_no_pictures(tmp_path, reader, make, says):
 
 
 PICTURE = np.zeros((H, W, 3), np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("low", "high", "top"), [(-1e-9, 1.0000001, 1), (-9e-4, 1.0009, 1), (-0.2, 255.2, 255)])
+def test_floats_that_overshoot_by_rounding_are_clipped(dtype, low, high, top):
+    picture = np.full((H, W, 3), high, dtype)
+    picture[0] = low
+    exact = np.full((H, W, 3), top, dtype)
+    exact[0] = 0
+    for mine, right in ((picture, exact), (picture[..., 0], exact[..., 0])):
+        assert np.array_equal(images.unit(mine, "what"), images.unit(right, "what"))
+    assert np.array_equal(images.pictures(picture, "what", H, W), images.pictures(exact, "what", H, W))
+    assert np.array_equal(images.masks(picture[..., 0], "what", H, W), images.masks(exact[..., 0], "what", H, W))
+    assert np.array_equal(images.hints(picture, "what", H, W), images.hints(exact, "what", H, W))
+
+
+@pytest.mark.parametrize(("value", "shown"), [(1.0025, "1.0025"), (-0.00101, "-0.00101"), (255.3, "255.3")])
+def test_what_overshoots_by_more_is_told_in_full(value, shown):
+    picture = PICTURE + np.float32(0.5)
+    picture[3, 4] = value
+    with pytest.raises(ValueError, match=f"what has values from .*{shown}.*; clip what overshoots"):
+        images.pictures(picture, "what", H, W)
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La"])
+def test_premultiplied_pictures_are_read_as_their_plain_kin(mode):
+    plain = Image.fromarray(np.random.default_rng(0).integers(100, 256, (32, 32, 4), dtype=np.uint8))
+    plain = plain.convert({"RGBa": "RGBA", "La": "LA"}[mode])
+    plain.putalpha(255)
+    for reader in (images.pictures, images.masks, images.hints):
+        assert np.array_equal(reader(plain.convert(mode), "what", 32, 32), reader(plain, "what", 32, 32))
+
+
 WRONG = [
     (images.pictures, np.full((H, W, 3), np.nan), ValueError, "numbers that are not finite"),
     (images.pictures, PICTURE - 1, ValueError, r"from -1 to -1, needed are floats of 0 to 1 \(x / 2 \+ 0.5"),
