@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -18,9 +19,13 @@ class Stop:
 
     Args:
         grace: seconds from the signal until the process is killed.
+    Raises:
+        ValueError: where `grace` is negative or no finite number.
     """
 
     def __init__(self, grace: float = 25.0):
+        if not 0 <= grace < math.inf:
+            raise ValueError(f"grace must be a number of seconds from 0 on, got {grace}")
         self.grace = grace
         self._deadline: float | None = None
         self._seconds: list[float] = []  # of the last calls

@@ -8,16 +8,20 @@ import functools
 import importlib.metadata
 import os
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from kandinsky_jax import hub, images
 from kandinsky_jax.batch import model_files
 from kandinsky_jax.batch.output import FORMATS, Output
-from kandinsky_jax.batch.rows import COLUMNS, JobError, RowFile, parquet, scan
-from kandinsky_jax.batch.tasks import MODES
-from kandinsky_jax.errors import quote
+from kandinsky_jax.batch.rows import JobError, RowFile, parquet, scan
+from kandinsky_jax.batch.tasks import MAX_IMAGES, MAX_SIDE, MODES, STRENGTH, check_pixels, text
+from kandinsky_jax.checkpoint.networks import network_dtype
+from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten
 from kandinsky_jax.pipelines import (
     CombinedPipeline,
     KandinskyV22CombinedPipeline,
@@ -27,6 +31,8 @@ from kandinsky_jax.pipelines import (
     KandinskyV22InpaintCombinedPipeline,
     checks,
 )
+from kandinsky_jax.schedulers import Scheduler, scheduler_from_config, scheduler_named
+from kandinsky_jax.storage import read_json
 
 PIPELINES: dict[str, type[CombinedPipeline]] = {
     "generate": KandinskyV22CombinedPipeline,
@@ -35,7 +41,13 @@ PIPELINES: dict[str, type[CombinedPipeline]] = {
     "controlnet": KandinskyV22ControlnetCombinedPipeline,
     "controlnet-img2img": KandinskyV22ControlnetImg2ImgCombinedPipeline,
 }
-DEFAULTS: dict[str, Any] = {"steps": 50, "guidance_scale": 4.0, "prior_steps": 25, "prior_guidance_scale": 4.0}
+DEFAULTS: dict[str, Any] = {
+    "steps": 50,
+    "guidance_scale": 4.0,
+    "prior_steps": 25,
+    "prior_guidance_scale": 4.0,
+    "strength": 0.3,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +102,15 @@ class Job:
                 checks.count(getattr(self, name), name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**62:
             found.append(f"seed must be a whole number from 0 to 2**62 - 1, got {quote(self.seed)}")
-        found += [
-            f"there is no column {quote(name)} to give a default for" for name in self.defaults if name not in COLUMNS
-        ]
-        for name, check in (("height", checks.side), ("width", checks.side), ("num_images", checks.count)):
-            if self.defaults.get(name) is not None:
-                with _listed(found):
-                    check(self.defaults[name], name)
-        for name in ("guidance_scale", "prior_guidance_scale"):
-            if name in self.defaults:
-                with _listed(found):
-                    checks.guidance(self.defaults[name], name)
+        with _listed(found):
+            network_dtype(self.dtype)
+        if self.scheduler is not None:
+            with _listed(found):
+                scheduler_named(self.scheduler, {})
+        found += _default_faults(self.defaults)
+        if self.root is not None:
+            with _listed(found):
+                _check_folder(self.root)
         if self.form == "folder":
             with _listed(found):
                 parquet()
@@ -119,14 +129,67 @@ class Job:
         return posixpath.dirname(self.rows) if "://" in self.rows else os.fspath(Path(self.rows).absolute().parent)
 
 
+def _default_faults(defaults: Mapping[str, Any]) -> list[str]:
+    """What is wrong with values that rows are generated with which say nothing."""
+    found = [
+        f"there is no column {quote(name)} to give a default for; there are {', '.join(_DEFAULT_CHECKS)}"
+        for name in defaults
+        if name not in _DEFAULT_CHECKS
+    ]
+    good = {}
+    for name, check in _DEFAULT_CHECKS.items():
+        if defaults.get(name) is not None:
+            before = len(found)
+            with _listed(found, name):
+                check(defaults[name], name)
+            if len(found) == before:
+                good[name] = defaults[name]
+    if "height" in good and "width" in good:
+        with _listed(found):
+            check_pixels(good["height"], good["width"], good.get("num_images", 1))
+    return found
+
+
+def _at_most(check: Callable[[Any, str], int], most: int) -> Callable[[Any, str], int]:
+    def checked(value: Any, name: str) -> int:
+        if check(value, name) > most:
+            raise ValueError(f"{name} must be at most {most}, got {quote(value)}")
+        return int(value)
+
+    return checked
+
+
+# By column that may have a default: what raises where it cannot have this value, whatever the model.
+_DEFAULT_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "negative_prompt": lambda value, _: text(value),
+    "num_images": _at_most(checks.count, MAX_IMAGES),
+    "height": _at_most(checks.side, MAX_SIDE),
+    "width": _at_most(checks.side, MAX_SIDE),
+    "steps": checks.count,
+    "prior_steps": checks.count,
+    "guidance_scale": checks.guidance,
+    "prior_guidance_scale": checks.guidance,
+    "strength": lambda value, _: checks.strength(value, checks.LARGEST),
+}
+
+
+def _check_folder(root: str) -> None:
+    """Raise where a folder of pictures is on this machine and is none."""
+    fs, path = fsspec.core.url_to_fs(root)
+    if isinstance(fs, LocalFileSystem) and not os.path.isdir(path):
+        raise ValueError(f"files: there is no folder {shorten(root, 240)}")
+
+
 @contextlib.contextmanager
-def _listed(faults: list[str]) -> Any:
+def _listed(faults: list[str], name: str = "") -> Any:
+    """Add what is raised to `faults`, with the name of the setting in front where it lacks that."""
     try:
         yield
     except JobError as error:
         faults += error.faults
-    except (ValueError, TypeError) as error:
-        faults.append(str(error))
+    except (ValueError, TypeError, ImportError) as error:
+        fault = shorten(error, MAX_MESSAGE)
+        faults.append(fault if fault.startswith(name) else f"{name}: {fault}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +236,52 @@ class OpenJob:
         }
 
     def begin(self) -> None:
-        """Make the output folder the job's, or see that it is; see `Output.begin`."""
+        """Make the output folder the job's, or see that it is.
+
+        Raises:
+            JobError: where it is another job's, see `Output.begin`, or where the model is not one of the mode, or its
+                schedulers do not take so many steps; nothing is written then.
+            CheckpointError: where there is no such model.
+        """
+        if faults := self._model_faults():
+            raise JobError(faults)
         self.output.begin(self.identity, lambda: model_files.names_and_sizes(self.pipeline, self.model, self.job.prior))
+
+    def _model_faults(self) -> list[str]:
+        """What of the settings does not fit the model, so that no row could be generated."""
+        folder, *prior = model_files.folders(self.pipeline, self.model, self.job.prior)
+        if hub.kind(folder) != self.pipeline.REPOSITORY:
+            needed = " or ".join(hub.KINDS[self.pipeline.REPOSITORY])
+            return [
+                f"{shorten(str(folder), 150)} holds a {shorten(hub.pipeline_class(folder), 60)}, which the mode "
+                f"{self.mode} cannot use; it needs a {needed}"
+            ]
+        decoder_scheduler = _scheduler(folder, "scheduler")
+        if self.job.scheduler is not None:
+            decoder_scheduler = scheduler_named(self.job.scheduler, decoder_scheduler.config)
+        prior_scheduler = _scheduler(prior[0], "scheduler") if prior else _scheduler(folder, "prior_scheduler")
+        faults: list[str] = []
+        for name, scheduler in (("steps", decoder_scheduler), ("prior_steps", prior_scheduler)):
+            if self._may_be_unused(name):
+                continue
+            steps, strength = self.job.settings[name], None
+            from_image = name == "steps" and "image" in MODES[self.mode] and self.mode != "inpaint"
+            if from_image and not self._may_be_unused("strength"):
+                strength = self.job.settings.get("strength", STRENGTH)
+            with _listed(faults, name):
+                scheduler.schedule(steps, checks.skipped(strength, scheduler.steps(steps)))
+        return faults
+
+    def _may_be_unused(self, name: str) -> bool:
+        """Whether a setting is the release's default, and rows may have values of their own."""
+        by_row = self.rows.kind == "jsonl" or name in self.rows.columns
+        usual = DEFAULTS.get(name, STRENGTH)
+        return by_row and self.job.settings.get(name, usual) == usual
+
+
+def _scheduler(folder: Path, name: str) -> Scheduler:
+    path = hub.component_folder(folder, name) / "scheduler_config.json"
+    return scheduler_from_config(read_json(path), str(path))
 
 
 def open_job(job: Job) -> OpenJob:
@@ -195,8 +302,23 @@ def open_job(job: Job) -> OpenJob:
     if faults or rows is None or output is None:
         raise JobError(faults)
     mode = job.mode or _mode_of(rows)
+    if lacking := _lacking(rows, mode):
+        raise JobError([f"the mode {mode} needs {' and '.join(lacking)} of a row, which {job.rows} has of none"])
     repository = PIPELINES[mode].REPOSITORY
     return OpenJob(job, mode, rows, output, job.model or f"{hub.OFFICIAL}/{repository}")
+
+
+def _lacking(rows: RowFile, mode: str) -> list[str]:
+    """What a mode needs and no row has; rows of JSONL are read up to the first that has all of it."""
+    lacking = dict.fromkeys(MODES[mode])
+    if rows.kind != "jsonl":
+        return [name for name in lacking if name not in rows.columns]
+    for raw in rows.read(0, rows.count) if lacking else ():
+        for name in raw.values:
+            lacking.pop(name, None)
+        if not lacking:
+            break
+    return list(lacking)
 
 
 def _mode_of(rows: RowFile) -> str:

@@ -28,7 +28,7 @@ def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> 
         CheckpointError: where there is no such model, or its files cannot be read.
     """
     found: dict[str, Path] = {}
-    for prefix, folder in zip(("", "prior/"), _folders(pipeline, model, prior), strict=False):
+    for prefix, folder in zip(("", "prior/"), folders(pipeline, model, prior), strict=False):
         for name in sorted(hub.components(folder)):
             part = hub.component_folder(folder, name)
             found |= {f"{prefix}{name}/{path.relative_to(part).as_posix()}": path for path in _read_files(part)}
@@ -36,7 +36,8 @@ def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> 
     return {name: known[path] for name, path in found.items()}
 
 
-def _folders(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> list[Path]:
+def folders(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> list[Path]:
+    """A decoder's folder, and its prior's, unless the decoder's has both."""
     folder = Path(hub.resolve(model, pipeline.REPOSITORY))
     if any(name.startswith("prior_") for name in hub.components(folder)):
         return [folder]
@@ -63,7 +64,7 @@ def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
 def names_and_sizes(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> str:
     """What `job.json` of the format versions 0 and 1 has of a model: a digest of all files' names and sizes."""
     digest = hashlib.sha256()
-    for place in _folders(pipeline, model, prior):
+    for place in folders(pipeline, model, prior):
         for path in sorted(p for p in files_below(place) if p.is_file()):
             digest.update(f"{path.relative_to(place)} {path.stat().st_size}\n".encode())
             if path.suffix == ".json" and path.stat().st_size < 1 << 20:

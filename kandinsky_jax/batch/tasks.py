@@ -40,6 +40,7 @@ MAX_PIXELS = 2**22  # of one picture: 2048 x 2048
 MAX_IMAGES = 1000
 MAX_ROW_PIXELS = 2**28  # of all pictures of a row: 1000 of 512 x 512
 MAX_FILE = 2**28  # bytes of a picture that a row names
+STRENGTH = 0.3  # where neither a row nor the job says one
 MAX_NESTING = 50  # of metadata
 ATTEMPTS = 4  # to read a picture from a URL
 MAX_KEY = 95  # characters before the ending: a name in a tar file has at most 100
@@ -132,7 +133,7 @@ class Checker:
         name = row.get("id", _identifier, default_id(raw.number))
         if raw.number in self.taken:
             row.faults.append(f"id {name!r} is an earlier row's")
-        negative = row.get("negative_prompt", _text, self.defaults.get("negative_prompt"))
+        negative = row.get("negative_prompt", text, self.defaults.get("negative_prompt"))
         prompt = row.get("prompt", _prompt, None)
         if "prompt" not in row.values:
             row.faults.append("prompt is missing or empty")
@@ -170,7 +171,7 @@ class Checker:
             for name, size in zip(("height", "width"), fitting, strict=True)
         )
         drawn = "image" in MODES[self.mode] and self.mode != "inpaint"
-        strength = row.get("strength", _number, given.get("strength", 0.3)) if drawn else None
+        strength = row.get("strength", _number, given.get("strength", STRENGTH)) if drawn else None
         if not drawn and "strength" in row.values:
             row.faults.append(f"strength has no place in the mode {self.mode}")
         steps = {name: row.get(name, _whole, given[name]) for name in ("steps", "prior_steps")}
@@ -225,13 +226,19 @@ def _check_room(row: _Row, name: str, count: int, shape: Shape) -> None:
     """Find what would not fit into a tar's names or into memory."""
     if len(name) <= MAX_KEY < len(f"{name}+{count - 1}") and count > 1:
         row.faults.append(f"id: with num_images={count}, at most {MAX_KEY - len(f'+{count - 1}')} characters")
-    pixels = shape.height * shape.width
-    if pixels > MAX_PIXELS:
-        row.faults.append(f"height and width: {shape.height} x {shape.width} is more than {MAX_PIXELS:,} pixels")
-    elif count * pixels > MAX_ROW_PIXELS:
-        row.faults.append(
-            f"num_images: {count} of {shape.height} x {shape.width} are more than {MAX_ROW_PIXELS:,} pixels in all; "
-            "use more rows"
+    try:
+        check_pixels(shape.height, shape.width, count)
+    except ValueError as error:
+        row.faults.append(str(error))
+
+
+def check_pixels(height: int, width: int, count: int) -> None:
+    """Raise ValueError where `count` pictures of this size are larger than what a job may have."""
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"height and width: {height} x {width} is more than {MAX_PIXELS:,} pixels")
+    if count * height * width > MAX_ROW_PIXELS:
+        raise ValueError(
+            f"num_images: {count} of {height} x {width} are more than {MAX_ROW_PIXELS:,} pixels in all; use more rows"
         )
 
 
@@ -265,7 +272,8 @@ class _Row:
 # One value --------------------------------------------------------------------------------------------------------
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Text that is Unicode; TypeError or ValueError for anything else."""
     if not isinstance(value, str):
         raise TypeError(f"must be text, got {quote(value)}")
     try:
@@ -276,13 +284,13 @@ def _text(value: Any) -> str:
 
 
 def _prompt(value: Any) -> str:
-    if not _text(value).strip():
+    if not text(value).strip():
         raise ValueError("is empty")
     return value
 
 
 def _identifier(value: Any) -> str:
-    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else text(value)
     if not _ID.fullmatch(name):
         raise ValueError(f"may hold letters, digits, - and _, at most {MAX_KEY} of them; got {quote(name)}")
     return name
@@ -350,16 +358,16 @@ def json_value(value: Any, depth: int = 0) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
     if isinstance(value, str):
-        return _text(value)
+        return text(value)
     if isinstance(value, dict):
-        return {_text(str(key)): json_value(item, depth + 1) for key, item in value.items()}
+        return {text(str(key)): json_value(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [json_value(item, depth + 1) for item in value]
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat()
-    return _text(shorten(str(value), 1000))
+    return text(shorten(str(value), 1000))
 
 
 # Files ------------------------------------------------------------------------------------------------------------
@@ -367,7 +375,7 @@ def json_value(value: Any, depth: int = 0) -> Any:
 
 def _read(root: str, kind: str, value: Any) -> Image.Image:
     """The picture at a path below the root."""
-    name, path = shorten(_text(value), 200), below(root, value)
+    name, path = shorten(text(value), 200), below(root, value)
     for attempt in range(ATTEMPTS):
         try:
             data = _bytes(path)

@@ -93,8 +93,7 @@ def batch(
         "prior_guidance_scale": prior_guidance_scale,
         "strength": strength,
     }
-    if scheduler is not None:
-        scheduler_named(scheduler, {}).steps(steps)
+    stopping = Stop(grace)
     opened = open_job(
         Job(
             rows=job,
@@ -116,7 +115,7 @@ def batch(
     if compilation_cache is not None:
         set_compilation_cache(None if compilation_cache == OFF else compilation_cache)
     which = this_process(process, processes, distributed, coordinator)
-    with Stop(grace).listening() as stop:
+    with stopping.listening() as stop:
         opened.begin()  # what is wrong with it is reported before a model is loaded
         pipe = opened.pipeline.from_pretrained(opened.model, prior=prior, dtype=dtype, warmup=rehearsal(opened))
         pipe.set_progress_bar_config(disable=True)
