@@ -419,9 +419,8 @@ class CLIPImageProcessor:
     rescale_factor: float = 1 / 255  # by which levels are multiplied first
 
     FILE: ClassVar[str] = "preprocessor_config.json"
-    BOUNDS: ClassVar[Bounds] = {
-        **{"size": (1, MAX_EDGE), "crop": (1, MAX_EDGE)},
-        **{"image_std": (1e-6, 1e6), "rescale_factor": (1e-6, 1e3)},
+    BOUNDS: ClassVar[Bounds] = dict.fromkeys(("size", "crop"), (1, MAX_EDGE)) | {
+        **{"image_std": (1e-6, 1e6), "rescale_factor": (1e-6, 1e3)}
     }
 
     @classmethod
@@ -455,8 +454,8 @@ class CLIPImageProcessor:
             faults.append(f'crop_size={quote(crop, 60)} (only {{"height": N, "width": N}})')
         if faults:
             raise ValueError(f"not supported here: {summarize(faults, 200, ', ')}")
-        colours: list[Any] = [_freeze(raw.get(name)) for name in ("image_mean", "image_std")]
-        processor = cls(side, cropped[0], *colours, raw.get("rescale_factor", cls.rescale_factor))
+        mean, std = (_freeze(raw.get(name)) for name in ("image_mean", "image_std"))
+        processor = cls(side, cropped[0], mean, std, raw.get("rescale_factor", cls.rescale_factor))
         faults = field_faults(processor, cls.BOUNDS)
         if not faults and not (len(processor.image_mean) == len(processor.image_std) == 3):
             faults = ["image_mean and image_std must have three numbers each"]
