@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kandinsky_jax import hub
+from tests.xla_flags import QUICK_TO_COMPILE
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Each of the suite's processes has cores of its own: XLA's threads lose more by sharing them than they gain. A process
@@ -71,6 +72,12 @@ def _divided(values: Iterable[Any], chosen: tuple[Any, ...], mark: Any, other: A
     values = list(values)
     assert set(chosen) < set(values)
     return [pytest.param(value, marks=mark if value in chosen else other) for value in values]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The quick suite's programs are small and many, the slow one's run long."""
+    if "not slow" in config.getoption("markexpr"):
+        os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
 
 
 FIGURES: dict[tuple[str, str], list[float]] = {}

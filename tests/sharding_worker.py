@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from tests.xla_flags import devices
+
+os.environ["XLA_FLAGS"] = devices(8)
 
 import numpy as np
 from PIL import Image

@@ -27,7 +27,11 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("processes", "distributed"),
-    [pytest.param(2, False, marks=pytest.mark.campaign), pytest.param(4, True, marks=pytest.mark.slow)],
+    [
+        pytest.param(2, True, marks=pytest.mark.slow),
+        pytest.param(2, False, marks=pytest.mark.campaign),
+        pytest.param(4, True, marks=pytest.mark.campaign),
+    ],
 )
 def test_killed_and_started_again(folder, processes, distributed):
     found = batch_kill.disturbed(folder, 64, processes, 4, OPTIONS, distributed, random.Random(processes))

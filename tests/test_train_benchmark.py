@@ -18,7 +18,7 @@ def run(*options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_it_runs_on_the_small_model(tmp_path):
     kinds = ("lora-prior",)
     done = run("--kinds", *kinds, *SMALL, "--ema", 0.99, "--snr-gamma", 5, "--output", tmp_path / "found")

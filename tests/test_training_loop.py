@@ -337,7 +337,7 @@ def test_killed_and_resumed_is_never_stopped(folder, tmp_path):
     _, error = whole.communicate()
     assert whole.returncode == 0, error
     rng, kills, process = np.random.default_rng(0), 0, start("killed")
-    while kills < 4:
+    while kills < 2:
         metrics, before = tmp_path / "killed" / "metrics.jsonl", time.monotonic()
         lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         wanted = lines + int(rng.integers(3, 12))

@@ -13,7 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from tests.xla_flags import devices
+
+os.environ["XLA_FLAGS"] = devices(8)
 
 import jax
 import numpy as np

@@ -34,6 +34,7 @@ from kandinsky_jax.tensors import names
 from tests.conftest import SHAPES_MODEL, note
 from tests.test_compile import compilations
 from tests.test_hub import cached
+from tests.xla_flags import devices
 
 PROMPT = "a red circle on a blue background"
 SIZE = {"height": 64, "width": 64, "output_type": "np"}
@@ -442,7 +443,7 @@ assert all(len(x.sharding.device_set) == 1 for x in flat_params(pipe.unet).value
 
 @pytest.mark.slow
 def test_weights_on_a_mesh_stay_where_they_are(folders):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": devices(4), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", ON_A_MESH, str(SHAPES_MODEL), str(folders["a"])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

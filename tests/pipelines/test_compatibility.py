@@ -20,6 +20,7 @@ import kandinsky_jax
 from kandinsky_jax import hub
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from tests.conftest import SHAPES_MODEL
+from tests.xla_flags import devices
 
 CLASSES = [name for name in dir(diffusers) if name.startswith("KandinskyV22")]
 NETWORKS = ("UNet2DConditionModel", "VQModel", "PriorTransformer")
@@ -187,7 +188,7 @@ def test_the_zero_embedding_is_public(ours):
 @pytest.mark.slow
 def test_to_moves_to_one_of_several_devices():
     worker = Path(__file__).parent / "move_worker.py"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": devices(2), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, worker, SHAPES_MODEL], capture_output=True, text=True, check=False, env=environment
     )

@@ -1,0 +1,9 @@
+"""XLA's flags where compiling small programs is most of a test's time."""
+
+# Machine code that is made quickly and runs slower. What is computed is decided before, and stays.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def devices(count: int) -> str:
+    """The flags of a process with so many CPU devices."""
+    return f"--xla_force_host_platform_device_count={count} {QUICK_TO_COMPILE}"
