@@ -44,6 +44,13 @@ class Drawn(NamedTuple):
     fault: str | None = None  # why there is no picture
 
 
+class Failed(NamedTuple):
+    """Rows of a complete job that could not be generated."""
+
+    rows: int
+    shards: list[str]  # files of the shards that they are in; a shard whose file is removed is made again
+
+
 class Output:
     """The folder of a job.
 
@@ -188,20 +195,17 @@ class Output:
             return False
         return self._files.write(name, fill, overwrite=True)  # what was there is no shard
 
-    def finish(self, count: int) -> int:
-        """When all shards are complete: the errors of all in one file.
-
-        Returns:
-            how many rows it names.
-        """
+    def finish(self, count: int) -> Failed:
+        """When all shards are complete: the errors of all in one file."""
         found = self._files.sizes("errors")
-        names = [name for name in (f"{number:06d}.jsonl" for number in range(count)) if name in found]
-        if not names:
+        shards = [number for number in range(count) if f"{number:06d}.jsonl" in found]
+        if not shards:
             self._files.remove("errors.jsonl")
-            return 0
-        lines = b"".join(self._files.read(f"errors/{name}") for name in names)
+            return Failed(0, [])
+        lines = b"".join(self._files.read(f"errors/{number:06d}.jsonl") for number in shards)
         self._write("errors.jsonl", lines)
-        return len({_row_number(line) for line in lines.splitlines()})
+        rows = {_row_number(line) for line in lines.splitlines()}
+        return Failed(len(rows), [self._name(number) for number in shards])
 
     def _write(self, name: str, data: bytes, *, overwrite: bool = True) -> bool:
         return self._files.write(name, lambda file: file.write(data), overwrite=overwrite)

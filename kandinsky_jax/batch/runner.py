@@ -52,6 +52,7 @@ class Report:
     drawing: float = 0.0  # seconds in which a device had something to do
     complete: bool = False  # whether all shards of the job are there, of every process
     failed: int = 0  # rows of the complete job, of every process and run, that could not be drawn
+    failed_shards: list[str] = field(default_factory=list)  # their files; a row whose file is removed is tried again
     stopped: bool = False  # by a signal, before the end
 
     @property
@@ -110,7 +111,7 @@ def run(
     report.stopped = stop.asked and report.shards + report.skipped < len(mine)
     report.complete = len(job.output.complete(job.shards)) == job.shards
     if report.complete:
-        report.failed = job.output.finish(job.shards)
+        report.failed, report.failed_shards = job.output.finish(job.shards)
     return report
 
 

@@ -16,6 +16,7 @@ from kandinsky_jax.batch.rows import COLUMNS
 from kandinsky_jax.batch.runner import rehearsal
 from kandinsky_jax.batch.tasks import MODES
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
+from kandinsky_jax.errors import summarize
 from kandinsky_jax.images import ENCODINGS
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from kandinsky_jax.stop import STOPPED, Stop
@@ -151,6 +152,12 @@ def summary(report: Report, process: Process, output: str) -> str:
     elif report.complete:
         failed = f"; {report.failed} rows could not be drawn, see {output}/errors.jsonl" if report.failed else ""
         lines.append(f"the job is complete: {output}{failed}")
+        if report.failed:
+            shards = summarize(report.failed_shards, 100, ", ")
+            lines.append(
+                f"to try these rows again as they are, remove {shards} in {output} and start the job again; rows that "
+                "have to be changed need a job of their own"
+            )
     else:
         lines.append("other processes' shards are still to be done")
     return "\n".join(lines)

@@ -113,6 +113,29 @@ def test_errors_are_those_of_the_jobs_shards_in_their_order(place):
         content(url, "errors/000001.jsonl")
 
 
+@pytest.mark.parametrize("form", ["webdataset", "folder"])
+def test_rows_that_failed_are_tried_again_without_their_shards_file(place, form):
+    """Whether they fail again or not; other shards stay."""
+    url, _ = place
+    error = {"row": 3, "id": None, "error": "image: there is no file a.png"}
+    output = Output(url, form, "png")
+    output.write(0, pictures(0), [])
+    output.write(1, pictures(1, 1), [error, error | {"row": 4}])
+    failed = output.finish(2)
+    assert failed == (2, ["000001.tar" if form == "webdataset" else "manifest/000001.parquet"])
+    for left in ([error], []):
+        fs, root = fsspec.core.url_to_fs(url)
+        fs.rm_file(f"{root}/{failed.shards[0]}")
+        output = Output(url, form, "png")
+        assert output.complete(2) == {0}
+        output.sweep()
+        assert output.write(1, pictures(1, 3 - len(left)), left)
+        assert output.complete(2) == {0, 1}
+        assert output.finish(2).rows == len(left)
+    with pytest.raises(FileNotFoundError):
+        content(url, "errors.jsonl")
+
+
 def test_what_killed_runs_left_of_a_shard_that_is_complete_is_swept(tmp_path):
     """The twin of a killed process has made the shard, so none of its parts is written again."""
     output = Output(str(tmp_path), "folder", "png")

@@ -25,7 +25,12 @@ def test_a_completed_job_says_what_failed(tmp_path):
         done = run(tmp_path, rows)
         assert done.exit_code == 0, done.exception
         assert written in done.output
-        assert done.output.endswith(f"2 rows could not be drawn, see {tmp_path}/out/errors.jsonl\n")
+        *_, counted, hint = done.output.splitlines()
+        assert counted.endswith(f"2 rows could not be drawn, see {tmp_path}/out/errors.jsonl")
+        assert f"remove 000001.tar, 000002.tar in {tmp_path}/out and start the job again" in hint
+    for name in ("000001.tar", "000002.tar"):
+        (tmp_path / "out" / name).unlink()
+    assert "0 images in 2 shards" in run(tmp_path, rows).output
 
 
 def test_a_job_without_one_picture_is_an_error(tmp_path):
