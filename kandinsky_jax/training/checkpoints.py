@@ -101,7 +101,8 @@ class Checkpoints:
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest state that is whole, and its place in the data; None where there is no checkpoint.
 
-        Damaged checkpoints that are newer are moved out of the way, with one warning.
+        Damaged checkpoints that are newer are moved out of the way, with one warning. Where one of them says that the
+        run already had today's settings, data and weights, those before it may differ: that was accepted then.
 
         Args:
             state: of the shapes, dtypes and shardings that are wanted.
@@ -110,11 +111,22 @@ class Checkpoints:
         """
         faults: list[str] = []
         damaged: list[Path] = []
+        accepted = self.accept_changes
         for path in self._candidates():
+            place: dict[str, Any] = {}
             try:
                 place = self._place(path)
+                self._compare(path, place, accepted)
                 restored = self._state(path, place, state)
+            except TrainingError as error:
+                if faults:
+                    newer = (
+                        f"newer checkpoints are damaged ({summarize(faults, 90)}), and of that of step {path.name}: "
+                    )
+                    raise TrainingError(newer + str(error)) from None
+                raise
             except CheckpointError as error:
+                accepted = accepted or "run" in place
                 faults.append(f"{shorten(path.name, 24)}: {shorten(str(error).removeprefix(str(path)), 120)}")
                 damaged.append(path)
                 continue
@@ -151,7 +163,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: where it is damaged.
-            TrainingError: where it is whole, and of another run or of a newer version.
+            TrainingError: where it is of a newer version.
         """
         place = _read_json(path / "place" / "metadata")
         version = place.get("format_version", 1)
@@ -170,8 +182,18 @@ class Checkpoints:
             raise CheckpointError("its description has no place in the data")
         if str(data.get("next_index")) != path.name:  # a step takes a batch
             raise CheckpointError(f"its place in the data is {shorten(data.get('next_index'), 24)}")
-        if version > 1:
-            self._compare(place["run"])
+        if version == 1:
+            place.pop("run", None)
+        elif not isinstance(place.get("run"), dict):
+            raise CheckpointError("its description has no record of the run")
+        return place
+
+    def _compare(self, path: Path, place: dict[str, Any], accepted: bool) -> None:
+        """Raise TrainingError where a checkpoint is of another run."""
+        if "run" in place:
+            found = changes(place["run"], self.record)
+            if found and (not accepted or STRUCTURE & found.keys()):
+                raise self._other(found)
         elif place["kind"] != self.record["kind"]:
             raise self._other({"kind": (place["kind"], self.record["kind"])})
         else:
@@ -179,12 +201,6 @@ class Checkpoints:
                 f"{path} is of format version 1: it says nothing of the run's settings, which are not compared",
                 stacklevel=3,
             )
-        return place
-
-    def _compare(self, before: Record) -> None:
-        found = changes(before, self.record)
-        if found and (not self.accept_changes or STRUCTURE & found.keys()):
-            raise self._other(found)
 
     def _other(self, found: dict[str, tuple[Any, Any]]) -> TrainingError:
         if "kind" in found:

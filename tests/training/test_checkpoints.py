@@ -170,6 +170,48 @@ def test_another_run_is_refused_by_name(run, changed, says):
     assert restored_step(run, record, accept_changes=True) == 10
 
 
+@pytest.fixture
+def changed_run(run) -> tuple[Path, dict]:
+    """A run that went on with other settings after step 10, which was accepted, to step 11; and its record."""
+    record = RECORD | {"train_batch_size": 2, "seed": 1}
+    assert restored_step(run, record, accept_changes=True) == 10
+    with Checkpoints(run, record, 5) as checkpoints:
+        checkpoints.save(11, after(11), {"next_index": 11})
+    return run, record
+
+
+@pytest.mark.parametrize("damage", ["no state", "a truncated array", "a flipped bit in an array", "an empty metadata"])
+def test_a_damaged_checkpoint_after_accepted_changes_gives_way_too(changed_run, damage):
+    run, record = changed_run
+    DAMAGE[damage](run / "checkpoints" / "11")
+    flip(largest(run / "checkpoints" / "10"))
+    with pytest.warns(UserWarning, match=r"goes on from step 9; .*damaged_checkpoints: 11: .*; 10: "):
+        assert restored_step(run, record) == 9
+
+
+@pytest.mark.parametrize("damage", ["an empty folder", "no place", "a place that is no JSON"])
+def test_a_refusal_after_a_damaged_checkpoint_names_the_damage(changed_run, damage):
+    """Without its description, nobody knows whether the changes were accepted."""
+    run, record = changed_run
+    DAMAGE[damage](run / "checkpoints" / "11")
+    says = (
+        r"^newer checkpoints are damaged \(11: .*\), and of that of step 10: .*train_batch_size \(4, now 2\).*--accept"
+    )
+    with pytest.raises(TrainingError, match=says) as caught:
+        restored_step(run, record)
+    assert len(str(caught.value)) < 500
+    assert (run / "checkpoints" / "11").exists()  # nothing is moved
+    with pytest.warns(UserWarning, match="goes on from step 10"):
+        assert restored_step(run, record, accept_changes=True) == 10
+
+
+def test_changes_that_were_never_accepted_are_refused_after_damage_too(changed_run):
+    run, record = changed_run
+    flip(largest(run / "checkpoints" / "11"))
+    with pytest.raises(TrainingError, match=r"^(?!newer).*changed are seed \(1, now 2\)"):  # of the damaged one itself
+        restored_step(run, record | {"seed": 2})
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
