@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kandinsky_jax import reading
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.tensors.files import CheckpointError
 
 if TYPE_CHECKING:
@@ -51,9 +53,13 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        encoded = tokenizer(["a", "a b"], padding="max_length", truncation=True, max_length=8, return_tensors="np")
-        if encoded.input_ids.shape != (2, 8):
-            raise ValueError(f"it encodes two texts as {encoded.input_ids.shape}, not (2, 8)")
+        _check_length(tokenizer)
+        tokenizer.decode(tokenizer("a b " * 8, verbose=False).input_ids)
+        ids, mask = encode(tokenizer, ["a", "a b"], 8)
+        if not ids.shape == mask.shape == (2, 8):
+            raise ValueError(f"it encodes two texts as {ids.shape} with a mask {mask.shape}, not (2, 8)")
+    except CheckpointError as error:
+        raise CheckpointError(reading.of_file(folder / "tokenizer_config.json", error)) from None
     except BaseException as error:  # of any kind; a panic of the tokenizers library is no Exception
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
@@ -66,6 +72,20 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
+def encode(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids, int32 `[B, length]`, and which of them are not padding, bool `[B, length]`; long texts are cut."""
+    tokens = tokenizer(
+        texts,
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="np",
+        return_attention_mask=True,  # which a tokenizer_config.json can switch off (model_input_names)
+        verbose=False,
+    )
+    return tokens.input_ids.astype(np.int32), tokens.attention_mask.astype(bool)
+
+
 def check_tokenizer(tokenizer: CLIPTokenizer, tower: CLIPTextConfig) -> None:
     """Raise where a tokenizer is not the one that a text tower was trained with, as far as that shows.
 
@@ -75,7 +95,18 @@ def check_tokenizer(tokenizer: CLIPTokenizer, tower: CLIPTextConfig) -> None:
     Raises:
         CheckpointError: where it knows other numbers of tokens, ends texts with another one, or is for shorter texts.
     """
-    last, size = max(tokenizer.get_vocab().values(), default=-1), tower.vocab_size
+    _check_length(tokenizer)
+    vocab, size = tokenizer.get_vocab(), tower.vocab_size
+    basic = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+    added = tokenizer.get_added_vocab().keys() - basic
+    last = max(vocab.values(), default=-1)
+    if last >= size > max((number for token, number in vocab.items() if token not in added), default=-1):
+        unknown = sorted((token for token in added if vocab[token] >= size), key=vocab.__getitem__)
+        names = summarize([quote(token, 40) for token in unknown], 120, ", ")
+        raise CheckpointError(
+            f"the text tower has no embeddings for the tokenizer's added tokens {names}: it has {size:,}; use the text "
+            "tower that was saved with them (textual inversion), or remove them from the tokenizer"
+        )
     if last >= size or last < MIN_KNOWN * size - 1:
         raise CheckpointError(
             f"the tokenizer numbers its tokens up to {last:,}, and the text tower has embeddings for {size:,}: they do "
@@ -96,6 +127,12 @@ def check_tokenizer(tokenizer: CLIPTokenizer, tower: CLIPTextConfig) -> None:
             f"the tokenizer is for texts of {tokenizer.model_max_length} tokens (model_max_length), and the text tower "
             f"takes {tower.max_position_embeddings}: they do not belong together"
         )
+
+
+def _check_length(tokenizer: CLIPTokenizer) -> None:
+    length: Any = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1:
+        raise CheckpointError(f"model_max_length must be a number of tokens, got {quote(length)}")
 
 
 def _check_agreement(folder: Path, tokenizer: CLIPTokenizer) -> None:

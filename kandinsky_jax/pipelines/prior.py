@@ -17,7 +17,7 @@ from PIL import Image
 from kandinsky_jax import hub, images, zero_embed
 from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.checkpoint import Deferred, flat_params
-from kandinsky_jax.checkpoint.tokenizer import check_tokenizer
+from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, encode
 from kandinsky_jax.compilation import program
 from kandinsky_jax.errors import quote
 from kandinsky_jax.images import CLIPImageProcessor
@@ -362,10 +362,7 @@ class PriorPipeline(Pipeline):
                     f"{quote(dropped, 200)}",
                     stacklevel=5,
                 )
-        tokens = self.tokenizer(
-            texts, padding="max_length", max_length=length, truncation=True, return_tensors="np", verbose=False
-        )
-        return tokens.input_ids.astype(np.int32), tokens.attention_mask.astype(bool)
+        return encode(self.tokenizer, texts, length)
 
     def get_zero_embed(self, batch_size: int = 1, device: Any = None) -> jax.Array:
         """The vision tower's embedding of zeros, `[batch_size, D]`: the negative one without a negative prompt."""

@@ -7,11 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kandinsky_jax import CheckpointError, KandinskyV22PriorPipeline, hub
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from kandinsky_jax.models.clip import CLIPTextConfig
+from kandinsky_jax.training.data.items import Captioned
+from kandinsky_jax.training.data.reader import Reader
 from tests.conftest import SHAPES_MODEL
 
 TOKENIZER = SHAPES_MODEL / hub.PRIOR / "tokenizer"
@@ -86,6 +89,49 @@ def test_a_tokenizer_of_another_text_tower(changes, says):
 )
 def test_configurations_that_fit(changes):
     check_tokenizer(load_tokenizer(TOKENIZER), dataclasses.replace(CONFIG, **changes))
+
+
+def configure(folder: Path, **settings: object) -> Path:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize("length", [{}, [], "x", "77", True, 0, -1, float("nan")], ids=str)
+def test_the_longest_text_must_be_a_number(length, folder):
+    says = rf"^{folder}/tokenizer_config.json.*model_max_length must be a number of tokens, got "
+    with pytest.raises(CheckpointError, match=says):
+        load_tokenizer(configure(folder, model_max_length=length))
+    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer.model_max_length = length
+    with pytest.raises(CheckpointError, match="model_max_length must be a number of tokens"):
+        check_tokenizer(tokenizer, CONFIG)
+
+
+@pytest.mark.parametrize("length", [77, 77.0, 1e30, None], ids=str)
+def test_lengths_that_fit(length, folder):
+    check_tokenizer(load_tokenizer(configure(folder, model_max_length=length)), CONFIG)
+
+
+@pytest.mark.parametrize("names", [["input_ids"], [], ["attention_mask"]], ids=str)
+def test_a_mask_comes_whatever_the_tokenizer_lists(names, folder, tiny_pipe):
+    tokenizer = load_tokenizer(configure(folder, model_input_names=names))
+    pipe = KandinskyV22PriorPipeline.from_pipe(tiny_pipe, tokenizer=tokenizer)
+    own = KandinskyV22PriorPipeline.from_pipe(tiny_pipe)
+    for mine, right in zip(pipe._tokenize([PROMPT, ""]), own._tokenize([PROMPT, ""]), strict=True):
+        np.testing.assert_array_equal(mine, right)
+    reader = Reader(64, tokenizer=tokenizer, length=77)
+    assert reader._caption(Captioned("a", PROMPT, lambda: b""))["text_mask"].sum() == own._tokenize([PROMPT])[1].sum()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_added_tokens_that_the_tower_does_not_know(number):
+    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer.add_tokens([f"<cat-toy-{i}>" for i in range(number)])
+    says = "no embeddings for the tokenizer's added tokens '<cat-toy-0>'.*it has 574; use the text tower that was saved"
+    with pytest.raises(CheckpointError, match=says):
+        check_tokenizer(tokenizer, CONFIG)
+    check_tokenizer(tokenizer, dataclasses.replace(CONFIG, vocab_size=574 + number))
 
 
 def test_legacy_towers_are_read_at_the_greatest_token(folder):

@@ -71,6 +71,7 @@ class Reader:
         if self.tokenizer is None:
             return {}
         options = {"padding": "max_length", "max_length": self.length, "truncation": True, "verbose": False}
+        options["return_attention_mask"] = True
         tokens = self.tokenizer(item.text[:MAX_CHARACTERS], return_tensors="np", **options)
         return {
             "input_ids": tokens.input_ids[0].astype(np.int32),
