@@ -9,6 +9,7 @@ numbers, and read when it is needed.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ from kandinsky_jax.tensors import files, names
 from kandinsky_jax.tensors.files import PREFERRED, WEIGHT_DTYPES, CheckpointError, WeightSelection
 
 Layout = Literal["diffusers", "orbax"]
+
+# Parts of tensors' names in which peft, and diffusers before it, keep a network's LoRA.
+_LORA = re.compile(r"\.(base_layer|lora_[A-Za-z_]+|\w+_lora|ia3_l|hada_w\d_[ab]|lokr_w\d)\b")
 
 
 class Progress(Protocol):
@@ -282,6 +286,11 @@ def _torch_tensors(folder: Path, selection: WeightSelection) -> dict[str, files.
             f"{files.STEMS[2]} as {kind}" + (f"; there are the variants {', '.join(stored)}" if stored else "")
         )
     stored_tensors = files.open_tensors(path)
+    if any(_LORA.search(name) for name in stored_tensors):
+        raise CheckpointError(
+            f"{folder} was saved with LoRA in it. Save it without: in diffusers, call unload_lora_weights() first (and "
+            "fuse_lora() before that, to keep the LoRA's effect); LoRA is loaded from its own file by load_lora_weights"
+        )
     return {modern: t for name, t in stored_tensors.items() if (modern := names.modern_name(name)) is not None}
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import save_file as save_torch
 
 import kandinsky_jax
 from kandinsky_jax import CheckpointError, CLIPTextModelWithProjection, PriorTransformer, hub, load_network
-from kandinsky_jax.checkpoint import WeightSelection, check_network, flat_params
+from kandinsky_jax.checkpoint import Deferred, WeightSelection, check_network, flat_params
+from kandinsky_jax.models import UNet2DConditionModel
 from kandinsky_jax.tensors import files
 from tests.conftest import SHAPES_MODEL
 
@@ -299,3 +300,39 @@ def test_a_tensor_in_two_shards_is_refused(stale):
 )
 def test_variant_of_a_file_by_its_name(name, variant):
     assert files.variant_of(name) == variant
+
+
+# LoRA within a network's files ------------------------------------------------------------------------------------
+
+
+def test_networks_that_were_saved_with_lora_in_them_are_refused_in_a_sentence(tmp_path):
+    """As diffusers saves a UNet to which an adapter was added; its advice makes files that are read."""
+    peft = pytest.importorskip("peft")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(SHAPES_MODEL / hub.DECODER / "unet")
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    unet.save_pretrained(tmp_path / "with")
+    for read in (load_network, Deferred):
+        with pytest.raises(
+            CheckpointError, match=f"^{tmp_path}/with was saved with LoRA in it. Save it with"
+        ) as raised:
+            read(UNet2DConditionModel, tmp_path / "with")
+        assert len(str(raised.value)) < 350
+    unet.fuse_lora()
+    unet.unload_lora()
+    unet.save_pretrained(tmp_path / "fused")
+    fused = flat_params(load_network(UNet2DConditionModel, tmp_path / "fused"))
+    plain = flat_params(load_network(UNet2DConditionModel, SHAPES_MODEL / hub.DECODER / "unet"))
+    changed = {name for name in plain if not np.array_equal(fused[name], plain[name])}
+    assert changed
+    assert all("to_q" in name or "to_k" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    "name", ["mid_block.attentions.0.processor.to_q_lora.down.weight", "text_model.a.to_q.lora_layer.up.weight"]
+)
+def test_lora_by_its_older_names(name, tmp_path):
+    source = SHAPES_MODEL / hub.PRIOR / "text_encoder"
+    shutil.copytree(source, tmp_path / "t")
+    save_file(load_file(source / "model.safetensors") | {name: np.ones((2, 2))}, tmp_path / "t/model.safetensors")
+    with pytest.raises(CheckpointError, match="was saved with LoRA in it"):
+        load_network(CLIPTextModelWithProjection, tmp_path / "t")
