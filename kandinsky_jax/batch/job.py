@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import os
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kandinsky_jax import hub, images
 from kandinsky_jax.batch import model_files
 from kandinsky_jax.batch.output import FORMATS, Output
 from kandinsky_jax.batch.rows import JobError, RowFile, parquet, scan
-from kandinsky_jax.batch.tasks import MAX_IMAGES, MAX_SIDE, MODES, STRENGTH, check_pixels, text
+from kandinsky_jax.batch.tasks import FILES, MAX_IMAGES, MAX_SIDE, MODES, STRENGTH, check_pixels, text
 from kandinsky_jax.checkpoint.networks import network_dtype
 from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten
 from kandinsky_jax.pipelines import (
@@ -302,23 +302,38 @@ def open_job(job: Job) -> OpenJob:
     if faults or rows is None or output is None:
         raise JobError(faults)
     mode = job.mode or _mode_of(rows)
-    if lacking := _lacking(rows, mode):
-        raise JobError([f"the mode {mode} needs {' and '.join(lacking)} of a row, which {job.rows} has of none"])
+    if faults := _mode_faults(rows, mode):
+        raise JobError(faults)
     repository = PIPELINES[mode].REPOSITORY
     return OpenJob(job, mode, rows, output, job.model or f"{hub.OFFICIAL}/{repository}")
 
 
-def _lacking(rows: RowFile, mode: str) -> list[str]:
-    """What a mode needs and no row has; rows of JSONL are read up to the first that has all of it."""
-    lacking = dict.fromkeys(MODES[mode])
+def _mode_faults(rows: RowFile, mode: str) -> list[str]:
+    """Why no row can be of a mode; rows are read up to the first where that is not so, mostly the first of all."""
+    path, columns = shorten(rows.path, 240), set(rows.columns)
+    lacking = set(MODES[mode])  # in all rows so far
+    surplus = set(FILES) - lacking  # likewise
     if rows.kind != "jsonl":
-        return [name for name in lacking if name not in rows.columns]
-    for raw in rows.read(0, rows.count) if lacking else ():
-        for name in raw.values:
-            lacking.pop(name, None)
-        if not lacking:
-            break
-    return list(lacking)
+        if missing := lacking - columns:
+            return [f"the mode {mode} needs {_and(missing)} of a row, for which {path} has no column"]
+        surplus &= columns
+    seen = False
+    for raw in rows.read(0, rows.count) if lacking or surplus else ():
+        if raw.fault is None:
+            seen = True
+            names = {name for name, value in raw.values.items() if value is not None}
+            lacking, surplus = lacking - names, surplus & names
+            if not lacking and not surplus:
+                return []
+    if seen and lacking:
+        return [f"the mode {mode} needs {_and(lacking)} of a row, which no row of {path} has"]
+    if seen and surplus:
+        return [f"the mode {mode} has no place for {_and(surplus)}, which every row of {path} has"]
+    return []
+
+
+def _and(names: Iterable[str]) -> str:
+    return " and ".join(name for name in FILES if name in names)
 
 
 def _mode_of(rows: RowFile) -> str:
