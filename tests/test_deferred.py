@@ -283,6 +283,19 @@ def test_a_fingerprint_is_kept_while_no_file_changes(folder, cache, monkeypatch)
     assert zero_embed.fingerprint(tower, config()) != first
 
 
+def test_shards_of_any_name_count_for_a_fingerprint(folder, monkeypatch):
+    monkeypatch.setattr(fingerprint, "_SETTLED_S", -1e9)
+    tower = folder / "image_encoder"
+    before, tensors = zero_embed.fingerprint(tower, config()), load_file(tower / "model.safetensors")
+    (tower / "model.safetensors").rename(tower / "part.safetensors")
+    weight_map = dict.fromkeys(tensors, "part.safetensors")
+    (tower / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert zero_embed.fingerprint(tower, config()) == before
+    tensors["vision_model.encoder.layers.0.mlp.fc1.bias"] += 1
+    save_file(tensors, tower / "part.safetensors")
+    assert zero_embed.fingerprint(tower, config()) != before
+
+
 def test_its_file_is_fetched_from_the_hub():
     assert files.ZERO_EMBED in hub._SMALL_FILES
 

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from kandinsky_jax import orbax
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint.networks import flat_params, read_params
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.reading import ReadError, read_text
-from kandinsky_jax.storage import user_cache
+from kandinsky_jax.storage import files_below, user_cache
 from kandinsky_jax.tensors import names
-from kandinsky_jax.tensors.files import PREFERRED, WEIGHT_FILE, WeightSelection
+from kandinsky_jax.tensors.files import PREFERRED, ZERO_EMBED, WeightSelection
 
 _GROUP = 1 << 25  # numbers that are read at once
 _THREADS = 4
@@ -95,16 +94,18 @@ def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
 # The user's cache -------------------------------------------------------------------------------------------------
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """All files that may hold tensors of a component's folder."""
-    single = [path for path in folder.iterdir() if WEIGHT_FILE.fullmatch(path.name)]
-    return sorted([*single, *(path for path in (folder / orbax.FOLDER).rglob("*") if path.is_file())])
+def _stored_files(folder: Path) -> list[Path]:
+    """A component's files, without the embedding that is itself tied to a fingerprint.
+
+    All of them, because an index of shards may give these any names.
+    """
+    return sorted(path for path in files_below(folder) if path.is_file() and path.name != ZERO_EMBED)
 
 
 def _identity(folder: Path, selection: WeightSelection, wanted: list[str]) -> str:
     """What changes whenever a file is written or replaced."""
     parts: list[Any] = [selection, wanted]
-    for path in _weight_files(folder):
+    for path in _stored_files(folder):
         stat = path.stat()
         parts.append(
             (
@@ -120,8 +121,8 @@ def _identity(folder: Path, selection: WeightSelection, wanted: list[str]) -> st
 
 
 def _newest(folder: Path) -> float:
-    """When a file of tensors last changed, in seconds since 1970."""
-    stats = [os.stat(path) for path in _weight_files(folder)]
+    """When a file last changed, in seconds since 1970."""
+    stats = [os.stat(path) for path in _stored_files(folder)]
     return max((max(stat.st_mtime, stat.st_ctime) for stat in stats), default=0.0)
 
 

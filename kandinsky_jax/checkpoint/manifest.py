@@ -101,7 +101,9 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None
         root = next((root for root in sorted(roots, key=len, reverse=True) if name.startswith(root)), None)
         if (known := expected[name]) is not None:
             reports.append(_compare(name, path, known, progress))
-        elif root is not None and _is_read(name.removeprefix(root), components[root]):
+        elif (root is not None and _is_read(name.removeprefix(root), components[root])) or (
+            roots and name == "model_index.json"  # makes one model of a family's folder
+        ):
             detail = "not in the manifest, but loading reads it: remove it, or --update if it belongs there"
             reports.append(FileReport(name, "unexpected", detail))
         elif root is not None:

@@ -190,7 +190,13 @@ def test_a_family_whose_members_have_manifests(folder):
     shutil.move(folder, root / "decoder")
     assert set(statuses(root).values()) == {"ok"}
     flip(root / "decoder" / UNET)
-    assert statuses(root)[f"decoder/{UNET}"] == "damaged"
+    (root / "model_index.json").write_text("{}")
+    (root / "decoder/unet/model.bin").write_text("")
+    (root / "README.md").write_text("mine")
+    found = statuses(root)
+    assert found[f"decoder/{UNET}"] == "damaged"
+    assert found["model_index.json"] == found["decoder/unet/model.bin"] == "unexpected"
+    assert found["README.md"] == "not covered"
 
 
 def test_the_hubs_cache(cached, tmp_path):
