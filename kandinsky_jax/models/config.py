@@ -8,7 +8,7 @@ this port supports in one form only stand in `FIXED`; another value is an error,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from kandinsky_jax.errors import quote, shorten, summarize
@@ -30,8 +30,10 @@ def _freeze(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class NetworkConfig:
+class NetworkConfig(Mapping[str, Any]):
     """Base of all network configurations.
+
+    It is also a mapping of what `to_dict` gives, as diffusers' is: `config["in_channels"]`, `dict(config)`.
 
     `FIXED` maps a field name of the reference to the values that lead to the network as it is built here; the first
     one is the reference's default, written back by `to_dict`. `IGNORED` names fields that never change the result at
@@ -50,6 +52,23 @@ class NetworkConfig:
             faults = self.faults()
         if faults:
             raise ConfigError(summarize(faults))
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __len__(self) -> int:
+        return len(self.to_dict())
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of the reference that has one value here."""
+        if name == "_class_name" and self.CLASS_NAME:
+            return self.CLASS_NAME
+        if name in self.FIXED:
+            return self.FIXED[name][0]
+        raise AttributeError(f"the configuration of a {self.CLASS_NAME or 'network'} has no {shorten(name, 80)!r}")
 
     def faults(self) -> list[str]:
         """What is wrong with a configuration whose fields have the right types."""

@@ -88,7 +88,6 @@ class _AutoPipeline:
         if not pipes:
             raise TypeError(f"{cls.__name__}.from_pipe needs a pipeline")
         check_pipelines(f"{cls.__name__}.from_pipe", pipes)
-        dtypes = [x for name in ("dtype", "torch_dtype") if (x := components.pop(name, None)) is not None]
         kinds = [pipe.REPOSITORY for pipe in pipes]
         decoders: list[Any] = [pipe for pipe in pipes if pipe.REPOSITORY != hub.PRIOR]
         kind = decoders[0].REPOSITORY if decoders else hub.PRIOR
@@ -98,8 +97,7 @@ class _AutoPipeline:
             components["unet"], kind = cls._unet_beside(decoders[0]), cls.DEFAULT
         combined = cls._pick(kind, f"this is a {' and a '.join(type(pipe).__name__ for pipe in pipes)}")
         whole = hub.PRIOR in kinds or any(isinstance(pipe, CombinedPipeline) for pipe in pipes)
-        pipe = (combined if whole else combined.DECODER).from_pipe(*pipes, **components)
-        return pipe.to(*dtypes) if dtypes else pipe
+        return (combined if whole else combined.DECODER).from_pipe(*pipes, **components)
 
     @classmethod
     def _unet_beside(cls, pipe: Any) -> UNet2DConditionModel:

@@ -99,13 +99,15 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         Args:
             pipes: one or more, such as a decoder and a prior for a combined pipeline; where two have a component of the
                 same name, the last one's counts.
-            components: by the constructor's names; they count before the pipes'.
+            components: by the constructor's names; they count before the pipes'. `dtype` or `torch_dtype` converts all
+                networks, in place, as in diffusers.
         Raises:
             TypeError: where a component is missing or has no place here.
             CheckpointError: where the unet is one for another mode.
         """
         check_pipelines(f"{cls.__name__}.from_pipe", pipes)
         names = component_names(cls)
+        dtypes = [x for name in ("dtype", "torch_dtype") if (x := components.pop(name, None)) is not None]
         if unknown := components.keys() - set(names):
             raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
         found = {pipe.PREFIX + name: part for pipe in pipes for name, part in pipe._held().items()}
@@ -120,7 +122,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         if pipes:
             new.set_progress_bar_config(**pipes[0]._progress_bar_config)
             new._name_or_path = pipes[0]._name_or_path
-        return new
+        return new.to(*dtypes) if dtypes else new
 
     # Compiling ahead ----------------------------------------------------------------------------------------------
 

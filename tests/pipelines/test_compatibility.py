@@ -163,6 +163,32 @@ def test_to_says_what_there_is(pipe, given, error, says):
         pipe.to(*given)
 
 
+def test_a_networks_configuration_is_read_as_the_references(pipe):
+    """By name, as attributes, and as a mapping; also the fields that have one value here."""
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(SHAPES_MODEL / hub.DECODER / "unet").config
+    ours = pipe.unet.config
+    for name in ("in_channels", "act_fn", "block_out_channels", "_class_name"):
+        wanted = list(theirs[name]) if isinstance(theirs[name], tuple | list) else theirs[name]
+        given = [ours[name], getattr(ours, name), ours.get(name), dict(ours)[name], {**ours}[name]]
+        assert [list(x) if isinstance(x, tuple | list) else x for x in given] == [wanted] * 5
+        assert name in ours
+    assert ours.get("nothing", 7) == 7
+    assert "nothing" not in ours
+    with pytest.raises(AttributeError, match="configuration of a UNet2DConditionModel has no 'nothing'"):
+        _ = ours.nothing
+    assert hash(ours) == hash(type(ours).from_dict(ours))
+    assert ours == type(ours).from_dict(ours)
+
+
+def test_from_pipe_converts_as_the_auto_classes_do():
+    pipe = kandinsky_jax.KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
+    for name in ("dtype", "torch_dtype"):
+        other = kandinsky_jax.KandinskyV22Img2ImgPipeline.from_pipe(pipe, **{name: torch.bfloat16})
+        assert other.unet.dtype.name == other.movq.dtype.name == "bfloat16"
+        assert other.unet is pipe.unet
+        pipe.to("float32")
+
+
 def test_the_progress_bar_is_configured_as_the_pipelines_own(pipe, capsys):
     pipe.set_progress_bar_config(desc="steps", leave=True)
     assert list(pipe.progress_bar([1, 2])) == [1, 2]
