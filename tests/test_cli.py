@@ -143,8 +143,8 @@ def test_every_command_is_listed(tmp_path):
     assert all(f" {name} " in shown for name in COMMANDS)
 
 
-# Each mode compiles programs of its own: one with a picture in the quick suite.
-@pytest.mark.parametrize("name", quick_and_slow(COMMANDS, "generate", "img2img"))
+# Each mode compiles programs of its own: one with a picture in the quick suite, beside test_generate.
+@pytest.mark.parametrize("name", quick_and_slow(COMMANDS, "img2img"))
 def test_the_example_in_the_help_runs(folder, name):
     """As it is printed, offline, only with fewer steps, whichever model is embedded."""
     parts = [hub.EMBEDDED["tiny"] / hub.DECODER / part / "config.json" for part in ("unet", "movq")]

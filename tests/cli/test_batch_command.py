@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from kandinsky_jax.cli import app
@@ -19,6 +20,7 @@ def run(folder: Path, rows: str):
     )
 
 
+@pytest.mark.slow
 def test_a_completed_job_says_what_failed(tmp_path):
     rows = "prompt,height,num_images\nyellow ring,,1\nyellow ring,3,1\nyellow ring,-1,2\n"
     for written in ("1 images in 3 shards", "0 images in 0 shards"):
