@@ -43,7 +43,7 @@ READABLE = (
 )
 DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes of more than 8 bits
 DARKEST = 31  # floats up to 1 are shares of white, and such with one above this are levels; between, they may be either
-OVERSHOOT = 1e-3
+OVERSHOOT = 1e-3  # of a range: floats beyond it by rounding, as bicubic resizing leaves them
 MAX_FITTING = 4096  # pixels along a side
 MAX_NESTING = 4  # of lists
 LONGEST = 16  # times its shorter side: a longer picture is not resized whole before its middle is cut out
@@ -419,8 +419,11 @@ class CLIPImageProcessor:
     rescale_factor: float = 1 / 255  # by which levels are multiplied first
 
     FILE: ClassVar[str] = "preprocessor_config.json"
-    BOUNDS: ClassVar[Bounds] = dict.fromkeys(("size", "crop"), (1, MAX_EDGE)) | {
-        **{"image_std": (1e-6, 1e6), "rescale_factor": (1e-6, 1e3)}
+    BOUNDS: ClassVar[Bounds] = {
+        "size": (1, MAX_EDGE),
+        "crop": (1, MAX_EDGE),
+        "image_std": (1e-6, 1e6),
+        "rescale_factor": (1e-6, 1e3),
     }
 
     @classmethod
@@ -439,15 +442,9 @@ class CLIPImageProcessor:
         size, crop = raw.get("size", cls.size), raw.get("crop_size", cls.crop)
         side: Any = size.get("shortest_edge") if isinstance(size, dict) else size
         cropped: tuple[Any, Any] = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
-        needed: dict[str, Any] = {
-            "do_resize": True,
-            "do_center_crop": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "resample": 3,
-        }
-        needed |= {"do_pad": None, "use_square_size": False}
-        faults = [f"{k}={quote(raw[k], 40)}" for k, v in needed.items() if raw.get(k, v) != v and (v or raw[k])]
+        needed = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "do_rescale": True, "resample": 3}
+        faults = [f"{name}={quote(raw[name], 40)}" for name, value in needed.items() if raw.get(name, value) != value]
+        faults += [f"{name}={quote(raw[name], 40)}" for name in ("do_pad", "use_square_size") if raw.get(name)]
         if isinstance(size, dict) and size.keys() != {"shortest_edge"}:
             faults.append(f'size={quote(size, 60)} (only {{"shortest_edge": N}})')
         if isinstance(crop, dict) and (crop.keys() != {"height", "width"} or cropped[0] != cropped[1]):

@@ -314,10 +314,13 @@ def _key(generator: Any) -> jax.Array:
     if isinstance(generator, jax.Array) and jnp.issubdtype(generator.dtype, jax.dtypes.prng_key):
         return generator
     if isinstance(generator, jax.Array) and generator.dtype == jnp.uint32:
-        needed = jax.random.key_data(jax.random.key(0)).shape
-        if generator.shape[-1:] != needed:
-            raise ValueError(f"generator is a raw key of shape {generator.shape}, needed is [{needed[0]}], or a seed")
-        return jax.random.wrap_key_data(generator)
+        try:
+            return jax.random.wrap_key_data(generator)
+        except TypeError:
+            [needed] = jax.random.key_data(jax.random.key(0)).shape
+            raise ValueError(
+                f"generator is a raw key of shape {generator.shape}, needed is [{needed}], or a seed"
+            ) from None
     if isinstance(generator, np.random.Generator | np.random.RandomState | random.Random):
         raise TypeError(
             f"generator must not be {type(generator).__module__.partition('.')[0]}'s {type(generator).__name__}, which "

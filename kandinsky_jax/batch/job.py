@@ -41,13 +41,7 @@ PIPELINES: dict[str, type[CombinedPipeline]] = {
     "controlnet": KandinskyV22ControlnetCombinedPipeline,
     "controlnet-img2img": KandinskyV22ControlnetImg2ImgCombinedPipeline,
 }
-DEFAULTS: dict[str, Any] = {
-    "steps": 50,
-    "guidance_scale": 4.0,
-    "prior_steps": 25,
-    "prior_guidance_scale": 4.0,
-    "strength": 0.3,
-}
+DEFAULTS: dict[str, Any] = {"steps": 50, "guidance_scale": 4.0, "prior_steps": 25, "prior_guidance_scale": 4.0}
 
 
 @dataclasses.dataclass(frozen=True)

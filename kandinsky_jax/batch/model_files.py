@@ -6,14 +6,11 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from kandinsky_jax import hub, images, orbax
-from kandinsky_jax.checkpoint.manifest import sha256_of_files
-from kandinsky_jax.checkpoint.tokenizer import FILES as TOKENIZER_FILES
+from kandinsky_jax import hub, orbax
+from kandinsky_jax.checkpoint.manifest import COMPONENT_FILES, sha256_of_files
 from kandinsky_jax.pipelines import CombinedPipeline
 from kandinsky_jax.storage import files_below
 from kandinsky_jax.tensors import files
-
-_SMALL_FILES = ("config.json", "scheduler_config.json", images.CLIPImageProcessor.FILE, *TOKENIZER_FILES)
 
 
 def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> dict[str, str]:
@@ -46,12 +43,12 @@ def folders(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> 
 
 def _read_files(part: Path) -> Iterator[Path]:
     """Of a component's folder, the files that are read."""
-    yield from (part / name for name in _SMALL_FILES if (part / name).is_file())
+    yield from (part / name for name in COMPONENT_FILES if (part / name).is_file())
     if (part / orbax.FOLDER).is_dir():
         yield from sorted(path for path in files_below(part / orbax.FOLDER) if path.is_file())
     if (weights := files.find(part)) is not None:
         yield weights
-        if weights.suffix == ".json" or ".index." in weights.name:
+        if weights.suffix == ".json":  # an index
             yield from (path for path in files.shards(weights) if path.is_file())
 
 

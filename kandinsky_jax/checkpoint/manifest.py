@@ -21,12 +21,15 @@ from kandinsky_jax import orbax
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint import tokenizer
 from kandinsky_jax.errors import quote
+from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.reading import ReadError, check_regular, of_file, read_text
 from kandinsky_jax.storage import files_below, read_json
 from kandinsky_jax.tensors.files import WEIGHT_FILE, ZERO_EMBED, CheckpointError
 
 MANIFEST = "kandinsky_jax_manifest.json"
 VERSION = 1
+# What loading reads of a component's folder besides tensors.
+COMPONENT_FILES = ("config.json", "scheduler_config.json", CLIPImageProcessor.FILE, *tokenizer.FILES)
 
 Status = Literal["ok", "damaged", "missing", "unexpected", "extra", "not covered"]
 FAULTS: tuple[Status, ...] = ("damaged", "missing", "unexpected")
@@ -34,7 +37,6 @@ FAULTS: tuple[Status, ...] = ("damaged", "missing", "unexpected")
 _SHA256, _SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _LOCAL = Path(".cache/huggingface/download")
 _CHUNK = 1 << 22
-_READ = {"config.json", "scheduler_config.json", "preprocessor_config.json", ZERO_EMBED, *tokenizer.FILES}
 _LEVELS = 3  # how far above a folder a manifest may lie: PARAMS in COMPONENT in MEMBER in FAMILY
 
 
@@ -174,7 +176,11 @@ def _is_read(name: str, components: set[str]) -> bool:
 
 
 def _is_read_in_component(name: str) -> bool:
-    return name in _READ or name.startswith(f"{orbax.FOLDER}/") or WEIGHT_FILE.fullmatch(name) is not None
+    return (
+        name in (*COMPONENT_FILES, ZERO_EMBED)
+        or name.startswith(f"{orbax.FOLDER}/")
+        or WEIGHT_FILE.fullmatch(name) is not None
+    )
 
 
 def sha256_of_files(paths: Iterable[Path]) -> dict[Path, str]:

@@ -14,7 +14,7 @@ from kandinsky_jax.batch.job import DEFAULTS
 from kandinsky_jax.batch.output import FORMATS
 from kandinsky_jax.batch.rows import COLUMNS
 from kandinsky_jax.batch.runner import rehearsal
-from kandinsky_jax.batch.tasks import MODES
+from kandinsky_jax.batch.tasks import MODES, STRENGTH
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.errors import summarize
 from kandinsky_jax.images import ENCODINGS
@@ -56,7 +56,7 @@ def batch(
     prior_steps: Annotated[int, typer.Option(help="Of the prior.")] = DEFAULTS["prior_steps"],
     guidance_scale: Annotated[float, typer.Option(help="Of the decoder.")] = DEFAULTS["guidance_scale"],
     prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior.")] = DEFAULTS["prior_guidance_scale"],
-    strength: Annotated[float, typer.Option(help="How far to go from a row's image.")] = 0.3,
+    strength: Annotated[float, typer.Option(help="How far to go from a row's image.")] = STRENGTH,
     scheduler: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"The decoder's: {', '.join(NAMES)}; default: the model's own.")
     ] = None,

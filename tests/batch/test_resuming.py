@@ -96,8 +96,11 @@ def test_a_job_of_an_older_release_goes_on(tmp_path, model, version):
     """Which compared the names and sizes of all of the model's files."""
     opened = job(tmp_path)
     known = opened.identity | {"model": names_and_sizes(opened.pipeline, opened.model, None)}
+    usual = {"guidance_scale": 4.0, "prior_guidance_scale": 4.0, "prior_steps": 25, "steps": 1}  # as they wrote them
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "job.json").write_text(json.dumps(known | ({"format_version": 1} if version else {})))
+    (tmp_path / "out" / "job.json").write_text(
+        json.dumps(known | {"defaults": usual} | ({"format_version": 1} if version else {}))
+    )
     job(tmp_path).begin()
     (model / "kandinsky-2-2-decoder" / "notes.txt").write_text("x")
     with pytest.raises(JobError, match=r"the model's files changed$"):

@@ -2,7 +2,7 @@
 
 from kandinsky_jax.training.data.items import Captioned, DataError, Listing, Skipped, fingerprint
 from kandinsky_jax.training.data.listing import listing
-from kandinsky_jax.training.data.reader import FEWEST_TOKENS, TEXT_ROWS, Batches, Reader, Tokenizer, without_padding
+from kandinsky_jax.training.data.reader import FEWEST_TOKENS, TEXT_ROWS, Batches, Reader, without_padding
 
 __all__ = [
     "FEWEST_TOKENS",
@@ -13,7 +13,6 @@ __all__ = [
     "Listing",
     "Reader",
     "Skipped",
-    "Tokenizer",
     "fingerprint",
     "listing",
     "without_padding",

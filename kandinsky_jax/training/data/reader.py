@@ -9,27 +9,25 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from kandinsky_jax import images
+from kandinsky_jax.checkpoint.tokenizer import encode
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.training.data.items import Captioned, DataError
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 TEXT_ROWS = ("input_ids", "text_mask", "text_encoder_hidden_states")  # [B, tokens, ...]
 FEWEST_TOKENS = 16
 MAX_CHARACTERS = 100_000  # of a caption; far more than any tower's length has room for
 PREFETCHED = 16  # batches that are read ahead
 MAX_ITEMS = 2**48  # of all epochs together; the lengths that grain computes stay exact, and fit an index
-
-
-class Tokenizer(Protocol):
-    """What is needed of CLIP's."""
-
-    def __call__(self, text: str, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Reader:
 
     resolution: int
     processor: CLIPImageProcessor | None = None
-    tokenizer: Tokenizer | None = None
+    tokenizer: CLIPTokenizer | None = None
     length: int = 77
     hints: bool = False
     random_flip: bool = False
@@ -70,13 +68,8 @@ class Reader:
         """The arrays that come from the caption."""
         if self.tokenizer is None:
             return {}
-        options = {"padding": "max_length", "max_length": self.length, "truncation": True, "verbose": False}
-        options["return_attention_mask"] = True
-        tokens = self.tokenizer(item.text[:MAX_CHARACTERS], return_tensors="np", **options)
-        return {
-            "input_ids": tokens.input_ids[0].astype(np.int32),
-            "text_mask": tokens.attention_mask[0].astype(bool),
-        }
+        [ids], [mask] = encode(self.tokenizer, [item.text[:MAX_CHARACTERS]], self.length)
+        return {"input_ids": ids, "text_mask": mask}
 
     def _pictures(self, item: Captioned, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """The arrays that come from files."""
