@@ -129,11 +129,12 @@ def _no_member(name: str | os.PathLike[str], embedded: str) -> CheckpointError:
     return CheckpointError(f"{shorten(str(name))}: {embedded} has {PRIOR}, {DECODER}, {INPAINT} and {CONTROLNET}")
 
 
-def resolve_component(name: str | os.PathLike[str], **options: Any) -> Path:
+def resolve_component(name: str | os.PathLike[str], weights: bool = True, **options: Any) -> Path:
     """The local folder of one component, such as a network or a scheduler.
 
     Args:
         name: a folder, a Hub repository, or one of an embedded model ("tiny/kandinsky-2-2-decoder").
+        weights: whether to fetch a network's tensors too, or only its small files.
         options: see `HubOptions`; `subfolder` is the component's within a model.
     Raises:
         CheckpointError: saying what was looked for.
@@ -148,7 +149,8 @@ def resolve_component(name: str | os.PathLike[str], **options: Any) -> Path:
         found = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise CheckpointError(f"{folder} has no folder {shorten(subfolder)}; it has {shorten(', '.join(found))}")
     if _REPOSITORY.fullmatch(str(name)):
-        return _fetch_component_files(str(name), where, [subfolder] if subfolder else [""]) / subfolder
+        fetch = _fetch_component_files if weights else _fetch_small_files
+        return fetch(str(name), where, [subfolder] if subfolder else [""]) / subfolder
     raise CheckpointError(f"{shorten(str(name))} is no folder here and no Hub repository (owner/name)")
 
 
@@ -223,8 +225,8 @@ def _download_model(repository: str, where: HubOptions) -> Path:
 
 def _fetch_component_files(repository: str, where: HubOptions, parts: Iterable[str]) -> Path:
     """Fetch components' small files, and of their files of tensors those that are read; returns the whole's folder."""
-    prefixes = [f"{part}/" if part else "" for part in parts]
-    folder = _fetch(repository, where, [prefix + name for prefix in prefixes for name in _SMALL_FILES])
+    prefixes = _prefixes(parts := list(parts))
+    folder = _fetch_small_files(repository, where, parts)
     lacking = [prefix for prefix in prefixes if (folder / prefix / "config.json").is_file()]
     for variant, form in _weight_kinds(where.selection):
         if not lacking:
@@ -232,6 +234,14 @@ def _fetch_component_files(repository: str, where: HubOptions, parts: Iterable[s
         folder = _fetch(repository, where, [p + name for p in lacking for name in _weight_patterns(variant, form)])
         lacking = [p for p in lacking if not _has_arrived(folder / p, where.selection, variant, form)]
     return folder
+
+
+def _fetch_small_files(repository: str, where: HubOptions, parts: Iterable[str]) -> Path:
+    return _fetch(repository, where, [prefix + name for prefix in _prefixes(parts) for name in _SMALL_FILES])
+
+
+def _prefixes(parts: Iterable[str]) -> list[str]:
+    return [f"{part}/" if part else "" for part in parts]
 
 
 def _weight_kinds(selection: WeightSelection) -> list[tuple[str | None, str]]:

@@ -13,6 +13,8 @@ from kandinsky_jax.checkpoint import CheckpointError, Layout, default_dtype, loa
 from kandinsky_jax.checkpoint.saving import check_saving_arguments, save_config, save_network
 from kandinsky_jax.errors import quote
 from kandinsky_jax.models.pretrained import HOOKS
+from kandinsky_jax.schedulers import compatibility as schedulers
+from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors.files import WeightSelection, stored_variants
 
 
@@ -72,4 +74,18 @@ def save_component_config(network: nnx.Module, folder: str | os.PathLike[str], *
     save_config(network, Path(folder))
 
 
-HOOKS.update(load=load_component, save=save_component, save_config=save_component_config)
+def load_component_config(
+    name: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """A network's `config.json`; arguments and errors as of `load_component`."""
+    for unused in ("dtype", "torch_dtype", "variant", "use_safetensors", "low_cpu_mem_usage"):
+        options.pop(unused, None)
+    folder = hub.resolve_component(name, subfolder=subfolder, weights=False, **options)
+    with hub.hint_for_cached_files():
+        return dict(read_json(folder / "config.json"))
+
+
+HOOKS.update(
+    load_config=load_component_config, load=load_component, save=save_component, save_config=save_component_config
+)
+schedulers.HOOKS.update(resolve=hub.resolve_component)

@@ -102,7 +102,7 @@ class Ours:
         self.kind, self.gamma = kind, gamma
         self.network, self.params = Network.split(module)
         if kind == "decoder":
-            self.alphas = jnp.asarray(tiny_pipe.scheduler.alphas_cumprod(), jnp.float32)
+            self.alphas = jnp.asarray(tiny_pipe.scheduler.alphas_cumprod, jnp.float32)
         else:
             scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
             self.alphas = jnp.asarray(scheduler.alphas_cumprod.numpy())

@@ -181,6 +181,42 @@ def _devices_here() -> str:
     return ", ".join(dict.fromkeys(device.platform for device in jax.local_devices()))
 
 
+_ARRAYS = "flax.nnx.state(network, flax.nnx.Param) has the arrays, and num_parameters() counts them"
+_PARTS = "parts are attributes, and flax.nnx.iter_graph(network) walks over all of them"
+_HOOKS = "a network runs as one compiled program, without hooks; its parts can be called by themselves"
+_NUMBERS = "networks are float32, bfloat16 or float16: call to(dtype)"
+_XLA = "XLA lays attention out by itself, in one way for all networks"
+# Members of modules of PyTorch, diffusers and transformers that have no use here, and what to write instead.
+INSTEAD: dict[str, str] = {
+    "forward": "call the network itself",
+    "state_dict": f"{_ARRAYS}; save_pretrained(FOLDER) writes them by diffusers' names",
+    "load_state_dict": "from_pretrained reads diffusers' files, and flax.nnx.update(network, state) sets arrays",
+    "zero_grad": "jax.grad returns gradients and keeps none",
+    "apply": _PARTS,
+    "push_to_hub": "call save_pretrained(FOLDER), then `hf upload OWNER/NAME FOLDER`",
+    "from_single_file": "from_pretrained reads a folder with config.json and safetensors",
+    "enable_parallelism": "give mesh= and shard_rules= to the pipeline's from_pretrained, or call pipe.shard",
+    "get_config_dict": "load_config reads config.json, and network.config holds it",
+    "extract_init_dict": "load_config reads config.json, and network.config holds it",
+    "dummy_inputs": "pipe.warmup() compiles without inputs",
+    **dict.fromkeys(
+        "get_time_embed get_class_embed get_aug_embed process_encoder_hidden_states".split(),
+        "unet.condition(...) computes what does not change from step to step, and the unet's parts are attributes",
+    ),
+    **dict.fromkeys("parameters named_parameters get_parameter buffers named_buffers get_buffer".split(), _ARRAYS),
+    **dict.fromkeys("modules named_modules children named_children get_submodule set_submodule".split(), _PARTS),
+    **dict.fromkeys("add_module get_extra_state set_extra_state share_memory to_empty extra_repr".split(), _PARTS),
+    **dict.fromkeys("double type dequantize".split(), _NUMBERS),
+    **dict.fromkeys("ipu xpu mtia".split(), "call to(device), which knows cpu, cuda and tpu"),
+    **dict.fromkeys("attn_processors set_attention_backend reset_attention_backend".split(), _XLA),
+    **dict.fromkeys("active_adapters enable_lora_hotswap".split(), "LoRA is the pipeline's here"),
+    **dict.fromkeys("get_input_embeddings set_input_embeddings resize_token_embeddings".split(), _PARTS),
+    **dict.fromkeys(
+        "set_attn_implementation tie_weights init_weights post_init".split(), "nothing has to be done here"
+    ),
+}
+
+
 class TorchModuleMixin:
     """Methods of PyTorch's and diffusers' modules, for networks."""
 
@@ -195,34 +231,82 @@ class TorchModuleMixin:
         """Of the first parameter, in which the network computes."""
         return jnp.dtype(jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype)
 
-    def num_parameters(self) -> int:
-        """How many numbers the parameters have."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters have.
+
+        Args:
+            only_trainable: has no effect, every parameter can be trained.
+            exclude_embeddings: whether to leave out the tables that token ids and positions are looked up in.
+        """
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        if exclude_embeddings:
+            tables = [part for _, part in nnx.iter_graph(self) if isinstance(part, nnx.Embed)]
+            count -= sum(table.embedding[...].size for table in tables)
+        return count
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters; there are no buffers."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     def to(self, *arguments: Any, **named: Any) -> Self:
         """Move or convert the parameters, in place; see `kandinsky_jax.DiffusionPipeline.to`."""
         read_target(self, arguments, named).apply(self)
         return self
 
+    def half(self) -> Self:
+        """`to("float16")`."""
+        return self.to("float16")
+
+    def float(self) -> Self:
+        """`to("float32")`."""
+        return self.to("float32")
+
+    def bfloat16(self) -> Self:
+        """`to("bfloat16")`."""
+        return self.to("bfloat16")
+
+    def cpu(self) -> Self:
+        """`to("cpu")`."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | None = None) -> Self:
+        """`to("cuda")`, or to the device of this number."""
+        return self.to("cuda" if device is None else device)
+
+    def __getattr__(self, name: str) -> Any:
+        instead = INSTEAD.get(name) or (_HOOKS if name.startswith("register_") else "")
+        raise AttributeError(
+            f"{type(self).__name__} has no {shorten(name, 80)!r}" + (f": {instead}" if instead else "")
+        )
+
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Do nothing: in JAX, `jax.grad` says what is differentiated. Returns the network."""
         return self
 
+    is_gradient_checkpointing = False
+
     compile = without_effect("compile")
+    compile_repeated_blocks = without_effect("compile_repeated_blocks")
     enable_attention_slicing = without_effect("enable_attention_slicing")
     enable_forward_chunking = without_effect("enable_forward_chunking")
     enable_gradient_checkpointing = without_effect("enable_gradient_checkpointing")
     enable_group_offload = without_effect("enable_group_offload")
     enable_layerwise_casting = without_effect("enable_layerwise_casting")
+    enable_npu_flash_attention = without_effect("enable_npu_flash_attention")
     enable_slicing = without_effect("enable_slicing")
     enable_tiling = without_effect("enable_tiling")
     enable_xformers_memory_efficient_attention = without_effect("enable_xformers_memory_efficient_attention")
+    enable_xla_flash_attention = without_effect("enable_xla_flash_attention")
     fuse_qkv_projections = without_effect("fuse_qkv_projections")
+    gradient_checkpointing_enable = without_effect("gradient_checkpointing_enable")
     set_attention_slice = without_effect("set_attention_slice")
     set_attn_processor = without_effect("set_attn_processor")
     set_default_attn_processor = without_effect("set_default_attn_processor")
     set_use_memory_efficient_attention_xformers = without_effect("set_use_memory_efficient_attention_xformers")
+    set_use_npu_flash_attention = without_effect("set_use_npu_flash_attention")
+    set_use_xla_flash_attention = without_effect("set_use_xla_flash_attention")
 
+    disable_npu_flash_attention = disable_xla_flash_attention = gradient_checkpointing_disable = nothing_to_do
     disable_forward_chunking = disable_freeu = disable_gradient_checkpointing = disable_slicing = nothing_to_do
     disable_tiling = disable_xformers_memory_efficient_attention = unfuse_qkv_projections = nothing_to_do
 

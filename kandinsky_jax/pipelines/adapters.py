@@ -258,8 +258,9 @@ class LoraLoader:
                 part that a network has not.
         """
         wanted = self._known(adapter_names)
-        if isinstance(adapter_weights, Sequence | np.ndarray) and not isinstance(adapter_weights, str):
-            each: list[Any] = list(adapter_weights)
+        listed = isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str)
+        if listed or getattr(adapter_weights, "ndim", 0) == 1:
+            each: list[Any] = list(adapter_weights)  # type: ignore[arg-type]
         else:
             each = [adapter_weights] * len(wanted)
         if len(each) != len(wanted):

@@ -26,6 +26,7 @@ from kandinsky_jax.pipelines.adapters import LoraLoader
 from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
 from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names
+from kandinsky_jax.pipelines.loading_arguments import without_diffusers_arguments
 from kandinsky_jax.sampling import Lane, Network, sample
 from kandinsky_jax.schedulers import Schedule
 from kandinsky_jax.sharding import Mesh, Rules
@@ -107,7 +108,10 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         """
         check_pipelines(f"{cls.__name__}.from_pipe", pipes)
         names = component_names(cls)
+        components = without_diffusers_arguments(components, f"{cls.__name__}.from_pipe")
         dtypes = [x for name in ("dtype", "torch_dtype") if (x := components.pop(name, None)) is not None]
+        if len(dtypes) > 1:
+            raise TypeError("dtype and torch_dtype are two names of one argument: give one of them")
         if unknown := components.keys() - set(names):
             raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
         found = {pipe.PREFIX + name: part for pipe in pipes for name, part in pipe._held().items()}

@@ -98,6 +98,19 @@ class DiffusionPipeline:
         """Of the first network, in the constructor's order."""
         return _placed(self)[1]
 
+    @property
+    def movq_scale_factor(self) -> int:
+        """Pixels of a picture per number of its latents, along a side."""
+        movq = self._held().get("movq")
+        if movq is None:
+            raise AttributeError(f"{type(self).__name__} has no movq")
+        return 2 ** (len(self.movq.config.block_out_channels) - 1)  # type: ignore[attr-defined]
+
+    def num_parameters(self) -> int:
+        """How many numbers the parameters of all networks have; those that nobody has needed yet are loaded."""
+        parts = [part.load() if isinstance(part, Deferred) else part for part in self._held().values()]
+        return sum(part.num_parameters() for part in parts if isinstance(part, nnx.Module))
+
     def __repr__(self) -> str:
         lines = [type(self).__name__ + (f" of {self._name_or_path}" if self._name_or_path else "")]
         for name, part in self._held().items():
@@ -175,6 +188,7 @@ class DiffusionPipeline:
     enable_xformers_memory_efficient_attention = without_effect("enable_xformers_memory_efficient_attention")
     fuse_qkv_projections = without_effect("fuse_qkv_projections")
     set_attention_slice = without_effect("set_attention_slice")
+    set_lora_device = without_effect("set_lora_device")
     set_use_memory_efficient_attention_xformers = without_effect("set_use_memory_efficient_attention_xformers")
 
     disable_attention_slicing = disable_freeu = disable_vae_slicing = disable_vae_tiling = nothing_to_do
@@ -185,6 +199,7 @@ class DiffusionPipeline:
     _OF_THE_CLASS = "construct the class with its components, or load it with from_pretrained"
     enable_freeu = refused("enable_freeu", _WITHOUT_CHANGE)
     load_ip_adapter = refused("load_ip_adapter", "give an image to the prior's interpolate, or to the Emb2Emb prior")
+    lora_state_dict = refused("lora_state_dict", "load_lora_weights reads files and dictionaries of any of these names")
     load_textual_inversion = refused("load_textual_inversion", _WITHOUT_CHANGE)
     from_config = refused("from_config", _OF_THE_CLASS)
     extract_init_dict = refused("extract_init_dict", _OF_THE_CLASS)

@@ -33,7 +33,9 @@ def scaled(weights: LayerWeights, factor: float) -> LayerWeights:
 
 
 def number(what: str, value: Any) -> float:
-    """A finite number, or ValueError."""
+    """A finite number, also as an array without dimensions, or ValueError."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(float(value)):
         raise ValueError(f"{what} is {shorten(value, 60)}, needed is a finite number")
     return float(value)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.attribute_dict import AttributeDict
 from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.fields import Bounds, field_faults
-from kandinsky_jax.reading import ReadError, of_file, read_json_object
+from kandinsky_jax.schedulers.compatibility import UNSET, SchedulerMixin
 from kandinsky_jax.schedulers.noise_schedule import (
     SPACINGS,
     SchedulerError,
@@ -42,11 +39,8 @@ _FOREIGN = frozenset(
     "disable_corrector sigma_min sigma_max sigma_data sigma_schedule rho timestep_type timestep_scaling "
     "predictor_order corrector_order tau_func".split()
 )
-_UNSET = "_use_default_values"  # diffusers' name for the fields that a configuration did not name
 _INTERNAL = ("extra", "unset")
 MAX_TRAIN_TIMESTEPS = 10_000  # the tables of the forward process are this long; the longest known is 4,000
-# Ours: diffusers takes these as arguments of `step` or `set_timesteps`. Saved only where they are set.
-STEP_ARGUMENTS = frozenset({"eta", "use_clipped_model_output", "custom_timesteps", "custom_sigmas", "tau_func"})
 
 
 def _freeze(value: Any) -> Any:
@@ -70,7 +64,7 @@ def near(name: Any, known: Iterable[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheduler:
+class Scheduler(SchedulerMixin):
     """Base of the schedulers: an immutable configuration that can lay out a table.
 
     Fields bear the names and defaults of the diffusers class of the same name, and are given by name.
@@ -139,8 +133,9 @@ class Scheduler:
         """How many steps that will be: as many as are asked for, where the scheduler has none of its own."""
         return self._check_steps(num_inference_steps)
 
+    @property
     def alphas_cumprod(self) -> np.ndarray:
-        """See `kandinsky_jax.schedulers.noise_schedule.cumulative_alphas`."""
+        """Float64 `[num_train_timesteps]`, see `kandinsky_jax.schedulers.noise_schedule.cumulative_alphas`."""
         raise NotImplementedError
 
     def _check_steps(self, steps: Any, least: int = 1, most: int = ROWS) -> int:
@@ -156,16 +151,16 @@ class Scheduler:
 
     def noise_levels(self, timesteps: np.ndarray) -> np.ndarray:
         """How much signal and how much noise a sample has at int timesteps `[n]`; float64 `[n, 2]`."""
-        return vp_levels(np.atleast_1d(self.alphas_cumprod()[np.asarray(timesteps)]))
+        return vp_levels(np.atleast_1d(self.alphas_cumprod[np.asarray(timesteps)]))
 
     def add_noise(self, original: jax.Array, noise: jax.Array, timesteps: np.ndarray) -> jax.Array:
         """Diffuse `original [B, ...]` to the int timesteps `[B]` (or one for all) with `noise [B, ...]`."""
-        return mix(self.noise_levels(timesteps), original, noise)
+        return mix(self.noise_levels(_plain(timesteps)), original, noise)
 
     def get_velocity(self, sample: jax.Array, noise: jax.Array, timesteps: np.ndarray) -> jax.Array:
         """What a network of v_prediction is to say (Salimans & Ho 2022, arXiv 2202.00512) of the clean `sample
         [B, ...]` diffused with `noise` to the int timesteps `[B]` (or one for all)."""
-        alpha = self.alphas_cumprod()[np.asarray(timesteps)]
+        alpha = self.alphas_cumprod[_plain(timesteps)]
         return mix(np.stack([-np.sqrt(1 - alpha), np.sqrt(alpha)], axis=-1), sample, noise)
 
     # Configuration ------------------------------------------------------------------------------------------------
@@ -182,22 +177,26 @@ class Scheduler:
         this configuration takes its own defaults for them.
         """
         own = {f.name: getattr(self, f.name) for f in self.fields()}
-        return AttributeDict({_UNSET: sorted(self.unset or ()), **dict(self.extra), **own})
+        return AttributeDict({UNSET: sorted(self.unset or ()), **dict(self.extra), **own})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **changes: Any) -> Any:
         """Build this scheduler from any scheduler's configuration, as in diffusers; `changes` override fields.
 
         Fields of other schedulers are kept for them; one that no diffusers scheduler has warns. A field that is null is
-        one that was not set.
+        one that was not set. With `return_unused_kwargs`, those of `changes` that are no fields come back beside the
+        scheduler, as a dictionary; without, they are errors.
         """
         names = {f.name for f in cls.fields()}
+        if return_unused_kwargs:
+            used = {name: value for name, value in changes.items() if name in names}
+            return cls.from_config(config, **used), {k: v for k, v in changes.items() if k not in names}
         if unknown := changes.keys() - names:
             wrong = min(unknown)
             raise SchedulerError(f"{cls.__name__} has no field {quote(wrong)}; {near(wrong, names)}")
-        listed = config.get(_UNSET) or ()
+        listed = config.get(UNSET) or ()
         if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
-            raise SchedulerError(f"{cls.__name__}: {_UNSET} must be a list of fields' names, got {shorten(listed)}")
+            raise SchedulerError(f"{cls.__name__}: {UNSET} must be a list of fields' names, got {shorten(listed)}")
         unset = set(listed) - changes.keys()
         raw = {k: v for k, v in {**config, **changes}.items() if not k.startswith("_") and k not in unset}
         if strange := raw.keys() - names - _FOREIGN:
@@ -207,41 +206,15 @@ class Scheduler:
         extra = tuple(sorted((k, _freeze(v)) for k, v in raw.items() if k not in names))
         return cls(**own, extra=extra, unset=frozenset(names - own.keys()))
 
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None, **changes: Any) -> Self:
-        """Read `scheduler_config.json` from a folder on this machine; SchedulerError where it is missing or damaged.
 
-        Args:
-            folder: a scheduler's own, or with `subfolder` that of a model.
-            changes: fields to change, see `from_config`.
-        """
-        path = Path(folder) / (subfolder or "") / "scheduler_config.json"
-        try:
-            return cls.from_config(read_json_object(path), **changes)
-        except FileNotFoundError:
-            raise SchedulerError(of_file(path, "is missing")) from None
-        except (ReadError, SchedulerError) as error:
-            raise SchedulerError(of_file(path, error)) from None
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `scheduler_config.json`, for this library or diffusers, into `folder` (made where it is missing)."""
-        named = {"_class_name": type(self).__name__}
-        for name, value in self.config.items():
-            if callable(value):
-                raise SchedulerError(f"{name} of {type(self).__name__} is a function, which no file can hold")
-            if name != _UNSET and not (name in STEP_ARGUMENTS and name in (self.unset or ())):
-                named[name] = value
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(named, indent=2, sort_keys=True) + "\n"
-        replace_file(Path(folder) / "scheduler_config.json", text.encode())
-
-    def save_config(self, folder: str | os.PathLike[str]) -> None:
-        """The same by diffusers' other name."""
-        self.save_pretrained(folder)
+def _plain(array: Any) -> Any:
+    """A tensor of PyTorch as NumPy's, anything else as it is."""
+    return to_numpy(array, "the array") if hasattr(array, "detach") else array
 
 
 def mix(levels: np.ndarray, signal: jax.Array, noise: jax.Array) -> jax.Array:
-    """Float32 shares `[B or 1, 2]` of a signal and of noise, `[B, ...]` each."""
+    """Float32 shares `[B or 1, 2]` of a signal and of noise, `[B, ...]` each, which may be PyTorch's."""
+    signal, noise = _plain(signal), _plain(noise)
     shares = np.asarray(levels, np.float32).reshape(-1, 2, *[1] * (signal.ndim - 1))
     return jnp.asarray(shares[:, 0]) * signal + jnp.asarray(shares[:, 1]) * noise
 
@@ -300,13 +273,22 @@ class BetaScheduler(Scheduler):
                 f"num_train_timesteps={self.num_train_timesteps}"
             )
 
-    def alphas_cumprod(self) -> np.ndarray:
+    @property
+    def betas(self) -> np.ndarray:
+        """Float64 `[num_train_timesteps]`, after `rescale_betas_zero_snr`."""
         betas = make_betas(
             self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps, self.trained_betas
         )
-        return cumulative_alphas(
-            rescaled_to_zero_snr(betas) if getattr(self, "rescale_betas_zero_snr", False) else betas
-        )
+        return rescaled_to_zero_snr(betas) if getattr(self, "rescale_betas_zero_snr", False) else betas
+
+    @property
+    def alphas(self) -> np.ndarray:
+        """1 - betas."""
+        return 1 - self.betas
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        return cumulative_alphas(self.betas)
 
     def _within(self, timesteps: np.ndarray) -> np.ndarray:
         """The timesteps, if the network knows them."""
@@ -339,8 +321,8 @@ class BetaScheduler(Scheduler):
     def limits(self) -> dict[str, Any]:
         """`build`'s clip and threshold; thresholding goes before clipping."""
         if getattr(self, "thresholding", False):
-            return {"threshold": (self.dynamic_thresholding_ratio, self.sample_max_value)}  # type: ignore[attr-defined]
-        return {"clip": self.clip_sample_range if getattr(self, "clip_sample", False) else np.inf}  # type: ignore[attr-defined]
+            return {"threshold": (self.dynamic_thresholding_ratio, self.sample_max_value)}
+        return {"clip": self.clip_sample_range if getattr(self, "clip_sample", False) else np.inf}
 
 
 @dataclasses.dataclass(frozen=True)

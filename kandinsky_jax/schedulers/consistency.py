@@ -52,7 +52,7 @@ class LCMScheduler(ConsistencyScheduler):
 
     def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
         timesteps = self._visited(num_inference_steps)
-        steps, alpha = len(timesteps), self.alphas_cumprod()[timesteps]
+        steps, alpha = len(timesteps), self.alphas_cumprod[timesteps]
         scaled = timesteps * self.timestep_scaling
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         out = scaled / np.sqrt(scaled**2 + SIGMA_DATA**2)
@@ -85,7 +85,7 @@ class TCDScheduler(ConsistencyScheduler):
 
     def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
         timesteps = self._visited(num_inference_steps)
-        steps, cumulative = len(timesteps), self.alphas_cumprod()
+        steps, cumulative = len(timesteps), self.alphas_cumprod
         following = np.append(timesteps[1:], 0)
         below = cumulative[np.floor(np.float32(1 - self.eta) * following.astype(np.float32)).astype(np.int64)]
         more = cumulative[following] / below

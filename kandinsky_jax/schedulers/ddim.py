@@ -31,7 +31,7 @@ class DDIMScheduler(DiffusionScheduler):
     def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
         timesteps = self._visited(num_inference_steps)
         steps = len(timesteps)
-        cumulative = self.alphas_cumprod()
+        cumulative = self.alphas_cumprod
         final = 1.0 if self.set_alpha_to_one else cumulative[0]
         # The reference's step is always a whole share of the training steps; custom timesteps, which its DDIM has
         # not, go from one to the next.

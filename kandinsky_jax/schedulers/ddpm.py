@@ -81,7 +81,7 @@ class DDPMScheduler(DiffusionScheduler):
 
     def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
         timesteps = self._visited(num_inference_steps)
-        alpha = self.alphas_cumprod()[timesteps]
+        alpha = self.alphas_cumprod[timesteps]
         alpha_prev = np.append(alpha[1:], 1.0)
         return posterior(
             timesteps=timesteps,
@@ -111,11 +111,14 @@ class UnCLIPScheduler(Scheduler):
         "beta_schedule": ("squaredcos_cap_v2",),
     }
 
-    def _betas(self) -> np.ndarray:
+    @property
+    def betas(self) -> np.ndarray:
+        """Float64 `[num_train_timesteps]`."""
         return betas_for_alpha_bar(self.num_train_timesteps)
 
+    @property
     def alphas_cumprod(self) -> np.ndarray:
-        return cumulative_alphas(self._betas())
+        return cumulative_alphas(self.betas)
 
     def steps(self, num_inference_steps: int) -> int:
         return self._check_steps(num_inference_steps, least=2)
@@ -124,7 +127,7 @@ class UnCLIPScheduler(Scheduler):
         steps = self.steps(num_inference_steps)
         ratio = (self.num_train_timesteps - 1) / (steps - 1)
         timesteps = (np.arange(steps) * ratio).round()[::-1].astype(np.int64)
-        alpha = self.alphas_cumprod()[timesteps]
+        alpha = self.alphas_cumprod[timesteps]
         alpha_prev = np.append(alpha[1:], 1.0)
         # As the reference: a step to the neighbouring timestep takes the schedule's own beta. At timestep 0 the two
         # differ by 0.06 %, since 1 - 0.99996 has lost its last digits in float32.
@@ -133,7 +136,7 @@ class UnCLIPScheduler(Scheduler):
             timesteps=timesteps,
             alpha=alpha,
             alpha_prev=alpha_prev,
-            beta=np.where(neighbour, self._betas()[timesteps], 1 - alpha / alpha_prev),
+            beta=np.where(neighbour, self.betas[timesteps], 1 - alpha / alpha_prev),
             variance_type=self.variance_type,
             prediction_type=self.prediction_type,
             clip=self.clip_sample_range if self.clip_sample else np.inf,

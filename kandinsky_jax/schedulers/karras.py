@@ -151,6 +151,8 @@ def _integral(points: np.ndarray, k: int, start: float, end: float) -> float:
 class SecondOrderScheduler(KarrasScheduler):
     """Base of the solvers that look at the slope at a second place before they take a step."""
 
+    order: ClassVar[int] = 2
+
     beta_start: float = 0.00085
     beta_end: float = 0.012
 

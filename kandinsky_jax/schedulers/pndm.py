@@ -60,12 +60,12 @@ class PNDMScheduler(BetaScheduler):
             )
         stride = self.num_train_timesteps // steps
         ways, matrix = self._multistep(visited, stride) if self.skip_prk_steps else self._runge_kutta(visited, stride)
-        alpha = self.alphas_cumprod()[ways]
+        alpha = self.alphas_cumprod[ways]
         return build(timesteps=ways, levels=vp_levels(alpha), matrix=matrix, **_raw(len(ways)))
 
     def _way(self, start: int, end: int, sample: np.ndarray, output: np.ndarray) -> np.ndarray:
         """The sample after the way between two timesteps, as a line of a matrix (the paper's equation 11)."""
-        cumulative = self.alphas_cumprod()
+        cumulative = self.alphas_cumprod
         final = 1.0 if self.set_alpha_to_one else cumulative[0]
         alpha, after = cumulative[start], cumulative[end] if end >= 0 else final
         if self.prediction_type == "v_prediction":
@@ -126,6 +126,7 @@ class IPNDMScheduler(Scheduler):
         angle = np.atleast_1d(timesteps) * np.pi / 2
         return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
+    @property
     def alphas_cumprod(self) -> np.ndarray:
         return self.noise_levels(np.linspace(0, 1, self.num_train_timesteps))[:, 0] ** 2
 

@@ -75,7 +75,7 @@ class SigmaScheduler(BetaScheduler):
 
     def training_sigmas(self) -> np.ndarray:
         """Float32 `[num_train_timesteps]`, rising, as the reference rounds them."""
-        alpha = self.alphas_cumprod().astype(np.float32)
+        alpha = self.alphas_cumprod.astype(np.float32)
         if getattr(self, "rescale_betas_zero_snr", False):
             alpha[-1] = LEAST_ALPHA
         return np.sqrt((np.float32(1) - alpha) / alpha)

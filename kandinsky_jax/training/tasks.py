@@ -247,7 +247,7 @@ class DiffusionTask(Task):
     def loss(self) -> Any:
         network = Network.split(self.module)[0]
         schedule = PRIOR_SCHEDULE if self.of_prior else self.pipe.scheduler
-        alphas = jnp.asarray(schedule.alphas_cumprod(), jnp.float32)
+        alphas = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
         empty, dropout, gamma = self._empty(), self.config.condition_dropout, self.config.snr_gamma
 
         def loss(

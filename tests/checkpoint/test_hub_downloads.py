@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from kandinsky_jax import CheckpointError, KandinskyV22Pipeline, SchedulerError, hub
+from kandinsky_jax import (
+    CheckpointError,
+    DDPMScheduler,
+    KandinskyV22Pipeline,
+    SchedulerError,
+    UNet2DConditionModel,
+    hub,
+)
 from kandinsky_jax.checkpoint import WeightSelection
 from tests.checkpoint.hub_server import COMMIT, serving
 from tests.conftest import SHAPES_MODEL
@@ -138,6 +145,15 @@ def test_only_the_files_that_are_read_are_fetched(served, tmp_path):
     assert sorted(path.name for path in half.rglob("unet/d*")) == ["diffusion_pytorch_model.fp16.safetensors"]
     pickles = resolve(tmp_path / "pickles", selection=WeightSelection(use_safetensors=False))
     assert sorted(path.name for path in pickles.rglob("unet/d*")) == ["diffusion_pytorch_model.bin"]
+
+
+def test_a_scheduler_and_configurations_without_tensors(served, tmp_path):
+    served()
+    scheduler = DDPMScheduler.from_pretrained("owner/m", subfolder="scheduler", cache_dir=tmp_path)
+    assert scheduler == DDPMScheduler.from_pretrained(DECODER, subfolder="scheduler")
+    config = UNet2DConditionModel.load_config("owner/m", subfolder="unet", cache_dir=tmp_path)
+    assert config == json.loads((DECODER / "unet/config.json").read_text())
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_model_in_a_subfolder(served, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -55,3 +57,24 @@ def test_a_scheduler_of_a_model(tmp_path):
     assert scheduler.clip_sample
     scheduler.save_config(tmp_path)
     assert kandinsky_jax.DDPMScheduler.from_pretrained(tmp_path) == scheduler
+
+
+@pytest.mark.parametrize("name", ["prior", "text_encoder", "image_encoder"])
+def test_a_network_of_random_weights(name, tmp_path):
+    cls = {"prior": PriorTransformer, "text_encoder": CLIPTextModelWithProjection}.get(name)
+    cls = cls or kandinsky_jax.CLIPVisionModelWithProjection
+    config = cls.load_config(PRIOR, subfolder=name)
+    network = cls.from_config(config)
+    loaded = cls.from_pretrained(PRIOR, subfolder=name)
+    assert network.config == loaded.config
+    ours, theirs = flat_params(network), flat_params(loaded)
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    same, other = cls.from_config(network.config, seed=0), cls.from_config(network.config, seed=1)
+    first = max(ours, key=lambda key: ours[key].size)
+    assert np.array_equal(flat_params(same)[first], ours[first])
+    assert not np.array_equal(flat_params(other)[first], ours[first])
+    assert json.loads(network.to_json_string()) == network.config.to_dict()
+    network.to_json_file(tmp_path / "config.json")
+    assert cls.from_config(json.loads((tmp_path / "config.json").read_text())).config == network.config
+    with pytest.raises(kandinsky_jax.ConfigError, match="colour='red' is a field this version does not know"):
+        cls.from_config(config, colour="red")

@@ -210,7 +210,7 @@ def _scheduler(name: str) -> Reader:
         try:
             scheduler.steps(20)
             scheduler.schedule(20)
-            scheduler.alphas_cumprod()
+            _ = scheduler.alphas_cumprod
             scheduler.save_pretrained(folder / "again")
         except SchedulerError as error:  # of a call, which does not know of the file any more
             raise SchedulerError(f"{path}: {error}") from error

@@ -209,6 +209,18 @@ def test_weights_of_the_priors_layers(pipe, tmp_path):
     for layer, change in changes.items():
         weight = 0.5 if "blocks.0." in layer else 0.0 if "to_q" in layer else 1.0
         np.testing.assert_allclose(now[f"{layer}.weight"], before[f"{layer}.weight"] + change.delta(weight), atol=1e-6)
+    for half in (
+        np.float32(0.5),
+        np.array(0.5),
+        jax.numpy.array(0.5),
+        torch.tensor(0.5),
+        np.array([0.5]),
+        jax.numpy.array([0.5]),
+    ):
+        pipe.set_adapters("one", half)
+        layer = next(iter(changes))
+        wanted = before[f"{layer}.weight"] + changes[layer].delta(0.5)
+        np.testing.assert_allclose(weights_of(pipe.prior_prior)[f"{layer}.weight"], wanted, atol=1e-6)
     with pytest.raises(ValueError, match="the prior has no layer with nowhere in its name"):
         pipe.set_adapters("one", {"prior": {"nowhere": 0.5}})
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 
 import kandinsky_jax
@@ -32,6 +33,7 @@ SAVERS = [
     "enable_vae_slicing",
     "enable_vae_tiling",
     "enable_xformers_memory_efficient_attention",
+    "set_lora_device",
 ]
 
 
@@ -76,6 +78,7 @@ def test_what_saves_memory_warns_once(pipe, name):
         (lambda pipe: pipe.from_config({}), "from_pretrained"),
         (lambda pipe: pipe.prepare_latents((1, 4, 8, 8)), "give latents= to the call"),
         (lambda pipe: pipe.load_ip_adapter("x"), "interpolate"),
+        (lambda pipe: pipe.lora_state_dict("x"), "load_lora_weights reads"),
         (lambda _: kandinsky_jax.KandinskyPipeline.from_pretrained("x"), "write KandinskyV22Pipeline; its decoder"),
         (lambda _: kandinsky_jax.KandinskyImg2ImgCombinedPipeline(), "write KandinskyV22Img2ImgCombinedPipeline"),
     ],
@@ -83,6 +86,46 @@ def test_what_saves_memory_warns_once(pipe, name):
 def test_what_is_not_supported_says_what_is(pipe, call, says):
     with pytest.raises(NotImplementedError, match=says):
         call(pipe)
+
+
+# Of one class's bookkeeping, or constants of PyTorch.
+NO_MEMBERS = {"T_destination", "call_super_init", "dump_patches", "text_encoder_name", "unet_name"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_public_member_of_a_network_is_there_or_named(name, loaded, ours):
+    held = {**ours["KandinskyV22PriorPipeline"].components, **loaded.components}.values()
+    network = next(part for part in held if type(part).__name__ == name)
+    for member in dir(getattr(diffusers, name)):
+        if member.startswith("_") or member in NO_MEMBERS or hasattr(network, member):
+            continue
+        with pytest.raises(AttributeError, match=rf"^{name} has no '{member}': [a-zA-Z].{{15,250}}$"):
+            getattr(network, member)
+    with pytest.raises(AttributeError, match=f"^{name} has no 'anything'$"):
+        _ = network.anything
+
+
+def test_networks_count_and_convert(pipe, ours):
+    text_encoder = ours["KandinskyV22PriorPipeline"].text_encoder
+    reference = transformers.CLIPTextModelWithProjection.from_pretrained(SHAPES_MODEL / hub.PRIOR / "text_encoder")
+    for excluded in (False, True):
+        assert text_encoder.num_parameters(exclude_embeddings=excluded) == reference.num_parameters(
+            exclude_embeddings=excluded
+        )
+    assert pipe.unet.num_parameters(only_trainable=True) * 4 == pipe.unet.get_memory_footprint()
+    assert pipe.num_parameters() == pipe.unet.num_parameters() + pipe.movq.num_parameters()
+    assert pipe.movq_scale_factor == 8
+    assert pipe.unet.half().dtype == np.float16
+    assert pipe.unet.bfloat16().dtype == jax.numpy.bfloat16
+    assert pipe.unet.float().cpu().dtype == np.float32
+    with pytest.warns(UserWarning, match="there is no cuda device here"):
+        assert pipe.unet.cuda() is pipe.unet
+
+
+def test_from_pipe_takes_what_from_pretrained_takes(pipe):
+    assert type(pipe).from_pipe(pipe, safety_checker=None).unet is pipe.unet
+    with pytest.raises(TypeError, match="two names of one argument"):
+        type(pipe).from_pipe(pipe, dtype="float32", torch_dtype="float32")
 
 
 def test_networks_take_what_modules_of_torch_take(pipe):

@@ -1,0 +1,171 @@
+"""What diffusers' schedulers offer beside the solver: files, configurations, and a word on what has no use here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.attribute_dict import AttributeDict
+from kandinsky_jax.errors import shorten
+from kandinsky_jax.reading import ReadError, of_file, read_json_object
+from kandinsky_jax.schedulers.noise_schedule import SchedulerError
+
+UNSET = "_use_default_values"  # diffusers' name for the fields that a configuration did not name
+# Ours: diffusers takes these as arguments of `step` or `set_timesteps`. Saved only where they are set.
+STEP_ARGUMENTS = frozenset({"eta", "use_clipped_model_output", "custom_timesteps", "custom_sigmas", "tau_func"})
+
+HOOKS: dict[str, Callable[..., Path]] = {}  # resolve, which kandinsky_jax.pretrained puts here
+
+_SCHEDULE = "a scheduler has no state here: schedule = scheduler.schedule(num_inference_steps) has"
+_TABLE = f"{_SCHEDULE} every step's coefficients in schedule.table"
+_FILES = "from_pretrained and save_pretrained read and write scheduler_config.json, from_config takes a dictionary"
+# Members of diffusers' schedulers that have no use here, and what to write instead.
+INSTEAD: dict[str, str] = {
+    "set_timesteps": f"{_SCHEDULE} timesteps; timesteps or sigmas of your own are the fields custom_timesteps and "
+    "custom_sigmas",
+    "timesteps": f"{_SCHEDULE} timesteps",
+    "num_inference_steps": f"{_SCHEDULE} timesteps, len(schedule) of them",
+    "init_noise_sigma": f"{_SCHEDULE} init_noise_sigma",
+    "sigmas": f"{_SCHEDULE} levels, the signal and noise of each step",
+    "step": f"{_TABLE}, and kandinsky_jax.sampling steps through it",
+    "scale_model_input": f"{_SCHEDULE} table.input_scale",
+    "set_begin_index": "give begin= to scheduler.schedule(num_inference_steps, begin)",
+    "push_to_hub": "call save_pretrained(FOLDER), then `hf upload OWNER/NAME FOLDER`",
+    "register_for_auto_class": "import your class, no code of a repository is run",
+    "register_to_config": "fields are given to the constructor, and dataclasses.replace changes them",
+    "extract_init_dict": _FILES,
+    "get_config_dict": _FILES,
+    **dict.fromkeys(
+        "alphas begin_index betas convert_model_output counter cur_model_output cur_sample derivatives dt ets "
+        "final_alpha_cumprod index_for_timestep is_scale_input_called lambda_t last_sample log_sigmas lower_order_nums "
+        "model_outputs alpha_t one order_list plms_timesteps pndm_order predict_x0 prev_derivative previous_timestep "
+        "prk_timesteps sample sigma_t sigmas_down sigmas_interpol sigmas_up state_in_first_order step_index "
+        "step_plms step_prk stretch_shift_to_terminal time_shift timestep_list get_order_list get_lms_coefficient "
+        "get_coefficients_exponential_negative get_coefficients_exponential_positive get_coefficients_fn "
+        "get_scalings_for_boundary_condition_discrete lagrange_polynomial_coefficient".split(),
+        _TABLE,
+    ),
+}
+
+
+class SchedulerMixin:
+    """Members of diffusers' `SchedulerMixin` and `ConfigMixin`."""
+
+    config_name: ClassVar[str] = "scheduler_config.json"
+    ignore_for_config: ClassVar[tuple[str, ...]] = ()
+    order: ClassVar[int] = 1  # evaluations of the network per step, as diffusers' pipelines count them
+
+    num_train_timesteps: int
+    unset: frozenset[str] | None
+    if TYPE_CHECKING:
+        from_config: ClassVar[Callable[..., Any]]
+
+        @property
+        def config(self) -> AttributeDict: ...
+
+    def __len__(self) -> int:
+        """The timesteps of training, as in diffusers."""
+        return self.num_train_timesteps
+
+    def __getattr__(self, name: str) -> Any:
+        instead = INSTEAD.get(name) or (_TABLE if name.endswith("_update") else "")
+        raise AttributeError(
+            f"{type(self).__name__} has no {shorten(name, 80)!r}" + (f": {instead}" if instead else "")
+        )
+
+    @property
+    def has_compatibles(self) -> bool:
+        """Whether other schedulers can be made from this one's configuration."""
+        return bool(self.compatibles)
+
+    @property
+    def compatibles(self) -> list[type[Any]]:
+        """The classes whose `from_config` takes this scheduler's configuration."""
+        from kandinsky_jax.schedulers.base import BetaScheduler
+        from kandinsky_jax.schedulers.names import SCHEDULERS
+
+        known = [cls for cls in SCHEDULERS.values() if issubclass(cls, BetaScheduler)]
+        return known if isinstance(self, BetaScheduler) else []
+
+    @classmethod
+    def load_config(cls, name: str | os.PathLike[str], subfolder: str | None = None, **options: Any) -> dict[str, Any]:
+        """What `scheduler_config.json` holds; arguments and errors: see `from_pretrained`."""
+        path = _find(name, subfolder, options) / cls.config_name
+        try:
+            return dict(read_json_object(path))
+        except FileNotFoundError:
+            raise SchedulerError(of_file(path, "is missing")) from None
+        except ReadError as error:
+            raise SchedulerError(of_file(path, error)) from None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **changes: Any,
+    ) -> Self:
+        """Build the scheduler from a `scheduler_config.json`.
+
+        Args:
+            name: a scheduler's own folder or that of a model, a Hub repository, or "tiny/kandinsky-2-2-decoder" and its
+                like.
+            subfolder: where it lies in it, such as "scheduler".
+            return_unused_kwargs: whether to return the scheduler and those of `changes` that are no fields of it.
+            changes: fields to change, see `from_config`; also revision, cache_dir, token, local_files_only and
+                force_download of `kandinsky_jax.hub.HubOptions`.
+        Raises:
+            SchedulerError: where the file is missing or damaged, or describes what no scheduler here can do.
+            CheckpointError: where there is no such folder or repository.
+        """
+        options = {key: changes.pop(key) for key in _HUB_OPTIONS if key in changes}
+        config = cls.load_config(name, subfolder, **options)
+        try:
+            return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **changes)
+        except SchedulerError as error:
+            raise SchedulerError(of_file(_find(name, subfolder, options) / cls.config_name, error)) from None
+
+    def _saved(self) -> dict[str, Any]:
+        """The configuration as it is written to a file."""
+        named = {"_class_name": type(self).__name__}
+        for name, value in self.config.items():
+            if callable(value):
+                raise SchedulerError(f"{name} of {type(self).__name__} is a function, which no file can hold")
+            if name != UNSET and not (name in STEP_ARGUMENTS and name in (self.unset or ())):
+                named[name] = value
+        return named
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON, for this library or diffusers."""
+        return json.dumps(self._saved(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Write the configuration to a file."""
+        replace_file(Path(path), self.to_json_string().encode())
+
+    def save_pretrained(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **_: Any) -> None:
+        """Write `scheduler_config.json`, for this library or diffusers, into `folder` (made where it is missing)."""
+        if push_to_hub:
+            raise NotImplementedError(f"push_to_hub is not supported: {INSTEAD['push_to_hub']}")
+        text = self.to_json_string()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        replace_file(Path(folder) / self.config_name, text.encode())
+
+    def save_config(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **_: Any) -> None:
+        """The same by diffusers' other name."""
+        self.save_pretrained(folder, push_to_hub)
+
+
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def _find(name: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]) -> Path:
+    """The folder of a scheduler's file, which is fetched where that is needed."""
+    if not os.path.isdir(name) or options.keys() - set(_HUB_OPTIONS):
+        return HOOKS["resolve"](name, subfolder=subfolder, **options)
+    return Path(name) / (subfolder or "")

@@ -1,0 +1,82 @@
+"""Schedulers have what diffusers' have, or say in one sentence what to write instead."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import kandinsky_jax
+from kandinsky_jax import CheckpointError, SchedulerError, hub
+from kandinsky_jax.schedulers import SCHEDULERS
+from tests.conftest import SHAPES_MODEL
+
+DECODER = SHAPES_MODEL / hub.DECODER
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_public_member_is_there_or_named(name):
+    ours, theirs = SCHEDULERS[name](), getattr(diffusers, name)()
+    for member in {*dir(theirs), *vars(theirs)}:
+        if member.startswith("_") or hasattr(ours, member):
+            continue
+        with pytest.raises(AttributeError, match=rf"^{name} has no '{member}': [a-z].{{20,250}}$"):
+            getattr(ours, member)
+    assert ours.order == getattr(theirs, "order", 1)
+    assert len(ours) == theirs.config.num_train_timesteps == 1000
+    assert pickle.loads(pickle.dumps(ours)) == ours
+    with pytest.raises(AttributeError, match=f"^{name} has no 'anything'$"):
+        _ = ours.anything
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in ("UnCLIPScheduler", "IPNDMScheduler")])
+def test_the_forward_process_is_there_as_arrays(name):
+    config = {"num_train_timesteps": 50, "beta_start": 0.001, "beta_end": 0.1}
+    if hasattr(SCHEDULERS[name](), "rescale_betas_zero_snr"):
+        config["rescale_betas_zero_snr"] = True
+    ours, theirs = SCHEDULERS[name](**config), getattr(diffusers, name)(**config)
+    np.testing.assert_allclose(ours.betas, theirs.betas, atol=1e-6)
+    np.testing.assert_allclose(ours.alphas, theirs.alphas, atol=1e-6)
+    last = -1 if config.get("rescale_betas_zero_snr") else None  # which the reference makes 2^-24 in some of them
+    np.testing.assert_allclose(ours.alphas_cumprod[:last], theirs.alphas_cumprod[:last], rtol=3e-5)
+    known = {cls.__name__ for cls in ours.compatibles}
+    assert ours.has_compatibles
+    assert {cls.__name__ for cls in theirs.compatibles} & SCHEDULERS.keys() <= known
+
+
+def test_noise_is_added_to_tensors_of_torch():
+    picture, noise = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 4, 3, 3)
+    times = torch.tensor([3, 700])
+    ours, theirs = kandinsky_jax.DDPMScheduler(), diffusers.DDPMScheduler()
+    for method in ("add_noise", "get_velocity"):
+        wanted = getattr(theirs, method)(picture, noise, times).detach().numpy()
+        np.testing.assert_allclose(getattr(ours, method)(picture, noise, times), wanted, atol=1e-6)
+        half = getattr(ours, method)(picture.bfloat16(), noise.bfloat16(), times)
+        np.testing.assert_allclose(half, wanted, atol=0.05)
+
+
+def test_configurations_as_text_and_from_a_model(tmp_path):
+    scheduler = kandinsky_jax.DDPMScheduler.from_pretrained(DECODER, subfolder="scheduler")
+    wanted = json.loads((DECODER / "scheduler/scheduler_config.json").read_text())
+    assert kandinsky_jax.DDPMScheduler.load_config(DECODER, subfolder="scheduler") == wanted
+    scheduler.to_json_file(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads(scheduler.to_json_string())
+    assert diffusers.DDPMScheduler.from_config(json.loads(scheduler.to_json_string())).config.beta_end == 0.012
+    again = kandinsky_jax.DDPMScheduler.from_pretrained(f"tiny/{hub.DECODER}", "scheduler", local_files_only=True)
+    assert again.beta_start == 0.00085
+    changed, unused = kandinsky_jax.DDPMScheduler.from_pretrained(
+        DECODER, subfolder="scheduler", return_unused_kwargs=True, beta_end=0.02, colour="red"
+    )
+    assert (changed.beta_end, unused) == (0.02, {"colour": "red"})
+    with pytest.raises(SchedulerError, match="has no field 'colour'"):
+        kandinsky_jax.DDPMScheduler.from_pretrained(DECODER, subfolder="scheduler", colour="red")
+    with pytest.raises(SchedulerError, match=r"scheduler_config.json is missing"):
+        kandinsky_jax.DDPMScheduler.from_pretrained(DECODER)
+    with pytest.raises(CheckpointError, match="no folder here and no Hub repository"):
+        kandinsky_jax.DDPMScheduler.from_pretrained("no such/place/here")
+    with pytest.raises(NotImplementedError, match="hf upload"):
+        scheduler.save_pretrained(tmp_path, push_to_hub=True)
