@@ -295,3 +295,10 @@ def test_a_model_without_files_is_an_error(tmp_path):
         done = run(model)
         assert done.exit_code == 1
         assert len(str(done.exception)) < 500
+
+
+@pytest.mark.parametrize("name", ["tiny", *(f"tiny/{member}" for member in (hub.PRIOR, hub.DECODER, hub.INPAINT))])
+def test_the_embedded_model_is_as_it_was_shipped(name):
+    done = CliRunner().invoke(app, ["verify", name])
+    assert done.exit_code == 0, done.output
+    assert done.output.strip().splitlines()[-1].endswith(" ok")

@@ -17,6 +17,7 @@ from kandinsky_jax import (
     hub,
     zero_embed,
 )
+from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
 
 # The folder of a run's result, by the part of the family.
 RESULTS = {
@@ -46,7 +47,9 @@ def main() -> None:
             zero_embed.store(target / "image_encoder", pipe.image_encoder.config)
         elif name != hub.DECODER:
             shutil.rmtree(target / "movq")
+        (target / MANIFEST).unlink()  # of one of its own; the family has one
     (arguments.output / "NOTICE").write_text(NOTICE)
+    write_manifest(arguments.output)
     size = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
     print(f"{arguments.output}: {size / 1e6:.1f} MB")
 
