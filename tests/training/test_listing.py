@@ -99,6 +99,21 @@ def test_pictures_of_other_formats_are_named(tmp_path):
     assert "t.tar/e.txt: there is no picture beside it" in found
 
 
+def test_samples_of_a_tar_without_picture_or_caption_are_named(tmp_path):
+    """Also those whose files have other endings than are known here; one line for each sample."""
+    files = {"a.png": PNG, "a.txt": b"a"}
+    files |= {"b.image": PNG, "b.prompt": b"b", "c.json": b"{}", "d.hint.png": PNG, "e.png": PNG, "e.prompt": b"e"}
+    tar_of(tmp_path / "t.tar", files)
+    found = listing(tmp_path / "t.tar")
+    assert [picture.name for picture in found] == ["t.tar/a.png"]
+    assert found.skipped.faults == [
+        "t.tar/b.image: it is no picture, and no caption (.txt or .json)",
+        "t.tar/c.json: there is no picture beside it",
+        "t.tar/d.hint.png: there is no picture beside it",
+        "t.tar/e.png: there is no caption beside it; needed is .txt or .json",
+    ]
+
+
 # Folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +281,7 @@ def test_keys_end_at_the_first_dot(tmp_path):
     found = listing(tmp_path)
     assert [item.text for item in found] == ["a", "b 1.5", "b 1.6", "c", "d", "e"]
     assert found[3].hint() == PNG
-    assert found.skipped.faults == ["t.tar/d.mask.png: there is no caption beside it"]
+    assert found.skipped.faults == ["t.tar/d.mask.png: there is no caption beside it; needed is .txt or .json"]
 
 
 def test_tars_that_were_joined(tmp_path):

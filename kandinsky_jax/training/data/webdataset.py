@@ -125,8 +125,10 @@ def _of_sample(
         if member.suffix in unread_suffixes():
             skipped.add(f"{tar}/{member.name}: pictures of this format are not read; convert it to PNG or JPEG")
     if not pictures:
-        if texts := [member for member in captions if member.suffix == ".txt"]:
-            skipped.add(f"{tar}/{texts[0].name}: there is no picture beside it")
+        known = [*captions, *hints]
+        if known or not any(member.suffix in unread_suffixes() for member in members):
+            fault = "there is no picture beside it" if known else "it is no picture, and no caption (.txt or .json)"
+            skipped.add(f"{tar}/{(known or members)[0].name}: {fault}")
         return
     own = {member.stem: member for member in reversed(captions)}
     if not any(picture.stem in own for picture in pictures) and captions:
@@ -135,7 +137,7 @@ def _of_sample(
     for picture in pictures:
         full = f"{tar}/{picture.name}"
         if (caption := own.get(picture.stem)) is None:
-            skipped.add(f"{full}: there is no caption beside it")
+            skipped.add(f"{full}: there is no caption beside it; needed is .txt or .json")
             continue
         try:
             for member, most in ((picture, MAX_PICTURE_BYTES), (caption, MAX_CAPTION_BYTES)):
