@@ -75,17 +75,24 @@ def save_component_config(network: nnx.Module, folder: str | os.PathLike[str], *
 
 
 def load_component_config(
-    name: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any
+    name: str | os.PathLike[str], file: str = "config.json", *, subfolder: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """A network's `config.json`; arguments and errors as of `load_component`."""
+    """The configuration of a network or scheduler, for which no tensors are fetched.
+
+    Args:
+        name, subfolder, options: see `load_component`.
+        file: its name in the component's folder.
+    Raises:
+        CheckpointError: where it is missing or damaged.
+    """
     for unused in ("dtype", "torch_dtype", "variant", "use_safetensors", "low_cpu_mem_usage"):
         options.pop(unused, None)
     folder = hub.resolve_component(name, subfolder=subfolder, weights=False, **options)
     with hub.hint_for_cached_files():
-        return dict(read_json(folder / "config.json"))
+        return dict(read_json(folder / file))
 
 
 HOOKS.update(
     load_config=load_component_config, load=load_component, save=save_component, save_config=save_component_config
 )
-schedulers.HOOKS.update(resolve=hub.resolve_component)
+schedulers.HOOKS.update(load_config=load_component_config)

@@ -81,6 +81,7 @@ def whole(rows, tiny_pipe, tmp_path_factory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_every_picture_is_that_of_a_call(whole, rows, tiny_pipe):
     """A row's pictures are those of a call with its prompt and seed, up to the last bits of another batch."""
     found = members(whole)

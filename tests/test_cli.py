@@ -21,7 +21,7 @@ from kandinsky_jax import hub, scheduler_named
 from kandinsky_jax.cli import app
 from kandinsky_jax.cli.main import main
 from tests import shapes
-from tests.conftest import SHAPES_MODEL, quick_and_slow
+from tests.conftest import SHAPES_MODEL
 
 DECODER, INPAINT = (str(SHAPES_MODEL / name) for name in (hub.DECODER, hub.INPAINT))
 SHORT = ["--model", str(SHAPES_MODEL), "--steps", "3", "--prior-steps", "2"]
@@ -143,8 +143,8 @@ def test_every_command_is_listed(tmp_path):
     assert all(f" {name} " in shown for name in COMMANDS)
 
 
-# Each mode compiles programs of its own: one with a picture in the quick suite, beside test_generate.
-@pytest.mark.parametrize("name", quick_and_slow(COMMANDS, "img2img"))
+@pytest.mark.slow  # each mode compiles programs of its own; test_generate is in the quick suite
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_in_the_help_runs(folder, name):
     """As it is printed, offline, only with fewer steps, whichever model is embedded."""
     parts = [hub.EMBEDDED["tiny"] / hub.DECODER / part / "config.json" for part in ("unet", "movq")]

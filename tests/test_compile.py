@@ -113,7 +113,7 @@ def pictures(i: int, batch: int) -> dict[str, list]:
     ("name", "takes"),
     [
         ("KandinskyV22Img2ImgCombinedPipeline", ["image"]),
-        ("KandinskyV22InpaintCombinedPipeline", ["image", "mask_image"]),
+        pytest.param("KandinskyV22InpaintCombinedPipeline", ["image", "mask_image"], marks=pytest.mark.slow),
         ("KandinskyV22ControlnetCombinedPipeline", ["hint"]),
         ("KandinskyV22ControlnetImg2ImgCombinedPipeline", ["image", "hint"]),
     ],

@@ -34,8 +34,9 @@ VARIANTS: dict[str, tuple[int, int, bool, int, int]] = {
     "negative prompt": (1, 1, True, 64, 64),
     "not square": (1, 1, False, 64, 128),
 }
-# Batches are programs of their own in every mode: not in the quick suite.
-QUICK_FIRST = [pytest.param(v, marks=pytest.mark.slow if v in ("two images", "batch 3") else ()) for v in VARIANTS]
+# Batches and other sizes are programs of their own in every mode: not in the quick suite.
+QUICK = ("batch 1", "negative prompt")
+QUICK_FIRST = [pytest.param(v, marks=() if v in QUICK else pytest.mark.slow) for v in VARIANTS]
 MODES = {
     "text2img": "KandinskyV22Pipeline",
     "img2img": "KandinskyV22Img2ImgPipeline",
@@ -43,7 +44,7 @@ MODES = {
     "controlnet": "KandinskyV22ControlnetPipeline",
     "controlnet img2img": "KandinskyV22ControlnetImg2ImgPipeline",
 }
-# Every variant of the first mode, and of the others one, in the quick suite.
+# Two variants of the first mode, and of the others one, in the quick suite.
 QUICK_MODES = [
     pytest.param(mode, *v.values, marks=pytest.mark.slow if v.marks or (mode != "text2img" and i) else ())
     for mode in MODES

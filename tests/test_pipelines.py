@@ -15,7 +15,7 @@ from kandinsky_jax import (
     TorchGenerator,
     scheduler_named,
 )
-from kandinsky_jax.schedulers.base import STEP_ARGUMENTS
+from kandinsky_jax.schedulers.compatibility import STEP_ARGUMENTS
 from tests.conftest import SHAPES_MODEL, note, official_config, quick_and_slow, worst
 
 RED = "a red circle on a blue background"

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.attribute_dict import AttributeDict
 from kandinsky_jax.errors import shorten
-from kandinsky_jax.reading import ReadError, of_file, read_json_object
+from kandinsky_jax.reading import of_file
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
 
 UNSET = "_use_default_values"  # diffusers' name for the fields that a configuration did not name
 # Ours: diffusers takes these as arguments of `step` or `set_timesteps`. Saved only where they are set.
 STEP_ARGUMENTS = frozenset({"eta", "use_clipped_model_output", "custom_timesteps", "custom_sigmas", "tau_func"})
 
-HOOKS: dict[str, Callable[..., Path]] = {}  # resolve, which kandinsky_jax.pretrained puts here
+HOOKS: dict[str, Callable[..., dict[str, Any]]] = {}  # load_config, which kandinsky_jax.pretrained puts here
 
 _SCHEDULE = "a scheduler has no state here: schedule = scheduler.schedule(num_inference_steps) has"
 _TABLE = f"{_SCHEDULE} every step's coefficients in schedule.table"
@@ -94,13 +94,7 @@ class SchedulerMixin:
     @classmethod
     def load_config(cls, name: str | os.PathLike[str], subfolder: str | None = None, **options: Any) -> dict[str, Any]:
         """What `scheduler_config.json` holds; arguments and errors: see `from_pretrained`."""
-        path = _find(name, subfolder, options) / cls.config_name
-        try:
-            return dict(read_json_object(path))
-        except FileNotFoundError:
-            raise SchedulerError(of_file(path, "is missing")) from None
-        except ReadError as error:
-            raise SchedulerError(of_file(path, error)) from None
+        return HOOKS["load_config"](name, cls.config_name, subfolder=subfolder, **options)
 
     @classmethod
     def from_pretrained(
@@ -120,15 +114,15 @@ class SchedulerMixin:
             changes: fields to change, see `from_config`; also revision, cache_dir, token, local_files_only and
                 force_download of `kandinsky_jax.hub.HubOptions`.
         Raises:
-            SchedulerError: where the file is missing or damaged, or describes what no scheduler here can do.
-            CheckpointError: where there is no such folder or repository.
+            SchedulerError: where the file describes what no scheduler here can do.
+            CheckpointError: where it is missing or damaged, or there is no such folder or repository.
         """
         options = {key: changes.pop(key) for key in _HUB_OPTIONS if key in changes}
         config = cls.load_config(name, subfolder, **options)
         try:
             return cls.from_config(config, return_unused_kwargs=return_unused_kwargs, **changes)
         except SchedulerError as error:
-            raise SchedulerError(of_file(_find(name, subfolder, options) / cls.config_name, error)) from None
+            raise SchedulerError(of_file(Path(name) / (subfolder or "") / cls.config_name, error)) from None
 
     def _saved(self) -> dict[str, Any]:
         """The configuration as it is written to a file."""
@@ -162,10 +156,3 @@ class SchedulerMixin:
 
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-
-
-def _find(name: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]) -> Path:
-    """The folder of a scheduler's file, which is fetched where that is needed."""
-    if not os.path.isdir(name) or options.keys() - set(_HUB_OPTIONS):
-        return HOOKS["resolve"](name, subfolder=subfolder, **options)
-    return Path(name) / (subfolder or "")

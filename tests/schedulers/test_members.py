@@ -74,9 +74,14 @@ def test_configurations_as_text_and_from_a_model(tmp_path):
     assert (changed.beta_end, unused) == (0.02, {"colour": "red"})
     with pytest.raises(SchedulerError, match="has no field 'colour'"):
         kandinsky_jax.DDPMScheduler.from_pretrained(DECODER, subfolder="scheduler", colour="red")
-    with pytest.raises(SchedulerError, match=r"scheduler_config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"scheduler_config.json is missing"):
         kandinsky_jax.DDPMScheduler.from_pretrained(DECODER)
     with pytest.raises(CheckpointError, match="no folder here and no Hub repository"):
         kandinsky_jax.DDPMScheduler.from_pretrained("no such/place/here")
+    with pytest.raises(ValueError, match="subfolder must lie within the model"):
+        kandinsky_jax.DDPMScheduler.from_pretrained(DECODER / "unet", subfolder="../scheduler")
+    (tmp_path / "scheduler_config.json").write_text('{"beta_end": "high"}')
+    with pytest.raises(SchedulerError, match=rf"^{tmp_path}/scheduler_config.json:? .*beta_end"):
+        kandinsky_jax.DDPMScheduler.from_pretrained(tmp_path)
     with pytest.raises(NotImplementedError, match="hf upload"):
         scheduler.save_pretrained(tmp_path, push_to_hub=True)
