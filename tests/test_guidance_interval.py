@@ -64,7 +64,7 @@ def switched(pipe, embeds, first: int, last: int, **arguments) -> np.ndarray:
     ).images
 
 
-@pytest.mark.parametrize("mode", ["", "Inpaint"])
+@pytest.mark.parametrize("mode", ["", pytest.param("Inpaint", marks=pytest.mark.slow)])
 def test_as_the_reference_with_its_scale_switched(ours, theirs, embeds, mode):
     name = f"KandinskyV22{mode}Pipeline"
     rows, pictures = [x[:1] for x in embeds], given("inpaint", 1, 64, 64) if mode else {}

@@ -208,9 +208,8 @@ def test_pictures_are_dealt_out():
     assert checks.per_picture(rows, "image", 3, 2).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(
-    "mode", ["img2img", *(pytest.param(m, marks=pytest.mark.slow) for m in ("inpaint", "controlnet"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["img2img", "inpaint", "controlnet"])
 def test_a_picture_does_not_depend_on_its_batch(ours, embeds, mode):
     """JAX keys, and each element its own picture, mask and hint."""
     pictures = given(mode, 2, 64, 64)
@@ -295,6 +294,7 @@ def test_a_mix_of_one_is_the_prompts_own(ours):
     np.testing.assert_allclose(mixed.negative_image_embeds, alone.negative_image_embeds, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_reference_uses_the_first_mask_for_all(ours, theirs, embeds):
     """Why inpaint is compared picture by picture: as one batch, the reference's second picture is another one."""
     pictures = given("inpaint", 2, 64, 64)

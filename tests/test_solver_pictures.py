@@ -57,7 +57,7 @@ def test_right_pictures_at_25_evaluations(guide, modes, mode):
 
 
 @pytest.mark.parametrize("name", ["euler-a", "unipc"])
-@pytest.mark.parametrize("mode", ["img2img", "inpaint"])
+@pytest.mark.parametrize("mode", ["img2img", pytest.param("inpaint", marks=pytest.mark.slow)])
 def test_what_is_given_counts(modes, mode, name):
     """Few steps and few pictures, in the quick suite: the picture that comes in is seen, and then changed."""
     pipeline, _, settings = modes.calls[mode]

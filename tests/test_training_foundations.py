@@ -148,6 +148,7 @@ def test_the_loss_of_clip():
         gradients_agree(gradients[name], tower)
 
 
+@pytest.mark.slow
 def test_a_sharper_scale_than_100_is_100():
     prior = SHAPES_MODEL / hub.PRIOR
     ours = {name: load_network(NETWORKS[cls], prior / name, jnp.float32) for name, cls in TOWERS.items()}

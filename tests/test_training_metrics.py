@@ -113,6 +113,7 @@ def test_what_fails_is_a_warning(tmp_path, monkeypatch):
     assert len(lines(tmp_path)) == 3 * len(LOSSES)
 
 
+@pytest.mark.slow
 def test_nobody_is_asked_for_a_key(tmp_path):
     """At a terminal, not logged in: a warning, and files to send later."""
     ours, theirs = pty.openpty()
