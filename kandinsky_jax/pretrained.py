@@ -10,6 +10,7 @@ from flax import nnx
 
 from kandinsky_jax import hub
 from kandinsky_jax.checkpoint import CheckpointError, Layout, default_dtype, load_network, network_dtype
+from kandinsky_jax.checkpoint.manifest import note_saved
 from kandinsky_jax.checkpoint.saving import check_saving_arguments, save_config, save_network
 from kandinsky_jax.errors import quote
 from kandinsky_jax.models.pretrained import HOOKS
@@ -72,6 +73,7 @@ def save_component_config(network: nnx.Module, folder: str | os.PathLike[str], *
     """Write a network's configuration into a folder."""
     check_saving_arguments(f"{type(network).__name__}.save_config", True, arguments)
     save_config(network, Path(folder))
+    note_saved(folder)
 
 
 def load_component_config(
@@ -95,4 +97,4 @@ def load_component_config(
 HOOKS.update(
     load_config=load_component_config, load=load_component, save=save_component, save_config=save_component_config
 )
-schedulers.HOOKS.update(load_config=load_component_config)
+schedulers.HOOKS.update(load_config=load_component_config, saved=note_saved)

@@ -82,6 +82,7 @@ class Lines:
         self._file, self.newline, self._update, self._block, self._keep = file, newline, update, block, keep
         self._position = file.tell()  # of the first line that has not been given
         self._first = 0  # number of the first line of the last list
+        self._lines: list[str] = []  # the last list
         self._starts = np.zeros(0, np.int64)  # where its lines begin
         self.count = 0  # lines given so far
 
@@ -95,18 +96,26 @@ class Lines:
             self._first = self.count
             self._starts = start + np.concatenate([[0], ends])[: len(lines)]
             self.count += len(lines)
+            self._lines = lines
             yield lines
 
     def start(self, number: int) -> int:
         """Where a line of the last list begins, or the one after it."""
         return self._position if number >= self.count else int(self._starts[number - self._first])
 
-    def again(self, position: int, skip: int, end: int) -> list[str]:
-        """Lines `skip` to `end` - 1, counted from the one at a position of the file, read once more."""
+    def again(self, first: int, end: int, known: int, position: int) -> list[str]:
+        """Lines `first` to `end` - 1 once more, which are read again where they are not all of the last list.
+
+        Args:
+            known: a line before them, or the first of them.
+            position: where that one begins in the file.
+        """
+        if first >= self._first:
+            return self._lines[first - self._first : end - self._first]
         back = self._file.tell()
         self._file.seek(position)
         lines = Lines(self._file, self.newline, block=1 << 16, keep=self._keep)
-        found = list(itertools.islice(itertools.chain.from_iterable(lines), skip, end))
+        found = list(itertools.islice(itertools.chain.from_iterable(lines), first - known, end - known))
         self._file.seek(back)
         return found
 
@@ -205,10 +214,10 @@ def _scan_csv(lines: Lines, default_id: Callable[[int], str]) -> Scan:
         broken = False
         try:
             rows.extend(itertools.islice(reader, STRIDE - len(marks) % STRIDE))
-        except csv.Error:  # of the row after these
+        except csv.Error as error:  # of the row after these
             broken = True
-            good = len(rows) + sum(cell.count(lines.newline) for cells in rows for cell in cells)
-            _check_quotes(lines.again(position, good, reader.line_num - line), line + good + 1)
+            first = line + len(rows) + sum(cell.count(lines.newline) for cells in rows for cell in cells)
+            _check_quotes(lines.again(first, reader.line_num, line, position), first + 1, error)
         ended = not rows and not broken
         # An empty line is no row, and one with more or fewer cells has no id.
         if column is None:
@@ -227,12 +236,13 @@ def _csv_reader(lines: Iterator[str]) -> Any:
     return csv.reader(lines, strict=True, skipinitialspace=True)
 
 
-def _check_quotes(lines: Iterable[str], first: int) -> None:
+def _check_quotes(lines: Iterable[str], first: int, error: csv.Error) -> None:
     """Raise ReadError where the quotes of a CSV row are wrong, naming the line where the quote opens.
 
     Args:
         lines: of the row, as far as the csv module has read them.
         first: the number of the first one, counted from 1.
+        error: the csv module's.
     """
     state, opened, number = "start", first, first
     for number, line in enumerate(lines, first):
@@ -257,8 +267,11 @@ def _check_quotes(lines: Iterable[str], first: int) -> None:
         if state != "quoted":
             state = "start"
     if state == "quoted":
+        end = "the file's end"
+        if "field larger" in str(error):
+            end = f"within the {csv.field_size_limit():,} characters that a cell may have"
         raise ReadError(
-            f"has a quote in line {opened} that is not closed before line {number + 1} or the file's end, so "
+            f"has a quote in line {opened} that is not closed before line {number + 1} or {end}, so "
             "later rows cannot be told from its text; close it, or write two quotation marks for one within quotes"
         )
 
@@ -353,7 +366,7 @@ def _header(reader: Any, lines: Lines) -> list[str]:
     try:
         return [name.strip() for name in next(reader, [])]
     except csv.Error as error:
-        _check_quotes(lines.again(position, 0, reader.line_num), 1)
+        _check_quotes(lines.again(0, reader.line_num, 0, position), 1, error)
         raise ReadError(f"has a header that is not CSV: {shorten(str(error))}") from None
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,7 @@ from typing import Any, Literal
 from kandinsky_jax import orbax
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint import tokenizer
-from kandinsky_jax.errors import quote
+from kandinsky_jax.errors import quote, shorten
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.reading import ReadError, check_regular, of_file, read_text
 from kandinsky_jax.storage import files_below, read_json
@@ -72,13 +72,41 @@ def write_manifest(folder: str | os.PathLike[str], progress: Callable[[int], Any
         progress: called with numbers of bytes as they are read.
     """
     folder = Path(folder)
-    found = {
+    _write(folder / MANIFEST, _entries(folder, progress))
+    return folder / MANIFEST
+
+
+def _entries(folder: Path, progress: Callable[[int], Any] | None = None) -> dict[str, dict[str, Any]]:
+    return {
         name: {"bytes": path.stat().st_size, "sha256": _digest(path, "sha256", progress)}
         for name, path in _files(folder)
     }
-    text = json.dumps({"format_version": VERSION, "files": found}, indent=1, sort_keys=True) + "\n"
-    replace_file(folder / MANIFEST, text.encode())
-    return folder / MANIFEST
+
+
+def _write(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    text = json.dumps({"format_version": VERSION, "files": entries}, indent=1, sort_keys=True) + "\n"
+    replace_file(path, text.encode())
+
+
+def note_saved(folder: str | os.PathLike[str], own: bool = True) -> None:
+    """Bring the manifests that list a folder's files up to date, after something was saved into it.
+
+    Args:
+        folder: a model's or a component's. The manifests are its own and those of the whole that it is a part of.
+        own: False where its own has just been written.
+    """
+    folder = Path(os.path.abspath(folder))
+    found: dict[str, dict[str, Any]] | None = None
+    for parent in [folder, *list(folder.parents)[:_LEVELS]]:
+        path, prefix = parent / MANIFEST, "" if parent == folder else f"{folder.relative_to(parent).as_posix()}/"
+        if not path.is_file() or (parent == folder and not own):
+            continue
+        entries = {name: {"bytes": x.size, "sha256": x.digest} for name, x in _read_manifest(path).items()}
+        others = {name: entry for name, entry in entries.items() if not name.startswith(prefix)}
+        if len(others) == len(entries):
+            continue
+        found = _entries(folder) if found is None else found
+        _write(path, others | {prefix + name: entry for name, entry in found.items()})
 
 
 def verify(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None = None) -> list[FileReport]:
@@ -138,6 +166,8 @@ def _listed(folder: Path) -> tuple[dict[str, _Expected], set[str]]:
     roots = set()
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         prefix = f"{path.parent.name}/"
+        if path.parent.is_symlink():  # whose files are not looked at either
+            continue
         roots.add(prefix)
         listed |= {prefix + name: expected for name, expected in _read_manifest(path).items()}
     if (folder / MANIFEST).is_file():
@@ -242,7 +272,9 @@ def _read_manifest(path: Path) -> dict[str, _Expected]:
         else:
             found[name] = _Expected(digest, "manifest", size)
             continue
-        raise CheckpointError(of_file(path, f"is no manifest: {quote(name, 100)} {fault}; --update writes it anew"))
+        raise CheckpointError(
+            of_file(path, f"is no manifest: {quote(name, 100)} {shorten(fault, 200)}; --update writes it anew")
+        )
     return found
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 
 from kandinsky_jax import orbax
 from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.checkpoint.manifest import note_saved
 from kandinsky_jax.checkpoint.networks import Layout, Progress, flat_params
 from kandinsky_jax.errors import quote
 from kandinsky_jax.tensors import files, names
@@ -87,6 +88,7 @@ def save_network(
         same_kind = files.WEIGHT_FILE.fullmatch(path.name) and files.variant_of(path.name) == variant
         if same_kind and path.name not in written:
             path.unlink()
+    note_saved(folder)
     if progress is not None:
         progress.update(sum(leaf.nbytes for leaf in params.values()))
 

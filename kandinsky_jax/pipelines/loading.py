@@ -26,7 +26,7 @@ from kandinsky_jax.checkpoint import (
     save_network,
     stored_bytes,
 )
-from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
+from kandinsky_jax.checkpoint.manifest import MANIFEST, note_saved, write_manifest
 from kandinsky_jax.checkpoint.saving import check_saving_arguments
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from kandinsky_jax.compilation import compiling_ahead
@@ -199,6 +199,7 @@ class PretrainedMixin:
             (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
             write_manifest(scratch)
             _keep_other_files(folder, scratch)
+        note_saved(folder)
 
     def save_config(self, folder: str | os.PathLike[str], **arguments: Any) -> None:
         """Write the pipeline's `model_index.json` into a folder, which is made where it is missing."""

@@ -18,7 +18,7 @@ UNSET = "_use_default_values"  # diffusers' name for the fields that a configura
 # Ours: diffusers takes these as arguments of `step` or `set_timesteps`. Saved only where they are set.
 STEP_ARGUMENTS = frozenset({"eta", "use_clipped_model_output", "custom_timesteps", "custom_sigmas", "tau_func"})
 
-HOOKS: dict[str, Callable[..., dict[str, Any]]] = {}  # load_config, which kandinsky_jax.pretrained puts here
+HOOKS: dict[str, Callable[..., Any]] = {}  # load_config and saved, which kandinsky_jax.pretrained puts here
 
 _SCHEDULE = "a scheduler has no state here: schedule = scheduler.schedule(num_inference_steps) has"
 _TABLE = f"{_SCHEDULE} every step's coefficients in schedule.table"
@@ -149,6 +149,7 @@ class SchedulerMixin:
         text = self.to_json_string()
         Path(folder).mkdir(parents=True, exist_ok=True)
         replace_file(Path(folder) / self.config_name, text.encode())
+        HOOKS["saved"](folder)
 
     def save_config(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **_: Any) -> None:
         """The same by diffusers' other name."""

@@ -302,3 +302,23 @@ def test_the_embedded_model_is_as_it_was_shipped(name):
     done = CliRunner().invoke(app, ["verify", name])
     assert done.exit_code == 0, done.output
     assert done.output.strip().splitlines()[-1].endswith(" ok")
+
+
+def test_what_is_saved_into_a_part_of_a_model_is_noted(tmp_path, ours):
+    """In the manifests of the whole: of the family, and of the model; the rest of them stays as it was."""
+    family = Path(shutil.copytree(hub.EMBEDDED["tiny"], tmp_path / "family"))
+    pipe, damaged = ours["KandinskyV22Pipeline"], family / hub.PRIOR / "prior/config.json"
+    damaged.write_text(damaged.read_text() + " ")
+    pipe.save_pretrained(family / hub.DECODER)
+    pipe.unet.save_pretrained(family / hub.INPAINT / "unet", layout="orbax")
+    pipe.movq.save_config(family / hub.DECODER / "movq")
+    pipe.scheduler.save_pretrained(family / hub.INPAINT / "scheduler")
+    for folder in (family, family / hub.DECODER, family / hub.INPAINT / "unet"):
+        faults = [report.path for report in verify(folder) if report.status not in ("ok", "extra")]
+        assert faults == ([f"{hub.PRIOR}/prior/config.json"] if folder == family else [])
+    alone = tmp_path / "alone"
+    pipe.save_pretrained(alone)
+    pipe.unet.save_pretrained(alone / "unet", max_shard_size="100KB")
+    assert {report.status for report in verify(alone)} == {"ok"}
+    (alone / "dot").symlink_to(".")
+    assert {report.status for report in verify(alone)} == {"ok"}
