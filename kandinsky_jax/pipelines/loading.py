@@ -199,7 +199,7 @@ class PretrainedMixin:
             (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
             write_manifest(scratch)
             _keep_other_files(folder, scratch)
-        note_saved(folder)
+        note_saved(folder, own=False)
 
     def save_config(self, folder: str | os.PathLike[str], **arguments: Any) -> None:
         """Write the pipeline's `model_index.json` into a folder, which is made where it is missing."""
