@@ -1,8 +1,8 @@
-"""A dictionary whose items are attributes too, as diffusers' configurations are."""
+"""A dictionary whose items are attributes too and stay as they are, as diffusers' configurations are."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 
 class AttributeDict(dict[str, Any]):
@@ -12,3 +12,15 @@ class AttributeDict(dict[str, Any]):
         if name in self:
             return self[name]
         raise AttributeError(f"the configuration has no {name!r}; it has {', '.join(map(str, self))}")
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            "a configuration stays as it is: make another object with other fields, as "
+            "Scheduler.from_config(scheduler.config, name=value) does, or take dict(config)"
+        )
+
+    __setitem__ = __delitem__ = __setattr__ = __delattr__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)

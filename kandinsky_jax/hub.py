@@ -81,6 +81,8 @@ class HubOptions:
     selection: WeightSelection = PREFERRED
 
     def __post_init__(self) -> None:
+        if self.subfolder is not None and not isinstance(self.subfolder, str):
+            raise TypeError(f"subfolder must be a string, got {shorten(self.subfolder)}")
         parts = Path(self.subfolder).parts if self.subfolder else ()
         if ".." in parts or (self.subfolder and Path(self.subfolder).is_absolute()):
             raise ValueError(f"subfolder must lie within the model, got {shorten(self.subfolder)}")
@@ -140,18 +142,32 @@ def resolve_component(name: str | os.PathLike[str], weights: bool = True, **opti
         CheckpointError: saying what was looked for.
     """
     where = HubOptions(**options)
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"a component is named by a string or a path, got {shorten(name)}")
     subfolder = where.subfolder or ""
     embedded, _, member = str(name).partition("/")
-    folder = EMBEDDED[embedded] / member if embedded in EMBEDDED and not os.path.exists(name) else Path(name)
+    folder = Path(name)
+    if embedded in EMBEDDED and not os.path.exists(name):
+        if member.partition("/")[0] not in ("", PRIOR, DECODER, INPAINT, CONTROLNET):
+            raise _no_member(name, embedded)
+        folder = EMBEDDED[embedded] / member
     if os.path.isdir(folder):
         if os.path.isdir(folder / subfolder):
             return folder / subfolder
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise CheckpointError(f"{folder} has no folder {shorten(subfolder)}; it has {shorten(', '.join(found))}")
+        raise CheckpointError(_no_subfolder(name, folder, subfolder))
     if _REPOSITORY.fullmatch(str(name)):
         fetch = _fetch_component_files if weights else _fetch_small_files
         return fetch(str(name), where, [subfolder] if subfolder else [""]) / subfolder
     raise CheckpointError(f"{shorten(str(name))} is no folder here and no Hub repository (owner/name)")
+
+
+def _no_subfolder(name: str | os.PathLike[str], folder: Path, subfolder: str) -> str:
+    """That a folder has no such subfolder, and what to write where it holds a family whose members have it."""
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if members := [f"{name}/{member}" for member in there if (folder / member / subfolder).is_dir()]:
+        return f"{shorten(str(name), 200)} is a family of models: give {' or '.join(members)} for {shorten(subfolder)}"
+    has = shorten(", ".join(there)) if there else "none"
+    return f"{shorten(str(folder), 240)} has no folder {shorten(subfolder)}; it has {has}"
 
 
 def resolve_lora(name: str | os.PathLike[str], weight_name: str | None = None, **options: Any) -> Path:

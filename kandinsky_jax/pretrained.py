@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from kandinsky_jax import hub
 from kandinsky_jax.checkpoint import CheckpointError, Layout, default_dtype, load_network, network_dtype
 from kandinsky_jax.checkpoint.manifest import note_saved
 from kandinsky_jax.checkpoint.saving import check_saving_arguments, save_config, save_network
-from kandinsky_jax.errors import quote
+from kandinsky_jax.errors import quote, shorten
 from kandinsky_jax.models.pretrained import HOOKS
 from kandinsky_jax.schedulers import compatibility as schedulers
 from kandinsky_jax.storage import read_json
@@ -77,21 +78,32 @@ def save_component_config(network: nnx.Module, folder: str | os.PathLike[str], *
 
 
 def load_component_config(
-    name: str | os.PathLike[str], file: str = "config.json", *, subfolder: str | None = None, **options: Any
-) -> dict[str, Any]:
+    name: str | os.PathLike[str],
+    file: str = "config.json",
+    *,
+    subfolder: str | None = None,
+    return_unused_kwargs: bool = False,
+    **options: Any,
+) -> Any:
     """The configuration of a network or scheduler, for which no tensors are fetched.
 
     Args:
         name, subfolder, options: see `load_component`.
         file: its name in the component's folder.
+        return_unused_kwargs: whether to return, beside the configuration, those of `options` that are none.
     Raises:
         CheckpointError: where it is missing or damaged.
     """
     for unused in ("dtype", "torch_dtype", "variant", "use_safetensors", "low_cpu_mem_usage"):
         options.pop(unused, None)
+    known = {field.name for field in dataclasses.fields(hub.HubOptions)}
+    unknown = {key: options.pop(key) for key in list(options) if key not in known}
+    if unknown and not return_unused_kwargs:
+        raise TypeError(f"load_config has no argument {shorten(sorted(unknown))}; it takes {', '.join(sorted(known))}")
     folder = hub.resolve_component(name, subfolder=subfolder, weights=False, **options)
     with hub.hint_for_cached_files():
-        return dict(read_json(folder / file))
+        config = dict(read_json(folder / file))
+    return (config, unknown) if return_unused_kwargs else config
 
 
 HOOKS.update(

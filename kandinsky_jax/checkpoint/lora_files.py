@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from kandinsky_jax import reading
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint import lora_names
 from kandinsky_jax.checkpoint.lora_scaling import Scaling, ScalingError, check_alpha
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.errors import quote, shorten
 from kandinsky_jax.lora import FILE, LayerChange
 from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors import files, names
@@ -110,6 +110,14 @@ def choose(listed: Iterable[str], where: str) -> str:
     )
 
 
+def check_weight_name(name: Any) -> str:
+    """The name of a file within a folder, or ValueError."""
+    parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
+    if not parts or ".." in parts or PurePath(name).is_absolute():
+        raise ValueError(f"weight_name must be a file's name within the folder, got {quote(name)}")
+    return name
+
+
 def find(path: Path, weight_name: str | None = None) -> Path:
     """The file of LoRA that `path` is or holds.
 
@@ -121,7 +129,7 @@ def find(path: Path, weight_name: str | None = None) -> Path:
     """
     try:
         if weight_name is not None and path.is_dir():
-            path = path / weight_name
+            path = path / check_weight_name(weight_name)
         if path.is_file():
             return path
         if not path.is_dir():
@@ -415,7 +423,9 @@ def write(
         adapter: the changes by network, "unet" or "prior"; the names in the file begin with it.
         weight_name: the file's name.
     """
-    target = Path(folder) / weight_name
+    target = Path(folder) / check_weight_name(weight_name)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"weight_name={quote(weight_name)} must end in .safetensors, which is what is written")
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
     about: dict[str, Any] = {}

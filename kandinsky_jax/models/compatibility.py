@@ -253,6 +253,15 @@ class TorchModuleMixin:
         read_target(self, arguments, named).apply(self)
         return self
 
+    def train(self, mode: bool = True, **attributes: Any) -> Self:
+        """As Flax's, which nothing here depends on. Returns the network."""
+        (super().train if mode else super().eval)(**attributes)  # type: ignore[misc]
+        return self
+
+    def eval(self, **attributes: Any) -> Self:
+        """As Flax's, which nothing here depends on. Returns the network."""
+        return self.train(False, **attributes)
+
     def half(self) -> Self:
         """`to("float16")`."""
         return self.to("float16")

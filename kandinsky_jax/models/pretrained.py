@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from typing import Any, ClassVar, Self
 from flax import nnx
 
 from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.errors import quote
+from kandinsky_jax.models.config import ConfigError
 
 HOOKS: dict[
     str, Callable[..., Any]
@@ -25,21 +28,34 @@ class PretrainedNetwork:
     ignore_for_config: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def load_config(cls, name: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+    def load_config(cls, name: str | os.PathLike[str], **options: Any) -> Any:
         """What a network's `config.json` holds; arguments as of `from_pretrained`."""
         return HOOKS["load_config"](name, **options)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], seed: int = 0, **changes: Any) -> Self:
+    def from_config(
+        cls, config: Mapping[str, Any], seed: int = 0, return_unused_kwargs: bool = False, **changes: Any
+    ) -> Any:
         """A network of this class with random weights, float32.
 
         Args:
             config: as `load_config` or another network's `config` gives it.
             seed: of the weights.
+            return_unused_kwargs: whether to return the network and those of `changes` that are no fields of it.
             changes: fields of the configuration to change.
         Raises:
             ConfigError: where the configuration is not supported.
         """
+        if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+            raise ConfigError(
+                f"{cls.__name__}.from_config takes a configuration as a dictionary, got {quote(config)}; "
+                "from_pretrained takes the name of a folder or repository"
+            )
+        if return_unused_kwargs:
+            known = {field.name for field in dataclasses.fields(cls.CONFIG)}  # type: ignore[attr-defined]
+            used = {name: value for name, value in changes.items() if name in known}
+            rest = {name: value for name, value in changes.items() if name not in known}
+            return cls.from_config(config, seed, **used), rest
         read = cls.CONFIG.from_dict({**config, **changes}, "the configuration")  # type: ignore[attr-defined]
         return cls(read, rngs=nnx.Rngs(seed))  # type: ignore[call-arg]
 

@@ -23,7 +23,7 @@ from flax import nnx
 from kandinsky_jax import hub
 from kandinsky_jax.checkpoint import CheckpointError, flat_params, lora_files, set_params
 from kandinsky_jax.checkpoint.lora_files import Adapter
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.errors import quote, shorten
 from kandinsky_jax.lora import FILE, LayerChange
 from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
 from kandinsky_jax.pipelines import lora_weights
@@ -173,6 +173,10 @@ class LoraLoader:
         given = pretrained_model_name_or_path_or_dict
         amount = lora_weights.in_all_layers(lora_weights.number("weight", weight))
         if isinstance(given, Mapping):
+            if metadata is not None and not (
+                isinstance(metadata, Mapping) and all(isinstance(key, str) for key in metadata)
+            ):
+                raise TypeError(f"metadata must be a dictionary of peft's fields by name, got {quote(metadata)}")
             opened = lora_files.from_dict(given, metadata)
         elif metadata is not None:
             raise ValueError("metadata is for a dictionary of arrays; a file has its own")
@@ -258,7 +262,7 @@ class LoraLoader:
                 part that a network has not.
         """
         wanted = self._known(adapter_names)
-        listed = isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str)
+        listed = isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str | bytes)
         if listed or getattr(adapter_weights, "ndim", 0) == 1:
             each: list[Any] = list(adapter_weights)  # type: ignore[arg-type]
         else:
@@ -392,6 +396,10 @@ class LoraLoader:
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
         """Names as a list, all of them of loaded adapters."""
+        if not isinstance(names, str) and not (
+            isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+        ):
+            raise TypeError(f"adapters are named by a string or a list of strings, got {quote(names)}")
         wanted = [names] if isinstance(names, str) else list(names)
         known = self._loaded_names()
         if missing := [name for name in wanted if name not in known]:

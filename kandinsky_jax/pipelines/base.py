@@ -19,7 +19,7 @@ from kandinsky_jax.checkpoint import (
     move_network,
 )
 from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
-from kandinsky_jax.errors import quote
+from kandinsky_jax.errors import quote, shorten
 from kandinsky_jax.noise import Source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.adapters import LoraLoader
@@ -113,7 +113,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         if len(dtypes) > 1:
             raise TypeError("dtype and torch_dtype are two names of one argument: give one of them")
         if unknown := components.keys() - set(names):
-            raise TypeError(f"{cls.__name__} has no component {sorted(unknown)}; it has {list(names)}")
+            raise TypeError(f"{cls.__name__} has no component {shorten(sorted(unknown))}; it has {list(names)}")
         found = {pipe.PREFIX + name: part for pipe in pipes for name, part in pipe._held().items()}
         ready = {name: found[cls.PREFIX + name] for name in names if cls.PREFIX + name in found} | components
         if missing := [name for name in names if name not in ready]:

@@ -18,7 +18,7 @@ LARGEST = 2**31 - 1  # of whole numbers that count things
 def texts(value: Any, name: str) -> list[str]:
     """A prompt argument as a list of strings."""
     if isinstance(value, str):
-        return [value]
+        return [_text(value, name)]
     if not isinstance(value, list | tuple):
         raise TypeError(f"{name} must be a string or a list of strings, got {type(value).__name__}")
     if not value:
@@ -26,7 +26,18 @@ def texts(value: Any, name: str) -> list[str]:
     for i, item in enumerate(value):
         if not isinstance(item, str):
             raise TypeError(f"{name}[{i}] must be a string, got {type(item).__name__} ({quote(item)})")
-    return list(value)
+    return [_text(item, f"{name}[{i}]") for i, item in enumerate(value)]
+
+
+def _text(value: str, name: str) -> str:
+    """A string, or ValueError where it cannot be one of UTF-8, as a half of a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is no text: character {error.start} is {quote(value[error.start])}, half of a surrogate pair"
+        ) from None
+    return value
 
 
 def negative_texts(value: Any, prompts: Sequence[str]) -> list[str] | None:

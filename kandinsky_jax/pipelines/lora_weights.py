@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.errors import quote, shorten
 
 # By parts of layers' names, the first that a name contains counts; "" is contained in all.
 LayerWeights = Mapping[str, float]
 
 _ATTENTION = re.compile(r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.")
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def in_all_layers(weight: float) -> LayerWeights:
@@ -36,9 +38,12 @@ def number(what: str, value: Any) -> float:
     """A finite number, also as an array without dimensions, or ValueError."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(float(value)):
-        raise ValueError(f"{what} is {shorten(value, 60)}, needed is a finite number")
-    return float(value)
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool) and abs(found := float(value)) <= _LARGEST:
+            return found
+    except OverflowError:  # a larger integer than floats hold
+        pass
+    raise ValueError(f"{what} is {quote(value, 60)}, needed is a finite number")
 
 
 def of_network(component: str, given: Any, layers: Iterable[str]) -> LayerWeights:

@@ -177,7 +177,8 @@ class Scheduler(SchedulerMixin):
         this configuration takes its own defaults for them.
         """
         own = {f.name: getattr(self, f.name) for f in self.fields()}
-        return AttributeDict({UNSET: sorted(self.unset or ()), **dict(self.extra), **own})
+        named = {"_class_name": type(self).__name__, UNSET: sorted(self.unset or ()), **dict(self.extra), **own}
+        return AttributeDict(named)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **changes: Any) -> Any:
@@ -187,6 +188,11 @@ class Scheduler(SchedulerMixin):
         one that was not set. With `return_unused_kwargs`, those of `changes` that are no fields come back beside the
         scheduler, as a dictionary; without, they are errors.
         """
+        if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+            raise SchedulerError(
+                f"{cls.__name__}.from_config takes a configuration as a dictionary, got {quote(config)}; "
+                "from_pretrained takes the name of a folder or repository"
+            )
         names = {f.name for f in cls.fields()}
         if return_unused_kwargs:
             used = {name: value for name, value in changes.items() if name in names}

@@ -92,7 +92,7 @@ class SchedulerMixin:
         return known if isinstance(self, BetaScheduler) else []
 
     @classmethod
-    def load_config(cls, name: str | os.PathLike[str], subfolder: str | None = None, **options: Any) -> dict[str, Any]:
+    def load_config(cls, name: str | os.PathLike[str], subfolder: str | None = None, **options: Any) -> Any:
         """What `scheduler_config.json` holds; arguments and errors: see `from_pretrained`."""
         return HOOKS["load_config"](name, cls.config_name, subfolder=subfolder, **options)
 
@@ -130,13 +130,18 @@ class SchedulerMixin:
         for name, value in self.config.items():
             if callable(value):
                 raise SchedulerError(f"{name} of {type(self).__name__} is a function, which no file can hold")
-            if name != UNSET and not (name in STEP_ARGUMENTS and name in (self.unset or ())):
+            if name not in (UNSET, "_class_name") and not (name in STEP_ARGUMENTS and name in (self.unset or ())):
                 named[name] = value
         return named
 
     def to_json_string(self) -> str:
         """The configuration as JSON, for this library or diffusers."""
-        return json.dumps(self._saved(), indent=2, sort_keys=True) + "\n"
+        try:
+            return json.dumps(self._saved(), indent=2, sort_keys=True) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SchedulerError(
+                f"the configuration of {type(self).__name__} cannot be written as JSON: {shorten(str(error), 200)}"
+            ) from None
 
     def to_json_file(self, path: str | os.PathLike[str]) -> None:
         """Write the configuration to a file."""

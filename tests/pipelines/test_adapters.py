@@ -225,6 +225,36 @@ def test_weights_of_the_priors_layers(pipe, tmp_path):
         pipe.set_adapters("one", {"prior": {"nowhere": 0.5}})
 
 
+def test_arguments_that_cannot_be(pipe, tmp_path):
+    changes = random_changes(pipe.prior_prior, 3)
+    lora_files.write(tmp_path, {"prior": changes})
+    pipe.load_lora_weights(tmp_path, "one")
+    before = weights_of(pipe.prior_prior)
+    for weight in (10**400, 1e39, b"1", "1", True, float("nan"), {"prior": 10**400}):
+        with pytest.raises(ValueError, match="needed is a finite number"):
+            pipe.set_adapters("one", weight)
+    with pytest.raises(ValueError, match=r"is '0\.5', needed is a finite number"):
+        pipe.set_adapters("one", "0.5")
+    for wrong in (None, 5, b"one", [1]):
+        for call in (pipe.set_adapters, pipe.delete_adapters):
+            with pytest.raises(TypeError, match="adapters are named by a string or a list of strings"):
+                call(wrong)
+    arrays = {f"prior.{name}.lora_A.weight": change.down for name, change in changes.items()}
+    for metadata in (5, [], "x", {1: 2}):
+        with pytest.raises(TypeError, match="metadata must be a dictionary of peft's fields"):
+            pipe.load_lora_weights(arrays, "two", metadata=metadata)
+    for name in ("../out.safetensors", "/out.safetensors", "a/../../out.safetensors", "", "\0", 5):
+        with pytest.raises(ValueError, match="weight_name must be a file's name within the folder"):
+            pipe.save_lora_weights(tmp_path / "in", "one", weight_name=name)
+        with pytest.raises(ValueError, match="weight_name must be a file's name within the folder"):
+            pipe.load_lora_weights(tmp_path, "three", weight_name=name)
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        pipe.save_lora_weights(tmp_path / "in", "one", weight_name="a.bin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE]
+    now = weights_of(pipe.prior_prior)
+    assert all(np.array_equal(now[name], before[name]) for name in before)
+
+
 def test_a_hub_repository_in_the_cache(pipe, folders, tmp_path):
     """Its usual file, one by name, and peft's with its configuration."""
     source = tmp_path / "source"
@@ -389,7 +419,7 @@ def test_wrong_arguments(pipe, folders, tmp_path):
         (lambda: pipe.load_lora_weights(folders["a"], subfolder="x"), "x is not there"),
         (lambda: pipe.set_adapters("yours"), r"no adapter \['yours'\] is loaded; there are \['mine'\]"),
         (lambda: pipe.set_adapters("mine", [1.0, 2.0]), "2 weights for 1 adapters"),
-        (lambda: pipe.set_adapters("mine", "much"), "weight in the unet is much"),
+        (lambda: pipe.set_adapters("mine", "much"), "weight in the unet is 'much'"),
         (lambda: pipe.set_adapters("mine", True), "weight in the unet is True"),
         (lambda: pipe.set_adapters("mine", {"text_encoder": 1.0}), "weights for .'text_encoder'.*has LoRA in"),
         (lambda: pipe.set_adapters("mine", {"unet": {"side": 1.0}}), r"the unet has no blocks \['side'\]"),

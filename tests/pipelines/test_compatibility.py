@@ -115,6 +115,7 @@ def test_networks_count_and_convert(pipe, ours):
     assert pipe.unet.num_parameters(only_trainable=True) * 4 == pipe.unet.get_memory_footprint()
     assert pipe.num_parameters() == pipe.unet.num_parameters() + pipe.movq.num_parameters()
     assert pipe.movq_scale_factor == 8
+    assert pipe.unet.eval() is pipe.unet.train() is pipe.unet
     assert pipe.unet.half().dtype == np.float16
     assert pipe.unet.bfloat16().dtype == jax.numpy.bfloat16
     assert pipe.unet.float().cpu().dtype == np.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 
@@ -85,3 +86,77 @@ def test_configurations_as_text_and_from_a_model(tmp_path):
         kandinsky_jax.DDPMScheduler.from_pretrained(tmp_path)
     with pytest.raises(NotImplementedError, match="hf upload"):
         scheduler.save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_a_configuration_stays_as_it_is():
+    """A change that nothing would see is refused, as diffusers' FrozenDict refuses it."""
+    scheduler = kandinsky_jax.DDPMScheduler()
+    config = scheduler.config
+    assert config._class_name == config["_class_name"] == "DDPMScheduler"
+    changes = [
+        lambda: config.update(eta=1),
+        lambda: config.pop("beta_end"),
+        lambda: config.__setitem__("beta_end", 1),
+        lambda: setattr(config, "beta_end", 1),
+        lambda: config.setdefault("other", 1),
+        lambda: config.__delitem__("beta_end"),
+    ]
+    for change in changes:
+        with pytest.raises(TypeError, match="a configuration stays as it is: make another"):
+            change()
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), copy.copy(config)):
+        assert again == config == scheduler.config
+        assert again.beta_end == config.beta_end
+    assert kandinsky_jax.DDIMScheduler.from_config(config).beta_end == config.beta_end
+
+
+@pytest.mark.parametrize("given", [None, 5, "tiny", [], {1: 2}], ids=str)
+@pytest.mark.parametrize("cls", [kandinsky_jax.DDPMScheduler, kandinsky_jax.UNet2DConditionModel])
+def test_what_is_no_configuration(cls, given):
+    with pytest.raises((SchedulerError, kandinsky_jax.ConfigError), match="takes a configuration as a dict"):
+        cls.from_config(given)
+
+
+@pytest.mark.parametrize("value", [{1}, object()], ids=["set", "object"])
+def test_what_json_cannot_hold(value, tmp_path):
+    with pytest.warns(UserWarning, match="no scheduler knows"):
+        scheduler = kandinsky_jax.DDPMScheduler.from_config({"x": value})
+    with pytest.raises(SchedulerError, match="the configuration of DDPMScheduler cannot be written as JSON"):
+        scheduler.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "subfolder", "error", "says"),
+    [
+        (
+            "tiny",
+            "scheduler",
+            CheckpointError,
+            f"tiny is a family of models: give .*{hub.DECODER} or .*{hub.PRIOR}",
+        ),
+        ("tiny/nope", "scheduler", CheckpointError, f"tiny has {hub.PRIOR}, "),
+        ("tiny/..", "scheduler", CheckpointError, f"tiny has {hub.PRIOR}, "),
+        (f"tiny/{hub.DECODER}/unet", "scheduler", CheckpointError, "has no folder scheduler; it has none"),
+        (None, None, TypeError, "a component is named by a string or a path, got None"),
+        (b"tiny", None, TypeError, "a component is named by a string or a path, got b'tiny'"),
+        (DECODER, 5, TypeError, "subfolder must be a string, got 5"),
+    ],
+)
+@pytest.mark.parametrize("cls", [kandinsky_jax.DDPMScheduler, kandinsky_jax.UNet2DConditionModel])
+def test_components_that_are_not_there(cls, name, subfolder, error, says):
+    for load in (cls.from_pretrained, cls.load_config):
+        with pytest.raises(error, match=says):
+            load(name, subfolder=subfolder)
+
+
+@pytest.mark.parametrize("cls", [kandinsky_jax.DDPMScheduler, kandinsky_jax.UNet2DConditionModel])
+def test_arguments_without_use_come_back(cls):
+    where = {"subfolder": "scheduler" if "Scheduler" in cls.__name__ else "unet"}
+    config, unused = cls.load_config(DECODER, **where, return_unused_kwargs=True, colour="red")
+    assert (config, unused) == (cls.load_config(DECODER, **where), {"colour": "red"})
+    with pytest.raises(TypeError, match=r"load_config has no argument .*colour.*; it takes cache_dir, "):
+        cls.load_config(DECODER, **where, colour="red")
+    made, unused = cls.from_config(config, return_unused_kwargs=True, colour="red")
+    assert isinstance(made, cls)
+    assert unused == {"colour": "red"}
