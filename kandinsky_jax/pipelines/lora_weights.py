@@ -43,7 +43,7 @@ def number(what: str, value: Any) -> float:
             return found
     except OverflowError:  # a larger integer than floats hold
         pass
-    raise ValueError(f"{what} is {quote(value, 60)}, needed is a finite number")
+    raise ValueError(f"{what} is {quote(value, 60)}, needed is a finite number that float32 holds")
 
 
 def of_network(component: str, given: Any, layers: Iterable[str]) -> LayerWeights:

@@ -426,7 +426,7 @@ def test_wrong_arguments(pipe, folders, tmp_path):
         (lambda: pipe.set_adapters("mine", {"unet": {"up": {"block_9": 1.0}}}), "no attention in up.*block_9"),
         (lambda: pipe.set_adapters("mine", {"unet": {"down": [1.0, 2.0, 3.0]}}), "3 weights for 1 attentions in down"),
         (lambda: pipe.set_adapters("mine", {"unet": {"mid": None}}), "mid of the unet is None, needed is a finite"),
-        (lambda: pipe.set_adapters("mine", 1e39), "makes .* too large for float32, or not finite"),
+        (lambda: pipe.set_adapters("mine", 1e39), "is 1e.39, needed is a finite number that float32 holds"),
         (lambda: pipe.delete_adapters("yours"), "no adapter"),
         (lambda: pipe.fuse_lora(components=["movq"]), "has no LoRA in"),
         (lambda: pipe.fuse_lora(lora_scale=float("inf")), "lora_scale is inf"),
