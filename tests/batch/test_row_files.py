@@ -319,3 +319,21 @@ def test_a_pipe_is_no_file_of_rows(tmp_path, name, scheme):
     os.mkfifo(tmp_path / name)
     with pytest.raises(JobError, match="is no regular file"):
         scan(f"{scheme}{tmp_path / name}")
+
+
+def test_damaged_csv_rows_are_not_read_again(tmp_path, monkeypatch):
+    """Each costs itself: what the scan has in memory is looked at, but for rows that an earlier block begins."""
+    made, real = [], text_rows.Lines
+    monkeypatch.setattr(text_rows, "Lines", lambda *a, **k: made.append(a) or real(*a, **k))
+    (tmp_path / "a.csv").write_bytes(b"prompt,id\n" + b"a\rb,c\n" * 30_000)
+    assert scan(str(tmp_path / "a.csv")).count == 30_000
+    assert len(made) < 10
+
+
+def test_csv_cell_beyond_the_limit(tmp_path):
+    """On one line it costs its row; over several, the rows after it cannot be known."""
+    (tmp_path / "a.csv").write_bytes(b'prompt,id\n"' + b"xxxx " * 30_000 + b'",1\ny,a\n')
+    assert [row.fault is None for row in scan(str(tmp_path / "a.csv")).read(0, 9)] == [False, True]
+    (tmp_path / "a.csv").write_bytes(b'prompt,id\n"' + b"xxxx\n" * 30_000 + b'",1\ny,a\n')
+    with pytest.raises(JobError, match=r"quote in line 2 that is not closed .* within the 131,072 characters"):
+        scan(str(tmp_path / "a.csv"))

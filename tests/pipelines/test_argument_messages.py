@@ -81,3 +81,9 @@ def test_a_list_of_pictures_that_holds_itself_is_refused():
 def test_from_pipe_takes_pipelines_only(name, value):
     with pytest.raises(TypeError, match=rf"{name}.from_pipe takes pipelines of kandinsky_jax"):
         getattr(kandinsky_jax, name).from_pipe(value)
+
+
+@pytest.mark.parametrize("given", ["\ud800", ["fine", "a \udfff b"]])
+def test_half_a_surrogate_pair_is_no_text(given):
+    with pytest.raises(ValueError, match=r"^prompt(\[1\])? is no text: character [02] is '\\ud"):
+        checks.texts(given, "prompt")
