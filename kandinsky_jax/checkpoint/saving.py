@@ -96,8 +96,7 @@ def save_network(
 def save_config(module: Any, folder: str | os.PathLike[str]) -> None:
     """Write a network's `config.json` into `folder`, which is made where it is missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(module.config.to_dict(), indent=2, sort_keys=True) + "\n"
-    replace_file(Path(folder) / "config.json", text.encode())
+    module.to_json_file(Path(folder) / "config.json")
 
 
 def _write(
