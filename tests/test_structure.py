@@ -29,7 +29,7 @@ FLOORS = (
     ("kandinsky_jax.checkpoint", "kandinsky_jax.hub"),
     ("kandinsky_jax.zero_embed", "kandinsky_jax.pretrained"),
     ("kandinsky_jax.pipelines", "convert_weights.convert"),
-    ("kandinsky_jax.batch", "kandinsky_jax.training"),
+    ("kandinsky_jax.batch", "kandinsky_jax.training", "kandinsky_jax.utils"),
     ("kandinsky_jax.cli", "convert_weights.__main__"),
 )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers.utils import load_image, make_image_grid
 from PIL import Image
 
 from kandinsky_jax import (
@@ -26,6 +25,7 @@ from kandinsky_jax import (
     KandinskyV22PriorEmb2EmbPipeline,
     KandinskyV22PriorPipeline,
 )
+from kandinsky_jax.utils import load_image, make_image_grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:there is no cuda device here", "ignore:.*has no effect here")
 
