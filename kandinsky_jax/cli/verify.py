@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from tqdm.auto import tqdm
@@ -36,9 +36,12 @@ def verify(
     manifest, and not read) or not covered (no checksum is known).
     """
     from kandinsky_jax import hub
-    from kandinsky_jax.checkpoint import manifest
+    from kandinsky_jax.checkpoint import CheckpointError, manifest
 
-    folders = hub.stored_folders(model, cache_dir)
+    try:
+        folders = hub.stored_folders(model, cache_dir)
+    except CheckpointError as error:
+        _stop_uncompared(str(error))
     if update:
         for folder in folders:
             if hub.is_in_cache(folder):
@@ -55,7 +58,7 @@ def verify(
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=quiet or total < 1e8) as bar:
         found = {folder: manifest.verify(folder, bar.update) for folder in folders}
     if not any(found.values()):
-        raise ValueError(f"{shorten(model)} holds no files")
+        _stop_uncompared(f"{shorten(model)} holds no files")
     counts = Counter(report.status for reports in found.values() for report in reports)
     damaged = any(counts[status] for status in manifest.FAULTS)
     compared = damaged or bool(counts["ok"])
@@ -80,3 +83,9 @@ def verify(
         if damaged and hub.is_in_cache(folders[0]):
             print("fetch it again: from_pretrained(..., force_download=True), or `hf download --force-download ...`")
     sys.exit(1 if damaged else 0 if compared else 2)
+
+
+def _stop_uncompared(reason: str) -> NoReturn:
+    """End the process as one that could compare nothing."""
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
