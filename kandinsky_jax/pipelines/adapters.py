@@ -276,6 +276,8 @@ class LoraLoader:
             raise ValueError(
                 f"weights for {shorten(unknown)}; {type(self).__name__} has LoRA in {list(self._networks())}"
             )
+        for name, given in zip(wanted, each, strict=True):
+            self._warn_of_unused(name, given)
         updates = []
         for component, module, now in self._adapters():
             layers = lora_files.layers_of(flat_params(module))
@@ -286,6 +288,19 @@ class LoraLoader:
             }
             updates.append((module, replace(now, weights=weights)))
         _apply(updates)
+
+    def _warn_of_unused(self, name: str, given: Weight | None) -> None:
+        """Warn of an adapter's weights for networks that it does not change."""
+        if not isinstance(given, Mapping):
+            return
+        changed = [component for component, _, now in self._adapters() if name in now.loaded]
+        known = {*changed, *map(_bare, changed)}
+        if unused := [component for component in given if component not in known]:
+            warnings.warn(
+                f"the weights of the adapter {shorten(name, 60)!r} for {shorten(unused)} are not used: "
+                f"it changes {changed} only",
+                stacklevel=3,
+            )
 
     def get_active_adapters(self) -> list[str]:
         """The names of the active adapters, whether `disable_lora` was called or not."""

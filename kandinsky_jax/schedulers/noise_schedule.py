@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,8 +44,14 @@ ALPHA_BARS: dict[str, Callable[[float], float]] = {
 
 def betas_for_alpha_bar(steps: int, schedule: str = "squaredcos_cap_v2", largest: float = 0.999) -> np.ndarray:
     """The variances that make `ALPHA_BARS[schedule]`, none above `largest`; float64 `[steps]`."""
-    alpha_bar = np.array([ALPHA_BARS[schedule](i / steps) for i in range(steps + 1)])
+    alpha_bar = _alpha_bar(steps, schedule)
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest)
+
+
+@functools.lru_cache(maxsize=16)
+def _alpha_bar(steps: int, schedule: str) -> np.ndarray:
+    """`ALPHA_BARS[schedule]` at each of the steps and before the first; float64 `[steps + 1]`, not to be changed."""
+    return np.array([ALPHA_BARS[schedule](i / steps) for i in range(steps + 1)])
 
 
 def make_betas(schedule: str, start: float, end: float, steps: int, trained: Any = None) -> np.ndarray:

@@ -317,6 +317,9 @@ def test_names_and_weights_of_two_networks(pipe, tmp_path):
     check(0.25, 2.125)
     pipe.set_adapters("default_0", {"prior_prior": 0.5})
     check(1.0, 0.5)
+    with pytest.warns(UserWarning, match=r"'default_1' for \['unet'\] are not used: it changes \['prior_prior'\] only"):
+        pipe.set_adapters("default_1", {"unet": 3.0, "prior": 0.25})
+    check(0.0, 0.25)
     pipe.set_adapters([])
     check(0.0, 0.0)
     assert pipe.get_active_adapters() == []
