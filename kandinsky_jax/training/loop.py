@@ -134,6 +134,7 @@ class Run:
             done = saved = int(state.step)
             metrics.forget_after(done)
             with tqdm(total=last, initial=done, desc=self.task.kind, unit="step", disable=self.quiet) as bar:
+                bar.set_postfix_str("compiling the first step")
                 while done < last and not stop.asked:
                     began = time.perf_counter()
                     try:
