@@ -18,24 +18,25 @@ OPTIONS += "--steps 5 --prior-steps 3 --batch 4 --rows-per-shard 8 --dtype float
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A job of 64 rows, and what it draws undisturbed."""
+    """A job of 40 rows, and what it draws undisturbed."""
     folder = tmp_path_factory.mktemp("kill")
-    batch_kill.write_rows(folder, 64)
+    batch_kill.write_rows(folder, 40)
     batch_kill.undisturbed(folder, OPTIONS)
     return folder
 
 
 @pytest.mark.parametrize(
-    ("processes", "distributed"),
+    ("processes", "distributed", "kills"),
     [
-        pytest.param(2, True, marks=pytest.mark.slow),
-        pytest.param(2, False, marks=pytest.mark.campaign),
-        pytest.param(4, True, marks=pytest.mark.campaign),
+        pytest.param(2, True, 2, marks=pytest.mark.slow),
+        pytest.param(2, True, 8, marks=pytest.mark.campaign),
+        pytest.param(2, False, 4, marks=pytest.mark.campaign),
+        pytest.param(4, True, 4, marks=pytest.mark.campaign),
     ],
 )
-def test_killed_and_started_again(folder, processes, distributed):
-    found = batch_kill.disturbed(folder, 64, processes, 4, OPTIONS, distributed, random.Random(processes))
-    assert found["kills"] == 4
+def test_killed_and_started_again(folder, processes, distributed, kills):
+    found = batch_kill.disturbed(folder, 40, processes, kills, OPTIONS, distributed, random.Random(processes))
+    assert found["kills"] == kills
     assert found["jobs"] >= 1
 
 

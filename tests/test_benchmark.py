@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "tpu_scripts" / "benchmark.py"
 
 @pytest.mark.slow
 def test_it_runs_on_the_small_model(tmp_path):
-    small = "--models tiny --size 64 --steps 2 --prior-steps 2 --repeats 1 --rounds 1".split()
+    small = "--models tiny --size 64 --steps 2 --prior-steps 2 --stages text2img --repeats 1 --rounds 1".split()
     command = [sys.executable, str(SCRIPT), *small, "--output", str(tmp_path / "found")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr

@@ -26,8 +26,6 @@ TARGETS = {
     "decoder": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
     "prior": ["to_q", "to_k", "to_v", "to_out.0"],
 }
-KINDS = [pytest.param("decoder", marks=pytest.mark.slow), "prior"]
-GAMMAS = [5.0, pytest.param(None, marks=pytest.mark.slow)]
 
 
 def batch_of(kind: str, seed: int = 0) -> dict[str, np.ndarray]:
@@ -131,8 +129,15 @@ def close(ours: dict[str, np.ndarray], theirs: dict[str, torch.Tensor], what: st
         assert note(error, f"{what}, max|d| / std") <= bound, name
 
 
-@pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "gamma"),
+    [
+        ("prior", 5.0),
+        pytest.param("decoder", 5.0, marks=pytest.mark.slow),
+        pytest.param("prior", None, marks=pytest.mark.slow),
+        pytest.param("decoder", None, marks=pytest.mark.campaign),
+    ],
+)
 def test_loss_and_gradients(tiny_pipe, reference, kind, gamma):
     twin, own, batch = Twin(reference, kind), Ours(tiny_pipe, kind, gamma), batch_of(kind)
     wanted = twin.loss(batch, gamma)
@@ -159,9 +164,15 @@ def by_peft_name(tree) -> dict[str, np.ndarray]:
     return {f"{n}.lora_{half}.default.weight": np.asarray(x) for n, pair in tree.items() for half, x in pair.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gamma", [5.0, None])
-@pytest.mark.parametrize("kind", ["decoder", "prior"])
+@pytest.mark.parametrize(
+    ("kind", "gamma"),
+    [
+        pytest.param("prior", 5.0, marks=pytest.mark.slow),
+        pytest.param("decoder", None, marks=pytest.mark.slow),
+        pytest.param("prior", None, marks=pytest.mark.campaign),
+        pytest.param("decoder", 5.0, marks=pytest.mark.campaign),
+    ],
+)
 def test_loss_and_gradients_of_lora(tiny_pipe, reference, kind, gamma):
     twin, own, batch = Twin(reference, kind, rank=4), Ours(tiny_pipe, kind, gamma), batch_of(kind, 1)
     changes = lora_of(twin)
@@ -226,30 +237,48 @@ def test_weights_after_twenty_steps(tiny_pipe, reference, kind, with_lora):
 # Ours alone -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_parts_of_a_batch_are_the_batch(tiny_pipe):
+@pytest.fixture(scope="module")
+def stepped(tiny_pipe):
+    """(settings) -> the prior's parameters, its state after one step, and the step's metrics."""
     own, batch = Ours(tiny_pipe, "prior", None), batch_of("prior")
-    found = []
-    for parts in (1, 2, 4):
-        trainer = Trainer(own.loss, Settings(gradient_accumulation_steps=parts, max_grad_norm=None))
+
+    def step(**settings):
+        rates = {"adam_weight_decay": 0.5, "learning_rate": 0.1, "max_grad_norm": None}
+        trainer = Trainer(own.loss, Settings(**rates, **settings))
         state, metrics = trainer.step(trainer.init(own.params), batch, jax.random.key(0))
-        found.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
-        assert int(state.step) == 1
-    assert np.allclose(found, found[0], rtol=1e-5)
+        return own.params, state, {name: float(value) for name, value in metrics.items()}
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def plain(stepped):
+    return stepped()
 
 
 @pytest.mark.slow
-def test_remat_changes_nothing_and_bfloat16_little(tiny_pipe):
-    own, batch = Ours(tiny_pipe, "prior", None), batch_of("prior")
-    losses = {}
-    for name, settings in (("plain", {}), ("remat", {"remat": True}), ("bfloat16", {"dtype": "bfloat16"})):
-        trainer = Trainer(own.loss, Settings(**settings))
-        state, metrics = trainer.step(trainer.init(own.params), batch, jax.random.key(0))
-        losses[name] = float(metrics["loss"])
-        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-    assert losses["remat"] == pytest.approx(losses["plain"], rel=1e-6)
-    assert losses["bfloat16"] == pytest.approx(losses["plain"], rel=0.05)
-    assert losses["bfloat16"] != losses["plain"]
+def test_parts_of_a_batch_are_the_batch(stepped, plain):
+    _, state, found = stepped(gradient_accumulation_steps=4)
+    assert int(state.step) == 1
+    for name in ("loss", "gradient_norm"):
+        assert found[name] == pytest.approx(plain[2][name], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "least", "most"), [({"remat": True}, 0, 1e-6), ({"dtype": "bfloat16"}, 1e-8, 0.05)]
+)
+def test_remat_changes_nothing_and_bfloat16_little(stepped, plain, settings, least, most):
+    _, state, found = stepped(**settings)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert least <= abs(found["loss"] / plain[2]["loss"] - 1) <= most
+
+
+@pytest.mark.slow
+def test_statistics_are_not_trained(plain):
+    before, state, _ = plain
+    assert all(np.array_equal(state.params[name], before[name]) for name in ("clip_mean", "clip_std"))
+    assert not np.array_equal(state.params["prd_embedding"], before["prd_embedding"])
 
 
 def test_the_average_is_the_references(tiny_pipe):
@@ -268,16 +297,6 @@ def test_the_average_is_the_references(tiny_pipe):
         weight.data = torch.from_numpy(np.asarray(state.params["a"]["weight"]).copy())
         average.step([weight])
     assert np.allclose(state.ema["a"]["weight"], average.shadow_params[0], rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_statistics_are_not_trained(tiny_pipe):
-    own = Ours(tiny_pipe, "prior", None)
-    trainer = Trainer(own.loss, Settings(adam_weight_decay=0.5, learning_rate=0.1))
-    before = {name: np.asarray(own.params[name]) for name in ("clip_mean", "clip_std")}
-    state, _ = trainer.step(trainer.init(own.params), batch_of("prior"), jax.random.key(0))
-    assert all(np.array_equal(state.params[name], value) for name, value in before.items())
-    assert not np.array_equal(state.params["prd_embedding"], own.params["prd_embedding"])
 
 
 @pytest.mark.parametrize(

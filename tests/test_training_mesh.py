@@ -15,15 +15,26 @@ from jax.sharding import PartitionSpec
 from kandinsky_jax.training.config import ConfigError, load
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import make_training_mesh, parts, places
-from tests.conftest import note, slow_and_campaign
+from tests.conftest import note
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("kind", slow_and_campaign((Kind.PRIOR, Kind.DECODER, Kind.LORA_DECODER), Kind.PRIOR))
-def test_the_loss_curve_is_that_of_one_device(tmp_path, kind):
+MESHES = ("alone", "data=8", "fsdp=8", "data=2,fsdp=4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "meshes"),
+    [
+        pytest.param(Kind.PRIOR, ("alone", "data=2,fsdp=4", "resumed"), marks=pytest.mark.slow, id="some"),
+        pytest.param(Kind.PRIOR, (*MESHES, "by a rule", "resumed"), marks=pytest.mark.campaign, id="prior"),
+        pytest.param(Kind.DECODER, MESHES, marks=pytest.mark.campaign, id="decoder"),
+        pytest.param(Kind.LORA_DECODER, MESHES, marks=pytest.mark.campaign, id="lora-decoder"),
+    ],
+)
+def test_the_loss_curve_is_that_of_one_device(tmp_path, kind, meshes):
     """Ten AdamW steps with dropout: losses within 1e-5, on every mesh, and also where a run changes its mesh."""
-    command = [sys.executable, "-W", "error", "-m", "tests.training_mesh_worker", tmp_path / "out.json", kind]
+    command = [sys.executable, "-W", "error", "-m", "tests.training_mesh_worker", tmp_path / "out.json", kind, *meshes]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())

@@ -1,8 +1,8 @@
 """Loss curves on meshes of eight simulated devices; run by test_training_mesh.py in a process of its own.
 
-python -m tests.training_mesh_worker OUT.json KIND [MESH...]
+python -m tests.training_mesh_worker OUT.json KIND MESH...
 
-Without meshes it is all of them, and for the prior a rule, and a run that changes its mesh.
+MESH is one of MESHES, "by a rule", or "resumed": a run that changes its mesh.
 """
 
 from __future__ import annotations
@@ -110,11 +110,14 @@ def main(target: str, kind: Kind, meshes: list[str]) -> None:
     pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     pipe.shard(None)
     task = DiffusionTask(pipe, kind, Config(model="", data="", output="", **OPTIONS))
-    found = {name: curve(task, name) for name in meshes or MESHES}
-    if kind == Kind.PRIOR and not meshes:
-        rules = [(r"ff\.net\.0\.proj\.weight$", PartitionSpec(FSDP))]
-        found["by a rule"] = curve(task, "fsdp=8", rules)
-        found["resumed"] = {"losses": resumed(task)}
+    found: dict[str, dict] = {}
+    for name in meshes:
+        if name == "resumed":
+            found[name] = {"losses": resumed(task)}
+        elif name == "by a rule":
+            found[name] = curve(task, "fsdp=8", [(r"ff\.net\.0\.proj\.weight$", PartitionSpec(FSDP))])
+        else:
+            found[name] = curve(task, name)
     Path(target).write_text(json.dumps(found))
 
 
