@@ -313,7 +313,8 @@ def test_foundations_learn(folder, scratch, tmp_path, kind):
     """From random weights the loss falls by a third, and diffusers loads the result."""
     optimizer = {"max_train_steps": 40, "learning_rate": 1e-3, "lr_warmup_steps": 10}
     options = {"quantized_share": 0.25}
-    options |= {"checkpointing_steps": 100, "validation_steps": 40, "text_length": 24, "train_batch_size": 8}
+    options |= {"checkpointing_steps": 100, "validation_steps": 40, "text_length": 24}
+    options["train_batch_size"] = 4 if kind == Kind.MOVQ else 8
     config = config_of(folder, tmp_path, model=str(scratch), optimizer=optimizer, **options)
     result = Run(kind, config, quiet=True).train()
     found = losses(tmp_path)
@@ -339,7 +340,7 @@ def test_foundations_learn(folder, scratch, tmp_path, kind):
 EVERY = (Kind.MOVQ, Kind.CLIP, Kind.PRIOR, Kind.DECODER, Kind.LORA_DECODER)
 
 
-@pytest.mark.parametrize("kind", slow_and_campaign(EVERY, Kind.CLIP, Kind.LORA_DECODER))
+@pytest.mark.parametrize("kind", slow_and_campaign(EVERY, Kind.CLIP))
 def test_every_kind_goes_on_where_it_stopped(folder, tmp_path, kind):
     """Stopped between two steps and begun again: the weights and losses of a run that went through, bit for bit."""
 

@@ -151,8 +151,8 @@ def read_dtype(value: Any) -> jnp.dtype:
 def _read_devices(owner: Any, value: Any) -> Target:
     if isinstance(value, jax.Device):
         return Target([value], exact=True)
-    text = f"cuda:{value}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    parsed = re.fullmatch(r"([a-z]+)(?::(\d+))?", text)
+    text = f"cuda:{shorten(value)}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    parsed = re.fullmatch(r"([a-z]+)(?::([0-9]{1,9}))?", text)
     if parsed is None or parsed[1] not in {*PLATFORMS, *FOREIGN}:
         raise ValueError(f"{shorten(value)} is no device; give {_devices_here()}, or a dtype")
     kind, index = parsed[1], parsed[2]

@@ -19,6 +19,7 @@ from flax import nnx
 
 import kandinsky_jax
 from kandinsky_jax import hub
+from kandinsky_jax.errors import shorten
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from tests.conftest import SHAPES_MODEL
 from tests.xla_flags import devices
@@ -196,9 +197,11 @@ def test_a_device_that_is_not_here_is_another_accelerator(pipe):
         ((torch.int8,), ValueError, "dtype torch.int8 is not supported"),
         (("disk",), ValueError, "disk is no device; give cpu, or a dtype"),
         (("cpu:9",), ValueError, "cpu:9 is not here; there are 1 cpu devices, counted from 0"),
+        (("cpu:" + "9" * 5000,), ValueError, r"cpu:99*\.\.\. is no device"),
+        ((10**5000,), ValueError, "a int too large to show is no device"),
         (("cpu", "cpu"), TypeError, "one device and one dtype"),
     ],
-    ids=str,
+    ids=lambda value: shorten(value, 40),
 )
 def test_to_says_what_there_is(pipe, given, error, says):
     if "cpu:9" in given and len(jax.devices()) > 1:
