@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from PIL import Image
 
-from kandinsky_jax import images
 from kandinsky_jax.errors import quote, shorten
+from kandinsky_jax.images import read, rgb
 
 MAX_DOWNLOAD = 256 << 20  # bytes of a picture from a URL
 TIMEOUT = 60.0  # seconds without an answer
@@ -32,13 +31,12 @@ def load_image(
         ValueError: where it cannot be fetched, or is no picture that can be read safely.
     """
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-        what = shorten(image, 200)
-        image = images.read(io.BytesIO(_fetch(image)), f"the picture at {what}")
+        image = read(io.BytesIO(_fetch(image)), f"the picture at {shorten(image, 200)}")
     elif isinstance(image, str | os.PathLike | Image.Image):
-        image = images.read(image)
+        image = read(image)
     else:
         raise ValueError(f"needed is a path, an http:// or https:// URL or a PIL picture, got {quote(image)}")
-    return images.rgb(image) if convert_method is None else convert_method(image)
+    return rgb(image) if convert_method is None else convert_method(image)
 
 
 def _fetch(url: str) -> bytes:
@@ -72,7 +70,7 @@ def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize:
     Raises:
         ValueError: where there are more or fewer pictures than cells.
     """
-    pictures: list[Any] = list(images)
+    pictures = list(images)
     if not pictures or len(pictures) != rows * cols:
         raise ValueError(f"{rows} rows of {cols} need {rows * cols} pictures, got {len(pictures)}")
     if resize is not None:

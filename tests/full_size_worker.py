@@ -186,7 +186,8 @@ class RandomPool:
     """Normal numbers that are used again after 17 million: billions of new ones would take half a minute."""
 
     def __init__(self) -> None:
-        self.numbers = torch.randn((1 << 24) + 43, generator=torch.Generator().manual_seed(0))  # a multiple of no width
+        prime = (1 << 24) + 43  # no width of a matrix divides it
+        self.numbers = torch.randn(prime, generator=torch.Generator().manual_seed(0))
         self.next = 0
 
     def take(self, shape: torch.Size) -> torch.Tensor:

@@ -257,8 +257,9 @@ def plain(stepped):
 
 
 @pytest.mark.slow
-def test_parts_of_a_batch_are_the_batch(stepped, plain):
-    _, state, found = stepped(gradient_accumulation_steps=4)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_are_the_batch(stepped, plain, parts):
+    _, state, found = stepped(gradient_accumulation_steps=parts)
     assert int(state.step) == 1
     for name in ("loss", "gradient_norm"):
         assert found[name] == pytest.approx(plain[2][name], rel=1e-5)
@@ -297,6 +298,11 @@ def test_the_average_is_the_references(tiny_pipe):
         weight.data = torch.from_numpy(np.asarray(state.params["a"]["weight"]).copy())
         average.step([weight])
     assert np.allclose(state.ema["a"]["weight"], average.shadow_params[0], rtol=1e-5)
+
+
+def test_patterns_that_match_no_layer(tiny_pipe):
+    with pytest.raises(ValueError, match="matches none of the linear layers"):
+        lora.init(Network.split(tiny_pipe.unet)[1], LoraConfig(pattern="nothing"), jax.random.key(0))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,6 @@ from kandinsky_jax.training.mesh import make_training_mesh, parts, places
 from tests.conftest import note
 
 ROOT = Path(__file__).parents[1]
-
-
 MESHES = ("alone", "data=8", "fsdp=8", "data=2,fsdp=4")
 
 

@@ -3,8 +3,7 @@
 Each file is planned (`open_job`: rows counted, ids compared, SHA-256) and read to its end by json, csv or pyarrow, in
 turns, each in a process of its own. Then all of its rows are read slice by slice, as a job does. "memory" is the peak
 of the resident memory above that of the process which has only imported kandinsky_jax.batch; importing pyarrow counts
-there, and in no time. "..._cpu_seconds" is the processors' time, the least of the rounds: other work on the machine
-changes it less.
+there, and in no time. "cpu_ratio" compares the processors' time, which a busy machine stretches less.
 
 Writes tpu_scripts/results/batch-planning-DATE.json.
 """
@@ -131,8 +130,7 @@ def compare(name: str, count: int, rounds: int) -> dict[str, float]:
         "plan_seconds": statistics.median(times["plan"]),
         "library_seconds": statistics.median(times["library"]),
         "ratio": statistics.median(ratios),
-        "plan_cpu_seconds": min(run["cpu"] for run in found["plan"]),
-        "library_cpu_seconds": min(run["cpu"] for run in found["library"]),
+        "cpu_ratio": min(run["cpu"] for run in found["plan"]) / min(run["cpu"] for run in found["library"]),
         "plan_memory_mb": max(run["memory"] for run in found["plan"]) / 1e6,
         "slices_seconds": times["slices"][0],
         "slices_memory_mb": found["slices"][0]["memory"] / 1e6,

@@ -12,14 +12,17 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["jsonl", "csv with line breaks", "parquet, one group"])
-def test_planning_of_many_rows_is_cheap(name):
-    """Memory of 150,000 rows, and a processor time that no quadratic step would keep; the machine may be busy."""
-    found = compare(name, 150_000, rounds=1)
+@pytest.mark.parametrize(
+    ("name", "count"),
+    # pyarrow reads 150,000 rows in less time than can be compared.
+    [("jsonl", 150_000), ("csv with line breaks", 150_000), ("parquet, one group", 1_000_000)],
+)
+def test_planning_of_many_rows_is_cheap(name, count):
+    """Memory of many rows, and a processor time that no quadratic step would keep; the machine may be busy."""
+    found = compare(name, count, rounds=1)
     assert found["plan_memory_mb"] < 120  # most of it pyarrow's, or the blocks' that are being read
     assert found["slices_memory_mb"] < 150
-    # The half second is for files that their library reads in less than the clock can tell apart, as pyarrow does.
-    assert found["plan_cpu_seconds"] < 3 * found["library_cpu_seconds"] + 0.5
+    assert found["cpu_ratio"] < 3
     assert found["slices_seconds"] < 10 * found["library_seconds"] + 10
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import re
 import subprocess
@@ -29,7 +28,6 @@ from kandinsky_jax import (
 )
 from kandinsky_jax.checkpoint import flat_params, lora_files
 from kandinsky_jax.lora import FILE, LayerChange
-from kandinsky_jax.sampling import Network
 from kandinsky_jax.tensors import names
 from tests.conftest import SHAPES_MODEL, note
 from tests.test_compile import compilations
@@ -449,47 +447,10 @@ def test_wrong_arguments(pipe, folders, tmp_path):
         prior_only.load_lora_weights(folders["a"])
 
 
-def test_the_names_of_arguments_are_diffusers():
-    """Whoever passes them by name need not change a call."""
-    from diffusers.loaders.lora_base import LoraBaseMixin
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
-
-    for method in ("load_lora_weights", "set_adapters", "delete_adapters", "fuse_lora", "unfuse_lora"):
-        theirs = inspect.signature(getattr(StableDiffusionLoraLoaderMixin, method, getattr(LoraBaseMixin, method)))
-        ours = inspect.signature(getattr(KandinskyV22Pipeline, method)).parameters
-        wanted = [n for n, p in theirs.parameters.items() if p.kind is not p.VAR_KEYWORD]
-        assert [n for n in wanted if n not in ours and "text_encoder" not in n and "fuse_" not in n] == []
-
-
-ON_A_MESH = """
-import sys
-import numpy as np, jax
-from kandinsky_jax import KandinskyV22Pipeline
-from kandinsky_jax.checkpoint import flat_params
-from kandinsky_jax.sharding import largest_axis, make_mesh
-model, folder = sys.argv[1:]
-mesh = make_mesh(1, 1, 4)
-plain = KandinskyV22Pipeline.from_pretrained(model, dtype="bfloat16")
-plain.load_lora_weights(folder)
-rules = largest_axis(mesh, {n: x.shape for n, x in flat_params(plain.unet).items()}, least=1 << 10)
-pipe = KandinskyV22Pipeline.from_pretrained(model, dtype="bfloat16", mesh=mesh, shard_rules=rules)
-before = flat_params(pipe.unet)
-pipe.load_lora_weights(folder)
-after = flat_params(pipe.unet)
-assert all(after[n].sharding == before[n].sharding and after[n].dtype == before[n].dtype for n in before)
-assert any(len(x.sharding.device_set) > 1 and not x.is_fully_replicated for x in after.values())
-assert all(np.array_equal(after[n], x) for n, x in flat_params(plain.unet).items())
-pipe.shard(None)
-pipe.unload_lora_weights()
-assert all(np.array_equal(x, before[n]) for n, x in flat_params(pipe.unet).items())
-assert all(len(x.sharding.device_set) == 1 for x in flat_params(pipe.unet).values())
-"""
-
-
 @pytest.mark.slow
 def test_weights_on_a_mesh_stay_where_they_are(folders):
     environment = os.environ | {"XLA_FLAGS": devices(4), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", ON_A_MESH, str(SHAPES_MODEL), str(folders["a"])]
+    command = [sys.executable, Path(__file__).parent / "adapters_mesh_worker.py", SHAPES_MODEL, folders["a"]]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
 
@@ -532,8 +493,3 @@ def test_a_picture_with_lora_of_both_networks(pipe, reference, tmp_path):
     difference = np.abs(ours - their_picture(reference, **networks)) * 255
     assert note(difference.mean(), "mean |d|, of 255") <= 0.2
     assert note(difference.max(), "max |d|, of 255") <= 4
-
-
-def test_patterns_that_match_no_layer(tiny_pipe):
-    with pytest.raises(ValueError, match="matches none of the linear layers"):
-        lora.init(Network.split(tiny_pipe.unet)[1], lora.LoraConfig(pattern="nothing"), jax.random.key(0))

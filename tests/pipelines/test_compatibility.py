@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -267,3 +268,15 @@ def test_to_moves_to_one_of_several_devices():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "moved"
+
+
+def test_the_names_of_loras_arguments_are_diffusers():
+    """Whoever passes them by name need not change a call."""
+    from diffusers.loaders.lora_base import LoraBaseMixin
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+
+    for method in ("load_lora_weights", "set_adapters", "delete_adapters", "fuse_lora", "unfuse_lora"):
+        theirs = inspect.signature(getattr(StableDiffusionLoraLoaderMixin, method, getattr(LoraBaseMixin, method)))
+        ours = inspect.signature(getattr(kandinsky_jax.KandinskyV22Pipeline, method)).parameters
+        wanted = [n for n, p in theirs.parameters.items() if p.kind is not p.VAR_KEYWORD]
+        assert [n for n in wanted if n not in ours and "text_encoder" not in n and "fuse_" not in n] == []
