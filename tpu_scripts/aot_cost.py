@@ -19,13 +19,17 @@ class Chip(NamedTuple):
     memory: float  # bytes
 
 
-# docs.cloud.google.com/tpu/docs/v4, .../v5e (a later version of this page says 800 GiB/s), .../v5p and .../v6e
+# docs.cloud.google.com/tpu/docs/v4, .../v5e (a later version of this page says 800 GiB/s), .../v5p and .../v6e;
+# NVIDIA's data sheets of the H100 (SXM) and the H200 (SXM), without sparsity
 CHIPS = {
     "v4": Chip(275e12, 1200e9, 32e9),
     "v5e": Chip(197e12, 819e9, 16e9),
     "v5p": Chip(459e12, 2765e9, 95e9),
     "v6e": Chip(918e12, 1638e9, 32e9),
+    "h100": Chip(989e12, 3350e9, 80e9),
+    "h200": Chip(989e12, 4800e9, 141e9),
 }
+GPUS = ("h100", "h200")
 
 COLLECTIVES = (
     "all-reduce",
@@ -42,7 +46,7 @@ _BYTES |= {"f64": 8, "s64": 8, "u64": 8}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
 # These move nothing, or what they move is counted elsewhere.
-_FREE = frozenset("parameter get-tuple-element tuple bitcast constant while conditional copy-done".split())
+FREE = frozenset("parameter get-tuple-element tuple bitcast constant while conditional copy-done".split())
 
 
 def collectives(text: str) -> dict[str, int]:
@@ -56,7 +60,7 @@ def repeated_bytes(text: str) -> float:
 
     Loops without a known number of trips, such as the denoising loop, are left at one trip.
     """
-    bodies = _computations(text)
+    bodies = computations(text)
     extra = 0.0
 
     def visit(name: str, times: int) -> None:
@@ -74,7 +78,8 @@ def repeated_bytes(text: str) -> float:
     return extra
 
 
-def _computations(text: str) -> dict[str, list[tuple[str, ...]]]:
+def computations(text: str) -> dict[str, list[tuple[str, ...]]]:
+    """The instructions of each computation of an HLO text: name, type, opcode, operands and the rest."""
     found: dict[str, list[tuple[str, ...]]] = {}
     lines: list[tuple[str, ...]] = []
     for line in text.splitlines():
@@ -90,13 +95,14 @@ def _own_bytes(instructions: list[tuple[str, ...]]) -> float:
     types = {name: kind for name, kind, _, _ in instructions}
     total = 0
     for _, kind, opcode, rest in instructions:
-        if opcode not in _FREE:
+        if opcode not in FREE:
             operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-            total += _size(kind) + sum(_size(types.get(name, "")) for name in operands)
+            total += size_of(kind) + sum(size_of(types.get(name, "")) for name in operands)
     return total
 
 
-def _size(kind: str) -> int:
+def size_of(kind: str) -> int:
+    """Bytes of a type such as `bf16[2,3]{1,0}`, or of a tuple of them."""
     shapes = re.findall(r"(\w+)\[([\d,]*)\]", kind)
     return sum(_BYTES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d) for dtype, dims in shapes)
 

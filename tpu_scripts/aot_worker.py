@@ -1,12 +1,14 @@
-"""Compiles the sampling programs for described TPUs; `aot_compile.py` runs it in an environment that has libtpu.
+"""Compiles the sampling programs for described TPUs or GPUs; `aot_compile.py` runs it in an environment that has
+libtpu or JAX's CUDA plugin.
 
-    python -m tpu_scripts.aot_worker '{"chips": ["v5e:1x1"], "batch": 8, "size": 512, "programs": ["decoder"]}'
+    python -m tpu_scripts.aot_worker '{"chips": ["v5e:1x1"], "batch": [8], "size": [512], "programs": ["decoder"]}'
 
 Prints one line of JSON per event: what is compiled now, what it cost, what went wrong.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -25,7 +27,8 @@ from kandinsky_jax.noise import KeyNoise
 from kandinsky_jax.sampling import Lane, Network
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.sharding import EVERYWHERE, make_mesh, specs
-from tpu_scripts.aot_cost import CHIPS, costs
+from tpu_scripts import aot_gpu
+from tpu_scripts.aot_cost import CHIPS, GPUS, costs
 
 OFFICIAL = Path(__file__).parents[1] / "tests" / "official"
 NETWORKS = {
@@ -124,8 +127,12 @@ def resident_bytes() -> int:
 
 
 def mesh_of(chips: str) -> Mesh:
-    """The mesh of a described slice such as "v5e:2x2", one axis `data` over all of it."""
+    """The mesh of a described slice such as "v5e:2x2", or of one GPU; one axis `data` over all of it."""
     kind, layout = chips.split(":")
+    if kind in GPUS:
+        jax.devices()  # has the plugins registered
+        target = {"target_config": aot_gpu.TARGETS[kind], "topology": "1x1x1"}  # one host, one process, one device
+        return make_mesh(devices=topologies.get_topology_desc(platform="cuda", topology_name="", **target).devices)
     options: dict[str, Any] = {}
     if set(layout.split("x")) == {"1"}:
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -135,9 +142,19 @@ def mesh_of(chips: str) -> Mesh:
     return make_mesh(devices=described.devices)
 
 
-def compiled(todo: Program) -> Any:
+def measured(kind: str, name: str, mesh: Mesh, batch: int, size: int, hlo: Path | None) -> dict[str, Any]:
     """Compile as the pipelines do: on every chip of the mesh, the program on its rows, with all parameters."""
-    return todo.function.jitted.lower(*todo.arguments, **todo.options).compile()
+    todo, began = program(name, mesh, batch * mesh.size, size), time.perf_counter()
+    result = todo.function.jitted.lower(*todo.arguments, **todo.options).compile()
+    seconds = round(time.perf_counter() - began, 1)
+    if hlo is not None:
+        hlo.write_text(result.as_text())
+    if kind not in GPUS:
+        return {"compile_seconds": seconds, **costs(result, CHIPS[kind])}
+    # What is compiled for a GPU tells no FLOPs, so they are those of the same program for a CPU.
+    twin = program(name, make_mesh(devices=jax.devices("cpu")[:1]), batch, size)
+    counted: Any = twin.function.jitted.lower(*twin.arguments, **twin.options).cost_analysis()
+    return {"compile_seconds": seconds, **aot_gpu.costs(float(counted["flops"]), result, CHIPS[kind])}
 
 
 def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -149,19 +166,17 @@ def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         except Exception as error:  # whatever libtpu raises for a slice that does not exist
             yield {"event": "failed", "chips": chips, "program": "", "error": first_line(error)}
             continue
-        for name in job["programs"]:
-            row = {"chips": chips, "devices": mesh.size, "program": name}
+        for name, batch, size in itertools.product(job["programs"], job["batch"], job["size"]):
+            row = {"chips": chips, "devices": mesh.size, "program": name, "batch": batch, "size": size}
             yield {"event": "compiling", **row}
-            began = time.perf_counter()
+            file = f"{chips.replace(':', '-')}-{name}-{batch}-{size}.txt"
+            hlo = Path(job["hlo"]) / file if job.get("hlo") else None
             try:
-                result = compiled(program(name, mesh, job["batch"] * mesh.size, job["size"]))
+                found = measured(chips.split(":")[0], name, mesh, batch, size, hlo)
             except Exception as error:  # such as a program that does not fit: the others still count
                 yield {"event": "failed", **row, "error": first_line(error)}
                 continue
-            seconds = round(time.perf_counter() - began, 1)
-            if job.get("hlo"):
-                (Path(job["hlo"]) / f"{chips.replace(':', '-')}-{name}.txt").write_text(result.as_text())
-            yield {"event": "done", **row, "compile_seconds": seconds, **costs(result, CHIPS[chips.split(":")[0]])}
+            yield {"event": "done", **row, **found}
 
 
 def first_line(error: Exception) -> str:
