@@ -1,0 +1,44 @@
+"""Runs the cases of one group, and writes a line of JSON for each to standard output.
+
+python -m digest_cases.worker GROUP [--quick] [--only TEXT]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+
+from digest_cases import GROUPS, cases_of
+from digest_cases.values import record_of
+
+
+def main() -> None:
+    """Run the cases."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="", help="cases whose names contain this text")
+    options = parser.parse_args()
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what else is printed does not mix with the answers
+    warnings.simplefilter("ignore")
+    for case in cases_of(options.group, options.quick):
+        if options.only in case.name:
+            with tempfile.TemporaryDirectory(prefix="digests-") as folder:
+                try:
+                    found = record_of(case.run(Path(folder)))
+                except Exception as error:
+                    traceback.print_exc()
+                    found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+            answers.write(json.dumps([case.name, found]) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()
