@@ -12,17 +12,18 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 
 from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
 from kandinsky_jax.reading import of_file
 from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors.files import CheckpointError
+
+if TYPE_CHECKING:  # importing Orbax takes a second or two, and most models are read from safetensors
+    import orbax.checkpoint as ocp
 
 FOLDER = "params"  # of a component, in place of diffusers' file of tensors
 
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 def save(path: Path, params: Mapping[str, jax.Array]) -> None:
     """Write a new checkpoint; OSError where that fails."""
+    import orbax.checkpoint as ocp
+
     path = path.absolute()
     _run(
         lambda checkpointer: checkpointer.save(path, args=ocp.args.StandardSave(dict(params))),
@@ -69,6 +72,8 @@ def listing(path: Path) -> dict[str, Any]:
 
 def restore(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays of a checkpoint, in the dtypes and on the devices of `target`; CheckpointError where it is damaged."""
+    import orbax.checkpoint as ocp
+
     path = path.absolute()
     damaged = f"{path} is damaged or no Orbax checkpoint"
     return _run(
@@ -84,6 +89,8 @@ def restore_tree(path: Path, target: T) -> T:
     Raises:
         CheckpointError: where it is damaged, or of another structure or other shapes.
     """
+    import orbax.checkpoint as ocp
+
     path = path.absolute()
     _check_files(path)
     read_json(path / "_METADATA")
@@ -98,6 +105,8 @@ def restore_tree(path: Path, target: T) -> T:
 
 def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Some arrays of a checkpoint, on the host and in their own dtypes; CheckpointError where it is damaged."""
+    import orbax.checkpoint as ocp
+
     path, item = path.absolute(), dict.fromkeys(names, 0)
     arguments = ocp.args.PyTreeRestore(
         item=item,
@@ -126,6 +135,8 @@ def _cut_short(path: Path) -> list[str]:
     """
     if not (path / "manifest.ocdbt").is_file():
         return []  # nothing of ours; a checkpoint in Orbax's other format has no such index
+    import tensorstore as ts
+
     needed: dict[str, int] = {}
     try:
         base = ts.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
@@ -191,6 +202,8 @@ def _run(action: Callable[[ocp.Checkpointer], T], kind: type[Exception], message
 
 def _attempt(action: Callable[[ocp.Checkpointer], T]) -> tuple[Any, str | None]:
     """(the result, None) or (None, why it failed). A function of its own, so that nothing of a failure stays alive."""
+    import orbax.checkpoint as ocp
+
     try:
         handler = ocp.StandardCheckpointHandler(save_concurrent_gb=CONCURRENT_GB, restore_concurrent_gb=CONCURRENT_GB)
         with ocp.Checkpointer(handler) as checkpointer:
