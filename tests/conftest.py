@@ -75,8 +75,11 @@ def _divided(values: Iterable[Any], chosen: tuple[Any, ...], mark: Any, other: A
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiling takes most of the time of all but campaigns, whose programs run long."""
-    if config.getoption("markexpr") != "campaign":
+    """Compiling takes most of the time of all but campaigns, whose programs run long, and of GPUs' programs."""
+    selected = config.getoption("markexpr")
+    if selected == "gpu":
+        jax.config.update("jax_platforms", "cuda,cpu")
+    elif selected != "campaign":
         os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
 
 

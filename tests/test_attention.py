@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
 from kandinsky_jax.models import attention
 from kandinsky_jax.models.layers import GroupNorm
@@ -65,15 +69,114 @@ def test_where_the_kernel_serves():
         assert attention.query_block(*shapes(queries, keys, heads, dim, dtype)) == 0
 
 
-def test_the_platform_decides():
-    """A program lowered for a TPU has the kernel, one lowered for a CPU does not; masks have it nowhere."""
-    q, k = shapes(64, 96, 2, 64)
+# JAX lowers cuDNN's kernel wherever its CUDA plugin is, with or without a GPU, and nowhere else.
+CUDA_PLUGIN = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+CUDNN = attention.cudnn if CUDA_PLUGIN else attention.plain
+
+
+def test_cudnn_is_found_where_the_plugin_is():
+    assert attention.has_cudnn() == CUDA_PLUGIN
+
+
+@pytest.mark.parametrize(
+    ("shape", "tpu", "cuda", "other"),
+    [
+        ((1024, 1056, 12, 64, jnp.bfloat16), attention.flash, CUDNN, attention.plain),  # the UNet at 512 pixels
+        ((64, 96, 24, 64, jnp.bfloat16), attention.flash, CUDNN, attention.plain),
+        ((1024, 1056, 12, 64, jnp.float16), attention.plain, CUDNN, attention.plain),
+        ((1024, 1056, 12, 64, jnp.float32), attention.plain, attention.plain, attention.plain),
+        ((257, 257, 16, 104, jnp.bfloat16), attention.plain, CUDNN, attention.plain),  # CLIP's vision tower
+        ((16, 48, 2, 64, jnp.bfloat16), attention.plain, attention.plain, attention.plain),  # too small to pay
+        ((1024, 1056, 12, 60, jnp.bfloat16), attention.plain, attention.plain, attention.plain),
+        ((4096, 4096, 1, 512, jnp.bfloat16), attention.plain, attention.plain, attention.plain),  # MoVQ at 512 pixels
+        ((9216, 9216, 1, 512, jnp.bfloat16), attention.in_blocks, attention.in_blocks, attention.in_blocks),
+        ((4096, 4128, 12, 64, jnp.float32), attention.in_blocks, attention.in_blocks, attention.in_blocks),
+    ],
+)
+def test_which_implementation_a_platform_takes(shape, tpu, cuda, other):
+    q, k = shapes(*shape)
+    assert attention.implementation("tpu", q, k) is tpu
+    assert attention.implementation("cuda", q, k) is (cuda if tpu is not attention.in_blocks or CUDA_PLUGIN else other)
+    assert attention.implementation("cpu", q, k) is attention.implementation("rocm", q, k) is other
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_every_platform_is_lowered_on_this_host(dtype):
+    """A program has the kernel of the platform that it is lowered for, and plain attention where there is a mask."""
+    q, k = shapes(64, 96, 2, 64, dtype)
     mask = jax.ShapeDtypeStruct((1, 1, 64, 96), jnp.bool_)
     traced = jax.jit(attention.attend).trace(q, k, k)
-    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
     masked = jax.jit(attention.attend).trace(q, k, k, mask)
-    assert "tpu_custom_call" not in masked.lower(lowering_platforms=("tpu",)).as_text()
+    for platform, kernel, expected in (
+        ("tpu", "tpu_custom_call", dtype == jnp.bfloat16),
+        ("cuda", "__cudnn$fmhaSoftmax", CUDA_PLUGIN),
+        ("cpu", "custom_call", False),
+    ):
+        assert (kernel in traced.lower(lowering_platforms=(platform,)).as_text()) == expected
+        assert "custom_call" not in masked.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_gradient_is_lowered_for_cuda():
+    q, k = shapes(64, 96, 2, 64)
+    gradient = jax.jit(jax.grad(lambda *args: attention.attend(*args).astype(jnp.float32).sum()))
+    text = gradient.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("__cudnn$fmhaSoftmaxBackward" in text) == CUDA_PLUGIN
+
+
+def test_attend_is_plain_where_xla_shards_arrays():
+    """XLA cannot shard the kernels, and blocks of queries would be gathered from all devices."""
+    for shape in ((64, 96, 2, 64, jnp.bfloat16), (9216, 9216, 1, 512, jnp.float32)):
+        q, k = shapes(*shape)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("rows",), axis_types=(AxisType.Auto,))):
+            sharded = str(jax.make_jaxpr(attention.attend)(q, k, k))
+        whole = str(jax.make_jaxpr(attention.attend)(q, k, k))
+        assert "platform_index" in whole or "scan" in whole
+        assert "platform_index" not in sharded
+        assert "scan" not in sharded
+
+
+# Blocks of queries --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_blocks(monkeypatch):
+    """Of 96 queries and 112 keys, in a batch of 2 with one head."""
+    monkeypatch.setattr(attention, "BLOCK_BYTES", 2 * 4 * 32 * 112)
+
+
+@pytest.mark.usefixtures("three_blocks")
+@pytest.mark.parametrize(
+    ("queries", "dtype", "tolerance"),
+    [(96, jnp.float32, 1e-6), (95, jnp.float32, 1e-6), (95, jnp.bfloat16, 2**-8), (95, jnp.float16, 2**-11)],
+)
+def test_blocks_are_plain_attention(queries, dtype, tolerance):
+    """`tolerance` in units of the largest value; in 16 bits that of the output's own rounding."""
+    q, k, v = (x.astype(dtype) for x in qkv(queries, 112, 1, 128))
+    plain, blocks = jax.jit(lambda *args: (attention.plain(*args), attention.in_blocks(*args)))(q, k, v)
+    assert blocks.dtype == dtype
+    plain = np.asarray(plain, np.float32)
+    assert np.abs(np.asarray(blocks, np.float32) - plain).max() <= tolerance * np.abs(plain).max()
+
+
+@pytest.mark.usefixtures("three_blocks")
+def test_the_gradient_of_blocks_is_plain_attentions():
+    q, k, v = (x.astype(jnp.float32) for x in qkv(96, 112, 1, 128))
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda *args: (function(*args) ** 2).sum(), argnums=(0, 1, 2)))
+
+    for mine, reference in zip(gradient(attention.in_blocks)(q, k, v), gradient(attention.plain)(q, k, v), strict=True):
+        assert np.abs(mine - reference).max() <= 1e-5 * np.abs(reference).max()
+
+
+@pytest.mark.usefixtures("three_blocks")
+def test_the_gradient_of_blocks_keeps_no_logits():
+    q, k = shapes(96, 112, 1, 128, jnp.float32)
+    gradient = jax.jit(jax.grad(lambda *args: attention.in_blocks(*args).sum(), argnums=(0, 1, 2)))
+    text = gradient.trace(q, k, k).lower().as_text()
+    logits = {int(np.prod([int(n) for n in found.split("x")])) for found in re.findall(r"<([\dx]+)x112xf32>", text)}
+    assert 2 * 32 in logits  # one block's
+    assert 2 * 96 not in logits
 
 
 def test_a_gradient_through_attend_on_a_cpu():

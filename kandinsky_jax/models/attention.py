@@ -1,17 +1,23 @@
 """Scaled dot-product attention, by the implementation that suits the platform and the shape.
 
 The platform is that for which a program is lowered, not the one that lowers it: a CPU host compiles for TPUs.
+`implementation` is the rule:
 
-On a TPU, XLA writes the float32 logits to memory, 831 MB for one attention of the UNet at 32 x 32 and 16 rows, and
-reads them back. `flash` keeps them on the chip. It is our own and not JAX's, because heads of 64 channels fill half of
-a TPU's 128 lanes: JAX's kernel wants `[B, heads, T, 64]`, a transposed copy padded to twice the bytes. This one takes
-two heads at a time out of the `[B, T, heads * 64]` that the projections give. At the shape above an attention block by
-itself touches 0.8 GB with it, 1.6 GB with JAX's kernel, 5.2 GB with neither (v5e, XLA's count).
+- TPU: `flash`, a Pallas kernel, for the UNet's attentions in bfloat16. XLA writes the float32 logits to memory, 831 MB
+  for one attention of the UNet at 32 x 32 and batch 16, and reads them back; `flash` keeps them on the chip. It is our
+  own and not JAX's, because heads of 64 channels fill half of a TPU's 128 lanes: JAX's kernel wants
+  `[B, heads, T, 64]`, a transposed copy padded to twice the bytes. This one takes two heads at a time out of the
+  `[B, T, heads * 64]` that the projections give. At the shape above an attention block by itself touches 0.8 GB with
+  it, 1.6 GB with JAX's kernel, 5.2 GB with neither (v5e, XLA's count).
+- CUDA: `cudnn`, cuDNN's fused kernel, for heads of at most 128 channels in bfloat16 or float16. It reads
+  `[B, T, heads, 64]` as it is, and keeps the logits on the chip too, in the gradient as well.
+- Otherwise XLA: `plain`, or `in_blocks` where the logits would take more than `BLOCK_BYTES`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +27,11 @@ LANES = 128  # of a TPU's vector registers; the kernel's blocks are that wide, o
 KEEP_BYTES = 12 * 2**20  # of the 16 MB of vector memory that a kernel gets by default
 LOGIT_BYTES = 6 * 2**20
 HIDDEN = -1e30  # as a logit: no weight, but finite, so that a row that sees nothing is no NaN
+BLOCK_BYTES = 2**28  # of float32 logits that XLA may write at a time
+CUDNN_DIM = 128  # channels of a head that cuDNN takes on every GPU that it serves; from Hopper on it would take 256
+CUDNN_CAPABILITY = 8.0  # Ampere, the first generation for which XLA has cuDNN's fused attention
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -28,13 +39,31 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
 
     Args:
         q: `[B, T, N, H]`; k, v: `[B, S, N, H]`.
-        mask: bool, broadcastable to `[B, N, T, S]`; True is visible.
+        mask: bool, broadcastable to `[B, N, T, S]`; True is visible. With one, attention is `plain`: only the prior and
+            the text tower have them, over at most 81 tokens.
     Returns:
         `[B, T, N * H]`.
     """
-    if mask is None and query_block(q, k) and not _divided_by_xla():
-        return jax.lax.platform_dependent(q, k, v, tpu=flash, default=plain)
-    return plain(q, k, v, mask)
+    if mask is not None or _divided_by_xla():
+        return plain(q, k, v, mask)
+    default = implementation("cpu", q, k)
+    special = {platform: implementation(platform, q, k) for platform in ("tpu", "cuda")}
+    special = {platform: function for platform, function in special.items() if function is not default}
+    return jax.lax.platform_dependent(q, k, v, default=default, **special) if special else default(q, k, v)
+
+
+def implementation(platform: str, q: Any, k: Any) -> Attention:
+    """Choose the implementation of attention without a mask, for arrays that lie whole on a device.
+
+    Args:
+        platform: for which the program is lowered: `"tpu"`, `"cuda"`, or any other of JAX's names.
+        q, k: arrays or shapes, `[B, T, N, H]` and `[B, S, N, H]`.
+    """
+    if platform == "tpu" and query_block(q, k):
+        return flash
+    if platform == "cuda" and cudnn_serves(q) and has_cudnn():
+        return cudnn
+    return in_blocks if logit_bytes(q, k) > BLOCK_BYTES else plain
 
 
 def _divided_by_xla() -> bool:
@@ -56,6 +85,64 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = Non
         out = jax.lax.platform_dependent(q, k, v, cpu=in_float32, default=own_dtype)
     else:
         out = own_dtype(q, k, v)
+    return out.reshape(*out.shape[:-2], -1)
+
+
+def logit_bytes(q: Any, k: Any) -> int:
+    """Bytes of the float32 logits `[B, N, T, S]`."""
+    batch, queries, heads, _ = q.shape
+    return 4 * batch * heads * queries * k.shape[1]
+
+
+def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`plain` without a mask, in blocks of queries whose logits take at most `BLOCK_BYTES`.
+
+    A softmax is over all keys of a query, so blocks change no sum. The gradient computes each block's logits again
+    instead of keeping them.
+    """
+    batch, queries = q.shape[:2]
+    blocks = min(-(-logit_bytes(q, k) // BLOCK_BYTES), queries)
+    block = -(-queries // blocks)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * block - queries), (0, 0), (0, 0)))
+    parts = padded.reshape(batch, blocks, block, *q.shape[2:]).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda part: plain(part, k, v)), parts)  # [blocks, B, block, N * H]
+    return out.swapaxes(0, 1).reshape(batch, blocks * block, -1)[:, :queries]
+
+
+def cudnn_serves(q: Any) -> bool:
+    """Whether `cudnn` takes this shape and dtype, and it pays; the number of keys does not matter."""
+    _, queries, _, dim = q.shape
+    return q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= CUDNN_DIM and queries >= 64
+
+
+@functools.cache
+def has_cudnn() -> bool:
+    """Whether JAX can trace cuDNN's attention here, and no GPU of this process is too old for it.
+
+    All branches of `platform_dependent` are traced, on every host. Without a GPU, but with JAX's CUDA plugin, a program
+    that is compiled ahead is taken to be for a GPU that is new enough.
+    """
+    probe = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    try:
+        jax.eval_shape(cudnn, probe, probe, probe)
+    except (RuntimeError, NotImplementedError):  # no cuDNN; a cuDNN that is too old for this GPU
+        return False
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:  # no GPU, or JAX is kept from using it
+        return True
+    return all(float(device.compute_capability) >= CUDNN_CAPABILITY for device in devices)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attend` without a mask by cuDNN's fused kernel, where `cudnn_serves` and `has_cudnn` allow it.
+
+    `jax.export` wants `DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax")` for programs that have it.
+
+    Raises:
+        RuntimeError: where JAX finds no cuDNN, when it is traced.
+    """
+    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return out.reshape(*out.shape[:-2], -1)
 
 
