@@ -55,6 +55,22 @@ def test_what_changed_or_is_missing_is_listed(tmp_path):
     assert "0 equal, 3 different, 1 missing, 0 new" in done.stdout
 
 
+def test_a_reason_explains_a_difference_within_its_bound(tmp_path):
+    other = VALUE | {"images": VALUE["images"] + np.float32(1e-3)}
+    old = write(tmp_path / "old.json", {name: record_of(VALUE) for name in ("a/1", "a/2", "b")})
+    new = write(tmp_path / "new.json", {name: record_of(other) for name in ("a/1", "a/2")})
+    (tmp_path / "why.json").write_text(json.dumps({"a/*": {"reason": "one product", "within": 0.01}}))
+    done = run("compare", old, new, "--reasons", tmp_path / "why.json")
+    assert "explained  a/1: one product" in done.stdout
+    assert "0 equal, 0 different, 1 missing, 0 new, 2 explained" in done.stdout
+    assert done.returncode == 1
+    why = {"a/*": {"reason": "one product", "within": 0.001}, "b": {"reason": "gone"}}
+    (tmp_path / "why.json").write_text(json.dumps(why))
+    done = run("compare", old, new, "--reasons", tmp_path / "why.json")
+    assert "explained  b: gone" in done.stdout
+    assert "0 equal, 2 different, 0 missing, 0 new, 1 explained" in done.stdout
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -80,6 +96,11 @@ def test_every_group_has_cases_of_different_names():
     assert len(names) == len(set(names)) > 500
     quick = {case.name for group in GROUPS for case in cases_of(group, quick=True)}
     assert 0 < len(quick) < len(names) / 2
+
+
+def test_code_of_another_checkout_is_not_recorded_by_mistake(tmp_path):
+    done = run("--checkout", tmp_path, "record", tmp_path / "a.json", "--group", "files", "--only", "no such case")
+    assert f"not from {tmp_path}" in done.stderr
 
 
 def test_help_has_an_example():

@@ -38,10 +38,13 @@ EXAMPLE = """example, on the commit before and then on the one after:
   python tpu_scripts/digests.py resume begun
   python tpu_scripts/digests.py paired ../checkout-of-before
 
+A file of reasons is {"text2img/*": {"reason": "guidance is one product", "within": 1e-6}}: such cases do not fail while
+their recorded numbers differ by at most so many standard deviations (by any, where "within" is absent).
 A commit that has no such script is recorded with --checkout FOLDER. `record` takes 15 minutes of one core, `record
 --quick` two, `begun` and `resume` three, `paired` six; programs that JAX_COMPILATION_CACHE_DIR holds are not compiled
 again."""
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint", "safetensors", "pillow", "transformers")
+CODE = ("kandinsky_jax", "convert_weights")  # what results come from
 # Programs that compile quickly; and one thread, because sums are split by the number of threads.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PROCESSOR = ("avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")  # flags that change XLA's machine code
@@ -51,6 +54,7 @@ def environment(checkout: Path, devices: int = 1) -> dict[str, str]:
     """The variables of a process that runs cases."""
     given = dict(os.environ)
     given["PYTHONPATH"] = os.pathsep.join(map(str, (HERE, checkout)))
+    given["PYTHONSAFEPATH"] = "1"  # else `python -m` prefers the code in the working directory
     given["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}"
     given |= {"JAX_PLATFORMS": "cpu", "NPROC": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     given["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
@@ -72,9 +76,15 @@ def described(checkout: Path) -> dict[str, Any]:
     given = {name.strip(): value.strip() for name, value in lines.items()}
     found["processor"] = given.get("model name", platform.processor())
     found["processor's flags"] = [flag for flag in PROCESSOR if flag in given.get("flags", "").split()]
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-    found["commit"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    found["commit"] = _git(checkout, "rev-parse", "--short=10", "HEAD")
+    trees = [_git(checkout, "rev-parse", "--short=10", f"HEAD:{package}") for package in CODE]
+    found["code"] = " ".join([*trees, "and changes"] if _git(checkout, "status", "--porcelain", *CODE) else trees)
     return found
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    """What git prints; nothing where the checkout is none of git's."""
+    return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def record(options: argparse.Namespace) -> int:
@@ -83,8 +93,8 @@ def record(options: argparse.Namespace) -> int:
     about, before = described(options.checkout), {}
     if options.add and options.file.exists():
         known = json.loads(options.file.read_text())
-        if known["environment"] != about:
-            print(f"{options.file} is of another commit or environment; leave --add out", file=sys.stderr)
+        if known["environment"] | {"commit": about["commit"]} != about:
+            print(f"{options.file} is of other code or another environment; leave --add out", file=sys.stderr)
             return 1
         before = known["cases"]
     names = [case.name for group in groups for case in cases_of(group, options.quick) if options.only in case.name]
@@ -108,7 +118,7 @@ def record(options: argparse.Namespace) -> int:
     if options.against is None:
         return int(failed > 0)
     partial = bool(options.quick or options.only or options.group)
-    return max(int(failed > 0), compared(options.against, options.file, partial))
+    return max(int(failed > 0), compared(options.against, options.file, options.reasons, partial))
 
 
 def _write(file: Path, about: dict[str, Any], cases: dict[str, Any]) -> None:
@@ -119,7 +129,7 @@ def _write(file: Path, about: dict[str, Any], cases: dict[str, Any]) -> None:
 
 def _results(group: str, devices: int, options: argparse.Namespace) -> Any:
     """(name, record) of a group's cases, as a process of its own finishes them."""
-    command = [sys.executable, "-m", "digest_cases.worker", group, "--only", options.only]
+    command = [sys.executable, "-m", "digest_cases.worker", group, str(options.checkout), "--only", options.only]
     command += ["--quick"] if options.quick else []
     with (
         tempfile.TemporaryFile("w+") as log,
@@ -137,9 +147,10 @@ def _results(group: str, devices: int, options: argparse.Namespace) -> Any:
             tqdm.write(log.read(), file=sys.stderr)
 
 
-def compared(old: Path, new: Path, partial: bool = False) -> int:
+def compared(old: Path, new: Path, reasons: Path | None = None, partial: bool = False) -> int:
     """Print a comparison of two files; the exit status."""
-    found = compare(json.loads(old.read_text()), json.loads(new.read_text()), partial)
+    known = json.loads(reasons.read_text()) if reasons else {}
+    found = compare(json.loads(old.read_text()), json.loads(new.read_text()), partial, known)
     print(found.report())
     return int(found.failed)
 
@@ -156,13 +167,17 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("--quick", action="store_true", help="a quarter of the cases")
     one.add_argument("--only", default="", help="cases whose names contain this text")
     one.add_argument("--group", action="append", choices=GROUPS, help="cases of this module; may be given repeatedly")
-    one.add_argument("--add", action="store_true", help="keep the cases of this commit that FILE has already")
+    one.add_argument("--add", action="store_true", help="keep the cases of the same code that FILE has already")
     one.add_argument("--verbose", action="store_true", help="also print what the cases print")
     two = commands.add_parser("compare", help="compare two files")
     two.add_argument("old", type=Path)
     two.add_argument("new", type=Path)
+    for part in (one, two):
+        part.add_argument("--reasons", type=Path, help="JSON: why cases differ, see below")
     for name, says in (("begun", "start and interrupt jobs and runs"), ("resume", "go on with them, and compare")):
-        commands.add_parser(name, help=says).add_argument("folder", type=Path)
+        part = commands.add_parser(name, help=says)
+        part.add_argument("folder", type=Path)
+        part.add_argument("--only", default="", help="those whose names contain this text")
     three = commands.add_parser("paired", help="time calls of two checkouts in turns")
     three.add_argument("old", type=Path)
     three.add_argument("--rounds", type=int, default=9, help="pairs of each call, at least 7")
@@ -179,14 +194,15 @@ def main() -> int:
     if options.command == "record":
         return record(options)
     if options.command == "compare":
-        return compared(options.old, options.new)
+        return compared(options.old, options.new, options.reasons)
     if options.command == "paired":
         from digest_cases import pairs
 
         return pairs.main(options, environment)
     from digest_cases import interrupted
 
-    return getattr(interrupted, options.command)(options.folder.resolve(), environment(options.checkout))
+    run = interrupted.begun if options.command == "begun" else interrupted.resume
+    return run(options.folder.resolve(), environment(options.checkout), options.only)
 
 
 if __name__ == "__main__":

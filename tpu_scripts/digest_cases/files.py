@@ -14,7 +14,8 @@ from digest_cases.values import folder_bytes
 
 NAME = "KandinskyV22CombinedPipeline"
 DECODER, PRIOR = "kandinsky-2-2-decoder", "kandinsky-2-2-prior"
-# Orbax's own files hold times and random names; what is in them is compared by loading it.
+# Orbax's own files hold times and random names, and the manifest their checksums; what is in them is compared by
+# loading it.
 JSON = (".json", ".txt", ".model", ".safetensors")
 
 
@@ -69,7 +70,7 @@ def _orbax(folder: Path) -> Any:
 def _is_ours(name: str) -> bool:
     """Whether a file of an Orbax folder is a configuration or a tokenizer's, and not Orbax's own."""
     parts = name.split("/")
-    return len(parts) <= 2 and parts[-1].endswith(JSON) and not parts[-1].startswith("_")
+    return len(parts) <= 2 and parts[-1].endswith(JSON) and not parts[-1].startswith(("_", "kandinsky_jax_manifest"))
 
 
 def _network(folder: Path) -> Any:

@@ -87,13 +87,13 @@ WORK = {
 }
 
 
-def begun(folder: Path, environment: Mapping[str, str]) -> int:
+def begun(folder: Path, environment: Mapping[str, str], only: str = "") -> int:
     """Do all work once without interruption, and begin it once more in `folder`; the exit status."""
     if folder.exists() and any(folder.iterdir()):
         print(f"{folder} is not empty; take another folder", file=sys.stderr)
         return 1
     expected = {}
-    for name, work in tqdm(WORK.items(), unit="run"):
+    for name, work in tqdm([(name, work) for name, work in WORK.items() if only in name], unit="run"):
         with tempfile.TemporaryDirectory(prefix="digests-") as scratch:
             _prepared(Path(scratch), work)
             done = _finished(_start(Path(scratch), work, environment))
@@ -117,10 +117,11 @@ def begun(folder: Path, environment: Mapping[str, str]) -> int:
     return 0
 
 
-def resume(folder: Path, environment: Mapping[str, str]) -> int:
+def resume(folder: Path, environment: Mapping[str, str], only: str = "") -> int:
     """Go on with a copy of what was begun, and compare with the runs without interruption; the exit status."""
     failed, said = 0, []
-    for name, expected in tqdm(json.loads((folder / "expected.json").read_text()).items(), unit="run"):
+    known = json.loads((folder / "expected.json").read_text())
+    for name, expected in tqdm([(name, known[name]) for name in known if only in name], unit="run"):
         with tempfile.TemporaryDirectory(prefix="digests-") as scratch:
             own = Path(scratch) / "copy"
             shutil.copytree(folder / name.replace(" ", "-"), own)

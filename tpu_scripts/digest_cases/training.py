@@ -24,7 +24,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], bool]] = {
     "lora-prior": ("lora-prior", DECODER, {}, {}, True),
     "lora-decoder": ("lora-decoder", DECODER, {"lora": {"rank": 2, "alpha": 1.0}}, {}, False),
     "movq": ("movq", DECODER, {"quantized_share": 0.5}, {}, False),
-    "clip": ("clip", DECODER, {}, {}, False),
+    "clip": ("clip", "kandinsky-2-2-prior", {}, {}, False),
     "prior/average, warm-up, dropout, min-SNR": (
         "prior", DECODER, {"condition_dropout": 0.5, "snr_gamma": 5.0, "seed": 3, "text_length": 16},
         {"ema_decay": 0.9, "lr_warmup_steps": 2, "lr_scheduler": "cosine"}, False,
