@@ -7,7 +7,8 @@ scaled and shifted by the latents themselves.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -22,6 +23,7 @@ from kandinsky_jax.models.layers import GroupNorm, Rngs, conv, dtype_of, embed, 
 from kandinsky_jax.models.pretrained import PretrainedNetwork
 
 EPS = 1e-6
+GROUP_PIXELS = 1 << 20  # four pictures of 512 x 512
 SPATIAL_GROUPS = 32  # fixed in the reference's SpatialNorm, whatever norm_num_groups says
 
 
@@ -303,3 +305,27 @@ class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             latents, _ = self.quantize(latents)
         # The spatial norms see the latents before post_quant_conv.
         return self.decoder(self.post_quant_conv(latents), latents)
+
+    def decode_in_groups(self, latents: jax.Array) -> jax.Array:
+        """`decode`, on a GPU group by group: as many pictures at a time as divide the batch and have `GROUP_PIXELS`.
+
+        Sixteen pictures of 512 x 512 at once take 5.4 GB for as long as it lasts, more than the UNet; by fours 1.4 GB,
+        and four of them are enough work for the whole chip.
+        """
+        pixels = latents.shape[1] * latents.shape[2] * self.config.scale_factor**2
+        size = group_size(len(latents), max(1, GROUP_PIXELS // pixels))
+        if size == len(latents):
+            return self.decode(latents)
+        by_groups = functools.partial(in_groups, self.decode, size)
+        return jax.lax.platform_dependent(latents, cuda=by_groups, default=self.decode)
+
+
+def group_size(batch: int, most: int) -> int:
+    """The largest group of at most `most` that divides a batch."""
+    return max(size for size in range(1, min(most, batch) + 1) if batch % size == 0)
+
+
+def in_groups(function: Callable[[jax.Array], jax.Array], size: int, batch: jax.Array) -> jax.Array:
+    """A function of a batch `[B, ...]`, computed for `size` examples at a time, one group after the other."""
+    groups = jax.lax.map(function, batch.reshape(-1, size, *batch.shape[1:]))
+    return groups.reshape(len(batch), *groups.shape[2:])

@@ -287,7 +287,7 @@ class DecoderPipeline(Pipeline):
         if order.output_type == "latent":
             return Drawing(order, latents)
         network, params = Network.split(self.movq)
-        return Drawing(order, call(network, params, latents, method="decode"))
+        return Drawing(order, call(network, params, latents, method="decode_in_groups"))
 
 
 def _halved(rows: jax.Array | None, images: int) -> jax.Array | None:
