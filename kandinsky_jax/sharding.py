@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from kandinsky_jax.errors import quote
 
@@ -120,6 +121,32 @@ def largest_axis(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], least: int =
             longest = max(able, key=lambda i: shape[i])
             rules.append((f"^{re.escape(name)}$", PartitionSpec(*[None] * longest, axis)))
     return rules
+
+
+# cuDNN reads kernels as [out, H, W, in] beside NHWC pictures. XLA would put every one so before each run of the loop:
+# 2 GB of copies of the official UNet's, for as long as it runs. The array stays [H, W, in, out] for whoever uses it.
+KERNEL_AXES, KERNEL_ORDER = 4, Layout((3, 0, 1, 2))
+KERNEL_PLATFORMS = frozenset({"gpu", "cuda"})  # of devices, and of described ones
+
+
+def home() -> Sharding:
+    """JAX's default device, for arrays that are bound to it: Orbax makes no others."""
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def in_memory(place: Sharding | None, shape: Sequence[int]) -> Sharding | Format | None:
+    """Where a parameter lies, and on GPUs in which order of its axes, for `jax.device_put`.
+
+    Args:
+        place: None where JAX decides; on GPUs that is `home()`, because an order comes with a place, and a program's
+            parameters are all bound to one or none.
+        shape: of the parameter; kernels of convolutions, and nothing else, have four axes.
+    """
+    bound = home() if place is None else place
+    device: Any = next(iter(bound.device_set))
+    if device.platform not in KERNEL_PLATFORMS:
+        return place
+    return Format(KERNEL_ORDER, bound) if len(shape) == KERNEL_AXES else bound
 
 
 # Rows of a batch --------------------------------------------------------------------------------------------------

@@ -84,22 +84,26 @@ def counts(text: str) -> dict[str, Any]:
     """The kernels of an optimised HLO text for a GPU.
 
     Returns:
-        `bytes`, of all kernels, those in loops once; `kernels`, how many there are in the largest loop, or in all where
-        there is none; `kinds`, of these: `{kind: [count, bytes]}`; `before`, the same of what runs outside that loop.
+        `bytes`, of all kernels, those in loops as often as is known, at least once; `kernels`, how many there are in
+        the largest loop, or in all where there is none; `kinds`, of these: `{kind: [count, bytes]}`; `before`, the same
+        of what runs outside that loop.
     """
     bodies = computations(text)
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
     assert entry is not None
-    found = {entry.group(1): _kinds(bodies, entry.group(1))}
-    queue = [entry.group(1)]
+    outside, loops = _kinds(bodies, entry.group(1)), []
+    queue = [(entry.group(1), 1)]
     while queue:
-        for _, _, opcode, rest in bodies.get(queue.pop(), ()):
+        name, times = queue.pop()
+        for _, _, opcode, rest in bodies.get(name, ()):
             if opcode == "while" and (body := re.search(r"body=%?([\w.\-]+)", rest)):
-                found[body.group(1)] = _kinds(bodies, body.group(1))
-                queue.append(body.group(1))
-    outside = found.pop(entry.group(1))
-    inside = max(found.values(), key=_bytes, default={})
-    total = _bytes(outside) + sum(map(_bytes, found.values()))
+                trips = re.search(r'known_trip_count[^\d]*"?(\d+)', rest)  # the denoising loop's are not known: one
+                inner = times * (int(trips.group(1)) if trips else 1)
+                kinds = _kinds(bodies, body.group(1))
+                loops.append({kind: [inner * count, inner * size] for kind, (count, size) in kinds.items()})
+                queue.append((body.group(1), inner))
+    inside = max(loops, key=_bytes, default={})
+    total = _bytes(outside) + sum(map(_bytes, loops))
     kinds, before = (inside, outside) if inside else (outside, {})
     return {"bytes": total, "kernels": sum(count for count, _ in kinds.values()), "kinds": kinds, "before": before}
 

@@ -26,7 +26,7 @@ from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.noise import KeyNoise
 from kandinsky_jax.sampling import Lane, Network
 from kandinsky_jax.schedulers import DDPMScheduler
-from kandinsky_jax.sharding import EVERYWHERE, make_mesh, specs
+from kandinsky_jax.sharding import EVERYWHERE, in_memory, make_mesh, specs
 from tpu_scripts import aot_gpu
 from tpu_scripts.aot_cost import CHIPS, GPUS, costs
 
@@ -64,7 +64,10 @@ def official(name: str, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16) -> 
     shapes = jax.tree.map(
         lambda leaf: Shape(leaf.shape, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype), params
     )
-    return Network(network.graphdef, mesh), shapes if mesh is None else placed(mesh, shapes)
+    if mesh is not None:
+        place = NamedSharding(mesh, EVERYWHERE)
+        shapes = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=in_memory(place, x.shape)), shapes)
+    return Network(network.graphdef, mesh), shapes
 
 
 def floats(*shape: int) -> Shape:
@@ -104,7 +107,7 @@ def program(name: str, mesh: Mesh, batch: int, size: int) -> Program:
         first = once(network, params, *text, method="condition", halves=True)
         return first if name == "prior_condition" else loop(network, params, first, (batch, 1280))
     if name == "movq":
-        return once(network, params, floats(batch, side, side, 4), method="decode")
+        return once(network, params, floats(batch, side, side, 4), method="decode_in_groups")
     first = once(network, params, floats(2, batch, 1280), method="condition", halves=True)
     return first if name == "condition" else loop(network, params, first, (batch, side, side, 4))
 

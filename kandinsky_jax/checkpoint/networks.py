@@ -25,7 +25,7 @@ from kandinsky_jax import orbax
 from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import abstract
-from kandinsky_jax.sharding import Mesh, Rules, parameter_places
+from kandinsky_jax.sharding import Mesh, Rules, home, in_memory, parameter_places
 from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors import files, names
 from kandinsky_jax.tensors.files import PREFERRED, WEIGHT_DTYPES, CheckpointError, WeightSelection
@@ -100,10 +100,13 @@ def describe_network(
     module, shapes = _expected(cls, Path(folder))
     places: Mapping[str, Any] = parameter_places(mesh, shapes, rules)
     if mesh is None and _is_orbax(Path(folder)):
-        places = dict.fromkeys(shapes, _home())
+        places = dict.fromkeys(shapes, home())
     return set_params(
         module,
-        {name: jax.ShapeDtypeStruct(shape, dtype, sharding=places[name]) for name, shape in shapes.items()},
+        {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=in_memory(places[name], shape))
+            for name, shape in shapes.items()
+        },
     )
 
 
@@ -111,13 +114,8 @@ def move_network(module: nnx.Module, mesh: Mesh | None, rules: Rules = ()) -> No
     """Put a network's parameters on a mesh, or on JAX's default device, in place."""
     params = flat_params(module)
     places = parameter_places(mesh, {name: tuple(x.shape) for name, x in params.items()}, rules)
-    where = {name: _home() if mesh is None else place for name, place in places.items()}
-    set_params(module, {name: jax.device_put(x, where[name]) for name, x in params.items()})
-
-
-def _home() -> jax.sharding.Sharding:
-    """JAX's default device, for arrays that are bound to it: Orbax makes no others."""
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    where = {name: home() if mesh is None else place for name, place in places.items()}
+    set_params(module, {name: jax.device_put(x, in_memory(where[name], x.shape)) for name, x in params.items()})
 
 
 def load_network(
@@ -368,7 +366,7 @@ def _read_torch(
         own = _own(names.to_flax(name, array) if array.shape == wanted[torch_name] else array, dtype)
         faults += _not_finite(torch_name, own) or _inexact(torch_name, array)
         if not faults:
-            params[name] = jax.device_put(own, places[name])
+            params[name] = jax.device_put(own, in_memory(places[name], own.shape))
         if progress is not None:
             progress.update(array.nbytes)
     _report(folder, faults)
@@ -404,11 +402,14 @@ def _read_orbax(
         _report(folder, faults)
     target = {
         name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype if dtype is None else dtype, sharding=places.get(name) or _home()
+            leaf.shape, leaf.dtype if dtype is None else dtype, sharding=places.get(name) or home()
         )
         for name, leaf in stored.items()
     }
     params = orbax.restore(path, target)
+    params = {
+        name: jax.device_put(array, in_memory(target[name].sharding, array.shape)) for name, array in params.items()
+    }
     for name, array in params.items():
         for shard in array.addressable_shards:
             if shard.replica_id == 0:

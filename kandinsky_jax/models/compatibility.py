@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from kandinsky_jax.errors import shorten
-from kandinsky_jax.sharding import EVERYWHERE, make_mesh
+from kandinsky_jax.sharding import EVERYWHERE, in_memory, make_mesh
 
 # PyTorch's names of devices, and JAX's platform where it has one.
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "tpu": "tpu", "xla": "tpu", "mps": "METAL"}
@@ -89,7 +89,7 @@ class Target(NamedTuple):
             state = jax.tree.map(lambda leaf: _converted(leaf, self.dtype), state)
         if self.devices is not None and not self._holds(jax.tree.leaves(state)[0]):
             place = NamedSharding(make_mesh(devices=self.devices), EVERYWHERE)
-            state = jax.tree.map(lambda leaf: jax.device_put(leaf, place), state)
+            state = jax.tree.map(lambda leaf: jax.device_put(leaf, in_memory(place, leaf.shape)), state)
         nnx.update(network, state)
 
     def _holds(self, leaf: jax.Array) -> bool:
@@ -103,7 +103,7 @@ def _converted(leaf: jax.Array, dtype: Any) -> jax.Array:
     """An array in another dtype where it lies; on the host, so that no program is compiled for every shape."""
     with np.errstate(over="ignore"):  # what is too large for float16 is infinite there in PyTorch too
         array = np.asarray(leaf).astype(dtype)
-    return jax.device_put(array, leaf.sharding if leaf.committed else None)
+    return jax.device_put(array, in_memory(leaf.sharding, leaf.shape) if leaf.committed else None)
 
 
 def read_target(owner: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> Target:

@@ -28,6 +28,7 @@ from kandinsky_jax.lora import FILE, LayerChange
 from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
 from kandinsky_jax.pipelines import lora_weights
 from kandinsky_jax.pipelines.lora_weights import LayerWeights
+from kandinsky_jax.sharding import in_memory
 
 _TRAINED = (UNet2DConditionModel, PriorTransformer)
 
@@ -98,7 +99,7 @@ def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
         array = jax.device_put(np.asarray(array).astype(like.dtype))
     if array.sharding == like.sharding and array.committed == like.committed:
         return array
-    return jax.device_put(array, like.sharding)
+    return jax.device_put(array, in_memory(like.sharding, like.shape))
 
 
 def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, float]]) -> jax.Array:
@@ -117,11 +118,10 @@ def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, 
                 raise _NotFiniteError(f"makes {name} too large for {before.dtype}, or not finite")
             # An array that is bound to no device has to stay so: programs are compiled anew for one that is.
             parts.append(jax.device_put(array, shard.device if before.committed else None))
-    return (
-        parts[0]
-        if not before.committed
-        else jax.make_array_from_single_device_arrays(before.shape, before.sharding, parts)
-    )
+    if not before.committed:
+        return parts[0]
+    whole = jax.make_array_from_single_device_arrays(before.shape, before.sharding, parts)
+    return jax.device_put(whole, in_memory(before.sharding, before.shape))
 
 
 class _NotFiniteError(ValueError):
