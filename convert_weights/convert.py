@@ -87,7 +87,7 @@ def convert(
                 del module  # before the next is read: the peak is one component
                 if classes[name] == "CLIPVisionModelWithProjection":
                     with jax.default_device(jax.devices("cpu")[0]):
-                        if not zero_embed.carry(part, scratch / name, config):
+                        if not zero_embed.copy_stored(part, scratch / name, config):
                             zero_embed.store(scratch / name, config)
             else:
                 (scratch / name).mkdir()

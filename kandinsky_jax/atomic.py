@@ -1,9 +1,9 @@
-"""Files and folders on a local disk that are complete or absent, whoever else writes them at the same time.
+"""Atomic writes of files and folders on a local disk, safe against concurrent writers.
 
-Everything is written under a scratch name first, `.NAME.TOKEN.partial`, and renamed when it is complete. The token is
-random, so two processes never share a scratch file, also where they have the same number in two containers. A writer
-holds a lock (`flock`) on its scratch file, which the system drops when the process ends, however it ends: whoever gets
-the lock knows that the file is abandoned and may be removed. A stopped process keeps its lock.
+Everything is written under a scratch name, `.NAME.TOKEN.partial`, and renamed when it is complete. The token is random,
+so two processes never share a scratch file, even with the same process id in two containers. A writer holds a lock
+(`flock`) on its scratch file, which the system releases when the process ends for any reason; a process that acquires
+the lock may remove the file as abandoned. A suspended process keeps its lock.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: only old scratch files count as abandoned there
+except ImportError:  # no flock on Windows, where only old scratch files count as abandoned
     fcntl = None  # type: ignore[assignment]
 
 PARTIAL = ".partial"
-ABANDONED_SECONDS = 24 * 3600.0  # age of a scratch file that nobody writes, where the file system knows no locks
-TRIES = 5  # where a scratch file vanishes, because another host has swept it on a disk without locks
+ABANDONED_SECONDS = 24 * 3600.0  # age of an abandoned scratch file on file systems without locks
+TRIES = 5  # if another host removes a scratch file on a file system without locks
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
-Fill = Callable[[BinaryIO], object]  # writes the content into the file that it gets
+Fill = Callable[[BinaryIO], object]  # writes the content into the given file
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file that other processes see complete or not at all, in the place of an earlier one.
+    """Write or replace a file atomically.
 
     Abandoned scratch files of the same name are removed first.
 
     Raises:
-        OSError: naming the file, where it cannot be written; nothing is left then.
+        OSError: naming the file, if it cannot be written; nothing is left behind.
     """
     sweep(path.parent, path.name)
     fill_file(path, lambda file: file.write(data))
 
 
 def fill_file(path: Path, fill: Fill, *, overwrite: bool = True) -> bool:
-    """Write a file that other processes see complete or not at all.
+    """Write a file atomically.
 
     Args:
-        fill: writes the content; called again where the scratch file is lost.
-        overwrite: False leaves a file that is there already, or that another process makes first, as it is.
+        fill: writes the content; called again if the scratch file is lost.
+        overwrite: False keeps an existing file, or one that another process completes first.
     Returns:
-        whether this call made the file.
+        whether this call wrote the file.
     Raises:
-        OSError: naming the file, where it cannot be written; nothing is left then.
+        OSError: naming the file, if it cannot be written; nothing is left behind.
     """
     for attempt in range(TRIES):
         try:
@@ -84,7 +84,7 @@ def _fill_once(path: Path, fill: Fill, overwrite: bool) -> bool:
 
 
 def _link(scratch: Path, path: Path) -> bool:
-    """Give a complete scratch file its name, unless there is a file of that name."""
+    """Give a complete scratch file its final name unless that exists; return whether it was given."""
     try:
         os.link(scratch, path)
         return True
@@ -101,7 +101,7 @@ def _link(scratch: Path, path: Path) -> bool:
 
 @contextlib.contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, removed at the end where it is still there; the block may rename it."""
+    """Make a scratch folder next to `target`; it is removed at the end unless the block has renamed it."""
     while True:
         scratch = target.with_name(_scratch_name(target.name))
         scratch.mkdir()
@@ -119,7 +119,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for the folder; without effect where there are no locks."""
+    """Hold an exclusive lock on a folder; without effect on file systems without locks."""
     handle = _open_to_lock(folder)
     try:
         if handle is not None:
@@ -132,10 +132,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove scratch files and folders that killed processes left; those of running or stopped ones stay.
+    """Remove scratch files and folders of killed processes; those of running or suspended processes stay.
 
     Args:
-        name: of the file or folder that they were to become; None removes those of every name.
+        name: of the target file or folder; None for all.
     """
     stem = ".+" if name is None else re.escape(_stem(name))
     pattern = re.compile(rf"\.{stem}(\.[0-9a-f]{{16}})?{re.escape(PARTIAL)}", re.DOTALL)
@@ -149,7 +149,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def _remove_abandoned(scratch: Path) -> None:
-    """Remove a scratch file or folder unless its writer is alive; the lock is held until it is gone."""
+    """Remove a scratch file or folder unless its writer is alive, holding its lock meanwhile."""
     handle = _open_to_lock(scratch)
     try:
         if handle is not None:
@@ -173,8 +173,8 @@ def _age(path: Path) -> float:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or file, if it is there."""
-    for _ in range(20):  # after a failed save, Orbax's threads may still be putting files into it
+    """Remove a folder or file, if it exists."""
+    for _ in range(20):  # after a failed save, Orbax's threads may still be writing into it
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -197,7 +197,7 @@ def _scratch_name(name: str) -> str:
 
 
 def _create(path: Path) -> tuple[Path, int]:
-    """A new scratch file and its handle, which holds the lock."""
+    """Create a locked scratch file; return its path and handle."""
     while True:
         scratch = path.with_name(_scratch_name(path.name))
         handle = os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
@@ -207,7 +207,7 @@ def _create(path: Path) -> tuple[Path, int]:
 
 
 def _lock(handle: int, scratch: Path) -> bool:
-    """Lock a new scratch file; False where it was swept before it was locked."""
+    """Lock a new scratch file; False if it was removed before it was locked."""
     if fcntl is None:
         return True
     with contextlib.suppress(OSError):
@@ -220,7 +220,7 @@ def _lock(handle: int, scratch: Path) -> bool:
 
 
 def _open_to_lock(path: Path) -> int | None:
-    """A handle for a lock; None where there can be none."""
+    """Open a file or folder for locking; None where that is not possible."""
     if fcntl is None:
         return None
     try:

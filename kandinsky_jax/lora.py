@@ -1,7 +1,7 @@
-"""LoRA: low-rank changes of a network's layers, beside its parameters (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: low-rank changes of a network's layers (Hu et al. 2021, arXiv 2106.09685).
 
-The networks know nothing of it. In training, `merged` adds the changes to the weights inside the function that is
-differentiated. Pipelines add `LayerChange`s, which come from files (`checkpoint.lora_files`), on the host.
+The networks themselves are unchanged. In training, `merged` adds the changes to the weights inside the function that is
+differentiated. Pipelines add `LayerChange`s, read from files (`checkpoint.lora_files`), on the host.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from flax import traverse_util
 from kandinsky_jax.errors import quote
 from kandinsky_jax.sampling import Params
 
-# The layers that the reference's LoRA scripts change: of every attention, queries, keys, values and output, and in the
-# UNet the keys and values that come from the image.
+# Layers that the reference's LoRA scripts change: queries, keys, values and output of every attention, and in the UNet
+# also the keys and values from the image embedding.
 ATTENTION = r"\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)$"
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers writes and looks for
 
@@ -29,11 +29,11 @@ Lora = dict[str, dict[str, jax.Array]]  # by the layer's dotted name: A [rank, i
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which layers change, and how.
+    """Which layers LoRA changes, and how.
 
     Args:
         rank: of the changes.
-        alpha: the changes count alpha / rank; None is the rank itself.
+        alpha: the changes are scaled by alpha / rank; None is the rank, for a scale of 1.
         pattern: a regular expression over the dotted names of linear layers.
     """
 
@@ -43,7 +43,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What a change is multiplied by."""
+        """Factor of the changes."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
@@ -63,24 +63,24 @@ class LayerChange:
 
     @property
     def rank(self) -> int:
-        """The number of rows of `down`."""
+        """Rank of the change, the first axis of `down`."""
         return self.down.shape[0]
 
     def delta(self, weight: float = 1.0) -> np.ndarray:
-        """What is added to the layer's parameter, float32: `[out, in]`, or `[height, width, in, out]`.
+        """Return the addend of the layer's parameter, float32: `[out, in]`, or `[height, width, in, out]`.
 
         Args:
-            weight: of the adapter; the change is multiplied by it too.
+            weight: of the adapter, a further factor.
         """
         up = self.up * np.float32(self.scale * weight)
         return up @ self.down if self.down.ndim == 2 else self.down.transpose(2, 3, 1, 0) @ up.T
 
 
 def init(params: Params, config: LoraConfig, key: jax.Array) -> Lora:
-    """Changes that change nothing yet: A normal with deviation 1 / rank, B zero (peft's "gaussian").
+    """Initialise changes, which are zero at first: A normal with deviation 1 / rank, B zero (peft's "gaussian").
 
     Raises:
-        ValueError: where the pattern matches no linear layer.
+        ValueError: for a pattern that matches no linear layer.
     """
     weights = {name.removesuffix(".weight"): leaf for name, leaf in flat(params).items() if name.endswith(".weight")}
     layers = {name: leaf for name, leaf in weights.items() if leaf.ndim == 2 and re.search(config.pattern, name)}
@@ -97,22 +97,22 @@ def init(params: Params, config: LoraConfig, key: jax.Array) -> Lora:
     }
 
 
-def change(pair: Mapping[str, jax.Array], scale: float | jax.Array) -> jax.Array:
-    """What is added to a layer's weight, float32 `[out, in]`."""
+def layer_delta(pair: Mapping[str, jax.Array], scale: float | jax.Array) -> jax.Array:
+    """Return the addend of a layer's weight, float32 `[out, in]`."""
     return jnp.matmul(pair["B"], pair["A"], precision="highest") * scale
 
 
 def merged(params: Params, lora: Lora, scale: float | jax.Array = 1.0) -> Params:
-    """Parameters with the changes added, computed in float32, in the parameters' dtype."""
+    """Return parameters with the changes added in float32, in the parameters' dtype."""
     weights = flat(params)
     for name, pair in lora.items():
         weight = weights[f"{name}.weight"]
-        weights[f"{name}.weight"] = (weight.astype(jnp.float32) + change(pair, scale)).astype(weight.dtype)
+        weights[f"{name}.weight"] = (weight.astype(jnp.float32) + layer_delta(pair, scale)).astype(weight.dtype)
     return traverse_util.unflatten_dict({tuple(_keys(name)): leaf for name, leaf in weights.items()})
 
 
-def changes(lora: Lora, scale: float) -> dict[str, LayerChange]:
-    """Trained changes on the host, by the layers' names."""
+def layer_changes(lora: Lora, scale: float) -> dict[str, LayerChange]:
+    """Copy trained changes to the host, by the layers' names."""
     return {
         name: LayerChange(np.asarray(pair["A"], np.float32), np.asarray(pair["B"], np.float32), scale)
         for name, pair in lora.items()
@@ -120,10 +120,10 @@ def changes(lora: Lora, scale: float) -> dict[str, LayerChange]:
 
 
 def flat(params: Params) -> dict[str, Any]:
-    """A tree of parameters by dotted names."""
+    """Flatten a tree of parameters to dotted names."""
     return {".".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
 
 
 def _keys(name: str) -> list[Any]:
-    """A dotted name as the keys of a tree: lists have numbers."""
+    """Split a dotted name into the keys of a tree; decimal parts are indices of lists."""
     return [int(part) if part.isdecimal() else part for part in name.split(".")]

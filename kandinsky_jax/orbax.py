@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a flat dictionary of arrays, with one clear error for whatever goes wrong."""
+"""Orbax checkpoints of a flat dictionary of arrays, with one error per failure."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from kandinsky_jax.tensors.files import CheckpointError
 if TYPE_CHECKING:  # importing Orbax takes a second or two, and most models are read from safetensors
     import orbax.checkpoint as ocp
 
-FOLDER = "params"  # of a component, in place of diffusers' file of tensors
+FOLDER = "params"  # of a component, instead of diffusers' tensor file
 
-CONCURRENT_GB = 1  # how much of a checkpoint is on its way at once; Orbax's default, 96, is a second copy of a network
+CONCURRENT_GB = 1  # in flight at once; Orbax's default, 96, amounts to a second copy of a network
 
 _FOLDERS = re.compile(r'"/[^"]*/')  # of a quoted path
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def save(path: Path, params: Mapping[str, jax.Array]) -> None:
 
 
 def listing(path: Path) -> dict[str, Any]:
-    """The arrays of a checkpoint by name, each with `shape` and `dtype`.
+    """List the arrays of a checkpoint by name, each with `shape` and `dtype`.
 
     Raises:
         CheckpointError: where it is damaged; every file that is cut short is listed.
@@ -71,7 +71,7 @@ def listing(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The arrays of a checkpoint, in the dtypes and on the devices of `target`; CheckpointError where it is damaged."""
+    """Restore the arrays of a checkpoint, with dtypes and shardings of `target`; CheckpointError if it is damaged."""
     import orbax.checkpoint as ocp
 
     path = path.absolute()
@@ -84,7 +84,7 @@ def restore(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
 
 
 def restore_tree(path: Path, target: T) -> T:
-    """A checkpoint of any tree of arrays, of the shapes, dtypes and shardings of `target`.
+    """Restore a checkpoint of any tree of arrays, with the shapes, dtypes and shardings of `target`.
 
     Raises:
         CheckpointError: where it is damaged, or of another structure or other shapes.
@@ -104,14 +104,14 @@ def restore_tree(path: Path, target: T) -> T:
 
 
 def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Some arrays of a checkpoint, on the host and in their own dtypes; CheckpointError where it is damaged."""
+    """Read some arrays of a checkpoint to the host, in their stored dtypes; CheckpointError if it is damaged."""
     import orbax.checkpoint as ocp
 
     path, item = path.absolute(), dict.fromkeys(names, 0)
     arguments = ocp.args.PyTreeRestore(
         item=item,
         restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in item},
-        partial_restore=True,  # which the handler of the other functions does not offer
+        partial_restore=True,  # not available in the handler of the other functions
     )
 
     def action(_: ocp.Checkpointer) -> dict[str, np.ndarray]:
@@ -122,16 +122,16 @@ def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def _check_files(path: Path) -> None:
-    """Raise where a part of a checkpoint is a pipe or a device, at which its readers would wait for ever."""
+    """Raise where a part of a checkpoint is a pipe or a device, on which its readers would block."""
     for part in sorted(path.rglob("*")):
         if not (part.is_file() or part.is_dir()):  # the Hub's cache consists of links to files
             raise CheckpointError(of_file(path, f"is damaged: {shorten(part.name)} is no regular file"))
 
 
 def _cut_short(path: Path) -> list[str]:
-    """The files that an Orbax checkpoint's index names and that are missing or too short.
+    """List files that an Orbax checkpoint's index names and that are missing or too short.
 
-    The index is small, so that this costs milliseconds, and it finds all files; Orbax would tell the first.
+    The index is small, so this costs milliseconds; Orbax itself would report only the first file.
     """
     if not (path / "manifest.ocdbt").is_file():
         return []  # nothing of ours; a checkpoint in Orbax's other format has no such index
@@ -162,10 +162,10 @@ def _cut_short(path: Path) -> list[str]:
 
 
 def _run(action: Callable[[ocp.Checkpointer], T], kind: type[Exception], message: str) -> T:
-    """What `action` returns, given a checkpointer; or one error of this kind, where it fails in whatever way.
+    """Run `action` with a checkpointer, and raise one error of this kind for any failure.
 
-    Orbax handles all tensors at once. When one fails, it abandons the others, and each of them reports itself on
-    stderr, then or later: hundreds of tracebacks for one full disk. Those are left out.
+    Orbax handles all tensors concurrently. When one fails, the others are abandoned, and each reports itself on stderr,
+    then or later: hundreds of tracebacks for one full disk. These are suppressed.
     """
     last_report = 0.0
 
@@ -201,7 +201,7 @@ def _run(action: Callable[[ocp.Checkpointer], T], kind: type[Exception], message
 
 
 def _attempt(action: Callable[[ocp.Checkpointer], T]) -> tuple[Any, str | None]:
-    """(the result, None) or (None, why it failed). A function of its own, so that nothing of a failure stays alive."""
+    """Return (result, None) or (None, reason). A separate function, so that no reference to a failed call survives."""
     import orbax.checkpoint as ocp
 
     try:
@@ -213,11 +213,11 @@ def _attempt(action: Callable[[ocp.Checkpointer], T]) -> tuple[Any, str | None]:
 
 
 def _abandoned() -> bool:
-    """Whether something of a failed call to Orbax is still alive."""
+    """Return whether a coroutine of a failed call to Orbax is still alive."""
     return any(type(o) is types.CoroutineType and "orbax" in o.cr_code.co_filename for o in gc.get_objects())
 
 
 def _reason(error: Exception) -> str:
-    """The first line of the innermost error, with files by their last names; Orbax puts a page above it."""
+    """Return the first line of the innermost error, without folders; Orbax wraps it in many lines."""
     text = str(error.__cause__ or error)
     return _FOLDERS.sub('"', text.splitlines()[0]) if text else type(error).__name__

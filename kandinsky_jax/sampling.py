@@ -24,7 +24,7 @@ from flax import nnx
 from kandinsky_jax.compilation import bound_to, program
 from kandinsky_jax.noise import GivenNoise, KeyNoise, Source
 from kandinsky_jax.schedulers.table import SLOTS, Schedule, Table
-from kandinsky_jax.sharding import DATA, EVERYWHERE, GUIDANCE, mesh_of, over, place, specs
+from kandinsky_jax.sharding import DATA_AXIS, GUIDANCE_AXIS, REPLICATED, batch_specs, mesh_of, shard_batch, sharded
 
 Params = Any  # a nested dict of arrays
 Noise = KeyNoise | GivenNoise
@@ -50,7 +50,7 @@ class Network:
     @property
     def devices(self) -> int:
         """How many have images of their own."""
-        return 1 if self.mesh is None else self.mesh.shape[DATA]
+        return 1 if self.mesh is None else self.mesh.shape[DATA_AXIS]
 
     def bind(self, params: Params) -> Any:
         """The module again."""
@@ -79,7 +79,7 @@ def call(network: Network, params: Params, *args: Any, method: str = "__call__")
     if network.mesh is None:
         return _run(network, params, *args, method=method)
     images = len(jax.tree.leaves(args)[0])
-    whole = place(network.mesh, _run(network, params, *place(network.mesh, args), method=method))
+    whole = shard_batch(network.mesh, _run(network, params, *shard_batch(network.mesh, args), method=method))
     return _first_rows(whole, images) if images % network.devices else whole
 
 
@@ -100,7 +100,7 @@ def place_halves(network: Network, tree: Any) -> Any:
 
     What a program over a mesh gives is there already; a rehearsal's zeros are not, and the next program depends on it.
     """
-    return tree if network.mesh is None else place(network.mesh, tree, 1, halves=True, pictures=False)
+    return tree if network.mesh is None else shard_batch(network.mesh, tree, 1, halves=True, pictures=False)
 
 
 @program(static_argnames=("network", "method", "halves"))
@@ -115,8 +115,8 @@ def _run(network: Network, params: Params, *args: Any, method: str, halves: bool
         count = max(leaf.shape[0] for leaf in jax.tree.leaves(args))
         return jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), output)
 
-    each, out = (specs(network.mesh, tree, axis, halves) for tree in (list(args), widest))
-    return over(network.mesh, local, (EVERYWHERE, *each), out)(params, *args)
+    each, out = (batch_specs(network.mesh, tree, axis, halves) for tree in (list(args), widest))
+    return sharded(network.mesh, local, (REPLICATED, *each), out)(params, *args)
 
 
 def _flat(tree: Any) -> Any:
@@ -252,7 +252,7 @@ def denoise(
             rows = jnp.concatenate([sample] * here)
             output = module(rows, jnp.broadcast_to(row.timestep, rows.shape[:1]), condition)
             if here < whole:
-                output = jax.lax.all_gather(output, GUIDANCE, tiled=True)
+                output = jax.lax.all_gather(output, GUIDANCE_AXIS, tiled=True)
             prediction, variance = guided(output, sample.shape[-1], scale)
             state = step(row, state, prediction, variance, noise(i, sample.shape))
             return state if lane.blend is None else state.at[0].set(lane.blend(i, state[0]))
@@ -260,9 +260,9 @@ def denoise(
         with _precision(params):
             return jax.lax.fori_loop(lo, hi, body, state)
 
-    divided, states = functools.partial(specs, mesh), specs(mesh, state, 1)
-    each = (EVERYWHERE, lane.map(divided), EVERYWHERE, states, noise.map(divided), *[EVERYWHERE] * 3)
-    return over(mesh, local, each, states)(params, lane, table, state, noise, scale, lo, hi)
+    divided, states = functools.partial(batch_specs, mesh), batch_specs(mesh, state, 1)
+    each = (REPLICATED, lane.map(divided), REPLICATED, states, noise.map(divided), *[REPLICATED] * 3)
+    return sharded(mesh, local, each, states)(params, lane, table, state, noise, scale, lo, hi)
 
 
 SLICE_SECONDS = 0.1  # how long the host lets the device run before it looks up: progress, Ctrl-C
@@ -298,7 +298,7 @@ def sample(
         each lane's last sample.
     """
     shape, images, mesh = latents[0].shape, len(latents[0]), network.mesh
-    beside = _beside(network, params)
+    beside = _put_like(network, params)
     states = [beside(_first_state(x), 1) for x in latents]
     table = jax.tree.map(jnp.asarray, schedule.table)
     done, size = 0, 1
@@ -312,14 +312,14 @@ def sample(
             under = [_conditional(lane) if _guided(lane) else lane for lane in under]
         noises: list[Any] = [*source.steps(done, hi - done, schedule.draws_noise, shape, len(states))]
         if mesh is not None:
-            under = [lane.map(functools.partial(place, mesh, pictures=False)) for lane in under]
-            noises = [noise.map(functools.partial(place, mesh)) for noise in noises]
+            under = [lane.map(functools.partial(shard_batch, mesh, pictures=False)) for lane in under]
+            noises = [noise.map(functools.partial(shard_batch, mesh)) for noise in noises]
         states = [
             denoise(network, params, lane, table, state, noise, guidance, np.int32(done), np.int32(hi))
             for lane, state, noise in zip(under, states, noises, strict=True)
         ]
         if mesh is not None:
-            states = place(mesh, states, 1)
+            states = shard_batch(mesh, states, 1)
         jax.block_until_ready(states)  # so that `after` tells of work that is done
         done = hi
         if after is not None:
@@ -336,14 +336,14 @@ def _first_state(sample: jax.Array) -> jax.Array:
     return jnp.zeros((SLOTS, *sample.shape), jnp.float32).at[0].set(sample)
 
 
-def _beside(network: Network, params: Params) -> Callable[[jax.Array, int], jax.Array]:
+def _put_like(network: Network, params: Params) -> Callable[[jax.Array, int], jax.Array]:
     """What puts an array, with its axis of images, where the parameters are: on their mesh, or bound to their device.
 
     Orbax restores them bound to one. What `denoise` gives is bound then, and a first slice with a free state would be
     a program of its own.
     """
     if network.mesh is not None:
-        return functools.partial(place, network.mesh)
+        return functools.partial(shard_batch, network.mesh)
     where = bound_to(jax.tree.leaves(params)[0])
     bound = isinstance(where, jax.sharding.SingleDeviceSharding)
     return lambda array, axis: jax.device_put(array, where) if bound else array

@@ -1,11 +1,11 @@
-"""Which devices draw, and where each array lies on them.
+"""Meshes for generation, and the sharding of arrays over them.
 
-A mesh has three axes. `data` divides the images of a batch: every device runs the whole program on its own images, and
-no device waits for another. For one picture fast, `guidance` gives the two halves of classifier-free guidance a device
-each, which exchange their predictions once a step, and `rows` divides the rows of pictures, where XLA exchanges the
-borders that convolutions need. The first two are divided by hand (`jax.shard_map`), the last one by XLA.
+A mesh has three axes. `data` shards the batch: every device runs the whole program on its own images and waits for no
+other. The other two make a single picture faster: `guidance` gives uncond and cond of classifier-free guidance a device
+each, which exchange their predictions once per step, and `rows` shards the rows of pictures, where XLA exchanges the
+borders that convolutions need. The first two axes are manual (`jax.shard_map`), the last one is left to XLA.
 
-A network runs where its parameters lie, so a mesh is nothing that a pipeline has to remember.
+A network runs where its parameters are; pipelines hold no mesh state.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 
 from kandinsky_jax.errors import quote
 
-DATA, GUIDANCE, ROWS = AXES = ("data", "guidance", "rows")
-EVERYWHERE = PartitionSpec()
-PICTURE = 4  # axes of an array of pictures, [B, H, W, C]
+DATA_AXIS, GUIDANCE_AXIS, ROWS_AXIS = AXES = ("data", "guidance", "rows")
+REPLICATED = PartitionSpec()
+PICTURE_NDIM = 4  # of an array of pictures, [B, H, W, C]
 
-# Regular expressions over dotted parameter names, such as `down_blocks.0.resnets.1.conv1.kernel`, and how the
-# parameters that they match are divided; the first that matches counts, and what none matches lies everywhere.
+# Regular expressions over dotted parameter names, such as `down_blocks.0.resnets.1.conv1.kernel`, and the sharding of
+# the parameters that they match. The first match applies; parameters without a match are replicated.
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
 def make_mesh(
     data: int | None = None, guidance: int = 1, rows: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh to draw on.
+    """Make a mesh to generate on.
 
     Args:
-        data: parts that a batch is divided into; None for as many as there are devices for.
-        guidance: 2 gives each half of guidance a device of its own.
-        rows: parts that pictures are divided into, from top to bottom. It has to divide the rows of latents, an eighth
-            of a picture's height in pixels.
+        data: number of shards of a batch; None for as many as there are devices for.
+        guidance: 2 puts uncond and cond on separate devices.
+        rows: number of shards of a picture, from top to bottom; must divide the rows of its latents, an eighth of its
+            height in pixels.
         devices: None for all of this process.
     Raises:
-        ValueError: where these numbers and devices do not make a mesh.
+        ValueError: for sizes that are not positive integers, or more than the devices allow.
     """
     found = list(jax.local_devices() if devices is None else devices)
-    for name, value in ((DATA, data), (GUIDANCE, guidance), (ROWS, rows)):
+    for name, value in ((DATA_AXIS, data), (GUIDANCE_AXIS, guidance), (ROWS_AXIS, rows)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"a mesh's {name} must be an integer of at least 1, got {quote(value)}")
     if guidance > 2:
-        raise ValueError(f"a mesh's {GUIDANCE} must be 1 or 2, guidance has two halves; got {guidance}")
+        raise ValueError(f"a mesh's {GUIDANCE_AXIS} must be 1 or 2, for uncond and cond; got {guidance}")
     data = max(1, len(found) // (guidance * rows)) if data is None else data
     needed = data * guidance * rows
     if needed > len(found):
         raise ValueError(
-            f"a mesh of {DATA}={data}, {GUIDANCE}={guidance}, {ROWS}={rows} needs {needed} devices, there are "
-            f"{len(found)}"
+            f"a mesh of {DATA_AXIS}={data}, {GUIDANCE_AXIS}={guidance}, {ROWS_AXIS}={rows} needs {needed} devices, "
+            f"there are {len(found)}"
         )
     # Auto: under Explicit axes, jax.make_mesh's default, embeddings and the reshape to heads raise.
     return Mesh(np.array(found[:needed]).reshape(data, guidance, rows), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def default_mesh() -> Mesh | None:
-    """All devices of this process, each for its own images; None where there is one."""
+    """Return a mesh of all devices of this process, with its own images on each; None for a single device."""
     return make_mesh() if jax.local_device_count() > 1 else None
 
 
 def mesh_of(leaf: Any) -> Mesh | None:
-    """The mesh that an array, or the description of one, lies on; None for any other place."""
+    """Return the mesh of an array, or of a `ShapeDtypeStruct`; None for any other sharding."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == AXES:
         return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
@@ -78,42 +78,44 @@ def mesh_of(leaf: Any) -> Mesh | None:
 # Parameters -------------------------------------------------------------------------------------------------------
 
 
-def parameter_places(
-    mesh: Mesh | None, shapes: Mapping[str, tuple[int, ...]], rules: Rules = (), axis: str = ROWS
+def parameter_shardings(
+    mesh: Mesh | None, shapes: Mapping[str, tuple[int, ...]], rules: Rules = (), axis: str = ROWS_AXIS
 ) -> dict[str, NamedSharding | None]:
-    """Where each parameter lies: everywhere, unless a rule divides it. Without a mesh, JAX decides.
+    """Return the sharding of each parameter: replicated unless a rule shards it, None where there is no mesh.
 
     Args:
-        rules: may name `axis`, and no other.
-        axis: to draw, `rows`: axes divided by hand want every device to have all parameters.
+        rules: may name `axis` only.
+        axis: `rows` for generation, where the manual axes need all parameters on every device.
     Raises:
-        ValueError: for rules that cannot be followed, all at once.
+        ValueError: listing all rules that cannot be followed.
     """
     if mesh is None:
         if rules:
-            raise ValueError("parameters can only be divided over a mesh; give one, see make_mesh")
+            raise ValueError("parameters can only be sharded over a mesh; give one, see make_mesh")
         return dict.fromkeys(shapes)
     faults: list[str] = []
     places: dict[str, NamedSharding | None] = {}
     sensible = []
     for pattern, spec in rules:
         if any(other != axis for part in spec for other in ([part] if isinstance(part, str) else part or ())):
-            faults.append(f"{pattern!r} asks for {spec}; parameters are divided over {axis!r} only")
+            faults.append(f"{pattern!r} asks for {spec}; parameters are sharded over {axis!r} only")
         else:
             sensible.append((pattern, spec))
     for name, shape in shapes.items():
-        spec = next((spec for pattern, spec in sensible if re.search(pattern, name)), EVERYWHERE)
+        spec = next((spec for pattern, spec in sensible if re.search(pattern, name)), REPLICATED)
         sizes = [1 if part is None else mesh.shape[axis] for part in spec]
         if len(sizes) > len(shape) or any(side % size for side, size in zip(shape, sizes, strict=False)):
-            faults.append(f"{name} {list(shape)} cannot be divided as {spec} over {mesh.shape[axis]} {axis}")
+            faults.append(f"{name} {list(shape)} cannot be sharded as {spec} over {mesh.shape[axis]} {axis}")
         places[name] = NamedSharding(mesh, spec)
     if faults:
-        raise ValueError("parameters cannot be placed:\n  " + "\n  ".join(faults))
+        raise ValueError("parameters cannot be sharded:\n  " + "\n  ".join(faults))
     return places
 
 
-def largest_axis(mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], least: int = 1 << 16, axis: str = ROWS) -> Rules:
-    """Rules that divide every parameter of `least` numbers or more along its largest side that `axis` divides."""
+def largest_axis(
+    mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], least: int = 1 << 16, axis: str = ROWS_AXIS
+) -> Rules:
+    """Return rules that shard every parameter of at least `least` elements along its largest divisible axis."""
     parts, rules = mesh.shape[axis], []
     for name, shape in shapes.items():
         able = [i for i, side in enumerate(shape) if side % parts == 0]
@@ -149,61 +151,62 @@ def in_memory(place: Sharding | None, shape: Sequence[int]) -> Sharding | Format
     return Format(KERNEL_ORDER, bound) if len(shape) == KERNEL_AXES else bound
 
 
-# Rows of a batch --------------------------------------------------------------------------------------------------
+# Batches ----------------------------------------------------------------------------------------------------------
 
 
-def place(mesh: Mesh, tree: Any, axis: int | None = 0, halves: bool = False, pictures: bool = True) -> Any:
-    """Arrays with one row per image where a program over the mesh wants them; the last row fills an uneven batch up.
+def shard_batch(mesh: Mesh, tree: Any, axis: int | None = 0, halves: bool = False, pictures: bool = True) -> Any:
+    """Shard arrays over a mesh; a batch that cannot be divided evenly is padded with its last example.
 
     Args:
-        axis: that of the images; None for arrays that have none, which stay as they are.
-        halves: whether the first axis is that of guidance's halves, of size 1 or 2.
-        pictures: whether arrays `[..., B, H, W, C]` are pictures, whose rows are divided where that is even.
+        axis: of the batch; None for arrays without one, which are returned unchanged.
+        halves: whether the first axis is that of guidance, of size 2 (uncond, cond) or 1 (cond alone).
+        pictures: whether arrays `[..., B, H, W, C]` are pictures, whose rows are sharded where divisible.
     """
 
     def put(leaf: Any) -> Any:
         if axis is None:
             return leaf
-        images, parts = leaf.shape[axis], mesh.shape[DATA]
+        images, parts = leaf.shape[axis], mesh.shape[DATA_AXIS]
         if short := -images % parts:
             leaf = _take(leaf, np.minimum(np.arange(images + short), images - 1), axis)
-        spec = [*_by_hand(mesh, leaf, axis, halves)]
-        parts = mesh.shape[ROWS]
-        if pictures and parts > 1 and leaf.ndim - axis == PICTURE and leaf.shape[axis + 1] % parts == 0:
-            spec.append(ROWS)
+        spec = [*_manual_spec(mesh, leaf, axis, halves)]
+        parts = mesh.shape[ROWS_AXIS]
+        if pictures and parts > 1 and leaf.ndim - axis == PICTURE_NDIM and leaf.shape[axis + 1] % parts == 0:
+            spec.append(ROWS_AXIS)
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return jax.tree.map(put, tree)
 
 
-def _take(leaf: Any, rows: np.ndarray, axis: int) -> Any:
-    index = (slice(None),) * axis + (rows,)
-    return leaf[index] if isinstance(leaf, np.ndarray) else _taken(leaf, rows, axis)
+def _take(leaf: Any, indices: np.ndarray, axis: int) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf[(slice(None),) * axis + (indices,)]
+    return _take_on_device(leaf, indices, axis)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _taken(leaf: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
-    return leaf[(slice(None),) * axis + (rows,)]
+def _take_on_device(leaf: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
+    return leaf[(slice(None),) * axis + (indices,)]
 
 
-def _by_hand(mesh: Mesh, leaf: Any, axis: int, halves: bool) -> PartitionSpec:
-    split = halves and mesh.shape[GUIDANCE] == 2 and leaf.shape[0] == 2
-    return PartitionSpec(*[GUIDANCE if split and i == 0 else None for i in range(axis)], DATA)
+def _manual_spec(mesh: Mesh, leaf: Any, axis: int, halves: bool) -> PartitionSpec:
+    split = halves and mesh.shape[GUIDANCE_AXIS] == 2 and leaf.shape[0] == 2
+    return PartitionSpec(*[GUIDANCE_AXIS if split and i == 0 else None for i in range(axis)], DATA_AXIS)
 
 
-def specs(mesh: Mesh | None, tree: Any, axis: int | None = 0, halves: bool = False) -> Any:
-    """How `over` divides arrays that `place` has put."""
+def batch_specs(mesh: Mesh | None, tree: Any, axis: int | None = 0, halves: bool = False) -> Any:
+    """Return the partition specs over the manual axes of arrays from `shard_batch`, for `sharded`."""
     if mesh is None or axis is None:
-        return EVERYWHERE
-    return jax.tree.map(lambda leaf: _by_hand(mesh, leaf, axis, halves), tree)
+        return REPLICATED
+    return jax.tree.map(lambda leaf: _manual_spec(mesh, leaf, axis, halves), tree)
 
 
-def over(mesh: Mesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """A function of whole arrays from one of each device's own part; without a mesh, the function as it is."""
+def sharded(mesh: Mesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Wrap a function of each device's shard as a function of whole arrays (`shard_map`); no-op without a mesh."""
     if mesh is None:
         return function
-    # XLA divides what is left over, and refuses Pallas kernels even where nothing is.
-    by_hand = {DATA, GUIDANCE} if mesh.shape[ROWS] > 1 else set(AXES)
+    # The remaining axes are left to XLA, which refuses Pallas kernels even where they have size 1.
+    manual = {DATA_AXIS, GUIDANCE_AXIS} if mesh.shape[ROWS_AXIS] > 1 else set(AXES)
     return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=by_hand, check_vma=False
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False
     )

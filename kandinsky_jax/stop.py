@@ -1,4 +1,4 @@
-"""SIGTERM, with which a machine is taken away: the shard in hand is finished where there is time for it, or left."""
+"""SIGTERM before a preemption: the current shard is finished if there is time for it, otherwise dropped."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-STOPPED = 143  # the exit code, as a shell counts an end by SIGTERM: a scheduler then starts the job again
-MARGIN = 3.0  # seconds to encode and write what is drawn
+STOPPED = 143  # exit code of a process ended by SIGTERM, after which a scheduler restarts the job
+MARGIN = 3.0  # seconds to encode and write generated pictures
 
 
 class Stop:
-    """Whether a job should end, and how much time there is.
+    """Whether a job was asked to stop, and how much time is left.
 
     Args:
         grace: seconds from the signal until the process is killed.
     Raises:
-        ValueError: where `grace` is negative or no finite number.
+        ValueError: for a negative or infinite `grace`.
     """
 
     def __init__(self, grace: float = 25.0):
@@ -36,16 +36,16 @@ class Stop:
         return self._deadline is not None
 
     def ask(self, *_: Any) -> None:
-        """End soon. A second time changes nothing."""
+        """Ask the job to stop; further calls change nothing."""
         if self._deadline is None:
             self._deadline = time.monotonic() + self.grace
 
     def took(self, seconds: float) -> None:
-        """A call's time, by which the next ones' are guessed."""
+        """Record the duration of a call, from which that of the next ones is estimated."""
         self._seconds = [*self._seconds[-4:], seconds]
 
     def time_for(self, calls: int) -> bool:
-        """Whether so many calls can be made, and their shard written, before the process is killed."""
+        """Return whether `calls` calls can be made, and their shard written, before the process is killed."""
         if self._deadline is None:
             return True
         if not self._seconds:
@@ -54,7 +54,7 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Let SIGTERM ask, while the block runs; only the main thread can."""
+        """Handle SIGTERM while the block runs; without effect outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

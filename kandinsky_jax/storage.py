@@ -1,4 +1,4 @@
-"""Files and folders: configurations read, and folders written that are complete or absent, whatever interrupts."""
+"""Reading of configurations, and atomic writing of folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kandinsky_jax.tensors.files import CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a CheckpointError."""
+    """Read the object in a JSON file; CheckpointError if there is none."""
     try:
         return reading.read_json_object(path)
     except FileNotFoundError:
@@ -25,10 +25,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """What lies in a folder and those below it, but for folders; links to folders are followed, as readers do.
+    """Yield the files in a folder and its subfolders, following links to folders as readers do.
 
     Args:
-        above: the folders that lead here, resolved; a link to one of them is passed over.
+        above: the folders that lead here, resolved; links to them are skipped.
     """
     real = folder.resolve()
     if real in above:
@@ -41,7 +41,7 @@ def files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[
 
 
 def user_cache() -> Path | None:
-    """Where this library keeps what it would otherwise compute again; None where the user has no home."""
+    """Return the folder for cached results of this library; None for a user without a home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky_jax"
     except RuntimeError:
@@ -49,7 +49,7 @@ def user_cache() -> Path | None:
 
 
 def check_replaceable(target: str | os.PathLike[str]) -> None:
-    """Raise where `target` is something else than a model or an empty folder, which overwriting would lose."""
+    """Raise FileExistsError where `target` is neither a model nor an empty folder."""
     target = Path(target)
     atomic.sweep(target, target.resolve().name)  # of a run that was killed, see `_stays`
     if (
@@ -60,8 +60,8 @@ def check_replaceable(target: str | os.PathLike[str]) -> None:
         raise FileExistsError(f"{target} exists and is no model (it has no model_index.json), so it is not replaced")
 
 
-def check_room(folder: Path, name: str, needed_bytes: int) -> None:
-    """Raise OSError where the disk of `folder` has less than `needed_bytes` free."""
+def check_free_space(folder: Path, name: str, needed_bytes: int) -> None:
+    """Raise OSError if the disk of `folder` has less than `needed_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OSError(errno.ENOSPC, f"{folder} has {free:,} bytes free, {name} needs about {needed_bytes:,}")
@@ -71,18 +71,18 @@ def check_room(folder: Path, name: str, needed_bytes: int) -> None:
 def complete_or_absent(
     target: str | os.PathLike[str], needed_bytes: int = 0, overwrite: bool = False
 ) -> Iterator[Path]:
-    """A scratch folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+    """Make a scratch folder that becomes `target` if the block succeeds, and is removed otherwise.
 
-    What a killed run leaves behind is its scratch folder, `.NAME.TOKEN.partial`, which the next run for the same target
-    removes; that of a run that is still alive stays. `target` itself is never half written. Replacing a folder takes
-    two renames: a run killed between them leaves the old one as `.NAME.old`, and the next run for the same target puts
-    it back. An empty folder that cannot be exchanged for another (`_stays`) is filled instead, `model_index.json` last.
+    A killed run leaves its scratch folder, `.NAME.TOKEN.partial`, which the next run for the same target removes; that
+    of a running process stays. `target` is never partly written. Replacing a folder takes two renames: a run killed
+    between them leaves the old folder as `.NAME.old`, which the next run for the same target restores. An empty folder
+    that cannot be replaced (`_stays`) is filled instead, `model_index.json` last.
 
     Raises:
-        FileExistsError: where `target` exists and `overwrite` is not given, at the end too.
-        OSError: where the disk has less than `needed_bytes` free, before anything is written.
+        FileExistsError: if `target` exists without `overwrite`; checked again at the end.
+        OSError: if the disk has less than `needed_bytes` free, before anything is written.
     """
-    target = Path(target).resolve()  # "." and links have no name that could be given to another folder
+    target = Path(target).resolve()  # "." and links cannot be renamed
     old = target.with_name(f".{target.name}.old")
     parent = target.parent
     if old.exists():
@@ -92,7 +92,7 @@ def complete_or_absent(
     _check_absent(target, overwrite)
     parent.mkdir(parents=True, exist_ok=True)
     stays = _stays(target)
-    check_room(target if stays else parent, target.name, needed_bytes)
+    check_free_space(target if stays else parent, target.name, needed_bytes)
     atomic.sweep(parent, target.name)
     with atomic.scratch_folder(target / target.name if stays else target) as scratch:
         yield scratch
@@ -105,12 +105,12 @@ def complete_or_absent(
             here = _is_working_directory(target)
             _swap(scratch, target, old)
             if here:
-                os.chdir(target)  # this process was left in the folder that was replaced
+                os.chdir(target)  # this process is still in the replaced folder
 
 
 def _stays(folder: Path) -> bool:
-    """Whether an empty folder must not be exchanged for another: someone works in it, it is mounted, or its parent
-    cannot be written."""
+    """Return whether an empty folder cannot be replaced: it is the working directory, a mount point, or its parent is
+    not writable."""
     return (
         folder.is_dir()
         and not any(folder.iterdir())
@@ -119,7 +119,7 @@ def _stays(folder: Path) -> bool:
 
 
 def _may_write(folder: Path) -> bool:
-    """By the identity that counts when it writes; access() asks for that of who started the process."""
+    """Return whether the effective user may write; plain access() checks the real user."""
     return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 

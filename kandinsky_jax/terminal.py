@@ -1,4 +1,4 @@
-"""What the command lines share: one clear line per error instead of a traceback."""
+"""Error handling of the command lines: one line per error instead of a traceback."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ TRACEBACK = "KANDINSKY_JAX_TRACEBACK"
 
 
 def run(app: Callable[[], None]) -> None:
-    """Run a command line; print what went wrong and exit with 1, or 130 after Ctrl-C.
+    """Run a command line; on an error print its message and exit with 1, or with 130 after Ctrl-C.
 
-    With KANDINSKY_JAX_TRACEBACK=1 in the environment, errors keep their traceback.
-    A warning is one line too, without the source that it comes from.
+    With KANDINSKY_JAX_TRACEBACK=1 in the environment, errors keep their traceback. Warnings are printed as one line,
+    without their source.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:

@@ -1,9 +1,9 @@
-"""The vision tower's embedding of zeros: what a decoder is guided away from where there is no negative prompt.
+"""The vision tower's embedding of zeros, from which a decoder is guided away without a negative prompt.
 
-Only the tower's weights decide it, and text-to-image needs nothing else of its 1.8 billion parameters. So it is looked
-for beside the tower's tensors (`store` puts it there), then in a cache of the user's, and else computed, with one layer
-of the tower in memory at a time. What is kept is computed in float32 from the tensors as stored, whatever a pipeline
-computes in, and sealed with a fingerprint of all of them.
+It depends only on the tower's weights, and text-to-image needs nothing else of its 1.8 billion parameters. So it is
+read from the tower's folder (where `store` writes it) or from the user's cache, or else computed with one layer of the
+tower in memory at a time. Stored embeddings are computed in float32 from the tensors of the checkpoint, whatever the
+dtype of a pipeline, and sealed with a fingerprint of all tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from kandinsky_jax.atomic import replace_file
-from kandinsky_jax.checkpoint import CheckpointError, Deferred, read_params
+from kandinsky_jax.checkpoint import CheckpointError, LazyNetwork, read_params
 from kandinsky_jax.checkpoint.fingerprint import weights_fingerprint
 from kandinsky_jax.compilation import for_real
 from kandinsky_jax.errors import shorten
@@ -37,16 +37,16 @@ from kandinsky_jax.storage import user_cache
 from kandinsky_jax.tensors.files import PREFERRED, ZERO_EMBED, WeightSelection
 
 _TENSOR = "zero_embed"
-_VERSION = 2  # of the seal; the first had no number, and its fingerprint was of a few tensors
+_VERSION = 2  # of the seal; version 1 was not numbered, and its fingerprint covered few tensors
 
 
-def of(tower: CLIPVisionModelWithProjection | Deferred) -> np.ndarray:
-    """The embedding of zeros (after normalisation), float32 `[1, projection_dim]`.
+def of(tower: CLIPVisionModelWithProjection | LazyNetwork) -> np.ndarray:
+    """Return the embedding of zeros (after normalisation), float32 `[1, projection_dim]`.
 
-    Of a tower that is in a checkpoint, it is found or computed without loading the tower; of one in memory, computed
-    in its dtype.
+    For a lazy tower it is read or computed without loading the tower; for one in memory it is computed in the tower's
+    dtype.
     """
-    if not isinstance(tower, Deferred):
+    if not isinstance(tower, LazyNetwork):
         return np.asarray(call(*Network.split(tower), _zeros(tower.config)), np.float32)
     with tower.lock:
         if tower.zero_embed is None:
@@ -55,7 +55,7 @@ def of(tower: CLIPVisionModelWithProjection | Deferred) -> np.ndarray:
 
 
 def _of_folder(folder: Path, config: CLIPVisionConfig, selection: WeightSelection) -> np.ndarray:
-    """Found beside the tensors or in the user's cache, else computed and kept there."""
+    """Read the embedding from the folder or the user's cache, or else compute and cache it."""
     mark = fingerprint(folder, config, selection)
     if (embed := _find(folder, mark)) is None:
         embed = _compute(folder, config, selection)
@@ -69,18 +69,18 @@ def _of_folder(folder: Path, config: CLIPVisionConfig, selection: WeightSelectio
 
 
 def store(folder: Path, config: CLIPVisionConfig) -> None:
-    """Compute it for the tower in `folder` and put it beside the tensors."""
+    """Compute the embedding of the tower in `folder`, and write it there."""
     _write(folder / ZERO_EMBED, _compute(folder, config), fingerprint(folder, config))
 
 
-def carry(
+def copy_stored(
     source: Path,
     target: Path,
     config: CLIPVisionConfig,
     selection: WeightSelection = PREFERRED,
     saved: WeightSelection = PREFERRED,
 ) -> bool:
-    """Put what is known of the tower in `source` beside the tensors in `target`, where the weights are the same."""
+    """Copy a stored embedding from `source` to `target` if both hold the same weights; return whether it did."""
     mark = fingerprint(source, config, selection)
     if (embed := _find(source, mark)) is None or fingerprint(target, config, saved) != mark:
         return False
@@ -89,9 +89,9 @@ def carry(
 
 
 def fingerprint(folder: Path, config: CLIPVisionConfig, selection: WeightSelection = PREFERRED) -> str:
-    """Ties an embedding to all numbers of all tensors in `folder`, and to the settings that no tensor's shape shows.
+    """Return a fingerprint of all values of all tensors in `folder`, and of settings that no tensor's shape shows.
 
-    The same in every layout and dtype that holds the same numbers, see `weights_fingerprint`.
+    It is the same for every layout and dtype with the same values, see `weights_fingerprint`.
     """
     settings = (config.num_hidden_layers, config.num_attention_heads, config.hidden_act, config.layer_norm_eps)
     weights = weights_fingerprint(CLIPVisionModelWithProjection, config, folder, selection)
@@ -103,7 +103,7 @@ def _zeros(config: CLIPVisionConfig) -> jax.Array:
 
 
 def _compute(folder: Path, config: CLIPVisionConfig, selection: WeightSelection = PREFERRED) -> np.ndarray:
-    """In float32, one layer after the other."""
+    """Compute the embedding in float32, one layer at a time."""
 
     def run(module: nnx.Module, prefix: str, *args: Any, method: str = "__call__") -> np.ndarray:
         network, shapes = Network.split(module)
@@ -125,7 +125,7 @@ def _compute(folder: Path, config: CLIPVisionConfig, selection: WeightSelection 
 
 
 def _named(tree: Any, prefix: str) -> tuple[list[str], Any]:
-    """The leaves' dotted names, and the tree's structure."""
+    """Return the leaves' dotted names, and the tree's structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     return [prefix + ".".join(str(key.key) for key in path) for path, _ in leaves], structure
 
@@ -138,17 +138,17 @@ def _cached(mark: str) -> Path | None:
     return cache and cache / "zero_embed" / f"{mark}.safetensors"
 
 
-def _places(folder: Path, mark: str) -> Iterator[Path]:
+def _candidates(folder: Path, mark: str) -> Iterator[Path]:
     yield folder / ZERO_EMBED
     if (path := _cached(mark)) is not None:
         yield path
 
 
 def _find(folder: Path, mark: str) -> np.ndarray | None:
-    """What was kept of the weights with this fingerprint; what does not fit is told and left."""
-    for path in _places(folder, mark):
+    """Read a stored embedding with this fingerprint; files that do not fit are skipped with a warning."""
+    for path in _candidates(folder, mark):
         try:
-            check_regular(path)  # at a pipe, safetensors waits for ever
+            check_regular(path)  # safetensors would block on a pipe
             with safe_open(path, framework="numpy") as file:
                 embed, seal = file.get_tensor(_TENSOR), (file.metadata() or {}).get("seal")
         except (FileNotFoundError, NotADirectoryError):
@@ -159,15 +159,15 @@ def _find(folder: Path, mark: str) -> np.ndarray | None:
         if seal == _seal(embed, mark):
             return embed
         if re.fullmatch(r"[0-9a-f]{64}", str(seal)):
-            told = "was written by an earlier release, which did not compare all weights, and is not used"
+            fault = "was written by an earlier release, which did not compare all weights, and is not used"
         else:
-            told = "is not of these weights, or damaged, and not used"
-        warnings.warn(f"{path} {told}", stacklevel=2)
+            fault = "is not of these weights, or damaged, and not used"
+        warnings.warn(f"{path} {fault}", stacklevel=2)
     return None
 
 
 def _seal(embed: np.ndarray, mark: str) -> str:
-    """Of the embedding and of the weights that it belongs to."""
+    """Return a checksum of the embedding and of the weights that it belongs to."""
     return f"{_VERSION}:{hashlib.sha256(mark.encode() + embed.tobytes()).hexdigest()}"
 
 

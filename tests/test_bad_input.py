@@ -56,7 +56,7 @@ DECODER = [
     ({"image_embeds": []}, ValueError, "empty list"),
     ({"image_embeds": np.zeros((2, 63))}, ValueError, r"\(2, 63\), needed is \[batch, 64\]"),
     ({"image_embeds": np.zeros(64)}, ValueError, r"needed is \[batch, 64\]"),
-    ({"negative_image_embeds": np.zeros((3, 64))}, ValueError, "3 rows, image_embeds has 2"),
+    ({"negative_image_embeds": np.zeros((3, 64))}, ValueError, "3 embeddings, image_embeds has 2"),
     ({"negative_image_embeds": None}, ValueError, "guidance_scale is above 1"),
     ({"latents": np.zeros((2, 8, 8, 4))}, ValueError, r"needed is \(2, 4, 8, 8\)"),
     ({"output_type": None}, ValueError, "output_type"),

@@ -336,14 +336,14 @@ def test_a_row_tells_all_its_faults(tiny_pipe, tmp_path):
 
 
 def test_a_picture_that_is_not_finite_is_an_error_of_its_row(rows, tiny_pipe, tmp_path, monkeypatch):
-    real = type(tiny_pipe).draw
+    real = type(tiny_pipe).generate
 
     def spoilt(self, prompt, **given):
-        drawing = real(self, prompt, **given)
+        pending = real(self, prompt, **given)
         bad = [i for i, text in enumerate(prompt) if text == PROMPTS[1]]
-        return drawing._replace(drawn=drawing.drawn.at[np.array(bad, int)].set(np.nan)) if bad else drawing
+        return pending._replace(array=pending.array.at[np.array(bad, int)].set(np.nan)) if bad else pending
 
-    monkeypatch.setattr(type(tiny_pipe), "draw", spoilt)
+    monkeypatch.setattr(type(tiny_pipe), "generate", spoilt)
     report = draw(job_of(tmp_path, [{"prompt": prompt} for prompt in PROMPTS]), tiny_pipe)
     assert (report.images, report.errors) == (4, 1)
     [line] = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()

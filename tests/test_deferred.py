@@ -116,7 +116,7 @@ def test_another_tower_may_be_put_in_its_place(tiny_pipe):
     assert pipe.image_encoder is other
     assert worst(pipe._zero_embed(), -own) <= 1e-5
     assert tiny_pipe.prior_image_encoder is not other
-    text = checkpoint.Deferred(CLIPTextModelWithProjection, SHAPES_MODEL / hub.PRIOR / "text_encoder")
+    text = checkpoint.LazyNetwork(CLIPTextModelWithProjection, SHAPES_MODEL / hub.PRIOR / "text_encoder")
     with pytest.raises(TypeError, match="must be a CLIPVisionModelWithProjection of kandinsky_jax, got CLIPText"):
         KandinskyV22PriorPipeline.from_pipe(pipe, image_encoder=text)
 
@@ -162,7 +162,7 @@ def test_numbers_that_are_not_finite_are_told_when_the_pipeline_is_loaded(folder
     save_file(tensors, path)
     ready = {k: v for k, v in tiny_pipe.prior_pipe._held().items() if k != "image_encoder"}
     with pytest.raises(CheckpointError, match=r"not finite as .*post_layernorm.bias in 1 of"):
-        checkpoint.Deferred(CLIPVisionModelWithProjection, folder / "image_encoder").load()
+        checkpoint.LazyNetwork(CLIPVisionModelWithProjection, folder / "image_encoder").load()
     (folder / "image_encoder" / files.ZERO_EMBED).unlink()
     with pytest.raises(CheckpointError, match="the embedding of zeros is not finite"):
         KandinskyV22PriorPipeline.from_pretrained(folder, **ready)
@@ -202,7 +202,7 @@ def test_it_is_kept_in_the_users_cache(folder, cache, reads):
     (folder / "image_encoder" / files.ZERO_EMBED).unlink()
 
     def of_a_new_pipeline(dtype: str = "float32") -> np.ndarray:
-        return zero_embed.of(checkpoint.Deferred(CLIPVisionModelWithProjection, folder / "image_encoder", dtype))
+        return zero_embed.of(checkpoint.LazyNetwork(CLIPVisionModelWithProjection, folder / "image_encoder", dtype))
 
     first = of_a_new_pipeline("bfloat16")
     [kept] = cache.iterdir()
@@ -219,7 +219,7 @@ def test_it_is_kept_in_the_users_cache(folder, cache, reads):
 def test_a_cache_that_cannot_be_written_is_left_alone(folder, cache, expected):
     (folder / "image_encoder" / files.ZERO_EMBED).unlink()
     cache.parents[1].write_text("a file where the folder should be")
-    tower = checkpoint.Deferred(CLIPVisionModelWithProjection, folder / "image_encoder", "float32")
+    tower = checkpoint.LazyNetwork(CLIPVisionModelWithProjection, folder / "image_encoder", "float32")
     assert worst(zero_embed.of(tower), expected) <= 1e-5
 
 
@@ -258,7 +258,7 @@ def test_a_stale_or_damaged_embedding_is_not_trusted(folder, spoil, says, monkey
     monkeypatch.setattr(fingerprint, "_SETTLED_S", -1e9)  # fingerprints are kept at once
     zero_embed.store(folder / "image_encoder", config())
     spoil(folder / "image_encoder")
-    tower = checkpoint.Deferred(CLIPVisionModelWithProjection, folder / "image_encoder", "float32")
+    tower = checkpoint.LazyNetwork(CLIPVisionModelWithProjection, folder / "image_encoder", "float32")
     with pytest.warns(UserWarning, match=says):
         found = zero_embed.of(tower)
     assert worst(found, zero_embed.of(tower.load())) <= 1e-5
@@ -320,7 +320,7 @@ def test_a_conversion_computes_what_is_not_there(folder, tmp_path, cache):
     for dtype, tolerance in ((None, 1e-5), ("bfloat16", 0.05)):
         target = tmp_path / f"{dtype}" / "image_encoder"
         convert(folder, target.parent, dtype=dtype, progress=False)
-        tower = checkpoint.Deferred(CLIPVisionModelWithProjection, target)
+        tower = checkpoint.LazyNetwork(CLIPVisionModelWithProjection, target)
         with warnings.catch_warnings(action="error"):
             found = zero_embed._find(target, zero_embed.fingerprint(target, tower.config))
         own = load_network(CLIPVisionModelWithProjection, target, "float32")

@@ -211,13 +211,13 @@ def test_arrays_of_another_size_are_the_references(size, kind):
 
 def test_masked_numpy_call_of_another_size_is_the_references():
     """All of what inpainting makes of a NumPy mask of another size than the picture."""
-    from kandinsky_jax.pipelines.inpaint import kept_latents
+    from kandinsky_jax.pipelines.inpaint import latent_keep_mask
 
     mask = np.zeros((48, 96), np.float32)
     mask[10:20, 30:60] = 1
     keep, _ = reference.prepare_mask_and_masked_image(np.zeros((H, W, 3), np.uint8), mask.copy(), H, W)
     theirs = reference.prepare_mask(torch.nn.functional.interpolate(keep, (H // 8, W // 8), mode="nearest"))
-    ours = kept_latents(images.masks(mask, "mask_image", H, W), H // 8, W // 8)
+    ours = latent_keep_mask(images.masks(mask, "mask_image", H, W), H // 8, W // 8)
     np.testing.assert_array_equal(ours, theirs[:, 0])
 
 
@@ -313,7 +313,7 @@ def test_no_array_of_numbers_is_a_short_error(value, says):
 
 def test_weights_of_a_mix_may_be_an_array():
     for weights in (np.array([0.25, 0.5]), jnp.array([0.25, 0.5]), torch.tensor([0.25, 0.5], dtype=torch.bfloat16)):
-        assert checks.mix(["a", "b"], weights)[1] == [0.25, 0.5]
+        assert checks.interpolation(["a", "b"], weights)[1] == [0.25, 0.5]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from kandinsky_jax import KandinskyV22PriorPipeline
 from kandinsky_jax.checkpoint import flat_params
-from kandinsky_jax.sharding import ROWS, largest_axis, make_mesh, parameter_places
+from kandinsky_jax.sharding import ROWS_AXIS, largest_axis, make_mesh, parameter_shardings
 from tests.conftest import SHAPES_MODEL, note
 
 ROOT = Path(__file__).parents[1]
@@ -111,19 +111,19 @@ def test_what_is_no_mesh(arguments, says):
 
 def test_rules_that_cannot_be_followed_are_all_named():
     mesh = make_mesh()
-    with pytest.raises(ValueError, match="only be divided over a mesh"):
-        parameter_places(None, {"a": (4,)}, [("a", PartitionSpec(ROWS))])
-    rules = [("a", PartitionSpec("data")), ("b", PartitionSpec(None, ROWS))]
-    with pytest.raises(ValueError, match=r"'a' asks for .*\n.*b \[4\] cannot be divided"):
-        parameter_places(mesh, {"a": (4,), "b": (4,)}, rules)
+    with pytest.raises(ValueError, match="only be sharded over a mesh"):
+        parameter_shardings(None, {"a": (4,)}, [("a", PartitionSpec(ROWS_AXIS))])
+    rules = [("a", PartitionSpec("data")), ("b", PartitionSpec(None, ROWS_AXIS))]
+    with pytest.raises(ValueError, match=r"'a' asks for .*\n.*b \[4\] cannot be sharded"):
+        parameter_shardings(mesh, {"a": (4,), "b": (4,)}, rules)
 
 
 def test_the_first_rule_that_matches_counts():
     mesh = make_mesh()
-    rules = [(r"^x\.kernel$", PartitionSpec(None, ROWS)), ("kernel", PartitionSpec(ROWS))]
-    places = parameter_places(mesh, {"x.kernel": (2, 4), "y.kernel": (2, 4), "bias": (4,)}, rules)
-    assert [tuple(place.spec) for place in places.values()] == [(None, ROWS), (ROWS,), ()]
-    assert largest_axis(mesh, {"a.b": (2, 400, 200), "c": (3,)}) == [(r"^a\.b$", PartitionSpec(None, ROWS))]
+    rules = [(r"^x\.kernel$", PartitionSpec(None, ROWS_AXIS)), ("kernel", PartitionSpec(ROWS_AXIS))]
+    places = parameter_shardings(mesh, {"x.kernel": (2, 4), "y.kernel": (2, 4), "bias": (4,)}, rules)
+    assert [tuple(place.spec) for place in places.values()] == [(None, ROWS_AXIS), (ROWS_AXIS,), ()]
+    assert largest_axis(mesh, {"a.b": (2, 400, 200), "c": (3,)}) == [(r"^a\.b$", PartitionSpec(None, ROWS_AXIS))]
 
 
 def test_a_pipeline_moves_with_its_late_parts(tiny_pipe):

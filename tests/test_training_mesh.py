@@ -61,9 +61,9 @@ def test_rules_that_cannot_be_followed():
     mesh = jax.sharding.Mesh([[jax.devices()[0]]], ("data", "fsdp"))
     tree = {"a": {"weight": jax.ShapeDtypeStruct((6, 4), "float32")}}
     assert places(mesh, tree)["a"]["weight"].spec == PartitionSpec()
-    with pytest.raises(ValueError, match="divided over 'fsdp' only"):
+    with pytest.raises(ValueError, match="sharded over 'fsdp' only"):
         places(mesh, tree, [("weight", PartitionSpec("rows"))])
-    with pytest.raises(ValueError, match=r"a\.weight \[6, 4\] cannot be divided"):
+    with pytest.raises(ValueError, match=r"a\.weight \[6, 4\] cannot be sharded"):
         places(mesh, tree, [("weight", PartitionSpec(None, None, "fsdp"))])
 
 

@@ -27,7 +27,7 @@ from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.sharding import largest_axis
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
-from kandinsky_jax.training.mesh import FSDP, make_training_mesh
+from kandinsky_jax.training.mesh import FSDP_AXIS, make_training_mesh
 from kandinsky_jax.training.step import Settings, Trainer
 from kandinsky_jax.training.tasks import DiffusionTask
 from tests.conftest import SHAPES_MODEL
@@ -68,7 +68,7 @@ def trainer_of(task: DiffusionTask, mesh_name: str, rules=None) -> Trainer:
     mesh = make_training_mesh(*MESHES[mesh_name])
     if rules is None and mesh is not None and not task.of_prior:  # whose leaves are too small for the default rules
         shapes = {name: tuple(leaf.shape) for name, leaf in flat_params(task.module).items()}
-        rules = largest_axis(mesh, shapes, 1 << 10, FSDP)
+        rules = largest_axis(mesh, shapes, 1 << 10, FSDP_AXIS)
     return Trainer(task.loss(), SETTINGS[task.kind], task.frozen(), mesh, rules)
 
 
@@ -115,7 +115,7 @@ def main(target: str, kind: Kind, meshes: list[str]) -> None:
         if name == "resumed":
             found[name] = {"losses": resumed(task)}
         elif name == "by a rule":
-            found[name] = curve(task, "fsdp=8", [(r"ff\.net\.0\.proj\.weight$", PartitionSpec(FSDP))])
+            found[name] = curve(task, "fsdp=8", [(r"ff\.net\.0\.proj\.weight$", PartitionSpec(FSDP_AXIS))])
         else:
             found[name] = curve(task, name)
     Path(target).write_text(json.dumps(found))

@@ -24,7 +24,7 @@ from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.pipelines import KandinskyV22PriorPipeline
 from kandinsky_jax.sampling import Network
 from kandinsky_jax.schedulers import DDPMScheduler
-from kandinsky_jax.sharding import EVERYWHERE
+from kandinsky_jax.sharding import REPLICATED
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import ROW, make_training_mesh, places
@@ -99,7 +99,7 @@ def compiled(kind: Kind, job: dict[str, Any], mesh: Any) -> Any:
     state = placed(trainer, jax.eval_shape(trainer._first, trained))
     frozen = placed(trainer, params) if task.of_lora else None
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = Shape(key.shape, key.dtype, sharding=NamedSharding(mesh, EVERYWHERE))
+    key = Shape(key.shape, key.dtype, sharding=NamedSharding(mesh, REPLICATED))
     batch = batch_of(task, job["batch"] * mesh.size, job["size"], mesh)
     return trainer.lower(state, batch, key, frozen).compile()
 

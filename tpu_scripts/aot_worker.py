@@ -26,7 +26,7 @@ from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.noise import KeyNoise
 from kandinsky_jax.sampling import Lane, Network
 from kandinsky_jax.schedulers import DDPMScheduler
-from kandinsky_jax.sharding import EVERYWHERE, in_memory, make_mesh, specs
+from kandinsky_jax.sharding import REPLICATED, batch_specs, in_memory, make_mesh
 from tpu_scripts import aot_gpu
 from tpu_scripts.aot_cost import CHIPS, GPUS, costs
 
@@ -50,7 +50,7 @@ class Program(NamedTuple):
 
 def placed(mesh: Mesh, tree: Any, axis: int | None = None, halves: bool = False) -> Any:
     """Shapes where the pipelines put their arrays; those without an axis of images lie everywhere."""
-    where = jax.tree.map(lambda leaf: EVERYWHERE if axis is None else specs(mesh, leaf, axis, halves), tree)
+    where = jax.tree.map(lambda leaf: REPLICATED if axis is None else batch_specs(mesh, leaf, axis, halves), tree)
     return jax.tree.map(
         lambda leaf, spec: Shape(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)), tree, where
     )
@@ -65,7 +65,7 @@ def official(name: str, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16) -> 
         lambda leaf: Shape(leaf.shape, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype), params
     )
     if mesh is not None:
-        place = NamedSharding(mesh, EVERYWHERE)
+        place = NamedSharding(mesh, REPLICATED)
         shapes = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=in_memory(place, x.shape)), shapes)
     return Network(network.graphdef, mesh), shapes
 

@@ -106,7 +106,7 @@ def run(
     report = Report(skipped=len(mine) - len(left))
     began = time.perf_counter()
     with _Stages(job, pipe, report, overlap) as stages, _bar(job, process, left, quiet) as bar:
-        stages.draw(left, stop, bar)
+        stages.generate(left, stop, bar)
     report.seconds = time.perf_counter() - began
     report.stopped = stop.asked and report.shards + report.skipped < len(mine)
     report.complete = len(job.output.complete(job.shards)) == job.shards
@@ -125,7 +125,7 @@ def rehearsal(job: OpenJob) -> Callable[[Any], None]:
                 units = [Unit(checker.task(raw), 0)]
             except RowError:
                 continue
-            pipe.draw(**arguments(units, job.job.batch, Network.split(pipe.unet)[0].devices))
+            pipe.generate(**arguments(units, job.job.batch, Network.split(pipe.unet)[0].devices))
             return
 
     return call
@@ -166,7 +166,7 @@ class _Stages:
         for executor in (self._reader, self._encoders, self._writer):
             executor.shutdown(wait=True, cancel_futures=kind is not None)
 
-    def draw(self, shards: list[int], stop: Stop, bar: tqdm) -> None:
+    def generate(self, shards: list[int], stop: Stop, bar: tqdm) -> None:
         """Draw and write shards, one after the other."""
         writing: list[Future[None]] = []
         for shard in self._read_ahead(shards, stop):
@@ -226,19 +226,19 @@ class _Stages:
                 return False
             self._slots.acquire()
             began = time.perf_counter()
-            drawing = self._pipe.draw(**arguments(call, self._job.job.batch, self._devices))
+            pending = self._pipe.generate(**arguments(call, self._job.job.batch, self._devices))
             if not self._overlap:  # otherwise the device decodes while the next call is prepared
-                jax.block_until_ready(drawing.drawn)
+                jax.block_until_ready(pending.array)
             seconds = time.perf_counter() - began
             stop.took(seconds)
             self._report.drawing += seconds
-            shard.drawn.append(self._encoders.submit(self._encode, drawing, call))
+            shard.drawn.append(self._encoders.submit(self._encode, pending, call))
             bar.update(len(call))
         return True
 
-    def _encode(self, drawing: Any, call: list[Unit]) -> list[Drawn]:
+    def _encode(self, pending: Any, call: list[Unit]) -> list[Drawn]:
         try:
-            pixels = np.asarray(drawing.drawn)[: len(call)]  # [B, H, W, 3]
+            pixels = np.asarray(pending.array)[: len(call)]  # [B, H, W, 3]
         finally:
             self._slots.release()
         constants = self._constants()

@@ -23,7 +23,7 @@ from kandinsky_jax import images
 from kandinsky_jax.batch.rows import COLUMNS, Raw, default_id
 from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten, summarize
 from kandinsky_jax.pipelines import CombinedPipeline, checks
-from kandinsky_jax.pipelines.inpaint import kept_latents
+from kandinsky_jax.pipelines.inpaint import latent_keep_mask
 
 # What a mode needs of a row besides its prompt.
 MODES = {
@@ -213,7 +213,7 @@ class Checker:
                     factor = self.pipe.movq.config.scale_factor
                     if not mask.any():
                         row.faults.append("mask repaints nothing; white is repainted")
-                    elif kept_latents(mask[None], shape.height // factor, shape.width // factor).all():
+                    elif latent_keep_mask(mask[None], shape.height // factor, shape.width // factor).all():
                         row.faults.append(f"mask repaints nothing: its white parts are smaller than {factor} pixels")
                 else:
                     found["hint"] = images.hints(picture, "hint", *size)[0]

@@ -1,8 +1,8 @@
 """Checkpoints: a network's folder, read and written."""
 
 from kandinsky_jax.checkpoint.networks import (
-    Deferred,
     Layout,
+    LazyNetwork,
     Progress,
     check_network,
     default_dtype,
@@ -21,8 +21,8 @@ from kandinsky_jax.tensors.files import CheckpointError, WeightSelection
 
 __all__ = [
     "CheckpointError",
-    "Deferred",
     "Layout",
+    "LazyNetwork",
     "Progress",
     "WeightSelection",
     "check_network",

@@ -1,4 +1,4 @@
-"""A fingerprint of all of a network's stored numbers, which ties to them what was computed of them."""
+"""Fingerprints of a network's stored values, for caching results that depend on them."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from kandinsky_jax.storage import files_below, user_cache
 from kandinsky_jax.tensors import names
 from kandinsky_jax.tensors.files import PREFERRED, ZERO_EMBED, WeightSelection
 
-_GROUP = 1 << 25  # numbers that are read at once
+_GROUP = 1 << 25  # values that are read at once
 _THREADS = 4
-_SETTLED_S = 2.0  # a file that changed within this time may change again without another time stamp
+_SETTLED_S = 2.0  # a file modified within this time may change again with the same time stamp
 _NOTE = re.compile(r"([0-9a-f]{64}) ([0-9a-f]{64})\n")
 
 
 def weights_fingerprint(
     cls: type[nnx.Module], config: Any, folder: Path, selection: WeightSelection = PREFERRED
 ) -> str:
-    """SHA-256 of every number of every tensor of a checked network, as 64 hexadecimal digits.
+    """Compute SHA-256 of all values of all tensors of a checked network, as 64 hexadecimal digits.
 
-    It is of the numbers in float32, by PyTorch's names and in PyTorch's order of axes, so that it is the same for every
-    layout and dtype that holds the same numbers.
+    Values are hashed in float32, with PyTorch's names and order of axes, so that every layout and dtype with the same
+    values gives the same result.
 
-    All bytes are read for it, once: the result is kept in the user's cache under the files' identities (device, inode,
-    size, times of modification and of change), and is looked up there while none of these changes.
+    All bytes are read once; the result is kept in the user's cache under the files' identities (device, inode, size,
+    times of modification and change), and found there as long as none of these changes.
 
     Raises:
-        CheckpointError: where a tensor cannot be read.
+        CheckpointError: for a tensor that cannot be read.
     """
     shapes = {name: leaf.shape for name, leaf in flat_params(abstract(cls, config)).items()}
     began, key = time.time(), _identity(folder, selection, sorted(shapes))
@@ -62,7 +62,7 @@ def weights_fingerprint(
 
 
 def _digests(folder: Path, selection: WeightSelection, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """SHA-256 of each tensor, by PyTorch's names."""
+    """Compute SHA-256 of each tensor, by PyTorch's names."""
 
     def digest(item: tuple[str, np.ndarray]) -> tuple[str, str]:
         name, array = item
@@ -71,14 +71,14 @@ def _digests(folder: Path, selection: WeightSelection, shapes: Mapping[str, tupl
         return names.torch_name(name), f"{shape} {hashlib.sha256(ordered.reshape(-1).view(np.uint8).data).hexdigest()}"
 
     found: dict[str, str] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:  # hashlib and NumPy leave the interpreter free meanwhile
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashlib and NumPy release the GIL
         for group in _groups(shapes):
             found.update(pool.map(digest, read_params(folder, group, selection).items()))
     return found
 
 
 def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Names of tensors that are read together: at least one, and at most `_GROUP` numbers."""
+    """Yield names of tensors to read together: at least one, and at most `_GROUP` values."""
     group: list[str] = []
     size = 0
     for name, shape in shapes.items():
@@ -95,15 +95,15 @@ def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 
 def _stored_files(folder: Path) -> list[Path]:
-    """A component's files, without the embedding that is itself tied to a fingerprint.
+    """Return all files of a component except the embedding of zeros, which is itself sealed with a fingerprint.
 
-    All of them, because an index of shards may give these any names.
+    An index of shards may give these any names.
     """
     return sorted(path for path in files_below(folder) if path.is_file() and path.name != ZERO_EMBED)
 
 
 def _identity(folder: Path, selection: WeightSelection, wanted: list[str]) -> str:
-    """What changes whenever a file is written or replaced."""
+    """Return a key that changes whenever a file is written or replaced."""
     parts: list[Any] = [selection, wanted]
     for path in _stored_files(folder):
         stat = path.stat()
@@ -121,7 +121,7 @@ def _identity(folder: Path, selection: WeightSelection, wanted: list[str]) -> st
 
 
 def _newest(folder: Path) -> float:
-    """When a file last changed, in seconds since 1970."""
+    """Return the latest change of any file, in seconds since 1970."""
     stats = [os.stat(path) for path in _stored_files(folder)]
     return max((max(stat.st_mtime, stat.st_ctime) for stat in stats), default=0.0)
 

@@ -1,7 +1,7 @@
-"""LoRA files: found, read for the networks of a pipeline, and written as diffusers reads them.
+"""LoRA files: finding, reading for the networks of a pipeline, and writing in diffusers' format.
 
-Read are files of diffusers (today's and older), peft and kohya's scripts, safetensors or tensors-only pickles; see
-`lora_names` for the names of their tensors and `lora_scaling` for peft's configuration.
+Files of diffusers (current and older), peft and kohya's scripts can be read, as safetensors or tensors-only pickles;
+see `lora_names` for the names of their tensors and `lora_scaling` for peft's configuration.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kandinsky_jax.tensors.files import CheckpointError
 
 METADATA = "lora_adapter_metadata"  # of a safetensors header; diffusers' name
 PEFT_CONFIG = "adapter_config.json"
-# In a folder; the last are those of an accelerate checkpoint, which holds the trained layers alone.
+# Names of LoRA files in a folder; the last two are those of an accelerate checkpoint of the trained layers.
 _STEMS = ("pytorch_lora_weights", "adapter_model", "model", "pytorch_model")
 _SUFFIXES = (".safetensors", ".bin")
 _OTHERS = ("optimizer", "scheduler", "random_states", "training_args", "scaler")  # of a training checkpoint
@@ -42,12 +42,12 @@ Adapter = dict[str, LayerChange]  # the changes of one network by the layers' na
 
 @dataclass(frozen=True)
 class LoraTensors:
-    """What a file or dictionary holds, before it is known which networks it is for.
+    """Content of a LoRA file or dictionary, before it is matched with networks.
 
     Attributes:
         source: for messages.
         tensors: by name; none is read yet.
-        config: peft's configuration; None where there is none. Names may begin with a network's, as in diffusers.
+        config: peft's configuration, None if absent; its names may begin with a network's, as in diffusers.
     """
 
     source: str
@@ -55,20 +55,20 @@ class LoraTensors:
     config: Mapping[str, Any] | None = None
 
     def error(self, reason: object) -> CheckpointError:
-        """An error about it, of bounded length."""
+        """Return an error that names the source, of bounded length."""
         return CheckpointError(f"{shorten(self.source, 200)} {shorten(reason, 280)}")
 
 
 @dataclass
 class _Layer:
-    """The tensors of one layer's change by their parts, and their names."""
+    """Tensors of one layer's change by part, and their names."""
 
     parts: dict[str, files.Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
 
 def layers_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The layers of a network that LoRA can change, linear ones and convolutions, by `flat_params`."""
+    """Return the layers of a network that LoRA can change, linear and convolutional, from `flat_params`."""
     return {
         name.rpartition(".")[0]: names.torch_shape(name, tuple(leaf.shape))
         for name, leaf in params.items()
@@ -77,7 +77,7 @@ def layers_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_of(layer: str, change: LayerChange) -> str:
-    """The dotted Flax name of the parameter that a layer's change is added to."""
+    """Return the dotted Flax name of the parameter that a layer's change is added to."""
     return f"{layer}.kernel" if change.down.ndim == 4 else f"{layer}.weight"
 
 
@@ -85,10 +85,10 @@ def parameter_of(layer: str, change: LayerChange) -> str:
 
 
 def choose(listed: Iterable[str], where: str) -> str:
-    """The name of the LoRA file among the files of a folder or repository.
+    """Choose the LoRA file among the files of a folder or repository.
 
     Raises:
-        CheckpointError: where there is none, or more than one that could be meant.
+        CheckpointError: where there is none, or the choice is ambiguous.
     """
     found = sorted(listed)
     for stem in _STEMS:
@@ -111,7 +111,7 @@ def choose(listed: Iterable[str], where: str) -> str:
 
 
 def check_weight_name(name: Any) -> str:
-    """The name of a file within a folder, or ValueError."""
+    """Return the name of a file within a folder; ValueError for any other value."""
     parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
     if not parts or ".." in parts or PurePath(name).is_absolute():
         raise ValueError(f"weight_name must be a file's name within the folder, got {quote(name)}")
@@ -119,13 +119,13 @@ def check_weight_name(name: Any) -> str:
 
 
 def find(path: Path, weight_name: str | None = None) -> Path:
-    """The file of LoRA that `path` is or holds.
+    """Find the LoRA file that `path` is or contains.
 
     Args:
-        path: a file, or a folder: of diffusers' output, peft's, a training checkpoint, or a training run of ours.
+        path: a file, or a folder: output of diffusers or peft, a training checkpoint, or a training run of ours.
         weight_name: the file's name in the folder.
     Raises:
-        CheckpointError: saying what was looked for.
+        CheckpointError: if there is none, saying what was looked for.
     """
     try:
         if weight_name is not None and path.is_dir():
@@ -152,7 +152,7 @@ def find(path: Path, weight_name: str | None = None) -> Path:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    """The last of accelerate's `checkpoint-STEP` in a folder."""
+    """Return the latest of accelerate's `checkpoint-STEP` folders."""
     steps = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*") if p.is_dir()}
     numbered = [p for p, step in steps.items() if step.isascii() and step.isdecimal()]
     return max(numbered, key=lambda p: (len(steps[p].lstrip("0")), steps[p].lstrip("0")), default=None)
@@ -162,17 +162,17 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 
 def open_file(path: Path) -> LoraTensors:
-    """The tensors of a file, and its configuration: of the header, or of peft's file beside it.
+    """Open the tensors of a file, and its configuration from the header or from peft's file next to it.
 
     Raises:
-        CheckpointError: where it is damaged, or would need code to be run.
+        CheckpointError: for a damaged file, or a pickle that would run code.
     """
     try:
         tensors = files.open_tensors(path)
         header = _header(path) if path.suffix == ".safetensors" else {}
     except CheckpointError:
         raise
-    except Exception as error:  # whatever safetensors raises for a file that is none
+    except Exception as error:  # safetensors raises many kinds for invalid files
         raise CheckpointError(f"{shorten(str(path), 240)} cannot be read: {shorten(error, 200)}") from None
     config = None
     if METADATA in header:
@@ -195,7 +195,7 @@ def _header(path: Path) -> dict[str, str]:
 
 
 def from_dict(tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> LoraTensors:
-    """The same for arrays in memory: of NumPy, JAX or PyTorch, by the names that they would have in a file."""
+    """Open arrays in memory, of NumPy, JAX or PyTorch, by the names that they would have in a file."""
     return LoraTensors("the dictionary of LoRA", {str(n): _in_memory(n, array) for n, array in tensors.items()}, config)
 
 
@@ -216,15 +216,15 @@ def _in_memory(name: Any, array: Any) -> files.Tensor:
 
 
 def read(opened: LoraTensors, networks: Mapping[str, Layers]) -> tuple[dict[str, Adapter], dict[str, int]]:
-    """The changes of each network.
+    """Read the changes of each network.
 
     Args:
         opened: see `open_file`.
-        networks: what the pipeline has, by the names "unet" and "prior".
+        networks: layers of the pipeline's networks, by the names "unet" and "prior".
     Returns:
-        the changes by network, and of those networks that the pipeline lacks, how many layers were left out.
+        the changes by network, and the number of skipped layers by network that the pipeline lacks.
     Raises:
-        CheckpointError: where something in it is not supported, is damaged, or fits no network.
+        CheckpointError: for content that is not supported, is damaged, or fits no network.
     """
     parsed = {name: lora_names.parse(name) for name in opened.tensors}
     if unknown := [name for name, found in parsed.items() if found is None]:
@@ -260,7 +260,7 @@ def read(opened: LoraTensors, networks: Mapping[str, Layers]) -> tuple[dict[str,
 
 
 def _unsupported(unknown: Sequence[str], total: int) -> str:
-    """What tensors are that `lora_names` does not know, by the commonest kind of them."""
+    """Describe tensors that `lora_names` cannot parse, by the most frequent kind."""
     kinds = Counter(lora_names.method(name) for name in unknown)
     kind = next((found for found, _ in kinds.most_common() if found), "")
     mine = [name for name in unknown if lora_names.method(name) == kind]
@@ -274,7 +274,7 @@ def _unsupported(unknown: Sequence[str], total: int) -> str:
 def _network_of(
     opened: LoraTensors, component: str | None, underscored: bool, group: Mapping[str, _Layer], networks: Any
 ) -> str:
-    """The network that a group of layers is for: the one it is named after, or that has most of them."""
+    """Return the network that a group of layers is for: the one in their names, or the one with most of them."""
     if component in ("unet", "prior"):
         return component
 
@@ -304,7 +304,7 @@ def _fits(layer: _Layer, shape: tuple[int, ...]) -> bool:
 
 
 def _dotted(opened: LoraTensors, group: Mapping[str, _Layer], layers: Layers, target: str) -> dict[str, _Layer]:
-    """Kohya's layers by the network's own names."""
+    """Rename kohya's layers to the network's names."""
     known = lora_names.underscored(layers)
     if twice := [name for name in group if name in known and known[name] is None]:
         raise opened.error(f"has names that fit two layers of the {target} each: {_some(twice)}")
@@ -314,7 +314,7 @@ def _dotted(opened: LoraTensors, group: Mapping[str, _Layer], layers: Layers, ta
 def _changes(
     opened: LoraTensors, component: str | None, group: Mapping[str, _Layer], layers: Layers, target: str
 ) -> Adapter:
-    """The changes of one network, checked and read."""
+    """Check and read the changes of one network."""
     if strange := [name for name in group if name not in layers]:
         raise opened.error(f"has {len(strange)} of {len(group)} layers that the {target} has not: {_some(strange)}")
     config = _own_config(opened.config, component)
@@ -329,7 +329,7 @@ def _changes(
 
 
 def _own_config(config: Mapping[str, Any] | None, component: str | None) -> Mapping[str, Any] | None:
-    """The fields of one network; those of a file may begin with its name, as its tensors do."""
+    """Return the configuration of one network; its fields may begin with the network's name, as tensors do."""
     if config is None or component is None:
         return config
     prefix = f"{component}."
@@ -340,7 +340,7 @@ def _own_config(config: Mapping[str, Any] | None, component: str | None) -> Mapp
 
 
 class _LayerError(ValueError):
-    """What is wrong with the tensors of a layer."""
+    """The tensors of a layer are invalid."""
 
 
 def _change(layer: _Layer, shape: tuple[int, ...], name: str, scaling: Scaling | None) -> LayerChange:
@@ -364,14 +364,14 @@ def _change(layer: _Layer, shape: tuple[int, ...], name: str, scaling: Scaling |
 
 
 def _with_mid(down: np.ndarray, mid: np.ndarray, name: str) -> np.ndarray:
-    """LyCORIS' three tensors of a convolution as two: `down [r, in, 1, 1]`, `mid [r, r, height, width]`."""
+    """Merge LyCORIS' three tensors of a convolution into two: `down [r, in, 1, 1]`, `mid [r, r, height, width]`."""
     if down.ndim != 4 or down.shape[2:] != (1, 1) or mid.ndim != 4 or mid.shape[1] != down.shape[0]:
         raise _LayerError(f"has a mid tensor {_shape(mid)} and a down tensor {_shape(down)} at {shorten(name, 80)}")
     return np.einsum("rmhw,mi->rihw", mid, down[:, :, 0, 0])
 
 
 def _read(layer: _Layer, part: str) -> np.ndarray:
-    """A tensor as a float32 array of its own."""
+    """Read a tensor as a float32 copy."""
     name = layer.names[part]
     try:
         array = layer.parts[part].read()
@@ -389,7 +389,7 @@ def _read(layer: _Layer, part: str) -> np.ndarray:
 
 
 def _alpha(layer: _Layer, name: str) -> float:
-    """The number in a layer's alpha tensor; kohya's scripts write integers too."""
+    """Read a layer's alpha; kohya's scripts write integers too."""
     tensor = layer.parts["alpha"]
     if math.prod(tensor.shape) != 1:
         raise _LayerError(f"has an alpha of shape {list(tensor.shape)} at {shorten(name, 100)}, needed is one number")
@@ -406,7 +406,7 @@ def _shape(array: np.ndarray) -> str:
 
 
 def _some(listed: Sequence[str]) -> str:
-    """One or two of several names, for a message."""
+    """Return the first two names, for a message."""
     return " and ".join(shorten(name, 80) for name in listed[:2])
 
 
@@ -416,11 +416,11 @@ def _some(listed: Sequence[str]) -> str:
 def write(
     folder: str | os.PathLike[str], adapter: Mapping[str, Mapping[str, LayerChange]], weight_name: str = FILE
 ) -> Path:
-    """Write a file that diffusers loads; it is complete or absent.
+    """Write a file that diffusers loads, atomically.
 
     Args:
-        folder: made where it is missing.
-        adapter: the changes by network, "unet" or "prior"; the names in the file begin with it.
+        folder: created if missing.
+        adapter: the changes by network, "unet" or "prior", with which the names in the file begin.
         weight_name: the file's name.
     """
     target = Path(folder) / check_weight_name(weight_name)
@@ -443,7 +443,7 @@ def write(
 
 
 def _describe(changes: Mapping[str, LayerChange]) -> dict[str, Any]:
-    """peft's configuration of changes: the commonest rank and alpha, and where others hold."""
+    """Return peft's configuration of changes: the most frequent rank and alpha, and patterns for the others."""
     ranks = {name: change.rank for name, change in changes.items()}
     alphas = {name: _number(change.scale * change.rank) for name, change in changes.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -462,6 +462,6 @@ def _exactly(name: str) -> str:
 
 
 def _number(value: float) -> float:
-    """A number as it was before it was divided by a rank and multiplied again."""
+    """Undo the rounding of dividing by a rank and multiplying by it again."""
     rounded = float(f"{value:.15g}")
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e9 else rounded

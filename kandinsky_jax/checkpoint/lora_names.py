@@ -1,6 +1,6 @@
-"""Names of tensors in LoRA files: which layer each belongs to, and which part of its change it is.
+"""Names of tensors in LoRA files: the layer that each belongs to, and its part in the change.
 
-Five spellings are in use, each with or without the name of the network before it:
+Five conventions are in use, each with or without the network's name as a prefix:
 
     down_blocks.1.attentions.0.to_q.lora_A.weight                       peft, and diffusers today
     base_model.model.down_blocks.1.attentions.0.to_q.lora_A.default.weight   a `PeftModel`'s own
@@ -19,7 +19,7 @@ Part = Literal["down", "up", "mid", "alpha"]
 
 
 class TensorName(NamedTuple):
-    """What a tensor's name says.
+    """A parsed name of a tensor.
 
     Attributes:
         component: the network that the name begins with, such as "unet"; None where it begins with none.
@@ -36,7 +36,7 @@ class TensorName(NamedTuple):
     adapter: str = ""
 
 
-# Prefixes of wrappers around a network, which say nothing.
+# Prefixes of wrappers around a network.
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 _COMPONENTS = ("unet", "prior", "transformer")
 _TEXT = re.compile(r"^(text_encoder(_\d)?\.|text_model\.|lora_te\d?_|image_encoder\.|vision_model\.)")
@@ -67,7 +67,7 @@ _METHODS = (
 
 
 def parse(name: str) -> TensorName | None:
-    """What a tensor's name says, or None where it is none of LoRA for a UNet or prior."""
+    """Parse a tensor's name; None where it is not a LoRA tensor of a UNet or prior."""
     if _TEXT.match(name):
         return None
     component, bare = _component(name)
@@ -83,14 +83,14 @@ def parse(name: str) -> TensorName | None:
 
 
 def method(name: str) -> str:
-    """What a tensor that `parse` does not know is part of, for a message: "DoRA", "a text encoder" and so on."""
+    """Return what a tensor that `parse` rejects belongs to, for a message: "DoRA", "a text encoder" and so on."""
     if _TEXT.match(name) or _TEXT.match(_component(name)[1]):
         return "a text encoder"
     return next((called for called, pattern in _METHODS if pattern.search(name)), "")
 
 
 def underscored(layers: Mapping[str, object]) -> dict[str, str | None]:
-    """A network's layers by their names with underscores in place of dots; None where two have the same."""
+    """Map names with underscores instead of dots to a network's layers; None where two have the same."""
     found: dict[str, str | None] = {}
     for layer in layers:
         name = layer.replace(".", "_")
@@ -99,7 +99,7 @@ def underscored(layers: Mapping[str, object]) -> dict[str, str | None]:
 
 
 def _component(name: str) -> tuple[str | None, str]:
-    """The network that a name begins with, and the rest, both without wrappers."""
+    """Return the network that a name begins with, and the rest, both without wrappers."""
     component = None
     while True:
         head, _, rest = name.partition(".")
@@ -112,7 +112,7 @@ def _component(name: str) -> tuple[str | None, str]:
 
 
 def _layer(name: str) -> tuple[str, Part, str] | None:
-    """The layer, the part, and the adapter's name."""
+    """Return the layer, the part, and the adapter's name."""
     if found := _PEFT.match(name):
         return found[1], "down" if found[2] == "A" else "up", found[3] or ""
     if found := _DOWN_UP.match(name) or _KOHYA.match(name):

@@ -1,7 +1,7 @@
-"""How strongly a LoRA file's changes count: peft's configuration, read by peft's rules.
+"""Scales of a LoRA file's changes: peft's configuration, interpreted by peft's rules.
 
 diffusers writes it into the header of its safetensors files (`lora_adapter_metadata`), peft into `adapter_config.json`.
-A field that would change the result and is not supported is refused by name; none is ignored.
+An unsupported field that would change the result is an error; none is ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kandinsky_jax.errors import shorten
 
 
 class ScalingError(ValueError):
-    """Why a configuration cannot be used; the path is not in it."""
+    """A configuration cannot be used; the message does not contain the path."""
 
 
 # Fields without an effect on what a trained adapter changes. `fan_in_fan_out` is for layers that no network here has;
@@ -34,7 +34,7 @@ _USED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pa
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _OFF = (None, False, "none")
 _DEFAULT_RANK = _DEFAULT_ALPHA = 8  # peft's
-# Regular expressions come with the file, and some would never end: matching all of them may take this long.
+# Regular expressions come from the file, and some would never terminate: a limit for matching all of them.
 _PATTERN_LENGTH, _SECONDS = 1000, 10.0
 _UNBOUNDED = re.compile(r"\{(?!\d{1,2}(,\d{1,2})?\})|\(\?(?!:)|\\[LNpPRg]")  # large counts, and what only `regex` knows
 
@@ -45,7 +45,7 @@ class Scaling:
     Args:
         about: the fields of peft's `LoraConfig`.
     Raises:
-        ScalingError: naming the field that is not supported or makes no sense.
+        ScalingError: naming a field that is not supported or is invalid.
     """
 
     def __init__(self, about: Mapping[str, Any]):
@@ -72,7 +72,7 @@ class Scaling:
         self._alphas = _Patterns("alpha_pattern", about.get("alpha_pattern"), check_alpha)
 
     def of(self, layer: str, rank: int) -> float:
-        """What the change of a layer is multiplied by.
+        """Return the factor of a layer's change.
 
         Args:
             layer: its dotted name.
@@ -122,7 +122,7 @@ class _Patterns:
 
 
 def _compile(field: str, key: Any) -> Any:
-    """A key of a pattern as peft compiles it, without the constructs that cost time or memory beyond any bound."""
+    """Compile a key of a pattern as peft does, without constructs of unbounded time or memory."""
     if not isinstance(key, str) or len(key) > _PATTERN_LENGTH or _UNBOUNDED.search(key) or key.count("{") > 2:
         raise ScalingError(f"has {shorten(key, 60)} in {field}, which is not supported as a layer's name or pattern")
     try:
@@ -132,7 +132,7 @@ def _compile(field: str, key: Any) -> Any:
 
 
 def check_alpha(field: str, value: Any) -> float:
-    """A finite number as a float, or ScalingError. As in peft, zero is no change and less the opposite one."""
+    """Return a finite number as a float, or raise ScalingError. As in peft, zero means no change."""
     try:
         if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
             return float(value)

@@ -1,8 +1,8 @@
-"""Checksums of a model's files: written beside them when a model is saved, and compared with them when asked for.
+"""Checksums of a model's files: written when a model is saved, and compared on request.
 
-A file may change in ways that no reader notices: a bit flips, and a weight is another finite number. Three sources of
-checksums are known here: the manifest that `write_manifest` makes; the Hub's cache, in which a file is named by its
-SHA-256 (large files) or by git's SHA-1 of it (small ones); and what `hf download --local-dir` notes beside a folder.
+A file can be damaged in ways that no reader notices, such as a flipped bit that leaves a weight finite. There are three
+sources of checksums: the manifest from `write_manifest`; the Hub's cache, where a file is named by its SHA-256 (large
+files) or its git SHA-1 (small ones); and the metadata that `hf download --local-dir` writes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kandinsky_jax.tensors.files import WEIGHT_FILE, ZERO_EMBED, CheckpointError
 
 MANIFEST = "kandinsky_jax_manifest.json"
 VERSION = 1
-# What loading reads of a component's folder besides tensors.
+# Files of a component's folder that loading reads, besides tensors.
 COMPONENT_FILES = ("config.json", "scheduler_config.json", CLIPImageProcessor.FILE, *tokenizer.FILES)
 
 Status = Literal["ok", "damaged", "missing", "unexpected", "extra", "not covered"]
@@ -42,12 +42,12 @@ _LEVELS = 3  # how far above a folder a manifest may lie: PARAMS in COMPONENT in
 
 @dataclass(frozen=True)
 class FileReport:
-    """What is known of a file.
+    """Result of checking one file.
 
     Attributes:
         path: within the folder, with slashes.
-        status: "not covered" has no checksum to compare with. Where others have one, a file without is "unexpected" if
-            it is one that loading the model reads (tensors, configurations, the tokenizer's), and otherwise "extra".
+        status: "not covered" if no checksum is known. In a folder whose other files have checksums, a file without one
+            is "unexpected" if loading the model reads it (tensors, configurations, the tokenizer's), otherwise "extra".
         detail: what differs, or where the checksum comes from.
     """
 
@@ -58,7 +58,7 @@ class FileReport:
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a file should be; a size of -1 is not known."""
+    """Expected digest and size of a file; -1 for an unknown size."""
 
     digest: str
     source: str
@@ -66,7 +66,7 @@ class _Expected:
 
 
 def write_manifest(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None = None) -> Path:
-    """Write the sizes and checksums of a model's files into its folder; files and folders with a dot are left out.
+    """Write the sizes and checksums of a model's files into its folder; hidden files and folders are left out.
 
     Args:
         progress: called with numbers of bytes as they are read.
@@ -89,11 +89,11 @@ def _write(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def note_saved(folder: str | os.PathLike[str], own: bool = True) -> None:
-    """Bring the manifests that list a folder's files up to date, after something was saved into it.
+    """Update the manifests that list a folder's files, after something was saved into it.
 
     Args:
-        folder: a model's or a component's. The manifests are its own and those of the whole that it is a part of.
-        own: False where its own has just been written.
+        folder: of a model or a component. Manifests of the folder and of the model that contains it are updated.
+        own: False where the folder's own manifest has just been written.
     """
     folder = Path(os.path.abspath(folder))
     found: dict[str, dict[str, Any]] | None = None
@@ -110,12 +110,12 @@ def note_saved(folder: str | os.PathLike[str], own: bool = True) -> None:
 
 
 def verify(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None = None) -> list[FileReport]:
-    """Compare a folder's files with what is known of them; sorted by path.
+    """Compare a folder's files with their known checksums; the reports are sorted by path.
 
     Args:
         progress: called with numbers of bytes as they are read.
     Raises:
-        CheckpointError: where a manifest itself cannot be read.
+        CheckpointError: for a manifest that cannot be read.
     """
     folder = Path(os.path.abspath(folder))
     present = dict(_files(folder))
@@ -148,7 +148,7 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None
 
 
 def manifest_above(folder: str | os.PathLike[str]) -> Path | None:
-    """The manifest of the model that a folder is a part of, if one lists files of it."""
+    """Return the manifest of the model that a folder is part of, if it lists files of the folder."""
     folder = Path(os.path.abspath(folder))
     for parent in list(folder.parents)[:_LEVELS]:
         path, prefix = parent / MANIFEST, f"{folder.relative_to(parent).as_posix()}/"
@@ -158,15 +158,15 @@ def manifest_above(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def _listed(folder: Path) -> tuple[dict[str, _Expected], set[str]]:
-    """What manifests say of a folder's files, and the parts of it ("", "MEMBER/") of which they list all files.
+    """Return the manifests' entries for a folder's files, and the parts ("", "MEMBER/") that they list completely.
 
-    The manifest of a whole counts before that of a part.
+    The manifest of a model takes precedence over that of a part.
     """
     listed: dict[str, _Expected] = {}
     roots = set()
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
         prefix = f"{path.parent.name}/"
-        if path.parent.is_symlink():  # whose files are not looked at either
+        if path.parent.is_symlink():  # its files are skipped as well
             continue
         roots.add(prefix)
         listed |= {prefix + name: expected for name, expected in _read_manifest(path).items()}
@@ -182,7 +182,7 @@ def _listed(folder: Path) -> tuple[dict[str, _Expected], set[str]]:
 
 
 def _components(folder: Path) -> set[str]:
-    """The folders that a model's `model_index.json` names."""
+    """Return the folders that a model's `model_index.json` names."""
     try:
         entries = read_json(folder / "model_index.json")
     except (CheckpointError, OSError):
@@ -191,14 +191,14 @@ def _components(folder: Path) -> set[str]:
 
 
 def _folders_of(listed: Iterable[str], root: str) -> set[str]:
-    """The folders with files that a manifest lists; "" where the folder itself is a component."""
+    """Return the folders with files that a manifest lists; "" where the folder itself is a component."""
     inner = [name.removeprefix(root) for name in listed if name.startswith(root)]
     found = {name.partition("/")[0] for name in inner if "/" in name}
     return found if "model_index.json" in inner else found | {""}
 
 
 def _is_read(name: str, components: set[str]) -> bool:
-    """Whether loading a model reads a file, given by its path in the model's folder."""
+    """Return whether loading a model reads the file with this path in the model's folder."""
     first, _, rest = name.partition("/")
     if name == "model_index.json" or ("" in components and _is_read_in_component(name)):
         return True
@@ -214,7 +214,7 @@ def _is_read_in_component(name: str) -> bool:
 
 
 def sha256_of_files(paths: Iterable[Path]) -> dict[Path, str]:
-    """SHA-256 of files, several at once; of a file in the Hub's cache that is named by its SHA-256, that name.
+    """Compute SHA-256 of files in threads; for files in the Hub's cache, it is taken from their names.
 
     Raises:
         CheckpointError: naming a file that cannot be read.
@@ -225,7 +225,7 @@ def sha256_of_files(paths: Iterable[Path]) -> dict[Path, str]:
         if cached is not None and _SHA256.fullmatch(cached.digest):
             return cached.digest
         try:
-            check_regular(path)  # a pipe would be waited for
+            check_regular(path)  # reading a pipe would block
             return _digest(path, "sha256", None)
         except ReadError as error:
             raise CheckpointError(of_file(path, error)) from None
@@ -233,17 +233,17 @@ def sha256_of_files(paths: Iterable[Path]) -> dict[Path, str]:
             raise CheckpointError(of_file(path, f"cannot be read: {error.strerror or error}")) from None
 
     wanted = list(paths)
-    with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
         return dict(zip(wanted, pool.map(digest, wanted), strict=True))
 
 
 def total_bytes(folder: str | os.PathLike[str]) -> int:
-    """How many bytes `verify` will read at most."""
+    """Return an upper bound of the bytes that `verify` reads."""
     return sum(path.stat().st_size for _, path in _files(Path(folder)) if path.is_file())
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """A folder's files, by their paths within it; a link to nothing is one too."""
+    """Yield a folder's files with their paths within it, including broken links."""
     for path in sorted(files_below(folder)):
         name = path.relative_to(folder)
         if any(part.startswith(".") for part in name.parts) or name.name == MANIFEST:
@@ -279,7 +279,7 @@ def _read_manifest(path: Path) -> dict[str, _Expected]:
 
 
 def _by_name_in_cache(path: Path) -> _Expected | None:
-    """In the Hub's cache, a file is a link to one that is named by its checksum."""
+    """Return the checksum in a file's name in the Hub's cache, where files are links to blobs."""
     if not path.is_symlink():
         return None
     name = Path(os.readlink(path)).name
@@ -288,7 +288,7 @@ def _by_name_in_cache(path: Path) -> _Expected | None:
 
 
 def _noted_by_download(folder: Path, name: str) -> _Expected | None:
-    """What `hf download --local-dir` has written down: commit, checksum, time."""
+    """Return the checksum in the metadata of `hf download --local-dir` (commit, checksum, time)."""
     for parent, inner in ((folder, name), (folder.parent, f"{folder.name}/{name}")):
         try:
             lines = read_text(parent / _LOCAL / f"{inner}.metadata").splitlines()
@@ -324,7 +324,7 @@ _TEXT = (".json", ".txt", ".md")
 
 
 def _digest(path: Path, kind: str, progress: Callable[[int], Any] | None) -> str:
-    """SHA-256 of a file, or the SHA-1 by which git names it."""
+    """Compute SHA-256 of a file, or its git SHA-1."""
     found = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
     if kind == "git":
         found.update(f"blob {path.stat().st_size}\0".encode())
@@ -337,7 +337,7 @@ def _digest(path: Path, kind: str, progress: Callable[[int], Any] | None) -> str
 
 
 def _missing_components(folder: Path, known: set[str]) -> list[FileReport]:
-    """Components that a model's `model_index.json` names and that lie nowhere; of MoVQ, a family shares one."""
+    """Report components that `model_index.json` names and that are missing; a model family may share one MoVQ."""
     reports = []
     for index in [folder / "model_index.json", *folder.glob("*/model_index.json")]:
         try:

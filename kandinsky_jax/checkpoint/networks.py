@@ -1,9 +1,9 @@
-"""A component's folder <-> a network: diffusers' layout (safetensors, `.bin`) and ours (Orbax), read and written.
+"""Networks from a component's folder, in diffusers' layout (safetensors, `.bin`) or ours (Orbax).
 
-A folder of ours has the same files as diffusers' (`model_index.json`, `config.json`, tokenizer, ...), except that a
-network's tensors lie in an Orbax checkpoint, `params/`, from which a pod restores its shards straight onto its devices.
-Either form is checked whole before a network is handed out. A `Deferred` network is checked at once, but for its
-numbers, and read when it is needed.
+Our layout has the same files as that of diffusers (`model_index.json`, `config.json`, tokenizer, ...), except that a
+network's tensors are in an Orbax checkpoint, `params/`, from which a pod restores its shards directly to its devices.
+Either is checked completely before a network is returned. A `LazyNetwork` is checked at once, except for its values,
+and read when it is needed.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from kandinsky_jax import orbax
 from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import abstract
-from kandinsky_jax.sharding import Mesh, Rules, home, in_memory, parameter_places
+from kandinsky_jax.sharding import Mesh, Rules, home, in_memory, parameter_shardings
 from kandinsky_jax.storage import read_json
 from kandinsky_jax.tensors import files, names
 from kandinsky_jax.tensors.files import PREFERRED, WEIGHT_DTYPES, CheckpointError, WeightSelection
 
 Layout = Literal["diffusers", "orbax"]
 
-# Parts of tensors' names in which peft, and diffusers before it, keep a network's LoRA.
+# Parts of the names of LoRA tensors within a network, of peft and of diffusers before it.
 _LORA = re.compile(r"\.(base_layer|lora_[A-Za-z_]+|\w+_lora|ia3_l|hada_w\d_[ab]|lokr_w\d)\b")
 
 
 class Progress(Protocol):
-    """What `load_network` and `save_network` need of a progress bar."""
+    """Protocol of the progress bars of `load_network` and `save_network`."""
 
     def update(self, n: float | None = 1, /) -> Any: ...
 
 
 def default_dtype() -> jnp.dtype:
-    """float32 on a CPU, bfloat16 on a TPU or GPU."""
+    """Return float32 on a CPU, bfloat16 on a TPU or GPU."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def network_dtype(dtype: Any) -> jnp.dtype | None:
-    """A dtype of networks from its name, or from NumPy's, JAX's or PyTorch's object; None stays None.
+    """Convert a name, or a dtype of NumPy, JAX or PyTorch, to a network's dtype; None stays None.
 
     Raises:
-        ValueError: where it is none that networks are run in.
+        ValueError: for a dtype in which networks do not run.
     """
     if dtype is None:
         return None
@@ -69,13 +69,13 @@ def network_dtype(dtype: Any) -> jnp.dtype | None:
 
 
 def flat_params(module: nnx.Module) -> dict[str, Any]:
-    """A network's parameters by their dotted Flax names."""
+    """Return a network's parameters by their dotted Flax names."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def set_params(module: nnx.Module, params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> nnx.Module:
-    """Put parameters, by their dotted Flax names, into a network, which is returned."""
+    """Set a network's parameters by their dotted Flax names, and return the network."""
     state = nnx.state(module, nnx.Param)
     paths = [path for path, _ in nnx.to_flat_state(state)]
     flat = {path: params[".".join(map(str, path))] for path in paths}
@@ -90,15 +90,15 @@ def describe_network(
     mesh: Mesh | None = None,
     rules: Rules = (),
 ) -> Any:
-    """The network in `folder` without its arrays: its parameters are `jax.ShapeDtypeStruct`s of `dtype`.
+    """Return the network in `folder` without its arrays; its parameters are `jax.ShapeDtypeStruct`s of `dtype`.
 
-    A program that is compiled for it is the one that the loaded network runs, where `load_network` gets this dtype.
+    The loaded network runs the programs that are compiled for this one, if `load_network` gets the same dtype.
 
     Args:
-        mesh, rules: where the parameters are to lie, see `kandinsky_jax.sharding`.
+        mesh, rules: sharding of the parameters, see `kandinsky_jax.sharding`.
     """
     module, shapes = _expected(cls, Path(folder))
-    places: Mapping[str, Any] = parameter_places(mesh, shapes, rules)
+    places: Mapping[str, Any] = parameter_shardings(mesh, shapes, rules)
     if mesh is None and _is_orbax(Path(folder)):
         places = dict.fromkeys(shapes, home())
     return set_params(
@@ -111,9 +111,9 @@ def describe_network(
 
 
 def move_network(module: nnx.Module, mesh: Mesh | None, rules: Rules = ()) -> None:
-    """Put a network's parameters on a mesh, or on JAX's default device, in place."""
+    """Move a network's parameters to a mesh, or to JAX's default device, in place."""
     params = flat_params(module)
-    places = parameter_places(mesh, {name: tuple(x.shape) for name, x in params.items()}, rules)
+    places = parameter_shardings(mesh, {name: tuple(x.shape) for name, x in params.items()}, rules)
     where = {name: home() if mesh is None else place for name, place in places.items()}
     set_params(module, {name: jax.device_put(x, in_memory(where[name], x.shape)) for name, x in params.items()})
 
@@ -129,17 +129,16 @@ def load_network(
     """Build the network in `folder`.
 
     Args:
-        cls: a network class of `kandinsky_jax.models`, or what `describe_network` has made, which then gets its arrays.
+        cls: a network class of `kandinsky_jax.models`, or a network from `describe_network`, which gets its arrays.
         folder: holds `config.json` and tensors in either layout.
-        dtype: of the parameters, and so of the computation; None keeps each tensor's own.
-        sharding: where the arrays shall live; None is where `cls` is described to have them, or else JAX's default
-            device.
-        progress: told the number of bytes as they are read.
+        dtype: of the parameters, and so of the computation; None keeps each tensor's dtype.
+        sharding: of all arrays; None is that of the described network, or else JAX's default device.
+        progress: updated by the number of bytes as they are read.
         selection: which files to read, where there are several.
     Raises:
-        CheckpointError: naming the tensors that are missing, unexpected, of another shape than the configuration
-            asks for, of a dtype that is none of weights, or not finite.
-        ConfigError: where the configuration is not supported.
+        CheckpointError: listing tensors that are missing, unexpected, of another shape than the configuration says, of
+            an unsupported dtype, or not finite.
+        ConfigError: for a configuration that is not supported.
     """
     folder, dtype = Path(folder), network_dtype(dtype)
     module = describe_network(cls, folder) if isinstance(cls, type) else cls
@@ -156,7 +155,7 @@ def load_network(
 def check_network(
     cls: type[nnx.Module], folder: str | os.PathLike[str], selection: WeightSelection = PREFERRED
 ) -> NetworkConfig:
-    """What `load_network` says of the network in `folder` before it reads a tensor: its configuration, or the error."""
+    """Check the network in `folder` as `load_network` does before it reads tensors, and return its configuration."""
     folder = Path(folder)
     module, expected = _expected(cls, folder)
     if _is_orbax(folder, selection):
@@ -171,7 +170,7 @@ def check_network(
 def read_params(
     folder: str | os.PathLike[str], wanted: Iterable[str], selection: WeightSelection = PREFERRED
 ) -> dict[str, np.ndarray]:
-    """Some parameters of a checked network by their dotted Flax names, on the host, in the dtypes of the file."""
+    """Read some parameters of a checked network by their dotted Flax names, to the host, in the dtypes of the file."""
     folder = Path(folder)
     if _is_orbax(folder, selection):
         return orbax.read(folder / orbax.FOLDER, wanted)
@@ -179,12 +178,12 @@ def read_params(
     return {name: names.to_flax(name, tensors[names.torch_name(name)].read()) for name in wanted}
 
 
-class Deferred:
-    """A network of a checkpoint that is read when it is first needed, once for all pipelines that share it.
+class LazyNetwork:
+    """A network that is read from its checkpoint on first use, once for all pipelines that share it.
 
     Args:
-        cls, folder, dtype: see `load_network`, whose errors come at once, but for the numbers that are not finite.
-        mesh, rules: where its parameters will lie, see `kandinsky_jax.sharding`.
+        cls, folder, dtype: see `load_network`, whose errors are raised at once, except for values that are not finite.
+        mesh, rules: sharding of the parameters, see `kandinsky_jax.sharding`.
         selection: which files to read, where there are several.
     """
 
@@ -201,7 +200,7 @@ class Deferred:
         self._mesh, self._rules = mesh, rules
         self.dtype = network_dtype(dtype)
         self.config: Any = check_network(cls, folder, selection)
-        self.zero_embed: np.ndarray | None = None  # of a vision tower, where it is known
+        self.zero_embed: np.ndarray | None = None  # of a vision tower, once it is known
         self.lock = threading.RLock()
         self._network: Any = None
 
@@ -211,7 +210,7 @@ class Deferred:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes it takes when it is loaded."""
+        """Size in bytes of the loaded network."""
         leaves = flat_params(abstract(self.cls, self.config)).values()
         return (
             stored_bytes(self.folder, self.selection)
@@ -220,18 +219,18 @@ class Deferred:
         )
 
     def load(self) -> Any:
-        """The network; it stays in memory."""
+        """Read the network on the first call, and return it; it stays in memory."""
         with self.lock:
             if self._network is None:
                 self._network = self._read()
         return self._network
 
-    def peek(self) -> Any:
-        """The network, for a moment: where nobody has needed it yet, it is read and not kept."""
+    def read_once(self) -> Any:
+        """Return the network; if it is not loaded, read it without keeping it."""
         return self._network if self.loaded else self._read()
 
     def move(self, mesh: Mesh | None, rules: Rules = ()) -> None:
-        """Put the network on a mesh, or on JAX's default device: now if it is loaded, else when it is."""
+        """Move the network to a mesh, or to JAX's default device: now if it is loaded, otherwise when it is."""
         with self.lock:
             self._mesh, self._rules = mesh, rules
             if self._network is not None:
@@ -247,22 +246,22 @@ class Deferred:
 
 
 def loading_bar(total: int, what: str) -> Any:
-    """A progress bar over the bytes that are read, for more than a second's worth."""
+    """Return a progress bar over the bytes read, disabled below 1 GB."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {what}", disable=total < 1e9)
 
 
 def _expected(cls: type[nnx.Module], folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """A network without its arrays, and their shapes by name, as the configuration in `folder` has them."""
+    """Build a network without arrays from the configuration in `folder`; return it and its parameters' shapes."""
     path = folder / "config.json"
     module = abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path)))
     return module, {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
 
 
 def _is_orbax(folder: Path, selection: WeightSelection = PREFERRED) -> bool:
-    """Whether a network's tensors are read from an Orbax checkpoint.
+    """Return whether a network's tensors are read from an Orbax checkpoint.
 
     Raises:
-        CheckpointError: where there are files of PyTorch's too, and nobody said which count.
+        CheckpointError: where there are PyTorch files too, and `selection` does not decide.
     """
     if not (folder / orbax.FOLDER).is_dir():
         return False
@@ -274,7 +273,7 @@ def _is_orbax(folder: Path, selection: WeightSelection = PREFERRED) -> bool:
 
 
 def _torch_tensors(folder: Path, selection: WeightSelection) -> dict[str, files.Tensor]:
-    """The tensors of a folder in diffusers' layout by their names in today's diffusers; none is read yet."""
+    """Open the tensors of a folder in diffusers' layout, by their names in current diffusers; none is read yet."""
     path = files.find(folder, selection)
     if path is None:
         stored = files.stored_variants(folder) if folder.is_dir() else []
@@ -293,13 +292,13 @@ def _torch_tensors(folder: Path, selection: WeightSelection) -> dict[str, files.
 
 
 def _torch_faults(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, files.Tensor]) -> list[str]:
-    """What can be said of the tensors in PyTorch's files before one is read."""
+    """List faults of the tensors in PyTorch files that show before they are read."""
     faults = _differences(wanted, {name: tensor.shape for name, tensor in tensors.items()})
     return faults + _dtype_faults({name: t.dtype for name, t in tensors.items() if name in wanted}, WEIGHT_DTYPES)
 
 
 def _orbax_faults(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Any]) -> list[str]:
-    """The same of the arrays in an Orbax checkpoint."""
+    """List faults of the arrays in an Orbax checkpoint that show before they are read."""
     faults = _differences(expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
     dtypes = {name: str(leaf.dtype) for name, leaf in stored.items() if name in expected}
     return faults + _dtype_faults(dtypes, WEIGHT_DTYPES.values())
@@ -326,7 +325,7 @@ def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
 
 
 def _report(folder: Path, faults: Sequence[str]) -> None:
-    """Raise where there are faults, each "KIND: WHAT"; of every kind, as many as fit."""
+    """Raise CheckpointError for faults, each "KIND: WHAT"; of every kind, as many as fit are listed."""
     if not faults:
         return
     kinds: dict[str, list[str]] = {}
@@ -341,7 +340,7 @@ def _report(folder: Path, faults: Sequence[str]) -> None:
 
 
 def _not_finite(name: str, array: np.ndarray) -> list[str]:
-    """Looked for in the dtype asked for, which may be too narrow for what the file holds."""
+    """Report values that are not finite in the requested dtype, which may overflow values of the file."""
     bad = array.size - int(np.isfinite(array).sum())
     return [f"not finite as {array.dtype}: {name} in {bad} of {array.size}"] if bad else []
 
@@ -374,7 +373,7 @@ def _read_torch(
 
 
 def _inexact(name: str, array: np.ndarray) -> list[str]:
-    """JAX holds no float64; networks saved as such are taken where that loses nothing."""
+    """Report float64 values that float32 does not hold; others are accepted, since JAX runs without float64."""
     if array.dtype != np.float64:
         return []
     lost = int((array.astype(np.float32) != array).sum())
@@ -382,8 +381,8 @@ def _inexact(name: str, array: np.ndarray) -> list[str]:
 
 
 def _own(array: np.ndarray, dtype: Any) -> np.ndarray:
-    # A private, contiguous copy: on a CPU, JAX may otherwise keep looking at the file's memory.
-    with np.errstate(over="ignore", invalid="ignore"):  # _not_finite says it better
+    # A private, contiguous copy: on a CPU, JAX may otherwise alias the memory-mapped file.
+    with np.errstate(over="ignore", invalid="ignore"):  # reported by _not_finite
         own = np.float32 if array.dtype == np.float64 else array.dtype
         return np.array(array, dtype=own if dtype is None else dtype, order="C")
 
@@ -421,7 +420,7 @@ def _read_orbax(
 
 
 def stored_bytes(folder: str | os.PathLike[str], selection: WeightSelection = PREFERRED) -> int:
-    """How many bytes of tensors a component's folder holds."""
+    """Return the bytes of tensors in a component's folder."""
     folder = Path(folder)
     if _is_orbax(folder, selection):
         return sum(path.stat().st_size for path in (folder / orbax.FOLDER).rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Networks written: `config.json` and tensors, in diffusers' layout or ours, whole or in shards."""
+"""Saving of networks: `config.json` and tensors, in diffusers' layout or ours, in one file or in shards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INSTEAD = {
 
 
 def check_saving_arguments(function: str, safe_serialization: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise TypeError for arguments of diffusers' save_pretrained that have no use here, with what to write instead."""
+    """Raise TypeError for arguments of diffusers' save_pretrained that are not supported, saying what to do instead."""
     if safe_serialization is not True:
         raise TypeError(
             f"{function} writes safetensors, which diffusers loads, and no pickles: leave safe_serialization="
@@ -54,20 +54,19 @@ def save_network(
     variant: str | None = None,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """Write a network's `config.json` and tensors into `folder`, which is made where it is missing.
+    """Write a network's `config.json` and tensors into `folder`, which is created if missing.
 
-    Tensors of an earlier save under other names, of the same variant, are removed: nothing out of date stays beside
-    the new ones.
+    Tensor files of an earlier save with other names, of the same variant, are removed as out of date.
 
     Args:
         layout: "diffusers" writes the safetensors file that diffusers or transformers reads; "orbax" writes `params/`.
-        progress: told the number of bytes as they are handed over.
-        variant: written into the files' names, as in `diffusion_pytorch_model.fp16.safetensors`; changes no number.
-        max_shard_size: bytes, or as in "5GB": larger networks are written in shards, with an index.
+        progress: updated by the number of bytes as they are written.
+        variant: written into the files' names, as in `diffusion_pytorch_model.fp16.safetensors`; changes no values.
+        max_shard_size: bytes, or a text such as "5GB"; larger networks are written in shards, with an index.
     """
     if layout not in ("diffusers", "orbax"):
         raise ValueError(f"layout={quote(layout)} is not supported, only diffusers and orbax")
-    WeightSelection(variant)  # checks it
+    WeightSelection(variant)  # validates the name
     if layout == "orbax" and (variant is not None or max_shard_size is not None):
         raise ValueError("variant and max_shard_size are for layout='diffusers'")
     folder = Path(folder)
@@ -94,7 +93,7 @@ def save_network(
 
 
 def save_config(module: Any, folder: str | os.PathLike[str]) -> None:
-    """Write a network's `config.json` into `folder`, which is made where it is missing."""
+    """Write a network's `config.json` into `folder`, which is created if missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     module.to_json_file(Path(folder) / "config.json")
 
@@ -102,7 +101,7 @@ def save_config(module: Any, folder: str | os.PathLike[str]) -> None:
 def _write(
     folder: Path, stem: str, tensors: Mapping[str, files.Tensor], variant: str | None, max_shard_size: int | str | None
 ) -> set[str]:
-    """Write safetensors, in one file or in shards with an index; the names of what was written."""
+    """Write safetensors, in one file or in shards with an index; return the names of the files."""
     middle = "" if variant is None else f".{variant}"
     if max_shard_size is None:
         files.write(folder / f"{stem}{middle}.safetensors", tensors)
@@ -127,7 +126,7 @@ def _write(
 
 
 def _unread(name: str, array: jax.Array) -> files.Tensor:
-    """A parameter as a PyTorch tensor that is fetched from its device when it is written."""
+    """Wrap a parameter as a PyTorch tensor that is copied from its device when it is written."""
     return files.Tensor(
         names.torch_shape(name, array.shape), lambda: names.to_torch(name, np.asarray(array)), np.dtype(array.dtype)
     )

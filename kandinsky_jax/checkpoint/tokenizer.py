@@ -1,4 +1,4 @@
-"""CLIP's tokenizer from a folder, whatever its files are."""
+"""CLIP's tokenizer, loaded from any of its file formats."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from kandinsky_jax.models.clip import CLIPTextConfig
 
-MIN_KNOWN = 0.9  # of the embeddings of a text tower, which may be filled up to a round number
-LEGACY_END = 2  # as eos_token_id, what configurations of old releases say whatever the token is
+MIN_KNOWN = 0.9  # of a text tower's embeddings, whose number may be padded
+LEGACY_END = 2  # eos_token_id in configurations of old releases, whatever the token is
 
 FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
@@ -26,9 +26,9 @@ FILES = (
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in a folder, after it has encoded a short text.
+    """Load the tokenizer in a folder, and check that it encodes a short text.
 
-    It is made of `tokenizer.json`, or else of `vocab.json` and `merges.txt`; where there are both, they have to agree.
+    It is read from `tokenizer.json`, or else from `vocab.json` and `merges.txt`; if there are both, they must agree.
 
     Raises:
         CheckpointError: where its files are missing or damaged.
@@ -73,7 +73,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def encode(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids, int32 `[B, length]`, and which of them are not padding, bool `[B, length]`; long texts are cut."""
+    """Return token ids, int32 `[B, length]`, and a mask, bool `[B, length]`, false for padding; long texts are cut."""
     tokens = tokenizer(
         texts,
         padding="max_length",
@@ -87,13 +87,13 @@ def encode(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> tuple[np.
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, tower: CLIPTextConfig) -> None:
-    """Raise where a tokenizer is not the one that a text tower was trained with, as far as that shows.
+    """Raise where a tokenizer evidently is not the one that a text tower was trained with.
 
-    Of the numbers of special tokens only the end's matters, at which the tower's output is read; many configurations
-    have the others wrong. 2 stands for the greatest number of a text, whichever it is.
+    Of the ids of special tokens, only that of the end token matters, where the tower's output is read; many
+    configurations have the others wrong. An eos_token_id of 2 stands for the greatest id of a text.
 
     Raises:
-        CheckpointError: where it knows other numbers of tokens, ends texts with another one, or is for shorter texts.
+        CheckpointError: for another vocabulary size, another end token, or a shorter maximum length.
     """
     _check_length(tokenizer)
     vocab, size = tokenizer.get_vocab(), tower.vocab_size
@@ -136,7 +136,7 @@ def _check_length(tokenizer: CLIPTokenizer) -> None:
 
 
 def _check_agreement(folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """Raise where vocab.json and merges.txt are not what tokenizer.json, which is read, was made of."""
+    """Raise where vocab.json and merges.txt differ from tokenizer.json, which is the one that is used."""
     known, listed = tokenizer.get_vocab(), reading.read_json_object(folder / "vocab.json")
     model = reading.read_json_object(folder / "tokenizer.json").get("model")
     stored = model.get("merges") if isinstance(model, dict) else None

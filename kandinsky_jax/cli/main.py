@@ -153,13 +153,13 @@ class Options:
         if self.scheduler is not None:
             scheduler_named(self.scheduler, {}).steps(self.steps)
 
-    def draw(self, cls: type[CombinedPipeline], repository: str, call: Callable[[Any, Generator], Any]) -> Any:
+    def generate(self, cls: type[CombinedPipeline], repository: str, call: Callable[[Any, Generator], Any]) -> Any:
         """The seed of a command, and what its `call` of a pipeline gives; it is compiled while the pipeline loads."""
         if self.compilation_cache is not None:
             set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)
         seed = secrets.randbits(32) if self.seed is None else self.seed
 
-        def draw(pipe: CombinedPipeline) -> Any:
+        def run_call(pipe: CombinedPipeline) -> Any:
             if self.scheduler is not None:
                 pipe.scheduler = scheduler_named(self.scheduler, pipe.scheduler.config)
             return call(pipe, self.generator(seed))
@@ -168,11 +168,11 @@ class Options:
             self.model or f"{OFFICIAL}/{repository}",
             prior=self.prior,
             dtype=self.dtype and self.dtype.value,
-            warmup=draw,
+            warmup=run_call,
             mesh=self.devices(),
         )
         pipe.set_progress_bar_config(disable=self.quiet)
-        return seed, draw(pipe)
+        return seed, run_call(pipe)
 
     def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:
         """What to draw: as asked, else after the picture that is given, else as the model was trained."""
@@ -242,14 +242,14 @@ Strength = Annotated[float, typer.Option(help="Above 0, at most 1: how far to go
 @command('generate "purple heart" -o heart.png')
 def generate(prompt: Prompt, options: Options) -> None:
     """Draw pictures from a prompt."""
-    _draw(prompt, options, KandinskyV22CombinedPipeline, DECODER, {})
+    _generate(prompt, options, KandinskyV22CombinedPipeline, DECODER, {})
 
 
 @command('img2img "green heart" --image heart.png --strength 0.6 -o green.png')
 def img2img(prompt: Prompt, image: Pictures, options: Options, strength: Strength = 0.3) -> None:
     """Redraw pictures after a prompt."""
     checks.strength(strength, options.steps)
-    _draw(prompt, options, KandinskyV22Img2ImgCombinedPipeline, DECODER, {"image": image}, strength=strength)
+    _generate(prompt, options, KandinskyV22Img2ImgCombinedPipeline, DECODER, {"image": image}, strength=strength)
 
 
 @command('inpaint "smiling face with sunglasses" --image face.png --mask mask.png -o cool.png')
@@ -266,7 +266,7 @@ def inpaint(
 ) -> None:
     """Repaint a part of pictures after a prompt."""
     files = {"image": image, "mask_image": mask}
-    _draw(prompt, options, KandinskyV22InpaintCombinedPipeline, INPAINT, files, paste_back=paste_back)
+    _generate(prompt, options, KandinskyV22InpaintCombinedPipeline, INPAINT, files, paste_back=paste_back)
 
 
 @command('controlnet "soccer ball" --hint depth.png -o ball.png')
@@ -283,11 +283,11 @@ def controlnet(
 ) -> None:
     """Draw pictures from a prompt, laid out as a depth map says."""
     if not image:
-        _draw(prompt, options, KandinskyV22ControlnetCombinedPipeline, CONTROLNET, {"hint": hint})
+        _generate(prompt, options, KandinskyV22ControlnetCombinedPipeline, CONTROLNET, {"hint": hint})
         return
     checks.strength(strength, options.steps)
     files = {"image": image, "hint": hint}
-    _draw(prompt, options, KandinskyV22ControlnetImg2ImgCombinedPipeline, CONTROLNET, files, strength=strength)
+    _generate(prompt, options, KandinskyV22ControlnetImg2ImgCombinedPipeline, CONTROLNET, files, strength=strength)
 
 
 @command('mix "dog face" cat.png --weights 0.6,0.4 -o mix.png')
@@ -303,7 +303,7 @@ def mix(
     """Mix prompts and pictures, and draw the mix."""
     mixed = [images.read(x, "item") if Path(x).suffix.lower() in images.WRITABLE else x for x in items]
     numbers = [1 / len(items)] * len(items) if weights is None else _numbers(weights, "--weights")
-    checks.mix(mixed, numbers)
+    checks.interpolation(mixed, numbers)
 
     def embed(pipe: Any, generator: Generator) -> Any:
         return pipe.prior_pipe.interpolate(
@@ -363,7 +363,7 @@ def _names(files: dict[str, list[Path]]) -> dict[str, list[str]]:
     return {name: [str(path) for path in paths] for name, paths in files.items()}
 
 
-def _draw(
+def _generate(
     prompt: list[str],
     options: Options,
     cls: type[CombinedPipeline],
@@ -387,7 +387,7 @@ def _draw(
         settings.update(options.size(pipe, first))
         return pipe(prompt, num_images_per_prompt=repeats, generator=generator, **pictures, **settings).images
 
-    seed, drawn = options.draw(cls, repository, call)
+    seed, drawn = options.generate(cls, repository, call)
     facts = settings | ({"files": _names(files)} if files else {})
     _write(drawn, options, seed, [{"prompt": text, **facts} for text in prompt for _ in range(repeats)])
 
@@ -404,7 +404,7 @@ def _decode(embed: Callable[[Any, Generator], Any], options: Options, about: Seq
         settings.update(options.size(pipe, None))
         return pipe.decoder_pipe(**embed(pipe, generator), generator=generator, **settings).images
 
-    seed, drawn = options.draw(KandinskyV22CombinedPipeline, DECODER, call)
+    seed, drawn = options.generate(KandinskyV22CombinedPipeline, DECODER, call)
     shared = {"negative_prompt": options.negative_prompt, "prior": options.prior_settings(), **settings}
     _write(drawn, options, seed, [facts | shared for facts in about])
 

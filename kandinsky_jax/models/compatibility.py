@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from kandinsky_jax.errors import shorten
-from kandinsky_jax.sharding import EVERYWHERE, in_memory, make_mesh
+from kandinsky_jax.sharding import REPLICATED, in_memory, make_mesh
 
 # PyTorch's names of devices, and JAX's platform where it has one.
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "tpu": "tpu", "xla": "tpu", "mps": "METAL"}
@@ -88,7 +88,7 @@ class Target(NamedTuple):
         if self.dtype is not None:
             state = jax.tree.map(lambda leaf: _converted(leaf, self.dtype), state)
         if self.devices is not None and not self._holds(jax.tree.leaves(state)[0]):
-            place = NamedSharding(make_mesh(devices=self.devices), EVERYWHERE)
+            place = NamedSharding(make_mesh(devices=self.devices), REPLICATED)
             state = jax.tree.map(lambda leaf: jax.device_put(leaf, in_memory(place, leaf.shape)), state)
         nnx.update(network, state)
 

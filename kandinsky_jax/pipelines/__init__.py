@@ -1,4 +1,4 @@
-"""What a user calls: one class per mode, named as in diffusers."""
+"""Pipelines: one class per mode, named as in diffusers."""
 
 from kandinsky_jax.pipelines.auto import (
     AutoPipelineForImage2Image,

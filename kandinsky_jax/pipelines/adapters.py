@@ -1,8 +1,8 @@
-"""LoRA in pipelines: adapters are loaded beside the networks, and their changes added to the weights.
+"""LoRA in pipelines: adapters are loaded, and their changes are added to the networks' weights.
 
-The names and manners are those of diffusers' loaders. Weights are always changed in place, so that generating with LoRA
-costs what generating without costs, and compiles nothing; the weights as they were are kept while a change may be taken
-back. All arithmetic is NumPy's, on the host: no program is compiled for it either.
+Names and behaviour are those of diffusers' loaders. Weights are changed in place, so that generating with LoRA costs no
+more than without and compiles nothing; the original weights are kept as long as a change can be undone. All arithmetic
+is done by NumPy on the host, so no program is compiled for it either.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from kandinsky_jax.sharding import in_memory
 
 _TRAINED = (UNet2DConditionModel, PriorTransformer)
 
-Weight = float | Mapping[str, Any]  # of an adapter: one number, or one for each network by the component's name
+Weight = float | Mapping[str, Any]  # of an adapter: one number, or one for each network by component name
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """The LoRA of one network, which several pipelines may share. A change of it makes another one.
+    """LoRA adapters of one network, which several pipelines may share; immutable.
 
     Attributes:
         loaded: the adapters by name.
-        weights: of those that are active, by layer.
-        fused: the weights of those that are fused into the network's own.
-        enabled: whether active ones count.
+        weights: of the active adapters, by layer.
+        fused: weights of the adapters that are fused into the network's weights.
+        enabled: whether active adapters are applied.
     """
 
     loaded: Mapping[str, Adapter] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Adapters:
     enabled: bool = True
 
     def changes(self) -> dict[str, list[tuple[LayerChange, float]]]:
-        """The changes that count now and their weights, by parameter. Where a layer has fused ones, these alone do."""
+        """Return the changes to apply and their weights, by parameter; fused ones exclude all others of a layer."""
         found: dict[str, list[tuple[LayerChange, float]]] = {}
         for weights in (self.fused, self.weights) if self.enabled else ():
             fused = set(found)
@@ -68,22 +68,22 @@ class Adapters:
 @dataclass
 class _State:
     adapters: Adapters = field(default_factory=Adapters)
-    before: dict[str, jax.Array] = field(default_factory=dict)  # parameters without any change
+    before: dict[str, jax.Array] = field(default_factory=dict)  # original values of changed parameters
 
 
 _STATES: weakref.WeakKeyDictionary[nnx.Module, _State] = weakref.WeakKeyDictionary()
 
 
 def _apply(updates: Sequence[tuple[nnx.Module, Adapters]]) -> None:
-    """Give networks their adapters, and the weights that follow: all of them, or none where one cannot be."""
+    """Set the adapters of networks and change their weights accordingly: all of them, or none on an error."""
     ready = []
     for module, adapters in updates:
         state = _STATES.get(module) or _State()
         params = flat_params(module)
         changes = adapters.changes()
         before = state.before | {name: params[name] for name in changes.keys() - state.before.keys()}
-        before = {name: _placed(array, params[name]) for name, array in before.items()}
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy's loops run beside each other
+        before = {name: _put_like(array, params[name]) for name, array in before.items()}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy's loops release the GIL
             arrays = pool.map(lambda name: _changed(name, before[name], changes.get(name, [])), before)  # noqa: B023
             changed = dict(zip(before, arrays, strict=True))
         kept = {name: array for name, array in before.items() if name in changes}
@@ -93,8 +93,8 @@ def _apply(updates: Sequence[tuple[nnx.Module, Adapters]]) -> None:
         _STATES[module] = state
 
 
-def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
-    """An array where another one lies, and in its dtype: the network may have been moved or cast since."""
+def _put_like(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Put an array where `like` is, in its dtype: the network may have been moved or cast since."""
     if array.dtype != like.dtype:
         array = jax.device_put(np.asarray(array).astype(like.dtype))
     if array.sharding == like.sharding and array.committed == like.committed:
@@ -103,7 +103,7 @@ def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, float]]) -> jax.Array:
-    """A parameter with changes added in float32, in its own dtype, where it lay."""
+    """Return a parameter with changes added in float32, in its own dtype and sharding."""
     if not changes:
         return before
     parts = []
@@ -116,7 +116,7 @@ def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, 
             array = np.add(np.asarray(shard.data, np.float32), total[shard.index]).astype(before.dtype)
             if not np.isfinite(array).all():
                 raise _NotFiniteError(f"makes {name} too large for {before.dtype}, or not finite")
-            # An array that is bound to no device has to stay so: programs are compiled anew for one that is.
+            # An uncommitted array has to stay uncommitted, or programs are compiled anew.
             parts.append(jax.device_put(array, shard.device if before.committed else None))
     if not before.committed:
         return parts[0]
@@ -125,11 +125,11 @@ def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, 
 
 
 class _NotFiniteError(ValueError):
-    """Changed weights that are no finite numbers."""
+    """Changed weights are not finite."""
 
 
 class LoraLoader:
-    """The part of a pipeline that loads LoRA."""
+    """Mixin of pipelines that load LoRA adapters."""
 
     def load_lora_weights(
         self,
@@ -149,23 +149,23 @@ class LoraLoader:
     ) -> None:
         """Load LoRA for the UNet, the prior or both, and make it the active adapter of these networks.
 
-        Adapters that were loaded before stay loaded and are no longer active there, as in diffusers; `set_adapters`
-        makes several active at once.
+        As in diffusers, adapters loaded before stay loaded and become inactive there; `set_adapters` activates several
+        at once.
 
         Args:
-            pretrained_model_name_or_path_or_dict: a `.safetensors` or tensors-only `.bin` file of diffusers', peft's,
-                kohya's or ours; a folder that holds one, such as a training checkpoint or a folder of peft's; a Hub
-                repository ("owner/name"); or a dictionary of arrays by such a file's names.
-            adapter_name: to call it by; None is its number, "default_0" and so on.
-            weight: how much of it.
+            pretrained_model_name_or_path_or_dict: a `.safetensors` or tensors-only `.bin` file of diffusers, peft,
+                kohya or this package; a folder that holds one, such as a training checkpoint or a folder of peft; a Hub
+                repository ("owner/name"); or a dictionary of arrays with the names of such a file.
+            adapter_name: name of the adapter; None numbers it, "default_0" and so on.
+            weight: scale of the adapter.
             weight_name: the file's name in the folder or repository.
             subfolder: of the folder or repository.
             metadata: peft's configuration for a dictionary.
             revision, cache_dir, token, local_files_only, force_download: of a Hub repository, see huggingface_hub.
-            hotswap: put it in the place of the adapter with this name.
+            hotswap: replace the adapter of this name.
         Raises:
-            CheckpointError: where it cannot be read, is not supported, or fits no network of this pipeline.
-            ValueError: where the name is taken, or with `hotswap` is not.
+            CheckpointError: for a file that cannot be read, is not supported, or fits no network of this pipeline.
+            ValueError: for a name that is taken, or with `hotswap` one that is not.
         """
         networks = self._networks()
         if not networks:
@@ -224,17 +224,17 @@ class LoraLoader:
     ) -> Path:
         """Write a loaded adapter as a file that diffusers and `load_lora_weights` read.
 
-        In diffusers this takes the layers' tensors; there as here, what was trained is saved, without its weight.
+        diffusers' method takes the layers' tensors instead. In both, the adapter's weight is not saved.
 
         Args:
-            save_directory: made where it is missing.
-            adapter_name: which; None where one alone is loaded.
+            save_directory: created if missing.
+            adapter_name: which adapter; may be None where only one is loaded.
             weight_name: the file's name; None is "pytorch_lora_weights.safetensors".
             safe_serialization: safetensors; nothing else is written.
         Returns:
             the file.
         Raises:
-            ValueError: where it is not clear which adapter is meant, or `safe_serialization` is off.
+            ValueError: where the adapter is ambiguous or unknown, or `safe_serialization` is off.
         """
         if not safe_serialization:
             raise ValueError("only safetensors files are written; leave safe_serialization at True")
@@ -250,16 +250,16 @@ class LoraLoader:
         adapter_names: str | Sequence[str],
         adapter_weights: Weight | Sequence[Weight | None] | None = None,
     ) -> None:
-        """Make these adapters active, each with its weight, and no others.
+        """Activate these adapters, each with its weight, and no others.
 
         Args:
             adapter_names: of loaded adapters.
-            adapter_weights: a number for all, or one for each; None is 1. In place of a number, a dictionary gives one
+            adapter_weights: a number for all, or one for each; None is 1. Instead of a number, a dictionary gives one
                 for each network by its name in the pipeline, or for parts of it: {"unet": {"down": 0.5, "up":
                 {"block_1": [0.2, 0.3]}}, "prior": 1.0}, see `lora_weights.of_network`.
         Raises:
-            ValueError: for a name that was not loaded, another number of weights, a weight that is no number, or a
-                part that a network has not.
+            ValueError: for the name of an adapter that is not loaded, a wrong number of weights, a weight that is not a
+                number, or an unknown part of a network.
         """
         wanted = self._known(adapter_names)
         listed = isinstance(adapter_weights, Sequence) and not isinstance(adapter_weights, str | bytes)
@@ -290,7 +290,7 @@ class LoraLoader:
         _apply(updates)
 
     def _warn_of_unused(self, name: str, given: Weight | None) -> None:
-        """Warn of an adapter's weights for networks that it does not change."""
+        """Warn of weights for networks that the adapter does not change."""
         if not isinstance(given, Mapping):
             return
         changed = [component for component, _, now in self._adapters() if name in now.loaded]
@@ -303,18 +303,18 @@ class LoraLoader:
             )
 
     def get_active_adapters(self) -> list[str]:
-        """The names of the active adapters, whether `disable_lora` was called or not."""
+        """Return the names of the active adapters, even after `disable_lora`."""
         return list(dict.fromkeys(name for _, _, now in self._adapters() for name in now.weights))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """The names of all loaded adapters by the component that they change."""
+        """Return the names of all loaded adapters, by the component that they change."""
         return {component: list(now.loaded) for component, _, now in self._adapters() if now.loaded}
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Forget these adapters.
+        """Unload these adapters.
 
         Raises:
-            ValueError: for a name that was not loaded, or an adapter that is fused.
+            ValueError: for an adapter that is not loaded, or is fused.
         """
         names = self._known(adapter_names)
         updates = []
@@ -327,11 +327,11 @@ class LoraLoader:
         _apply(updates)
 
     def disable_lora(self) -> None:
-        """Generate with the networks as they were; adapters stay loaded and active for `enable_lora`."""
+        """Restore the original weights; adapters stay loaded, and `enable_lora` applies the active ones again."""
         _apply([(module, replace(now, enabled=False)) for _, module, now in self._adapters()])
 
     def enable_lora(self) -> None:
-        """Take `disable_lora` back."""
+        """Apply the active adapters again, after `disable_lora`."""
         _apply([(module, replace(now, enabled=True)) for _, module, now in self._adapters()])
 
     def fuse_lora(
@@ -341,15 +341,17 @@ class LoraLoader:
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
-        """Make adapters part of the weights: unloading leaves them there. `save_pretrained` writes active ones anyway.
+        """Fuse adapters into the weights, where they stay when adapters are unloaded.
+
+        `save_pretrained` writes weights with the active adapters whether they are fused or not.
 
         Args:
             components: the networks, by their names in the pipeline; None is all.
-            lora_scale: their weights are multiplied by it.
-            safe_fusing: without effect: weights that are not finite are refused in any case.
-            adapter_names: which; None is the active ones.
+            lora_scale: multiplies the adapters' weights.
+            safe_fusing: without effect; weights that are not finite are always refused.
+            adapter_names: which adapters; None is the active ones.
         Raises:
-            ValueError: for a name that was not loaded, or a component without LoRA.
+            ValueError: for an adapter that is not loaded, or a component without LoRA.
         """
         names = None if adapter_names is None else self._known(adapter_names)
         scale = lora_weights.number("lora_scale", lora_scale)
@@ -362,7 +364,7 @@ class LoraLoader:
         _apply(updates)
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
-        """Take `fuse_lora` back: active adapters count with their own weights again.
+        """Undo `fuse_lora`; active adapters are applied with their own weights again.
 
         Args:
             components: as in `fuse_lora`.
@@ -371,16 +373,16 @@ class LoraLoader:
 
     @property
     def fused_loras(self) -> set[str]:
-        """The names of the adapters that are fused."""
+        """Names of the fused adapters."""
         return {name for _, _, now in self._adapters() for name in now.fused}
 
     @property
     def num_fused_loras(self) -> int:
-        """How many adapters are fused."""
+        """Number of fused adapters."""
         return len(self.fused_loras)
 
     def unload_lora_weights(self) -> None:
-        """Forget all adapters; the weights are again, bit for bit, what they were, but for what was fused."""
+        """Unload all adapters; restores the original weights bit for bit, except for fused adapters."""
         held = self._adapters()
         _apply([(module, replace(now, weights={}, enabled=True)) for _, module, now in held])
         for _, module, _ in held:
@@ -393,13 +395,13 @@ class LoraLoader:
         return {name: part for name, part in held.items() if isinstance(part, _TRAINED)}
 
     def _adapters(self) -> list[tuple[str, nnx.Module, Adapters]]:
-        """The components that LoRA was loaded for: their names, networks and adapters."""
+        """Return (name, network, adapters) of the components that have LoRA loaded."""
         return [
             (name, module, _STATES[module].adapters) for name, module in self._networks().items() if module in _STATES
         ]
 
     def _chosen(self, components: Sequence[str] | None) -> list[tuple[str, nnx.Module, Adapters]]:
-        """Those of `_adapters` that are named; all for None."""
+        """Return the entries of `_adapters` for the named components, all for None."""
         names = [components] if isinstance(components, str) else components
         own = list(self._networks())
         if names is not None and (unknown := [n for n in names if n not in own and n not in map(_bare, own)]):
@@ -410,7 +412,7 @@ class LoraLoader:
         return list(dict.fromkeys(name for _, _, now in self._adapters() for name in now.loaded))
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
-        """Names as a list, all of them of loaded adapters."""
+        """Return names as a list; ValueError for one that is not loaded."""
         if not isinstance(names, str) and not (
             isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
         ):
@@ -422,7 +424,7 @@ class LoraLoader:
         return wanted
 
     def _name_of(self, name: str | None, modules: Mapping[str, nnx.Module], hotswap: bool) -> str:
-        """The name of a new adapter of these networks."""
+        """Choose or check the name of a new adapter of these networks."""
         taken = {each for module in modules.values() for each in _adapters_of(module).loaded}
         if name is None:
             if hotswap:
@@ -443,10 +445,10 @@ def _adapters_of(module: nnx.Module) -> Adapters:
 
 
 def _bare(component: str) -> str:
-    """A combined pipeline's `prior_prior` is a `prior`."""
+    """Return a component's name without the prefix that it has in a combined pipeline."""
     return component.removeprefix("prior_")
 
 
 def _of_component(component: str, given: Any) -> Any:
-    """What is said of one network in an adapter's weight."""
+    """Return the part of an adapter's weight that applies to one network."""
     return given.get(component, given.get(_bare(component))) if isinstance(given, Mapping) else given

@@ -1,4 +1,4 @@
-"""Which class a repository, a folder or a pipeline needs for a task.
+"""AutoPipelines: choose the class for a task and a repository, a folder or a pipeline.
 
 Reference: diffusers' AutoPipelineForText2Image, AutoPipelineForImage2Image and AutoPipelineForInpainting.
 """
@@ -40,7 +40,7 @@ from kandinsky_jax.sharding import mesh_of
 
 
 def _resolve(name: str | os.PathLike[str], repository: str, arguments: Mapping[str, Any]) -> Path:
-    """The folder that `from_pretrained` with these arguments reads."""
+    """Return the folder that `from_pretrained` reads when called with these arguments."""
     names = {field.name for field in dataclasses.fields(hub.HubOptions)} - {"selection"}
     where = {key: arguments[key] for key in names & arguments.keys()}
     selection = WeightSelection(arguments.get("variant"), arguments.get("use_safetensors"))
@@ -48,10 +48,10 @@ def _resolve(name: str | os.PathLike[str], repository: str, arguments: Mapping[s
 
 
 class _AutoPipeline:
-    """Picks the combined pipeline of a task; it is never an object itself."""
+    """Base of the classes that choose a combined pipeline; never instantiated."""
 
     TASK: ClassVar[str]
-    DEFAULT: ClassVar[str] = hub.DECODER  # which member of a family, where a name stands for several
+    DEFAULT: ClassVar[str] = hub.DECODER  # member of a model family, for names of a family
     COMBINED: ClassVar[dict[str, type[CombinedPipeline]]]  # by kind of checkpoint
 
     def __init__(self) -> None:
@@ -60,13 +60,13 @@ class _AutoPipeline:
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **arguments: Any) -> CombinedPipeline:
-        """Load the combined pipeline for what a folder or repository holds.
+        """Load the combined pipeline that fits a folder or repository.
 
         Args:
             name: "tiny" (embedded) or one of its family, a folder, or a Hub repository, of a decoder.
             arguments: of the class's own `from_pretrained`, such as `prior`, `dtype` and `revision`.
         Raises:
-            CheckpointError: where it holds nothing for this task; the message names the class that can use it.
+            CheckpointError: for a checkpoint of another task; the message names the class to use.
         """
         folder = _resolve(name, cls.DEFAULT, arguments)
         return cls._pick(hub.kind(folder), f"{folder} holds a {hub.pipeline_class(folder)}").from_pretrained(
@@ -75,15 +75,15 @@ class _AutoPipeline:
 
     @classmethod
     def from_pipe(cls, *pipes: Pipeline, **components: Any) -> Pipeline:
-        """The pipeline for this task with the components of others, see `Pipeline.from_pipe`.
+        """Build the pipeline for this task from the components of others, see `Pipeline.from_pipe`.
 
-        Of a decoder alone it is a decoder; of a combined pipeline, or a decoder and a prior, a combined one. Where the
-        task needs another UNet, it is `unet`, or read from the folder beside the pipeline's own.
+        A decoder gives a decoder; a combined pipeline, or a decoder and a prior, give a combined pipeline. A task that
+        needs another UNet takes `unet`, or reads it from the folder next to the pipeline's own.
 
         Args:
             components: by the constructor's names; `dtype` or `torch_dtype` converts all networks, in place.
         Raises:
-            CheckpointError: where there is no UNet for this task.
+            CheckpointError: where no UNet for this task is found.
         """
         if not pipes:
             raise TypeError(f"{cls.__name__}.from_pipe needs a pipeline")
@@ -94,17 +94,17 @@ class _AutoPipeline:
         if decoders and isinstance(components.get("unet"), UNet2DConditionModel):
             kind = unet_kind(components["unet"], decoders[0].movq.config.latent_channels) or kind
         elif decoders and kind not in cls.COMBINED and "unet" not in components:
-            components["unet"], kind = cls._unet_beside(decoders[0]), cls.DEFAULT
+            components["unet"], kind = cls._sibling_unet(decoders[0]), cls.DEFAULT
         combined = cls._pick(kind, f"this is a {' and a '.join(type(pipe).__name__ for pipe in pipes)}")
         whole = hub.PRIOR in kinds or any(isinstance(pipe, CombinedPipeline) for pipe in pipes)
         return (combined if whole else combined.DECODER).from_pipe(*pipes, **components)
 
     @classmethod
-    def _unet_beside(cls, pipe: Any) -> UNet2DConditionModel:
-        """The UNet for this task from the folder beside the one that a pipeline was loaded from.
+    def _sibling_unet(cls, pipe: Any) -> UNet2DConditionModel:
+        """Load the UNet for this task from the folder next to the one that a pipeline was loaded from.
 
         Raises:
-            CheckpointError: where there is none; with what to write.
+            CheckpointError: where there is none; the message shows how to pass one.
         """
         decoder = cls.COMBINED[cls.DEFAULT].DECODER
         folder = Path(pipe.name_or_path or ".")
@@ -159,7 +159,7 @@ class AutoPipelineForInpainting(_AutoPipeline):
 
 
 def pipeline_for(name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Pipeline:
-    """A model loaded with the class that its `model_index.json` names; see `DiffusionPipeline.from_pretrained`."""
+    """Load a model with the class that its `model_index.json` names; see `DiffusionPipeline.from_pretrained`."""
     folder = _resolve(name, hub.DECODER, arguments)
     found = hub.pipeline_class(folder)
     cls = CLASSES.get(found)

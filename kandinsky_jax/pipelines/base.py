@@ -1,4 +1,4 @@
-"""What all pipelines share: components, the progress bar, and driving the loop with callbacks."""
+"""Base of all pipelines: components, progress bars, and the denoising loop with callbacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.checkpoint import (
-    Deferred,
+    LazyNetwork,
     move_network,
 )
 from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
@@ -33,18 +33,18 @@ from kandinsky_jax.sharding import Mesh, Rules
 
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
 OldCallback = Callable[[int, int, Any], None]  # (step, timestep, latents)
-LanesOf = Callable[[Network, Any, Mapping[str, Any], bool], Sequence[Lane]]
+MakeLoopInputs = Callable[[Network, Any, Mapping[str, Any], bool], Sequence[Lane]]
 
 
-class Late:
-    """The attribute of a component that may be `Deferred`: whoever asks for it gets the network."""
+class LazyComponent:
+    """Descriptor of a component that loads a `LazyNetwork` on first access."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, pipe: Any, owner: type | None = None) -> Any:
         part = self if pipe is None else vars(pipe)[self._name]
-        return part.load() if isinstance(part, Deferred) else part
+        return part.load() if isinstance(part, LazyNetwork) else part
 
     def __set__(self, pipe: Any, part: Any) -> None:
         vars(pipe)[self._name] = part
@@ -53,12 +53,12 @@ class Late:
 class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
     """Base of the pipelines.
 
-    A subclass's constructor takes its components by diffusers' names and hands them to `_register`.
+    The constructor of a subclass takes components by diffusers' names and passes them to `_register`.
     """
 
-    REPOSITORY: ClassVar[str]  # the official repository, and the subfolder of a family
+    REPOSITORY: ClassVar[str]  # name of the official repository, and of the subfolder of a model family
     PREFIX: ClassVar[str] = ""  # of its components' names within a combined pipeline
-    STAGE: ClassVar[str] = ""  # what the progress bar says
+    STAGE: ClassVar[str] = ""  # label of the progress bar
 
     def _register(self, **components: Any) -> None:
         use_compilation_cache()
@@ -69,7 +69,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         self._call_state: dict[str, Any] = {}  # of the current or last call
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; what is no component for this place is refused at once, see `as_component`."""
+        """Set an attribute; a value that is not valid for a component is refused at once, see `as_component`."""
         super().__setattr__(name, as_component(self, name, value) if name in self._component_slots() else value)
 
     @classmethod
@@ -79,7 +79,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The components by the names that the constructor takes; asked for in this way, all of them are loaded."""
+        """Components by the constructor's names; lazy ones are loaded."""
         return {name: getattr(self, name) for name in self._component_names}
 
     @classmethod
@@ -90,21 +90,21 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         return pipe
 
     def _held(self) -> dict[str, Any]:
-        """The components, those that nobody has needed yet as `Deferred`."""
+        """Return the components without loading lazy ones."""
         return {name: vars(self)[name] for name in self._component_names}
 
     @classmethod
     def from_pipe(cls, *pipes: Pipeline, **components: Any) -> Self:
-        """Another pipeline of the same components: nothing is loaded, no array is copied.
+        """Build another pipeline from the same components; nothing is loaded and no array is copied.
 
         Args:
             pipes: one or more, such as a decoder and a prior for a combined pipeline; where two have a component of the
-                same name, the last one's counts.
-            components: by the constructor's names; they count before the pipes'. `dtype` or `torch_dtype` converts all
-                networks, in place, as in diffusers.
+                same name, the last one takes precedence.
+            components: by the constructor's names; they take precedence over the pipes'. `dtype` or `torch_dtype`
+                converts all networks in place, as in diffusers.
         Raises:
-            TypeError: where a component is missing or has no place here.
-            CheckpointError: where the unet is one for another mode.
+            TypeError: for a component that is missing or unknown.
+            CheckpointError: for a UNet of another mode.
         """
         check_pipelines(f"{cls.__name__}.from_pipe", pipes)
         names = component_names(cls)
@@ -131,41 +131,41 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
     # Compiling ahead ----------------------------------------------------------------------------------------------
 
     def warmup(self, height: int = 512, width: int = 512, batch: int = 1, **arguments: Any) -> None:
-        """Compile the programs of a call, in threads, and run none of them: the call then compiles nothing.
+        """Compile the programs of a call in threads, without running them; the call then compiles nothing.
 
         Args:
-            height, width: of the pictures, in pixels; a prior has no use for them.
-            batch: how many prompts, or for a decoder how many image embeddings, the call has.
-            arguments: further ones of the call, where they choose other programs: `num_images_per_prompt`,
+            height, width: of the pictures, in pixels; ignored by a prior.
+            batch: number of prompts of the call, or for a decoder of image embeddings.
+            arguments: further arguments of the call, where they select other programs: `num_images_per_prompt`,
                 `guidance_scale` and `prior_guidance_scale` (1 turns guidance off), a `TorchGenerator` as `generator`,
                 `output_type="latent"`, a callback.
         """
         picture = Image.new("RGB", (64, 64))
-        given: dict[str, Any] = {"height": height, "width": width, "generator": 0, "prompt": [""] * batch}
-        given |= {"image": picture, "mask_image": Image.linear_gradient("L"), "hint": picture.convert("L")}
-        given |= self._stand_ins(batch)
-        # Another pipeline of the same parts, because a pipeline may keep results, and here they are zeros.
+        defaults: dict[str, Any] = {"height": height, "width": width, "generator": 0, "prompt": [""] * batch}
+        defaults |= {"image": picture, "mask_image": Image.linear_gradient("L"), "hint": picture.convert("L")}
+        defaults |= self._stand_ins(batch)
+        # A second pipeline of the same components: pipelines cache results, and here these are zeros.
         twin: Any = type(self)(**self._held())
         twin.set_progress_bar_config(disable=True)
-        call = {name: value for name, value in given.items() if name in inspect.signature(twin.__call__).parameters}
+        call = {name: value for name, value in defaults.items() if name in inspect.signature(twin.__call__).parameters}
         with compiling_ahead(lambda: twin(**call | arguments)):
             pass
 
     def _stand_ins(self, batch: int) -> dict[str, Any]:
-        """Arguments of a call that depend on the components, for `warmup`."""
+        """Return placeholder arguments for `warmup` that depend on the components."""
         return {}
 
     # Devices ------------------------------------------------------------------------------------------------------
 
     def shard(self, mesh: Mesh | None, shard_rules: Rules = ()) -> None:
-        """Move the networks, which other pipelines may share, onto a mesh, or onto JAX's default device.
+        """Move the networks, which other pipelines may share, to a mesh or to JAX's default device.
 
         Args:
             mesh: see `kandinsky_jax.sharding.make_mesh`.
             shard_rules: see `from_pretrained`.
         """
         for part in self._held().values():
-            if isinstance(part, Deferred):
+            if isinstance(part, LazyNetwork):
                 part.move(mesh, shard_rules)
             elif isinstance(part, nnx.Module):
                 move_network(part, mesh, shard_rules)
@@ -180,10 +180,10 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Scale of classifier-free guidance of the current or last call.
+        """Classifier-free guidance scale of the current or last call.
 
-        A `callback_on_step_end` may set it (`pipe.guidance_scale = 2.0`) for the steps that follow; 1 and below turn
-        guidance off. `_guidance_scale`, diffusers' name for it, is an alias.
+        A `callback_on_step_end` may set it (`pipe.guidance_scale = 2.0`) for the following steps; values up to 1 turn
+        guidance off. `_guidance_scale`, as in diffusers, is an alias.
         """
         return _of_a_call(self, "guidance_scale")
 
@@ -206,7 +206,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
     def _denoise(
         self,
         module: nnx.Module,
-        lanes_of: LanesOf,
+        loop_inputs: MakeLoopInputs,
         tensors: dict[str, Any],
         schedule: Schedule,
         latents: Sequence[jax.Array],
@@ -219,25 +219,25 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         """Run the loop under a progress bar, with the user's callback after each step.
 
         Args:
-            lanes_of: (network, parameters, tensors, whether guidance is on) -> the lanes.
-            tensors: what a callback may see and change besides the latents, by diffusers' names.
-            latents: each lane's first sample.
-            guidance_scale: at the first step; a callback may set another one.
+            loop_inputs: (network, parameters, tensors, whether guidance is on) -> the inputs of each batch.
+            tensors: those that a callback may read and change besides the latents, by diffusers' names.
+            latents: each batch's first sample.
+            guidance_scale: at the first step; a callback may change it.
             guidance_interval: see `sample`.
         """
         network, params = Network.split(module)
         scale = guidance_scale
-        lanes = lanes_of(network, params, tensors, scale > 1)
+        inputs = loop_inputs(network, params, tensors, scale > 1)
         state: dict[str, Any] = {"guidance_scale": scale, "num_timesteps": len(schedule)}
         self._call_state = state
 
         def call_back(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
-            nonlocal lanes, scale
+            nonlocal inputs, scale
             seen = tensors | {"latents": _join(samples)}
-            given = {name: seen[name] for name in callback_inputs}
+            requested = {name: seen[name] for name in callback_inputs}
             assert callback is not None
-            self._call_state = state  # another thread's call may have put its own there
-            returned = callback(self, done - 1, schedule.timesteps[done - 1].item(), dict(given))
+            self._call_state = state  # a call in another thread may have replaced it
+            returned = callback(self, done - 1, schedule.timesteps[done - 1].item(), requested)
             if not isinstance(returned, dict):
                 raise TypeError(
                     f"callback_on_step_end must return a dict, returned {type(returned).__name__}; return its fourth "
@@ -248,7 +248,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
             before, scale = scale, state["guidance_scale"]
             if new or (before > 1) != (scale > 1):
                 tensors.update(new)
-                lanes = lanes_of(network, params, tensors, scale > 1)
+                inputs = loop_inputs(network, params, tensors, scale > 1)
             return _part(changed["latents"], samples) if "latents" in changed else None
 
         with tqdm(**({"total": len(schedule), "desc": self.STAGE} | self._progress_bar_config)) as bar:
@@ -260,7 +260,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
             return sample(
                 network,
                 params,
-                lambda: (lanes, scale if scale > 1 else None),
+                lambda: (inputs, scale if scale > 1 else None),
                 schedule,
                 latents,
                 source,
@@ -277,13 +277,13 @@ def _of_a_call(pipe: Pipeline, name: str) -> Any:
 
 
 def _join(samples: Sequence[jax.Array]) -> np.ndarray:
-    """The lanes' samples as users see them: one batch, pictures in PyTorch's order of axes."""
+    """Concatenate the samples of all batches as callbacks see them, in PyTorch's order of axes."""
     joined = np.concatenate([np.asarray(x) for x in samples])
     return joined.transpose(0, 3, 1, 2) if joined.ndim == 4 else joined
 
 
 def _part(latents: Any, samples: Sequence[jax.Array]) -> list[jax.Array]:
-    """What a callback returned as latents, as the lanes' samples."""
+    """Split the latents that a callback returned into the samples of all batches."""
     array = np.asarray(latents, np.float32)
     if array.shape != _join(samples).shape:
         raise ValueError(f"the callback's latents have shape {array.shape}, needed is {_join(samples).shape}")
@@ -293,7 +293,7 @@ def _part(latents: Any, samples: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def check_pipelines(function: str, pipes: Sequence[Any]) -> None:
-    """Raise where something else was given to a function that takes pipelines of this package."""
+    """Raise TypeError for arguments that are not pipelines of this package."""
     for pipe in pipes:
         if not isinstance(pipe, Pipeline):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""What users give, checked before anything is compiled. Every message says what was given and what is needed."""
+"""Checks of users' arguments, made before anything is compiled; messages say what was given and what is needed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.errors import quote, shorten
 
 CALLBACK_DEFAULT = ("latents",)
-LARGEST = 2**31 - 1  # of whole numbers that count things
+LARGEST = 2**31 - 1  # count
 
 
 def texts(value: Any, name: str) -> list[str]:
-    """A prompt argument as a list of strings."""
+    """Return a prompt argument as a list of strings."""
     if isinstance(value, str):
         return [_text(value, name)]
     if not isinstance(value, list | tuple):
@@ -30,7 +30,7 @@ def texts(value: Any, name: str) -> list[str]:
 
 
 def _text(value: str, name: str) -> str:
-    """A string, or ValueError where it cannot be one of UTF-8, as a half of a surrogate pair cannot."""
+    """Return a string; ValueError for one that UTF-8 cannot encode, such as half a surrogate pair."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -41,7 +41,7 @@ def _text(value: str, name: str) -> str:
 
 
 def negative_texts(value: Any, prompts: Sequence[str]) -> list[str] | None:
-    """Negative prompts, one per prompt; a single one serves all prompts."""
+    """Return negative prompts, one per prompt; a single string is used for all."""
     if value is None:
         return None
     negatives = texts(value, "negative_prompt")
@@ -55,7 +55,7 @@ def negative_texts(value: Any, prompts: Sequence[str]) -> list[str] | None:
 
 
 def count(value: Any, name: str, least: int = 1) -> int:
-    """A whole number of things."""
+    """Check a count, an integer of at least `least`."""
     if isinstance(value, int) and value > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}, got {quote(value)}")
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
@@ -64,7 +64,7 @@ def count(value: Any, name: str, least: int = 1) -> int:
 
 
 def side(value: Any, name: str) -> int:
-    """A picture's side in pixels."""
+    """Check a picture's height or width in pixels."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer number of pixels, got {quote(value)}")
     if value < 64:
@@ -75,7 +75,7 @@ def side(value: Any, name: str) -> int:
 
 
 def guidance(value: Any, name: str = "guidance_scale") -> float:
-    """A guidance scale, a number or an array of one without axes; at 1 and below, guidance is off."""
+    """Check a guidance scale, a number or an array without axes; at 1 and below, guidance is off."""
     if hasattr(value, "__array__") and getattr(value, "ndim", 1) == 0:
         value = to_numpy(value, name).item()
     if (
@@ -90,12 +90,12 @@ def guidance(value: Any, name: str = "guidance_scale") -> float:
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except (OverflowError, TypeError):  # a whole number beyond all floats; a complex one
+    except (OverflowError, TypeError):  # an integer beyond float's range; a complex number
         return False
 
 
 def interval(value: Any, steps: int, name: str = "guidance_interval") -> tuple[int, int] | None:
-    """A share of the steps, such as (0.4, 1), as the first step inside it and the first behind it."""
+    """Convert fractions of the steps, such as (0.4, 1), to the first step inside and the first one after."""
     if value is None:
         return None
     ends = tuple(value) if isinstance(value, list | tuple | np.ndarray) else ()
@@ -111,7 +111,7 @@ def interval(value: Any, steps: int, name: str = "guidance_interval") -> tuple[i
 
 
 def strength(value: Any, steps: int) -> int:
-    """How many of a schedule's steps a strength leaves to do: the last `int(steps * strength)`."""
+    """Return how many of a schedule's last steps are run at a strength: `int(steps * strength)`."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not 0 < value <= 1:
         raise ValueError(f"strength must be a number above 0 and at most 1, got {quote(value)}")
     done = int(steps * value)
@@ -123,19 +123,19 @@ def strength(value: Any, steps: int) -> int:
 
 
 def skipped(value: Any, steps: int) -> int:
-    """How many of a schedule's steps a strength leaves out; None leaves out none."""
+    """Return how many of a schedule's first steps a strength skips; None skips none."""
     return 0 if value is None else steps - strength(value, steps)
 
 
 def choice(value: Any, name: str, allowed: Sequence[str]) -> str:
-    """One of a few names."""
+    """Check that a value is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{name}={quote(value)} is not supported, only {', '.join(map(repr, allowed))}")
     return str(value)
 
 
 def callback(function: Any, inputs: Any, allowed: Sequence[str]) -> tuple[str, ...]:
-    """The tensors that a callback asks for."""
+    """Return the names of the tensors that a callback asks for."""
     if function is not None and not callable(function):
         raise TypeError(f"callback_on_step_end must be callable, got {type(function).__name__}")
     if not (inputs is None or isinstance(inputs, list | tuple)):
@@ -147,7 +147,12 @@ def callback(function: Any, inputs: Any, allowed: Sequence[str]) -> tuple[str, .
 
 
 def old_callback(function: Any, every: Any, other: Any) -> Any:
-    """The reference's older `callback(step, timestep, latents)`, called every so many steps, as a callback of today."""
+    """Wrap diffusers' older `callback(step, timestep, latents)` as a `callback_on_step_end`.
+
+    Args:
+        every: `callback_steps`.
+        other: `callback_on_step_end`, which is returned where `function` is None.
+    """
     if function is None:
         return other
     if other is not None:
@@ -165,7 +170,7 @@ def old_callback(function: Any, every: Any, other: Any) -> Any:
 
 
 def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Latents that the user gives, in PyTorch's order of axes."""
+    """Check latents given by the user, in PyTorch's order of axes."""
     if value is None:
         return None
     array = to_numpy(value, "latents").astype(np.float32)
@@ -176,18 +181,19 @@ def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     return array
 
 
-def halves(value: Any, name: str, images: int) -> np.ndarray:
-    """What a callback returned: one row for each image, or two where guidance is on."""
+def callback_tensor(value: Any, name: str, images: int) -> np.ndarray:
+    """Check a tensor that a callback returned: cond alone, `[images, ...]`, or uncond and cond, `[2 * images, ...]`."""
     array = np.asarray(value)
     if array.ndim == 0 or len(array) not in (images, 2 * images):
         raise ValueError(
-            f"the callback's {name} has shape {array.shape}; needed are {images} rows, or {2 * images} with guidance"
+            f"the callback's {name} has shape {array.shape}; its first axis must be {images}, or {2 * images} with "
+            "guidance"
         )
     return array
 
 
 def embeds(value: Any, name: str, dim: int) -> np.ndarray:
-    """Image embeddings, float32 `[B, dim]`; a list is joined along the first axis."""
+    """Return image embeddings as float32 `[B, dim]`; a list is concatenated."""
     if isinstance(value, str):
         raise TypeError(
             f"{name} must be an array, got {shorten(value)!r}; a prior's output unpacks into its names, so call "
@@ -206,8 +212,8 @@ def embeds(value: Any, name: str, dim: int) -> np.ndarray:
     return joined
 
 
-def mix(items: Any, weights: Any) -> tuple[list[Any], list[float]]:
-    """What is mixed, and with which weights."""
+def interpolation(items: Any, weights: Any) -> tuple[list[Any], list[float]]:
+    """Check the items of `interpolate` and their weights."""
     for value, name in ((items, "images_and_prompts"), (weights, "weights")):
         if isinstance(value, str) or not (isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1):
             raise TypeError(f"{name} must be a list, got {type(value).__name__}")
@@ -221,7 +227,7 @@ def mix(items: Any, weights: Any) -> tuple[list[Any], list[float]]:
 
 
 def picture_count(found: int, name: str, prompts: int, repeats: int) -> None:
-    """There may be one picture for all, one per prompt, or one per picture that is drawn."""
+    """Raise ValueError unless there is one picture for all, one per prompt, or one per generated picture."""
     wanted = sorted({1, prompts, prompts * repeats})
     if found not in wanted:
         raise ValueError(
@@ -231,6 +237,6 @@ def picture_count(found: int, name: str, prompts: int, repeats: int) -> None:
 
 
 def per_picture(array: np.ndarray, name: str, prompts: int, repeats: int) -> np.ndarray:
-    """One row for every picture that is drawn."""
+    """Repeat an array so that its first axis has one entry for every generated picture."""
     picture_count(len(array), name, prompts, repeats)
     return array if len(array) == prompts * repeats else np.repeat(array, prompts * repeats // len(array), axis=0)

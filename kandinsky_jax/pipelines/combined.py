@@ -23,7 +23,7 @@ from kandinsky_jax.models import (
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, OldCallback, Pipeline
-from kandinsky_jax.pipelines.decoder import DecoderPipeline, Drawing
+from kandinsky_jax.pipelines.decoder import DecoderPipeline, PendingImages
 from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
 from kandinsky_jax.pipelines.loading import LoadOptions, describe
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def _component(pipe: str, name: str) -> Any:
-    """A component that lives in one of the two pipelines, so that replacing it here replaces it there."""
+    """Return a property that forwards to a component of one of the two pipelines."""
 
     def get(self: Any) -> Any:
         return getattr(getattr(self, pipe), name)
@@ -49,7 +49,7 @@ def _component(pipe: str, name: str) -> Any:
 
 
 class CombinedPipeline(Pipeline):
-    """What every combined pipeline shares: the prior's components under `prior_...`, the decoder's under their own.
+    """Base of the combined pipelines: the prior's components are named `prior_...`, the decoder's as in the decoder.
 
     Args:
         unet, scheduler, movq, prior_prior, prior_image_encoder, prior_text_encoder, prior_tokenizer, prior_scheduler,
@@ -148,7 +148,7 @@ class CombinedPipeline(Pipeline):
         self.decoder_pipe.set_progress_bar_config(**config)
         self._progress_bar_config = config
 
-    def draw(
+    def generate(
         self,
         prompt: Any,
         *,
@@ -164,9 +164,12 @@ class CombinedPipeline(Pipeline):
         callback: OldCallback | None = None,
         callback_steps: int = 1,
         **decoder: Any,
-    ) -> Drawing:
-        """`__call__`, with all its arguments, but for the last wait. Everything is checked before the prior starts."""
-        order = self.decoder_pipe._order(
+    ) -> PendingImages:
+        """Start generating without waiting for the decoder; arguments: all of `__call__`.
+
+        Everything is checked before the prior starts.
+        """
+        request = self.decoder_pipe._request(
             len(checks.texts(prompt, "prompt")),
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
@@ -186,11 +189,11 @@ class CombinedPipeline(Pipeline):
             callback_on_step_end=prior_callback_on_step_end,
             callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
         )
-        return self.decoder_pipe._draw(order, image_embeds, negative_image_embeds)
+        return self.decoder_pipe._generate(request, image_embeds, negative_image_embeds)
 
 
 class KandinskyV22CombinedPipeline(CombinedPipeline):
-    """Draws pictures for prompts. Components: see `CombinedPipeline`."""
+    """Generates pictures from prompts. Components: see `CombinedPipeline`."""
 
     REPOSITORY: ClassVar[str] = hub.DECODER
     DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22Pipeline
@@ -218,7 +221,7 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures.
+        """Generate pictures.
 
         Args:
             prompt, negative_prompt, num_images_per_prompt: see `KandinskyV22PriorPipeline`.
@@ -226,11 +229,11 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
                 `KandinskyV22Pipeline`.
             prior_guidance_scale, prior_num_inference_steps: the prior's own.
             generator: one for both stages; a `TorchGenerator` goes on from the prior to the decoder.
-            latents: the prior's first noise.
-            callback, callback_steps: the reference's older kind, see `KandinskyV22ControlnetPipeline`.
-            prior_callback_on_step_end, callback_on_step_end and their ..._tensor_inputs: of each stage.
+            latents: the prior's initial noise.
+            callback, callback_steps: diffusers' older form of the decoder's callback.
+            prior_callback_on_step_end, callback_on_step_end and their ..._tensor_inputs: callbacks of each stage.
         """
-        return self.draw(
+        return self.generate(
             prompt,
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
@@ -285,13 +288,13 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Redraw pictures.
+        """Generate variations of pictures.
 
         Args:
             image, strength: see `KandinskyV22Img2ImgPipeline`; one image for all, one per prompt, or one per picture.
             the others: see `KandinskyV22CombinedPipeline`.
         """
-        return self.draw(
+        return self.generate(
             prompt,
             image=image,
             negative_prompt=negative_prompt,
@@ -318,7 +321,7 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
 
 
 class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
-    """Repaints a part of pictures after prompts. Components: see `CombinedPipeline`."""
+    """Inpaints pictures, guided by prompts. Components: see `CombinedPipeline`."""
 
     REPOSITORY: ClassVar[str] = hub.INPAINT
     DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22InpaintPipeline
@@ -349,14 +352,14 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
         callback: OldCallback | None = None,
         callback_steps: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Repaint a part of pictures.
+        """Repaint the masked part of pictures.
 
         Args:
             image, mask_image, paste_back: see `KandinskyV22InpaintPipeline`; one for all, one per prompt, or one per
                 picture.
             the others: see `KandinskyV22CombinedPipeline`.
         """
-        return self.draw(
+        return self.generate(
             prompt,
             image=image,
             mask_image=mask_image,

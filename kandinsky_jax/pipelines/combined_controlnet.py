@@ -1,6 +1,6 @@
 """prompt and depth hint -> picture: a prior and a controlnet decoder in one call.
 
-diffusers has no combined pipeline for controlnets; these follow its others.
+diffusers has no combined pipelines for controlnets; these are modelled on its other combined pipelines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 
 
 class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
-    """Draws pictures for prompts, laid out as depth hints say. Components: see `CombinedPipeline`."""
+    """Generates pictures from prompts, with a layout from depth hints. Components: see `CombinedPipeline`."""
 
     REPOSITORY: ClassVar[str] = hub.CONTROLNET
     DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22ControlnetPipeline
@@ -48,13 +48,13 @@ class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures.
+        """Generate pictures.
 
         Args:
             hint: see `KandinskyV22ControlnetPipeline`; one for all, one per prompt, or one per picture.
             the others: see `KandinskyV22CombinedPipeline`.
         """
-        return self.draw(
+        return self.generate(
             prompt,
             hint=hint,
             negative_prompt=negative_prompt,
@@ -78,7 +78,7 @@ class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
 
 
 class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
-    """Redraws pictures after prompts, laid out as depth hints say. Components: see `CombinedPipeline`."""
+    """Generates variations of pictures, guided by prompts and depth hints. Components: see `CombinedPipeline`."""
 
     REPOSITORY: ClassVar[str] = hub.CONTROLNET
     DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22ControlnetImg2ImgPipeline
@@ -107,14 +107,14 @@ class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Redraw pictures.
+        """Generate variations of pictures.
 
         Args:
             image, strength: see `KandinskyV22Img2ImgPipeline`.
             hint: see `KandinskyV22ControlnetPipeline`.
             the others: see `KandinskyV22CombinedPipeline`.
         """
-        return self.draw(
+        return self.generate(
             prompt,
             image=image,
             hint=hint,

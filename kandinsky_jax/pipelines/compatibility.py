@@ -1,7 +1,7 @@
-"""What else diffusers' `DiffusionPipeline` offers, so that programs written for it run as they are.
+"""The rest of diffusers' `DiffusionPipeline`, so that programs written for it run unchanged.
 
-Each of its public members is here: it does what it does there, or it saves memory or time there and does nothing here
-but warn once, or it says in a sentence what to write instead.
+Each of its public members is here. It does the same as there; or, where it only saves memory or time there, it warns
+once and does nothing; or it raises an error that says what to write instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax import hub
 from kandinsky_jax.attribute_dict import AttributeDict
-from kandinsky_jax.checkpoint import Deferred
+from kandinsky_jax.checkpoint import LazyNetwork
 from kandinsky_jax.errors import quote
 from kandinsky_jax.models.compatibility import Target, nothing_to_do, read_target, refused, without_effect
 from kandinsky_jax.schedulers import Scheduler
@@ -29,7 +29,7 @@ from kandinsky_jax.storage import read_json
 
 
 class DiffusionPipeline:
-    """Base of the pipelines; `DiffusionPipeline.from_pretrained` picks the class that a model is for."""
+    """Base of the pipelines; `DiffusionPipeline.from_pretrained` chooses the class by the model."""
 
     config_name: ClassVar[str] = "model_index.json"
     has_compatibles: ClassVar[bool] = False
@@ -55,22 +55,22 @@ class DiffusionPipeline:
 
     @classmethod
     def download(cls, name: str | os.PathLike[str], **arguments: Any) -> Path:
-        """Fetch a model without loading it; returns its folder. Arguments: see `kandinsky_jax.hub.resolve`."""
+        """Download a model without loading it, and return its folder. Arguments: see `kandinsky_jax.hub.resolve`."""
         return hub.resolve(name, getattr(cls, "REPOSITORY", hub.DECODER), **arguments)
 
     @classmethod
     def load_config(cls, name: str | os.PathLike[str], **arguments: Any) -> dict[str, Any]:
-        """A model's `model_index.json`, which is fetched where that is needed. Arguments: see `download`."""
+        """Return a model's `model_index.json`, downloaded if needed. Arguments: see `download`."""
         return dict(read_json(cls.download(name, **arguments) / cls.config_name))
 
-    # What a pipeline is -------------------------------------------------------------------------------------------
+    # Configuration ------------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> AttributeDict:
-        """As `model_index.json`: [library, class] by component; also as attributes."""
+        """The content of `model_index.json`, [library, class] by component; also as attributes."""
         found: dict[str, Any] = {"_class_name": type(self).__name__, "_name_or_path": self._name_or_path}
         for name, part in self._held().items():
-            cls = part.cls if isinstance(part, Deferred) else type(part)
+            cls = part.cls if isinstance(part, LazyNetwork) else type(part)
             ours = issubclass(cls, nnx.Module) and not cls.__name__.startswith("CLIP")
             library = "diffusers" if ours or issubclass(cls, Scheduler) else "transformers"
             found[name] = (library, cls.__name__)
@@ -78,37 +78,37 @@ class DiffusionPipeline:
 
     @property
     def name_or_path(self) -> str | None:
-        """Where it was loaded from."""
+        """The folder or repository that the pipeline was loaded from."""
         return self._name_or_path
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Arguments of the constructor that are no components: none."""
+        """Arguments of the constructor that are not components; always empty."""
         return {}
 
     @property
     def device(self) -> jax.Device:
-        """Where the networks lie; on a mesh, its first device."""
-        return _placed(self)[0]
+        """The device of the networks; of a mesh, the first one."""
+        return _device_and_dtype(self)[0]
 
     _execution_device = device
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the first network, in the constructor's order."""
-        return _placed(self)[1]
+        """The dtype of the first network, in the constructor's order."""
+        return _device_and_dtype(self)[1]
 
     @property
     def movq_scale_factor(self) -> int:
-        """Pixels of a picture per number of its latents, along a side."""
+        """Downsampling factor of MoVQ: pixels per latent along a side."""
         movq = self._held().get("movq")
         if movq is None:
             raise AttributeError(f"{type(self).__name__} has no movq")
         return 2 ** (len(self.movq.config.block_out_channels) - 1)  # type: ignore[attr-defined]
 
     def num_parameters(self) -> int:
-        """How many numbers the parameters of all networks have; those that nobody has needed yet are loaded."""
-        parts = [part.load() if isinstance(part, Deferred) else part for part in self._held().values()]
+        """Return the number of parameters of all networks; lazy ones are loaded."""
+        parts = [part.load() if isinstance(part, LazyNetwork) else part for part in self._held().values()]
         return sum(part.num_parameters() for part in parts if isinstance(part, nnx.Module))
 
     def __repr__(self) -> str:
@@ -118,7 +118,7 @@ class DiffusionPipeline:
         return "\n".join(lines)
 
     def to_json_string(self) -> str:
-        """The configuration as it is written to `model_index.json`."""
+        """Return the configuration as it is written to `model_index.json`."""
         shown = {name: value for name, value in self.config.items() if name != "_name_or_path"}
         return json.dumps(shown, indent=2, sort_keys=True) + "\n"
 
@@ -127,7 +127,7 @@ class DiffusionPipeline:
         Path(path).write_text(self.to_json_string())
 
     def save_config(self, folder: str | os.PathLike[str]) -> None:
-        """Write `model_index.json` alone into a folder, which is made where it is missing."""
+        """Write only `model_index.json` into a folder, which is created if missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.to_json_file(Path(folder) / self.config_name)
 
@@ -141,12 +141,12 @@ class DiffusionPipeline:
     # Devices and dtypes -------------------------------------------------------------------------------------------
 
     def to(self, *arguments: Any, **named: Any) -> Self:
-        """Move the networks, which other pipelines may share, or convert their numbers; returns the pipeline.
+        """Move the networks, which other pipelines may share, or convert their dtype; returns the pipeline.
 
         Args:
-            arguments, named: a device, a dtype or both, also as `device=` and `dtype=`. A device is JAX's, or named as
-                in PyTorch ("cpu", "cuda", "cuda:1", "tpu"); without a number, networks that are on such devices stay
-                there. Where PyTorch's name stands for no device here, they stay where they are, with a warning.
+            arguments, named: a device, a dtype or both, also as `device=` and `dtype=`. A device is one of JAX's, or
+                a name as in PyTorch ("cpu", "cuda", "cuda:1", "tpu"). Without a number, networks on devices of this
+                kind stay there. A name without a device here changes nothing and gives a warning.
         """
         target = read_target(self, arguments, named)
         if target.dtype is not None and any(self.get_list_adapters().values()):  # type: ignore[attr-defined]
@@ -155,8 +155,8 @@ class DiffusionPipeline:
                 f"with dtype={target.dtype.name!r}"
             )
         for part in self._held().values():
-            if isinstance(part, Deferred):
-                _convert_deferred(part, target)
+            if isinstance(part, LazyNetwork):
+                _convert_lazy(part, target)
             elif isinstance(part, nnx.Module):
                 target.apply(part)
         return self
@@ -164,14 +164,14 @@ class DiffusionPipeline:
     # Progress and pictures ----------------------------------------------------------------------------------------
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
-        """A `tqdm` bar, over an iterable or of a length, as the pipeline's own bars are configured."""
+        """Return a `tqdm` bar over an iterable or of a given length, configured as the pipeline's own bars."""
         if (iterable is None) == (total is None):
             raise ValueError("give progress_bar an iterable or a total")
         return tqdm(iterable, total=total, **self._progress_bar_config)
 
     @staticmethod
     def numpy_to_pil(images: Any) -> list[Image.Image]:
-        """Pictures `[B, H, W, C]` or `[H, W, C]` in 0..1 as PIL pictures."""
+        """Convert `[B, H, W, C]` or `[H, W, C]` in 0..1 to PIL pictures."""
         pixels = (np.asarray(images, np.float32) * 255).round().clip(0, 255).astype(np.uint8)
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         return [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in pixels]
@@ -215,14 +215,14 @@ def _networks(pipe: DiffusionPipeline) -> list[Any]:
     return [part for part in pipe._held().values() if isinstance(part, nnx.Module)]
 
 
-def _placed(pipe: DiffusionPipeline) -> tuple[jax.Device, np.dtype]:
+def _device_and_dtype(pipe: DiffusionPipeline) -> tuple[jax.Device, np.dtype]:
     leaf = jax.tree.leaves(nnx.state(_networks(pipe)[0], nnx.Param))[0]
     return min(leaf.devices(), key=lambda device: device.id), np.dtype(leaf.dtype)
 
 
 def _described(part: Any) -> str:
-    """One line about a component."""
-    if isinstance(part, Deferred):
+    """Describe a component in one line."""
+    if isinstance(part, LazyNetwork):
         state = "loaded" if part.loaded else "read when it is first needed"
         return f"{part.cls.__name__}, {state}"
     if not isinstance(part, nnx.Module):
@@ -235,8 +235,8 @@ def _described(part: Any) -> str:
     return f"{type(part).__name__}, {count:,} parameters, {' and '.join(dtypes)}{where}"
 
 
-def _convert_deferred(part: Deferred, target: Target) -> None:
-    """What `Target.apply` does: now where the network is loaded, else when it is."""
+def _convert_lazy(part: LazyNetwork, target: Target) -> None:
+    """Do what `Target.apply` does: at once for a loaded network, otherwise when it is loaded."""
     if part.loaded:
         target.apply(part.load())
         return

@@ -1,11 +1,10 @@
-"""What may be put in the place of a pipeline's component: checked at once, and converted from diffusers' where that is
-exact."""
+"""Validation of a pipeline's components; those of diffusers are converted where the conversion is exact."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kandinsky_jax.checkpoint import Deferred
+from kandinsky_jax.checkpoint import LazyNetwork
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models.compatibility import warn_once
@@ -14,18 +13,18 @@ from kandinsky_jax.schedulers import SCHEDULERS, Scheduler, SchedulerError, sche
 
 
 def as_component(owner: Any, name: str, value: Any) -> Any:
-    """A component of a pipeline, or what it is here.
+    """Check a component of a pipeline, and convert it where needed.
 
     Args:
         owner: the pipeline.
         name: the component's, such as "unet" or "prior_scheduler".
-        value: our component; a scheduler of diffusers' or an image processor of transformers' becomes ours by its
-            configuration, and a network that went through `torch.compile` is the network again.
+        value: our component. A scheduler of diffusers or an image processor of transformers is converted by its
+            configuration, and a network that `torch.compile` wrapped is unwrapped.
     Raises:
         TypeError: for anything else, with what to write instead.
     """
     expected = expected_types(name)
-    if isinstance(value, expected) or (isinstance(value, Deferred) and issubclass(value.cls, expected)):
+    if isinstance(value, expected) or (isinstance(value, LazyNetwork) and issubclass(value.cls, expected)):
         return value
     if compiled := [part for part in _within_torch_compile(value) if isinstance(part, expected)]:
         warn_once(
@@ -38,7 +37,7 @@ def as_component(owner: Any, name: str, value: Any) -> Any:
     if expected == (CLIPImageProcessor,) and library == "transformers" and hasattr(value, "to_dict"):
         return CLIPImageProcessor._from_dict(value.to_dict())
     wanted = " or ".join(cls.__name__ for cls in expected)
-    given = value.cls if isinstance(value, Deferred) else type(value)
+    given = value.cls if isinstance(value, LazyNetwork) else type(value)
     raise TypeError(
         f"{type(owner).__name__}.{name} must be a {wanted} of kandinsky_jax, got {_named(value, given)}"
         + _instead(name, value, wanted, library)
@@ -46,7 +45,7 @@ def as_component(owner: Any, name: str, value: Any) -> Any:
 
 
 def _within_torch_compile(value: Any) -> list[Any]:
-    """What a function that `torch.compile` made of a callable object refers to."""
+    """Return the objects that a function made by `torch.compile` refers to."""
     inner = getattr(value, "_torchdynamo_orig_callable", None)
     return [inner, getattr(inner, "__self__", None)] + [
         c.cell_contents for c in getattr(inner, "__closure__", None) or ()
@@ -73,7 +72,7 @@ def _instead(name: str, value: Any, wanted: str, library: str) -> str:
 
 
 def _scheduler(owner: Any, name: str, value: Any) -> Scheduler:
-    """Ours for one of diffusers'."""
+    """Convert a scheduler of diffusers."""
     cls = type(value) if not isinstance(value, type) else value
     if isinstance(value, type) or not hasattr(value, "config") or cls.__name__ not in SCHEDULERS:
         raise TypeError(

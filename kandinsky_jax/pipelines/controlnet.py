@@ -1,4 +1,4 @@
-"""Depth hint -> further input channels of the UNet at every step -> picture; from noise, or from a picture.
+"""Depth hint -> extra input channels of the UNet at every step -> picture, starting from noise or from a picture.
 
 Reference: diffusers' KandinskyV22ControlnetPipeline and KandinskyV22ControlnetImg2ImgPipeline.
 """
@@ -13,12 +13,12 @@ from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline
-from kandinsky_jax.pipelines.img2img import FromPicture
+from kandinsky_jax.pipelines.img2img import Img2ImgBase
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 
 
 class KandinskyV22ControlnetPipeline(DecoderPipeline):
-    """Draws pictures for image embeddings, laid out as depth hints say.
+    """Generates pictures from image embeddings, with a layout from depth hints.
 
     Args:
         unet, scheduler, movq: as in diffusers.
@@ -46,11 +46,11 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures.
+        """Generate pictures.
 
         Args:
             hint: `[3, H, W]` in 0..1, or a depth map of any size; see `kandinsky_jax.images.hints`. One for all, one
-                per embedding, or one per picture drawn.
+                per embedding, or one per generated picture.
             the others: see `KandinskyV22Pipeline`.
         """
         return self._call(
@@ -72,8 +72,8 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
         )
 
 
-class KandinskyV22ControlnetImg2ImgPipeline(FromPicture):
-    """Redraws pictures after image embeddings, laid out as depth hints say.
+class KandinskyV22ControlnetImg2ImgPipeline(Img2ImgBase):
+    """Generates variations of pictures from image embeddings, with a layout from depth hints.
 
     Args:
         unet, scheduler, movq: as in diffusers.
@@ -102,7 +102,7 @@ class KandinskyV22ControlnetImg2ImgPipeline(FromPicture):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Redraw pictures.
+        """Generate variations of pictures.
 
         Args:
             image, strength: see `KandinskyV22Img2ImgPipeline`.

@@ -1,7 +1,7 @@
-"""CLIP image embedding -> decoder loop -> latents -> MoVQ -> picture: what every mode of the decoder shares.
+"""CLIP image embedding -> decoder loop -> latents -> MoVQ -> picture: what all modes of the decoder share.
 
-A mode says what it puts before the loop, a `Scene`: its first latents and what every step is under. Checks, embeddings,
-the loop and the way from latents to pictures are here, once.
+A mode prepares its `DecoderInputs`: the first latents, and the conditioning of every step. Checks, embeddings, the loop
+and MoVQ's decoding are implemented here for all of them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from kandinsky_jax.schedulers import Schedule, Scheduler
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class Order(NamedTuple):
-    """A call after its checks; nothing is compiled or drawn yet."""
+class DecoderRequest(NamedTuple):
+    """A validated call of a decoder; nothing has been compiled or run yet."""
 
-    batch: int  # pictures to draw
-    h: int  # latents
+    batch: int  # pictures to generate
+    h: int  # height and width of the latents
     w: int
-    schedule: Schedule  # the steps that are left to do
-    scale: float
+    schedule: Schedule  # the steps to run, after `strength` has removed some
+    scale: float  # of guidance
     interval: tuple[int, int] | None  # the steps with guidance, None for all
     generator: Generator
     output_type: str
@@ -45,74 +45,74 @@ class Order(NamedTuple):
     callback_inputs: tuple[str, ...]
     latents: np.ndarray | None  # the user's first noise, [batch, 4, h, w]
     image: np.ndarray | None  # [batch, H, W, 3] in -1..1
-    mask: np.ndarray | None  # bool [batch, H, W], true where the image is repainted
+    repaint_mask: np.ndarray | None  # bool [batch, H, W], true where the image is repainted
     hint: np.ndarray | None  # [batch, H, W, 3] in 0..1
     paste_back: bool
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a mode puts before the loop."""
+class DecoderInputs:
+    """First latents and conditioning of a decoder's loop, as a mode prepares them."""
 
     start: jax.Array  # the first latents, [B, h, w, 4]
     hint: np.ndarray | None = None  # [B, H, W, 3]
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """What a callback may see and change besides latents and embeddings, in PyTorch's order of axes."""
+        """Return further tensors that a callback may read and change, in PyTorch's order of axes."""
         return {}
 
-    def lane(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> Lane:
-        """What every step is under.
+    def loop_inputs(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> Lane:
+        """Build the conditioning of every step.
 
         Args:
-            guided: whether guidance is on; then the lane has both halves, also where the tensors have one.
+            guided: whether guidance is on: the result then holds uncond and cond, even if the tensors hold only cond.
         """
         return Lane(self.condition(network, params, self.embeds(tensors, guided), hint=self.hint))
 
     def embeds(self, tensors: Mapping[str, Any], guided: bool) -> np.ndarray:
-        """Image embeddings `[halves * B, D]`, the negative ones first."""
+        """Return image embeddings, `[2B, D]` with the negative ones first, or `[B, D]` where guidance is off."""
         images = len(self.start)
-        rows = checks.halves(tensors["image_embeds"], "image_embeds", images)
-        if not guided or len(rows) == 2 * images:
-            return rows
+        embeds = checks.callback_tensor(tensors["image_embeds"], "image_embeds", images)
+        if not guided or len(embeds) == 2 * images:
+            return embeds
         if tensors["negative_image_embeds"] is None:
             raise ValueError(
                 "guidance was turned on by a callback, and there are no negative_image_embeds; give them to the call, "
                 "or return image_embeds of both, the negative ones first"
             )
-        return np.concatenate([np.asarray(tensors["negative_image_embeds"]), rows])
+        return np.concatenate([np.asarray(tensors["negative_image_embeds"]), embeds])
 
     def condition(
         self, network: Network, params: Any, embeds: Any, hint: Any = None, channels: Any = None
     ) -> UNetCondition:
-        """The UNet's condition, of rows with one or both halves of guidance, the unconditional one first."""
-        rows = (None if x is None else jnp.asarray(x) for x in (embeds, hint, channels))
-        return condition(network, params, *(_halved(x, len(self.start)) for x in rows))
+        """Compute the UNet's condition from arrays `[2B, ...]`, uncond before cond, or `[B, ...]` without guidance."""
+        arrays = (None if x is None else jnp.asarray(x) for x in (embeds, hint, channels))
+        return condition(network, params, *(_split_guidance(x, len(self.start)) for x in arrays))
 
     def finish(self, sample: jax.Array, tensors: Mapping[str, Any]) -> jax.Array:
-        """The last latents."""
+        """Return the final latents for the last sample of the loop."""
         return sample
 
 
-class Drawing(NamedTuple):
-    """Pictures that a device is still busy with: `result` waits for them, which may be done in another thread."""
+class PendingImages(NamedTuple):
+    """Pictures that a device may still be computing; `result` waits for them and may be called in another thread."""
 
-    order: Order
-    drawn: jax.Array  # latents [B, h, w, 4] for the output type "latent", else what MoVQ decodes, [B, H, W, 3]
+    request: DecoderRequest
+    array: jax.Array  # latents [B, h, w, 4] for the output type "latent", else decoded by MoVQ, [B, H, W, 3]
 
     def result(self) -> ImagePipelineOutput | tuple[Any]:
-        """As the user wants them."""
+        """Wait for the device and return the pictures in the requested form."""
         output = self._output()
-        return ImagePipelineOutput(output) if self.order.return_dict else (output,)
+        return ImagePipelineOutput(output) if self.request.return_dict else (output,)
 
     def _output(self) -> Any:
-        order = self.order
-        if order.output_type == "latent":
-            return jnp.asarray(np.asarray(self.drawn).transpose(0, 3, 1, 2))
-        pixels = images.from_network(np.asarray(self.drawn))
-        if order.paste_back and order.image is not None and order.mask is not None:
-            pixels = np.where(order.mask[..., None], pixels, images.from_network(order.image))
-        return images.to_output(pixels, order.output_type)  # type: ignore[arg-type]
+        request = self.request
+        if request.output_type == "latent":
+            return jnp.asarray(np.asarray(self.array).transpose(0, 3, 1, 2))
+        pixels = images.from_network(np.asarray(self.array))
+        if request.paste_back and request.image is not None and request.repaint_mask is not None:
+            pixels = np.where(request.repaint_mask[..., None], pixels, images.from_network(request.image))
+        return images.to_output(pixels, request.output_type)  # type: ignore[arg-type]
 
 
 class DecoderPipeline(Pipeline):
@@ -139,7 +139,7 @@ class DecoderPipeline(Pipeline):
         super().__setattr__(name, value)
 
     def _check_mode(self, unet: UNet2DConditionModel) -> None:
-        """Raise where a UNet is one for another mode."""
+        """Raise CheckpointError for a UNet of another mode."""
         kind = unet_kind(unet, self.movq.config.latent_channels)
         if kind != self.REPOSITORY:
             right = f"is one for {' or '.join(hub.KINDS[kind])}" if kind else "fits no pipeline"
@@ -157,21 +157,24 @@ class DecoderPipeline(Pipeline):
     def _call(
         self, image_embeds: Any, negative_image_embeds: Any, **arguments: Any
     ) -> ImagePipelineOutput | tuple[Any]:
-        """A decoder's call: every check, then the drawing."""
+        """Run a call: all checks first, then the loop."""
         dim = self.unet.config.encoder_hid_dim
-        given = checks.embeds(image_embeds, "image_embeds", dim)
-        order = self._order(len(given), **arguments)
-        if negative_image_embeds is None and order.scale > 1:
+        positive = checks.embeds(image_embeds, "image_embeds", dim)
+        request = self._request(len(positive), **arguments)
+        if negative_image_embeds is None and request.scale > 1:
             raise ValueError("negative_image_embeds is needed where guidance_scale is above 1")
-        repeats, negative = order.batch // len(given), None
+        repeats, negative = request.batch // len(positive), None
         if negative_image_embeds is not None:
             negative = checks.embeds(negative_image_embeds, "negative_image_embeds", dim)
-            if len(negative) != len(given):
-                raise ValueError(f"negative_image_embeds has {len(negative)} rows, image_embeds has {len(given)}")
+            if len(negative) != len(positive):
+                raise ValueError(
+                    f"negative_image_embeds has {len(negative)} embeddings, image_embeds has {len(positive)}; give "
+                    "the same number"
+                )
             negative = np.repeat(negative, repeats, axis=0)
-        return self._draw(order, np.repeat(given, repeats, axis=0), negative).result()
+        return self._generate(request, np.repeat(positive, repeats, axis=0), negative).result()
 
-    def _order(
+    def _request(
         self,
         prompts: int,
         *,
@@ -190,8 +193,8 @@ class DecoderPipeline(Pipeline):
         guidance_interval: Any = None,
         paste_back: bool = False,
         **pictures: Any,
-    ) -> Order:
-        """Check a call; `pictures` are the image, mask_image and hint that this mode takes."""
+    ) -> DecoderRequest:
+        """Check the arguments of a call; `pictures` are those of image, mask_image and hint that this mode takes."""
         h, w = self._latent_side(height, "height"), self._latent_side(width, "width")
         checks.choice(output_type, "output_type", OUTPUT_TYPES)
         if paste_back and output_type == "latent":
@@ -202,9 +205,9 @@ class DecoderPipeline(Pipeline):
         factor, readers = self.movq.config.scale_factor, {"mask_image": images.masks, "hint": images.hints}
         read = {}
         for name, value in pictures.items():
-            rows = readers.get(name, images.pictures)(value, name, factor * h, factor * w)
-            read[name] = checks.per_picture(rows, name, prompts, repeats)
-        return Order(
+            array = readers.get(name, images.pictures)(value, name, factor * h, factor * w)
+            read[name] = checks.per_picture(array, name, prompts, repeats)
+        return DecoderRequest(
             batch=prompts * repeats,
             h=h,
             w=w,
@@ -218,13 +221,13 @@ class DecoderPipeline(Pipeline):
             callback_inputs=inputs,
             latents=checks.latents(latents, (prompts * repeats, self.movq.config.latent_channels, h, w)),
             image=read.get("image"),
-            mask=read.get("mask_image"),
+            repaint_mask=read.get("mask_image"),
             hint=read.get("hint"),
             paste_back=paste_back,
         )
 
     def _latent_side(self, pixels: Any, name: str) -> int:
-        """Latents along a side of so many pixels; rounded up, so that the UNet can halve it often enough."""
+        """Return the latents along a side of `pixels`, rounded up so that the UNet can halve it often enough."""
         factor = self.movq.config.scale_factor
         return -(-checks.side(pixels, name) // factor**2) * factor
 
@@ -240,12 +243,19 @@ class DecoderPipeline(Pipeline):
             )
         return schedule
 
-    def _scene(self, order: Order, noise: jax.Array) -> Scene:
-        """What this mode puts before the loop; `noise` is the first draw, `[B, h, w, 4]`."""
-        return Scene(noise * order.schedule.init_noise_sigma, order.hint)
+    def _inputs(self, request: DecoderRequest, noise: jax.Array) -> DecoderInputs:
+        """Prepare the loop's inputs in this mode.
+
+        Args:
+            noise: the initial noise, standard normal, `[B, h, w, 4]`.
+        """
+        return DecoderInputs(noise * request.schedule.init_noise_sigma, request.hint)
 
     def _encode(self, pictures: np.ndarray) -> jax.Array:
-        """Pictures `[B, H, W, 3]` in -1..1 -> latents `[B, h, w, 4]`; equal ones once, one by one on each device."""
+        """Encode pictures `[B, H, W, 3]` in -1..1 as latents `[B, h, w, 4]`, one at a time on each device.
+
+        Equal neighbours are encoded once.
+        """
         network, params = Network.split(self.movq)
         new = [i == 0 or not np.array_equal(picture, pictures[i - 1]) for i, picture in enumerate(pictures)]
         different, parts = pictures[new], network.devices
@@ -255,52 +265,58 @@ class DecoderPipeline(Pipeline):
         ]
         return jnp.asarray(np.concatenate(latents)[np.cumsum(new) - 1])
 
-    # The loop, and after it ---------------------------------------------------------------------------------------
+    # The loop and decoding ----------------------------------------------------------------------------------------
 
-    def _draw(self, order: Order, image_embeds: np.ndarray, negative: np.ndarray | None) -> Drawing:
-        """Draw what was ordered, for embeddings of one row per picture; negative ones are needed for guidance."""
-        source = noise_source(order.generator, order.batch, DECODER)
-        if order.latents is None:
-            noise = source.initial((order.batch, order.h, order.w, self.movq.config.latent_channels))[0]
+    def _generate(
+        self, request: DecoderRequest, image_embeds: np.ndarray, negative: np.ndarray | None
+    ) -> PendingImages:
+        """Start generating; does not wait for the device.
+
+        Args:
+            image_embeds: one for each picture, `[B, D]`.
+            negative: as many, needed where guidance is on.
+        """
+        source = noise_source(request.generator, request.batch, DECODER)
+        if request.latents is None:
+            noise = source.initial((request.batch, request.h, request.w, self.movq.config.latent_channels))[0]
         else:
-            noise = jnp.asarray(order.latents.transpose(0, 2, 3, 1))
-        scene = self._scene(order, noise)
-        # The reference's names and order of rows: negative ones first.
-        rows = image_embeds
-        if order.scale > 1:
+            noise = jnp.asarray(request.latents.transpose(0, 2, 3, 1))
+        inputs = self._inputs(request, noise)
+        embeds = image_embeds
+        if request.scale > 1:  # as in the reference, the negative ones first
             assert negative is not None
-            rows = np.concatenate([negative, image_embeds])
-        tensors = {"image_embeds": rows, "negative_image_embeds": negative} | scene.tensors()
+            embeds = np.concatenate([negative, image_embeds])
+        tensors = {"image_embeds": embeds, "negative_image_embeds": negative} | inputs.tensors()
         [sample] = self._denoise(
             self.unet,
-            lambda network, params, tensors, guided: [scene.lane(network, params, tensors, guided)],
+            lambda network, params, tensors, guided: [inputs.loop_inputs(network, params, tensors, guided)],
             tensors,
-            order.schedule,
-            [scene.start],
+            request.schedule,
+            [inputs.start],
             source,
-            order.scale,
-            order.callback,
-            order.callback_inputs,
-            order.interval,
+            request.scale,
+            request.callback,
+            request.callback_inputs,
+            request.interval,
         )
-        latents = scene.finish(sample, tensors)
-        if order.output_type == "latent":
-            return Drawing(order, latents)
+        latents = inputs.finish(sample, tensors)
+        if request.output_type == "latent":
+            return PendingImages(request, latents)
         network, params = Network.split(self.movq)
-        return Drawing(order, call(network, params, latents, method="decode_in_groups"))
+        return PendingImages(request, call(network, params, latents, method="decode_in_groups"))
 
 
-def _halved(rows: jax.Array | None, images: int) -> jax.Array | None:
-    """Rows `[halves * B, ...]` as `[halves, B, ...]`."""
-    return None if rows is None else rows.reshape(-1, images, *rows.shape[1:])
+def _split_guidance(array: jax.Array | None, images: int) -> jax.Array | None:
+    """Reshape `[2B, ...]`, uncond before cond, to `[2, B, ...]`, and `[B, ...]` to `[1, B, ...]`."""
+    return None if array is None else array.reshape(-1, images, *array.shape[1:])
 
 
 def unet_kind(unet: UNet2DConditionModel, latent_channels: int) -> str | None:
-    """Which of `hub.KINDS` a UNet is for, by its input."""
-    further = unet.config.in_channels - latent_channels
+    """Return which of `hub.KINDS` a UNet is for, judged by its input channels and hint; None for none of them."""
+    extra_channels = unet.config.in_channels - latent_channels
     kinds = {
         (0, False): hub.DECODER,
-        (latent_channels + 1, False): hub.INPAINT,  # the kept part's latents and the mask
+        (latent_channels + 1, False): hub.INPAINT,  # latents of the kept part, and the keep mask
         (latent_channels, True): hub.CONTROLNET,  # the hint's latents
     }
-    return kinds.get((further, unet.config.takes_hint))
+    return kinds.get((extra_channels, unet.config.takes_hint))

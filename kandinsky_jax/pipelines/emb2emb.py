@@ -12,7 +12,7 @@ from kandinsky_jax.pipelines.prior import PriorPipeline
 
 
 class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
-    """Varies a picture's CLIP image embedding towards a prompt.
+    """Moves a picture's CLIP image embedding towards a prompt.
 
     Args:
         prior, image_encoder, text_encoder, tokenizer, scheduler, image_processor: as in diffusers.
@@ -33,13 +33,13 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
-        """Draw image embeddings that start from a picture's.
+        """Generate image embeddings, starting from that of a picture.
 
         Args:
-            image: one for all, one per prompt, or one per embedding drawn: pictures (see `kandinsky_jax.images`), image
-                embeddings `[B, D]`, or `[B, 3, S, S]`, which goes into the vision tower as it is.
-            strength: above 0, at most 1: the share of the steps that is done.
-            the others: see `KandinskyV22PriorPipeline`. With a negative prompt, its embedding starts from the picture's
+            image: one for all, one per prompt, or one per generated embedding: pictures (see `kandinsky_jax.images`),
+                image embeddings `[B, D]`, or `[B, 3, S, S]`, which goes into the vision tower as it is.
+            strength: the share of the steps that is run, above 0, at most 1.
+            the others: see `KandinskyV22PriorPipeline`. The embedding of a negative prompt starts from the picture's
                 too.
         """
         if image is None:

@@ -1,4 +1,4 @@
-"""Picture -> MoVQ latents, with noise for as many steps as `strength` says -> decoder loop -> picture.
+"""Picture -> MoVQ latents, noised as far as `strength` says -> the rest of the decoder loop -> picture.
 
 SDEdit (Meng et al. 2021, arXiv 2108.01073). Reference: diffusers' KandinskyV22Img2ImgPipeline.
 """
@@ -14,22 +14,22 @@ from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, OldCallback
-from kandinsky_jax.pipelines.decoder import DecoderPipeline, Order, Scene
+from kandinsky_jax.pipelines.decoder import DecoderInputs, DecoderPipeline, DecoderRequest
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
-from kandinsky_jax.schedulers.base import mix
+from kandinsky_jax.schedulers.base import linear_combination
 
 
-class FromPicture(DecoderPipeline):
-    """A decoder whose first latents are a picture's."""
+class Img2ImgBase(DecoderPipeline):
+    """Base of the decoders that start from a picture's latents."""
 
-    def _scene(self, order: Order, noise: jax.Array) -> Scene:
-        assert order.image is not None
-        picture = self._encode(order.image)
-        return Scene(mix(order.schedule.levels[:1], picture, noise), order.hint)
+    def _inputs(self, request: DecoderRequest, noise: jax.Array) -> DecoderInputs:
+        assert request.image is not None
+        picture = self._encode(request.image)
+        return DecoderInputs(linear_combination(request.schedule.levels[:1], picture, noise), request.hint)
 
 
-class KandinskyV22Img2ImgPipeline(FromPicture):
-    """Redraws pictures after image embeddings.
+class KandinskyV22Img2ImgPipeline(Img2ImgBase):
+    """Generates variations of pictures, guided by image embeddings.
 
     Args:
         unet, scheduler, movq: as in diffusers.
@@ -57,11 +57,11 @@ class KandinskyV22Img2ImgPipeline(FromPicture):
         callback: OldCallback | None = None,
         callback_steps: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Redraw pictures.
+        """Generate variations of pictures.
 
         Args:
-            image: one for all, one per embedding, or one per picture drawn; see `kandinsky_jax.images`.
-            strength: above 0, at most 1: the share of the steps that is done; 1 keeps nothing of the picture.
+            image: one for all, one per embedding, or one per generated picture; see `kandinsky_jax.images`.
+            strength: the share of the steps that is run, above 0, at most 1; 1 keeps nothing of the picture.
             the others: see `KandinskyV22Pipeline`.
         """
         return self._call(

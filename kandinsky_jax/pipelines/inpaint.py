@@ -1,4 +1,4 @@
-"""Picture and mask -> latents, the kept part beside them at every step and put back after it -> picture.
+"""Picture and mask -> latents; every step sees the kept part, which is put back after it -> picture.
 
 Reference: diffusers' KandinskyV22InpaintPipeline.
 """
@@ -18,43 +18,43 @@ from kandinsky_jax import hub
 from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, OldCallback
-from kandinsky_jax.pipelines.decoder import DecoderPipeline, Order, Scene
+from kandinsky_jax.pipelines.decoder import DecoderInputs, DecoderPipeline, DecoderRequest
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.sampling import Blend, Lane, Network
 from kandinsky_jax.schedulers import ROWS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hole(Scene):
-    """A picture with a part to repaint."""
+class InpaintInputs(DecoderInputs):
+    """Inputs of an inpainting loop: the picture's latents, and which of them are kept."""
 
     blend: Blend
-    doubled: bool  # whether guidance doubles the rows
+    doubled: bool  # whether guidance doubles the batch of the tensors that a callback sees
 
     def tensors(self) -> dict[str, np.ndarray]:
-        keep = np.asarray(self.blend.keep).transpose(0, 3, 1, 2)  # [B, 1, h, w]
-        masked = np.asarray(self.blend.picture).transpose(0, 3, 1, 2) * keep  # [B, 4, h, w]
-        rows = 1 + self.doubled
-        return {"masked_image": np.tile(masked, (rows, 1, 1, 1)), "mask_image": np.tile(keep, (rows, 1, 1, 1))}
+        keep_mask = np.asarray(self.blend.keep).transpose(0, 3, 1, 2)  # [B, 1, h, w]
+        masked = np.asarray(self.blend.picture).transpose(0, 3, 1, 2) * keep_mask  # [B, 4, h, w]
+        repeats = (2 if self.doubled else 1, 1, 1, 1)
+        return {"masked_image": np.tile(masked, repeats), "mask_image": np.tile(keep_mask, repeats)}
 
-    def lane(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> Lane:
+    def loop_inputs(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> Lane:
         images, embeds = len(self.start), self.embeds(tensors, guided)
-        masked, keep = (
-            checks.halves(tensors[name], name, images).astype(np.float32).transpose(0, 2, 3, 1)
+        masked, keep_mask = (
+            checks.callback_tensor(tensors[name], name, images).astype(np.float32).transpose(0, 2, 3, 1)
             for name in ("masked_image", "mask_image")
         )
-        # A callback that turns guidance on or off may have halved or doubled some of the tensors, and not the others.
-        both = [np.tile(x, (2, 1, 1, 1))[-len(embeds) :] for x in (masked, keep)]
-        condition = self.condition(network, params, embeds, channels=np.concatenate(both, axis=-1))
-        return Lane(condition, self._blend(keep))
+        # A callback that turns guidance on or off may have resized the batch of some tensors and not of others.
+        channels = [np.tile(x, (2, 1, 1, 1))[-len(embeds) :] for x in (masked, keep_mask)]
+        condition = self.condition(network, params, embeds, channels=np.concatenate(channels, axis=-1))
+        return Lane(condition, self._blend(keep_mask))
 
     def finish(self, sample: jax.Array, tensors: Mapping[str, Any]) -> jax.Array:
-        # The last step has done this already, but a callback may have changed the sample since.
-        keep = np.asarray(tensors["mask_image"], np.float32).transpose(0, 2, 3, 1)
-        return _put_back(self._blend(keep), np.int32(ROWS - 1), sample)
+        # The last step did this, but a callback may have changed the sample since.
+        keep_mask = np.asarray(tensors["mask_image"], np.float32).transpose(0, 2, 3, 1)
+        return _put_back(self._blend(keep_mask), np.int32(ROWS - 1), sample)
 
-    def _blend(self, keep: np.ndarray) -> Blend:
-        return self.blend._replace(keep=jnp.asarray(keep[: len(self.blend.keep)]))
+    def _blend(self, keep_mask: np.ndarray) -> Blend:
+        return self.blend._replace(keep=jnp.asarray(keep_mask[: len(self.blend.keep)]))
 
 
 @jax.jit
@@ -63,7 +63,7 @@ def _put_back(blend: Blend, row: jax.Array, sample: jax.Array) -> jax.Array:
 
 
 class KandinskyV22InpaintPipeline(DecoderPipeline):
-    """Repaints a part of pictures after image embeddings.
+    """Inpaints pictures, guided by image embeddings.
 
     Args:
         unet, scheduler, movq: as in diffusers.
@@ -94,13 +94,15 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         callback: OldCallback | None = None,
         callback_steps: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Repaint a part of pictures.
+        """Repaint the masked part of pictures.
 
         Args:
-            image: one for all, one per embedding, or one per picture drawn; see `kandinsky_jax.images`.
-            mask_image: as many; white, 1 or true is repainted. Latents beside the mask's border are repainted too.
-            callback_on_step_end_tensor_inputs: also masked_image and mask_image (1: kept).
-            paste_back: put the pixels of `image` back wherever the mask is black. Without it, they have gone through
+            image: one for all, one per embedding, or one per generated picture; see `kandinsky_jax.images`.
+            mask_image: one for all, or as many as pictures; white, 1 or true is repainted, and so are the latents next
+                to the mask's border.
+            callback_on_step_end_tensor_inputs: also masked_image and, as diffusers calls the keep mask (1 where the
+                picture is kept), mask_image.
+            paste_back: put the pixels of `image` back wherever the mask is black. Otherwise they are the result of
                 MoVQ's encoder and decoder.
             the others: see `KandinskyV22Pipeline`.
         """
@@ -124,42 +126,48 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
             paste_back=paste_back,
         )
 
-    def _scene(self, order: Order, noise: jax.Array) -> Hole:
-        assert order.image is not None
-        assert order.mask is not None
-        keep = kept_latents(order.mask, order.h, order.w)
-        for i in np.flatnonzero(keep.all(axis=(1, 2)) & order.mask.any(axis=(1, 2))):
+    def _inputs(self, request: DecoderRequest, noise: jax.Array) -> InpaintInputs:
+        assert request.image is not None
+        assert request.repaint_mask is not None
+        keep_mask = latent_keep_mask(request.repaint_mask, request.h, request.w)
+        for i in np.flatnonzero(keep_mask.all(axis=(1, 2)) & request.repaint_mask.any(axis=(1, 2))):
             warnings.warn(
                 f"mask_image of image {i} repaints nothing: its white parts are smaller than a latent, which has "
                 f"{self.movq.config.scale_factor} x {self.movq.config.scale_factor} pixels; widen them",
                 stacklevel=2,
             )
         blend = Blend(
-            picture=self._encode(order.image),
+            picture=self._encode(request.image),
             noise=noise,
-            keep=jnp.asarray(keep[..., None]),
-            levels=jnp.asarray(self._levels(order)),
+            keep=jnp.asarray(keep_mask[..., None]),
+            levels=jnp.asarray(self._levels(request)),
         )
-        return Hole(start=noise * order.schedule.init_noise_sigma, blend=blend, doubled=order.scale > 1)
+        return InpaintInputs(start=noise * request.schedule.init_noise_sigma, blend=blend, doubled=request.scale > 1)
 
-    def _levels(self, order: Order) -> np.ndarray:
-        """The kept part after each row: as noisy as the next step wants its sample, clean after the last."""
+    def _levels(self, request: DecoderRequest) -> np.ndarray:
+        """Return the kept part's signal and noise after each step: as the next step has them, clean after the last."""
         levels = np.tile(np.array([1, 0], np.float32), (ROWS, 1))
-        later = order.schedule.levels[1:]
+        later = request.schedule.levels[1:]
         levels[: len(later)] = later
         return levels
 
 
-def kept_latents(mask: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Which latents are kept, float32 `[B, h, w]`, for masks `[B, H, W]` that are true where the picture is repainted.
+def latent_keep_mask(repaint_mask: np.ndarray, h: int, w: int) -> np.ndarray:
+    """Compute which latents are kept.
 
-    As the reference: of each latent's pixels the first one counts, and a repainted latent takes six neighbours along:
-    up, left, up-left, down, right, down-right (not the two others on the diagonals).
+    As in the reference, the first of each latent's pixels decides, and a repainted latent includes six neighbours: up,
+    left, up-left, down, right, down-right (not the two others on the diagonals).
+
+    Args:
+        repaint_mask: bool `[B, H, W]`, true where the picture is repainted.
+        h, w: height and width of the latents.
+    Returns:
+        float32 `[B, h, w]`, 1 where a latent is kept.
     """
-    _, height, width = mask.shape
-    hole = mask[:, np.arange(h) * height // h][:, :, np.arange(w) * width // w]  # [B, h, w]
-    wide = np.pad(hole, ((0, 0), (1, 1), (1, 1)))
-    grown = hole.copy()
+    _, height, width = repaint_mask.shape
+    repainted = repaint_mask[:, np.arange(h) * height // h][:, :, np.arange(w) * width // w]  # [B, h, w]
+    padded = np.pad(repainted, ((0, 0), (1, 1), (1, 1)))
+    dilated = repainted.copy()
     for down, right in ((0, 1), (1, 0), (0, 0), (2, 1), (1, 2), (2, 2)):
-        grown |= wide[:, down : down + h, right : right + w]
-    return (~grown).astype(np.float32)
+        dilated |= padded[:, down : down + h, right : right + w]
+    return (~dilated).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Pipelines from folders and back: the components of a checkpoint opened, checked, read and written."""
+"""Loading and saving of pipelines: the components of a checkpoint are opened, checked, read and written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kandinsky_jax import hub, zero_embed
 from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint import (
     CheckpointError,
-    Deferred,
     Layout,
+    LazyNetwork,
     describe_network,
     flat_params,
     load_network,
@@ -41,7 +41,7 @@ from kandinsky_jax.sharding import Mesh, Rules, default_mesh
 from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
 from kandinsky_jax.tensors.files import WeightSelection, stored_variants
 
-Warmup = Mapping[str, Any] | Callable[[Any], Any]  # arguments of `warmup`, or what calls a pipeline
+Warmup = Mapping[str, Any] | Callable[[Any], Any]  # arguments of `warmup`, or a function that calls a pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,27 +85,27 @@ class PretrainedMixin:
     ) -> Self:
         """Load a pipeline.
 
-        The vision tower is checked, but for its numbers, and read from its folder when a picture first needs it.
+        The vision tower is validated at once, except for its values, and read when a picture first needs it.
 
         Args:
             name: "tiny" (embedded), a folder in diffusers' layout or ours, or a Hub repository.
             dtype: of the networks: a name, a NumPy, JAX or PyTorch dtype, or a dictionary of them by component, with
-                the others' under "default"; None is float32 on a CPU and bfloat16 on a TPU or GPU.
+                "default" for all others; None is float32 on a CPU and bfloat16 on a TPU or GPU.
             torch_dtype: diffusers' older name of `dtype`.
             variant: read files such as `*.fp16.safetensors`, and plain ones where a component has none of these.
             use_safetensors: True refuses `.bin` files, False reads nothing else; None prefers safetensors.
             revision, cache_dir, token, local_files_only, force_download: see `kandinsky_jax.hub.HubOptions`.
-            subfolder: of the folder or repository, in which the model lies.
+            subfolder: of the folder or repository that holds the model.
             warmup: what to compile while the networks are read: arguments of `warmup`, such as `{"height": 512,
-                "width": 512, "batch": 1}`, or a function that calls the pipeline that it is given, which has no
-                arrays, as the loaded one will be called.
+                "width": 512, "batch": 1}`, or a function that gets a pipeline without arrays and calls it as the loaded
+                one will be called.
             mesh: the devices to run on, see `kandinsky_jax.sharding.make_mesh`; None is all of this process, each for
                 its own images.
             shard_rules: which parameters are sharded over the mesh's `rows`, for networks that would not fit on one
                 device: (pattern, PartitionSpec) pairs, see `kandinsky_jax.sharding.Rules`.
-            components: ready components, by the constructor's names, that are not loaded.
+            components: components to use instead of loading them, by the constructor's names.
         Raises:
-            CheckpointError, ConfigError, SchedulerError: before any network is read where that can be known.
+            CheckpointError, ConfigError, SchedulerError: before any network is read, where possible.
             TypeError: for an argument of diffusers that has no use here; the message says what to write instead.
         """
         components = without_diffusers_arguments(components, f"{cls.__name__}.from_pretrained")
@@ -130,13 +130,13 @@ class PretrainedMixin:
     def _open(
         cls, name: str | os.PathLike[str], options: LoadOptions, components: Mapping[str, Any]
     ) -> Sequence[_Store]:
-        """The folders that the pipeline consists of."""
+        """Open the folders that make up the pipeline."""
         folder = hub.resolve(name, cls.REPOSITORY, **vars(options.hub))
         return [describe(cls, folder, options, components)]
 
     @classmethod
     def _load(cls, stores: Sequence[_Store], warmup: Warmup | None) -> Self:
-        """Read the networks, and compile meanwhile."""
+        """Read the networks while compiling."""
         ready = {name: part for store in stores for name, part in store.ready.items()}
         networks = {name: part for store in stores for name, part in store.networks.items()}
 
@@ -165,34 +165,34 @@ class PretrainedMixin:
         max_shard_size: int | str | None = None,
         **arguments: Any,
     ) -> None:
-        """Write the pipeline, with a manifest of checksums for `kandinsky-jax verify`; it is complete or absent.
+        """Write the pipeline atomically, with a manifest of checksums for `kandinsky-jax verify`.
 
         Args:
-            folder: is made; it may be there if it is empty or holds a pipeline of this kind, which is replaced. What
-                else lies in it, such as a README, is kept.
-            layout: "diffusers" writes what diffusers loads; "orbax" what a pod restores fastest.
+            folder: created if missing. It may exist if it is empty or holds a pipeline of this kind, which is replaced;
+                other files in it, such as a README, are kept.
+            layout: "diffusers" writes files that diffusers loads; "orbax" a checkpoint that a pod restores fastest.
             overwrite: True replaces a pipeline of another kind too, False nothing at all.
             safe_serialization: True; no pickles are written.
             variant, max_shard_size: see `kandinsky_jax.save_network`.
-            arguments: further ones of diffusers', which have no use here.
+            arguments: further arguments of diffusers, which have no use here.
         Raises:
             FileExistsError: where the folder holds something else.
-            TypeError: for such an argument; the message says what to write instead.
+            TypeError: for a further argument; the message says what to write instead.
         """
         check_saving_arguments(f"{type(self).__name__}.save_pretrained", safe_serialization, arguments)
         folder = Path(folder)
         _check_target(type(self), folder, overwrite)
         parts = self._held()
-        needed = sum(_bytes(part) for part in parts.values())
+        needed = sum(_component_bytes(part) for part in parts.values())
         with complete_or_absent(folder, needed, overwrite=overwrite is not False) as scratch:
             index: dict[str, Any] = {"_class_name": type(self).__name__}
             for name, held in parts.items():
-                part = held.peek() if isinstance(held, Deferred) else held
+                part = held.read_once() if isinstance(held, LazyNetwork) else held
                 if isinstance(part, nnx.Module):
                     save_network(part, scratch / name, layout, None, variant, max_shard_size)
-                    if isinstance(held, Deferred):
+                    if isinstance(held, LazyNetwork):
                         saved = WeightSelection(variant)
-                        zero_embed.carry(held.folder, scratch / name, held.config, held.selection, saved)
+                        zero_embed.copy_stored(held.folder, scratch / name, held.config, held.selection, saved)
                 else:
                     part.save_pretrained(scratch / name)
                 index[name] = _index_entry(part)
@@ -202,16 +202,16 @@ class PretrainedMixin:
         note_saved(folder, own=False)
 
     def save_config(self, folder: str | os.PathLike[str], **arguments: Any) -> None:
-        """Write the pipeline's `model_index.json` into a folder, which is made where it is missing."""
+        """Write the pipeline's `model_index.json` into a folder, which is created if missing."""
         check_saving_arguments(f"{type(self).__name__}.save_config", True, arguments)
-        held = {name: part.cls if isinstance(part, Deferred) else part for name, part in self._held().items()}
+        held = {name: part.cls if isinstance(part, LazyNetwork) else part for name, part in self._held().items()}
         index = {"_class_name": type(self).__name__} | {name: _index_entry(part) for name, part in held.items()}
         Path(folder).mkdir(parents=True, exist_ok=True)
         replace_file(Path(folder) / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _check_target(cls: type[PretrainedMixin], folder: Path, overwrite: bool | None) -> None:
-    """Raise where a pipeline cannot be saved into this folder without losing something else."""
+    """Raise FileExistsError where saving a pipeline into this folder would lose something else."""
     check_replaceable(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         if folder.is_dir() and overwrite is False:
@@ -226,7 +226,7 @@ def _check_target(cls: type[PretrainedMixin], folder: Path, overwrite: bool | No
 
 
 def _keep_other_files(folder: Path, scratch: Path) -> None:
-    """Carry over what a folder holds beside its pipeline: by links where the disk can, else copied."""
+    """Keep the files next to a pipeline that is replaced: hard-linked where the file system can, else copied."""
     if not (folder / "model_index.json").is_file():
         return
     own = {"model_index.json", MANIFEST, *hub.components(folder)}
@@ -247,7 +247,7 @@ def _link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]
 
 
 def _index_entry(part: Any) -> list[str]:
-    """What `model_index.json` says of a component or of its class: library and class."""
+    """Return the entry of a component or class in `model_index.json`: library and class name."""
     cls = part if isinstance(part, type) else type(part)
     network_of_diffusers = issubclass(cls, nnx.Module) and not cls.__name__.startswith("CLIP")
     return ["diffusers" if issubclass(cls, Scheduler) or network_of_diffusers else "transformers", cls.__name__]
@@ -264,16 +264,16 @@ _NETWORK_OF = {
 }
 
 
-_DEFERRED = ("image_encoder",)  # a prompt needs nothing of it but its embedding of zeros, see `zero_embed`
+_LAZY = ("image_encoder",)  # text-to-image needs only its embedding of zeros, see `zero_embed`
 
 
 def _bare(name: str) -> str:
-    """`prior_text_encoder` of a combined pipeline is a `text_encoder`; `prior_prior` a `prior`."""
+    """Return a component's name without the prefix that it has in a combined pipeline."""
     return name.removeprefix("prior_")
 
 
 def expected_types(name: str) -> tuple[type, ...]:
-    """The classes that a component of this name may have."""
+    """Return the classes that a component of this name may have."""
     bare = _bare(name)
     if bare in _NETWORK_OF:
         return (NETWORKS[_NETWORK_OF[bare]],)
@@ -286,20 +286,20 @@ def expected_types(name: str) -> tuple[type, ...]:
     return (CLIPTokenizer,)
 
 
-def _bytes(part: Any) -> int:
-    """How many a network takes."""
-    if isinstance(part, Deferred):
+def _component_bytes(part: Any) -> int:
+    """Return the bytes of a network's parameters, 0 for other components."""
+    if isinstance(part, LazyNetwork):
         return part.nbytes
     return sum(leaf.nbytes for leaf in flat_params(part).values()) if isinstance(part, nnx.Module) else 0
 
 
 def component_names(cls: type) -> tuple[str, ...]:
-    """The components that a pipeline's constructor takes."""
+    """Return the names of the components that a pipeline's constructor takes."""
     return tuple(inspect.signature(cls).parameters)
 
 
 def _check_index(cls: type[PretrainedMixin], folder: Path, names: Sequence[str]) -> None:
-    """Raise where a folder's model_index.json is not one of this pipeline."""
+    """Raise CheckpointError where a folder's model_index.json does not describe this pipeline."""
     found = hub.pipeline_class(folder)
     if (kind := hub.kind(folder)) != cls.REPOSITORY:
         right = f"load it with {' or '.join(hub.KINDS[kind])}, or " if kind else ""
@@ -322,8 +322,7 @@ def _check_index(cls: type[PretrainedMixin], folder: Path, names: Sequence[str])
         raise CheckpointError(f"{folder / 'model_index.json'}: {summarize(faults)}")
 
 
-# Whatever a release of transformers calls them ("...Fast", "...Pil", another back end's): the component's own files
-# say what it does.
+# Releases of transformers name these classes differently ("...Fast", "...Pil"); the component's own files decide.
 _NAMED_BY_ITS_FILES = {"image_processor": "CLIPImageProcessor", "tokenizer": "CLIPTokenizer"}
 _OLD_NAMES = {"image_processor": ("CLIPFeatureExtractor",), "tokenizer": ("TokenizersBackend",)}
 
@@ -335,12 +334,12 @@ def _is_supported(bare: str, class_name: str) -> bool:
 
 
 class _Store(NamedTuple):
-    """A pipeline's folder, opened: what is cheap is read, the networks are described."""
+    """An opened folder of a pipeline: small components are read, networks are described."""
 
     folder: Path
-    ready: dict[str, Any]  # given, or read, by the names of the pipeline's constructor
-    networks: dict[str, nnx.Module]  # to be read; without their arrays
-    folders: dict[str, Path]  # of the networks
+    ready: dict[str, Any]  # components given or read, by the constructor's names
+    networks: dict[str, nnx.Module]  # networks still to be read, without their arrays
+    folders: dict[str, Path]  # of these networks
     options: LoadOptions
     prefix: str  # of the names in the constructor of a combined pipeline
 
@@ -348,10 +347,11 @@ class _Store(NamedTuple):
 def describe(
     cls: type[PretrainedMixin], folder: Path, options: LoadOptions, given: Mapping[str, Any], prefix: str = ""
 ) -> _Store:
-    """Check and open a pipeline's folder; `given` components are not looked for in it.
+    """Check and open a pipeline's folder.
 
     Args:
-        prefix: what the components are called in a combined pipeline that this one is a part of.
+        given: components that are not looked for in the folder.
+        prefix: of the components' names in the combined pipeline that this one is a part of.
     """
     names = component_names(cls)
     if unknown := given.keys() - set(names):
@@ -366,8 +366,8 @@ def describe(
     networks = {}
     for name, kind in kinds.items():
         arguments = (kind, folders[name], options.dtypes.of(prefix + name), options.mesh, options.rules)
-        if _bare(name) in _DEFERRED:
-            ready[name] = Deferred(*arguments, selection)
+        if _bare(name) in _LAZY:
+            ready[name] = LazyNetwork(*arguments, selection)
         else:
             networks[name] = describe_network(*arguments)
     if "tokenizer" in folders and "text_encoder" in networks:
@@ -386,7 +386,7 @@ def describe(
 
 
 def _check_variant(folder: Path, parts: Sequence[Path], selection: WeightSelection) -> None:
-    """Raise where a variant is asked for that no component has."""
+    """Raise CheckpointError where no component has the requested variant."""
     stored = sorted({variant for part in parts for variant in stored_variants(part)})
     if selection.variant is not None and parts and selection.variant not in stored:
         there = f"there are {', '.join(stored)}" if stored else "leave variant= out to load its plain files"
@@ -394,7 +394,7 @@ def _check_variant(folder: Path, parts: Sequence[Path], selection: WeightSelecti
 
 
 def _read(store: _Store) -> dict[str, Any]:
-    """A pipeline's networks, under a progress bar."""
+    """Read a pipeline's networks, under a progress bar."""
     selection, dtypes = store.options.hub.selection, store.options.dtypes
     total = sum(stored_bytes(folder, selection) for folder in store.folders.values())
     with loading_bar(total, store.folder.name) as bar:
@@ -403,8 +403,8 @@ def _read(store: _Store) -> dict[str, Any]:
             for name, folder in store.folders.items()
         }
     for part in store.ready.values():
-        if isinstance(part, Deferred) and part.cls is CLIPVisionModelWithProjection:
-            zero_embed.of(part)  # so that prompts need no folder any more
+        if isinstance(part, LazyNetwork) and part.cls is CLIPVisionModelWithProjection:
+            zero_embed.of(part)  # so that prompts do not need the folder later
     return networks
 
 

@@ -1,4 +1,4 @@
-"""Arguments of `from_pretrained`: dtypes by component, and what diffusers' arguments are here."""
+"""Arguments of `from_pretrained`: dtypes by component, and the treatment of diffusers' other arguments."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ INSTEAD: dict[str, str] = {
     "safety_checker": "leave it out, Kandinsky 2.2 has none",
     "requires_safety_checker": "leave it out, Kandinsky 2.2 has no safety checker",
 }
-# Settings of how PyTorch reads files, which change no result and are so here anyway.
+# How PyTorch reads files; these change no result.
 _WITHOUT_EFFECT = frozenset({"low_cpu_mem_usage", "resume_download", "disable_mmap", "keep_in_fp32_modules"})
-# What these mean when they are off is what happens here.
+# Ignored where they are None or False, which is the behaviour here.
 _MAY_BE_OFF = frozenset(INSTEAD) - {"custom_revision"}
 
 
 def without_diffusers_arguments(arguments: Mapping[str, Any], function: str) -> dict[str, Any]:
-    """`arguments` without those of diffusers that change nothing here.
+    """Drop the arguments of diffusers that change nothing here.
 
     Raises:
-        TypeError: for one that has no use here, with what to write instead.
+        TypeError: for one that is not supported; the message says what to write instead.
     """
     kept = {}
     for name, value in arguments.items():
@@ -75,7 +75,7 @@ class Dtypes:
 
     @classmethod
     def read(cls, dtype: Any, torch_dtype: Any, components: Sequence[str]) -> Self:
-        """From the arguments `dtype` and `torch_dtype` of a pipeline with these components."""
+        """Read the arguments `dtype` and `torch_dtype` of a pipeline with these components."""
         if dtype is not None and torch_dtype is not None:
             raise TypeError("dtype and torch_dtype are two names of one argument: give one of them")
         given = torch_dtype if dtype is None else dtype
@@ -89,5 +89,5 @@ class Dtypes:
         return cls(chosen.pop("default", None) or default_dtype(), chosen)
 
     def of(self, name: str) -> Any:
-        """The dtype of a component by its name in the constructor."""
+        """Return the dtype of a component, by its name in the constructor."""
         return self.by_name.get(name, self.default)

@@ -1,4 +1,4 @@
-"""How much of an adapter counts in each layer: one number, or a dictionary of diffusers' for parts of a network."""
+"""Weights of LoRA adapters by layer: one number, or a dictionary by parts of a network as in diffusers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from kandinsky_jax.errors import quote, shorten
 
-# By parts of layers' names, the first that a name contains counts; "" is contained in all.
+# Keys are parts of layers' names; the first that a name contains applies, and "" matches all.
 LayerWeights = Mapping[str, float]
 
 _ATTENTION = re.compile(r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.")
@@ -20,43 +20,43 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def in_all_layers(weight: float) -> LayerWeights:
-    """The same weight for every layer."""
+    """Return the same weight for every layer."""
     return {"": weight}
 
 
 def in_layer(weights: LayerWeights, layer: str) -> float:
-    """The weight for one layer."""
+    """Return the weight for one layer."""
     return next((weight for part, weight in weights.items() if part in layer), 1.0)
 
 
 def scaled(weights: LayerWeights, factor: float) -> LayerWeights:
-    """All weights times a number."""
+    """Multiply all weights by a factor."""
     return {part: weight * factor for part, weight in weights.items()}
 
 
 def number(what: str, value: Any) -> float:
-    """A finite number, also as an array without dimensions, or ValueError."""
+    """Check a finite number, which may be an array without axes."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     try:
         if isinstance(value, Real) and not isinstance(value, bool) and abs(found := float(value)) <= _LARGEST:
             return found
-    except OverflowError:  # a larger integer than floats hold
+    except OverflowError:  # an integer beyond float's range
         pass
     raise ValueError(f"{what} is {quote(value, 60)}, needed is a finite number that float32 holds")
 
 
 def of_network(component: str, given: Any, layers: Iterable[str]) -> LayerWeights:
-    """What a user says of one network as weights of its layers.
+    """Convert a user's weight for one network to weights of its layers.
 
     Args:
         component: the network's name, for messages.
-        given: a number; None is 1; or a dictionary. That of a UNet is diffusers', such as {"down": 0.5, "mid": 1.0,
-            "up": {"block_0": 0.1, "block_1": [0.2, 0.3]}}: attention of blocks that are not named has 1. Other
-            networks' have parts of layers' names, such as {"transformer_blocks.0.": 0.5}.
+        given: a number, None for 1, or a dictionary. For a UNet its keys are those of diffusers, such as {"down": 0.5,
+            "mid": 1.0, "up": {"block_0": 0.1, "block_1": [0.2, 0.3]}}; attention in blocks that are not named has 1.
+            For other networks they are parts of layers' names, such as {"transformer_blocks.0.": 0.5}.
         layers: the network's layers by dotted names.
     Raises:
-        ValueError: where a number is none, or a name fits no layer.
+        ValueError: for a weight that is not a number, or a name that matches no layer.
     """
     if not isinstance(given, Mapping):
         return in_all_layers(number(f"an adapter's weight in the {component}", 1.0 if given is None else given))
@@ -72,7 +72,7 @@ def of_network(component: str, given: Any, layers: Iterable[str]) -> LayerWeight
 
 
 def _blocks(component: str, given: Mapping[Any, Any], names: Sequence[str]) -> dict[str, float]:
-    """Weights of a UNet's blocks by the beginnings of their attention layers' names."""
+    """Return weights of a UNet's blocks, by prefixes of their attention layers' names."""
     counts: dict[str, dict[str, int]] = {"down": {}, "up": {}}
     for name in names:
         if found := _ATTENTION.match(name):
@@ -97,7 +97,7 @@ def _blocks(component: str, given: Mapping[Any, Any], names: Sequence[str]) -> d
 
 
 def _each(what: str, value: Any, count: int) -> list[float]:
-    """One weight for each attention of a block; a single one is for all."""
+    """Return one weight for each attention layer of a block; a single one applies to all."""
     values = list(value) if isinstance(value, list | tuple) else [value]
     if len(values) not in (1, count):
         raise ValueError(f"there are {len(values)} weights for {count} attentions in {what}")

@@ -1,4 +1,4 @@
-"""The names of Kandinsky 2.1's pipelines, which diffusers' documentation also uses beside 2.2's repositories."""
+"""Names of Kandinsky 2.1's pipelines, which diffusers' documentation also uses with 2.2's repositories."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OF_2_1 = (
 
 
 class _Kandinsky21Pipeline:
-    """Stands for a class that is not supported, and says which one is."""
+    """Placeholder of an unsupported class; its error names the class of 2.2 to use."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         _refuse(type(self).__name__)
@@ -42,5 +42,5 @@ def _refuse(name: str) -> NoReturn:
 
 
 def class_of_2_1(name: str) -> Any:
-    """What stands for a class of Kandinsky 2.1, or None where there is none of this name."""
+    """Return the placeholder for a class of Kandinsky 2.1, None for any other name."""
     return type(name, (_Kandinsky21Pipeline,), {"__module__": __name__}) if name in _OF_2_1 else None

@@ -1,8 +1,8 @@
-"""What pipelines return: objects that behave as diffusers' `BaseOutput` does.
+"""Outputs of pipelines, which behave like diffusers' `BaseOutput`.
 
-By name they are a dictionary (`out["images"]`, `pipe(**prior(prompt))`), by number a tuple (`out[0]`), and each value
-is an attribute (`out.images`). As in diffusers, iterating gives the names, so unpacking is
-`embeds, negative = prior(prompt).to_tuple()`.
+They can be indexed by name like a dictionary (`out["images"]`, `pipe(**prior(prompt))`) and by number like a tuple
+(`out[0]`); each value is an attribute too (`out.images`). As in diffusers, iteration yields the names, so they are
+unpacked by `embeds, negative = prior(prompt).to_tuple()`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 
 
 class BaseOutput(OrderedDict[str, Any]):
-    """Base of the outputs, whose subclasses are dataclasses and pytrees of JAX.
+    """Base of the outputs. Subclasses are dataclasses and JAX pytrees.
 
     Fields that are None are attributes, but no items. Values may be replaced, not removed.
     """
@@ -34,7 +34,7 @@ class BaseOutput(OrderedDict[str, Any]):
                 self[name] = value
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values in the order of the fields."""
+        """Return the values in the order of the fields."""
         return tuple(self.values())
 
     def __getitem__(self, key: Any) -> Any:
@@ -71,7 +71,7 @@ class ImagePipelineOutput(BaseOutput):
 
 @dataclasses.dataclass
 class KandinskyPriorPipelineOutput(BaseOutput):
-    """image_embeds, negative_image_embeds: `[B, D]`, what the decoders take."""
+    """image_embeds, negative_image_embeds: `[B, D]`, as the decoders take them."""
 
     image_embeds: Any
     negative_image_embeds: Any

@@ -16,7 +16,7 @@ from PIL import Image
 
 from kandinsky_jax import hub, images, zero_embed
 from kandinsky_jax.arrays import to_numpy
-from kandinsky_jax.checkpoint import Deferred, flat_params
+from kandinsky_jax.checkpoint import LazyNetwork, flat_params
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, encode
 from kandinsky_jax.compilation import program
 from kandinsky_jax.errors import quote
@@ -25,26 +25,26 @@ from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWit
 from kandinsky_jax.models.prior import PriorCondition
 from kandinsky_jax.noise import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, Late, Pipeline
+from kandinsky_jax.pipelines.base import Callback, LazyComponent, Pipeline
 from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky_jax.sampling import Lane, Network, call, condition, place_halves
 from kandinsky_jax.schedulers import Schedule, Scheduler
-from kandinsky_jax.schedulers.base import mix
+from kandinsky_jax.schedulers.base import linear_combination
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
-class Encoded(NamedTuple):
-    """Texts after the text tower, NumPy; rows may be repeated and joined without another compilation."""
+class TextEncoding(NamedTuple):
+    """Encoded texts as NumPy arrays, which are repeated and concatenated without compiling anything."""
 
     prompt_embeds: np.ndarray  # [B, projection_dim]
     hidden_states: np.ndarray  # [B, T, hidden_size]
     mask: np.ndarray  # bool [B, T]
 
 
-class Wish(NamedTuple):
-    """A call after its checks; nothing is compiled or drawn yet."""
+class PriorRequest(NamedTuple):
+    """A validated call of a prior; nothing has been compiled or run yet."""
 
     prompts: list[str]
     negatives: list[str] | None
@@ -52,19 +52,19 @@ class Wish(NamedTuple):
     schedule: Schedule
     scale: float
     generator: Generator
-    latents: np.ndarray | None  # the user's first noise
-    image: np.ndarray | list[Image.Image] | None  # of what to start from: see `_pictures`
+    latents: np.ndarray | None  # the user's initial noise
+    image: np.ndarray | list[Image.Image] | None  # to start from, see `_pictures`
     callback: Callback | None
     callback_inputs: tuple[str, ...]
 
     @property
     def images(self) -> int:
-        """How many embeddings are wanted."""
+        """Number of embeddings to generate."""
         return len(self.prompts) * self.repeats
 
     @property
-    def lanes(self) -> int:
-        """Negative prompts are drawn beside the prompts."""
+    def batches(self) -> int:
+        """Number of batches in the loop: negative prompts are a second one."""
         return 1 if self.negatives is None else 2
 
 
@@ -81,7 +81,7 @@ class PriorPipeline(Pipeline):
     _callback_tensor_inputs = ("latents", "prompt_embeds", "text_encoder_hidden_states", "text_mask")
 
     prior: PriorTransformer
-    image_encoder = Late()  # a CLIPVisionModelWithProjection
+    image_encoder = LazyComponent()  # a CLIPVisionModelWithProjection
     text_encoder: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
     scheduler: Scheduler
@@ -119,24 +119,24 @@ class PriorPipeline(Pipeline):
         negative_prompt: str = "",
         guidance_scale: float = 4.0,
     ) -> KandinskyPriorPipelineOutput:
-        """Mix prompts and pictures: the sum of their image embeddings, each times its weight.
+        """Mix prompts and pictures: the weighted sum of their image embeddings.
 
         Args:
             images_and_prompts: strings are prompts; pictures are PIL pictures, `pathlib.Path`s, arrays `[H, W, 3]`
                 (see `kandinsky_jax.images`), or `[1, 3, S, S]`, which go into the vision tower as they are; `[1, D]` is
-                a ready embedding.
-            weights: one number for each; they are not normalised.
-            num_images_per_prompt: embeddings to draw.
+                an image embedding.
+            weights: one number for each item; they are not normalised.
+            num_images_per_prompt: embeddings to generate.
             num_inference_steps, latents, guidance_scale: of the prior, for each prompt; see `__call__`.
-            generator: a `TorchGenerator` goes on from item to item. With a seed or a key, every prompt gets the noise
+            generator: a `TorchGenerator` continues from item to item. With a seed or a key, every prompt gets the noise
                 that it would get alone.
             negative_prior_prompt: the negative prompt for each of the prompts.
-            negative_prompt: what the decoder is guided away from; "" is the vision tower's embedding of zeros, or that
-                of `negative_prior_prompt`.
+            negative_prompt: from which the decoder is guided away; "" stands for the vision tower's embedding of zeros,
+                or for the embedding of `negative_prior_prompt`.
         Returns:
             image_embeds and negative_image_embeds, float32 JAX arrays `[num_images_per_prompt, D]`.
         """
-        items, numbers = checks.mix(images_and_prompts, weights)
+        items, numbers = checks.interpolation(images_and_prompts, weights)
         if not isinstance(negative_prompt, str):
             raise TypeError(f"negative_prompt must be a string, got {type(negative_prompt).__name__}")
         shared = {
@@ -146,33 +146,33 @@ class PriorPipeline(Pipeline):
             "latents": latents,
             "guidance_scale": guidance_scale,
         }
-        negative = self._wish(negative_prompt, negative_prior_prompt, **shared)
-        parts: list[Wish | np.ndarray | list[Image.Image]] = [
-            self._wish(item, negative_prior_prompt, **shared)
+        negative = self._request(negative_prompt, negative_prior_prompt, **shared)
+        parts: list[PriorRequest | np.ndarray | list[Image.Image]] = [
+            self._request(item, negative_prior_prompt, **shared)
             if isinstance(item, str)
             else self._pictures(item, f"[{i}]")
             for i, item in enumerate(items)
         ]
         for i, part in enumerate(parts):
-            if not isinstance(part, Wish) and len(part) != 1:
+            if not isinstance(part, PriorRequest) and len(part) != 1:
                 raise ValueError(f"images_and_prompts[{i}] has {len(part)} pictures; give each an item and a weight")
 
         mixed = np.zeros((negative.images, self.prior.config.embedding_dim), np.float32)
         for part, weight in zip(parts, numbers, strict=True):
-            embeds = self._embed(part)[0] if isinstance(part, Wish) else self._encode_pictures(part)
+            embeds = self._embed(part)[0] if isinstance(part, PriorRequest) else self._encode_pictures(part)
             mixed += np.float32(weight) * embeds
         if negative_prompt == "" and negative_prior_prompt is None:
-            # The reference draws an embedding of "" here and drops it; its generator goes on nevertheless.
+            # The reference generates an embedding of "" here and drops it, but its generator has advanced.
             source = noise_source(generator, negative.images, PRIOR)
             source.skip((latents is None) + int(negative.schedule.draws_noise.sum()), mixed.shape)
-            without = np.repeat(self._zero_embed(), negative.images, axis=0)
+            negative_embeds = np.repeat(self._zero_embed(), negative.images, axis=0)
         else:
-            without = self._embed(negative)[1 if negative_prompt == "" else 0]
-        return KandinskyPriorPipelineOutput(jnp.asarray(mixed), jnp.asarray(without))
+            negative_embeds = self._embed(negative)[1 if negative_prompt == "" else 0]
+        return KandinskyPriorPipelineOutput(jnp.asarray(mixed), jnp.asarray(negative_embeds))
 
     # Before the loop ----------------------------------------------------------------------------------------------
 
-    def _wish(
+    def _request(
         self,
         prompt: Any,
         negative_prompt: Any,
@@ -186,8 +186,8 @@ class PriorPipeline(Pipeline):
         strength: Any = None,
         callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Any = None,
-    ) -> Wish:
-        """Check a call."""
+    ) -> PriorRequest:
+        """Check the arguments of a call."""
         prompts = checks.texts(prompt, "prompt")
         repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
         negatives = checks.negative_texts(negative_prompt, prompts)
@@ -196,15 +196,15 @@ class PriorPipeline(Pipeline):
         pictures = None if image is None else self._pictures(image, "")
         if pictures is not None:
             checks.picture_count(len(pictures), "image", len(prompts), repeats)
-        rows = len(prompts + (negatives or [])) * repeats
-        return Wish(
+        total = len(prompts + (negatives or [])) * repeats
+        return PriorRequest(
             prompts=prompts,
             negatives=negatives,
             repeats=repeats,
             schedule=schedule,
             scale=checks.guidance(guidance_scale),
             generator=generator,
-            latents=checks.latents(latents, (rows, self.prior.config.embedding_dim)),
+            latents=checks.latents(latents, (total, self.prior.config.embedding_dim)),
             image=pictures,
             callback=callback_on_step_end,
             callback_inputs=checks.callback(
@@ -213,13 +213,13 @@ class PriorPipeline(Pipeline):
         )
 
     def _pictures(self, value: Any, which: str) -> np.ndarray | list[Image.Image]:
-        """What is to become image embeddings: embeddings `[N, D]`, pixels for CLIP `[N, S, S, 3]`, or pictures."""
+        """Read image inputs: as embeddings `[N, D]`, as pixels for CLIP `[N, S, S, 3]`, or as pictures."""
         name, side = f"images_and_prompts{which}" if which else "image", self._held()["image_encoder"].config.image_size
         dim = self.prior.config.embedding_dim
         parts = value if isinstance(value, list | tuple) else [value]
         arrays = [to_numpy(x, name) for x in parts if hasattr(x, "__array__") and not isinstance(x, Image.Image)]
         if arrays and len(arrays) == len(parts):
-            # In a mix, a plane of another shape is a grey picture.
+            # In `interpolate`, a 2D array of another shape is a grey picture.
             if all(x.ndim == 2 and (not which or x.shape == (1, dim)) for x in arrays):
                 return checks.embeds(arrays, name, dim)
             if all(x.ndim == 4 and x.shape[1:] == (3, side, side) for x in arrays):
@@ -230,7 +230,7 @@ class PriorPipeline(Pipeline):
         return images.embeddable(value, name)
 
     def _encode_pictures(self, pictures: np.ndarray | list[Image.Image]) -> np.ndarray:
-        """What `_pictures` found as image embeddings, `[N, D]`; one by one, by one program."""
+        """Encode the result of `_pictures` as image embeddings `[N, D]`, one at a time on each device."""
         if isinstance(pictures, np.ndarray) and pictures.ndim == 2:
             return pictures.astype(np.float32)
         network, params = Network.split(self.image_encoder)
@@ -238,120 +238,130 @@ class PriorPipeline(Pipeline):
         parts = [np.concatenate(pixels[i : i + network.devices]) for i in range(0, len(pixels), network.devices)]
         return np.concatenate([np.asarray(call(network, params, jnp.asarray(x)), np.float32) for x in parts])
 
-    def _first(self, wish: Wish, source: Source) -> list[jax.Array]:
-        """The first latents of each lane, `[images, D]`."""
-        shape = (wish.images, self.prior.config.embedding_dim)
-        if wish.latents is not None:
-            noise = [jnp.asarray(x) for x in np.split(wish.latents, wish.lanes)]
+    def _initial_latents(self, request: PriorRequest, source: Source) -> list[jax.Array]:
+        """Return the first latents of each batch, `[images, D]`."""
+        shape = (request.images, self.prior.config.embedding_dim)
+        if request.latents is not None:
+            noise = [jnp.asarray(x) for x in np.split(request.latents, request.batches)]
         else:
-            noise = source.initial(shape, wish.lanes)
-        if wish.image is None:
-            return [x * wish.schedule.init_noise_sigma for x in noise]
-        embeds = checks.per_picture(self._encode_pictures(wish.image), "image", len(wish.prompts), wish.repeats)
-        return [mix(wish.schedule.levels[:1], jnp.asarray(embeds), x) for x in noise]
+            noise = source.initial(shape, request.batches)
+        if request.image is None:
+            return [x * request.schedule.init_noise_sigma for x in noise]
+        encoded = self._encode_pictures(request.image)
+        embeds = checks.per_picture(encoded, "image", len(request.prompts), request.repeats)
+        return [linear_combination(request.schedule.levels[:1], jnp.asarray(embeds), x) for x in noise]
 
     # The loop -----------------------------------------------------------------------------------------------------
 
     def _call(
         self, prompt: Any, negative_prompt: Any, output_type: str, return_dict: bool, **arguments: Any
     ) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
-        """A prior's call: every check, then the drawing."""
+        """Run a call: all checks first, then the loop."""
         checks.choice(output_type, "output_type", ("pt", "np"))
-        result: tuple[Any, Any] = self._embed(self._wish(prompt, negative_prompt, **arguments))
+        result: tuple[Any, Any] = self._embed(self._request(prompt, negative_prompt, **arguments))
         if output_type == "pt":
             result = (jnp.asarray(result[0]), jnp.asarray(result[1]))
         return KandinskyPriorPipelineOutput(*result) if return_dict else result
 
-    def _embed(self, wish: Wish) -> tuple[np.ndarray, np.ndarray]:
-        """Draw what was wished for: image embeddings and negative ones, float32 `[images, D]`."""
-        source = noise_source(wish.generator, wish.images, PRIOR)
-        tensors = self._encode_prompts(wish.prompts, wish.negatives, wish.repeats, guided=wish.scale > 1)
-        first = dict(tensors)
+    def _embed(self, request: PriorRequest) -> tuple[np.ndarray, np.ndarray]:
+        """Generate image embeddings and negative ones, float32 `[images, D]`."""
+        source = noise_source(request.generator, request.images, PRIOR)
+        tensors = self._encode_prompts(request.prompts, request.negatives, request.repeats, guided=request.scale > 1)
+        initial = dict(tensors)
 
-        def lanes_of(network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> list[Lane]:
-            images = wish.images * wish.lanes
-            rows = {name: checks.halves(tensors[name], name, images) for name in first}
-            # A callback may have put something else in the empty prompt's place.
-            empty = wish.negatives is None and all(tensors[name] is given for name, given in first.items())
+        def loop_inputs(network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> list[Lane]:
+            images = request.images * request.batches
+            arrays = {name: checks.callback_tensor(tensors[name], name, images) for name in initial}
+            # A callback may have replaced the empty prompt.
+            empty = request.negatives is None and all(tensors[name] is array for name, array in initial.items())
             if not guided:
-                rows = {name: x[-images:] for name, x in rows.items()}
-            elif any(len(x) == images for x in rows.values()):  # a callback has turned guidance on
-                both = self._encode_prompts(wish.prompts, wish.negatives, wish.repeats, guided=True)
-                rows = {k: np.concatenate([both[k][:images], x]) if len(x) == images else x for k, x in rows.items()}
-                empty = wish.negatives is None
-            lanes = [_lane(rows, wish.lanes, i, wish.images) for i in range(wish.lanes)]
-            return [Lane(self._condition(network, params, halves, empty)) for halves in lanes]
+                arrays = {name: x[-images:] for name, x in arrays.items()}
+            elif any(len(x) == images for x in arrays.values()):  # a callback has turned guidance on
+                both = self._encode_prompts(request.prompts, request.negatives, request.repeats, guided=True)
+                arrays = {
+                    name: np.concatenate([both[name][:images], x]) if len(x) == images else x
+                    for name, x in arrays.items()
+                }
+                empty = request.negatives is None
+            batches = [_batch_of(arrays, request.batches, i, request.images) for i in range(request.batches)]
+            return [Lane(self._condition(network, params, evaluations, empty)) for evaluations in batches]
 
         samples = self._denoise(
             self.prior,
-            lanes_of,
+            loop_inputs,
             tensors,
-            wish.schedule,
-            self._first(wish, source),
+            request.schedule,
+            self._initial_latents(request, source),
             source,
-            wish.scale,
-            wish.callback,
-            wish.callback_inputs,
+            request.scale,
+            request.callback,
+            request.callback_inputs,
         )
         network, params = Network.split(self.prior)
         embeds = [np.asarray(call(network, params, x, method="post_process_latents"), np.float32) for x in samples]
-        return embeds[0], np.repeat(self._zero_embed(), wish.images, axis=0) if wish.negatives is None else embeds[1]
+        if request.negatives is None:
+            return embeds[0], np.repeat(self._zero_embed(), request.images, axis=0)
+        return embeds[0], embeds[1]
 
     def _condition(
-        self, network: Network, params: Any, halves: Sequence[Sequence[jax.Array]], empty: bool
+        self, network: Network, params: Any, evaluations: Sequence[Sequence[jax.Array]], empty: bool
     ) -> PriorCondition:
-        """What one lane's steps are under.
+        """Compute the conditioning of one batch.
 
         Args:
-            halves: arguments of the network's `condition`, the unconditional rows before the conditional, where
-                guidance is on.
-            empty: the unconditional rows are the empty prompt; what they contribute is a constant of the weights.
+            evaluations: arguments of the network's `condition`: of uncond and cond, or of cond alone where guidance is
+                off.
+            empty: uncond is the empty prompt, whose condition is a constant of the weights and computed once.
         """
 
-        def of(rows: Sequence[jax.Array]) -> PriorCondition:
-            return condition(network, params, *(x[None] for x in rows))
+        def condition_of(arrays: Sequence[jax.Array]) -> PriorCondition:
+            return condition(network, params, *(x[None] for x in arrays))
 
-        given = of(halves[-1])
-        if len(halves) == 1:
-            return given
+        cond = condition_of(evaluations[-1])
+        if len(evaluations) == 1:
+            return cond
         if not empty:
-            return _joined(of(halves[0]), given)
-        # Computed in this call's shapes, so that the constant does not cost a program of its own either; and again in
-        # another's, or its last bits would tell which batch came first.
-        shape = given.visible.shape
-        one = self._constant("condition", lambda: _first_row(of(halves[0])), self.prior, self.text_encoder, shape=shape)
-        return _joined(place_halves(network, _repeated(one, images=given.visible.shape[1])), given)
+            return _joined(condition_of(evaluations[0]), cond)
+        # Computed in this call's shapes, so that no program is compiled for it; and anew for other shapes, or its last
+        # bits would depend on which batch came first.
+        shape = cond.visible.shape
+        one = self._constant(
+            "condition",
+            lambda: _first_example(condition_of(evaluations[0])),
+            self.prior,
+            self.text_encoder,
+            shape=shape,
+        )
+        return _joined(place_halves(network, _repeated(one, images=cond.visible.shape[1])), cond)
 
     # Text ---------------------------------------------------------------------------------------------------------
 
     def _encode_prompts(
         self, prompts: list[str], negatives: list[str] | None, repeats: int, guided: bool
     ) -> dict[str, np.ndarray]:
-        """The tensors that condition the prior, by the reference's names and in its order of rows.
+        """Encode the tensors that condition the prior, by the reference's names and in its order.
 
-        Rows: [unconditional rows, conditional rows], each [prompts, negative prompts], each repeated for its images.
-        With negative prompts, these are the unconditional rows of both lanes.
+        Their first axis is [uncond, cond], or cond alone where guidance is off. Each of these is [prompts, negative
+        prompts], each repeated `repeats` times. With negative prompts, uncond is the negative prompts, twice.
         """
-        given = self._encode(prompts)
-        lanes = [given]
+        cond = [self._encode(prompts)]
         if negatives is not None:
-            lanes.append(self._encode(negatives))
-        halves = [lanes]
+            cond.append(self._encode(negatives))
+        blocks = cond
         if guided:
             empty = self._constant("empty", lambda: self._encode([""]), self.text_encoder)
-            without = lanes[1] if negatives is not None else Encoded(*(np.repeat(x, len(prompts), 0) for x in empty))
-            halves.insert(0, [without] * len(lanes))
-        blocks = [block for half in halves for block in half]
-        rows = [np.repeat(np.concatenate(parts), repeats, axis=0) for parts in zip(*blocks, strict=True)]
-        return dict(zip(("prompt_embeds", "text_encoder_hidden_states", "text_mask"), rows, strict=True))
+            uncond = cond[1] if negatives is not None else TextEncoding(*(np.repeat(x, len(prompts), 0) for x in empty))
+            blocks = [uncond] * len(cond) + cond
+        arrays = [np.repeat(np.concatenate(parts), repeats, axis=0) for parts in zip(*blocks, strict=True)]
+        return dict(zip(("prompt_embeds", "text_encoder_hidden_states", "text_mask"), arrays, strict=True))
 
-    def _encode(self, texts: list[str]) -> Encoded:
+    def _encode(self, texts: list[str]) -> TextEncoding:
         ids, mask = self._tokenize(texts)
         output = call(*Network.split(self.text_encoder), jnp.asarray(ids))
-        return Encoded(np.asarray(output.text_embeds), np.asarray(output.last_hidden_state), mask)
+        return TextEncoding(np.asarray(output.text_embeds), np.asarray(output.last_hidden_state), mask)
 
     def _tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, int32 `[B, T]`, and which of them are not padding, bool `[B, T]`."""
+        """Return token ids, int32 `[B, T]`, and a mask of those that are not padding, bool `[B, T]`."""
         length = self.text_encoder.config.max_position_embeddings
         for text in texts:
             full = self.tokenizer(text, verbose=False).input_ids
@@ -365,31 +375,32 @@ class PriorPipeline(Pipeline):
         return encode(self.tokenizer, texts, length)
 
     def get_zero_embed(self, batch_size: int = 1, device: Any = None) -> jax.Array:
-        """The vision tower's embedding of zeros, `[batch_size, D]`: the negative one without a negative prompt."""
+        """Return the vision tower's embedding of zeros, `[batch_size, D]`: the default negative embedding."""
         return jnp.asarray(np.repeat(self._zero_embed(), checks.count(batch_size, "batch_size"), axis=0))
 
     def _zero_embed(self) -> np.ndarray:
-        """The embedding of zeros (after normalisation), `[1, D]`: it depends on nothing but the weights."""
+        """Return the embedding of zeros (after normalisation), `[1, D]`; it depends only on the weights."""
         tower = self._held()["image_encoder"]
         return self._constant("zero", lambda: zero_embed.of(tower), tower)
 
     def _constant(self, name: str, compute: Callable[[], Any], *owners: Any, shape: tuple[int, ...] = ()) -> Any:
-        """A result that only its owners' weights decide, computed once; again when a weight has changed, as by LoRA."""
+        """Cache a result that depends only on its owners' weights; computed anew when one changes, as LoRA does."""
         weights = [leaf for owner in owners for leaf in _weights(owner)]
-        kept, of, result = self._constants.get(name, ([], (), None))
-        if of != shape or len(kept) != len(weights) or any(a is not b for a, b in zip(kept, weights, strict=True)):
+        kept, kept_shape, result = self._constants.get(name, ([], (), None))
+        same_weights = len(kept) == len(weights) and all(a is b for a, b in zip(kept, weights, strict=True))
+        if kept_shape != shape or not same_weights:
             result = compute()
             self._constants[name] = (weights, shape, result)
         return result
 
 
 def _weights(owner: Any) -> list[Any]:
-    """What tells whether a network is as it was: its arrays, or that which will read them."""
-    return [owner] if isinstance(owner, Deferred) else list(flat_params(owner).values())
+    """Return objects that change identity when a network's weights change: its arrays, or the unloaded network."""
+    return [owner] if isinstance(owner, LazyNetwork) else list(flat_params(owner).values())
 
 
-def _first_row(condition: PriorCondition) -> PriorCondition:
-    """By way of the host: a program for it would be compiled again for a batch of another size."""
+def _first_example(condition: PriorCondition) -> PriorCondition:
+    """Return the first example; sliced on the host, where no program is compiled for every batch size."""
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:, :1]), condition)
 
 
@@ -403,8 +414,9 @@ def _joined(first: PriorCondition, second: PriorCondition) -> PriorCondition:
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, second)
 
 
-def _lane(tensors: Mapping[str, np.ndarray], lanes: int, lane: int, images: int) -> list[list[jax.Array]]:
-    """One lane's rows of the conditioning tensors, `[images, ...]` each; the unconditional half before the other."""
+def _batch_of(tensors: Mapping[str, np.ndarray], batches: int, index: int, images: int) -> list[list[jax.Array]]:
+    """Return one batch of the conditioning tensors, `[images, ...]` each: of uncond and cond, or of cond alone."""
     arrays = [tensors[n] for n in ("prompt_embeds", "text_encoder_hidden_states", "text_mask")]
-    halves = zip(*(array.reshape(-1, lanes, images, *array.shape[1:])[:, lane] for array in arrays), strict=True)
-    return [[jnp.asarray(rows) for rows in half] for half in halves]
+    # The axes of each are: uncond and cond, batches, images.
+    chosen = [array.reshape(-1, batches, images, *array.shape[1:])[:, index] for array in arrays]
+    return [[jnp.asarray(array) for array in evaluation] for evaluation in zip(*chosen, strict=True)]

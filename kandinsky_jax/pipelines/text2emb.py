@@ -12,7 +12,7 @@ from kandinsky_jax.pipelines.prior import PriorPipeline
 
 
 class KandinskyV22PriorPipeline(PriorPipeline):
-    """Draws a CLIP image embedding for a prompt.
+    """Generates CLIP image embeddings from prompts.
 
     Args:
         prior, image_encoder, text_encoder, tokenizer, scheduler, image_processor: as in diffusers.
@@ -32,16 +32,16 @@ class KandinskyV22PriorPipeline(PriorPipeline):
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
     ) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
-        """Draw image embeddings.
+        """Generate image embeddings.
 
         Args:
             prompt: one or more, at most 77 tokens each (longer ones are cut, with a warning).
-            negative_prompt: one for each prompt, or one string for all. Its embedding comes from the prior too, and is
-                what the decoder is guided away from.
+            negative_prompt: one for each prompt, or one string for all. The prior generates its embedding too, from
+                which the decoder is guided away.
             num_images_per_prompt: embeddings per prompt, neighbours in the result.
             num_inference_steps: at least 2.
             generator: see `kandinsky_jax.noise.noise_source`.
-            latents: first noise, `[B, D]`, B doubled where there is a negative prompt.
+            latents: initial noise, `[B, D]`; B doubles with negative prompts.
             guidance_scale: guidance is on above 1.
             output_type: "pt" for JAX arrays, "np" for NumPy.
             return_dict: False for a plain tuple.

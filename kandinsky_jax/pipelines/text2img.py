@@ -14,7 +14,7 @@ from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 
 
 class KandinskyV22Pipeline(DecoderPipeline):
-    """Draws pictures for image embeddings.
+    """Generates pictures from image embeddings.
 
     Args:
         unet, scheduler, movq: as in diffusers.
@@ -41,27 +41,27 @@ class KandinskyV22Pipeline(DecoderPipeline):
         callback: OldCallback | None = None,
         callback_steps: int = 1,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures.
+        """Generate pictures.
 
         Args:
             image_embeds: `[B, D]` or a list of such, from the prior.
-            negative_image_embeds: the same, what to be guided away from; None only where guidance is off.
+            negative_image_embeds: as many, to be guided away from; None only where guidance is off.
             height, width: in pixels, at least 64; rounded up to a multiple of 64.
             num_inference_steps: at least 1.
             guidance_scale: guidance is on above 1.
             num_images_per_prompt: pictures per embedding, neighbours in the result.
             generator: see `kandinsky_jax.noise.noise_source`.
-            latents: first noise, `[B, 4, height/8, width/8]`.
+            latents: initial noise, `[B, 4, height/8, width/8]`.
             output_type: "pil", "np" (float32 `[B, H, W, 3]` in 0..1), "pt" (`[B, 3, H, W]` in 0..1) or "latent"
                 (`[B, 4, H/8, W/8]`).
             return_dict: False for a plain tuple.
             callback_on_step_end: `(pipe, step, timestep, tensors) -> tensors` after each step, on NumPy arrays.
             callback_on_step_end_tensor_inputs: which tensors: latents, image_embeds, negative_image_embeds.
-            guidance_interval: guidance only between two shares of the steps that this call does, such as (0.4, 1);
-                outside, a step is half the work. None, as (0, 1), is guidance at every step.
-            callback: `(step, timestep, latents)`, the reference's older kind, every `callback_steps` steps.
+            guidance_interval: apply guidance only between two fractions of this call's steps, such as (0.4, 1); a step
+                outside costs half as much. None, as (0, 1), is guidance at every step.
+            callback: `(step, timestep, latents)`, diffusers' older form, called every `callback_steps` steps.
         Raises:
-            ValueError, TypeError: saying what was given and what is needed, before anything is compiled.
+            ValueError, TypeError: for wrong arguments, before anything is compiled.
         """
         return self._call(
             image_embeds,

@@ -155,13 +155,13 @@ class Scheduler(SchedulerMixin):
 
     def add_noise(self, original: jax.Array, noise: jax.Array, timesteps: np.ndarray) -> jax.Array:
         """Diffuse `original [B, ...]` to the int timesteps `[B]` (or one for all) with `noise [B, ...]`."""
-        return mix(self.noise_levels(_plain(timesteps)), original, noise)
+        return linear_combination(self.noise_levels(_plain(timesteps)), original, noise)
 
     def get_velocity(self, sample: jax.Array, noise: jax.Array, timesteps: np.ndarray) -> jax.Array:
         """What a network of v_prediction is to say (Salimans & Ho 2022, arXiv 2202.00512) of the clean `sample
         [B, ...]` diffused with `noise` to the int timesteps `[B]` (or one for all)."""
         alpha = self.alphas_cumprod[_plain(timesteps)]
-        return mix(np.stack([-np.sqrt(1 - alpha), np.sqrt(alpha)], axis=-1), sample, noise)
+        return linear_combination(np.stack([-np.sqrt(1 - alpha), np.sqrt(alpha)], axis=-1), sample, noise)
 
     # Configuration ------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ def _plain(array: Any) -> Any:
     return to_numpy(array, "the array") if hasattr(array, "detach") else array
 
 
-def mix(levels: np.ndarray, signal: jax.Array, noise: jax.Array) -> jax.Array:
+def linear_combination(levels: np.ndarray, signal: jax.Array, noise: jax.Array) -> jax.Array:
     """Float32 shares `[B or 1, 2]` of a signal and of noise, `[B, ...]` each, which may be PyTorch's."""
     signal, noise = _plain(signal), _plain(noise)
     shares = np.asarray(levels, np.float32).reshape(-1, 2, *[1] * (signal.ndim - 1))

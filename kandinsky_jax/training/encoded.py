@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from kandinsky_jax import reading
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.errors import shorten
-from kandinsky_jax.storage import check_room, complete_or_absent
+from kandinsky_jax.storage import check_free_space, complete_or_absent
 from kandinsky_jax.training.data import Captioned, DataError, Reader, fingerprint
 from kandinsky_jax.training.run_record import weights_digest
 from kandinsky_jax.training.tasks import DiffusionTask
@@ -145,7 +145,7 @@ def _checksum(path: Path) -> list[int]:
 
 def _create(folder: Path, rows: int, like: dict[str, np.ndarray]) -> dict[str, np.memmap]:
     """Files for so many rows. They are mapped: a disk that fills up later would end the process without a word."""
-    check_room(folder, "encoded data", rows * sum(array[:1].nbytes for array in like.values()))
+    check_free_space(folder, "encoded data", rows * sum(array[:1].nbytes for array in like.values()))
     return {
         name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", array.dtype, (rows, *array.shape[1:]))
         for name, array in like.items()

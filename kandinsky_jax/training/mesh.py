@@ -18,10 +18,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath, tree_flatten_with_path
 
 from kandinsky_jax.errors import shorten
-from kandinsky_jax.sharding import DATA, EVERYWHERE, Rules, largest_axis, parameter_places
+from kandinsky_jax.sharding import DATA_AXIS, REPLICATED, Rules, largest_axis, parameter_shardings
 
-FSDP = "fsdp"
-ROW = PartitionSpec((DATA, FSDP))  # of arrays with one row per example
+FSDP_AXIS = "fsdp"
+ROW = PartitionSpec((DATA_AXIS, FSDP_AXIS))  # of arrays with one row per example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +59,19 @@ def make_training_mesh(
     found = list(jax.devices() if devices is None else devices)
     data = max(1, len(found) // fsdp) if data is None else data
     if data * fsdp > len(found):
-        raise ValueError(f"a mesh of {DATA}={data}, {FSDP}={fsdp} needs {data * fsdp} devices, there are {len(found)}")
+        raise ValueError(
+            f"a mesh of {DATA_AXIS}={data}, {FSDP_AXIS}={fsdp} needs {data * fsdp} devices, there are {len(found)}"
+        )
     if data * fsdp == 1:
         return None
     # Auto: XLA divides what lies between; under Explicit axes, jax.make_mesh's default, embeddings and reshapes raise.
     devices_ = np.array(found[: data * fsdp]).reshape(data, fsdp)
-    return Mesh(devices_, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(devices_, (DATA_AXIS, FSDP_AXIS), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def parts(mesh: Mesh | None) -> int:
     """How many parts a batch is divided into."""
-    return 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
+    return 1 if mesh is None else mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS]
 
 
 def places(mesh: Mesh, tree: Any, rules: Rules | None = None) -> Any:
@@ -88,9 +90,9 @@ def places(mesh: Mesh, tree: Any, rules: Rules | None = None) -> Any:
     leaves, structure = tree_flatten_with_path(tree)
     shapes = {_name(path): tuple(leaf.shape) for path, leaf in leaves}
     shapes.pop("", None)
-    rules = largest_axis(mesh, shapes, axis=FSDP) if rules is None else rules
-    found = parameter_places(mesh, shapes, rules, axis=FSDP)
-    found[""] = NamedSharding(mesh, EVERYWHERE)
+    rules = largest_axis(mesh, shapes, axis=FSDP_AXIS) if rules is None else rules
+    found = parameter_shardings(mesh, shapes, rules, axis=FSDP_AXIS)
+    found[""] = NamedSharding(mesh, REPLICATED)
     return jax.tree.unflatten(structure, [found[_name(path)] for path, _ in leaves])
 
 
@@ -103,7 +105,7 @@ def whole(mesh: Mesh | None, tree: Any) -> Any:
 
     Left alone, XLA divides products by how the parameters lie, and exchanges activations for it.
     """
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, EVERYWHERE))
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, REPLICATED))
 
 
 def place_batch(mesh: Mesh | None, batch: Any) -> Any:

@@ -308,7 +308,7 @@ class DiffusionTask(Task):
         if self.of_lora:
             for left in target.glob(f".{lora.FILE}.*"):  # by a process that was killed
                 left.unlink(missing_ok=True)
-            changes = lora.changes(trained, self.config.lora.scale)
+            changes = lora.layer_changes(trained, self.config.lora.scale)
             lora_files.write(target, {"prior" if self.of_prior else "unet": changes})
         else:
             part = self.pipe.prior_pipe if self.of_prior else self.pipe.decoder_pipe

@@ -18,7 +18,7 @@ from safetensors.torch import save_file as save_torch
 
 import kandinsky_jax
 from kandinsky_jax import CheckpointError, CLIPTextModelWithProjection, PriorTransformer, hub, load_network
-from kandinsky_jax.checkpoint import Deferred, WeightSelection, check_network, flat_params
+from kandinsky_jax.checkpoint import LazyNetwork, WeightSelection, check_network, flat_params
 from kandinsky_jax.models import UNet2DConditionModel
 from kandinsky_jax.tensors import files
 from tests.conftest import SHAPES_MODEL
@@ -311,7 +311,7 @@ def test_networks_that_were_saved_with_lora_in_them_are_refused_in_a_sentence(tm
     unet = diffusers.UNet2DConditionModel.from_pretrained(SHAPES_MODEL / hub.DECODER / "unet")
     unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
     unet.save_pretrained(tmp_path / "with")
-    for read in (load_network, Deferred):
+    for read in (load_network, LazyNetwork):
         with pytest.raises(
             CheckpointError, match=f"^{tmp_path}/with was saved with LoRA in it. Save it with"
         ) as raised:

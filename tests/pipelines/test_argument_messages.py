@@ -32,7 +32,7 @@ CHECKS = {
     "choice": lambda x: checks.choice(x, "output_type", ("pil", "np")),
     "callback": lambda x: checks.callback(None, [x], ("latents",)),
     "prompt": lambda x: checks.texts(["a", [x]], "prompt"),
-    "weights": lambda x: checks.mix(["a"], [x]),
+    "weights": lambda x: checks.interpolation(["a"], [x]),
     "latents": lambda x: checks.latents(x, (1, 4, 8, 8)),
     "embeds": lambda x: checks.embeds(x, "image_embeds", 64),
     "generator": lambda x: noise.noise_source(x, 1, noise.PRIOR),

@@ -184,7 +184,7 @@ def test_rows_that_fit_no_batch_are_refused(ours, embeds):
     call = {"guidance_scale": 4.0, "generator": 1} | DRAW
     inputs = {"callback_on_step_end_tensor_inputs": ["image_embeds"]}
     wrong = {"callback_on_step_end": lambda *_: {"image_embeds": np.zeros((3, embeds[0].shape[1]))}}
-    with pytest.raises(ValueError, match=r"image_embeds has shape .* needed are 1 rows, or 2 with guidance"):
+    with pytest.raises(ValueError, match=r"image_embeds has shape .* its first axis must be 1, or 2 with guidance"):
         ours["KandinskyV22Pipeline"](*embeds, **wrong, **inputs, **call)
 
 
