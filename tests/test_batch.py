@@ -261,8 +261,8 @@ BAD = {
     ],
     "cannot be read as a picture": [{"image": x} for x in ("broken.png", "empty.png", "text.png", "cut.png", "x.svg")],
     "image: must be text": [{"image": 3}, {"image": ["good.png"]}],
-    "mask has no place": [{"mask": "good.png"}],
-    "hint has no place": [{"hint": "good.png"}],
+    "mask is not used by the mode": [{"mask": "good.png"}],
+    "hint is not used by the mode": [{"hint": "good.png"}],
     "negative_prompt: must be text": [{"negative_prompt": 3}],
     "there is no column 'promt'": [{"promt": "x"}],
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky_jax.pipelines.inpaint import latent_keep_mask
+from kandinsky_jax.pipelines.inpaint import latent_repaint_mask
 from kandinsky_jax.sampling import Network, call
 from tests import shapes
 from tests.conftest import note
@@ -99,7 +99,7 @@ def test_inpaint(ours):
     round_trip = np.concatenate(
         [np.asarray(call(network, params, latents[rows], method="decode")) / 2 + 0.5 for rows in BATCHES]
     ).clip(0, 1)
-    kept = latent_keep_mask(np.stack(masks), 8, 8).repeat(8, axis=1).repeat(8, axis=2) > 0
+    kept = ~latent_repaint_mask(np.stack(masks), 8, 8).repeat(8, axis=1).repeat(8, axis=2)
     assert all(0.02 < share < 0.9 for share in kept.mean(axis=(1, 2))), "each case keeps and repaints something"
     away = [np.abs(a - b)[k].mean() * 255 for a, b, k in zip(drawn, round_trip, kept, strict=True)]
     assert note(np.mean(away), "kept pixels from the round trip, mean of the pictures, of 255") <= 3

@@ -225,16 +225,16 @@ def test_a_picture_does_not_depend_on_its_batch(ours, embeds, mode):
 
 @pytest.mark.slow
 def test_kept_latents_are_the_pictures_own(ours, embeds):
-    """To the last bit, whatever was drawn in the hole; `paste_back` does the same for pixels."""
+    """Bit for bit, whatever was generated in the repainted part; `paste_back` does the same for pixels."""
     from kandinsky_jax import images
-    from kandinsky_jax.pipelines.inpaint import latent_keep_mask
+    from kandinsky_jax.pipelines.inpaint import latent_repaint_mask
 
     pipe, pictures = ours["KandinskyV22InpaintPipeline"], given("inpaint", 2, 64, 64)
     call = {"image_embeds": embeds[0], "negative_image_embeds": embeds[1], "generator": 3} | pictures | SHORT
     latents = np.asarray(pipe(**call | {"output_type": "latent"}).images).transpose(0, 2, 3, 1)
     pixels = images.pictures(pictures["image"], "image", 64, 64)
     mask = images.masks(pictures["mask_image"], "mask_image", 64, 64)
-    keep = latent_keep_mask(mask, 8, 8) > 0
+    keep = ~latent_repaint_mask(mask, 8, 8)
     encoded = np.asarray(pipe._encode(pixels))
     np.testing.assert_array_equal(latents[keep], encoded[keep])
     assert np.abs(latents - encoded)[~keep].mean() > 0.1

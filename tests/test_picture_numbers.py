@@ -211,14 +211,14 @@ def test_arrays_of_another_size_are_the_references(size, kind):
 
 def test_masked_numpy_call_of_another_size_is_the_references():
     """All of what inpainting makes of a NumPy mask of another size than the picture."""
-    from kandinsky_jax.pipelines.inpaint import latent_keep_mask
+    from kandinsky_jax.pipelines.inpaint import latent_repaint_mask
 
     mask = np.zeros((48, 96), np.float32)
     mask[10:20, 30:60] = 1
     keep, _ = reference.prepare_mask_and_masked_image(np.zeros((H, W, 3), np.uint8), mask.copy(), H, W)
     theirs = reference.prepare_mask(torch.nn.functional.interpolate(keep, (H // 8, W // 8), mode="nearest"))
-    ours = latent_keep_mask(images.masks(mask, "mask_image", H, W), H // 8, W // 8)
-    np.testing.assert_array_equal(ours, theirs[:, 0])
+    ours = latent_repaint_mask(images.masks(mask, "mask_image", H, W), H // 8, W // 8)
+    np.testing.assert_array_equal(ours, theirs[:, 0] == 0)
 
 
 @pytest.mark.parametrize("size", [(1, 1_000_000), (1_000_000, 1)])

@@ -11,7 +11,7 @@ from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting as
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.pipelines.inpaint import latent_keep_mask
+from kandinsky_jax.pipelines.inpaint import latent_repaint_mask
 
 H, W = 64, 128
 
@@ -57,7 +57,7 @@ def test_kept_latents_are_the_references(seed):
     keep = torch.tensor(1 - mask[:, None].astype(np.float32))
     small = torch.nn.functional.interpolate(keep, (H // 8, W // 8), mode="nearest")
     theirs = reference.prepare_mask(small)[:, 0]
-    np.testing.assert_array_equal(latent_keep_mask(mask, H // 8, W // 8), theirs)
+    np.testing.assert_array_equal(latent_repaint_mask(mask, H // 8, W // 8), theirs == 0)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "I", "F"])

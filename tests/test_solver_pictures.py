@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kandinsky_jax.pipelines.inpaint import latent_keep_mask
+from kandinsky_jax.pipelines.inpaint import latent_repaint_mask
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from tests import shapes
 from tests.conftest import note
@@ -118,6 +118,6 @@ def test_the_kept_part_is_as_noisy_as_the_sample(modes, name):
     )
     picture = np.asarray(pipeline._encode(np.asarray(source)[None] * 2 - 1)).transpose(0, 3, 1, 2)
     signal, sigma = pipeline.scheduler.schedule(4).levels[1]
-    kept = latent_keep_mask(mask[None], 8, 8)[:, None].repeat(4, axis=1) > 0
+    kept = ~latent_repaint_mask(mask[None], 8, 8)[:, None].repeat(4, axis=1)
     assert kept.any()
     np.testing.assert_allclose(seen[0][kept], (signal * picture + sigma * noise)[kept], rtol=1e-4, atol=1e-4)

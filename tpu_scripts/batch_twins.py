@@ -32,7 +32,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from kandinsky_jax.batch.output import FORMATS, Drawn, Output
+from kandinsky_jax.batch.output import OUTPUT_FORMATS, GeneratedImage, Output
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARDS = 6
@@ -43,17 +43,17 @@ EXAMPLE = """example:
 The 200 runs take about two minutes on two cores."""
 
 
-def pictures(shard: int) -> list[Drawn]:
+def pictures(shard: int) -> list[GeneratedImage]:
     """Of a shard; the same in every process."""
     rng = random.Random(shard)
     return [
-        Drawn(f"p{shard}-{i}", rng.randbytes(rng.randrange(1, 100_000)), {"id": f"p{shard}-{i}", "seed": i})
+        GeneratedImage(f"p{shard}-{i}", rng.randbytes(rng.randrange(1, 100_000)), {"id": f"p{shard}-{i}", "seed": i})
         for i in range(5)
     ]
 
 
 def errors(shard: int) -> list[dict[str, Any]]:
-    """The rows of a shard that could not be drawn."""
+    """The rows of a shard that could not be generated."""
     return [{"row": shard, "id": None, "error": "prompt is missing or empty"}] if shard % 2 else []
 
 
@@ -161,12 +161,12 @@ def campaign(runs: int, seed: int) -> dict[str, Any]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         wholes = {}
-        for form in FORMATS:
+        for form in OUTPUT_FORMATS:
             if end(start(Path(scratch, form), form, 0)):
                 sys.exit(f"an undisturbed job in the form {form} fails")
             wholes[form] = contents(Path(scratch, form))
         for number in range(runs):
-            form, case = FORMATS[number % 2], rng.choice(CASES)
+            form, case = OUTPUT_FORMATS[number % 2], rng.choice(CASES)
             found = one_run(Path(scratch, f"run-{number}"), form, case, wholes[form], rng)
             cases[case] += 1
             total["corrupt_shards"] += len(found["corrupt"])

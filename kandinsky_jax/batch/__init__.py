@@ -1,4 +1,4 @@
-"""Files of prompts -> shards of pictures, each exactly once: rows.py -> tasks.py -> runner.py -> output.py."""
+"""Batch jobs: files of prompts -> shards of pictures (rows.py -> tasks.py -> runner.py -> output.py)."""
 
 from kandinsky_jax.batch.job import Job, JobError, open_job
 from kandinsky_jax.batch.process import Process, this_process

@@ -1,10 +1,10 @@
-"""Files of a job's folder, on a local disk or in an object store: each is complete or absent.
+"""Files of a job's folder, on a local disk or in an object store, written atomically.
 
 On a local disk a file is written under a scratch name and renamed (`kandinsky_jax.atomic`). In an object store it is
-sent from memory in one piece: nothing is published before all of it has arrived, and no file object is there whose
-closing or garbage collection could publish a part. It is created only where there is none of that name (a generation
-precondition in Google's store, `If-None-Match` in S3), and looked at afterwards. Requests that fail for a reason that
-may pass (503, 429, a connection that is lost, a reply that does not come) are repeated.
+sent from memory in one request: nothing is published before it has arrived completely, and there is no file object
+whose closing or garbage collection could publish a part. It is created only if no object of that name exists (a
+generation precondition in Google Cloud Storage, `If-None-Match` in S3), and verified afterwards. Requests that fail
+temporarily (503, 429, a lost connection, a timeout) are repeated.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from kandinsky_jax.errors import shorten
 
 T = TypeVar("T")
 
-# Where one request publishes all of an object. Elsewhere (SFTP, HDFS, SMB) a file is sent under a scratch name.
+# Stores where one request publishes a whole object. Elsewhere (SFTP, HDFS, SMB) a scratch name is used.
 ATOMIC_STORES = {"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "oss", "oci", "ocilake", "memory"}
-WAITS = (1.0, 4.0, 10.0)  # seconds from one try to the next; most file systems repeat requests by themselves as well
-LASTING = (  # what does not pass by waiting
+WAITS = (1.0, 4.0, 10.0)  # seconds between tries; most file systems repeat requests themselves too
+PERMANENT = (  # errors for which a request is not repeated
     FileExistsError,
     FileNotFoundError,
     IsADirectoryError,
@@ -50,32 +50,32 @@ LASTING = (  # what does not pass by waiting
 
 
 class Files(Protocol):
-    """The files below a folder, by their names relative to it."""
+    """Protocol of the files in a folder, by names relative to it."""
 
     def sizes(self, folder: str) -> dict[str, int | None]:
-        """Names in a folder and their sizes in bytes, None for what is no file; empty where there is no such folder."""
+        """Return names in a folder with sizes in bytes, None for non-files; empty if the folder does not exist."""
 
     def size(self, name: str) -> int | None:
-        """A file's size in bytes; None where there is no such file."""
+        """Return a file's size in bytes; None if it does not exist."""
 
     def read(self, name: str) -> bytes:
-        """A file's content; FileNotFoundError where there is none."""
+        """Return a file's content; FileNotFoundError if it does not exist."""
 
     def ends(self, known: dict[str, int], head: int, tail: int) -> list[tuple[bytes, bytes]]:
-        """The first `head` and last `tail` bytes of files of known sizes."""
+        """Return the first `head` and last `tail` bytes of files of known sizes."""
 
     def write(self, name: str, fill: Fill, *, overwrite: bool = False) -> bool:
-        """Write a file; without `overwrite`, one that is there already stays, and the result is False."""
+        """Write a file; return False, without `overwrite`, if it exists already."""
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
 
     def sweep(self, folders: Sequence[str]) -> None:
-        """Remove what killed processes have left in these folders."""
+        """Remove scratch files of killed processes in these folders."""
 
 
 def open_files(url: str) -> Files:
-    """The files below a local path or an fsspec URL."""
+    """Open the folder at a local path or an fsspec URL."""
     fs, root = fsspec.core.url_to_fs(url)
     if not isinstance(fs, LocalFileSystem):
         return RemoteFiles(fs, root)
@@ -88,7 +88,7 @@ class LocalFiles:
     """Files on a local disk.
 
     Args:
-        root: the folder, made with the first file.
+        root: the folder, created with the first file.
     """
 
     def __init__(self, root: Path):
@@ -219,9 +219,9 @@ class RemoteFiles:
             raise OSError(errno.ENOENT, "could not be written: there is no such bucket or folder", path) from None
 
     def _send(self, path: str, data: bytes, overwrite: bool) -> bool:
-        """Publish an object, and see that it is the one that was sent.
+        """Publish an object, and verify that it is the one that was sent.
 
-        A reply that is lost lets the file system repeat its request, and then find its own object there.
+        After a lost reply, the file system may repeat its request and find its own object there.
         """
         if not overwrite and not self._can_create and self._info(path) is not None:
             return self._holds(path, data)
@@ -253,7 +253,7 @@ class RemoteFiles:
             raise
 
     def _holds(self, path: str, data: bytes, thorough: bool = True) -> bool:
-        """Whether an object has this content, or at least, unless `thorough`, this size."""
+        """Return whether an object has this content, or without `thorough` at least this size."""
         info = self._info(path)
         if info is None or int(info.get("size") or 0) != len(data):
             return False
@@ -273,7 +273,7 @@ class RemoteFiles:
             self._tried(path, lambda: self._fs.rm_file(path))
 
     def sweep(self, folders: Sequence[str]) -> None:
-        """Nothing where one request publishes an object; elsewhere scratch files that are old."""
+        """Remove old scratch files; there are none where one request publishes an object."""
         if self._one_request:
             return
         for folder in folders:
@@ -290,24 +290,24 @@ class RemoteFiles:
         return posixpath.join(self._root, *filter(None, names))
 
     def _fresh(self) -> Any:
-        """The file system without what it remembers of listings: other processes write there too."""
+        """Return the file system after clearing its cache of listings, since other processes write there too."""
         self._fs.invalidate_cache()
         return self._fs
 
     def _tried(self, path: str, request: Callable[[], T]) -> T:
-        """What a request answers, repeated where it fails for a reason that may pass.
+        """Return the result of a request, repeated after temporary failures.
 
         Raises:
-            FileNotFoundError, FileExistsError: as the file system does.
-            OSError: for whatever else, with the path.
+            FileNotFoundError, FileExistsError: as raised by the file system.
+            OSError: for all other errors, with the path.
         """
         for wait in (*WAITS, None):
             try:
                 return request()
             except (FileNotFoundError, FileExistsError):
                 raise
-            except Exception as error:  # each file system has its own kinds
-                if wait is None or isinstance(error, LASTING):
+            except Exception as error:  # file systems raise many kinds
+                if wait is None or isinstance(error, PERMANENT):
                     reason = shorten(str(error) or type(error).__name__, 200)
                     raise OSError(getattr(error, "errno", None) or errno.EIO, reason, path) from error
                 time.sleep(wait * random.uniform(0.5, 1.5))

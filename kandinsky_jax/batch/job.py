@@ -1,4 +1,4 @@
-"""A job: which rows, drawn how, into which folder. What is wrong with it is said before a model is loaded."""
+"""Jobs: rows, settings and output folder. Faults are reported before a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kandinsky_jax import hub, images
 from kandinsky_jax.batch import model_files
-from kandinsky_jax.batch.output import FORMATS, Output
+from kandinsky_jax.batch.output import OUTPUT_FORMATS, Output
 from kandinsky_jax.batch.rows import JobError, RowFile, parquet, scan
-from kandinsky_jax.batch.tasks import FILES, MAX_IMAGES, MAX_SIDE, MODES, STRENGTH, check_pixels, text
+from kandinsky_jax.batch.tasks import MAX_IMAGES, MAX_SIDE, MODES, PICTURE_COLUMNS, STRENGTH, check_pixels, text
 from kandinsky_jax.checkpoint.networks import network_dtype
 from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten
 from kandinsky_jax.pipelines import (
@@ -46,24 +46,24 @@ DEFAULTS: dict[str, Any] = {"steps": 50, "guidance_scale": 4.0, "prior_steps": 2
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job's settings. Rows say the rest.
+    """Settings of a job; rows may override some of them.
 
     Args:
         rows: path or URL of the file of rows: .jsonl, .csv, .parquet or .txt.
         output: path or URL of the folder to fill.
         model, prior: see `Pipeline.from_pretrained`; None is the official one for the mode.
-        mode: one of `kandinsky_jax.batch.tasks.MODES`; None is what the columns of a CSV or Parquet file, or the first
-            row of another, ask for.
+        mode: one of `kandinsky_jax.batch.tasks.MODES`; None is derived from the columns of a CSV or Parquet file, or
+            from the first row of another.
         form: "webdataset" or "folder".
         pictures: "png", "jpg" or "webp".
-        rows_per_shard: how many rows are one unit of work: what a preemption can cost.
-        batch: pictures drawn at once on each device. A picture does not depend on the others or on the number of
-            devices; it may depend, in its last bits, on this number.
-        seed: of the first row, where rows have none; each later row's is one higher.
+        rows_per_shard: rows of one unit of work, the most that a preemption can lose.
+        batch: batch size on each device. A picture does not depend on the others or on the number of devices; its last
+            bits may depend on the batch size.
+        seed: default of row 0; that of each later row is one higher.
         scheduler: by a short name; None is the model's own.
         dtype: of the networks; None is float32 on a CPU, else bfloat16.
-        root: folder or URL below which the rows' pictures lie; None is that of the file of rows.
-        defaults: by column, for rows that say nothing.
+        root: folder or URL of the rows' pictures; None is the folder of the job's file.
+        defaults: by column, for rows without a value.
     """
 
     rows: str
@@ -82,11 +82,11 @@ class Job:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def faults(self) -> list[str]:
-        """Everything that is wrong with the settings by themselves."""
+        """Return all faults of the settings, without reading the rows."""
         found = []
         for name, value, allowed in (
             ("mode", self.mode, (None, *MODES)),
-            ("format", self.form, FORMATS),
+            ("format", self.form, OUTPUT_FORMATS),
             ("pictures", self.pictures, tuple(images.ENCODINGS)),
         ):
             if value not in allowed:
@@ -112,19 +112,19 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What rows are drawn with that say nothing."""
+        """Defaults for rows without a value."""
         return DEFAULTS | {name: value for name, value in self.defaults.items() if value is not None}
 
     @property
     def folder(self) -> str:
-        """Where the rows' pictures are looked for."""
+        """Folder or URL of the rows' pictures."""
         if self.root is not None:
             return self.root
         return posixpath.dirname(self.rows) if "://" in self.rows else os.fspath(Path(self.rows).absolute().parent)
 
 
 def _default_faults(defaults: Mapping[str, Any]) -> list[str]:
-    """What is wrong with values that rows are generated with which say nothing."""
+    """List faults of the defaults for rows."""
     found = [
         f"there is no column {quote(name)} to give a default for; there are {', '.join(_DEFAULT_CHECKS)}"
         for name in defaults
@@ -153,7 +153,7 @@ def _at_most(check: Callable[[Any, str], int], most: int) -> Callable[[Any, str]
     return checked
 
 
-# By column that may have a default: what raises where it cannot have this value, whatever the model.
+# Checks of default values by column, independent of the model.
 _DEFAULT_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "negative_prompt": lambda value, _: text(value),
     "num_images": _at_most(checks.count, MAX_IMAGES),
@@ -168,7 +168,7 @@ _DEFAULT_CHECKS: dict[str, Callable[[Any, str], Any]] = {
 
 
 def _check_folder(root: str) -> None:
-    """Raise where a folder of pictures is on this machine and is none."""
+    """Raise ValueError for a local path that is not a folder."""
     fs, path = fsspec.core.url_to_fs(root)
     if isinstance(fs, LocalFileSystem) and not os.path.isdir(path):
         raise ValueError(f"files: there is no folder {shorten(root, 240)}")
@@ -176,7 +176,7 @@ def _check_folder(root: str) -> None:
 
 @contextlib.contextmanager
 def _listed(faults: list[str], name: str = "") -> Any:
-    """Add what is raised to `faults`, with the name of the setting in front where it lacks that."""
+    """Add errors raised in the block to `faults`, prefixed with the name of the setting."""
     try:
         yield
     except JobError as error:
@@ -188,7 +188,7 @@ def _listed(faults: list[str], name: str = "") -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class OpenJob:
-    """A job that has been looked at: its rows counted, its mode known."""
+    """A job after its rows were scanned and its mode was determined."""
 
     job: Job
     mode: str
@@ -198,19 +198,19 @@ class OpenJob:
 
     @property
     def pipeline(self) -> type[CombinedPipeline]:
-        """What draws it."""
+        """Pipeline class of the mode."""
         return PIPELINES[self.mode]
 
     @property
     def shards(self) -> int:
-        """How many units of work there are."""
+        """Number of shards."""
         return -(-self.rows.count // self.job.rows_per_shard)
 
     @functools.cached_property  # it reads the model's folder
     def identity(self) -> dict[str, Any]:
-        """What has to be the same in every run of the job, for the result to be that of one run.
+        """Everything that determines the result, which must be the same in every run of the job.
 
-        Where the rows and the model lie is not part of it, and neither are processes and devices.
+        Paths of the rows and the model are not part of it, nor are processes and devices.
         """
         versions = {name: importlib.metadata.version(name) for name in ("kandinsky_jax", "jax", "Pillow")}
         job = self.job
@@ -230,19 +230,19 @@ class OpenJob:
         }
 
     def begin(self) -> None:
-        """Make the output folder the job's, or see that it is.
+        """Start the job in the output folder, or check that it was started there.
 
         Raises:
-            JobError: where it is another job's, see `Output.begin`, or where the model is not one of the mode, or its
-                schedulers do not take so many steps; nothing is written then.
-            CheckpointError: where there is no such model.
+            JobError: for the folder of another job (see `Output.begin`), a model of another mode, or a number of steps
+                that its schedulers do not take; nothing is written then.
+            CheckpointError: for a model that does not exist.
         """
         if faults := self._model_faults():
             raise JobError(faults)
         self.output.begin(self.identity, lambda: model_files.names_and_sizes(self.pipeline, self.model, self.job.prior))
 
     def _model_faults(self) -> list[str]:
-        """What of the settings does not fit the model, so that no row could be generated."""
+        """List settings that do not fit the model, with which no row could be generated."""
         folder, *prior = model_files.folders(self.pipeline, self.model, self.job.prior)
         if hub.kind(folder) != self.pipeline.REPOSITORY:
             needed = " or ".join(hub.KINDS[self.pipeline.REPOSITORY])
@@ -267,7 +267,7 @@ class OpenJob:
         return faults
 
     def _may_be_unused(self, name: str) -> bool:
-        """Whether a setting is the release's default, and rows may have values of their own."""
+        """Return whether rows may override a setting that has its default value."""
         by_row = self.rows.kind == "jsonl" or name in self.rows.columns
         usual = DEFAULTS.get(name, STRENGTH)
         return by_row and self.job.settings.get(name, usual) == usual
@@ -279,19 +279,19 @@ def _scheduler(folder: Path, name: str) -> Scheduler:
 
 
 def open_job(job: Job) -> OpenJob:
-    """Look at a job.
+    """Check a job and scan its rows.
 
     Raises:
-        JobError: listing everything that is wrong with it.
+        JobError: listing all faults.
     """
     faults = job.faults()
     rows = output = None
     with _listed(faults):
         rows = scan(job.rows)
-    if job.form in FORMATS:
+    if job.form in OUTPUT_FORMATS:
         try:
             output = Output(job.output, job.form, job.pictures)
-        except (ImportError, ValueError, OSError) as error:  # no such kind of URL, or its package is not installed
+        except (ImportError, ValueError, OSError) as error:  # an unknown protocol, or its package is not installed
             faults.append(f"{job.output} cannot be written to: {error}")
     if faults or rows is None or output is None:
         raise JobError(faults)
@@ -303,10 +303,10 @@ def open_job(job: Job) -> OpenJob:
 
 
 def _mode_faults(rows: RowFile, mode: str) -> list[str]:
-    """Why no row can be of a mode; rows are read up to the first where that is not so, mostly the first of all."""
+    """List reasons why no row fits a mode; rows are read up to the first that fits, usually the first one."""
     path, columns = shorten(rows.path, 240), set(rows.columns)
     lacking = set(MODES[mode])  # in all rows so far
-    surplus = set(FILES) - lacking  # likewise
+    surplus = set(PICTURE_COLUMNS) - lacking  # likewise
     if rows.kind != "jsonl":
         if missing := lacking - columns:
             return [f"the mode {mode} needs {_and(missing)} of a row, for which {path} has no column"]
@@ -322,16 +322,16 @@ def _mode_faults(rows: RowFile, mode: str) -> list[str]:
     if seen and lacking:
         return [f"the mode {mode} needs {_and(lacking)} of a row, which no row of {path} has"]
     if seen and surplus:
-        return [f"the mode {mode} has no place for {_and(surplus)}, which every row of {path} has"]
+        return [f"the mode {mode} does not use {_and(surplus)}, which every row of {path} has"]
     return []
 
 
 def _and(names: Iterable[str]) -> str:
-    return " and ".join(name for name in FILES if name in names)
+    return " and ".join(name for name in PICTURE_COLUMNS if name in names)
 
 
 def _mode_of(rows: RowFile) -> str:
-    """What the columns ask for."""
+    """Return the mode that takes the columns."""
     names = set(rows.columns) or set(next(rows.read(0, 1)).values)
     files = names & {"image", "mask", "hint"}
     modes = [mode for mode, needed in MODES.items() if set(needed) == files]

@@ -1,4 +1,4 @@
-"""Which model a batch job runs: the content of the files that are read of it."""
+"""Identity of a batch job's model: digests of the files that loading reads."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from kandinsky_jax.tensors import files
 
 
 def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> dict[str, str]:
-    """SHA-256 of each file that a pipeline is loaded from, by its path; a prior's begin with `prior/`.
+    """Compute SHA-256 of each file that a pipeline is loaded from, by path; those of a prior begin with `prior/`.
 
-    Weights, configurations and tokenizers count; a README, a manifest or weights in a format that is not chosen do not.
-    Every byte is read, one thread a file, because a change of a few tensors must be noticed: 1.4 GB/s a core, so
-    4 to 7 s for 10 GB on two cores, after which loading finds the files in memory. Weights in the Hub's cache cost
-    nothing: their names are their digests.
+    Weights, configurations and tokenizers are included; a README, a manifest or weights in a format that is not read
+    are not. Every byte is read, in one thread per file, so that a change of few tensors is noticed: 1.4 GB/s per core,
+    4 to 7 s for 10 GB on two cores, after which loading finds the files in the page cache. Weights in the Hub's cache
+    take no time: they are named by their digests.
 
     Raises:
-        CheckpointError: where there is no such model, or its files cannot be read.
+        CheckpointError: for a model that does not exist, or files that cannot be read.
     """
     found: dict[str, Path] = {}
     for prefix, folder in zip(("", "prior/"), folders(pipeline, model, prior), strict=False):
@@ -34,7 +34,7 @@ def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> 
 
 
 def folders(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> list[Path]:
-    """A decoder's folder, and its prior's, unless the decoder's has both."""
+    """Return the folder of a decoder and that of its prior, or one folder that has both."""
     folder = Path(hub.resolve(model, pipeline.REPOSITORY))
     if any(name.startswith("prior_") for name in hub.components(folder)):
         return [folder]
@@ -42,7 +42,7 @@ def folders(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> 
 
 
 def _read_files(part: Path) -> Iterator[Path]:
-    """Of a component's folder, the files that are read."""
+    """Yield the files of a component's folder that loading reads."""
     yield from (part / name for name in COMPONENT_FILES if (part / name).is_file())
     if (part / orbax.FOLDER).is_dir():
         yield from sorted(path for path in files_below(part / orbax.FOLDER) if path.is_file())
@@ -53,17 +53,17 @@ def _read_files(part: Path) -> Iterator[Path]:
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """The files that differ, with what became of those that only one of the two has."""
+    """List the files that differ; those on one side only are marked as new or gone."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return [name + ("" if name in before and name in now else " (new)" if name in now else " (gone)") for name in names]
 
 
 def names_and_sizes(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> str:
-    """What `job.json` of the format versions 0 and 1 has of a model: a digest of all files' names and sizes."""
+    """Compute the model's digest of format versions 0 and 1 of `job.json`: of all files' names and sizes."""
     digest = hashlib.sha256()
-    for place in folders(pipeline, model, prior):
-        for path in sorted(p for p in files_below(place) if p.is_file()):
-            digest.update(f"{path.relative_to(place)} {path.stat().st_size}\n".encode())
+    for folder in folders(pipeline, model, prior):
+        for path in sorted(p for p in files_below(folder) if p.is_file()):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
             if path.suffix == ".json" and path.stat().st_size < 1 << 20:
                 digest.update(path.read_bytes())
     return digest.hexdigest()

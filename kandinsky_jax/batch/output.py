@@ -1,14 +1,13 @@
-"""Where a job's pictures go: one file or folder a shard, complete or absent, in a local folder or at any fsspec URL.
+"""Output of a job: one file or folder per shard, written atomically, in a local folder or at any fsspec URL.
 
-    OUT/job.json              what the job is; a run with another job in mind stops here
-    OUT/000000.tar            a shard in WebDataset's form: ID.png and ID.json for each picture
-    OUT/errors/000000.jsonl   the rows of the shard that could not be drawn, and why; absent where there are none
-    OUT/errors.jsonl          all of these, when the last shard is complete
+    OUT/job.json              identity of the job; a run of another job is refused
+    OUT/000000.tar            a shard in WebDataset format: ID.png and ID.json for each picture
+    OUT/errors/000000.jsonl   rows of the shard that could not be generated, with reasons; absent if there are none
+    OUT/errors.jsonl          all of these, once the last shard is complete
 
-or, as a folder of pictures, OUT/images/000000/ID.png and OUT/manifest/000000.parquet in the place of the tar file. The
-tar file or manifest is written last: where it is, the shard is complete. A file of that name that is empty or cut short
-is no shard, and is made again; files of other names do not count. How files come to be complete or absent, also where
-two processes write the same one, is described in `kandinsky_jax.batch.files`.
+As a folder of pictures, there are OUT/images/000000/ID.png and OUT/manifest/000000.parquet instead of the tar file. The
+tar file or manifest is written last and marks the shard as complete. An empty or truncated file of that name is
+replaced; files of other names are ignored. `kandinsky_jax.batch.files` describes atomic writes by several processes.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ from kandinsky_jax.batch.model_files import changed
 from kandinsky_jax.batch.rows import JobError, parquet
 from kandinsky_jax.errors import quote, shorten, summarize
 
-FORMATS = ("webdataset", "folder")
-FORMAT_VERSION = 2  # of job.json and the shards; 1 had one digest of the model, 0 no number; both are resumed
+OUTPUT_FORMATS = ("webdataset", "folder")
+FORMAT_VERSION = 2  # of job.json and shards; 1 had a single digest of the model, 0 no version; both can be resumed
 _BLOCK = tarfile.BLOCKSIZE
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of an object: different in every run
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of an object, different in every run
 
 
-class Drawn(NamedTuple):
-    """A picture of a shard."""
+class GeneratedImage(NamedTuple):
+    """A generated and encoded picture of a shard."""
 
-    key: str  # its name without the ending
+    key: str  # file name without suffix
     data: bytes  # the encoded picture
-    about: dict[str, Any]  # what it takes to draw it again
-    fault: str | None = None  # why there is no picture
+    about: dict[str, Any]  # settings that reproduce it
+    fault: str | None = None  # the reason if there is no picture
 
 
 class Failed(NamedTuple):
     """Rows of a complete job that could not be generated."""
 
     rows: int
-    shards: list[str]  # files of the shards that they are in; a shard whose file is removed is made again
+    shards: list[str]  # files of their shards; a shard whose file is removed is made again
 
 
 class Output:
@@ -56,26 +55,26 @@ class Output:
 
     Args:
         url: a local path or an fsspec URL.
-        form: one of `FORMATS`.
+        form: one of `OUTPUT_FORMATS`.
         suffix: of the pictures, such as "png".
     Raises:
-        ImportError, ValueError, OSError: where there is no such file system, or its package is not installed.
+        ImportError, ValueError, OSError: for an unknown file system, or one whose package is not installed.
     """
 
     def __init__(self, url: str, form: str, suffix: str):
         self.url, self.form, self.suffix = url, form, suffix
         self._files = open_files(url)
-        self._stale: set[str] = set()  # errors of shards that are made now, by an earlier run
+        self._stale: set[str] = set()  # error files of an earlier run, for shards that are made again
 
     def begin(self, identity: dict[str, Any], older_model: Callable[[], str] | None = None) -> None:
-        """Make the folder the job's, or see that it is; other processes may do the same at this moment.
+        """Start the job in this folder, or check that it was started here; safe against concurrent processes.
 
         Args:
             identity: of the job.
-            older_model: what the format versions 0 and 1 have in the place of `identity["model"]`.
+            older_model: computes the value of `identity["model"]` in format versions 0 and 1.
         Raises:
-            JobError: naming what differs where it is another job's, or no job's.
-            OSError: where it cannot be read or written.
+            JobError: for the folder of another job, naming the differences, or a folder with other content.
+            OSError: for a folder that cannot be read or written.
         """
         text = json.dumps({"format_version": FORMAT_VERSION} | identity, indent=2) + "\n"
         found = self._files.sizes("")
@@ -93,7 +92,7 @@ class Output:
         self._compare(known, json.loads(text), older_model)
 
     def _compare(self, data: bytes, identity: dict[str, Any], older_model: Callable[[], str] | None) -> None:
-        """Raise where job.json is damaged, of a later version, or another job's."""
+        """Raise JobError where job.json is damaged, of a later version, or of another job."""
         try:
             known = reading.parse_json(data)
             if not isinstance(known, dict):
@@ -120,9 +119,9 @@ class Output:
     # Shards -------------------------------------------------------------------------------------------------------
 
     def complete(self, count: int) -> set[int]:
-        """Those of a job's shards, numbered from 0 to `count` - 1, that are complete.
+        """Return which of a job's shards, numbered from 0 to `count` - 1, are complete.
 
-        A file that has a shard's name and is none, because it is empty or cut short, is warned of.
+        Empty or truncated files with a shard's name give a warning.
         """
         folder = "" if self.form == "webdataset" else "manifest"
         found = self._files.sizes(folder)
@@ -141,7 +140,7 @@ class Output:
         return complete
 
     def is_complete(self, shard: int) -> bool:
-        """Whether one shard is complete, by this process or another."""
+        """Return whether a shard is complete, by this process or another."""
         name = self._name(shard)
         size = self._files.size(name)
         if size is None:
@@ -153,7 +152,7 @@ class Output:
         return f"{shard:06d}.tar" if self.form == "webdataset" else f"manifest/{shard:06d}.parquet"
 
     def _is_whole(self, size: int, head: bytes, tail: bytes, errors: bool) -> bool:
-        """Whether a file of this size, with these first and last bytes, is a shard that was not cut short."""
+        """Return whether a file of this size, with these first and last bytes, is a complete shard."""
         if self.form == "folder":
             footer = int.from_bytes(tail[-8:-4], "little")
             return size >= 12 and head[:4] == tail[-4:] == b"PAR1" and footer + 12 <= size
@@ -162,18 +161,18 @@ class Output:
         return head[257:262] == b"ustar" or (errors and size == tarfile.RECORDSIZE and not any(head))
 
     def sweep(self) -> None:
-        """Remove what killed runs have left, of whatever shard; what others write now stays."""
+        """Remove scratch files of killed runs; those of running processes stay."""
         pictures = [f"images/{name}" for name, size in self._files.sizes("images").items() if size is None]
         self._files.sweep(("", "errors", "manifest", "images", *pictures))
         self._stale = {name for name in self._files.sizes("errors") if not name.startswith(".")}
 
-    def write(self, shard: int, pictures: Sequence[Drawn], errors: Sequence[dict[str, Any]]) -> bool:
-        """Write a shard; when this returns, it is complete.
+    def write(self, shard: int, pictures: Sequence[GeneratedImage], errors: Sequence[dict[str, Any]]) -> bool:
+        """Write a shard, which is complete when this returns.
 
         Returns:
-            whether this call has written it; False where another process was first, whose shard stays as it is.
+            whether this call has written it; False if another process has completed it first.
         Raises:
-            OSError: where it cannot be written; it is absent then.
+            OSError: if it cannot be written; it stays absent.
         """
         number, name = f"{shard:06d}", self._name(shard)
         if self.is_complete(shard):
@@ -193,10 +192,10 @@ class Output:
             return True
         if self.is_complete(shard):
             return False
-        return self._files.write(name, fill, overwrite=True)  # what was there is no shard
+        return self._files.write(name, fill, overwrite=True)  # the existing file is not a shard
 
     def finish(self, count: int) -> Failed:
-        """When all shards are complete: the errors of all in one file."""
+        """Collect the errors of all shards in one file, once all are complete."""
         found = self._files.sizes("errors")
         shards = [number for number in range(count) if f"{number:06d}.jsonl" in found]
         if not shards:
@@ -215,7 +214,7 @@ _PARTS = {"defaults": "{}", "rows": "the {} of rows", "versions": "the version o
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities of a job, each setting by its own name."""
+    """List the differences of two identities of a job, by setting."""
     faults = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
@@ -237,7 +236,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _change(name: str, before: Any, now: Any) -> str:
-    """A setting's two values, from where they differ on if they are long."""
+    """Describe a setting's two values; long ones from where they differ."""
     old, new = ("not given" if value is None else quote(value, 2000) for value in (before, now))
     alike = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     if alike > 40:
@@ -249,19 +248,19 @@ def _change(name: str, before: Any, now: Any) -> str:
 
 
 def json_line(value: Any) -> bytes:
-    """A value as a line of JSON that any reader takes, the same in every run.
+    """Encode a value as a line of standard JSON, the same in every run.
 
-    Numbers that JSON does not have become text, "Infinity", "-Infinity" and "NaN", as in Protocol Buffers; what is no
-    JSON value becomes its text, without addresses in memory.
+    Numbers without a JSON form become text, "Infinity", "-Infinity" and "NaN", as in Protocol Buffers; other values
+    become their text, without memory addresses.
 
     Raises:
-        ValueError: where it is nested too deeply, or has keys that are not text.
+        ValueError: for values nested too deeply, or keys that are not text.
     """
     try:
         text = json.dumps(_finite(value), ensure_ascii=False, default=_text, allow_nan=False)
     except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"cannot be written as JSON: {shorten(str(error), 100)}") from None
-    return (text + "\n").encode(errors="backslashreplace")  # an unpaired surrogate, as JSON escapes it
+    return (text + "\n").encode(errors="backslashreplace")  # unpaired surrogates, escaped as in JSON
 
 
 def _finite(value: Any) -> Any:
@@ -277,7 +276,7 @@ def _text(value: Any) -> str:
 
 
 def _error_line(error: dict[str, Any]) -> bytes:
-    """A line of errors.jsonl; the row's identifier may be anything that a row can hold."""
+    """Encode a line of errors.jsonl; the row's identifier may be any value."""
     name = error.get("id")
     short = isinstance(name, str) and len(name) <= 200
     if not (name is None or short or (isinstance(name, int) and abs(name) < 2**63)):
@@ -286,17 +285,17 @@ def _error_line(error: dict[str, Any]) -> bytes:
 
 
 def _row_number(line: bytes) -> Any:
-    """The row that a line of errors.jsonl is about; a row of several pictures may have several lines."""
+    """Return the row of a line of errors.jsonl; a row of several pictures may have several lines."""
     try:
         return json.loads(line)["row"]
     except (ValueError, TypeError, KeyError, RecursionError):  # damaged
         return line
 
 
-def _write_tar(file: BinaryIO, pictures: Sequence[Drawn], suffix: str) -> None:
-    """WebDataset: the files of one sample share a name, and are neighbours. Nothing in it tells when or where.
+def _write_tar(file: BinaryIO, pictures: Sequence[GeneratedImage], suffix: str) -> None:
+    """Write a WebDataset shard: files of one sample share a name and are adjacent; no times or owners are stored.
 
-    Names of up to 100 characters give the bytes of the older USTAR form; PAX takes longer ones too.
+    With names of up to 100 characters the bytes are those of the older USTAR format; PAX allows longer ones.
     """
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for picture in pictures:
@@ -309,18 +308,18 @@ def _write_tar(file: BinaryIO, pictures: Sequence[Drawn], suffix: str) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-# Of the manifest: the same in every shard, also where a shard has nothing in a column.
-COLUMNS = {
+# Columns of the manifest, the same in every shard even where one is empty.
+MANIFEST_COLUMNS = {
     "string": "file_name id prompt negative_prompt mode model prior scheduler dtype image mask hint metadata".split(),
     "int64": "seed image_number height width steps prior_steps batch".split(),
     "float64": "guidance_scale prior_guidance_scale strength".split(),
 }
 
 
-def _write_manifest(file: BinaryIO, pictures: Sequence[tuple[str, Drawn]]) -> None:
+def _write_manifest(file: BinaryIO, pictures: Sequence[tuple[str, GeneratedImage]]) -> None:
     import pyarrow
 
-    schema = pyarrow.schema([(name, kind) for kind, names in COLUMNS.items() for name in names])
+    schema = pyarrow.schema([(name, kind) for kind, names in MANIFEST_COLUMNS.items() for name in names])
     rows = []
     for path, picture in pictures:
         row = {"file_name": path, **picture.about}

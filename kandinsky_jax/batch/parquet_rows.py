@@ -1,4 +1,4 @@
-"""Rows of a Parquet file, a few of them in memory at a time, whatever the size of its row groups."""
+"""Rows of a Parquet file, with few of them in memory whatever the size of its row groups."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
 def open_parquet(file: BinaryIO) -> Any:
-    """A `ParquetFile` that reads its columns piece by piece."""
+    """Open a `ParquetFile` that reads its columns in pieces."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
 
 
 class ParquetReader:
-    """Any rows of a file; fastest in rising order.
+    """Random access to the rows of a file; fastest in ascending order.
 
-    Rows whose data is damaged have that as their fault, up to the end of their row group.
+    Damaged rows, up to the end of their row group, are yielded with a fault.
     """
 
     def __init__(self, file: BinaryIO):
@@ -42,7 +42,7 @@ class ParquetReader:
         self._damage: dict[int, tuple[int, str]] = {}  # by row group: the first row that cannot be read, and why
 
     def rows(self, first: int, count: int) -> Iterator[Raw]:
-        """The rows first .. first + count - 1, as many of them as there are."""
+        """Yield the rows first .. first + count - 1, up to the end of the file."""
         number, end = first, min(first + count, int(self._begins[-1]))
         while number < end:
             group = int(np.searchsorted(self._begins, number, side="right")) - 1
@@ -59,8 +59,8 @@ class ParquetReader:
                 number += part.num_rows
 
     def _part(self, group: int, number: int, end: int) -> Any:
-        """Some rows from `number` on, at most to `end`; None where they are damaged."""
-        for attempt in range(2):  # the second time, what a network had damaged comes right
+        """Return some rows from `number` on, at most to `end`; None if they are damaged."""
+        for attempt in range(2):  # the second one repairs transmission errors
             if group in self._damage and number >= self._damage[group][0]:
                 return None
             try:
@@ -78,7 +78,7 @@ class ParquetReader:
         return None
 
     def _load(self, group: int, number: int) -> None:
-        """Make the batch that has row `number` the last one."""
+        """Advance to the batch that contains row `number`."""
         if group == self._group and self._begin <= number < self._next:
             return
         if group != self._group or number < self._next:
@@ -92,12 +92,12 @@ class ParquetReader:
 
 
 def _is_damage(error: OSError) -> bool:
-    """Whether pyarrow raised it for data that it cannot decode, and not a file system."""
+    """Return whether pyarrow raised the error for damaged data, rather than a file system."""
     return type(error) is OSError and error.errno is None
 
 
 def _values(column: Any) -> list[Any]:
-    """A column as Python objects, the same with and without pandas."""
+    """Convert a column to Python objects, the same with and without pandas."""
     if not _has_times(column.type):
         with contextlib.suppress(ValueError, OverflowError):  # text that is not UTF-8
             return column.to_pylist()
@@ -115,8 +115,8 @@ def _has_times(kind: Any) -> bool:
 
 
 def _value(scalar: Any) -> Any:
-    """A value with times as ISO 8601 has them (pyarrow's own conversion needs pandas for nanoseconds), and with
-    surrogates for bytes that are not UTF-8."""
+    """Convert a value, with times in ISO 8601 (pyarrow's conversion of nanoseconds needs pandas) and surrogates for
+    bytes that are not UTF-8."""
     import pyarrow.types
 
     kind = scalar.type
@@ -156,9 +156,9 @@ def _time(scalar: Any) -> Any:
 
 
 def marks(file: BinaryIO) -> tuple[list[str], int, np.ndarray | None]:
-    """The columns, how many rows, and int64 `[rows]` that are equal where two rows have the same id.
+    """Return the columns, the number of rows, and hashes of the rows' ids, int64 `[rows]`.
 
-    The marks are None where there is no column of ids, so that no two can be equal.
+    The hashes are None without a column of ids.
     """
     table = open_parquet(file)
     columns = list(table.schema_arrow.names)
@@ -175,7 +175,7 @@ def marks(file: BinaryIO) -> tuple[list[str], int, np.ndarray | None]:
 
 
 def _marks(column: Any, number: int) -> np.ndarray:
-    """64 bits of each id; a row without one has its number in nine digits."""
+    """Hash ids to 64 bits; a row without one has its number in nine digits as id."""
     import pyarrow
     import pyarrow.compute
 
@@ -194,7 +194,7 @@ def _marks(column: Any, number: int) -> np.ndarray:
 
 
 def _hash(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int64 of the strings `data[start : start + length]`, word by word for all of them; for ids, which are short."""
+    """Hash the strings `data[start : start + length]` to int64, vectorised over all of them; meant for short ids."""
     padded = np.concatenate([data, np.zeros(2 * _WORD, np.uint8)])
     words = np.ndarray(len(padded) - _WORD, np.dtype("<u8"), padded.data, strides=(1,))  # one from every byte on
     result = lengths.astype(np.uint64)

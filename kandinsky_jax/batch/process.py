@@ -1,6 +1,6 @@
-"""Which process this is, and of how many: as whatever has started it says.
+"""Rank of this process and number of processes, as set by the launcher.
 
-Processes of a batch job share nothing but the folder that they write to, so their numbers are all they have to know.
+Processes of a batch job share only the output folder, so they need no other information.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 
 import jax
 
-# Variables that launchers set: this process's number, how many there are. The first pair that is set counts.
+# Environment variables of launchers: rank, number of processes. The first pair that is set applies.
 VARIABLES = (
     ("KANDINSKY_JAX_PROCESS", "KANDINSKY_JAX_PROCESSES"),
     ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),  # Kubernetes sets the first one, our manifests the second
@@ -21,7 +21,7 @@ VARIABLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One of the processes that do a job; number `index` of `count`, from 0."""
+    """One of the processes of a job; number `index` of `count`, from 0."""
 
     index: int = 0
     count: int = 1
@@ -30,15 +30,15 @@ class Process:
 def this_process(
     index: int | None = None, count: int | None = None, distributed: bool = False, coordinator: str | None = None
 ) -> Process:
-    """Which process this is.
+    """Determine the rank of this process.
 
     Args:
-        index, count: as the user says; they count before what a launcher has set.
-        distributed: join the others by `jax.distributed`, as the hosts of one TPU slice have to, which together start
-            its chips. It asks the launcher for what is not given.
+        index, count: given by the user; they take precedence over the launcher's variables.
+        distributed: initialise `jax.distributed`, as hosts of a TPU slice must, which start its chips together. It
+            detects values that are not given.
         coordinator: address and port of process 0, for `jax.distributed`.
     Raises:
-        ValueError: where one number is given without the other, or they make no process.
+        ValueError: for one number without the other, or an impossible combination.
     """
     if (index is None) != (count is None):
         raise ValueError("give the number of this process and how many there are, or neither")
@@ -62,8 +62,8 @@ def this_process(
 
 
 def _joined(index: int | None, count: int | None, coordinator: str | None) -> Process:
-    """Join the others, start the devices with them, and part: from then on, none that is lost takes others along."""
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is for the job
+    """Initialise `jax.distributed` to start the devices, then shut it down, so that processes fail independently."""
+    jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM, which the job handles
     jax.distributed.initialize(coordinator, count, index)
     try:
         return Process(jax.process_index(), jax.process_count())

@@ -1,7 +1,7 @@
-"""A job's rows, read from JSONL, CSV, Parquet or plain text, on this machine or at any URL that fsspec knows.
+"""Rows of a job, from JSONL, CSV, Parquet or plain text, in a local file or at any fsspec URL.
 
-A file is read whole once (`scan`): how many rows it has, where they begin, which identifiers are taken twice, and its
-SHA-256. After that, any slice of it is read by itself, so that a host reads what it generates.
+A file is read once completely (`scan`) to find the number of rows, where they begin, repeated identifiers, and its
+SHA-256. After that, any slice can be read by itself, so that a host reads only the rows that it generates.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from kandinsky_jax.batch.text_rows import STRIDE, Raw
 from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten, summarize
 from kandinsky_jax.schedulers.base import near
 
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-# The columns that a job may have, and what they mean.
-COLUMNS = {
+ROW_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+# Columns of a job's file, with their descriptions.
+ROW_COLUMNS = {
     "id": "letters, digits, - and _, at most 95; names the picture; default: the row's number",
-    "prompt": "what to draw",
-    "negative_prompt": "what to keep away from",
+    "prompt": "what to generate",
+    "negative_prompt": "what to avoid",
     "seed": "default: the job's seed plus the row's number",
     "num_images": "pictures of this row, with the same seed",
     "height": "pixels",
@@ -43,12 +43,12 @@ COLUMNS = {
     "image": "path of a picture to start from",
     "mask": "path of a mask; white is repainted",
     "hint": "path of a depth map",
-    "metadata": "anything; is copied beside the picture, as JSON",
+    "metadata": "any value; stored with the picture, as JSON",
 }
 
 
 class JobError(ValueError):
-    """What is wrong with a job as a whole, one fault a line; `faults` has them all."""
+    """A job is invalid as a whole; `faults` lists all faults, one per line of the message."""
 
     def __init__(self, faults: list[str]):
         self.faults = faults
@@ -56,7 +56,7 @@ class JobError(ValueError):
 
 
 class RowNumbers(Set[int]):
-    """A set of row numbers that takes a byte for each row of the file, and not for each of its members."""
+    """A set of row numbers as a mask, one byte per row of the file."""
 
     def __init__(self, which: np.ndarray):
         self._which = which  # bool [rows]
@@ -80,17 +80,17 @@ class RowFile:
     count: int = 0
     sha256: str = ""
     columns: list[str] = field(default_factory=list)  # of a CSV or Parquet file
-    taken: Set[int] = frozenset()  # rows whose id an earlier row has
+    taken: Set[int] = frozenset()  # rows that repeat the id of an earlier row
     starts: array = field(default_factory=lambda: array("q"))  # where every STRIDE-th row begins, in bytes
     newline: str = "\n"  # of a text file
-    _reader: parquet_rows.ParquetReader | None = field(default=None, repr=False)  # which goes on where it was
+    _reader: parquet_rows.ParquetReader | None = field(default=None, repr=False)  # keeps its position
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def read(self, first: int, count: int) -> Iterator[Raw]:
-        """The rows first .. first + count - 1.
+        """Yield the rows first .. first + count - 1.
 
         Raises:
-            JobError: where the file is no longer what was scanned.
+            JobError: for a file that has changed since it was scanned.
         """
         number, end = first, min(first + count, self.count)
         for raw in self._parquet(first, end) if self.kind == "parquet" else self._text(first, end):
@@ -113,11 +113,11 @@ class RowFile:
             reader, self._reader = self._reader, None
         reader = reader or parquet_rows.ParquetReader(fsspec.open(self.path, "rb").open())
         yield from reader.rows(first, max(0, end - first))
-        self._reader = reader  # not where the rows were not all asked for: the next ones open the file again
+        self._reader = reader  # only if all rows were consumed; otherwise the file is opened again
 
 
 def parquet() -> Any:
-    """pyarrow's reader and writer of Parquet, which only those need who use that format."""
+    """Import pyarrow's Parquet module, an optional dependency."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -126,30 +126,30 @@ def parquet() -> Any:
 
 
 def scan(path: str) -> RowFile:
-    """Look through a file of rows.
+    """Scan a file of rows.
 
     Raises:
-        JobError: where it cannot be read, has no row, or has columns that do not exist, or no prompts.
+        JobError: for a file that cannot be read, or has no rows, unknown columns or no prompts.
     """
     suffix = "." + path.rsplit(".", 1)[-1].lower()
-    if suffix not in FORMATS:
-        raise JobError([f"{path} should end in one of {', '.join(FORMATS)}"])
-    found = RowFile(path, FORMATS[suffix])
+    if suffix not in ROW_FORMATS:
+        raise JobError([f"{path} should end in one of {', '.join(ROW_FORMATS)}"])
+    found = RowFile(path, ROW_FORMATS[suffix])
     try:
         fs, local = fsspec.core.url_to_fs(path)
         if isinstance(fs, LocalFileSystem):
-            reading.check_regular(local)  # a pipe would be waited for
+            reading.check_regular(local)  # reading a pipe would block
         marks = _scan_parquet(found) if found.kind == "parquet" else _scan_text(found)
         faults = _faults(found)
         if marks is not None and not faults:
-            found.taken = RowNumbers(_taken(found, marks))
+            found.taken = RowNumbers(_repeated_ids(found, marks))
     except JobError:
         raise
     except FileNotFoundError:
         raise JobError([f"there is no file {path}"]) from None
     except reading.ReadError as error:
         raise JobError([reading.of_file(path, error)]) from None
-    except Exception as error:  # whatever a remote file system or a broken Parquet file raises
+    except Exception as error:  # remote file systems and damaged Parquet files raise many kinds
         raise JobError([f"{path} cannot be read: {type(error).__name__}: {shorten(str(error), 250)}"]) from None
     if faults:
         raise JobError([f"{path}: {fault}" for fault in faults])
@@ -159,7 +159,7 @@ def scan(path: str) -> RowFile:
 def _faults(found: RowFile) -> list[str]:
     faults = []
     if found.kind in ("csv", "parquet"):
-        unknown = [name for name in found.columns if name not in COLUMNS]
+        unknown = [name for name in found.columns if name not in ROW_COLUMNS]
         twice = sorted({name for name in found.columns if found.columns.count(name) > 1})
         faults += _unknown(unknown)
         if twice:
@@ -172,19 +172,19 @@ def _faults(found: RowFile) -> list[str]:
 
 
 def _unknown(names: list[str]) -> list[str]:
-    """What is to be said of columns that have no meaning."""
+    """List faults for unknown columns."""
     for mark, called in ((";", "semicolons"), ("\t", "tabs")):
-        if any(mark in name and not COLUMNS.keys().isdisjoint(name.split(mark)) for name in names):
+        if any(mark in name and not ROW_COLUMNS.keys().isdisjoint(name.split(mark)) for name in names):
             return [f"its columns are separated by {called}; needed are commas"]
     faults, others = [], []
     for name in names:
-        hint = near(name.strip().lower(), COLUMNS)
+        hint = near(name.strip().lower(), ROW_COLUMNS)
         if hint.startswith("did you mean"):
             faults.append(f"there is no column {quote(name, 40)}; {hint}")
         else:
             others.append(quote(name, 40))
     if others:
-        faults.append(f"there is no column {summarize(others, 120, ', ')}; there are {', '.join(COLUMNS)}")
+        faults.append(f"there is no column {summarize(others, 120, ', ')}; there are {', '.join(ROW_COLUMNS)}")
     return faults
 
 
@@ -216,12 +216,12 @@ def _sha256(path: str) -> str:
 
 
 def default_id(number: int) -> str:
-    """The identifier of a row that names none."""
+    """Return the identifier of a row without one."""
     return f"{number:09d}"
 
 
-def _taken(found: RowFile, marks: np.ndarray) -> np.ndarray:
-    """Which rows have the id of an earlier row, bool `[rows]`; marks that are equal by chance are told apart."""
+def _repeated_ids(found: RowFile, marks: np.ndarray) -> np.ndarray:
+    """Find rows that repeat an earlier row's id, bool `[rows]`; ids with equal hashes are compared themselves."""
     order = np.sort(marks)
     equal = np.unique(order[1:][order[1:] == order[:-1]])
     taken = np.zeros(len(marks), bool)

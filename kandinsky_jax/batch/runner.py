@@ -1,14 +1,13 @@
-"""Draws a job: reading, drawing, encoding and writing at the same time, shard by shard.
+"""Runs a job shard by shard; reading, generating, encoding and writing overlap.
 
-    rows -> tasks        one thread: read, check, open the rows' pictures
-    tasks -> calls       groups of equal shape; on every device, always the same number of pictures
-    calls -> pixels      the main thread, and the devices: text tower, prior, decoder, MoVQ
+    rows -> requests     one thread: read, check, open the rows' pictures
+    requests -> calls    groups of equal shape; always the same number of pictures on every device
+    calls -> pixels      the main thread and the devices: text tower, prior, decoder, MoVQ
     pixels -> bytes      threads: wait for the device, encode
     bytes -> shard       one thread: write, rename
 
-The pictures of a shard are dealt out to groups in a way that does not depend on the number of devices, and a group is
-one device's share of a call. So a picture always has the same neighbours in the same program, and a shard is the same
-bytes wherever and however often it is drawn.
+The pictures of a shard are grouped independently of the number of devices, and a device runs one group per call. So a
+picture always has the same neighbours in the same program, and a shard has the same bytes wherever it is generated.
 """
 
 from __future__ import annotations
@@ -27,77 +26,77 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax import images
 from kandinsky_jax.batch.job import OpenJob
-from kandinsky_jax.batch.output import Drawn, json_line
+from kandinsky_jax.batch.output import GeneratedImage, json_line
 from kandinsky_jax.batch.process import Process
-from kandinsky_jax.batch.tasks import Checker, RowError, Shape, Task
+from kandinsky_jax.batch.tasks import Checker, RowError, RowRequest, Shape
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.noise import image_keys
 from kandinsky_jax.pipelines import CombinedPipeline
 from kandinsky_jax.sampling import Network
 from kandinsky_jax.stop import Stop
 
-ENCODERS = 4  # threads; Pillow's compression runs beside Python
-AHEAD = 2  # shards that are read, drawn or written besides the one that is being drawn
+ENCODERS = 4  # threads; Pillow releases the GIL while compressing
+AHEAD = 2  # shards that are read or written while one is generated
 
 
 @dataclass
 class Report:
-    """What a process has done."""
+    """Result of one process."""
 
-    shards: int = 0  # written now
-    skipped: int = 0  # complete already
+    shards: int = 0  # written by this run
+    skipped: int = 0  # complete before
     images: int = 0
-    errors: int = 0  # rows that could not be drawn
+    errors: int = 0  # rows that could not be generated
     seconds: float = 0.0
-    drawing: float = 0.0  # seconds in which a device had something to do
-    complete: bool = False  # whether all shards of the job are there, of every process
-    failed: int = 0  # rows of the complete job, of every process and run, that could not be drawn
-    failed_shards: list[str] = field(default_factory=list)  # their files; a row whose file is removed is tried again
-    stopped: bool = False  # by a signal, before the end
+    generating: float = 0.0  # seconds in which a device was busy
+    complete: bool = False  # whether all shards of the job, by all processes, are complete
+    failed: int = 0  # rows of the complete job, over all processes and runs, that could not be generated
+    failed_shards: list[str] = field(default_factory=list)  # files of their shards; removed ones are made again
+    stopped: bool = False  # by a signal before the end
 
     @property
     def waited(self) -> float:
-        """The share of the time in which the devices had nothing to do."""
-        return max(0.0, 1 - self.drawing / self.seconds) if self.seconds else 0.0
+        """Fraction of the time in which the devices were idle."""
+        return max(0.0, 1 - self.generating / self.seconds) if self.seconds else 0.0
 
 
 class Unit(NamedTuple):
-    """One picture that is to be drawn."""
+    """One picture to generate."""
 
-    task: Task
-    image: int  # of the task's
+    request: RowRequest
+    image: int  # index among the row's pictures
 
     @property
     def key(self) -> str:
-        """Its name in the output."""
-        return self.task.id if self.task.num_images == 1 else f"{self.task.id}+{self.image}"
+        """Name of the picture in the output."""
+        return self.request.id if self.request.num_images == 1 else f"{self.request.id}+{self.image}"
 
 
 @dataclass
 class Shard:
-    """A unit of work, read and checked."""
+    """A unit of work, after its rows were read and checked."""
 
     number: int
     units: list[Unit]
     errors: list[dict[str, Any]]
     calls: list[list[Unit]]
-    drawn: list[Future[list[Drawn]]] = field(default_factory=list)
-    complete: bool = False  # another process has made it meanwhile
+    images: list[Future[list[GeneratedImage]]] = field(default_factory=list)
+    complete: bool = False  # whether another process has completed it
 
 
 def run(
     job: OpenJob, pipe: CombinedPipeline, process: Process, *, overlap: bool = True, quiet: bool = False, stop: Stop
 ) -> Report:
-    """Draw this process's shards of a job: each `process.count`-th, from `process.index` on, that is not complete.
+    """Generate this process's incomplete shards of a job: every `process.count`-th, from `process.index` on.
 
     Args:
         pipe: of the class `job.pipeline`.
-        overlap: False does one thing after the other, to measure what overlapping brings.
+        overlap: False runs the stages one after the other, to measure the effect of overlapping.
         quiet: no progress bar.
-        stop: tells when to end early.
+        stop: asks to end early.
     Raises:
-        JobError: where the output is another job's.
-        OSError: where it cannot be written to; what is complete stays so.
+        JobError: where the output belongs to another job.
+        OSError: where the output cannot be written to; complete shards stay.
     """
     job.begin()
     done, mine = job.output.complete(job.shards), range(process.index, job.shards, process.count)
@@ -116,13 +115,13 @@ def run(
 
 
 def rehearsal(job: OpenJob) -> Callable[[Any], None]:
-    """What calls a pipeline as the job will, with its first good row: for `from_pretrained(..., warmup=...)`."""
+    """Return a function that calls a pipeline as the job will, with its first valid row, for `warmup`."""
 
     def call(pipe: CombinedPipeline) -> None:
         checker = _checker(job, pipe)
         for raw in job.rows.read(0, 100):
             try:
-                units = [Unit(checker.task(raw), 0)]
+                units = [Unit(checker.check(raw), 0)]
             except RowError:
                 continue
             pipe.generate(**arguments(units, job.job.batch, Network.split(pipe.unet)[0].devices))
@@ -142,13 +141,13 @@ def _bar(job: OpenJob, process: Process, left: list[int], quiet: bool) -> tqdm:
 
 
 def _expected(job: OpenJob, shard: int) -> int:
-    """Pictures of a shard, as far as one can tell before it is read."""
+    """Estimate the pictures of a shard before it is read."""
     size = job.job.rows_per_shard
     return min(size, job.rows.count - shard * size) * job.job.settings.get("num_images", 1)
 
 
 class _Stages:
-    """The threads, and what goes from one to the next."""
+    """The stages' threads and queues."""
 
     def __init__(self, job: OpenJob, pipe: CombinedPipeline, report: Report, overlap: bool):
         self._job, self._pipe, self._report = job, pipe, report
@@ -157,7 +156,7 @@ class _Stages:
         self._overlap = overlap
         self._reader, self._writer = _executor(1, overlap), _executor(1, overlap)
         self._encoders = _executor(ENCODERS, overlap)
-        self._slots = threading.Semaphore(2 * AHEAD)  # calls whose pixels are on a device, or not yet encoded
+        self._slots = threading.Semaphore(2 * AHEAD)  # calls that run or wait for encoding
 
     def __enter__(self) -> _Stages:
         return self
@@ -167,7 +166,7 @@ class _Stages:
             executor.shutdown(wait=True, cancel_futures=kind is not None)
 
     def generate(self, shards: list[int], stop: Stop, bar: tqdm) -> None:
-        """Draw and write shards, one after the other."""
+        """Generate and write shards, one after the other."""
         writing: list[Future[None]] = []
         for shard in self._read_ahead(shards, stop):
             if shard.complete:
@@ -175,7 +174,7 @@ class _Stages:
                 bar.total -= _expected(self._job, shard.number)
                 continue
             bar.total += len(shard.units) - _expected(self._job, shard.number)
-            if not self._draw_shard(shard, stop, bar):
+            if not self._generate_shard(shard, stop, bar):
                 break
             writing.append(self._writer.submit(self._write, shard))
             while len(writing) > AHEAD or (writing and writing[0].done()):
@@ -204,60 +203,62 @@ class _Stages:
         if self._job.output.is_complete(number):
             return Shard(number, [], [], [], complete=True)
         size = self._job.job.rows_per_shard
-        tasks: list[Task] = []
+        requests: list[RowRequest] = []
         errors: list[dict[str, Any]] = []
         for raw in self._job.rows.read(number * size, size):
             try:
-                tasks.append(self._checker.task(raw))
+                requests.append(self._checker.check(raw))
             except RowError as error:
                 errors.append(error.record(raw))
-        units = [Unit(task, image) for task in tasks for image in range(task.num_images)]
+        units = [Unit(request, image) for request in requests for image in range(request.num_images)]
         groups: dict[Shape, list[Unit]] = {}
         for unit in units:
-            groups.setdefault(unit.task.shape, []).append(unit)
+            groups.setdefault(unit.request.shape, []).append(unit)
         each = self._job.job.batch * self._devices
         calls = [group[i : i + each] for group in groups.values() for i in range(0, len(group), each)]
         return Shard(number, units, errors, calls)
 
-    def _draw_shard(self, shard: Shard, stop: Stop, bar: tqdm) -> bool:
-        """Draw a shard; False where there is no time for it."""
+    def _generate_shard(self, shard: Shard, stop: Stop, bar: tqdm) -> bool:
+        """Generate a shard; return False if there is no time for it."""
         for i, call in enumerate(shard.calls):
             if stop.asked and not stop.time_for(len(shard.calls) - i):
                 return False
             self._slots.acquire()
             began = time.perf_counter()
             pending = self._pipe.generate(**arguments(call, self._job.job.batch, self._devices))
-            if not self._overlap:  # otherwise the device decodes while the next call is prepared
+            if not self._overlap:  # otherwise the device decodes while the host prepares the next call
                 jax.block_until_ready(pending.array)
             seconds = time.perf_counter() - began
             stop.took(seconds)
-            self._report.drawing += seconds
-            shard.drawn.append(self._encoders.submit(self._encode, pending, call))
+            self._report.generating += seconds
+            shard.images.append(self._encoders.submit(self._encode, pending, call))
             bar.update(len(call))
         return True
 
-    def _encode(self, pending: Any, call: list[Unit]) -> list[Drawn]:
+    def _encode(self, pending: Any, call: list[Unit]) -> list[GeneratedImage]:
         try:
             pixels = np.asarray(pending.array)[: len(call)]  # [B, H, W, 3]
         finally:
             self._slots.release()
         constants = self._constants()
         return [
-            self._encoded(unit, picture, unit.task.about() | {"image_number": unit.image} | constants)
+            self._encoded(unit, picture, unit.request.about() | {"image_number": unit.image} | constants)
             for unit, picture in zip(call, pixels, strict=True)
         ]
 
-    def _encoded(self, unit: Unit, picture: np.ndarray, about: dict[str, Any]) -> Drawn:
-        """A picture as bytes, or why there are none: one that cannot be written must not stop the others."""
+    def _encoded(self, unit: Unit, picture: np.ndarray, about: dict[str, Any]) -> GeneratedImage:
+        """Encode a picture, or return the reason why it failed, so that the others are written."""
         if not np.isfinite(picture).all():
-            return Drawn(unit.key, b"", about, f"the model's picture {unit.image} has numbers that are not finite")
+            return GeneratedImage(
+                unit.key, b"", about, f"the model's picture {unit.image} has numbers that are not finite"
+            )
         try:
             json_line(about)
-            [drawn] = images.to_output(images.from_network(picture[None]), "pil")
-            return Drawn(unit.key, images.encode(drawn, self._job.job.pictures), about)
+            [image] = images.to_output(images.from_network(picture[None]), "pil")
+            return GeneratedImage(unit.key, images.encode(image, self._job.job.pictures), about)
         except (ValueError, TypeError, OSError, MemoryError) as error:
             reason = shorten(str(error) or type(error).__name__, 200)
-            return Drawn(unit.key, b"", about, f"picture {unit.image} cannot be written: {reason}")
+            return GeneratedImage(unit.key, b"", about, f"picture {unit.image} cannot be written: {reason}")
 
     def _constants(self) -> dict[str, Any]:
         job = self._job
@@ -265,10 +266,10 @@ class _Stages:
         return facts | {"dtype": job.job.dtype, "batch": job.job.batch}
 
     def _write(self, shard: Shard) -> None:
-        by_key = {drawn.key: drawn for future in shard.drawn for drawn in future.result()}
+        by_key = {image.key: image for future in shard.images for image in future.result()}
         for unit in shard.units:
             if fault := by_key[unit.key].fault:
-                shard.errors.append({"row": unit.task.number, "id": unit.task.id, "error": fault})
+                shard.errors.append({"row": unit.request.number, "id": unit.request.id, "error": fault})
         shard.errors.sort(key=lambda error: error["row"])
         good = [by_key[unit.key] for unit in shard.units if by_key[unit.key].fault is None]
         if not self._job.output.write(shard.number, good, shard.errors):
@@ -280,21 +281,21 @@ class _Stages:
 
 
 def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, Any]:
-    """A call's arguments of the pipeline's `draw`: `batch` pictures for every device.
+    """Return the arguments of the pipeline's `generate` for one call, `batch` pictures on every device.
 
-    A device's share that is not full is filled up with its own last picture, so that it does not depend on others.
+    An incomplete batch of a device is padded with its own last picture, so that it does not depend on other devices.
     """
     groups = [call[i : i + batch] for i in range(0, len(call), batch)]
     groups += [groups[-1]] * (devices - len(groups))
     units = [unit for group in groups for unit in group + [group[-1]] * (batch - len(group))]
-    tasks, shape = [unit.task for unit in units], units[0].task.shape
-    keys = image_keys([task.seed for task in tasks], [unit.image for unit in units])
-    given: dict[str, Any] = {} if shape.strength is None else {"strength": shape.strength}
-    for name in tasks[0].pictures:
-        given[name] = [task.pictures[name] for task in tasks]
-    return given | {
-        "prompt": [task.prompt for task in tasks],
-        "negative_prompt": [task.negative_prompt or "" for task in tasks] if shape.negative else None,
+    requests, shape = [unit.request for unit in units], units[0].request.shape
+    keys = image_keys([request.seed for request in requests], [unit.image for unit in units])
+    optional: dict[str, Any] = {} if shape.strength is None else {"strength": shape.strength}
+    for name in requests[0].pictures:
+        optional[name] = [request.pictures[name] for request in requests]
+    return optional | {
+        "prompt": [request.prompt for request in requests],
+        "negative_prompt": [request.negative_prompt or "" for request in requests] if shape.negative else None,
         "height": shape.height,
         "width": shape.width,
         "num_inference_steps": shape.steps,
@@ -317,7 +318,7 @@ def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, Any]:
 
 
 class _Inline:
-    """An executor that does everything at once."""
+    """An executor that runs functions immediately in the calling thread."""
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         future: Future[Any] = Future()

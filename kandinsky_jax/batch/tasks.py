@@ -1,4 +1,4 @@
-"""A row -> what to draw for it: every value checked, every picture read, before a device hears of it."""
+"""Validation of rows: every value is checked and every picture read before anything runs on a device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import fsspec
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.batch.rows import COLUMNS, Raw, default_id
+from kandinsky_jax.batch.rows import ROW_COLUMNS, Raw, default_id
 from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten, summarize
 from kandinsky_jax.pipelines import CombinedPipeline, checks
-from kandinsky_jax.pipelines.inpaint import latent_keep_mask
+from kandinsky_jax.pipelines.inpaint import latent_repaint_mask
 
-# What a mode needs of a row besides its prompt.
+# Columns that each mode needs besides the prompt.
 MODES = {
     "generate": (),
     "img2img": ("image",),
@@ -33,14 +33,14 @@ MODES = {
     "controlnet": ("hint",),
     "controlnet-img2img": ("image", "hint"),
 }
-FILES = ("image", "mask", "hint")
-# What is larger would not fit, and its failure would take the job along.
+PICTURE_COLUMNS = ("image", "mask", "hint")
+# Larger values would not fit into memory, and their failure would end the job.
 MAX_SIDE = 4096
 MAX_PIXELS = 2**22  # of one picture: 2048 x 2048
 MAX_IMAGES = 1000
 MAX_ROW_PIXELS = 2**28  # of all pictures of a row: 1000 of 512 x 512
 MAX_FILE = 2**28  # bytes of a picture that a row names
-STRENGTH = 0.3  # where neither a row nor the job says one
+STRENGTH = 0.3  # default for rows and jobs
 MAX_NESTING = 50  # of metadata
 ATTEMPTS = 4  # to read a picture from a URL
 MAX_KEY = 95  # characters before the ending: a name in a tar file has at most 100
@@ -49,13 +49,13 @@ _TEXTS = ("id", "prompt", "negative_prompt", "image", "mask", "hint")
 
 
 class RowError(ValueError):
-    """What is wrong with a row, everything at once."""
+    """A row is invalid; the message lists all its faults."""
 
     def __init__(self, faults: Sequence[str]):
         super().__init__(summarize(faults, MAX_MESSAGE))
 
     def record(self, raw: Raw) -> dict[str, Any]:
-        """The line of errors.jsonl; JSON whatever the row holds, and the same in every run."""
+        """Return the entry for errors.jsonl, always valid JSON and the same in every run."""
         name = raw.values.get("id")
         plain = name is None or (isinstance(name, str) and _ID.fullmatch(name)) or type(name) is int
         if not plain or (isinstance(name, int) and abs(name) >= 2**63):
@@ -64,21 +64,21 @@ class RowError(ValueError):
 
 
 class Shape(NamedTuple):
-    """What rows share that are drawn together."""
+    """Settings that rows of one batch share."""
 
-    height: int  # of what is drawn, a multiple of 64
+    height: int  # of the generated picture, a multiple of 64
     width: int
     steps: int
     guidance_scale: float
     prior_steps: int
     prior_guidance_scale: float
     strength: float | None
-    negative: bool  # whether there is a negative prompt, which the prior then draws beside the prompt
+    negative: bool  # whether there is a negative prompt, for which the prior runs too
 
 
 @dataclass(frozen=True)
-class Task:
-    """A checked row."""
+class RowRequest:
+    """A validated row."""
 
     number: int
     id: str
@@ -87,12 +87,12 @@ class Task:
     seed: int
     num_images: int
     shape: Shape
-    files: dict[str, str]  # as the row names them
+    files: dict[str, str]  # paths as the row has them
     pictures: dict[str, Any]  # by the pipeline's argument names
     metadata: Any
 
     def about(self) -> dict[str, Any]:
-        """What it takes to draw the row again."""
+        """Return the settings that reproduce the row's pictures."""
         facts = {"id": self.id, "prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed}
         shape = {name: value for name, value in self.shape._asdict().items() if name != "negative"}
         facts |= {name: value for name, value in shape.items() if value is not None}
@@ -102,15 +102,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Checker:
-    """Makes tasks of rows.
+    """Validates rows.
 
     Args:
-        pipe: what will draw them.
+        pipe: the pipeline that will run them.
         mode: one of `MODES`.
-        root: the folder, local or a URL, below which the rows' pictures lie.
-        defaults: by column, of what a row does not say.
-        seed: of the first row that has none of its own; each later row's is one higher.
-        taken: numbers of rows whose identifier is another row's.
+        root: folder or URL of the rows' pictures.
+        defaults: by column, for rows without a value.
+        seed: default of row 0; that of each later row is one higher.
+        taken: numbers of rows that repeat an identifier.
     """
 
     pipe: CombinedPipeline
@@ -121,11 +121,11 @@ class Checker:
     taken: Set[int] = frozenset()
     _schedulable: set[tuple[str, int, float | None]] = field(default_factory=set, repr=False)
 
-    def task(self, raw: Raw) -> Task:
+    def check(self, raw: Raw) -> RowRequest:
         """Check a row and read its pictures.
 
         Raises:
-            RowError: naming everything that is wrong with it.
+            RowError: listing all faults.
         """
         if raw.fault is not None:
             raise RowError([raw.fault])
@@ -141,22 +141,22 @@ class Checker:
         count = row.get("num_images", _count, self.defaults.get("num_images", 1))
         files = self._files(row)
         metadata = row.get("metadata", json_value, None)
-        row.faults += [f"there is no column {quote(key)}" for key in row.values if key not in COLUMNS]
+        row.faults += [f"there is no column {quote(key)}" for key in row.values if key not in ROW_COLUMNS]
         read = {kind: row.get(kind, functools.partial(_read, self.root, kind), None) for kind in files}
         shape = self._shape(row, read.get("image"), negative)
-        _check_room(row, name, count, shape)
+        _check_size(row, name, count, shape)
         pictures = {} if row.faults else self._pictures(row, read, shape)
         if row.faults:
             raise RowError(row.faults)
-        return Task(raw.number, name, prompt, negative, seed, count, shape, files, pictures, metadata)
+        return RowRequest(raw.number, name, prompt, negative, seed, count, shape, files, pictures, metadata)
 
     def _files(self, row: _Row) -> dict[str, str]:
         needed = MODES[self.mode]
-        for kind in FILES:
+        for kind in PICTURE_COLUMNS:
             if kind in needed and kind not in row.values:
                 row.faults.append(f"{kind} is missing, which the mode {self.mode} needs")
             if kind in row.values and kind not in needed:
-                row.faults.append(f"{kind} has no place in the mode {self.mode}")
+                row.faults.append(f"{kind} is not used by the mode {self.mode}")
         return {kind: str(row.values[kind]) for kind in needed if kind in row.values}
 
     def _shape(self, row: _Row, image: Image.Image | None, negative: str | None) -> Shape:
@@ -164,19 +164,19 @@ class Checker:
         native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
         fitting = (native, native)
         if image is not None and not all(name in row.values or given.get(name) for name in ("height", "width")):
-            fitting = row.judge("image", functools.partial(images.fitting_size, image, native), fitting)
+            fitting = row.checked("image", functools.partial(images.fitting_size, image, native), fitting)
         side = pipe.movq.config.scale_factor**2
         height, width = (
             -(-row.get(name, functools.partial(_side, name=name), given.get(name) or size) // side) * side
             for name, size in zip(("height", "width"), fitting, strict=True)
         )
-        drawn = "image" in MODES[self.mode] and self.mode != "inpaint"
-        strength = row.get("strength", _number, given.get("strength", STRENGTH)) if drawn else None
-        if not drawn and "strength" in row.values:
-            row.faults.append(f"strength has no place in the mode {self.mode}")
+        from_image = "image" in MODES[self.mode] and self.mode != "inpaint"
+        strength = row.get("strength", _number, given.get("strength", STRENGTH)) if from_image else None
+        if not from_image and "strength" in row.values:
+            row.faults.append(f"strength is not used by the mode {self.mode}")
         steps = {name: row.get(name, _whole, given[name]) for name in ("steps", "prior_steps")}
         for (name, count), part in zip(steps.items(), (strength, None), strict=True):
-            row.judge(name, functools.partial(self._schedule, name, count, part))
+            row.checked(name, functools.partial(self._schedule, name, count, part))
         scales = {
             name: row.get(name, functools.partial(_guidance, name=name), given[name])
             for name in ("guidance_scale", "prior_guidance_scale")
@@ -193,14 +193,14 @@ class Checker:
         )
 
     def _schedule(self, name: str, steps: int, strength: float | None) -> None:
-        """Raise where the scheduler does not take so many steps; a million rows mostly agree on them."""
+        """Raise where the scheduler does not take this number of steps; results are cached, since rows mostly agree."""
         if (name, steps, strength) not in self._schedulable:
             scheduler = self.pipe.scheduler if name == "steps" else self.pipe.prior_scheduler
             scheduler.schedule(steps, checks.skipped(strength, scheduler.steps(steps)))
             self._schedulable.add((name, steps, strength))
 
     def _pictures(self, row: _Row, read: dict[str, Image.Image], shape: Shape) -> dict[str, Any]:
-        """What was read, as large as it will be drawn: what the pipelines then do to it changes nothing."""
+        """Resize pictures to the generated size, so that the pipelines do not resize them again."""
         size, found = (shape.height, shape.width), {}
         try:
             for kind, picture in read.items():
@@ -213,7 +213,7 @@ class Checker:
                     factor = self.pipe.movq.config.scale_factor
                     if not mask.any():
                         row.faults.append("mask repaints nothing; white is repainted")
-                    elif latent_keep_mask(mask[None], shape.height // factor, shape.width // factor).all():
+                    elif not latent_repaint_mask(mask[None], shape.height // factor, shape.width // factor).any():
                         row.faults.append(f"mask repaints nothing: its white parts are smaller than {factor} pixels")
                 else:
                     found["hint"] = images.hints(picture, "hint", *size)[0]
@@ -222,8 +222,8 @@ class Checker:
         return found
 
 
-def _check_room(row: _Row, name: str, count: int, shape: Shape) -> None:
-    """Find what would not fit into a tar's names or into memory."""
+def _check_size(row: _Row, name: str, count: int, shape: Shape) -> None:
+    """Add faults for names too long for a tar, and pictures too large for memory."""
     if len(name) <= MAX_KEY < len(f"{name}+{count - 1}") and count > 1:
         row.faults.append(f"id: with num_images={count}, at most {MAX_KEY - len(f'+{count - 1}')} characters")
     try:
@@ -233,7 +233,7 @@ def _check_room(row: _Row, name: str, count: int, shape: Shape) -> None:
 
 
 def check_pixels(height: int, width: int, count: int) -> None:
-    """Raise ValueError where `count` pictures of this size are larger than what a job may have."""
+    """Raise ValueError where `count` pictures of this size exceed a job's limits."""
     if height * width > MAX_PIXELS:
         raise ValueError(f"height and width: {height} x {width} is more than {MAX_PIXELS:,} pixels")
     if count * height * width > MAX_ROW_PIXELS:
@@ -243,7 +243,7 @@ def check_pixels(height: int, width: int, count: int) -> None:
 
 
 class _Row:
-    """A row's values, and what is wrong with them."""
+    """A row's values and faults."""
 
     def __init__(self, values: dict[str, Any]):
         self.values, self.faults = values, []
@@ -254,15 +254,15 @@ class _Row:
     faults: list[str]
 
     def get(self, name: str, check: Callable[[Any], Any], default: Any) -> Any:
-        """A value after its check, or the default."""
+        """Return a checked value, or the default."""
         if name not in self.values:
             return default
-        return self.judge(name, lambda: check(self.values[name]), default)
+        return self.checked(name, lambda: check(self.values[name]), default)
 
-    def judge(self, name: str, judge: Callable[[], Any], default: Any = None) -> Any:
-        """What a judgement says, or the default where it raises, which is a fault of the column."""
+    def checked(self, name: str, check: Callable[[], Any], default: Any = None) -> Any:
+        """Return the result of a check; where it raises, note a fault of the column and return the default."""
         try:
-            return judge()
+            return check()
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             text = shorten(error, 300)
             self.faults.append(text if text.startswith(name) else f"{name}: {text}")
@@ -273,7 +273,7 @@ class _Row:
 
 
 def text(value: Any) -> str:
-    """Text that is Unicode; TypeError or ValueError for anything else."""
+    """Check a text that UTF-8 can encode; TypeError or ValueError for anything else."""
     if not isinstance(value, str):
         raise TypeError(f"must be text, got {quote(value)}")
     try:
@@ -297,7 +297,7 @@ def _identifier(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    """A number; text may be one, as in a CSV file."""
+    """Convert a number, or a text with one as in a CSV file."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(f"must be a number, got {quote(value)}")
     try:
@@ -307,7 +307,7 @@ def _number(value: Any) -> float:
 
 
 def _whole(value: Any) -> int:
-    """A whole number; pandas makes floats of a column with gaps."""
+    """Convert an integer; pandas stores columns with gaps as floats."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return int(value)
@@ -343,13 +343,13 @@ def _guidance(value: Any, name: str) -> float:
 
 
 def json_value(value: Any, depth: int = 0) -> Any:
-    """Metadata as JSON has it.
+    """Convert metadata to JSON values.
 
-    What JSON has no value for is written as in protobuf's JSON: NaN and the infinities as strings, bytes in base64,
-    times in ISO 8601; decimal numbers, and anything else, as text.
+    Values without a JSON form are written as in protobuf's JSON: NaN and infinities as strings, bytes in base64, times
+    in ISO 8601. Decimal numbers, and anything else, become text.
 
     Raises:
-        ValueError: for text that is not Unicode, and for what is nested too deep.
+        ValueError: for text that UTF-8 cannot encode, and for values nested too deeply.
     """
     if depth > MAX_NESTING:
         raise ValueError(f"is nested deeper than {MAX_NESTING} levels")
@@ -374,15 +374,15 @@ def json_value(value: Any, depth: int = 0) -> Any:
 
 
 def _read(root: str, kind: str, value: Any) -> Image.Image:
-    """The picture at a path below the root."""
+    """Read the picture at a path below the root."""
     name, path = shorten(text(value), 200), below(root, value)
     for attempt in range(ATTEMPTS):
         try:
-            data = _bytes(path)
+            data = _read_bytes(path)
             break
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise ValueError(f"{kind}: there is no file {name}") from None
-        except Exception as error:  # of a remote file system, which may be overloaded
+        except Exception as error:  # of a remote file system, possibly temporary
             if "://" not in path or attempt == ATTEMPTS - 1:
                 fault = getattr(error, "strerror", None) or shorten(error, 200)
                 raise ValueError(f"{kind}: {name} cannot be read: {fault or type(error).__name__}") from None
@@ -392,19 +392,19 @@ def _read(root: str, kind: str, value: Any) -> Image.Image:
     return images.read(io.BytesIO(data), f"{kind} {name}")
 
 
-def _bytes(path: str) -> bytes:
-    """A file's bytes, the first of them where there are more than `MAX_FILE`."""
-    if "://" not in path and os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+def _read_bytes(path: str) -> bytes:
+    """Read a file, at most `MAX_FILE` + 1 bytes."""
+    if "://" not in path and os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block
         raise FileNotFoundError(path)
     with fsspec.open(path, "rb") as file:
         return file.read(MAX_FILE + 1)
 
 
 def below(root: str, path: str) -> str:
-    """A relative path as one below the root, also after links are followed.
+    """Resolve a relative path below the root, following links.
 
     Raises:
-        ValueError: where it leads out of the root.
+        ValueError: for a path that leads out of the root.
     """
     parts = PurePosixPath(path.replace("\\", "/")).parts
     if "://" in path or "::" in path or not parts or parts[0].endswith(":") or parts[0] == "/" or ".." in parts:

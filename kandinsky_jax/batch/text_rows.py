@@ -1,7 +1,7 @@
-"""Rows of a text file (JSONL, CSV or plain text), read in blocks: memory does not grow with the file.
+"""Rows of a text file (JSONL, CSV or plain text), read in blocks so that memory does not grow with the file.
 
-Lines end with LF, CR LF, or CR alone where a file has no LF; U+2028 and its kin are part of a line. Bytes that are not
-UTF-8 become surrogates, which the check of a row finds.
+Lines end with LF, CR LF, or CR alone in a file without LF; characters such as U+2028 are part of a line. Bytes that are
+not UTF-8 become surrogates, which the validation of a row reports.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from kandinsky_jax.errors import quote, shorten
 from kandinsky_jax.reading import ReadError
 
 BLOCK = 1 << 17  # bytes that are read at once
-MAX_LINE = 1 << 24  # bytes; the rest of a longer line is skipped, so that no line fills the memory
+MAX_LINE = 1 << 24  # bytes; the rest of a longer line is skipped, to bound memory
 STRIDE = 256  # rows from one known position of a file to the next
-# What a file in another encoding begins with.
+# First bytes of files in other encodings.
 BYTE_ORDER_MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -33,7 +33,7 @@ UTF8_MARK = b"\xef\xbb\xbf"
 
 
 class Raw(NamedTuple):
-    """A row as it was found: its values, or what is wrong with it."""
+    """A row as read: its values, or a fault."""
 
     number: int
     values: dict[str, Any]
@@ -41,14 +41,14 @@ class Raw(NamedTuple):
 
 
 class TextLayout(NamedTuple):
-    """What the beginning of a text file says about the rest."""
+    """Layout of a text file, detected from its first block."""
 
     start: int  # bytes before the first line: a byte order mark
     newline: str
 
     @classmethod
     def of(cls, file: BinaryIO) -> TextLayout:
-        """Look at the first block of a file; ValueError where it is not in UTF-8."""
+        """Detect the layout from a file's first block; ValueError for encodings other than UTF-8."""
         head = file.read(BLOCK)
         file.seek(0)
         encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
@@ -61,12 +61,12 @@ class TextLayout(NamedTuple):
 
 
 class Lines:
-    """The lines of a binary file in lists, one for each block, with their positions in the file.
+    """Lines of a binary file as one list per block, with their positions in the file.
 
     Args:
-        file: is read from where it stands, which is the beginning of a line.
+        file: read from its current position, which must be the beginning of a line.
         newline: "\\n" or "\\r".
-        update: is given every byte that is read.
+        update: called with all bytes read, for hashing.
         block: bytes that are read at once.
         keep: whether lines keep their ends, as `csv.reader` needs them.
     """
@@ -100,15 +100,15 @@ class Lines:
             yield lines
 
     def start(self, number: int) -> int:
-        """Where a line of the last list begins, or the one after it."""
+        """Return the position of a line of the last list, or of the line after it."""
         return self._position if number >= self.count else int(self._starts[number - self._first])
 
     def again(self, first: int, end: int, known: int, position: int) -> list[str]:
-        """Lines `first` to `end` - 1 once more, which are read again where they are not all of the last list.
+        """Return lines `first` to `end` - 1 again; lines before the last list are read again.
 
         Args:
-            known: a line before them, or the first of them.
-            position: where that one begins in the file.
+            known: number of a line before them, or of the first one.
+            position: of that line in the file.
         """
         if first >= self._first:
             return self._lines[first - self._first : end - self._first]
@@ -120,9 +120,9 @@ class Lines:
         return found
 
     def _blocks(self) -> Iterator[tuple[int, bytes]]:
-        """Whole lines, about a block of them at a time, and where they begin."""
+        """Yield whole lines, about a block at a time, with their position."""
         newline, kept = self.newline.encode(), b""
-        skipped = 0  # bytes of a line that is too long, which are not kept
+        skipped = 0  # bytes dropped from a line that is too long
         while data := self._file.read(self._block):
             if self._update is not None:
                 self._update(data)
@@ -150,7 +150,7 @@ class Lines:
 
 
 def _with_ends(text: str, newline: str, count: int) -> list[str]:
-    """The lines of a text with `count` ends, and what follows the last of them, if there is something."""
+    """Split a text with `count` line ends into lines with their ends, and the rest after the last one, if any."""
     if newline == "\n":
         lines = text.splitlines(keepends=True)  # also at other characters, such as U+2028
         if len(lines) == count + (not text.endswith(newline)):
@@ -160,7 +160,7 @@ def _with_ends(text: str, newline: str, count: int) -> list[str]:
 
 
 class Scan(NamedTuple):
-    """What one pass over a text file finds."""
+    """Result of one pass over a text file."""
 
     columns: list[str]  # of a CSV file
     starts: list[int]  # where every STRIDE-th row begins, in bytes
@@ -174,8 +174,8 @@ def scan(
 
     Args:
         kind: "jsonl", "csv" or "text".
-        update: is given every byte of the file.
-        default_id: the id of a row, by its number, that names none.
+        update: called with all bytes of the file, for hashing.
+        default_id: returns the id of a row without one, by its number.
     """
     if layout.start:
         update(file.read(layout.start))
@@ -196,7 +196,7 @@ def _scan_csv(lines: Lines, default_id: Callable[[int], str]) -> Scan:
     """Scan a CSV file.
 
     Raises:
-        ReadError: where quotes are wrong, because the rows after them cannot be known.
+        ReadError: for unbalanced quotes, after which rows cannot be found.
     """
     reader = _csv_reader(itertools.chain.from_iterable(lines))
     columns = _header(reader, lines)
@@ -229,15 +229,15 @@ def _scan_csv(lines: Lines, default_id: Callable[[int], str]) -> Scan:
 
 
 def _csv_reader(lines: Iterator[str]) -> Any:
-    """A reader that raises where the csv module's default joins rows, at a quote without an end.
+    """Return a strict reader, which raises for an unterminated quote instead of joining rows.
 
-    Spaces before a cell are left out, so that a cell may be quoted after them.
+    Spaces before a cell are skipped, so that a quoted cell may follow them.
     """
     return csv.reader(lines, strict=True, skipinitialspace=True)
 
 
 def _check_quotes(lines: Iterable[str], first: int, error: csv.Error) -> None:
-    """Raise ReadError where the quotes of a CSV row are wrong, naming the line where the quote opens.
+    """Raise ReadError for wrong quotes in a CSV row, naming the line where the quote opens.
 
     Args:
         lines: of the row, as far as the csv module has read them.
@@ -277,7 +277,7 @@ def _check_quotes(lines: Iterable[str], first: int, error: csv.Error) -> None:
 
 
 class _Marks:
-    """64 bits of each row's id, so that a million of them fit into little memory."""
+    """64-bit hashes of the rows' ids, for little memory with millions of rows."""
 
     def __init__(self, default_id: Callable[[int], str]):
         self._default_id, self._parts, self._count = default_id, [np.zeros(0, np.int64)], 0
@@ -286,8 +286,8 @@ class _Marks:
         return self._count
 
     def extend(self, names: list[Any]) -> None:
-        """Add the ids of the next rows, None or empty where a row names none."""
-        if all(names) and {str}.issuperset(map(type, names)):  # nearly always, and twice as fast
+        """Add the ids of the next rows, None or empty for rows without one."""
+        if all(names) and {str}.issuperset(map(type, names)):  # the common case, twice as fast
             marks = list(map(hash, names))
         else:
             marks = [
@@ -305,10 +305,11 @@ class _Marks:
 
 
 def read(kind: str, file: BinaryIO, newline: str, columns: list[str], number: int) -> Iterator[Raw]:
-    """Rows from where a file stands, the first of which has this number.
+    """Yield rows from a file's current position on.
 
     Args:
         columns: of a CSV file, whose header is not read again.
+        number: of the first row.
     """
     lines = itertools.chain.from_iterable(Lines(file, newline, block=1 << 16, keep=kind == "csv"))
     if kind == "csv":
@@ -356,7 +357,7 @@ _CELL = re.compile(r' *(?:("[^"]*(?:""[^"]*)*")|[^,]*)(?:,|\Z)')
 
 
 def _without_padding(cells: list[str], text: str) -> list[str]:
-    """A row's cells without white space around those that are not quoted in its text."""
+    """Strip white space from the cells of a row that are not quoted in its text."""
     found = _CELL.finditer(text.rstrip("\r\n"))
     return [cell if match[1] else cell.strip() for cell, match in zip(cells, found, strict=False)]
 
@@ -370,7 +371,7 @@ def _header(reader: Any, lines: Lines) -> list[str]:
         raise ReadError(f"has a header that is not CSV: {shorten(str(error))}") from None
 
 
-_decode = json.JSONDecoder().raw_decode  # half as long as json.loads for a short line
+_decode = json.JSONDecoder().raw_decode  # twice as fast as json.loads for a short line
 
 
 def _json(line: str) -> tuple[dict[str, Any], str | None]:
@@ -389,7 +390,7 @@ def _json(line: str) -> tuple[dict[str, Any], str | None]:
 
 
 def _json_id(line: str) -> Any:
-    """The id of a line, parsed only where it may have one: the key is written "id", or with an escape."""
+    """Return the id of a line, which is parsed only if it contains "id" or an escape sequence."""
     return _json(line)[0].get("id") if '"id"' in line or "\\u" in line else None
 
 

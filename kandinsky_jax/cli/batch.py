@@ -1,4 +1,4 @@
-"""`kandinsky-jax batch`: a file of prompts into shards of pictures."""
+"""`kandinsky-jax batch`: generate shards of pictures from a file of prompts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 
 from kandinsky_jax.batch import Job, Process, Report, open_job, run, this_process
 from kandinsky_jax.batch.job import DEFAULTS
-from kandinsky_jax.batch.output import FORMATS
-from kandinsky_jax.batch.rows import COLUMNS
+from kandinsky_jax.batch.output import OUTPUT_FORMATS
+from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.runner import rehearsal
 from kandinsky_jax.batch.tasks import MODES, STRENGTH
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
@@ -21,18 +21,18 @@ from kandinsky_jax.images import ENCODINGS
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from kandinsky_jax.stop import STOPPED, Stop
 
-Mode, Form, Pictures = (
+Mode, Form, Encoding = (
     StrEnum(name, {value: value for value in values})
-    for name, values in (("Mode", MODES), ("Form", FORMATS), ("Pictures", ENCODINGS))
+    for name, values in (("Mode", MODES), ("Form", OUTPUT_FORMATS), ("Encoding", ENCODINGS))
 )
-_COLUMNS = "  \n".join(f"- `{name}`: {text}" for name, text in COLUMNS.items())
+_COLUMNS = "  \n".join(f"- `{name}`: {text}" for name, text in ROW_COLUMNS.items())
 
-ROWS = Annotated[str, typer.Argument(metavar="JOB", help="Rows: .jsonl, .csv, .parquet or .txt; a path, or a URL.")]
+JOB_FILE = Annotated[str, typer.Argument(metavar="JOB", help="Rows: .jsonl, .csv, .parquet or .txt; a path, or a URL.")]
 OUTPUT = Annotated[str, typer.Option("--output", "-o", help="Folder to fill; a path, or a URL such as gs://...")]
 
 
 def batch(
-    job: ROWS,
+    job: JOB_FILE,
     output: OUTPUT,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help='"tiny", a folder, or a Hub repository; default: official.')
@@ -43,45 +43,53 @@ def batch(
         Form,  # type: ignore[valid-type]
         typer.Option("--format", help="WebDataset tar files, or pictures with a Parquet manifest."),
     ] = "webdataset",
-    pictures: Annotated[Pictures, typer.Option(help="How pictures are encoded.")] = "png",  # type: ignore[valid-type]
-    rows_per_shard: Annotated[int, typer.Option(help="Rows of one unit of work, which is done whole or again.")] = 256,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once on each device.")] = 4,
-    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="For rows with none.")] = None,
-    num_images: Annotated[int, typer.Option(help="Pictures of a row that does not say.")] = 1,
+    pictures: Annotated[Encoding, typer.Option(help="Encoding of the pictures.")] = "png",  # type: ignore[valid-type]
+    rows_per_shard: Annotated[
+        int, typer.Option(help="Rows of one unit of work, which is completed or done again.")
+    ] = 256,
+    batch: Annotated[int, typer.Option(help="Batch size on each device.")] = 4,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", "-n", help="For rows without one.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures of a row without this column.")] = 1,
     height: Annotated[
-        int | None, typer.Option(help="Pixels; default: after the row's image, else the model's.")
+        int | None, typer.Option(help="Pixels; default: that of the row's image, else the model's.")
     ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: as for the height.")] = None,
-    steps: Annotated[int, typer.Option(help="Of the decoder.")] = DEFAULTS["steps"],
-    prior_steps: Annotated[int, typer.Option(help="Of the prior.")] = DEFAULTS["prior_steps"],
+    steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = DEFAULTS["steps"],
+    prior_steps: Annotated[int, typer.Option(help="Denoising steps of the prior.")] = DEFAULTS["prior_steps"],
     guidance_scale: Annotated[float, typer.Option(help="Of the decoder.")] = DEFAULTS["guidance_scale"],
     prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior.")] = DEFAULTS["prior_guidance_scale"],
-    strength: Annotated[float, typer.Option(help="How far to go from a row's image.")] = STRENGTH,
+    strength: Annotated[
+        float, typer.Option(help="How far to depart from a row's image, above 0, at most 1.")
+    ] = STRENGTH,
     scheduler: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"The decoder's: {', '.join(NAMES)}; default: the model's own.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of row 0; each later row's is one higher, unless it has its own.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of row 0; one higher for each later row without its own.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     files: Annotated[
-        str | None, typer.Option(help="Folder or URL of the rows' pictures; default: that of the job's file.")
+        str | None, typer.Option(help="Folder or URL of the rows' pictures; default: the folder of the job's file.")
     ] = None,
-    process: Annotated[int | None, typer.Option(help="Which process this is, from 0; default: as launched.")] = None,
-    processes: Annotated[int | None, typer.Option(help="How many share the job; default: as launched.")] = None,
+    process: Annotated[
+        int | None, typer.Option(help="Number of this process, from 0; default: from the launcher.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="Number of processes; default: from the launcher.")] = None,
     distributed: Annotated[
-        bool, typer.Option("--distributed", help="Join the others by jax.distributed, as hosts of a TPU slice have to.")
+        bool, typer.Option("--distributed", help="Initialise jax.distributed, as hosts of a TPU slice must.")
     ] = False,
     coordinator: Annotated[str | None, typer.Option(help="Address of process 0; implies --distributed.")] = None,
-    grace: Annotated[float, typer.Option(help="Seconds from SIGTERM until the machine is taken away.")] = 25.0,
-    overlap: Annotated[bool, typer.Option(help="Read, draw, encode and write at the same time.")] = True,
+    grace: Annotated[float, typer.Option(help="Seconds from SIGTERM until the machine is preempted.")] = 25.0,
+    overlap: Annotated[bool, typer.Option(help="Read, generate, encode and write concurrently.")] = True,
     compilation_cache: Annotated[
-        str | None, typer.Option(metavar=f"FOLDER|{OFF}", help=f"Where compiled programs are kept; default: ${CACHE}.")
+        str | None, typer.Option(metavar=f"FOLDER|{OFF}", help=f"Cache of compiled programs; default: ${CACHE}.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Draw every row of a file, exactly once, on all devices.
+    """Generate every row of a file, exactly once, on all devices.
 
-    Started again, it goes on where it was stopped or killed, with any number of processes, and ends with the same
-    bytes. A row that cannot be drawn is told in errors.jsonl, and the others are drawn. Columns of a job:
+    A job that was stopped or killed continues when it is started again, with any number of processes, and ends with the
+    same bytes. Rows that fail are reported in errors.jsonl; all others are generated. Columns of a job:
     """
     defaults: dict[str, Any] = {
         "negative_prompt": negative_prompt,
@@ -117,7 +125,7 @@ def batch(
         set_compilation_cache(None if compilation_cache == OFF else compilation_cache)
     which = this_process(process, processes, distributed, coordinator)
     with stopping.listening() as stop:
-        opened.begin()  # what is wrong with it is reported before a model is loaded
+        opened.begin()  # reports faults before a model is loaded
         pipe = opened.pipeline.from_pretrained(opened.model, prior=prior, dtype=dtype, warmup=rehearsal(opened))
         pipe.set_progress_bar_config(disable=True)
         if scheduler is not None:
@@ -125,10 +133,10 @@ def batch(
         report = run(opened, pipe, which, overlap=overlap, quiet=quiet, stop=stop)
     print(summary(report, which, output))
     if report.failed == opened.rows.count:
-        raise ValueError(f"none of the {report.failed} rows could be drawn; see {output}/errors.jsonl")
+        raise ValueError(f"none of the {report.failed} rows could be generated; see {output}/errors.jsonl")
     if report.stopped:
         sys.stdout.flush()
-        os._exit(STOPPED)  # threads that still read or encode are not waited for
+        os._exit(STOPPED)  # without waiting for threads that read or encode
 
 
 batch.__doc__ = f"{batch.__doc__}\n\n{_COLUMNS}"
@@ -136,7 +144,7 @@ EXAMPLE = 'Example: printf "purple heart\\nslice of pizza\\n" > p.txt && kandins
 
 
 def summary(report: Report, process: Process, output: str) -> str:
-    """What a process has done, in a few lines."""
+    """Summarise the result of a process in a few lines."""
     lines = []
     if process.count > 1:
         lines.append(f"process {process.index} of {process.count}")
@@ -146,11 +154,11 @@ def summary(report: Report, process: Process, output: str) -> str:
         f"{report.skipped} shards were complete; devices waited {report.waited:.1%} of the time"
     )
     if report.errors and not report.complete:
-        lines.append(f"{report.errors} rows could not be drawn; see {output}/errors")
+        lines.append(f"{report.errors} rows could not be generated; see {output}/errors")
     if report.stopped:
         lines.append("stopped; start it again to go on")
     elif report.complete:
-        failed = f"; {report.failed} rows could not be drawn, see {output}/errors.jsonl" if report.failed else ""
+        failed = f"; {report.failed} rows could not be generated, see {output}/errors.jsonl" if report.failed else ""
         lines.append(f"the job is complete: {output}{failed}")
         if report.failed:
             shards = summarize(report.failed_shards, 100, ", ")

@@ -46,7 +46,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Kandinsky 2.2 for JAX: pictures from prompts, pictures, masks and depth maps.",
+    help="Kandinsky 2.2 for JAX: generate pictures from prompts, pictures, masks and depth maps.",
 )
 
 
@@ -62,11 +62,11 @@ def start(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the versions, and exit.")
     ] = False,
 ) -> None:
-    """Take what stands before a command's name."""
+    """Handle options before a command's name."""
 
 
 class Dtype(StrEnum):
-    """Of the networks."""
+    """Dtype of the networks."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -75,24 +75,22 @@ class Dtype(StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every command takes."""
+    """Options of every command that generates pictures."""
 
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             "-m",
-            help='"tiny" (embedded, offline), a folder, or a Hub repository; default: the official one for this.',
+            help='"tiny" (embedded, offline), a folder, or a Hub repository; default: the official one.',
         ),
     ] = None
     prior: Annotated[
         str | None, typer.Option(help="Folder or Hub repository of the prior; default: the one the model names.")
     ] = None
-    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What to keep away from.")] = (
-        None
-    )
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What to avoid.")] = None
     height: Annotated[
-        int | None, typer.Option(help="Pixels; default: after the picture that is given, else the model's own.")
+        int | None, typer.Option(help="Pixels; default: that of the given picture, else the model's.")
     ] = None
     width: Annotated[int | None, typer.Option(help="Pixels; default: as for the height.")] = None
     steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = 50
@@ -108,12 +106,13 @@ class Options:
     guidance_scale: Annotated[float, typer.Option(help="Of the decoder; guidance is on above 1.")] = 4.0
     guidance_interval: Annotated[
         str | None,
-        typer.Option(help="Guidance only in this share of the decoder's steps, such as 0.4,1; default: in all."),
+        typer.Option(help="Guidance only in this part of the decoder's steps, such as 0.4,1; default: all."),
     ] = None
     prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior; guidance is on above 1.")] = 4.0
     seed: Annotated[int | None, typer.Option(help="Default: a fresh one, which is printed.")] = None
     torch_noise: Annotated[
-        bool, typer.Option("--torch-noise", help="Draw PyTorch's noise: the picture that diffusers makes of this seed.")
+        bool,
+        typer.Option("--torch-noise", help="Use PyTorch's noise: the picture that diffusers generates with this seed."),
     ] = False
     num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1
     dtype: Annotated[Dtype | None, typer.Option(help="Of the networks; default: float32 on a CPU, else bfloat16.")] = (
@@ -123,8 +122,8 @@ class Options:
         str | None,
         typer.Option(
             metavar="DATA,GUIDANCE,ROWS",
-            help="How devices share the work: parts of a batch, of guidance (1 or 2), of a picture's rows; "
-            "1,2,4 draws one picture on eight. Default: all of them, each with pictures of its own.",
+            help="Sharding over devices: of the batch, of guidance (1 or 2), of a picture's rows; 1,2,4 generates one "
+            "picture on eight devices. Default: the batch over all devices.",
         ),
     ] = None
     output: Annotated[
@@ -134,13 +133,13 @@ class Options:
         str | None,
         typer.Option(
             metavar=f"FOLDER|{OFF}",
-            help=f"Where compiled programs are kept; default: ${CACHE}, else in the user's cache folder.",
+            help=f"Cache of compiled programs; default: ${CACHE}, else in the user's cache folder.",
         ),
     ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False
 
     def check(self) -> None:
-        """What can be said before a model is loaded."""
+        """Check the options before a model is loaded."""
         images.check_writable(self.output)
         checks.count(self.num_images, "--num-images")
         for name, side in (("--height", self.height), ("--width", self.width)):
@@ -154,7 +153,7 @@ class Options:
             scheduler_named(self.scheduler, {}).steps(self.steps)
 
     def generate(self, cls: type[CombinedPipeline], repository: str, call: Callable[[Any, Generator], Any]) -> Any:
-        """The seed of a command, and what its `call` of a pipeline gives; it is compiled while the pipeline loads."""
+        """Load a pipeline while compiling for `call`, and return the seed and the result of the call."""
         if self.compilation_cache is not None:
             set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)
         seed = secrets.randbits(32) if self.seed is None else self.seed
@@ -175,17 +174,17 @@ class Options:
         return seed, run_call(pipe)
 
     def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:
-        """What to draw: as asked, else after the picture that is given, else as the model was trained."""
+        """Return the size to generate: as given, else that of the given picture, else the model's."""
         native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
         height, width = (native, native) if picture is None else images.fitting_size(picture, native)
         return {"height": self.height or height, "width": self.width or width}
 
     def interval(self) -> list[float] | None:
-        """Where guidance is on."""
+        """Return the interval of guidance as numbers."""
         return _numbers(self.guidance_interval, "--guidance-interval") if self.guidance_interval is not None else None
 
     def devices(self) -> Mesh | None:
-        """The mesh that is asked for."""
+        """Make the mesh of the `mesh` option, None without one."""
         if self.mesh is None:
             return None
         parts = _numbers(self.mesh, "--mesh")
@@ -197,16 +196,16 @@ class Options:
         return make_mesh(data, guidance, rows)
 
     def generator(self, seed: int) -> Generator:
-        """The noise of a seed."""
+        """Return the generator of a seed."""
         return TorchGenerator(seed) if self.torch_noise else seed
 
     def prior_settings(self) -> dict[str, Any]:
-        """Arguments of a prior."""
+        """Return the arguments of a prior."""
         return {"num_inference_steps": self.prior_steps, "guidance_scale": self.prior_guidance_scale}
 
 
 def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command that also takes `Options`, handed over as its argument `options`."""
+    """Register a function as a command that also takes `Options`, passed as its argument `options`."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(function).parameters
@@ -232,22 +231,22 @@ def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return add
 
 
-Prompt = Annotated[list[str], typer.Argument(help="What to draw; several prompts are drawn as one batch.")]
-Pictures = Annotated[
+Prompt = Annotated[list[str], typer.Argument(help="What to generate; several prompts are run as one batch.")]
+ImagePaths = Annotated[
     list[Path], typer.Option("--image", "-i", help="A picture to start from; one for all prompts, or one for each.")
 ]
-Strength = Annotated[float, typer.Option(help="Above 0, at most 1: how far to go from the picture.")]
+Strength = Annotated[float, typer.Option(help="How far to depart from the picture, above 0, at most 1.")]
 
 
 @command('generate "purple heart" -o heart.png')
 def generate(prompt: Prompt, options: Options) -> None:
-    """Draw pictures from a prompt."""
+    """Generate pictures from a prompt."""
     _generate(prompt, options, KandinskyV22CombinedPipeline, DECODER, {})
 
 
 @command('img2img "green heart" --image heart.png --strength 0.6 -o green.png')
-def img2img(prompt: Prompt, image: Pictures, options: Options, strength: Strength = 0.3) -> None:
-    """Redraw pictures after a prompt."""
+def img2img(prompt: Prompt, image: ImagePaths, options: Options, strength: Strength = 0.3) -> None:
+    """Generate variations of pictures, guided by a prompt."""
     checks.strength(strength, options.steps)
     _generate(prompt, options, KandinskyV22Img2ImgCombinedPipeline, DECODER, {"image": image}, strength=strength)
 
@@ -255,7 +254,7 @@ def img2img(prompt: Prompt, image: Pictures, options: Options, strength: Strengt
 @command('inpaint "smiling face with sunglasses" --image face.png --mask mask.png -o cool.png')
 def inpaint(
     prompt: Prompt,
-    image: Pictures,
+    image: ImagePaths,
     mask: Annotated[
         list[Path], typer.Option("--mask", help="White is repainted; one for all prompts, or one for each.")
     ],
@@ -264,7 +263,7 @@ def inpaint(
         bool, typer.Option("--paste-back", help="Put the picture's own pixels back where the mask is black.")
     ] = False,
 ) -> None:
-    """Repaint a part of pictures after a prompt."""
+    """Repaint the masked part of pictures, guided by a prompt."""
     files = {"image": image, "mask_image": mask}
     _generate(prompt, options, KandinskyV22InpaintCombinedPipeline, INPAINT, files, paste_back=paste_back)
 
@@ -281,7 +280,7 @@ def controlnet(
     ] = None,
     strength: Strength = 0.3,
 ) -> None:
-    """Draw pictures from a prompt, laid out as a depth map says."""
+    """Generate pictures from a prompt, with the layout of a depth map."""
     if not image:
         _generate(prompt, options, KandinskyV22ControlnetCombinedPipeline, CONTROLNET, {"hint": hint})
         return
@@ -293,14 +292,14 @@ def controlnet(
 @command('mix "dog face" cat.png --weights 0.6,0.4 -o mix.png')
 def mix(
     items: Annotated[
-        list[str], typer.Argument(help=f"Prompts and pictures; what ends in {', '.join(images.WRITABLE)} is a picture.")
+        list[str], typer.Argument(help=f"Prompts and pictures; names in {', '.join(images.WRITABLE)} are pictures.")
     ],
     options: Options,
     weights: Annotated[
         str | None, typer.Option(help="A number for each, with commas between; default: equal ones.")
     ] = None,
 ) -> None:
-    """Mix prompts and pictures, and draw the mix."""
+    """Generate a picture from a mix of prompts and pictures."""
     mixed = [images.read(x, "item") if Path(x).suffix.lower() in images.WRITABLE else x for x in items]
     numbers = [1 / len(items)] * len(items) if weights is None else _numbers(weights, "--weights")
     checks.interpolation(mixed, numbers)
@@ -315,12 +314,12 @@ def mix(
             **options.prior_settings(),
         )
 
-    _decode(embed, options, [{"items": items, "weights": numbers}] * options.num_images)
+    _generate_from_embeds(embed, options, [{"items": items, "weights": numbers}] * options.num_images)
 
 
 @command('vary "blue heart" --image heart.png --strength 0.5 -o varied.png')
-def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength = 0.3) -> None:
-    """Draw variations of a picture: its image embedding, taken some way towards a prompt."""
+def vary(prompt: Prompt, image: ImagePaths, options: Options, strength: Strength = 0.3) -> None:
+    """Generate variations of a picture by moving its image embedding towards a prompt."""
     checks.strength(strength, options.prior_steps)
     pictures = _read(prompt, options, {"image": image})["image"]
 
@@ -336,7 +335,9 @@ def vary(prompt: Prompt, image: Pictures, options: Options, strength: Strength =
         )
 
     facts = {"strength": strength, "files": _names({"image": image})}
-    _decode(embed, options, [{"prompt": text} | facts for text in prompt for _ in range(options.num_images)])
+    _generate_from_embeds(
+        embed, options, [{"prompt": text} | facts for text in prompt for _ in range(options.num_images)]
+    )
 
 
 app.command(epilog=BATCH_EXAMPLE)(batch)
@@ -352,7 +353,7 @@ def _numbers(text: str, name: str) -> list[float]:
 
 
 def _read(prompt: Sequence[str], options: Options, files: dict[str, list[Path]]) -> dict[str, list[Image.Image]]:
-    """The pictures of a command, before a model is loaded."""
+    """Read the pictures of a command, before a model is loaded."""
     checks.texts(prompt, "prompt")
     for name, paths in files.items():
         checks.picture_count(len(paths), name, len(prompt), options.num_images)
@@ -371,7 +372,7 @@ def _generate(
     files: dict[str, list[Path]],
     **settings: Any,
 ) -> None:
-    """Load, draw and write, for the commands that are one call of a combined pipeline."""
+    """Load, generate and write, for commands that are one call of a combined pipeline."""
     pictures, repeats = _read(prompt, options, files), options.num_images
     first = next(iter(pictures.values()))[0] if pictures else None
     settings |= {
@@ -387,13 +388,15 @@ def _generate(
         settings.update(options.size(pipe, first))
         return pipe(prompt, num_images_per_prompt=repeats, generator=generator, **pictures, **settings).images
 
-    seed, drawn = options.generate(cls, repository, call)
+    seed, generated = options.generate(cls, repository, call)
     facts = settings | ({"files": _names(files)} if files else {})
-    _write(drawn, options, seed, [{"prompt": text, **facts} for text in prompt for _ in range(repeats)])
+    _write(generated, options, seed, [{"prompt": text, **facts} for text in prompt for _ in range(repeats)])
 
 
-def _decode(embed: Callable[[Any, Generator], Any], options: Options, about: Sequence[dict[str, Any]]) -> None:
-    """Load, draw and write, for the commands that find their embeddings by themselves."""
+def _generate_from_embeds(
+    embed: Callable[[Any, Generator], Any], options: Options, about: Sequence[dict[str, Any]]
+) -> None:
+    """Load, generate and write, for commands that compute image embeddings in their own way."""
     settings: dict[str, Any] = {
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
@@ -404,13 +407,13 @@ def _decode(embed: Callable[[Any, Generator], Any], options: Options, about: Seq
         settings.update(options.size(pipe, None))
         return pipe.decoder_pipe(**embed(pipe, generator), generator=generator, **settings).images
 
-    seed, drawn = options.generate(KandinskyV22CombinedPipeline, DECODER, call)
+    seed, generated = options.generate(KandinskyV22CombinedPipeline, DECODER, call)
     shared = {"negative_prompt": options.negative_prompt, "prior": options.prior_settings(), **settings}
-    _write(drawn, options, seed, [facts | shared for facts in about])
+    _write(generated, options, seed, [facts | shared for facts in about])
 
 
 def _write(pictures: Sequence[Image.Image], options: Options, seed: int, about: Sequence[dict[str, Any]]) -> None:
-    """Write the pictures with what it takes to draw them again."""
+    """Write the pictures with the settings that reproduce them."""
     for i, (picture, facts) in enumerate(zip(pictures, about, strict=True)):
         path = options.output
         path = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{i}")
@@ -422,7 +425,7 @@ def _write(pictures: Sequence[Image.Image], options: Options, seed: int, about: 
 
 
 def main() -> None:
-    """The entry point of the `kandinsky-jax` command."""
-    # Only the tokenizer is used of transformers, which otherwise says on every run that there is no PyTorch.
+    """Run the `kandinsky-jax` command."""
+    # Only the tokenizer of transformers is used, which otherwise warns on every run that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     run(app)

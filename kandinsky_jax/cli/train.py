@@ -1,4 +1,4 @@
-"""`kandinsky-jax train`: the prior or the decoder, whole or by LoRA; MoVQ and CLIP, from scratch."""
+"""`kandinsky-jax train`: the prior or the decoder, fully or with LoRA; MoVQ and CLIP."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ EXAMPLE = "Example: kandinsky-jax train lora-decoder lora.toml"
 
 def train(
     kind: Annotated[Kind, typer.Argument(help="What is trained.")],
-    config: Annotated[Path, typer.Argument(help="A TOML file; its names are in kandinsky_jax/training/config.py.")],
+    config: Annotated[Path, typer.Argument(help="A TOML file; its fields are in kandinsky_jax/training/config.py.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     accept_changes: Annotated[
         bool,
         typer.Option(
-            "--accept-changes", help="Go on from checkpoints of other settings, data or weights, with the new ones."
+            "--accept-changes", help="Continue from checkpoints of other settings, data or weights, with the new ones."
         ),
     ] = False,
 ) -> None:
     """Train on captioned pictures.
 
-    Started again, it goes on from the last checkpoint. The result is a folder that diffusers loads too.
+    Continues from the last checkpoint when it is started again. diffusers can load the result too.
     """
-    from kandinsky_jax.training.config import load  # what trains takes a second to import
+    from kandinsky_jax.training.config import load  # takes a second to import
     from kandinsky_jax.training.errors import TrainingError
     from kandinsky_jax.training.loop import Run
 

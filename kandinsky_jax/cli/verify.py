@@ -1,4 +1,4 @@
-"""`kandinsky-jax verify`: a model's files compared with their checksums."""
+"""`kandinsky-jax verify`: compare a model's files with their checksums."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ EXAMPLE = "Example: kandinsky-jax verify kandinsky-community/kandinsky-2-2-decod
 
 
 def verify(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a Hub repository that was fetched.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a Hub repository that was downloaded.")],
     update: Annotated[
         bool, typer.Option("--update", help="Write a folder's manifest anew, after its files were changed on purpose.")
     ] = False,
-    cache_dir: Annotated[Path | None, typer.Option(help="Where Hub files are kept; default: the Hub's own.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Cache of Hub files; default: the Hub's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with an entry for each file.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar; print faults only.")] = False,
 ) -> None:
     """Compare a model's files with their checksums.
 
-    Exit codes: 0 if all that could be compared is as it should be, 1 if a file is damaged, missing or unexpected, 2 if
-    nothing could be compared.
+    Exit codes: 0 if all files with checksums are unchanged, 1 if a file is damaged, missing or unexpected, 2 if no file
+    could be compared.
 
     Checksums come from the Hub's cache, or from the manifest that save_pretrained and convert_weights write. Each file
     is ok, damaged, missing, unexpected (not in the manifest, but read when the model is loaded), extra (not in the
@@ -86,6 +86,6 @@ def verify(
 
 
 def _stop_uncompared(reason: str) -> NoReturn:
-    """End the process as one that could compare nothing."""
+    """Exit with the code for nothing compared."""
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)

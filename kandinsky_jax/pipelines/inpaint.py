@@ -129,8 +129,8 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
     def _inputs(self, request: DecoderRequest, noise: jax.Array) -> InpaintInputs:
         assert request.image is not None
         assert request.repaint_mask is not None
-        keep_mask = latent_keep_mask(request.repaint_mask, request.h, request.w)
-        for i in np.flatnonzero(keep_mask.all(axis=(1, 2)) & request.repaint_mask.any(axis=(1, 2))):
+        repaint_mask = latent_repaint_mask(request.repaint_mask, request.h, request.w)
+        for i in np.flatnonzero(~repaint_mask.any(axis=(1, 2)) & request.repaint_mask.any(axis=(1, 2))):
             warnings.warn(
                 f"mask_image of image {i} repaints nothing: its white parts are smaller than a latent, which has "
                 f"{self.movq.config.scale_factor} x {self.movq.config.scale_factor} pixels; widen them",
@@ -139,7 +139,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         blend = Blend(
             picture=self._encode(request.image),
             noise=noise,
-            keep=jnp.asarray(keep_mask[..., None]),
+            keep=jnp.asarray((~repaint_mask).astype(np.float32)[..., None]),
             levels=jnp.asarray(self._levels(request)),
         )
         return InpaintInputs(start=noise * request.schedule.init_noise_sigma, blend=blend, doubled=request.scale > 1)
@@ -152,8 +152,8 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         return levels
 
 
-def latent_keep_mask(repaint_mask: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Compute which latents are kept.
+def latent_repaint_mask(repaint_mask: np.ndarray, h: int, w: int) -> np.ndarray:
+    """Convert a mask of pixels to a mask of latents.
 
     As in the reference, the first of each latent's pixels decides, and a repainted latent includes six neighbours: up,
     left, up-left, down, right, down-right (not the two others on the diagonals).
@@ -162,7 +162,7 @@ def latent_keep_mask(repaint_mask: np.ndarray, h: int, w: int) -> np.ndarray:
         repaint_mask: bool `[B, H, W]`, true where the picture is repainted.
         h, w: height and width of the latents.
     Returns:
-        float32 `[B, h, w]`, 1 where a latent is kept.
+        bool `[B, h, w]`, true where a latent is repainted.
     """
     _, height, width = repaint_mask.shape
     repainted = repaint_mask[:, np.arange(h) * height // h][:, :, np.arange(w) * width // w]  # [B, h, w]
@@ -170,4 +170,4 @@ def latent_keep_mask(repaint_mask: np.ndarray, h: int, w: int) -> np.ndarray:
     dilated = repainted.copy()
     for down, right in ((0, 1), (1, 0), (0, 0), (2, 1), (1, 2), (2, 2)):
         dilated |= padded[:, down : down + h, right : right + w]
-    return (~dilated).astype(np.float32)
+    return dilated

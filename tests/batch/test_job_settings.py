@@ -54,7 +54,7 @@ BAD = [
     ("rows.jsonl", "--mode img2img", "needs image of a row, which no row of .*rows.jsonl has"),
     ("images.jsonl", "--mode controlnet-img2img", "the mode controlnet-img2img needs hint of a row"),
     ("empty.csv", "--mode img2img", "the mode img2img needs image of a row"),
-    ("rows.csv", "--mode generate", "the mode generate has no place for image, which every row of .*rows.csv has"),
+    ("rows.csv", "--mode generate", "the mode generate does not use image, which every row of .*rows.csv has"),
     ("rows.csv", "--strength 2", "strength must be a number above 0 and at most 1, got 2"),
     ("rows.txt", "--strength 0", "strength must be a number above 0"),
     ("rows.csv", "--strength nan", "strength must be a number above 0"),

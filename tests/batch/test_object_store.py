@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from kandinsky_jax.batch.output import Drawn, Output
+from kandinsky_jax.batch.output import GeneratedImage, Output
 from tests.batch.store import FAULTS, object_store
 from tests.test_batch import PROMPTS, contents, draw, job_of
 
@@ -32,9 +32,11 @@ def healthy(store):
     return store
 
 
-def pictures(shard: int, size: int = 40_000) -> list[Drawn]:
+def pictures(shard: int, size: int = 40_000) -> list[GeneratedImage]:
     rng = random.Random(shard)
-    return [Drawn(f"p{shard}-{i}", rng.randbytes(rng.randrange(size)), {"id": f"p{shard}-{i}"}) for i in range(4)]
+    return [
+        GeneratedImage(f"p{shard}-{i}", rng.randbytes(rng.randrange(size)), {"id": f"p{shard}-{i}"}) for i in range(4)
+    ]
 
 
 def errors(shard: int) -> list[dict]:
@@ -132,7 +134,7 @@ def test_a_stopped_process_does_not_replace_its_twins_shard(healthy):
     healthy.fault = stopped
     assert slow.write(0, pictures(0), []) in (True, False)
     assert healthy.published["twins/000000.tar"] == 1
-    other = [Drawn("other", b"bytes", {})]  # from another machine, say
+    other = [GeneratedImage("other", b"bytes", {})]  # from another machine, say
     before = objects("gs://bucket/twins")
     healthy.fault = lambda method, path: None
     assert not slow.write(0, other, [])

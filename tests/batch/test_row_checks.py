@@ -45,7 +45,7 @@ def error_of(pipe, mode, folder, row) -> str:
     for _ in range(2):
         raw = Raw(3, {"prompt": "x"} | row)
         with pytest.raises(RowError) as caught:
-            Checker(pipe, mode, str(folder), DEFAULTS).task(raw)
+            Checker(pipe, mode, str(folder), DEFAULTS).check(raw)
         lines.append(json.dumps(caught.value.record(raw), allow_nan=False))
     assert lines[0] == lines[1]
     assert not re.search(r"0x[0-9a-f]{4}|object at|/tmp", lines[0])
@@ -91,7 +91,7 @@ def test_row_at_its_bounds_is_good(tiny_pipe, folder):
         {"prompt": "café".encode()},
     ]
     for row in rows:
-        assert checker.task(Raw(0, {"prompt": "x"} | row)).prompt in ("x", "café")
+        assert checker.check(Raw(0, {"prompt": "x"} | row)).prompt in ("x", "café")
 
 
 PICTURES = [
@@ -121,7 +121,7 @@ def test_extreme_picture_is_an_error_of_its_row(ours, folder, name, says):
 def test_long_picture_is_used_where_its_row_says_a_size(ours, folder):
     pipe = ours["KandinskyV22Img2ImgCombinedPipeline"]
     row = {"prompt": "x", "image": "tall.png", "height": 64, "width": 64}
-    assert Checker(pipe, "img2img", str(folder), DEFAULTS).task(Raw(0, row)).pictures["image"].size == (64, 64)
+    assert Checker(pipe, "img2img", str(folder), DEFAULTS).check(Raw(0, row)).pictures["image"].size == (64, 64)
 
 
 def test_mask_that_repaints_nothing_is_an_error_of_its_row(ours, folder):

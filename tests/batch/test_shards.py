@@ -15,13 +15,16 @@ import pyarrow.parquet
 import pytest
 
 from kandinsky_jax.batch import JobError
-from kandinsky_jax.batch.output import FORMAT_VERSION, Drawn, Output, json_line
+from kandinsky_jax.batch.output import FORMAT_VERSION, GeneratedImage, Output, json_line
 
 IDENTITY = {"rows": {"count": 9}, "seed": 0}
 
 
-def pictures(shard: int, count: int = 3) -> list[Drawn]:
-    return [Drawn(f"p{shard}-{i}", bytes([65 + i]) * 5000, {"id": f"p{shard}-{i}", "seed": i}) for i in range(count)]
+def pictures(shard: int, count: int = 3) -> list[GeneratedImage]:
+    return [
+        GeneratedImage(f"p{shard}-{i}", bytes([65 + i]) * 5000, {"id": f"p{shard}-{i}", "seed": i})
+        for i in range(count)
+    ]
 
 
 def strict(text: bytes | str):
@@ -208,7 +211,7 @@ def test_identifiers_of_any_length_fit_into_a_tar(tmp_path, length):
     """Up to 94 characters the bytes are those of the releases that wrote USTAR."""
     key = "i" * length
     output = Output(str(tmp_path), "webdataset", "png")
-    output.write(0, [Drawn(key, b"data", {"id": key})], [])
+    output.write(0, [GeneratedImage(key, b"data", {"id": key})], [])
     with tarfile.open(tmp_path / "000000.tar") as tar:
         assert tar.getnames() == [f"{key}.png", f"{key}.json"]
     if length <= 94:
@@ -240,7 +243,7 @@ def test_any_metadata_becomes_json_that_every_reader_takes(tmp_path, metadata, f
     found = []
     for run in ("a", "b"):
         output = Output(str(tmp_path / run), form, "png")
-        output.write(0, [Drawn("k", b"data", {"id": "k", "prompt": "\udcff", "metadata": metadata})], [])
+        output.write(0, [GeneratedImage("k", b"data", {"id": "k", "prompt": "\udcff", "metadata": metadata})], [])
         if form == "folder":
             [row] = pyarrow.parquet.read_table(tmp_path / run / "manifest").to_pylist()
             found.append(row["metadata"])

@@ -28,7 +28,7 @@ def test_a_completed_job_says_what_failed(tmp_path):
         assert done.exit_code == 0, done.exception
         assert written in done.output
         *_, counted, hint = done.output.splitlines()
-        assert counted.endswith(f"2 rows could not be drawn, see {tmp_path}/out/errors.jsonl")
+        assert counted.endswith(f"2 rows could not be generated, see {tmp_path}/out/errors.jsonl")
         assert f"remove 000001.tar, 000002.tar in {tmp_path}/out and start the job again" in hint
     for name in ("000001.tar", "000002.tar"):
         (tmp_path / "out" / name).unlink()
@@ -39,7 +39,7 @@ def test_a_job_without_one_picture_is_an_error(tmp_path):
     for _ in range(2):
         done = run(tmp_path, "prompt,height\nyellow ring,3\nyellow ring,4\n")
         assert isinstance(done.exception, ValueError)
-        assert str(done.exception) == f"none of the 2 rows could be drawn; see {tmp_path}/out/errors.jsonl"
+        assert str(done.exception) == f"none of the 2 rows could be generated; see {tmp_path}/out/errors.jsonl"
 
 
 def test_the_version_is_printed(tmp_path):

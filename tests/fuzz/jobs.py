@@ -136,7 +136,7 @@ def _job(form: str) -> Reader:
         checker = Checker(_pipe(), opened.mode, job.folder, job.settings, taken=opened.rows.taken)
         for raw in opened.rows.read(0, opened.rows.count):
             try:
-                checker.task(raw)
+                checker.check(raw)
             except RowError as error:  # is reported by the row's number in errors.jsonl
                 check_message(error)
 
