@@ -18,7 +18,7 @@ from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.sampling import Network
 from kandinsky_jax.tensors import names
 from kandinsky_jax.training.losses import decoder_loss, prior_loss
-from kandinsky_jax.training.step import Settings, Trainer
+from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from tests.conftest import note
 
 BATCH = 4
@@ -211,7 +211,7 @@ def test_weights_after_twenty_steps(tiny_pipe, reference, kind, with_lora):
     def loss(trained, batch, key):
         return own.loss(lora.merged(own.params, trained, config.scale) if with_lora else trained, batch)
 
-    trainer = Trainer(loss, Settings(max_grad_norm=1.0, **rate))
+    trainer = Trainer(loss, OptimizerConfig(max_grad_norm=1.0, **rate))
     state = trainer.init(lora_of(twin) if with_lora else own.params)
     before = {name: p.detach().numpy().copy() for name, p in twin.network.named_parameters() if p.requires_grad}
     for i in range(20):
@@ -244,7 +244,7 @@ def stepped(tiny_pipe):
 
     def step(**settings):
         rates = {"adam_weight_decay": 0.5, "learning_rate": 0.1, "max_grad_norm": None}
-        trainer = Trainer(own.loss, Settings(**rates, **settings))
+        trainer = Trainer(own.loss, OptimizerConfig(**rates, **settings))
         state, metrics = trainer.step(trainer.init(own.params), batch, jax.random.key(0))
         return own.params, state, {name: float(value) for name, value in metrics.items()}
 
@@ -289,7 +289,7 @@ def test_the_average_is_the_references(tiny_pipe):
     def loss(params, batch, key):
         return jnp.square(params["a"]["weight"] - batch).mean()
 
-    trainer = Trainer(loss, Settings(learning_rate=0.1, ema_decay=0.95))
+    trainer = Trainer(loss, OptimizerConfig(learning_rate=0.1, ema_decay=0.95))
     state = trainer.init({"a": {"weight": jnp.arange(6.0).reshape(2, 3)}})
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     average = EMAModel([weight], decay=0.95)
@@ -315,9 +315,9 @@ def test_patterns_that_match_no_layer(tiny_pipe):
 )
 def test_bad_settings(settings, says):
     with pytest.raises(ValueError, match=says):
-        Settings(**settings)
+        OptimizerConfig(**settings)
 
 
 def test_rates_by_step():
-    rate = Settings(learning_rate=1.0, lr_scheduler="linear", lr_warmup_steps=10, max_train_steps=110).rate()
+    rate = OptimizerConfig(learning_rate=1.0, lr_scheduler="linear", lr_warmup_steps=10, max_train_steps=110).rate()
     assert [round(float(rate(i)), 3) for i in (0, 5, 10, 60, 110)] == [0.0, 0.5, 1.0, 0.5, 0.0]

@@ -32,8 +32,8 @@ from kandinsky_jax.training.data import DataError, Reader, listing
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.losses import clip_loss, movq_loss
-from kandinsky_jax.training.step import Settings
-from kandinsky_jax.training.tasks import holes
+from kandinsky_jax.training.step import OptimizerConfig
+from kandinsky_jax.training.tasks import random_repaint_masks
 from tests import shapes
 from tests.conftest import SHAPES_MODEL, nchw, note, slow_and_campaign, worst
 from tests.test_training_loop import StopAfter
@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def config_of(data: Path, output: Path, **changed) -> Config:
-    optimizer = Settings(**({"learning_rate": 1e-3, "max_train_steps": 4} | changed.pop("optimizer", {})))
+    optimizer = OptimizerConfig(**({"learning_rate": 1e-3, "max_train_steps": 4} | changed.pop("optimizer", {})))
     given = {"model": str(SHAPES_MODEL), "resolution": 64, "train_batch_size": 4, "checkpointing_steps": 2} | changed
     return Config(data=str(data), output=str(output), optimizer=optimizer, **given)
 
@@ -238,7 +238,7 @@ def _folder_of(folder: Path, data: bytes) -> Path:
 
 def test_holes():
     """Rectangles of every size; one in eight is all of the picture."""
-    drawn = np.asarray(holes(jax.random.key(0), 4000, 8, 8))[..., 0]
+    drawn = np.asarray(random_repaint_masks(jax.random.key(0), 4000, 8, 8))[..., 0]
     share = drawn.mean((1, 2))
     assert set(np.unique(drawn)) == {0, 1}
     assert 1 / 64 <= share.min() < 0.05

@@ -25,11 +25,11 @@ from safetensors.numpy import load_file
 from kandinsky_jax import KandinskyV22CombinedPipeline, lora
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.stop import Stop
-from kandinsky_jax.training.config import Config, ConfigError, load
+from kandinsky_jax.training.config import Config, TrainingConfigError, load
 from kandinsky_jax.training.data import Batches, DataError, Reader, listing, without_padding
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run, TrainingError
-from kandinsky_jax.training.step import Settings
+from kandinsky_jax.training.step import OptimizerConfig
 from tests import shapes
 from tests.conftest import SHAPES_MODEL, slow_and_campaign
 
@@ -78,7 +78,9 @@ class StopAfter(Stop):
 def config_of(data: Path, output: Path, **changed) -> Config:
     optimizer = {"learning_rate": 1e-3, "max_train_steps": 4} | changed.pop("optimizer", {})
     given = {"resolution": 64, "train_batch_size": 4, "checkpointing_steps": 2} | changed
-    return Config(model=str(SHAPES_MODEL), data=str(data), output=str(output), optimizer=Settings(**optimizer), **given)
+    return Config(
+        model=str(SHAPES_MODEL), data=str(data), output=str(output), optimizer=OptimizerConfig(**optimizer), **given
+    )
 
 
 # Data -------------------------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def test_a_configuration(tmp_path):
     )
     config = load(tmp_path / "c.toml")
     assert config.snr_gamma == 5.0
-    assert config.optimizer == Settings(learning_rate=1e-3, ema_decay=0.99)
+    assert config.optimizer == OptimizerConfig(learning_rate=1e-3, ema_decay=0.99)
     assert (config.lora.rank, config.validation_prompts) == (8, ("a", "b"))
 
 
@@ -183,7 +185,7 @@ def test_all_faults_of_a_configuration(tmp_path):
         'model = 3\noutput = "o"\nresolutoin = 64\nrandom_flip = "yes"\nvalidation_prompts = "a"\nlora = 4\n'
         '[optimizer]\nlearning_rate = "fast"\nlr = 1\n'
     )
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(TrainingConfigError) as caught:
         load(tmp_path / "c.toml")
     faults = "\n".join(caught.value.faults)
     for part in (
@@ -198,12 +200,12 @@ def test_all_faults_of_a_configuration(tmp_path):
     ):
         assert part in faults
     (tmp_path / "c.toml").write_text('model = "t"\ndata = "d"\noutput = "o"\nresolution = 65\ntrain_batch_size = 0\n')
-    with pytest.raises(ConfigError, match=r"train_batch_size must be at least 1.*\n.*multiple of 64"):
+    with pytest.raises(TrainingConfigError, match=r"train_batch_size must be at least 1.*\n.*multiple of 64"):
         load(tmp_path / "c.toml")
     for text in ("model = ", None):
         if text is not None:
             (tmp_path / "d.toml").write_text(text)
-        with pytest.raises(ConfigError, match=r"[de]\.toml"):
+        with pytest.raises(TrainingConfigError, match=r"[de]\.toml"):
             load(tmp_path / ("d.toml" if text else "e.toml"))
 
 

@@ -12,9 +12,9 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from kandinsky_jax.training.config import ConfigError, load
+from kandinsky_jax.training.config import TrainingConfigError, load
 from kandinsky_jax.training.kinds import Kind
-from kandinsky_jax.training.mesh import make_training_mesh, parts, places
+from kandinsky_jax.training.mesh import make_training_mesh, parts, state_shardings
 from tests.conftest import note
 
 ROOT = Path(__file__).parents[1]
@@ -60,11 +60,11 @@ def test_what_is_no_mesh():
 def test_rules_that_cannot_be_followed():
     mesh = jax.sharding.Mesh([[jax.devices()[0]]], ("data", "fsdp"))
     tree = {"a": {"weight": jax.ShapeDtypeStruct((6, 4), "float32")}}
-    assert places(mesh, tree)["a"]["weight"].spec == PartitionSpec()
+    assert state_shardings(mesh, tree)["a"]["weight"].spec == PartitionSpec()
     with pytest.raises(ValueError, match="sharded over 'fsdp' only"):
-        places(mesh, tree, [("weight", PartitionSpec("rows"))])
+        state_shardings(mesh, tree, [("weight", PartitionSpec("rows"))])
     with pytest.raises(ValueError, match=r"a\.weight \[6, 4\] cannot be sharded"):
-        places(mesh, tree, [("weight", PartitionSpec(None, None, "fsdp"))])
+        state_shardings(mesh, tree, [("weight", PartitionSpec(None, None, "fsdp"))])
 
 
 def test_a_mesh_in_a_configuration(tmp_path):
@@ -72,8 +72,8 @@ def test_a_mesh_in_a_configuration(tmp_path):
     path.write_text('model = "m"\ndata = "d"\noutput = "o"\n[mesh]\nfsdp = 16\n')
     assert load(path).mesh.fsdp == 16
     path.write_text('model = "m"\ndata = "d"\noutput = "o"\n[mesh]\nfsdp = 0\ndata = -1\nrows = 2\n')
-    with pytest.raises(ConfigError, match=r"no mesh\.rows"):
+    with pytest.raises(TrainingConfigError, match=r"no mesh\.rows"):
         load(path)
     path.write_text('model = "m"\ndata = "d"\noutput = "o"\n[mesh]\nfsdp = 0\ndata = -1\n')
-    with pytest.raises(ConfigError, match=r"(?s)mesh\.data must be at least 1, got -1.*mesh\.fsdp must be"):
+    with pytest.raises(TrainingConfigError, match=r"(?s)mesh\.data must be at least 1, got -1.*mesh\.fsdp must be"):
         load(path)

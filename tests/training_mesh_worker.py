@@ -28,16 +28,16 @@ from kandinsky_jax.sharding import largest_axis
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import FSDP_AXIS, make_training_mesh
-from kandinsky_jax.training.step import Settings, Trainer
+from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from kandinsky_jax.training.tasks import DiffusionTask
 from tests.conftest import SHAPES_MODEL
 
 STEPS, BATCH = 10, 16
 MESHES = {"alone": (1, 1), "data=8": (8, 1), "fsdp=8": (1, 8), "data=2,fsdp=4": (2, 4)}
 SETTINGS = {
-    Kind.DECODER: Settings(learning_rate=1e-3, ema_decay=0.9),
-    Kind.PRIOR: Settings(learning_rate=1e-3, gradient_accumulation_steps=2),
-    Kind.LORA_DECODER: Settings(learning_rate=1e-2),
+    Kind.DECODER: OptimizerConfig(learning_rate=1e-3, ema_decay=0.9),
+    Kind.PRIOR: OptimizerConfig(learning_rate=1e-3, gradient_accumulation_steps=2),
+    Kind.LORA_DECODER: OptimizerConfig(learning_rate=1e-2),
 }
 # Dropout too, so that everything random is compared.
 OPTIONS = {"condition_dropout": 0.3, "snr_gamma": 5.0, "resolution": 64}

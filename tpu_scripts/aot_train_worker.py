@@ -27,8 +27,8 @@ from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.sharding import REPLICATED
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
-from kandinsky_jax.training.mesh import ROW, make_training_mesh, places
-from kandinsky_jax.training.step import Settings, Trainer
+from kandinsky_jax.training.mesh import EXAMPLES, make_training_mesh, state_shardings
+from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from kandinsky_jax.training.tasks import DiffusionTask
 from tpu_scripts.aot_cost import CHIPS, costs
 from tpu_scripts.aot_worker import OFFICIAL, Shape, first_line, mesh_of
@@ -75,20 +75,21 @@ def batch_of(task: DiffusionTask, rows: int, size: int, mesh: Any) -> dict[str, 
     else:
         wanted["latents"] = ((size // 8, size // 8, 4), jnp.float32)
     return {
-        name: Shape((rows, *shape), dtype, sharding=NamedSharding(mesh, ROW)) for name, (shape, dtype) in wanted.items()
+        name: Shape((rows, *shape), dtype, sharding=NamedSharding(mesh, EXAMPLES))
+        for name, (shape, dtype) in wanted.items()
     }
 
 
 def placed(trainer: Trainer, tree: Any) -> Any:
     """Shapes where a trainer puts its arrays."""
     assert trainer.mesh is not None
-    where = places(trainer.mesh, tree, trainer.rules)
+    where = state_shardings(trainer.mesh, tree, trainer.rules)
     return jax.tree.map(lambda leaf, place: Shape(leaf.shape, leaf.dtype, sharding=place), tree, where)
 
 
 def compiled(kind: Kind, job: dict[str, Any], mesh: Any) -> Any:
     """The production step of one kind, compiled."""
-    settings = Settings(dtype="bfloat16", remat=True, gradient_accumulation_steps=job["accumulation"])
+    settings = OptimizerConfig(dtype="bfloat16", remat=True, gradient_accumulation_steps=job["accumulation"])
     config = Config(
         model="", data="", output="", train_batch_size=job["batch"] * mesh.size, snr_gamma=5.0, optimizer=settings
     )

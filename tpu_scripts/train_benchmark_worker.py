@@ -92,14 +92,14 @@ def our_step(job: Job) -> Step:
     from kandinsky_jax.training.config import Config
     from kandinsky_jax.training.data import without_padding
     from kandinsky_jax.training.kinds import Kind
-    from kandinsky_jax.training.step import Settings, Trainer
+    from kandinsky_jax.training.step import OptimizerConfig, Trainer
     from kandinsky_jax.training.tasks import DiffusionTask
 
     root = Path(job.models)
     pipe = KandinskyV22CombinedPipeline.from_pretrained(root / DECODER, prior=root / PRIOR, dtype="float32")
     config = Config(model="", data="", output="", snr_gamma=job.snr_gamma, lora=LoraConfig(rank=job.rank))
     task = DiffusionTask(pipe, Kind(job.kind), config)
-    trainer = Trainer(task.loss(), Settings(ema_decay=job.ema), task.frozen())
+    trainer = Trainer(task.loss(), OptimizerConfig(ema_decay=job.ema), task.frozen())
     key = jax.random.key(0)
     state = trainer.init(task.initial(key))
     length = pipe.prior_text_encoder.config.max_position_embeddings

@@ -27,7 +27,7 @@ from kandinsky_jax.storage import files_below, read_json
 from kandinsky_jax.tensors.files import WEIGHT_FILE, ZERO_EMBED, CheckpointError
 
 MANIFEST = "kandinsky_jax_manifest.json"
-VERSION = 1
+MANIFEST_VERSION = 1
 # Files of a component's folder that loading reads, besides tensors.
 COMPONENT_FILES = ("config.json", "scheduler_config.json", CLIPImageProcessor.FILE, *tokenizer.FILES)
 
@@ -84,7 +84,7 @@ def _entries(folder: Path, progress: Callable[[int], Any] | None = None) -> dict
 
 
 def _write(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    text = json.dumps({"format_version": VERSION, "files": entries}, indent=1, sort_keys=True) + "\n"
+    text = json.dumps({"format_version": MANIFEST_VERSION, "files": entries}, indent=1, sort_keys=True) + "\n"
     replace_file(path, text.encode())
 
 
@@ -255,8 +255,10 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 def _read_manifest(path: Path) -> dict[str, _Expected]:
     content = read_json(path)
     version = content.get("format_version")
-    if type(version) is not int or version != VERSION:
-        raise CheckpointError(of_file(path, f"has the format version {quote(version)}, this release knows {VERSION}"))
+    if type(version) is not int or version != MANIFEST_VERSION:
+        raise CheckpointError(
+            of_file(path, f"has the format version {quote(version)}, this release knows {MANIFEST_VERSION}")
+        )
     entries = content.get("files")
     if not isinstance(entries, dict):
         raise CheckpointError(of_file(path, "is no manifest: it has no object files"))

@@ -1,1 +1,1 @@
-"""Training: data.py -> tasks.py (what a batch becomes) -> losses.py -> step.py, driven by loop.py as config.py says."""
+"""Training: data/ -> tasks.py (encoding of batches) -> losses.py -> step.py, run by loop.py."""

@@ -1,4 +1,4 @@
-"""OUT/bad_data.txt: what was not used of the data, each picture once, in a file of bounded length."""
+"""OUT/bad_data.txt: log of unused data, each picture once, of bounded length."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ END = "further ones are not listed"
 
 
 class BadData:
-    """The file.
+    """Log of unused data.
 
     Args:
-        path: of the file. What an earlier start of the run has written is kept, and not written again.
+        path: of the file. Entries of earlier starts of the run are kept and not repeated.
     """
 
     def __init__(self, path: Path):
@@ -25,12 +25,12 @@ class BadData:
         self._before: list[str] | None = None  # faults of earlier starts
 
     def report(self, fault: str, when: str, name: str | None = None) -> None:
-        """Write one line, unless one of this name is there.
+        """Log one fault, unless one with this name is there.
 
         Args:
-            fault: what is wrong; it begins with the name.
-            when: begins the line, such as "step 3".
-            name: what it is wrong with; None is the whole fault.
+            fault: description, which begins with the name.
+            when: prefix of the line, such as "step 3".
+            name: of the picture; None is the whole fault.
         """
         if self._before is None:
             self._before = self._read()

@@ -1,12 +1,12 @@
-"""A run's checkpoints: written whole or not at all, checked when they are read, of a known version.
+"""Checkpoints of a training run: written atomically, verified when they are read, versioned.
 
     OUT/checkpoints/STEP/state/    Orbax: the training state
-    OUT/checkpoints/STEP/place/    JSON: the format's version, the place in the data, what makes the run the same run
-                                   (see `run_record`), and checksums of the state and of this JSON
-    OUT/damaged_checkpoints/       what could not be read, and was newer than the checkpoint that was
+    OUT/checkpoints/STEP/place/    JSON: format version, position in the data, identity of the run (see `run_record`),
+                                   and checksums of the state and of this JSON
+    OUT/damaged_checkpoints/       unreadable checkpoints newer than the one that was restored
 
-Orbax checks little of what it reads: a flipped bit in the weights goes unnoticed. And it writes no checkpoint whose
-step is below that of a folder that is there, whatever that folder holds.
+Orbax itself does not notice a flipped bit in the weights, and writes no checkpoint of a step below that of an existing
+folder, whatever the folder contains.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from kandinsky_jax import orbax, reading
 from kandinsky_jax.errors import shorten, summarize
 from kandinsky_jax.tensors.files import CheckpointError
 from kandinsky_jax.training.errors import TrainingError
-from kandinsky_jax.training.run_record import STRUCTURE, Record, changes, checksums, describe
+from kandinsky_jax.training.run_record import STRUCTURE, Record, checksums, describe_changes, record_changes
 from kandinsky_jax.training.step import TrainState
 
-VERSION = 2  # 1, without a record and checksums, is read as well
+CHECKPOINT_VERSION = 2  # 1, without a record and checksums, is read as well
 MAX_PLACE_BYTES = 64 * 2**20
 TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
-    """The checkpoints of a run; a context, which waits at its end until the last one is written.
+    """Checkpoints of a run; a context manager that waits at its end until the last one is written.
 
     Args:
         folder: of the run, "OUT".
-        record: what makes it the same run.
-        limit: how many are kept.
-        accept_changes: whether a checkpoint of other settings, data or weights is used.
+        record: identity of the run.
+        limit: number of checkpoints to keep.
+        accept_changes: whether to restore a checkpoint of other settings, data or weights.
     """
 
     def __init__(self, folder: Path, record: Record, limit: int, *, accept_changes: bool = False):
@@ -64,16 +64,16 @@ class Checkpoints:
     # Writing ------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-        """Write a checkpoint, while the next steps are done.
+        """Write a checkpoint asynchronously.
 
         Args:
-            step: that have been done.
-            state: after them.
-            data: the place in the data.
+            step: number of steps done.
+            state: after these steps.
+            data: position in the data.
         Raises:
-            TrainingError: where this one, or the one before, could not be written.
+            TrainingError: if this one or the previous one could not be written.
         """
-        place = {"format_version": VERSION, "step": step, "data": data, "kind": self.record["kind"]}
+        place = {"format_version": CHECKPOINT_VERSION, "step": step, "data": data, "kind": self.record["kind"]}
         place |= {"run": self.record, "state": checksums(state)}
         place["checksum"] = _checksum(place)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), place=ocp.args.JsonSave(place))
@@ -99,15 +99,15 @@ class Checkpoints:
     # Reading ------------------------------------------------------------------------------------------------------
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state that is whole, and its place in the data; None where there is no checkpoint.
+        """Restore the newest intact state and its position in the data; None without a checkpoint.
 
-        Damaged checkpoints that are newer are moved out of the way, with one warning. Where one of them says that the
-        run already had today's settings, data and weights, those before it may differ: that was accepted then.
+        Newer damaged checkpoints are moved away with one warning. If one of them records the current settings, data and
+        weights, older ones may differ, since the change was accepted before.
 
         Args:
-            state: of the shapes, dtypes and shardings that are wanted.
+            state: has the shapes, dtypes and shardings of the result.
         Raises:
-            TrainingError: where no checkpoint can be read, the newest is of another run or of a newer version.
+            TrainingError: if no checkpoint can be read, or the newest one is of another run or a newer version.
         """
         faults: list[str] = []
         damaged: list[Path] = []
@@ -145,7 +145,7 @@ class Checkpoints:
         return None
 
     def _candidates(self) -> list[Path]:
-        """Folders named like steps, the newest first. What killed writers have left is removed."""
+        """Return folders of steps, newest first; temporary ones of killed writers are removed."""
         try:
             if not self._path.exists():
                 return []
@@ -159,20 +159,20 @@ class Checkpoints:
         return sorted(steps, key=lambda path: (len(path.name), path.name), reverse=True)
 
     def _place(self, path: Path) -> dict[str, Any]:
-        """The JSON of a checkpoint.
+        """Read the JSON of a checkpoint.
 
         Raises:
-            CheckpointError: where it is damaged.
-            TrainingError: where it is of a newer version.
+            CheckpointError: if it is damaged.
+            TrainingError: if it is of a newer version.
         """
         place = _read_json(path / "place" / "metadata")
         version = place.get("format_version", 1)
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise CheckpointError("its format version is no number")
-        if version > VERSION:
+        if version > CHECKPOINT_VERSION:
             raise TrainingError(
-                f"{path} is of format version {version}, this version of kandinsky_jax reads those up to {VERSION}: "
-                "update it, or choose another output folder"
+                f"{path} is of format version {version}, this version of kandinsky_jax reads those up to "
+                f"{CHECKPOINT_VERSION}: update it, or choose another output folder"
             )
         whole = dict(place)
         if version > 1 and whole.pop("checksum", None) != _checksum(whole):
@@ -189,9 +189,9 @@ class Checkpoints:
         return place
 
     def _compare(self, path: Path, place: dict[str, Any], accepted: bool) -> None:
-        """Raise TrainingError where a checkpoint is of another run."""
+        """Raise TrainingError for a checkpoint of another run."""
         if "run" in place:
-            found = changes(place["run"], self.record)
+            found = record_changes(place["run"], self.record)
             if found and (not accepted or STRUCTURE & found.keys()):
                 raise self._other(found)
         elif place["kind"] != self.record["kind"]:
@@ -212,14 +212,14 @@ class Checkpoints:
         if STRUCTURE & found.keys():
             advice = " or ".join(ways)
         else:
-            advice = f"{', '.join(ways)}, or start with --accept-changes to go on with the new ones"
+            advice = f"{', '.join(ways)}, or start with --accept-changes to continue with the new ones"
         return TrainingError(
-            f"{self.folder} holds the checkpoints of a run with other settings or data: changed are {describe(found)}; "
-            f"{advice}"
+            f"{self.folder} holds the checkpoints of a run with other settings or data: changed are "
+            f"{describe_changes(found)}; {advice}"
         )
 
     def _state(self, path: Path, place: dict[str, Any], like: TrainState) -> TrainState:
-        """The state of a checkpoint; CheckpointError where it is damaged."""
+        """Restore the state of a checkpoint; CheckpointError if it is damaged."""
         restored = orbax.restore_tree(path / "state", like)
         if str(int(restored.step)) != path.name:
             raise CheckpointError(f"its state is of step {int(restored.step)}")

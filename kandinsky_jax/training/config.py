@@ -1,4 +1,4 @@
-"""A training run's configuration: a TOML file with the names of these fields, whose faults are reported all at once."""
+"""Configuration of a training run: a TOML file with the fields of `Config`; all faults are reported at once."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.schedulers.base import near
 from kandinsky_jax.training.mesh import MeshConfig
-from kandinsky_jax.training.step import Settings
+from kandinsky_jax.training.step import OptimizerConfig
 
-MAX_BYTES = 2**18  # of a configuration
+MAX_CONFIG_BYTES = 2**18
 MAX_STEPS = 2**31 - 1  # of an int32
 MAX_BATCH = 2**20
 MAX_RESOLUTION = 16384
 MAX_SEED = 2**63 - 1
 
 
-class ConfigError(ValueError):
-    """What is wrong with a configuration, one fault a line; `faults` has all of them."""
+class TrainingConfigError(ValueError):
+    """A configuration is invalid; `faults` lists all faults, one per line of the message."""
 
     def __init__(self, path: str, faults: list[str]):
         self.faults = [shorten(fault, 200) for fault in faults]
@@ -36,28 +36,28 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How to train, on what, and where the result goes.
+    """Settings of a training run.
 
     Args:
-        model: "tiny", a folder, or a Hub repository: the decoder, whose prior is found as by the pipelines.
-        prior: folder or Hub repository of the prior, where it is not found.
+        model: "tiny", a folder, or a Hub repository, of the decoder; its prior is found as in the pipelines.
+        prior: folder or Hub repository of the prior, if it is not found.
         data: a folder with metadata.jsonl, WebDataset tars, Parquet, or pictures with a .txt each.
-        output: the folder of checkpoints, metrics and the result.
+        output: folder for checkpoints, metrics and the result.
         resolution: of the pictures, a multiple of 64.
-        train_batch_size: pictures of a step, over all its parts.
+        train_batch_size: examples of a step, over all its accumulation parts.
         seed: of the order of the data, timesteps, noise and dropout.
-        snr_gamma: of min-SNR weighting; absent is none.
-        condition_dropout: the share of examples without their condition.
-        random_flip, random_crop: of the pictures.
-        precompute: encode every picture and caption once, before the first step, and keep that in `output`: what trains
-            the prior or the decoder then reads no picture, and runs neither MoVQ nor the towers.
+        snr_gamma: of min-SNR weighting; absent turns it off.
+        condition_dropout: fraction of examples without their condition.
+        random_flip, random_crop: augmentation of the pictures.
+        precompute: encode every picture and caption once before the first step, and store the results in `output`;
+            training of the prior or the decoder then reads no pictures and runs neither MoVQ nor the towers.
         text_length: tokens that captions are cut to, for short captions; absent is the text tower's length.
-        quantized_share: of MoVQ's training: the share of pictures that are drawn from the codebook's vectors, and not
-            from the latents themselves, which is what the pipelines do.
-        checkpointing_steps, checkpoints_total_limit: how often the whole state is kept, and how many are.
-        validation_prompts, validation_steps: what is drawn on the way, and how often; 0 is never.
+        quantized_share: in MoVQ's training, the fraction of pictures that are decoded from the codebook's vectors; the
+            others are decoded from the latents themselves, as in the pipelines.
+        checkpointing_steps, checkpoints_total_limit: interval of checkpoints, and how many are kept.
+        validation_prompts, validation_steps: prompts of sample pictures, and their interval; 0 is never.
         mesh: the devices, see `kandinsky_jax.training.mesh.MeshConfig`.
-        wandb_project: of Weights & Biases, where wandb is installed; absent is none.
+        wandb_project: of Weights & Biases, if wandb is installed; absent is none.
         optimizer: see `kandinsky_jax.training.step.Settings`.
         lora: see `kandinsky_jax.lora.LoraConfig`.
     """
@@ -82,7 +82,7 @@ class Config:
     validation_steps: int = 0
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     wandb_project: str | None = None
-    optimizer: Settings = dataclasses.field(default_factory=Settings)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -140,25 +140,25 @@ def load(path: str | Path) -> Config:
     """Read a configuration.
 
     Raises:
-        ConfigError: listing everything that is wrong with it.
+        TrainingConfigError: listing everything that is wrong with it.
     """
     try:
-        raw = tomllib.loads(reading.read_text(path, MAX_BYTES))
+        raw = tomllib.loads(reading.read_text(path, MAX_CONFIG_BYTES))
     except FileNotFoundError:
-        raise ConfigError(str(path), ["there is no such file"]) from None
+        raise TrainingConfigError(str(path), ["there is no such file"]) from None
     except RecursionError:
-        raise ConfigError(str(path), ["it is nested too deeply"]) from None
+        raise TrainingConfigError(str(path), ["it is nested too deeply"]) from None
     except ValueError as error:  # ReadError, tomllib's own, and integers of thousands of digits
-        raise ConfigError(str(path), [shorten(error, 200)]) from None
+        raise TrainingConfigError(str(path), [shorten(error, 200)]) from None
     faults: list[str] = []
     config = _build(Config, raw, "", faults)
     if faults or config is None:
-        raise ConfigError(str(path), faults)
+        raise TrainingConfigError(str(path), faults)
     return config
 
 
 def _build(cls: type[Any], raw: dict[str, Any], prefix: str, faults: list[str]) -> Any:
-    """A dataclass of a table; None where that cannot be, and why."""
+    """Build a dataclass from a table; None if there are faults, which are added to `faults`."""
     before = len(faults)
     hints, given = typing.get_type_hints(cls), {}
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -179,7 +179,7 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str, faults: list[str]) 
 
 
 def _value(kind: Any, value: Any, name: str, faults: list[str]) -> Any:
-    """A value of a field's type."""
+    """Convert a value to a field's type."""
     if isinstance(kind, types.UnionType):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if dataclasses.is_dataclass(kind):

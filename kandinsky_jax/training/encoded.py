@@ -1,9 +1,9 @@
-"""What the towers and MoVQ make of a whole data set, computed once and kept in files.
+"""Cache of a whole data set as encoded by the towers and MoVQ.
 
-    OUT/encoded/about.json    the format's version, what the arrays were made of, which items could be read, checksums
-    OUT/encoded/NAME.npy      one array of `Task.encode` each, a row per item that could be read
+    OUT/encoded/about.json    format version, digest of the inputs, which items could be read, checksums
+    OUT/encoded/NAME.npy      one array of `TrainingTask.encode`, with an entry for each readable item
 
-The arrays are mapped into memory, not read, so that they may be larger than it.
+The arrays are memory-mapped, so they may be larger than memory.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from kandinsky_jax import reading
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.storage import check_free_space, complete_or_absent
-from kandinsky_jax.training.data import Captioned, DataError, Reader, fingerprint
+from kandinsky_jax.training.data import Captioned, DataError, Reader, data_fingerprint
 from kandinsky_jax.training.run_record import weights_digest
 from kandinsky_jax.training.tasks import DiffusionTask
 
 CHUNK = 32  # pictures that are encoded at once
-VERSION = 2
+CACHE_VERSION = 2
 READ_BYTES = 2**22
 MAX_ABOUT_BYTES = 2**30
 
 
 class StaleCacheError(ValueError):
-    """Encoded data is damaged, or was made of something else."""
+    """The cache is damaged, or was made from other inputs."""
 
 
-class Encoded:
-    """Encoded items; called like a `Reader`, with a position in the place of a picture.
+class LatentCache:
+    """Encoded items; called like a `Reader`, with an index instead of a picture.
 
     Args:
-        folder: where they lie.
-        about: what about.json holds.
+        folder: of the arrays.
+        about: content of about.json.
     Raises:
-        StaleCacheError: where a file is absent or damaged.
+        StaleCacheError: if a file is missing or damaged.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]):
@@ -57,28 +57,28 @@ class Encoded:
                 raise StaleCacheError(f"{path.name} is damaged")
             self._arrays[name] = np.load(path, mmap_mode="r")
 
-    def __call__(self, position: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The arrays of one item."""
-        return {name: np.asarray(array[position]) for name, array in self._arrays.items()}
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Return the arrays of one item."""
+        return {name: np.asarray(array[index]) for name, array in self._arrays.items()}
 
 
-def encoded(
+def open_latent_cache(
     folder: Path, task: DiffusionTask, items: Sequence[Captioned], quiet: bool = False
-) -> tuple[Encoded, dict[str, str]]:
-    """What `folder` holds, computed first where it holds nothing, or what is damaged or made of something else.
+) -> tuple[LatentCache, dict[str, str]]:
+    """Open the cache in `folder`, encoding the data first if it is missing, damaged, or made from other inputs.
 
-    Of other data, weights or settings, that is. A picture is known by its name, caption, size and time of change.
+    The inputs are data, weights and settings; a picture is identified by name, caption, size and modification time.
 
     Returns:
-        the encoded items, and why others could not be read, by name.
+        the encoded items, and the reasons why others could not be read, by name.
     Raises:
-        DataError: where nothing could be read.
-        OSError: where the disk has no room for it, before anything is written.
+        DataError: if nothing could be read.
+        OSError: if the disk is too small, before anything is written.
     """
     reader, rng = task.reader(), np.random.default_rng(0)
     mark = _mark(task, reader, items)
     try:
-        return Encoded(folder, _about(folder / "about.json", mark)), {}
+        return LatentCache(folder, _about(folder / "about.json", mark)), {}
     except FileNotFoundError:
         pass
     except (StaleCacheError, OSError, ValueError, EOFError) as error:
@@ -92,7 +92,7 @@ def encoded(
             if not found:
                 continue
             rows = list(found.values())
-            # One shape, one program: the last chunk is filled up.
+            # The last chunk is padded, so that one program is enough.
             rows += [rows[-1]] * (min(CHUNK, len(items)) - len(rows))
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             values = {name: np.asarray(value) for name, value in task.encode(batch).items()}
@@ -105,21 +105,21 @@ def encoded(
         for array in arrays.values():
             array.flush()
         files = {name: _checksum(scratch / f"{name}.npy") for name in arrays}
-        about = {"format_version": VERSION, "mark": mark, "which": which, "files": files}
+        about = {"format_version": CACHE_VERSION, "mark": mark, "which": which, "files": files}
         about["checksum"] = _digest(about)
         (scratch / "about.json").write_text(json.dumps(about))
-    return Encoded(folder, about), reader.unreadable
+    return LatentCache(folder, about), reader.unreadable
 
 
 def _about(path: Path, mark: str) -> dict[str, Any]:
-    """What about.json holds; StaleCacheError where it is damaged or of something else."""
+    """Read about.json; StaleCacheError if it is damaged or of other inputs."""
     if not path.parent.exists():
         raise FileNotFoundError(path)
     try:
         about = reading.read_json_object(path, MAX_ABOUT_BYTES)
     except (OSError, reading.ReadError):
         raise StaleCacheError(f"{path.name} is damaged or missing") from None
-    if about.get("format_version") != VERSION:
+    if about.get("format_version") != CACHE_VERSION:
         raise StaleCacheError("it is of another format version")
     if about.pop("checksum", None) != _digest(about):
         raise StaleCacheError(f"{path.name} is damaged")
@@ -133,7 +133,7 @@ def _digest(about: Mapping[str, Any]) -> str:
 
 
 def _checksum(path: Path) -> list[int]:
-    """A file's size and CRC-32."""
+    """Return a file's size and CRC-32."""
     found = 0
     if not path.is_file():
         raise StaleCacheError(f"{path.name} is missing")
@@ -144,7 +144,7 @@ def _checksum(path: Path) -> list[int]:
 
 
 def _create(folder: Path, rows: int, like: dict[str, np.ndarray]) -> dict[str, np.memmap]:
-    """Files for so many rows. They are mapped: a disk that fills up later would end the process without a word."""
+    """Create memory-mapped files for `rows` items; space is checked first, since a full disk would kill the process."""
     check_free_space(folder, "encoded data", rows * sum(array[:1].nbytes for array in like.values()))
     return {
         name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", array.dtype, (rows, *array.shape[1:]))
@@ -153,10 +153,10 @@ def _create(folder: Path, rows: int, like: dict[str, np.ndarray]) -> dict[str, n
 
 
 def _mark(task: DiffusionTask, reader: Reader, items: Sequence[Captioned]) -> str:
-    """Of all that decides what is encoded: pictures (by name, caption, size and time), settings and weights."""
+    """Return a digest of the inputs: pictures (by name, caption, size and time), settings and weights."""
     settings = (task.of_prior, reader.resolution, reader.length, reader.hints, reader.processor)
     found = hashlib.sha256(repr(settings).encode())
-    found.update(fingerprint(items, modified=True).encode())
+    found.update(data_fingerprint(items, modified=True).encode())
     for name, module in sorted(task.encoders.items()):
         found.update(f"{name} {weights_digest(flat_params(module))}".encode())
     return found.hexdigest()

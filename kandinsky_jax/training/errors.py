@@ -1,5 +1,5 @@
-"""What may go wrong while training, other than in its data and its configuration."""
+"""Errors of training, other than those of data and configuration."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; what was kept stays."""
+    """Training cannot continue; existing checkpoints stay."""

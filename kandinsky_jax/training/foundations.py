@@ -1,4 +1,4 @@
-"""What the prior and the decoder stand on, from scratch: MoVQ by drawing pictures again, CLIP by matching captions."""
+"""Training of MoVQ by reconstruction, and of CLIP by matching pictures and captions."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from kandinsky_jax.sampling import Network, Params, call
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader
 from kandinsky_jax.training.losses import clip_loss, movq_loss
-from kandinsky_jax.training.tasks import Task, first_read, normalised, reader_of, sheet
+from kandinsky_jax.training.tasks import TrainingTask, contact_sheet, first_readable, reader_of, to_movq_pixels
 
-SHOWN = 8  # pictures of a sheet
-# Radford et al. 2021, section 2.5: a temperature of 0.07 to begin with.
+SHOWN = 8  # pictures of a contact sheet
+# Radford et al. 2021, section 2.5: an initial temperature of 0.07.
 FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))
 CHUNK = 64
 
 
 @dataclass(frozen=True)
-class MoVQTask(Task):
-    """MoVQ, of a decoder whose UNet stays as it is."""
+class MoVQTask(TrainingTask):
+    """Training of a decoder's MoVQ; its UNet does not change."""
 
     @classmethod
     def load(cls, config: Config) -> Any:
@@ -48,7 +48,7 @@ class MoVQTask(Task):
         return reader_of(self.config)
 
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {"pixels": normalised(batch["pixels"])}
+        return {"pixels": to_movq_pixels(batch["pixels"])}
 
     def loss(self) -> Any:
         network, share = Network.split(self.pipe.movq)[0], self.config.quantized_share
@@ -60,19 +60,19 @@ class MoVQTask(Task):
         return loss
 
     def sample(self, items: Sequence[Captioned]) -> Image.Image:
-        read = [row["pixels"] for row in first_read(self.reader(), items, SHOWN)]
+        read = [row["pixels"] for row in first_readable(self.reader(), items, SHOWN)]
         network, params = Network.split(self.pipe.movq)
-        latents = call(network, params, normalised(np.stack(read)), method="encode")
-        drawn = images.from_network(call(network, params, latents, method="decode"))
-        return sheet([[Image.fromarray(x) for x in read], images.to_output(drawn, "pil")])
+        latents = call(network, params, to_movq_pixels(np.stack(read)), method="encode")
+        decoded = images.from_network(call(network, params, latents, method="decode"))
+        return contact_sheet([[Image.fromarray(x) for x in read], images.to_output(decoded, "pil")])
 
     def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
         self.pipe.save_pretrained(target, overwrite=True)
 
 
 @dataclass(frozen=True)
-class CLIPTask(Task):
-    """CLIP's two towers, of a prior that stays as it is, except for its statistics of image embeddings."""
+class CLIPTask(TrainingTask):
+    """Training of CLIP's two towers; of the prior only the statistics of image embeddings change."""
 
     @classmethod
     def load(cls, config: Config) -> Any:
@@ -116,12 +116,12 @@ class CLIPTask(Task):
         self.pipe.save_pretrained(target, overwrite=True)
 
     def _embeds(self, items: Sequence[Captioned]) -> np.ndarray:
-        """Of all pictures, `[N, D]`."""
+        """Compute the image embeddings of all pictures, `[N, D]`."""
         reader = self.reader()
         network, params = Network.split(self.pipe.image_encoder)
         found = []
         for start in range(0, len(items), CHUNK):
-            if read := first_read(reader, items[start : start + CHUNK], CHUNK):
+            if read := first_readable(reader, items[start : start + CHUNK], CHUNK):
                 pixels = np.stack([row["clip_pixels"] for row in read])
                 found.append(np.asarray(call(network, params, jnp.asarray(pixels))))
         return np.concatenate(found)

@@ -1,4 +1,4 @@
-"""The C library's heap, for steps that ask for the same memory again and again."""
+"""Configuration of glibc's malloc for training steps, which allocate the same memory repeatedly."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PAD = 256 * 2**20
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Have glibc keep the memory that this process frees, for what it asks for next; whether that can be done here.
+    """Make glibc keep freed memory for later allocations; return whether that is possible here.
 
-    XLA's CPU backend takes every step's temporaries from malloc. By default glibc gives large ones back to the kernel
-    at once, which clears them, page by page, when the next step asks again: about a fifth of MoVQ's training step,
-    nothing that could be measured of a small UNet's. The price is that the process stays as large as it once was.
+    XLA's CPU backend allocates a step's temporaries with malloc. By default glibc returns large blocks to the kernel at
+    once, which has to clear them page by page in the next step: about a fifth of MoVQ's training step, and not
+    measurable for a small UNet. In exchange the process stays at its peak size.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # No mappings of their own for large blocks, and the heap's end is never given back.
+    # No separate mappings for large blocks, and the end of the heap is never returned.
     return all([mallopt(MMAP_MAX, 0), mallopt(TRIM_THRESHOLD, -1), mallopt(TOP_PAD, PAD)])

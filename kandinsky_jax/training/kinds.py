@@ -1,4 +1,4 @@
-"""What there is to train."""
+"""Kinds of training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """The prior or the decoder's UNet, whole or by low-rank changes; MoVQ, and both towers of CLIP."""
+    """The trained network: the prior or the decoder's UNet, fully or with LoRA; MoVQ, or both towers of CLIP."""
 
     PRIOR = "prior"
     DECODER = "decoder"

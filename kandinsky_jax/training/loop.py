@@ -1,14 +1,14 @@
 """The training loop: batches, steps, checkpoints, metrics, sample pictures, and the result.
 
-A run that is killed and started again goes on from its last checkpoint, and ends with the weights of a run that nothing
-happened to: the state holds the weights, the optimizer, the step (which decides all noise) and the place in the data.
-With other settings, data or weights it would be another run, and is refused (see `run_record`).
+A run that was killed continues from its last checkpoint and ends with the weights of an uninterrupted run: the state
+consists of the weights, the optimizer, the step (which determines all noise) and the position in the data. A checkpoint
+of other settings, data or weights is refused (see `run_record`).
 
-    OUT/checkpoints/STEP/    the state, and where the data stands (see `checkpoints`)
+    OUT/checkpoints/STEP/    the state, and the position in the data (see `checkpoints`)
     OUT/metrics.jsonl        one line a step: loss, gradient_norm, learning_rate, images_per_second
     OUT/events/, OUT/wandb/  the same for TensorBoard, and for Weights & Biases (see `metrics`)
     OUT/samples/STEP.png     the validation prompts
-    OUT/encoded/             with `precompute`: latents and embeddings of all the data
+    OUT/encoded/             with `precompute`: latents and embeddings of all data
     OUT/bad_data.txt         data that is not used, and batches whose loss was not finite (see `bad_data`)
     OUT/model/               the result: the pipeline in diffusers' layout, or pytorch_lora_weights.safetensors
 """
@@ -35,7 +35,7 @@ from kandinsky_jax.training.bad_data import BadData
 from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Batches, Captioned, DataError, listing
-from kandinsky_jax.training.encoded import Encoded, encoded
+from kandinsky_jax.training.encoded import LatentCache, open_latent_cache
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.foundations import CLIPTask, MoVQTask
 from kandinsky_jax.training.kinds import Kind
@@ -43,25 +43,25 @@ from kandinsky_jax.training.mesh import gathered, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.run_record import run_record
 from kandinsky_jax.training.step import Trainer, TrainState
-from kandinsky_jax.training.tasks import DiffusionTask, Task
+from kandinsky_jax.training.tasks import DiffusionTask, TrainingTask
 
-TASKS: dict[Kind, type[Task]] = {Kind.MOVQ: MoVQTask, Kind.CLIP: CLIPTask}  # the others diffuse
-MOST_BAD = 10  # steps in a row without a finite loss, after which going on makes no sense
+TASKS: dict[Kind, type[TrainingTask]] = {Kind.MOVQ: MoVQTask, Kind.CLIP: CLIPTask}  # the others diffuse
+MOST_BAD = 10  # consecutive steps without a finite loss, after which training ends
 
 
 class Run:
     """One training run.
 
     Args:
-        kind: what is trained.
+        kind: which network is trained.
         config: see `Config`.
         pipe: the model, float32; None loads it.
         quiet: no progress bars.
-        accept_changes: go on from checkpoints of other settings, data or weights.
+        accept_changes: continue from checkpoints of other settings, data or weights.
     Raises:
-        DataError: where there is nothing to train on, before the model is loaded where that can be known.
-        TrainingError: where the result could not be written.
-        ValueError: where a setting is not one of this kind's.
+        DataError: if there is no usable data, before the model is loaded where possible.
+        TrainingError: if the result could not be written.
+        ValueError: for a setting that this kind does not support.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Run:
         mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
         _check_batch(config, parts(mesh))
         if config.precompute and kind in TASKS:
-            raise ValueError(f"precompute is of no use for {kind}: nothing before it stays as it is")
+            raise ValueError(f"precompute is of no use for {kind}: none of its networks is frozen")
         task_class = TASKS.get(kind, DiffusionTask)
         _check_target(self.folder, lora.FILE if kind.startswith("lora-") else "model_index.json")
         found = listing(config.data, exclude=[self.folder], scratch=self.folder)
@@ -94,24 +94,24 @@ class Run:
             rows = range(len(self.items))
         self.batches = Batches(rows, self.reader, config.train_batch_size, config.seed, config.data)
 
-    def _precomputed(self) -> Encoded:
-        """The encoded items, those that could be read."""
+    def _precomputed(self) -> LatentCache:
+        """Open the cache of encoded items, and drop items that could not be read."""
         assert isinstance(self.task, DiffusionTask)
         with in_folder(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            reader, unreadable = encoded(self.folder / "encoded", self.task, self.items, self.quiet)
+            reader, unreadable = open_latent_cache(self.folder / "encoded", self.task, self.items, self.quiet)
             for name, fault in unreadable.items():
                 self._bad_data.report(fault, "before the first step", name)
         self.items = [self.items[i] for i in reader.which]
         return reader
 
     def train(self, *, stop: Stop | None = None) -> Path | None:
-        """Train to the end; the folder of the result, or None where a signal came before.
+        """Train to the end; return the folder of the result, or None if a signal stopped the run.
 
         Raises:
-            DataError: where no picture can be read any more; the state is kept.
-            TrainingError: where the loss stays not finite, the checkpoints are of another run or cannot be read, or
-                something cannot be written.
+            DataError: if no picture can be read any more; the state is saved.
+            TrainingError: if the loss stays not finite, checkpoints are of another run or cannot be read, or a file
+                cannot be written.
         """
         with in_folder(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ class Run:
             return None if state is None else self.export(state)
 
     def _trained(self, stop: Stop) -> TrainState | None:
-        """The state after the last step, or None where a signal came before."""
+        """Return the state after the last step, or None if a signal stopped the run."""
         config, last = self.config, self.config.optimizer.max_train_steps
         state = self.trainer.init(self.task.initial(self._first_key))
         networks = {name: flat_params(module) for name, module in self.task.networks.items()}
@@ -171,7 +171,7 @@ class Run:
         return state, metrics
 
     def _judge(self, loss: float, done: int, which: np.ndarray) -> None:
-        """Report what was bad; a step without a finite loss has changed nothing."""
+        """Log bad data and losses that are not finite; such a step has changed nothing."""
         for name, fault in list(self.reader.unreadable.items()):
             self._bad_data.report(fault, f"step {done}", name)
         self._bad_in_a_row = 0 if math.isfinite(loss) else self._bad_in_a_row + 1
@@ -181,11 +181,11 @@ class Run:
             raise TrainingError(
                 f"the loss was not finite in {MOST_BAD} steps, up to step {done}; the pictures are named in "
                 f"{self.folder / 'bad_data.txt'}. Lower the learning rate, or take them out, and start again with "
-                "--accept-changes: it goes on from the last checkpoint"
+                "--accept-changes: it continues from the last checkpoint"
             )
 
     def _report_skipped(self) -> None:
-        """Say what is not used of the data: a warning with the first faults, all of them in the file."""
+        """Report unused data: the first faults in a warning, all of them in the log."""
         if not self._skipped.count:
             return
         for fault in self._skipped.faults:
@@ -199,7 +199,7 @@ class Run:
     # Pictures and the result --------------------------------------------------------------------------------------
 
     def _result(self, state: TrainState) -> Any:
-        """What has been trained: the average of the weights, where there is one."""
+        """Return the trained values: the average of the weights, if there is one."""
         return gathered(self.trainer.mesh, state.params if state.ema is None else state.ema)
 
     def _sample(self, state: TrainState, done: int, metrics: Metrics) -> None:
@@ -212,7 +212,7 @@ class Run:
             metrics.picture(done, sheet)
 
     def export(self, state: TrainState) -> Path:
-        """Write the result; complete or absent."""
+        """Write the result atomically, and return its folder."""
         target, trained = self.folder / "model", self._result(state)
         with self.task.installed(trained):
             self.task.export(target, trained, self.items)
@@ -221,19 +221,19 @@ class Run:
 
 @contextmanager
 def in_folder(folder: Path) -> Iterator[None]:
-    """Make TrainingErrors of the file system's errors."""
+    """Convert errors of the file system to TrainingError."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or shorten(str(error), 150)
         raise TrainingError(
-            f"{shorten(error.filename or folder, 250)}: {reason}. Start again when that is put right; training goes on "
+            f"{shorten(error.filename or folder, 250)}: {reason}. Start again when that is solved; training continues "
             "from the last checkpoint"
         ) from error
 
 
 def _check_target(folder: Path, replaceable: str) -> None:
-    """Raise where the result could not be put into its folder, before the work for it is done."""
+    """Raise TrainingError if the result could not be written into its folder, before training."""
     target = folder / "model"
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"{folder} is no folder; choose another output")
@@ -245,7 +245,7 @@ def _check_target(folder: Path, replaceable: str) -> None:
 
 
 def _check_batch(config: Config, devices: int) -> None:
-    """Raise where a batch cannot be divided."""
+    """Raise ValueError if a batch cannot be sharded."""
     if jax.process_count() > 1:
         raise ValueError(
             f"this process is one of {jax.process_count()}, and a run is of one process with all of its devices; over "

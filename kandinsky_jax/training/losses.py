@@ -1,8 +1,8 @@
-"""What training minimises: pure functions of a network's parameters and a batch.
+"""Losses of training: pure functions of a network's parameters and a batch.
 
 Reference: diffusers' examples/kandinsky2_2/text_to_image, `train_text_to_image_decoder.py` and `..._prior.py`. Their
-min-SNR weights are kept as they are, also where they differ from the paper: the prior predicts the sample, and its
-weights are min(SNR, gamma) undivided. diffusers trains neither MoVQ nor CLIP; their losses are the papers'.
+min-SNR weights are used even where they differ from the paper: the prior predicts the sample, and its weights are
+min(SNR, gamma), not divided. diffusers trains neither MoVQ nor CLIP; their losses are those of the papers.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from kandinsky_jax.sampling import Network, Params
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 COMMITMENT = 0.25  # van den Oord et al. 2017, section 3.2
-SHARPEST = math.log(100)  # the largest logit scale, Radford et al. 2021, section 2.5
+MAX_LOGIT_SCALE = math.log(100)  # the largest logit scale, Radford et al. 2021, section 2.5
 
 
 def min_snr_weights(
     alphas_cumprod: jax.Array, timesteps: jax.Array, gamma: float, prediction_type: PredictionType
 ) -> jax.Array:
-    """How much an example's error counts (Hang et al. 2023, arXiv 2303.09556, section 3.4).
+    """Compute min-SNR weights of examples (Hang et al. 2023, arXiv 2303.09556, section 3.4).
 
     Args:
         alphas_cumprod: of the noise schedule, float32 `[T]`.
         timesteps: int `[B]`.
         gamma: the paper's recommendation is 5.
-        prediction_type: what the network predicts.
+        prediction_type: of the network.
     Returns:
         float32 `[B]`.
     """
@@ -40,8 +40,8 @@ def min_snr_weights(
     return {"epsilon": least / snr, "sample": least, "v_prediction": least / (snr + 1)}[prediction_type]
 
 
-def add_noise(alphas_cumprod: jax.Array, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
-    """The forward process at `timesteps [B]`: `[B, ...]`, in the dtype of `clean`."""
+def diffuse(alphas_cumprod: jax.Array, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+    """Apply the forward process at `timesteps [B]`; returns `[B, ...]` in the dtype of `clean`."""
     alpha = alphas_cumprod[timesteps].reshape(-1, *[1] * (clean.ndim - 1))
     return jnp.sqrt(alpha) * clean + jnp.sqrt(1 - alpha) * noise
 
@@ -60,29 +60,32 @@ def decoder_loss(
     timesteps: jax.Array,
     alphas_cumprod: jax.Array,
     hint: jax.Array | None = None,
-    keep: jax.Array | None = None,
+    repaint_mask: jax.Array | None = None,
     *,
     snr_gamma: float | None = None,
 ) -> jax.Array:
-    """The UNet's error in predicting the noise, a float32 scalar.
+    """Compute the UNet's mean squared error in predicting the noise, a float32 scalar.
 
     Args:
-        latents: MoVQ's, float32 `[B, h, w, 4]`.
-        image_embeds: CLIP's, `[B, encoder_hid_dim]`.
-        noise: standard normal, as the latents.
+        latents: of MoVQ, float32 `[B, h, w, 4]`.
+        image_embeds: of CLIP, `[B, encoder_hid_dim]`.
+        noise: standard normal, of the latents' shape.
         timesteps: int `[B]`, 0 .. T - 1.
         alphas_cumprod: float32 `[T]`.
         hint: for a UNet that takes depth hints, `[B, H, W, 3]` in 0..1.
-        keep: for an inpainting UNet, 1 where a latent is given and 0 in the hole, `[B, h, w, 1]`.
-        snr_gamma: of min-SNR weighting; None is none.
+        repaint_mask: for an inpainting UNet, 1 where a latent is repainted, `[B, h, w, 1]`.
+        snr_gamma: of min-SNR weighting; None turns it off.
     """
     module = network.bind(params)
-    noisy = add_noise(alphas_cumprod, latents, noise, timesteps)
-    channels = None if keep is None else jnp.concatenate([latents * keep, keep], axis=-1)  # [B, h, w, 5]
+    noisy = diffuse(alphas_cumprod, latents, noise, timesteps)
+    channels = None
+    if repaint_mask is not None:  # the UNet takes the opposite, 1 where a latent is kept
+        keep_mask = 1 - repaint_mask
+        channels = jnp.concatenate([latents * keep_mask, keep_mask], axis=-1)  # [B, h, w, 5]
     condition = module.condition(image_embeds, hint, channels)
     output = module(noisy, timesteps, condition).astype(jnp.float32)
     weights = None if snr_gamma is None else min_snr_weights(alphas_cumprod, timesteps, snr_gamma, "epsilon")
-    return _mean(output[..., : latents.shape[-1]] - noise, weights)  # the rest is a variance, which is not trained
+    return _mean(output[..., : latents.shape[-1]] - noise, weights)  # without the variance, which is not trained
 
 
 def prior_loss(
@@ -98,19 +101,19 @@ def prior_loss(
     *,
     snr_gamma: float | None = None,
 ) -> jax.Array:
-    """The prior's error in predicting the normalised image embedding, a float32 scalar.
+    """Compute the prior's mean squared error in predicting the normalised image embedding, a float32 scalar.
 
     Args:
-        image_embeds: CLIP's of the picture, float32 `[B, D]`, not normalised.
-        prompt_embeds, text_encoder_hidden_states, text_mask: of its caption, `[B, D]`, `[B, 77, D]`, bool `[B, 77]`;
-            fewer than 77 where no caption of the batch has more.
+        image_embeds: of CLIP, float32 `[B, D]`, not normalised.
+        prompt_embeds, text_encoder_hidden_states, text_mask: of the captions, `[B, D]`, `[B, 77, D]`, bool `[B, 77]`;
+            the length may be less than 77 for short captions.
         noise: standard normal `[B, D]`.
         timesteps, alphas_cumprod, snr_gamma: see `decoder_loss`.
     """
     module = network.bind(params)
     mean, std = (jax.lax.stop_gradient(module.clip_mean[...]), jax.lax.stop_gradient(module.clip_std[...]))
     clean = (image_embeds - mean) / std
-    noisy = add_noise(alphas_cumprod, clean, noise, timesteps)
+    noisy = diffuse(alphas_cumprod, clean, noise, timesteps)
     condition = module.condition(prompt_embeds, text_encoder_hidden_states, text_mask)
     predicted = module(noisy, timesteps, condition).astype(jnp.float32)
     weights = None if snr_gamma is None else min_snr_weights(alphas_cumprod, timesteps, snr_gamma, "sample")
@@ -120,43 +123,44 @@ def prior_loss(
 def movq_loss(
     network: Network, params: Params, pixels: jax.Array, quantized: jax.Array, *, commitment: float = COMMITMENT
 ) -> jax.Array:
-    """MoVQ's error in drawing a picture from its latents, and that of the codebook, a float32 scalar.
+    """Compute MoVQ's reconstruction and codebook losses, a float32 scalar.
 
-    The mean of the absolute and of the squared differences of pixels, and the codebook's two terms (van den Oord et al.
-    2017, arXiv 1711.00937, equation 3). Gradients pass the codebook as if it were not there.
+    The sum of the mean absolute and the mean squared error of pixels, and the codebook's two terms (van den Oord et al.
+    2017, arXiv 1711.00937, equation 3). Gradients pass through the codebook unchanged (straight-through).
 
     Args:
         pixels: pictures in -1..1, float32 `[B, H, W, 3]`.
-        quantized: which are drawn from codes; the others from the latents themselves, as the pipelines do. Bool `[B]`.
-        commitment: how much latents are drawn to their codes, beside codes to latents.
+        quantized: examples that are decoded from codes, bool `[B]`; the others are decoded from latents, as in the
+            pipelines.
+        commitment: weight of the term that moves latents towards codes.
     """
     module = network.bind(params)
     latents = module.encode(pixels)  # [B, h, w, 4]
     codes, _ = module.quantize(latents)
     straight_through = latents + jax.lax.stop_gradient(codes - latents)
-    drawn = module.decode(jnp.where(quantized[:, None, None, None], straight_through, latents))
-    error = (drawn - pixels).astype(jnp.float32)
-    away = [codes - jax.lax.stop_gradient(latents), latents - jax.lax.stop_gradient(codes)]
-    to_latents, to_codes = (jnp.square(part.astype(jnp.float32)).mean() for part in away)
+    decoded = module.decode(jnp.where(quantized[:, None, None, None], straight_through, latents))
+    error = (decoded - pixels).astype(jnp.float32)
+    differences = [codes - jax.lax.stop_gradient(latents), latents - jax.lax.stop_gradient(codes)]
+    to_latents, to_codes = (jnp.square(part.astype(jnp.float32)).mean() for part in differences)
     return jnp.abs(error).mean() + jnp.square(error).mean() + to_latents + commitment * to_codes
 
 
 def clip_loss(
     networks: Mapping[str, Network], params: Mapping[str, Params], input_ids: jax.Array, clip_pixels: jax.Array
 ) -> jax.Array:
-    """How badly captions and pictures of a batch find each other, a float32 scalar (Radford et al. 2021, figure 3).
+    """Compute the contrastive loss of pictures and captions, a float32 scalar (Radford et al. 2021, figure 3).
 
     Args:
         networks: "text_encoder" and "image_encoder".
-        params: of each, and "logit_scale", a scalar: the logarithm of what cosines are multiplied by, at most 100.
+        params: of each network, and "logit_scale", the logarithm of the cosines' factor, which is at most 100.
         input_ids: int32 `[B, T]`.
-        clip_pixels: as the vision tower takes them, float32 `[B, S, S, 3]`.
+        clip_pixels: preprocessed for the vision tower, float32 `[B, S, S, 3]`.
     """
     text = networks["text_encoder"].bind(params["text_encoder"])(input_ids).text_embeds
     image = networks["image_encoder"].bind(params["image_encoder"])(clip_pixels)
     text, image = (x.astype(jnp.float32) for x in (text, image))
     text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
-    scale = jnp.exp(jnp.minimum(params["logit_scale"].astype(jnp.float32), SHARPEST))
+    scale = jnp.exp(jnp.minimum(params["logit_scale"].astype(jnp.float32), MAX_LOGIT_SCALE))
     logits = scale * text @ image.T  # [B, B]
     found = [jnp.diagonal(jax.nn.log_softmax(logits, axis=axis)) for axis in (0, 1)]
     return -(found[0].mean() + found[1].mean()) / 2

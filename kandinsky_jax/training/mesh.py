@@ -1,9 +1,9 @@
-"""Which devices train, and where each array of a step lies.
+"""Meshes for training, and the sharding of a step's arrays.
 
-A mesh has two axes. A batch is divided over both. What is trained, its average and the optimizer's state are divided
-over `fsdp` alone, so that a network that is too large for one device is not for several: XLA gathers each parameter
-where a layer needs it, and each device keeps its own share of the summed gradients (Rajbhandari et al. 2020, arXiv
-1910.02054, stage 3; Zhao et al. 2023, arXiv 2304.11277). With `fsdp=1` every device has everything.
+A mesh has two axes. A batch is sharded over both. Trained parameters, their average and the optimizer's state are
+sharded over `fsdp` only, so that a network may be larger than one device: XLA gathers each parameter where a layer
+needs it, and each device keeps its own shard of the summed gradients (Rajbhandari et al. 2020, arXiv 1910.02054, stage
+3; Zhao et al. 2023, arXiv 2304.11277). With `fsdp=1` they are replicated.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from kandinsky_jax.errors import shorten
 from kandinsky_jax.sharding import DATA_AXIS, REPLICATED, Rules, largest_axis, parameter_shardings
 
 FSDP_AXIS = "fsdp"
-ROW = PartitionSpec((DATA_AXIS, FSDP_AXIS))  # of arrays with one row per example
+EXAMPLES = PartitionSpec((DATA_AXIS, FSDP_AXIS))  # of arrays whose first axis is examples
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many parts there are.
+    """Sizes of the mesh's axes.
 
     Args:
-        data: parts of a batch whose devices have all weights between them; absent is as many as there are devices for.
-        fsdp: parts of the weights.
+        data: number of replicas of the weights, each sharded over `fsdp`; absent is as many as there are devices for.
+        fsdp: number of shards of the weights.
     """
 
     data: int | None = None
@@ -48,13 +48,13 @@ class MeshConfig:
 def make_training_mesh(
     data: int | None = None, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh | None:
-    """The mesh to train on; None where it is one device, which needs none.
+    """Make a mesh to train on; None for a single device.
 
     Args:
         data, fsdp: see `MeshConfig`.
-        devices: None for all, of every process.
+        devices: None for all devices of all processes.
     Raises:
-        ValueError: where there are not so many devices.
+        ValueError: for more shards than devices.
     """
     found = list(jax.devices() if devices is None else devices)
     data = max(1, len(found) // fsdp) if data is None else data
@@ -64,28 +64,28 @@ def make_training_mesh(
         )
     if data * fsdp == 1:
         return None
-    # Auto: XLA divides what lies between; under Explicit axes, jax.make_mesh's default, embeddings and reshapes raise.
+    # Auto: XLA shards intermediate results. Explicit axes, jax.make_mesh's default, fail in embeddings and reshapes.
     devices_ = np.array(found[: data * fsdp]).reshape(data, fsdp)
     return Mesh(devices_, (DATA_AXIS, FSDP_AXIS), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def parts(mesh: Mesh | None) -> int:
-    """How many parts a batch is divided into."""
+    """Return the number of shards of a batch."""
     return 1 if mesh is None else mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS]
 
 
-def places(mesh: Mesh, tree: Any, rules: Rules | None = None) -> Any:
-    """Where each leaf of a state lies.
+def state_shardings(mesh: Mesh, tree: Any, rules: Rules | None = None) -> Any:
+    """Return the sharding of each leaf of a state.
 
-    A parameter and what an optimizer keeps of it have the same place: a leaf's name is made of its path's dictionary
-    keys alone. What has no name, such as a count of steps, lies everywhere.
+    A parameter and its optimizer state are sharded alike: a leaf is named by the dictionary keys of its path alone.
+    Leaves without a name, such as the step, are replicated.
 
     Args:
         tree: arrays, or shapes.
         rules: (pattern, PartitionSpec) pairs over dotted names, see `kandinsky_jax.sharding.Rules`, that may name the
-            axis `fsdp`; None divides every large leaf along its largest axis that can be divided.
+            axis `fsdp`; None shards every large leaf along its largest divisible axis.
     Raises:
-        ValueError: for rules that cannot be followed, all at once.
+        ValueError: listing all rules that cannot be followed.
     """
     leaves, structure = tree_flatten_with_path(tree)
     shapes = {_name(path): tuple(leaf.shape) for path, leaf in leaves}
@@ -100,21 +100,21 @@ def _name(path: KeyPath) -> str:
     return ".".join(str(key.key) for key in path if isinstance(key, DictKey))
 
 
-def whole(mesh: Mesh | None, tree: Any) -> Any:
-    """Within a program: parameters as every device computes with them, undivided; without a mesh, as they are.
+def unsharded(mesh: Mesh | None, tree: Any) -> Any:
+    """Constrain parameters within a program to be gathered on every device; no-op without a mesh.
 
-    Left alone, XLA divides products by how the parameters lie, and exchanges activations for it.
+    Otherwise XLA would shard products like the parameters, and exchange activations instead.
     """
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, REPLICATED))
 
 
-def place_batch(mesh: Mesh | None, batch: Any) -> Any:
-    """Arrays with one row per example, each device with its own rows; without a mesh, as they are."""
+def shard_batch(mesh: Mesh | None, batch: Any) -> Any:
+    """Shard arrays whose first axis is examples over the devices; no-op without a mesh."""
     if mesh is None:
         return batch
-    return jax.device_put(batch, NamedSharding(mesh, ROW))
+    return jax.device_put(batch, NamedSharding(mesh, EXAMPLES))
 
 
 def gathered(mesh: Mesh | None, tree: Any) -> Any:
-    """Arrays that are divided over devices, undivided, on JAX's default device; without a mesh, as they are."""
+    """Gather sharded arrays on JAX's default device; no-op without a mesh."""
     return tree if mesh is None else jax.device_put(jax.device_get(tree))

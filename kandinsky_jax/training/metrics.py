@@ -1,10 +1,10 @@
-"""What is known of each step: a file of lines, TensorBoard, and Weights & Biases for those who ask for it.
+"""Metrics of each step: a JSONL file, TensorBoard, and Weights & Biases on request.
 
-The file is always written. The other two are optional packages, and what goes wrong in Weights & Biases is a warning.
+The file is always written. The other two are optional packages; failures of Weights & Biases are warnings.
 
-    OUT/metrics.jsonl        one line a step
-    OUT/events/              for TensorBoard, where tensorboardX is installed
-    OUT/wandb/               Weights & Biases' own files, where a project is named and wandb is installed
+    OUT/metrics.jsonl        one line per step
+    OUT/events/              for TensorBoard, if tensorboardX is installed
+    OUT/wandb/               files of Weights & Biases, if a project is configured and wandb is installed
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from kandinsky_jax.atomic import fill_file, replace_file
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.errors import TrainingError
 
-START_SECONDS, FINISH_SECONDS = 30, 60  # that a server may keep a run waiting, before its first step and after its last
+START_SECONDS, FINISH_SECONDS = 30, 60  # longest wait for a server, before the first step and after the last
 
 
 class Metrics:
-    """Numbers and sample pictures by step.
+    """Writer of metrics and sample pictures.
 
     Args:
         folder: of the run.
@@ -43,7 +43,7 @@ class Metrics:
         self._wandb = None if config.wandb_project is None else WandbRun(folder, config.wandb_project, config)
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that will be done again, and those that cannot be read."""
+        """Drop lines of steps that will be repeated, and lines that cannot be read."""
         try:
             reading.check_regular(self._path)
         except FileNotFoundError:
@@ -61,7 +61,7 @@ class Metrics:
         fill_file(self._path, keep)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step's numbers."""
+        """Write the metrics of one step."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._board is not None:
@@ -71,7 +71,7 @@ class Metrics:
             self._wandb.log({"step": step, **metrics})
 
     def picture(self, step: int, image: Image.Image) -> None:
-        """What was drawn after a step."""
+        """Write sample pictures generated after a step."""
         if self._board is not None:
             self._board.add_image("samples", np.asarray(image), step, dataformats="HWC")
         if self._wandb is not None:
@@ -88,10 +88,10 @@ class Metrics:
 
 
 class WandbRun:
-    """A run of Weights & Biases that asks nothing, waits for nothing long, and fails with a warning.
+    """A run of Weights & Biases without prompts or long waits, whose failures are warnings.
 
-    WANDB_MODE is honoured. Whoever is not logged in gets files for `wandb sync`. A training run that goes on is the
-    same run there; its id is kept in the folder.
+    WANDB_MODE is respected. Without a login, files are written for `wandb sync`. A resumed training run resumes its run
+    there; the id is stored in the folder.
     """
 
     def __init__(self, folder: Path, project: str, config: Config):
@@ -103,14 +103,14 @@ class WandbRun:
             return
         self._image = wandb.Image
         try:
-            wandb.setup(wandb.Settings(silent=True))  # without messages there is also no question for a key
+            wandb.setup(wandb.Settings(silent=True))  # silent also avoids the prompt for a key
             try:
                 self._run = self._start(wandb, folder, project, config, id=_run_id(folder), resume="allow")
             except Exception as error:
                 self._fail(f"{error}; what is measured is kept in {folder / 'wandb'}, for `wandb sync`")
                 # With an id of its own: the other one may be taken by the run that failed.
                 self._run = self._start(wandb, folder, project, config, mode="offline")
-            self._run.define_metric("*", step_metric="step")  # wandb's own steps cannot come twice, after a kill
+            self._run.define_metric("*", step_metric="step")  # wandb's own steps cannot be repeated after a kill
         except Exception as error:
             self._fail(error)
 
@@ -120,7 +120,7 @@ class WandbRun:
         return wandb.init(project=project, dir=str(folder), config=dataclasses.asdict(config), settings=settings, **how)
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Numbers and pictures, `step` among them."""
+        """Log numbers and pictures, including `step`."""
         if self._run is None:
             return
         try:
@@ -129,7 +129,7 @@ class WandbRun:
             self._fail(error)
 
     def close(self, *, failed: bool) -> None:
-        """Send what has not been sent."""
+        """Send remaining data and finish the run."""
         run, self._run = self._run, None
         try:
             if run is not None:
@@ -159,7 +159,7 @@ def _tensorboard(folder: Path) -> Any:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; infinity where it has none: cut short by a kill, or damaged."""
+    """Return the step of a line; infinity for a truncated or damaged line."""
     try:
         found = json.loads(line.decode())["step"]
     except (ValueError, LookupError, TypeError, RecursionError):

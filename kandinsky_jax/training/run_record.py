@@ -1,4 +1,4 @@
-"""What makes a run the same run: kept in its checkpoints, compared when it is resumed."""
+"""Identity of a training run: stored in its checkpoints, compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.data import Captioned, fingerprint
+from kandinsky_jax.training.data import Captioned, data_fingerprint
 from kandinsky_jax.training.kinds import Kind
 
-# Settings that may change from one start to the next: they change neither what is learned from which data nor the
-# random numbers. Where files lie is free because what is in them is compared.
+# Settings that may change between starts: they affect neither the result nor the random numbers. Paths may change
+# because the content of the files is compared.
 FREE = frozenset(
     {
         "model",
@@ -36,20 +36,20 @@ FREE = frozenset(
         "optimizer.remat",
     }
 )
-# What decides the shapes of the state: with another one, no checkpoint can be used.
+# Settings that determine the structure of the state; a checkpoint with other ones cannot be used.
 STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "average of the weights"})
 
 Record = dict[str, Any]
 
 
 def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks: Mapping[str, Any]) -> Record:
-    """The settings, data and weights that decide a run's result, JSON.
+    """Return the settings, data and weights that determine a run's result, as JSON values.
 
     Args:
-        kind: what is trained.
-        config: how.
-        items: the pictures, of which names, captions and sizes are compared.
-        networks: parameters before the first step, by name, of all networks that take part.
+        kind: which network is trained.
+        config: settings of the run.
+        items: the pictures; their names, captions and sizes are compared.
+        networks: parameters of all networks before the first step, by name.
     """
     settings = {
         name: value
@@ -61,19 +61,19 @@ def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks:
         **settings,
         "average of the weights": config.optimizer.ema_decay is not None,
         "number of pictures": len(items),
-        "data": fingerprint(items)[:16],
+        "data": data_fingerprint(items)[:16],
         **{f"weights of {name}": weights_digest(params) for name, params in sorted(networks.items())},
     }
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs: (before, now) by name. What only one of them knows is not compared."""
+def record_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return differences, (before, now) by name; entries of one record only are not compared."""
     names = [name for name in now if name in before]
     return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
 
 
-def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """Changes in a few words, such as "seed (0, now 1)"."""
+def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Describe changes briefly, such as "seed (0, now 1)"."""
     given = dict(changed)
     if "number of pictures" in given:
         given.pop("data", None)
@@ -85,14 +85,14 @@ def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def weights_digest(params: Any) -> str:
-    """A digest of a tree of arrays: names, shapes and values."""
+    """Compute a digest of a tree of arrays: names, shapes and values."""
     return hashlib.sha256(repr(sorted(checksums(params).items())).encode()).hexdigest()[:16]
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """The CRC-32 of each leaf's bytes, dtype and shape, by its path."""
+    """Compute CRC-32 of each leaf's bytes, dtype and shape, by path."""
     leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
+    with ThreadPoolExecutor() as pool:  # zlib releases the GIL
         return dict(zip((path for path, _ in leaves), pool.map(_checksum, (leaf for _, leaf in leaves)), strict=True))
 
 

@@ -1,7 +1,7 @@
-"""The one training step: gradients of any loss, accumulated, clipped, AdamW, an average of the weights.
+"""The training step: gradients of any loss, accumulation, clipping, AdamW, and an average of the weights.
 
-Weights and their average are float32, whatever the dtype that the networks compute in. The step is a pure function of
-the state and a batch, compiled once: `state, metrics = trainer.step(state, batch, key)`.
+Weights and their average are float32, whatever dtype the networks compute in. The step is a pure function of the state
+and a batch, compiled once: `state, metrics = trainer.step(state, batch, key)`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from jax.sharding import Mesh, NamedSharding
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.sharding import Rules
 from kandinsky_jax.training.heap import keep_freed_memory
-from kandinsky_jax.training.mesh import ROW, place_batch, places, whole
+from kandinsky_jax.training.mesh import EXAMPLES, shard_batch, state_shardings, unsharded
 
-# (what is trained, batch, key) -> a float32 scalar, and with `frozen`, (what is trained, batch, key, frozen)
+# (trained parameters, batch, key) -> a float32 scalar; with `frozen`, (trained parameters, batch, key, frozen)
 Loss = Callable[..., jax.Array]
 
-# Parameters that are statistics of the data, which no optimizer may touch.
+# Parameters that are statistics of the data, which the optimizer must not change.
 STATISTICS = ("clip_mean", "clip_std")
-DTYPES = ("float32", "bfloat16", "float16")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to train. Names and defaults are those of the reference's scripts where they have them.
+class OptimizerConfig:
+    """Optimizer settings, with the names and defaults of the reference's scripts where these have them.
 
     Args:
         learning_rate: after the warm-up.
@@ -41,11 +41,11 @@ class Settings:
         lr_warmup_steps: steps in which the rate rises from zero.
         max_train_steps: the end of the schedule.
         adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon: of AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101).
-        max_grad_norm: gradients are scaled down to this norm; None is no limit.
-        gradient_accumulation_steps: parts of a batch that are done one after the other, for memory.
-        ema_decay: of the average of the weights; None is no average.
-        dtype: that the networks compute in; weights stay float32.
-        remat: keep only the results of matrix products for the backward pass, and compute the rest again.
+        max_grad_norm: largest norm of the gradients; None is no limit.
+        gradient_accumulation_steps: parts of a batch that are processed one after the other, to save memory.
+        ema_decay: decay of the average of the weights; None keeps no average.
+        dtype: in which the networks compute; weights stay float32.
+        remat: store only results of matrix products for the backward pass, and recompute the rest.
     """
 
     learning_rate: float = 1e-4
@@ -81,15 +81,15 @@ class Settings:
                 faults.append(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm <= math.inf:
             faults.append(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
-        if self.dtype not in DTYPES:
-            faults.append(f"dtype={shorten(self.dtype, 40)!r} is not supported, only {', '.join(DTYPES)}")
+        if self.dtype not in COMPUTE_DTYPES:
+            faults.append(f"dtype={shorten(self.dtype, 40)!r} is not supported, only {', '.join(COMPUTE_DTYPES)}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             faults.append(f"ema_decay must be between 0 and 1, got {self.ema_decay}")
         if faults:
             raise ValueError("; ".join(faults))
 
     def rate(self) -> optax.Schedule:
-        """The learning rate by step."""
+        """Return the learning rate by step."""
         ramp = optax.linear_schedule(0.0, self.learning_rate, self.lr_warmup_steps)
         rest = SCHEDULES[self.lr_scheduler](self.learning_rate, max(1, self.max_train_steps - self.lr_warmup_steps))
         return optax.join_schedules([ramp, rest], [self.lr_warmup_steps]) if self.lr_warmup_steps else rest
@@ -103,41 +103,42 @@ SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """State of training."""
 
     step: jax.Array  # int32
-    params: Any  # what is trained: a network's parameters, or changes to them; float32
+    params: Any  # trained parameters: of a network, or of its LoRA; float32
     opt_state: Any
     ema: Any  # as params, or None
 
 
 class Trainer:
-    """The step of one loss.
+    """Training step of a loss.
 
     Args:
-        loss: (what is trained, batch, key) -> a float32 scalar, the mean over the batch's first axis.
-        settings: how to train.
-        frozen: arrays that the loss wants besides and that nothing changes, such as the weights under a LoRA. They are
-            an argument of the compiled program; arrays that a function closes over would be written into it.
-        mesh: the devices to train on, see `kandinsky_jax.training.mesh`; None is JAX's default device, or wherever the
-            parameters lie.
-        rules: how what is trained is divided over the mesh's `fsdp`, see `kandinsky_jax.training.mesh.places`.
+        loss: (trained parameters, batch, key) -> a float32 scalar, the mean over the batch's first axis.
+        settings: of the optimizer.
+        frozen: frozen arrays that the loss also needs, such as the weights under a LoRA. They are an argument of the
+            compiled program; arrays in a closure would be compiled into it as constants.
+        mesh: the devices to train on, see `kandinsky_jax.training.mesh`; None is the device of the parameters.
+        rules: sharding of trained parameters over the mesh's `fsdp`, see `kandinsky_jax.training.mesh.state_shardings`.
     """
 
     def __init__(
         self,
         loss: Loss,
-        settings: Settings,
+        settings: OptimizerConfig,
         frozen: Any = None,
         mesh: Mesh | None = None,
         rules: Rules | None = None,
     ):
         self.settings, self.mesh, self.rules = settings, mesh, rules
-        self.frozen = frozen if mesh is None or frozen is None else jax.device_put(frozen, places(mesh, frozen, rules))
+        self.frozen = (
+            frozen if mesh is None or frozen is None else jax.device_put(frozen, state_shardings(mesh, frozen, rules))
+        )
 
         def gathering(params: Any, batch: Any, key: jax.Array, *frozen: Any) -> jax.Array:
-            # In here, so that rematerialisation gathers the parameters once more and need not keep them.
-            return loss(whole(mesh, params), batch, key, *(whole(mesh, tree) for tree in frozen))
+            # Inside the rematerialised function, so that gathered parameters are not stored.
+            return loss(unsharded(mesh, params), batch, key, *(unsharded(mesh, tree) for tree in frozen))
 
         if jax.default_backend() == "cpu":
             keep_freed_memory()
@@ -155,38 +156,38 @@ class Trainer:
         self._program = jax.jit(self._step, donate_argnums=0)
 
     def init(self, params: Any) -> TrainState:
-        """The state before the first step; the parameters are copied to float32."""
+        """Return the state before the first step; the parameters are copied to float32."""
         if self.mesh is None:
-            return self._first(params)
-        divided = jax.device_put(params, places(self.mesh, params, self.rules))
-        where = places(self.mesh, jax.eval_shape(self._first, params), self.rules)
-        return jax.jit(self._first, out_shardings=where)(divided)
+            return self._initial_state(params)
+        sharded = jax.device_put(params, state_shardings(self.mesh, params, self.rules))
+        where = state_shardings(self.mesh, jax.eval_shape(self._initial_state, params), self.rules)
+        return jax.jit(self._initial_state, out_shardings=where)(sharded)
 
-    def _first(self, params: Any) -> TrainState:
+    def _initial_state(self, params: Any) -> TrainState:
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
         ema = None if self.settings.ema_decay is None else jax.tree.map(jnp.copy, params)
         return TrainState(jnp.int32(0), params, self.optimizer.init(params), ema)
 
     def step(self, state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One step; the arrays of `state` are used up.
+        """Do one step; the arrays of `state` are donated.
 
         Args:
-            state: from `init`, or from the step before.
-            batch: arrays with one row per example.
+            state: from `init`, or from the previous step.
+            batch: arrays whose first axis is examples.
             key: the same for every step.
         Returns:
-            the next state, and "loss" and "gradient_norm", float32 scalars.
+            the next state, and the metrics "loss" and "gradient_norm", float32 scalars.
         """
         with self.ambient():
-            return self._program(state, place_batch(self.mesh, batch), key, self.frozen)
+            return self._program(state, shard_batch(self.mesh, batch), key, self.frozen)
 
     def lower(self, state: Any, batch: Any, key: Any, frozen: Any = None) -> Any:
-        """The step's program for arrays of these shapes and places, for looking at what it costs."""
+        """Lower the step's program for these shapes and shardings, to analyse its cost."""
         with self.ambient():
             return self._program.lower(state, batch, key, frozen)
 
     def ambient(self) -> contextlib.AbstractContextManager[Any]:
-        """The mesh known to what is traced: an attention has to know that XLA divides it."""
+        """Return a context that sets the mesh for tracing: attention depends on whether XLA shards it."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _step(
@@ -197,17 +198,17 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if self.settings.ema_decay is not None:
-            # diffusers' EMAModel: a young average is short.
+            # As diffusers' EMAModel: a smaller decay in the first steps.
             decay = jnp.minimum(self.settings.ema_decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
-        # One bad picture must not spoil the weights: a step that is not finite changes nothing but its number.
+        # A step whose loss is not finite changes only the step number, so that one bad picture spoils no weights.
         fine = jnp.isfinite(loss) & jnp.isfinite(metrics["gradient_norm"])
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         kept = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
         done = TrainState(state.step + 1, *kept)
         if self.mesh is not None:
-            done = jax.lax.with_sharding_constraint(done, places(self.mesh, done, self.rules))
+            done = jax.lax.with_sharding_constraint(done, state_shardings(self.mesh, done, self.rules))
         return done, metrics
 
     def _gradients(self, params: Any, batch: Any, key: jax.Array, frozen: Any) -> tuple[jax.Array, Any]:
@@ -216,16 +217,16 @@ class Trainer:
 
         def of(part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
             if self.mesh is not None:
-                part = jax.lax.with_sharding_constraint(part, NamedSharding(self.mesh, ROW))
+                part = jax.lax.with_sharding_constraint(part, NamedSharding(self.mesh, EXAMPLES))
 
             def loss(params: Any) -> jax.Array:
-                # Out here, so that what is gathered are numbers of the dtype to compute in.
+                # Outside the gathering, so that parameters are gathered in the dtype of computation.
                 computed = jax.tree.map(lambda leaf: leaf.astype(self.settings.dtype), params)
                 return self._loss(computed, part, key, *further)
 
             value, gradients = jax.value_and_grad(loss)(params)
-            if self.mesh is not None:  # each device keeps its share
-                where = places(self.mesh, params, self.rules)
+            if self.mesh is not None:  # each device keeps its shard
+                where = state_shardings(self.mesh, params, self.rules)
                 gradients = jax.lax.with_sharding_constraint(gradients, where)
             return value, gradients
 
@@ -242,7 +243,7 @@ class Trainer:
 
 
 def _statistics(params: Any) -> Any:
-    """Which leaves no optimizer may touch."""
+    """Mark the leaves that the optimizer must not change."""
     paths = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict({path: path[-1] in STATISTICS for path in paths})
 

@@ -1,11 +1,11 @@
-"""What there is to train: what a batch becomes, its loss, pictures on the way, and the result.
+"""Training tasks: encoding of batches, losses, sample pictures, and export of the result.
 
     pictures -> MoVQ latents ------------------> decoder's loss
     pictures -> CLIP vision -> image embedding --^---> prior's loss
     captions -> CLIP text ----------------------------^
 
-Here are the prior and the decoder, whole or by LoRA. Their towers and MoVQ are not trained: what they make of a batch
-(`encode`) depends on nothing that is, and can be computed once. Those are trained in `foundations.py`.
+The prior and the decoder are trained here, fully or with LoRA. The towers and MoVQ are then frozen, so the encoding of
+a batch (`encode`) can be computed once. Those are trained in `foundations.py`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from kandinsky_jax.pipelines import (
 from kandinsky_jax.sampling import Network, Params, call
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.data import TEXT_ROWS, Captioned, Reader, Skipped
+from kandinsky_jax.training.data import TEXT_ARRAYS, Captioned, Reader, Skipped
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import decoder_loss, prior_loss
 
-# The reference trains the prior under this schedule, and the decoder under its own.
+# The reference trains the prior with this noise schedule, and the decoder with its own.
 PRIOR_SCHEDULE = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
 SAMPLE_STEPS = 25
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class TrainingTask(ABC):
     """One kind of training on one model.
 
     Args:
         pipe: the model, float32.
-        kind: what is trained.
-        config: how.
+        kind: which network is trained.
+        config: settings of the run.
     """
 
     pipe: Any
@@ -59,51 +59,51 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def load(cls, config: Config) -> Any:
-        """The pipeline to train, float32."""
+        """Load the pipeline to train, float32."""
 
     @property
     @abstractmethod
     def modules(self) -> dict[str, Any]:
-        """The networks that change."""
+        """The trained networks, by component name."""
 
     @abstractmethod
     def initial(self, key: jax.Array) -> Any:
-        """What is trained, before the first step."""
+        """Return the initial values of the trained parameters."""
 
     @abstractmethod
     def weights(self, trained: Any) -> dict[str, Params]:
-        """The parameters of `modules` with what is trained."""
+        """Return the parameters of `modules` for trained values."""
 
     def frozen(self) -> Any:
-        """What the loss wants besides and nothing changes; None where there is nothing."""
+        """Return frozen arrays that the loss also needs; None if there are none."""
         return None
 
     @abstractmethod
     def reader(self) -> Reader:
-        """Makes the arrays that `encode` wants."""
+        """Return the reader of the arrays that `encode` takes."""
 
     @abstractmethod
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """What does not change makes of a batch of the reader's: the arguments of the loss that are data."""
+        """Encode a batch of the reader with the frozen networks; returns the batch of the loss."""
 
     @abstractmethod
     def loss(self) -> Any:
-        """(what is trained, encoded batch, key) -> loss; the key decides all that is random.
+        """Return the loss, a function of (trained parameters, encoded batch, key); the key determines all randomness.
 
-        Where there is something `frozen`, it is a fourth argument.
+        `frozen` arrays, if there are any, are a fourth argument.
         """
 
     @abstractmethod
     def sample(self, items: Sequence[Captioned]) -> Image.Image | None:
-        """A sheet of pictures that shows how far it is, drawn with the weights that are in the pipeline."""
+        """Generate a contact sheet of sample pictures with the weights in the pipeline."""
 
     @abstractmethod
     def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
-        """Write the result, complete or absent; the weights are in the pipeline."""
+        """Write the result atomically; the weights are in the pipeline."""
 
     @contextmanager
     def installed(self, trained: Any) -> Iterator[None]:
-        """The pipeline's networks with what is trained."""
+        """Put trained values into the pipeline's networks while the block runs."""
         modules = self.modules
         before = {name: flat_params(module) for name, module in modules.items()}
         for name, params in self.weights(trained).items():
@@ -116,11 +116,11 @@ class Task(ABC):
 
     @property
     def networks(self) -> dict[str, Any]:
-        """All networks that decide the result."""
+        """All networks that affect the result."""
         return self.modules
 
     def usable(self, items: Sequence[Captioned], skipped: Skipped) -> list[Captioned]:
-        """The pictures that have what this kind of training needs; `skipped` collects the others."""
+        """Return the pictures that this kind of training can use; `skipped` collects the others."""
         return list(items)
 
 
@@ -128,12 +128,12 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class DiffusionTask(Task):
-    """The prior or the decoder's UNet, whole or by LoRA.
+class DiffusionTask(TrainingTask):
+    """Training of the prior or the decoder's UNet, fully or with LoRA.
 
-    With `condition_dropout`, a decoder sees the vision tower's embedding of zeros in the place of some conditions, a
-    prior the empty prompt, as guidance will. An inpainting UNet gets holes in all of its pictures: rectangles of any
-    size, or, for one picture in eight, all of it.
+    With `condition_dropout`, some conditions are replaced as in classifier-free guidance: a decoder's by the vision
+    tower's embedding of zeros, a prior's by the empty prompt. An inpainting UNet gets a random mask for each picture: a
+    rectangle, or, for one picture in eight, the whole picture.
     """
 
     _apart: dict[str, tuple[Network, Params]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -151,17 +151,17 @@ class DiffusionTask(Task):
 
     @property
     def of_prior(self) -> bool:
-        """Whether the prior is trained, and not the decoder's UNet."""
+        """Whether the prior is trained, rather than the decoder's UNet."""
         return self.kind in (Kind.PRIOR, Kind.LORA_PRIOR)
 
     @property
     def of_lora(self) -> bool:
-        """Whether the network itself stays as it is."""
+        """Whether LoRA is trained, and the network is frozen."""
         return self.kind in (Kind.LORA_PRIOR, Kind.LORA_DECODER)
 
     @property
     def module(self) -> Any:
-        """The network that is trained."""
+        """The trained network."""
         return self.pipe.prior_prior if self.of_prior else self.pipe.unet
 
     @property
@@ -176,25 +176,25 @@ class DiffusionTask(Task):
         return towers | ({"text_encoder": pipe.prior_text_encoder} if self.of_prior else {"movq": pipe.movq})
 
     @property
-    def _repairs(self) -> bool:
+    def _inpaints(self) -> bool:
         return not self.of_prior and self.pipe.decoder_pipe.REPOSITORY == hub.INPAINT
 
     @property
-    def _hinted(self) -> bool:
+    def _takes_hint(self) -> bool:
         return not self.of_prior and self.pipe.unet.config.takes_hint
 
     def initial(self, key: jax.Array) -> Any:
         return self.initial_of(Network.split(self.module)[1], key)
 
     def initial_of(self, params: Params, key: jax.Array) -> Any:
-        """What is trained, before the first step, of a network with these parameters."""
+        """Return the initial values of the trained parameters, for a network with these parameters."""
         return lora.init(params, self.config.lora, key) if self.of_lora else params
 
     def frozen(self) -> Params | None:
         return Network.split(self.module)[1] if self.of_lora else None
 
     def network_params(self, trained: Any, frozen: Params | None) -> Params:
-        """The network's parameters with what is trained."""
+        """Return the network's parameters for trained values."""
         return trained if frozen is None else lora.merged(frozen, trained, self.config.lora.scale)
 
     def weights(self, trained: Any) -> dict[str, Params]:
@@ -204,7 +204,7 @@ class DiffusionTask(Task):
 
     def reader(self) -> Reader:
         pipe = self.pipe
-        options: dict[str, Any] = {"hints": self._hinted}
+        options: dict[str, Any] = {"hints": self._takes_hint}
         if self.of_prior:
             length = pipe.prior_text_encoder.config.max_position_embeddings
             options = {"tokenizer": pipe.prior_tokenizer, "length": self.config.text_length or length}
@@ -215,9 +215,9 @@ class DiffusionTask(Task):
         return self.modules | self.encoders
 
     def usable(self, items: Sequence[Captioned], skipped: Skipped) -> list[Captioned]:
-        found = [item for item in items if item.hint is not None or not self._hinted]
+        found = [item for item in items if item.hint is not None or not self._takes_hint]
         for item in items:
-            if item.hint is None and self._hinted:
+            if item.hint is None and self._takes_hint:
                 skipped.add(f"{item.name}: it has no hint, which this UNet takes")
         return found
 
@@ -226,12 +226,12 @@ class DiffusionTask(Task):
         found = {"image_embeds": embeds.astype(jnp.float32)}
         if self.of_prior:
             return found | self._text(batch["input_ids"], batch["text_mask"])
-        latents = self._encoded_by("movq", normalised(batch["pixels"]), method="encode")
+        latents = self._encoded_by("movq", to_movq_pixels(batch["pixels"]), method="encode")
         found["latents"] = latents.astype(jnp.float32)
-        return found | ({"hint": jnp.asarray(batch["hint"])} if self._hinted else {})
+        return found | ({"hint": jnp.asarray(batch["hint"])} if self._takes_hint else {})
 
     def _encoded_by(self, name: str, *args: jax.Array, method: str = "__call__") -> Any:
-        """Run a network that is not trained; taking one apart costs the host 7 ms, so it is done once."""
+        """Run a frozen network; it is split only once, because that takes 7 ms on the host."""
         if name not in self._apart:
             self._apart[name] = Network.split(getattr(self.pipe, name))
         return call(*self._apart[name], *args, method=method)
@@ -261,21 +261,21 @@ class DiffusionTask(Task):
             if dropout:
                 dropped = jax.random.bernoulli(of_dropout, dropout, (len(clean),))
                 for name, value in empty.items():
-                    if name in TEXT_ROWS:
+                    if name in TEXT_ARRAYS:
                         value = value[:, : given[name].shape[1]]
                     given[name] = jnp.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), value, given[name])
-            if self._repairs:
-                given["keep"] = 1 - holes(jax.random.fold_in(key, 3), *clean.shape[:3])
+            if self._inpaints:
+                given["repaint_mask"] = random_repaint_masks(jax.random.fold_in(key, 3), *clean.shape[:3])
             function = prior_loss if self.of_prior else decoder_loss
             params = self.network_params(trained, frozen)
-            if frozen is not None:  # added up in float32
+            if frozen is not None:  # merged in float32
                 params = jax.tree.map(lambda leaf: leaf.astype(self.config.optimizer.dtype), params)
             return function(network, params, **given, alphas_cumprod=alphas, snr_gamma=gamma)
 
         return loss
 
     def _empty(self) -> dict[str, jax.Array]:
-        """What stands in the place of a condition that is dropped, `[1, ...]`."""
+        """Return the values of dropped conditions, `[1, ...]`."""
         if not self.config.condition_dropout:
             return {}
         if not self.of_prior:
@@ -290,23 +290,23 @@ class DiffusionTask(Task):
         side, pipe = self.config.resolution, self.pipe
         prompts = list(self.config.validation_prompts) or [items[0].text]
         pictures: dict[str, Any] = {}
-        if self._repairs or self._hinted:
-            found = first_read(reader_of(self.config, hints=self._hinted), items, len(prompts))
+        if self._inpaints or self._takes_hint:
+            found = first_readable(reader_of(self.config, hints=self._takes_hint), items, len(prompts))
             rows = [found[i % len(found)] for i in range(len(prompts))]
-            if self._hinted:
+            if self._takes_hint:
                 pictures = {"hint": np.stack([row["hint"] for row in rows])}
             else:
-                hole = np.zeros((side, side), bool)
-                hole[side // 4 : -side // 4, side // 4 : -side // 4] = True
-                pictures = {"image": [Image.fromarray(row["pixels"]) for row in rows], "mask_image": hole}
+                repaint_mask = np.zeros((side, side), bool)
+                repaint_mask[side // 4 : -side // 4, side // 4 : -side // 4] = True
+                pictures = {"image": [Image.fromarray(row["pixels"]) for row in rows], "mask_image": repaint_mask}
         options = {"height": side, "width": side, "num_inference_steps": SAMPLE_STEPS, "return_dict": False}
         seeds = [self.config.seed] * len(prompts)
-        [drawn] = pipe(prompts, generator=seeds, **pictures, **options)
-        return sheet([drawn])
+        [generated] = pipe(prompts, generator=seeds, **pictures, **options)
+        return contact_sheet([generated])
 
     def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
         if self.of_lora:
-            for left in target.glob(f".{lora.FILE}.*"):  # by a process that was killed
+            for left in target.glob(f".{lora.FILE}.*"):  # of a killed process
                 left.unlink(missing_ok=True)
             changes = lora.layer_changes(trained, self.config.lora.scale)
             lora_files.write(target, {"prior" if self.of_prior else "unet": changes})
@@ -315,32 +315,32 @@ class DiffusionTask(Task):
             part.save_pretrained(target, overwrite=True)
 
 
-def holes(key: jax.Array, batch: int, height: int, width: int) -> jax.Array:
-    """Rectangles to repaint, 1 inside, float32 `[B, h, w, 1]`; one in eight is the whole picture."""
+def random_repaint_masks(key: jax.Array, batch: int, height: int, width: int) -> jax.Array:
+    """Sample rectangles to repaint, 1 inside, float32 `[B, h, w, 1]`; one in eight is the whole picture."""
     of_corner, of_whole = jax.random.split(key)
     inside = []
     for axis, side in enumerate((height, width)):
         ends = jax.random.randint(jax.random.fold_in(of_corner, axis), (2, batch), 0, side)
         at = jnp.arange(side)
         inside.append((at >= ends.min(0)[:, None]) & (at <= ends.max(0)[:, None]))  # [B, side]
-    hole = inside[0][:, :, None] & inside[1][:, None, :]
+    rectangle = inside[0][:, :, None] & inside[1][:, None, :]
     whole = jax.random.bernoulli(of_whole, 1 / 8, (batch, 1, 1))
-    return (hole | whole).astype(jnp.float32)[..., None]
+    return (rectangle | whole).astype(jnp.float32)[..., None]
 
 
-def normalised(pixels: np.ndarray) -> jax.Array:
-    """The reader's pixels as MoVQ takes them, float32 in -1..1."""
+def to_movq_pixels(pixels: np.ndarray) -> jax.Array:
+    """Convert the reader's pixels to MoVQ's range, float32 in -1..1."""
     return jnp.asarray(pixels, jnp.float32) / 127.5 - 1
 
 
 def reader_of(config: Config, processor: Any = None, **options: Any) -> Reader:
-    """A reader of the configuration's resolution, flips and crops."""
+    """Make a reader with the configuration's resolution, flips and crops."""
     options |= {"random_flip": config.random_flip, "random_crop": config.random_crop}
     return Reader(config.resolution, processor, **options)
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of pictures of one size as one picture."""
+def contact_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Arrange rows of pictures of one size in one picture."""
     width, height = rows[0][0].size
     whole = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)))
     for y, row in enumerate(rows):
@@ -349,7 +349,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return whole
 
 
-def first_read(reader: Reader, items: Sequence[Captioned], count: int) -> list[dict[str, np.ndarray]]:
-    """The arrays of the first pictures that can be read, `count` or as many as there are."""
+def first_readable(reader: Reader, items: Sequence[Captioned], count: int) -> list[dict[str, np.ndarray]]:
+    """Read the first readable pictures, at most `count`."""
     rng = np.random.default_rng(0)
     return list(itertools.islice((row for item in items if (row := reader(item, rng)) is not None), count))

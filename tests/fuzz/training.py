@@ -21,10 +21,10 @@ from PIL import Image
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline
 from kandinsky_jax.training.checkpoints import Checkpoints
-from kandinsky_jax.training.config import Config, ConfigError, load
+from kandinsky_jax.training.config import Config, TrainingConfigError, load
 from kandinsky_jax.training.data import DataError, listing
 from kandinsky_jax.training.data import Reader as PictureReader
-from kandinsky_jax.training.encoded import encoded
+from kandinsky_jax.training.encoded import open_latent_cache
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.metrics import Metrics
@@ -184,7 +184,7 @@ def _task() -> tuple[DiffusionTask, Path]:
 
 def _encoded(folder: Path) -> list[Path]:
     task, data = _task()
-    encoded(folder / "encoded", task, listing(data), quiet=True)
+    open_latent_cache(folder / "encoded", task, listing(data), quiet=True)
     return list((folder / "encoded").iterdir())
 
 
@@ -194,15 +194,15 @@ def _read_encoded(folder: Path) -> None:
     items, rng = listing(data), np.random.default_rng(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*all pictures are encoded again", UserWarning)
-        found, _ = encoded(folder / "encoded", task, items, quiet=True)
-    whole, _ = encoded(data.with_name("whole"), task, items, quiet=True)
+        found, _ = open_latent_cache(folder / "encoded", task, items, quiet=True)
+    whole, _ = open_latent_cache(data.with_name("whole"), task, items, quiet=True)
     for i in range(len(items)):
         for name, array in whole(i, rng).items():
             assert np.array_equal(found(i, rng)[name], array)
 
 
 READERS = (
-    Reader("training configuration", _config, lambda folder: load(folder / "train.toml"), (ConfigError,)),
+    Reader("training configuration", _config, lambda folder: load(folder / "train.toml"), (TrainingConfigError,)),
     Reader("training data: pictures and captions", _pairs, _read_data, (DataError,)),
     Reader("training data: metadata.jsonl", _metadata, _read_data, (DataError,)),
     Reader("training data: tar", _tar, _read_data, (DataError,)),

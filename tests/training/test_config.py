@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from kandinsky_jax.training.config import ConfigError, load
+from kandinsky_jax.training.config import TrainingConfigError, load
 
 NEEDED = 'model = "tiny"\ndata = "d"\noutput = "o"\n'
 
 
 def fault(path: Path, content: str | bytes) -> str:
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(TrainingConfigError) as caught:
         load(path)
     message = str(caught.value)
     message.encode()
@@ -84,7 +84,7 @@ def test_files_that_are_none(tmp_path):
         (tmp_path / "pipe", "no regular file"),
         (tmp_path / "x", "no such file"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(TrainingConfigError, match=says):
             load(path)
 
 

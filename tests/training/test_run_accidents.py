@@ -21,14 +21,14 @@ from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.training.bad_data import MAX_LINES, BadData
 from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.data import Captioned, DataError, fingerprint, listing
-from kandinsky_jax.training.encoded import encoded
+from kandinsky_jax.training.data import Captioned, DataError, data_fingerprint, listing
+from kandinsky_jax.training.encoded import open_latent_cache
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.metrics import Metrics
-from kandinsky_jax.training.run_record import FREE, changes, checksums, describe, run_record
-from kandinsky_jax.training.step import Settings, Trainer
+from kandinsky_jax.training.run_record import FREE, checksums, describe_changes, record_changes, run_record
+from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from kandinsky_jax.training.tasks import DiffusionTask
 from tests.conftest import SHAPES_MODEL
 from tests.fuzz.harness import trials
@@ -50,7 +50,9 @@ def fill(folder: Path, count: int = COUNT) -> Path:
 def config_of(data: Path, output: Path, **changed) -> Config:
     optimizer = {"learning_rate": 1e-3, "max_train_steps": 4} | changed.pop("optimizer", {})
     given = {"resolution": 64, "train_batch_size": 2, "checkpointing_steps": 2, "text_length": 16} | changed
-    return Config(model=str(SHAPES_MODEL), data=str(data), output=str(output), optimizer=Settings(**optimizer), **given)
+    return Config(
+        model=str(SHAPES_MODEL), data=str(data), output=str(output), optimizer=OptimizerConfig(**optimizer), **given
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +117,11 @@ def test_every_setting_either_is_compared_or_may_change():
     base = config_of(Path("d"), Path("o"))
     record = run_record(Kind.LORA_PRIOR, base, ITEMS, {})
     for name, value in CHANGED.items():
-        found = changes(record, run_record(Kind.LORA_PRIOR, replaced(base, name, value), ITEMS, {}))
+        found = record_changes(record, run_record(Kind.LORA_PRIOR, replaced(base, name, value), ITEMS, {}))
         assert name in found, name
-        assert name in describe(found)
+        assert name in describe_changes(found)
     for name, value in FREELY.items():
-        assert not changes(record, run_record(Kind.LORA_PRIOR, replaced(base, name, value), ITEMS, {})), name
+        assert not record_changes(record, run_record(Kind.LORA_PRIOR, replaced(base, name, value), ITEMS, {})), name
     settings = dataclasses.asdict(base)
     names = {
         f"{n}.{m}" if isinstance(v, dict) else n
@@ -137,10 +139,10 @@ def test_every_setting_either_is_compared_or_may_change():
 )
 def test_other_data_is_another_run(items):
     base = config_of(Path("d"), Path("o"))
-    found = changes(run_record(Kind.PRIOR, base, ITEMS, {}), run_record(Kind.PRIOR, base, items, {}))
+    found = record_changes(run_record(Kind.PRIOR, base, ITEMS, {}), run_record(Kind.PRIOR, base, items, {}))
     assert "data" in found
     assert found.keys() <= {"data", "number of pictures"}
-    assert fingerprint(ITEMS) == fingerprint([item._replace(modified=3) for item in ITEMS])
+    assert data_fingerprint(ITEMS) == data_fingerprint([item._replace(modified=3) for item in ITEMS])
 
 
 def test_other_weights_are_another_run():
@@ -148,7 +150,7 @@ def test_other_weights_are_another_run():
     other = {"a": {"weight": params["a"]["weight"].copy()}}
     other["a"]["weight"][3] = np.nextafter(np.float32(3), np.float32(4))
     one, two = (run_record(Kind.PRIOR, base, ITEMS, {"unet": tree}) for tree in (params, other))
-    assert describe(changes(one, two)) == "weights of unet"
+    assert describe_changes(record_changes(one, two)) == "weights of unet"
     assert checksums(params) != checksums(jax.tree.map(lambda leaf: leaf.reshape(2, 3), params))
     assert checksums({"a": np.float32(3)}) == checksums({"a": jax.numpy.float32(3)})
 
@@ -220,7 +222,7 @@ def test_stale_and_damaged_encoded_data_is_made_again(tmp_path, pipe):
     task = DiffusionTask(pipe, Kind.PRIOR, config_of(data, tmp_path / "out", precompute=True))
 
     def arrays() -> dict[str, np.ndarray]:
-        found, _ = encoded(folder, task, listing(data), quiet=True)
+        found, _ = open_latent_cache(folder, task, listing(data), quiet=True)
         rows = [found(i, np.random.default_rng(0)) for i in range(COUNT)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -307,7 +309,7 @@ def test_the_command_says_it_in_one_line(tmp_path):
     (tmp_path / "c.toml").write_text(
         f'model = "{SHAPES_MODEL}"\ndata = "{data}"\noutput = "{output}"\nresolution = 64\ntrain_batch_size = 1\n'
     )
-    state = Trainer(lambda params, batch, key: 0.0, Settings()).init({"a": jax.numpy.zeros(3)})
+    state = Trainer(lambda params, batch, key: 0.0, OptimizerConfig()).init({"a": jax.numpy.zeros(3)})
     with Checkpoints(output, {"kind": "lora-prior", "seed": 7}, 3) as checkpoints:
         checkpoints.save(1, state._replace(step=jax.numpy.int32(1)), {"next_index": 1})
     command = [sys.executable, "-W", "error", "-m", "kandinsky_jax.cli", "train", "lora-prior", "c.toml", "-q"]

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from kandinsky_jax import KandinskyV22CombinedPipeline
 from kandinsky_jax.sampling import Network, call
 from kandinsky_jax.training.data import listing
-from kandinsky_jax.training.tasks import normalised
+from kandinsky_jax.training.tasks import to_movq_pixels
 
 ROOT = Path(__file__).parents[2]
 COMMON = Path(__file__).with_name("common.txt")
@@ -89,7 +89,7 @@ def latents(pipe: Any, pixels: np.ndarray) -> np.ndarray:
     network, params = Network.split(pipe.movq)
     chunks = [pixels[i : i + BATCH] for i in range(0, len(pixels), BATCH)]
     padded = [np.concatenate([chunk, np.repeat(chunk[-1:], BATCH - len(chunk), 0)]) for chunk in chunks]
-    return np.concatenate([np.asarray(call(network, params, normalised(x), method="encode")) for x in padded])[
+    return np.concatenate([np.asarray(call(network, params, to_movq_pixels(x), method="encode")) for x in padded])[
         : len(pixels)
     ]
 

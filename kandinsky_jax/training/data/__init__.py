@@ -1,19 +1,19 @@
-"""Captioned pictures: a folder, WebDataset tars or Parquet -> batches of arrays, in an order that can be resumed."""
+"""Data sets of captioned pictures: a folder, WebDataset tars or Parquet -> batches of arrays, resumable."""
 
-from kandinsky_jax.training.data.items import Captioned, DataError, Listing, Skipped, fingerprint
+from kandinsky_jax.training.data.items import Captioned, DataError, Listing, Skipped, data_fingerprint
 from kandinsky_jax.training.data.listing import listing
-from kandinsky_jax.training.data.reader import FEWEST_TOKENS, TEXT_ROWS, Batches, Reader, without_padding
+from kandinsky_jax.training.data.reader import FEWEST_TOKENS, TEXT_ARRAYS, Batches, Reader, without_padding
 
 __all__ = [
     "FEWEST_TOKENS",
-    "TEXT_ROWS",
+    "TEXT_ARRAYS",
     "Batches",
     "Captioned",
     "DataError",
     "Listing",
     "Reader",
     "Skipped",
-    "fingerprint",
+    "data_fingerprint",
     "listing",
     "without_padding",
 ]

@@ -1,4 +1,4 @@
-"""Captions as text, whatever the file that they are in."""
+"""Captions from text and JSON files of any encoding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kandinsky_jax import reading
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.training.data.items import CAPTION_KEYS
 
-# The longer marks first: UTF-32's little-endian one begins as UTF-16's does.
+# UTF-32 before UTF-16, whose little-endian mark is a prefix.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -20,30 +20,29 @@ MARKS = (
 
 
 def decode(data: bytes) -> str:
-    """Text of bytes in UTF-8, or in what a byte order mark says; the mark is left out.
+    """Decode UTF-8, or the encoding of a byte order mark, which is removed.
 
     Raises:
-        ValueError: for text in another encoding, which cannot be known.
+        ValueError: for any other encoding.
     """
     mark, encoding = next((pair for pair in MARKS if data.startswith(pair[0])), (b"", "utf-8"))
     try:
         return data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
         byte = data[len(mark) + error.start]
-        place = len(mark) + error.start
+        position = len(mark) + error.start
         raise ValueError(
-            f"the text is not {encoding.upper()} (0x{byte:02x} at byte {place}); save it as UTF-8"
+            f"the text is not {encoding.upper()} (0x{byte:02x} at byte {position}); save it as UTF-8"
         ) from None
 
 
 def clean(text: str) -> str:
-    """A caption without the space around it; a surrogate without its other half becomes U+FFFD, as no tokenizer
-    takes one."""
+    """Strip a caption, and replace unpaired surrogates, which tokenizers refuse, by U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").strip("\ufeff \t\r\n\f\v")
 
 
 def parse_json(data: bytes | str) -> dict[str, Any]:
-    """The object of a JSON text in any of these encodings; ValueError for anything else."""
+    """Parse a JSON object in any of these encodings; ValueError for anything else."""
     try:
         parsed = reading.parse_json(decode(data) if isinstance(data, bytes) else data)
     except reading.ReadError as error:
@@ -54,7 +53,7 @@ def parse_json(data: bytes | str) -> dict[str, Any]:
 
 
 def caption_of(about: dict[str, Any]) -> str:
-    """The caption of an object: its `text`, `caption` or `prompt`; ValueError where there is none."""
+    """Return the caption of an object: its `text`, `caption` or `prompt`; ValueError if there is none."""
     for key in CAPTION_KEYS:
         if isinstance(about.get(key), str):
             return clean(about[key])
@@ -65,5 +64,5 @@ def caption_of(about: dict[str, Any]) -> str:
 
 
 def caption_from(data: bytes, suffix: str) -> str:
-    """The caption in a file's bytes; JSON where the suffix is `.json`, else plain text."""
+    """Read the caption from a file's bytes: JSON for the suffix `.json`, else plain text."""
     return caption_of(parse_json(data)) if suffix == ".json" else clean(decode(data))

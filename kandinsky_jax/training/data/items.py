@@ -1,4 +1,4 @@
-"""Captioned pictures that have been found, and data that is not used."""
+"""Captioned pictures of a data set, and records of unused data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CAPTION_KEYS = ("text", "caption", "prompt")  # of JSON
 
 
 class DataError(ValueError):
-    """What is wrong with training data, by file name, one fault a line; `faults` has all lines."""
+    """Training data cannot be used; `faults` lists all faults by file name."""
 
     def __init__(self, where: str, faults: Sequence[str]):
         self.faults = list(faults)
@@ -28,15 +28,15 @@ class DataError(ValueError):
 
 
 class Captioned(NamedTuple):
-    """A picture that has not been read yet.
+    """A captioned picture that has not been read yet.
 
     Args:
-        name: of the file, or of the archive and the member or row.
+        name: of the file, or of the archive with the member or row.
         text: the caption.
         read: returns the bytes of the picture's file.
-        hint: returns those of its depth map, where it has one.
-        size: bytes of both files; of a Parquet file, of the row group's column.
-        modified: when the file was last changed, nanoseconds.
+        hint: returns the bytes of its depth map, if it has one.
+        size: bytes of both files; in a Parquet file, of the row group's column.
+        modified: modification time of the file in nanoseconds.
     """
 
     name: str
@@ -48,27 +48,27 @@ class Captioned(NamedTuple):
 
 
 class Skipped:
-    """Data that is not used: how much, and the first faults by name."""
+    """Record of unused data: the number of items, and the first faults."""
 
     def __init__(self) -> None:
         self.count = 0
         self.faults: list[str] = []
 
     def add(self, fault: str) -> None:
-        """One file, row or member that is not used, and why."""
+        """Add one unused file, row or member with the reason."""
         self.count += 1
         if len(self.faults) < MAX_KEPT:
             self.faults.append(shorten(fault, 300))
 
     def summary(self, limit: int = 200) -> str:
-        """The first faults in at most about `limit` characters, and how many more there are."""
+        """Return the first faults in about `limit` characters, and the number of others."""
         shown = summarize(self.faults[:3], limit)
         more = self.count - min(3, len(self.faults))
         return f"{shown}; and {more} more" if more > 0 and " more" not in shown[-12:] else shown
 
 
 class Listing(list[Captioned]):
-    """The captioned pictures of a data set, and in `skipped` what is not used."""
+    """The captioned pictures of a data set, and in `skipped` the unused data."""
 
     def __init__(self, items: Iterable[Captioned], skipped: Skipped):
         super().__init__(items)
@@ -77,25 +77,25 @@ class Listing(list[Captioned]):
 
 @functools.cache
 def picture_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of the formats that `images.read` opens."""
+    """Return the suffixes, in lower case, of the formats that `images.read` opens."""
     Image.init()
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in images.READABLE)
 
 
 @functools.cache
 def unread_suffixes() -> frozenset[str]:
-    """The suffixes of other pictures, which are reported."""
+    """Return the suffixes of picture formats that are reported as not supported."""
     Image.init()
     raw = {".heic", ".heif", ".svg", ".jxl", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
     pictures = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return frozenset((pictures | raw) - picture_suffixes() - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"})
 
 
-def fingerprint(items: Iterable[Captioned], *, modified: bool = False) -> str:
-    """A digest of what is known of pictures without reading them: names, captions and sizes, and their order.
+def data_fingerprint(items: Iterable[Captioned], *, modified: bool = False) -> str:
+    """Compute a digest of pictures without reading them: of names, captions and sizes in order.
 
     Args:
-        modified: also when files were last changed.
+        modified: include modification times.
     """
     found = hashlib.sha256()
     for item in items:

@@ -1,4 +1,4 @@
-"""Finds captioned pictures in a folder, in tars and in Parquet files. A picture is read when its turn comes."""
+"""Finding captioned pictures in folders, tars and Parquet files; pictures are read later."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from kandinsky_jax.training.data.items import (
 from kandinsky_jax.training.data.parquet import read_parquet
 from kandinsky_jax.training.data.webdataset import read_tar
 
-METADATA = "metadata.jsonl"
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+METADATA_FILE = "metadata.jsonl"
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 ARCHIVES = (".zip", ".7z", ".rar", ".arrow", ".feather", ".tfrecord", ".h5", ".lmdb", ".mdb")
 
 
 def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scratch: Path | None = None) -> Listing:
-    """The captioned pictures of a folder and the folders in it, or of one .tar or .parquet file.
+    """List the captioned pictures of a folder and its subfolders, or of one .tar or .parquet file.
 
-    All of these are used, side by side: `metadata.jsonl` (`file_name`, and `text`, `caption` or `prompt`), WebDataset
+    All of these may be mixed: `metadata.jsonl` (`file_name`, and `text`, `caption` or `prompt`), WebDataset
     tars, Parquet files, and pictures with a .txt or .json of their name. A depth map is `hint_file_name` in
     metadata.jsonl, `KEY.hint.png` beside `KEY.png` in a folder or a tar, and the column `hint` in Parquet. Every suffix
     of a format that `images.READABLE` names is a picture, in upper or lower case. Names that begin with a dot are
-    hidden, and passed over.
+    hidden, and skipped.
 
     Args:
         path: the folder or file.
-        exclude: folders that are not looked into, such as the one that results go to.
+        exclude: folders to skip, such as that of the results.
         scratch: a folder for temporary files (see `kandinsky_jax.training.data.parquet`).
     Returns:
-        the pictures that can be used, and in `skipped` those that cannot: pictures without a caption, captions without
-        a picture, broken files.
+        the usable pictures, and in `skipped` unused data: pictures without a caption, captions without a picture,
+        damaged files.
     Raises:
-        DataError: where there is no picture that can be used.
+        DataError: if there is no usable picture.
     """
     path, skipped = Path(path), Skipped()
     try:
@@ -55,17 +55,17 @@ def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scrat
     used: set[Path] = set()
     found: list[Captioned] = []
     for file in files:
-        if file.name == METADATA:
+        if file.name == METADATA_FILE:
             found += _of_metadata(file, path, used, skipped)
     for file in files:
         if file.suffix.lower() == ".tar":
             found += read_tar(file, _name(file, path), skipped)
-        elif file.name.lower().endswith(COMPRESSED):
+        elif file.name.lower().endswith(COMPRESSED_SUFFIXES):
             skipped.add(f"{_name(file, path)}: a compressed tar is not read; decompress it")
         elif file.suffix.lower() in ARCHIVES:
             skipped.add(f"{_name(file, path)}: files of this kind are not read; unpack it, or write tars or Parquet")
         elif file.name == "metadata.csv":
-            skipped.add(f"{_name(file, path)}: is not read; needed is {METADATA}")
+            skipped.add(f"{_name(file, path)}: is not read; needed is {METADATA_FILE}")
     for file in files:
         if file.suffix.lower() == ".parquet":
             found += read_parquet(file, _name(file, path), skipped, scratch)
@@ -77,13 +77,15 @@ def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scrat
         else:
             skipped.add(f"{item.name}: its caption is empty")
     if not items:
-        nothing = f"there is no picture in it; looked for {METADATA}, .tar, .parquet, and pictures with a .txt each"
+        nothing = (
+            f"there is no picture in it; looked for {METADATA_FILE}, .tar, .parquet, and pictures with a .txt each"
+        )
         raise DataError(str(path), skipped.faults or [nothing])
     return Listing(items, skipped)
 
 
 def _files(path: Path, exclude: Sequence[Path], skipped: Skipped) -> Iterator[Path]:
-    """The files of a folder, those of each folder in it after its own, in order of names; or the one file."""
+    """Yield the files of a folder and then of its subfolders, sorted by name; or a single file."""
     if not path.exists():
         raise ValueError("it does not exist")
     if path.is_file():
@@ -96,7 +98,7 @@ def _files(path: Path, exclude: Sequence[Path], skipped: Skipped) -> Iterator[Pa
 
     for folder, below, names in os.walk(path, onerror=denied, followlinks=True):
         real = Path(folder).resolve()
-        if real in visited and Path(folder) != path:  # a link to a folder above, or one that is not looked into
+        if real in visited and Path(folder) != path:  # a link to a parent folder, or an excluded folder
             below.clear()
             continue
         visited.add(real)
@@ -104,12 +106,12 @@ def _files(path: Path, exclude: Sequence[Path], skipped: Skipped) -> Iterator[Pa
         for file in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
             if file.is_file():
                 yield file
-            else:  # a pipe or a device might never end
+            else:  # reading a pipe or a device may block
                 skipped.add(f"{_name(file, path)}: it is no regular file, or a link to nothing")
 
 
 def _name(file: Path, base: Path) -> str:
-    """A file's name in messages: relative to the folder that is listed."""
+    """Return a file's name relative to the listed folder, for messages."""
     return file.name if file == base else file.relative_to(base).as_posix()
 
 
@@ -131,7 +133,7 @@ def _of_metadata(path: Path, base: Path, used: set[Path], skipped: Skipped) -> I
 
 
 def _lines(path: Path) -> Iterator[bytes | str]:
-    """The lines of a file, split at line feeds alone: JSON may hold U+2028 and its kin as they are."""
+    """Yield the lines of a file, split at line feeds only, since JSON may contain characters such as U+2028."""
     with path.open("rb") as file:
         start = file.read(4)
         mark = next((mark for mark, _ in MARKS if start.startswith(mark)), b"")
@@ -146,11 +148,11 @@ def _lines(path: Path) -> Iterator[bytes | str]:
             while rest := file.readline(MAX_CAPTION_BYTES):
                 if rest.endswith(b"\n"):
                     break
-            yield b"a line of more than 1 MiB"  # no JSON: it is reported as that
+            yield b"a line of more than 1 MiB"  # not JSON, so it is reported
 
 
 def _of_row(row: dict[str, Any], folder: Path, used: set[Path]) -> Captioned:
-    """The picture of one line; ValueError or OSError where it cannot be used."""
+    """Return the picture of one line; ValueError or OSError if it cannot be used."""
     text = caption_of(row) if any(key in row for key in ("text", "caption", "prompt")) else None
     given = row.get("file_name")
     if text is None or given is None:
@@ -162,7 +164,7 @@ def _of_row(row: dict[str, Any], folder: Path, used: set[Path]) -> Captioned:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """A file that metadata names; ValueError where it is absent, or not below the folder."""
+    """Resolve a file named in metadata; ValueError if it is missing, or outside the folder."""
     if not isinstance(name, str):
         raise ValueError(f"a file's name must be a text, got {shorten(name, 60)}")
     parts = os.path.normpath(name)
@@ -171,7 +173,7 @@ def _inside(folder: Path, name: Any) -> Path:
     file = folder / parts
     try:
         there = file.is_file()
-    except (OSError, ValueError):  # too long, or with characters that no name has
+    except (OSError, ValueError):  # too long, or with invalid characters
         there = False
     if not there:
         raise ValueError(f"{shorten(name)}: there is no such file")
@@ -191,7 +193,7 @@ def _item(name: str, text: str, files: Sequence[Path]) -> Captioned:
 
 
 def _of_pairs(files: Sequence[Path], used: set[Path], base: Path, skipped: Skipped) -> Iterator[Captioned]:
-    """Pictures with a .txt or .json of the same name, but for those in `used`, which have their captions already."""
+    """Yield pictures with a .txt or .json of the same name, except those in `used`, which have captions."""
     pictures = {file for file in files if file.suffix.lower() in picture_suffixes()}
     stems = {file.with_suffix("") for file in pictures}
     hints: dict[Path, Path] = {}  # by the name of their picture, without its suffix
@@ -206,7 +208,7 @@ def _of_pairs(files: Sequence[Path], used: set[Path], base: Path, skipped: Skipp
         stem, name, suffix = file.with_suffix(""), _name(file, base), file.suffix.lower()
         if file in pictures and file not in apart:
             if (caption := captions.get(stem)) is None:
-                skipped.add(f"{name}: there is no caption; needed is {METADATA} or {stem.name}.txt")
+                skipped.add(f"{name}: there is no caption; needed is {METADATA_FILE} or {stem.name}.txt")
                 continue
             try:
                 text = _caption_in(caption)

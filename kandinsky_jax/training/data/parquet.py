@@ -1,8 +1,8 @@
-"""Parquet files as `datasets` writes them: `image` (and `hint`, if any) is bytes or has them, `text` is the caption.
+"""Parquet files as written by `datasets`: `image` (and optionally `hint`) holds bytes, `text` the caption.
 
-Parquet is read a row group at a time, training asks for rows in any order. So a row group's pictures are copied to a
-temporary file when the first of them is asked for, and read from there, one by one: memory holds a few pictures,
-whatever the size of the row groups.
+Parquet is read by row groups, while training needs rows in any order. So a row group's pictures are copied to a
+temporary file on first access, and read from there one by one; memory holds few pictures, whatever the size of the row
+groups.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from kandinsky_jax.errors import shorten
 from kandinsky_jax.training.data.captions import clean
 from kandinsky_jax.training.data.items import CAPTION_KEYS, MAX_PICTURE_BYTES, Captioned, Skipped
 
-ROWS = 16  # pictures that are in memory at once
-CAPTIONS = 4096  # captions that are
+PICTURES_AT_ONCE = 16
+CAPTIONS_AT_ONCE = 4096
 BUFFER_BYTES = 2**20
 
 
 def read_parquet(path: Path, name: str, skipped: Skipped, scratch: Path | None = None) -> Iterator[Captioned]:
-    """The captioned pictures of a Parquet file; of the file itself, only its index and captions are read.
+    """Yield the captioned pictures of a Parquet file, reading only its index and captions.
 
     Args:
         path: the file.
-        name: of the file, in names and faults.
-        skipped: collects what is not used.
-        scratch: a folder for temporary files; None, or one that is absent, is the system's. The files have
-            no names, and vanish with the process.
+        name: of the file, for names and faults.
+        skipped: collects unused data.
+        scratch: a folder for temporary files; None, or a missing one, is the system's. The files are unnamed and
+            removed with the process.
     """
     if importlib.util.find_spec("pyarrow") is None:
         skipped.add(f"{name}: Parquet needs pyarrow; pip install pyarrow")
@@ -53,9 +53,9 @@ def read_parquet(path: Path, name: str, skipped: Skipped, scratch: Path | None =
         columns = tuple(column for column in ("image", "hint") if column in names)
         for column in columns:
             _check_bytes(file.schema_arrow.field(column).type, column)
-        pictures, modified = Pictures(path, columns, scratch), path.stat().st_mtime_ns
+        pictures, modified = PictureReader(path, columns, scratch), path.stat().st_mtime_ns
         groups = file.metadata.num_row_groups
-    except Exception as error:  # damaged files raise far more than pyarrow's own errors
+    except Exception as error:  # damaged files raise many kinds besides pyarrow's errors
         skipped.add(f"{name}: it cannot be read: {shorten(str(error), 120)}")
         return
     number = 0
@@ -96,14 +96,14 @@ def _check_bytes(kind: Any, column: str) -> None:
 
 
 def _bytes_of(file: Any, group: int, columns: tuple[str, ...]) -> int:
-    """The compressed size of some columns in a row group."""
+    """Return the compressed size of some columns in a row group."""
     about = file.metadata.row_group(group)
     chunks = [about.column(i) for i in range(about.num_columns)]
     return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
 def _captions(file: Any, group: int, column: str) -> Iterator[Any]:
-    for batch in file.iter_batches(CAPTIONS, row_groups=[group], columns=[column], use_threads=False):
+    for batch in file.iter_batches(CAPTIONS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
         for value in batch.column(0):
             try:
                 yield value.as_py()
@@ -111,8 +111,8 @@ def _captions(file: Any, group: int, column: str) -> Iterator[Any]:
                 yield None
 
 
-class Pictures:
-    """The pictures of a Parquet file, in any order, from any thread.
+class PictureReader:
+    """Random access to the pictures of a Parquet file, from any thread.
 
     Args:
         path: the file.
@@ -124,29 +124,29 @@ class Pictures:
         self._path, self._columns, self._scratch = path, columns, scratch
         self._lock = threading.Lock()
         self._copy: Any = None
-        self._places: dict[int, np.ndarray | None] = {}  # by row group [columns, rows, (offset, length)]
-        self._faults: dict[int, str] = {}  # of row groups that could not be read to their end
+        self._offsets: dict[int, np.ndarray | None] = {}  # by row group, [columns, rows, (offset, length)]
+        self._faults: dict[int, str] = {}  # of row groups that could not be read completely
 
     def read(self, column: str, group: int, row: int) -> bytes:
-        """The bytes of one picture.
+        """Return the bytes of one picture.
 
         Raises:
-            OSError, ValueError: where it has none, or the file is damaged.
+            OSError, ValueError: for an empty cell or a damaged file.
         """
         with self._lock:
-            if group not in self._places:
-                self._places[group] = self._copied(group)
-            places = self._places[group]
-            if places is None:
+            if group not in self._offsets:
+                self._offsets[group] = self._copied(group)
+            offsets = self._offsets[group]
+            if offsets is None:
                 return self._streamed(column, group, row)
-            offset, length = (int(x) for x in places[self._columns.index(column), row])
+            offset, length = (int(x) for x in offsets[self._columns.index(column), row])
             if length < 0:
                 raise ValueError(self._faults.get(group, f"the column {column} is empty"))
             self._copy.seek(offset)
             return self._copy.read(length)
 
     def _copied(self, group: int) -> np.ndarray | None:
-        """Copy a row group to the temporary file; None where the disk has no room to spare."""
+        """Copy a row group to the temporary file; return None if the disk is too small."""
         file = _open(self._path)
         about = file.metadata.row_group(group)
         needed = sum(about.column(i).total_uncompressed_size for i in range(about.num_columns))
@@ -162,17 +162,17 @@ class Pictures:
             self._copy = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (closed with this object)
             weakref.finalize(self, self._copy.close)
         self._copy.seek(0, 2)
-        offset, places = self._copy.tell(), np.full((len(self._columns), about.num_rows, 2), -1, np.int64)
+        offset, offsets = self._copy.tell(), np.full((len(self._columns), about.num_rows, 2), -1, np.int64)
         try:
             for row, values in self._rows(file, group):
                 for which, data in enumerate(values):
                     if data is not None:
                         self._copy.write(data)
-                        places[which, row] = offset, len(data)
+                        offsets[which, row] = offset, len(data)
                         offset += len(data)
-        except Exception as error:  # damaged files raise far more than pyarrow's own errors
+        except Exception as error:  # damaged files raise many kinds besides pyarrow's errors
             self._faults[group] = f"row group {group} is damaged: {shorten(str(error), 120)}"
-        return places
+        return offsets
 
     def _streamed(self, column: str, group: int, row: int) -> bytes:
         for number, values in self._rows(_open(self._path), group):
@@ -181,12 +181,14 @@ class Pictures:
         raise ValueError(f"the column {column} is empty")
 
     def _rows(self, file: Any, group: int) -> Iterator[tuple[int, list[Any]]]:
-        """Each row's number and the bytes of its columns, None where there are none or too many."""
+        """Yield each row's number and the bytes of its columns, None for empty or too large cells."""
         import pyarrow
         import pyarrow.compute
 
         number = 0
-        batches = file.iter_batches(ROWS, row_groups=[group], columns=list(self._columns), use_threads=False)
+        batches = file.iter_batches(
+            PICTURES_AT_ONCE, row_groups=[group], columns=list(self._columns), use_threads=False
+        )
         for batch in batches:
             found = []
             for column in self._columns:

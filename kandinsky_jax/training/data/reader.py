@@ -1,7 +1,6 @@
-"""Captioned pictures -> batches of arrays, in an order that can be resumed.
+"""Captioned pictures -> batches of arrays, in a resumable order.
 
-The order is grain's: a shuffle by a seed and an epoch, so that a position in it, an integer, is all there is to
-remember.
+The order is that of grain: a shuffle by seed and epoch, so that its state is a single integer.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from kandinsky_jax.training.data.items import Captioned, DataError
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-TEXT_ROWS = ("input_ids", "text_mask", "text_encoder_hidden_states")  # [B, tokens, ...]
+TEXT_ARRAYS = ("input_ids", "text_mask", "text_encoder_hidden_states")  # [B, tokens, ...]
 FEWEST_TOKENS = 16
-MAX_CHARACTERS = 100_000  # of a caption; far more than any tower's length has room for
+MAX_CHARACTERS = 100_000  # of a caption; far more than any text tower reads
 PREFETCHED = 16  # batches that are read ahead
-MAX_ITEMS = 2**48  # of all epochs together; the lengths that grain computes stay exact, and fit an index
+MAX_ITEMS = 2**48  # of all epochs; keeps the lengths that grain computes exact, and within an index
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes arrays of a captioned picture.
+    """Reads a captioned picture as arrays.
 
     Args:
-        resolution: of the square that is cut out of the middle (or, with `random_crop`, out of anywhere).
-        processor: for CLIP's vision tower; None where it is not needed.
-        tokenizer, length: for the text tower; None where it is not needed.
-        hints: whether depth maps are wanted.
-        random_flip: left and right, for half of the pictures.
+        resolution: of the square crop, from the centre or, with `random_crop`, from a random position.
+        processor: for CLIP's vision tower; None if that is not needed.
+        tokenizer, length: for the text tower; None if that is not needed.
+        hints: whether to read depth maps.
+        random_flip: mirror half of the pictures.
     """
 
     resolution: int
@@ -49,30 +48,30 @@ class Reader:
     hints: bool = False
     random_flip: bool = False
     random_crop: bool = False
-    unreadable: dict[str, str] = field(default_factory=dict)  # why, by the names of pictures
+    unreadable: dict[str, str] = field(default_factory=dict)  # reasons by picture name
 
     def __call__(self, item: Captioned, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
-        """pixels uint8 `[R, R, 3]`, clip_pixels float32 `[S, S, 3]`, input_ids int32 `[77]`, text_mask bool `[77]`,
-        hint float32 `[R, R, 3]` in 0..1.
+        """Read an item: pixels uint8 `[R, R, 3]`, clip_pixels float32 `[S, S, 3]`, input_ids int32 `[77]`, text_mask
+        bool `[77]`, hint float32 `[R, R, 3]` in 0..1.
 
-        None for a picture that cannot be read, whose name is then in `unreadable`.
+        Returns None for an unreadable picture, whose name is added to `unreadable`.
         """
         try:
             return self._pictures(item, rng) | self._caption(item)
-        except Exception as error:  # of a damaged file, decoders raise anything; one picture must not end a run
+        except Exception as error:  # decoders raise many kinds for damaged files; one picture must not end a run
             reason = str(error) or type(error).__name__
             self.unreadable[item.name] = shorten(reason if item.name in reason else f"{item.name}: {reason}", 300)
             return None
 
     def _caption(self, item: Captioned) -> dict[str, np.ndarray]:
-        """The arrays that come from the caption."""
+        """Return the arrays of the caption."""
         if self.tokenizer is None:
             return {}
         [ids], [mask] = encode(self.tokenizer, [item.text[:MAX_CHARACTERS]], self.length)
         return {"input_ids": ids, "text_mask": mask}
 
     def _pictures(self, item: Captioned, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The arrays that come from files."""
+        """Return the arrays of the picture and its depth map."""
         picture = images.rgb(images.read(io.BytesIO(item.read()), item.name), item.name)
         hint = None
         if self.hints and item.hint is not None:
@@ -93,7 +92,7 @@ class Reader:
         return arrays
 
     def _box(self, picture: Image.Image, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """The square that is cut out."""
+        """Choose the square crop."""
         side = min(picture.size)
         spare = picture.width - side, picture.height - side
         left, top = (int(rng.integers(0, x + 1) if self.random_crop else x / 2) for x in spare)
@@ -101,31 +100,31 @@ class Reader:
 
 
 def without_padding(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch without the rows of text that are padding in all of its captions, which no other row looks at.
+    """Drop text positions that are padding in all captions of a batch, to which no other position attends.
 
-    Captions are short, and the towers and the prior do half of their work, or more, for rows of padding. What is left
-    is a power of two or all of it, so that four programs do.
+    Captions are short, and the towers and the prior would spend half of their work or more on padding. The length is
+    rounded up to a power of two, or is the full length, so that four programs are enough.
     """
     if "text_mask" not in batch:
         return batch
     longest = int(batch["text_mask"].sum(axis=1).max())
-    rows = max(FEWEST_TOKENS, 1 << (longest - 1).bit_length())
-    return batch | {name: batch[name][:, :rows] for name in TEXT_ROWS if name in batch}
+    length = max(FEWEST_TOKENS, 1 << (longest - 1).bit_length())
+    return batch | {name: batch[name][:, :length] for name in TEXT_ARRAYS if name in batch}
 
 
 class Batches:
-    """Batches for ever, epoch after epoch; iterating goes on from where `state` says. `index` is of `items`.
+    """Infinite iterator over batches, epoch after epoch, resumable by `state`; `index` refers to `items`.
 
-    Text is as long as the longest caption of a batch needs it (`without_padding`).
+    Text is cut to the longest caption of each batch (`without_padding`).
 
     Args:
-        items: what `listing` has found.
-        reader: makes arrays of one.
-        batch: how many at once; a picture that cannot be read is replaced by the one before it in the order.
+        items: from `listing`.
+        reader: reads an item as arrays.
+        batch: batch size; an unreadable picture is replaced by the previous one in the order.
         seed: of the order, and of flips and crops.
-        where: the data's path, for errors.
+        where: path of the data, for errors.
     Raises:
-        DataError: from `next`, where no picture can be read.
+        DataError: from `next`, if no picture can be read.
     """
 
     def __init__(self, items: Sequence[Captioned], reader: Reader, batch: int, seed: int, where: str = "the data"):
@@ -141,7 +140,7 @@ class Batches:
                     return found | {"index": np.asarray(which, np.int32)}
             raise DataError(where, list(reader.unreadable.values()))
 
-        # Not `repeat()` for ever: its length is sys.maxsize, which overflows when it is divided by a batch of one.
+        # Not an infinite `repeat()`: its length, sys.maxsize, overflows for a batch size of one.
         order = grain.MapDataset.source(range(len(items))).seed(seed).shuffle().repeat(MAX_ITEMS // len(items))
         options = grain.ReadOptions(num_threads=PREFETCHED, prefetch_buffer_size=PREFETCHED)
         self._iterator = iter(order.random_map(arrays).batch(batch).to_iter_dataset(options))
@@ -154,7 +153,7 @@ class Batches:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Where the next batch comes from; JSON."""
+        """Position of the next batch, as JSON values."""
         return self._iterator.get_state()
 
     @state.setter

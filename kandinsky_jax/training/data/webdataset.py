@@ -1,6 +1,6 @@
-"""WebDataset's tars: files whose names agree up to the first dot are one sample.
+"""WebDataset tars: files whose names are equal up to the first dot are one sample.
 
-A damaged tar is used as far as it goes, and from the next whole member on.
+A damaged tar is read up to the damage, and from the next intact member on.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from kandinsky_jax.training.data.items import (
 )
 
 BLOCK = tarfile.BLOCKSIZE
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar; that of a link is the file that the link leads to."""
+    """A file in a tar; for a link, its target."""
 
     name: str
     info: tarfile.TarInfo
 
     @property
     def suffix(self) -> str:
-        """The last one, in lower case."""
+        """The last suffix, in lower case."""
         return posixpath.splitext(self.name)[1].lower()
 
     @property
@@ -48,7 +48,7 @@ class Member:
 
     @property
     def ending(self) -> str:
-        """What follows the first dot of the file's name, in lower case."""
+        """The part of the file's name after the first dot, in lower case."""
         return posixpath.basename(self.name).partition(".")[2].lower()
 
     @property
@@ -58,7 +58,7 @@ class Member:
 
     @property
     def is_picture(self) -> bool:
-        """Whether it is a picture and no depth map."""
+        """Whether it is a picture, and not a depth map."""
         return self.suffix in picture_suffixes() and not self.is_hint
 
     @property
@@ -67,12 +67,12 @@ class Member:
         return self.suffix in (".txt", ".json")
 
     def read(self, path: Path) -> bytes:
-        """Its bytes; OSError where the tar has fewer."""
+        """Read its bytes; OSError if the tar is truncated."""
         with path.open("rb") as file:
             return self.read_from(file)
 
     def read_from(self, file: BinaryIO) -> bytes:
-        """Its bytes, of the tar's open file."""
+        """Read its bytes from the tar's open file."""
         file.seek(self.info.offset_data)
         data = file.read(_stored(self.info))
         if len(data) != _stored(self.info):
@@ -94,15 +94,15 @@ class Sample:
 
 
 def read_tar(path: Path, name: str, skipped: Skipped) -> Iterator[Captioned]:
-    """The captioned pictures of a tar, in the order of its members.
+    """Yield the captioned pictures of a tar, in the order of its members.
 
-    A picture's caption is the .txt, or else the .json, of its own name; or, for the first picture of a sample, that of
-    the sample. Its depth map is `KEY.hint.png`.
+    A picture's caption is the .txt, or else the .json, of the same name; for the first picture of a sample it may be
+    that of the sample. Its depth map is `KEY.hint.png`.
 
     Args:
         path: the tar.
-        name: of the tar, in names and faults.
-        skipped: collects what is not used.
+        name: of the tar, for names and faults.
+        skipped: collects unused data.
     """
     try:
         with path.open("rb") as file:
@@ -153,7 +153,7 @@ def _of_sample(
 
 
 def _samples(members: list[Member]) -> list[Sample]:
-    """The files of a tar by their keys; a name that comes twice begins another sample of its key."""
+    """Group the files of a tar by key; a repeated name begins a new sample."""
     samples: list[Sample] = []
     current: dict[str, Sample] = {}
     for member in members:
@@ -170,7 +170,7 @@ def _samples(members: list[Member]) -> list[Sample]:
 
 
 def _regular(found: list[tarfile.TarInfo], tar: str, skipped: Skipped) -> Iterator[Member]:
-    """The files of a tar that are not hidden, links among them."""
+    """Yield the files of a tar that are not hidden, including links."""
     by_name = {posixpath.normpath(info.name): info for info in found if info.isreg()}
     for info in found:
         base = posixpath.basename(info.name)
@@ -191,11 +191,11 @@ def _regular(found: list[tarfile.TarInfo], tar: str, skipped: Skipped) -> Iterat
 
 
 def _members(file: BinaryIO, name: str, skipped: Skipped) -> Iterator[tarfile.TarInfo]:
-    """The headers of all members that are there whole; what is damaged between them is reported and passed over."""
+    """Yield the headers of all complete members; damage between them is reported and skipped."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     first = file.read(8)
-    for mark, kind in COMPRESSED.items():
+    for mark, kind in COMPRESSION_MAGIC.items():
         if first.startswith(mark):
             skipped.add(f"{name}: it is compressed with {kind}; decompress it, as members are read one by one")
             return
@@ -219,14 +219,14 @@ def _members(file: BinaryIO, name: str, skipped: Skipped) -> Iterator[tarfile.Ta
 
 
 def _next(file: BinaryIO, name: str, position: int, size: int, reason: str, skipped: Skipped) -> int | None:
-    """Where the next header is, if any, after the members that could be read end at `position`."""
+    """Find the next header after the readable members, which end at `position`."""
     if position >= size:
         if position == size:
             skipped.add(f"{name}: it has no end; it may be cut short after {size:,} bytes")
         return None
     file.seek(position)
     if not any(block := file.read(BLOCK)):
-        found = _first_that(lambda chunk: bool(chunk.strip(b"\0")), file, position)  # tars that were joined
+        found = _first_that(lambda chunk: bool(chunk.strip(b"\0")), file, position)  # concatenated tars
         if found is None or _is_header(file, found):
             return found
         position = found
@@ -242,7 +242,7 @@ def _next(file: BinaryIO, name: str, position: int, size: int, reason: str, skip
 
 
 def _first_that(test: Callable[[bytes], bool], file: BinaryIO, position: int) -> int | None:
-    """The first block from `position` on that passes a test, which is also made of many blocks at once."""
+    """Find the first block from `position` on that passes a test, which is applied to many blocks at once first."""
     file.seek(position)
     while chunk := file.read(2048 * BLOCK):
         if test(chunk):
@@ -263,14 +263,14 @@ def _is_header(file: BinaryIO, position: int) -> bool:
 
 
 def _stored(info: tarfile.TarInfo) -> int:
-    """The bytes that a member has in the tar: of a sparse one, those that are not holes."""
-    if not info.isreg() and info.type in tarfile.SUPPORTED_TYPES:  # others are taken for files, as tarfile does
+    """Return the bytes that a member occupies in the tar; holes of sparse files take none."""
+    if not info.isreg() and info.type in tarfile.SUPPORTED_TYPES:  # unknown types are treated as files, as in tarfile
         return 0
     return sum(length for _, length in _pieces(info)) if info.issparse() else info.size
 
 
 def _pieces(info: tarfile.TarInfo) -> list[tuple[int, int]]:
-    """Of a sparse member: where its data belongs, and how much of it; a map that makes no sense is a ValueError."""
+    """Return (offset, length) of the data of a sparse member; ValueError for an invalid map."""
     sparse: Any = info.sparse  # typeshed says bytes
     found: list[tuple[int, int]] = list(sparse)
     if any(offset < 0 or length < 0 or offset + length > info.size for offset, length in found):
