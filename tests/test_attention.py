@@ -96,7 +96,7 @@ def test_cudnn_is_found_where_the_plugin_is():
 def test_which_implementation_a_platform_takes(shape, tpu, cuda, other):
     q, k = shapes(*shape)
     assert attention.implementation("tpu", q, k) is tpu
-    assert attention.implementation("cuda", q, k) is (cuda if tpu is not attention.in_blocks or CUDA_PLUGIN else other)
+    assert attention.implementation("cuda", q, k) is cuda
     assert attention.implementation("cpu", q, k) is attention.implementation("rocm", q, k) is other
 
 
