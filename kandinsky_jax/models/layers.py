@@ -120,6 +120,25 @@ def embed(count: int, dim: int, rngs: Rngs) -> nnx.Embed:
     return nnx.Embed(count, dim, embedding_init=_embedding, rngs=rngs)
 
 
+# XLA gives a GPU's sum over positions one block per 128 channels of an example: 6 blocks for the 132 processors of an
+# H100 at 64 x 64, 384 channels, two rows. Beyond `SPLIT_BY_XLA` positions it splits the sum itself.
+REDUCTION_BLOCKS, REDUCTION_PARTS, SPLIT_BY_XLA = 264, 16, 4096
+
+
+def reduction_parts(batch: int, positions: int, channels: int) -> int:
+    """Parts of at least 32 positions into which a GPU's sum over them is split, so that it has enough blocks."""
+    parts, blocks = 1, batch * -(-channels // 128)
+    while (
+        positions <= SPLIT_BY_XLA
+        and parts < REDUCTION_PARTS
+        and parts * blocks < REDUCTION_BLOCKS
+        and positions % (2 * parts) == 0
+        and positions >= 2 * parts * 32
+    ):
+        parts *= 2
+    return parts
+
+
 class GroupNorm(nnx.GroupNorm):
     """GroupNorm over all but the batch and the group's channels, statistics in float32; output in the input's dtype.
 
@@ -149,12 +168,28 @@ class GroupNorm(nnx.GroupNorm):
         return first, mean(jnp.square(x - first))
 
     def _once(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and variance, sums of a group at once: channel by channel, XLA has a TPU read 7 % more in MoVQ."""
+        """Mean and variance from the means of the numbers and of their squares, of a group at once."""
+        mean, squares = jax.lax.platform_dependent(x, cuda=self._means_by_parts, default=self._means)  # [B, groups]
+        variance = jnp.maximum(squares - jnp.square(mean), 0)
+        return self._per_channel(mean, x.ndim), self._per_channel(variance, x.ndim)
+
+    def _means(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Means of a group at once: channel by channel, XLA has a TPU read 7 % more in MoVQ."""
         grouped = self._grouped(x)
         axes = (*range(1, x.ndim - 1), x.ndim)
-        mean = grouped.mean(axes)  # [B, groups]
-        variance = jnp.maximum(jnp.square(grouped).mean(axes) - jnp.square(mean), 0)
-        return self._per_channel(mean, x.ndim), self._per_channel(variance, x.ndim)
+        return grouped.mean(axes), jnp.square(grouped).mean(axes)
+
+    def _means_by_parts(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`_means`, the positions in parts whose sums are then added up: enough blocks for all of a GPU."""
+        batch, channels = x.shape[0], x.shape[-1]
+        positions = math.prod(x.shape[1:-1])
+        parts = reduction_parts(batch, positions, channels)
+        if parts == 1:
+            return self._means(x)
+        split = x.reshape(batch, parts, -1, channels)
+        sums = jnp.stack([split.sum(2), jnp.square(split).sum(2)])  # [2, B, parts, C]
+        groups = self._grouped(sums).sum((2, 4)) / (positions * self.group_size)
+        return groups[0], groups[1]
 
     def _grouped(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.num_groups, self.group_size)
