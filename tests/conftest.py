@@ -37,7 +37,7 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
-# Trained to draw coloured shapes on plain grounds (tests/shapes.py); its three decoders share one MoVQ.
+# Trained to generate coloured shapes on plain backgrounds (tests/shapes.py); its three decoders share one MoVQ.
 SHAPES_MODEL = Path(__file__).parent / "shapes_model"
 OFFICIAL = Path(__file__).parent / "official"
 
@@ -49,26 +49,26 @@ def official_config(repository: str, component: str) -> dict:
 
 
 def nhwc(tensor) -> jax.Array:
-    """A torch picture batch as ours."""
+    """Convert a torch batch of pictures to ours."""
     return jax.numpy.asarray(tensor.numpy().transpose(0, 2, 3, 1))
 
 
 def nchw(array) -> np.ndarray:
-    """Our picture batch in torch's order of axes."""
+    """Convert our batch of pictures to torch's order of axes."""
     return np.asarray(array, np.float32).transpose(0, 3, 1, 2)
 
 
 def quick_and_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
-    """The parameters of a test: some of them in the quick suite, the others in the slow one."""
-    return _divided(values, quick, (), pytest.mark.slow)
+    """Mark parameters of a test: some run in the quick suite, the others in the slow one."""
+    return _marked(values, quick, (), pytest.mark.slow)
 
 
 def slow_and_campaign(values: Iterable[Any], *slow: Any) -> list[Any]:
-    """The parameters of a long test: some of them in the slow suite, the others in the campaign."""
-    return _divided(values, slow, pytest.mark.slow, pytest.mark.campaign)
+    """Mark parameters of a long test: some run in the slow suite, the others in the campaign."""
+    return _marked(values, slow, pytest.mark.slow, pytest.mark.campaign)
 
 
-def _divided(values: Iterable[Any], chosen: tuple[Any, ...], mark: Any, other: Any) -> list[Any]:
+def _marked(values: Iterable[Any], chosen: tuple[Any, ...], mark: Any, other: Any) -> list[Any]:
     values = list(values)
     assert set(chosen) < set(values)
     return [pytest.param(value, marks=mark if value in chosen else other) for value in values]
@@ -88,14 +88,14 @@ TABLE: dict[str, dict[str, str]] = {}  # mode -> variant -> mean and max differe
 
 
 def note(figure: float, what: str) -> float:
-    """Keep a measured figure for the table at the end of the run; returns it."""
+    """Record a measured figure for the table at the end of the run, and return it."""
     test = os.environ.get("PYTEST_CURRENT_TEST", "::none").split(" ")[0].split("::", 1)[1].split("[")[0]
     FIGURES.setdefault((test, what), []).append(float(figure))
     return float(figure)
 
 
 def pytest_sessionfinish(session) -> None:
-    """A worker hands its figures over."""
+    """Send the figures of a worker to the main process."""
     if hasattr(session.config, "workeroutput"):
         figures = [[*key, values] for key, values in FIGURES.items()]
         session.config.workeroutput["measured"] = json.dumps([figures, TABLE])
@@ -103,7 +103,7 @@ def pytest_sessionfinish(session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    """The figures of a worker's tests."""
+    """Collect the figures of a worker."""
     figures, table = json.loads(node.workeroutput["measured"]) if "measured" in node.workeroutput else ([], {})
     for test, what, values in figures:
         FIGURES.setdefault((test, what), []).extend(values)
@@ -112,7 +112,7 @@ def pytest_testnodedown(node) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """The figures that the README quotes, as measured in this run."""
+    """Print the figures that the README quotes, as measured in this run."""
     if FIGURES:
         terminalreporter.section("measured")
     for (test, what), figures in FIGURES.items():
@@ -135,8 +135,8 @@ def worst(ours, reference) -> float:
 
 
 @pytest.fixture(scope="session")
-def tiny_pipe():
-    """Our combined pipeline on the trained model of shapes, float32."""
+def shapes_pipe():
+    """Our combined pipeline with the trained model of shapes, float32."""
     from kandinsky_jax.pipelines import KandinskyV22CombinedPipeline
 
     pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
@@ -178,12 +178,12 @@ class Family(dict):
 
 
 @pytest.fixture(scope="session")
-def ours(tiny_pipe) -> Family:
+def ours(shapes_pipe) -> Family:
     """Our pipelines by name, on the trained models of shapes, float32; they share what they can."""
     import kandinsky_jax
 
-    prior, decoder = tiny_pipe.prior_pipe.components, tiny_pipe.decoder_pipe.components
-    load = {"dtype": "float32", "movq": tiny_pipe.movq}
+    prior, decoder = shapes_pipe.prior_pipe.components, shapes_pipe.decoder_pipe.components
+    load = {"dtype": "float32", "movq": shapes_pipe.movq}
     inpaint = kandinsky_jax.KandinskyV22InpaintPipeline.from_pretrained(SHAPES_MODEL, **load).components
     controlnet = kandinsky_jax.KandinskyV22ControlnetPipeline.from_pretrained(SHAPES_MODEL, **load).components
     return Family(kandinsky_jax, Prior=prior, Decoder=decoder, Inpaint=inpaint, Controlnet=controlnet)

@@ -1,7 +1,7 @@
-"""What `shapes_model` was trained to draw: captions, true drawings, and a scorer of drawings without a network.
+"""The data of `shapes_model`: captions, true pictures, and a scorer of pictures without a network.
 
 A coloured shape on a plain ground. A fault in a port that keeps the pictures smooth (a swapped guidance, a wrong time
-step) may look fine to every check of ranges and shapes, but makes the model draw something else than it was told.
+step) may look fine to every check of ranges and shapes, but makes the model generate something else than the caption.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Caption:
-    """A prompt and the drawing that it asks for; `size` is "" where the prompt leaves it open."""
+    """A prompt and the shape that it asks for; `size` is "" where the prompt leaves it open."""
 
     text: str
     truth: Verdict
@@ -65,7 +65,7 @@ def _with_article(words: str) -> str:
 
 
 def caption(truth: Verdict, size: str = "", template: str = TEMPLATES[0]) -> Caption:
-    """The caption of one drawing."""
+    """The caption of one picture."""
     obj = f"{size} {truth.colour} {truth.shape}".strip()
     bg = truth.background
     text = template.format(obj=obj, an_obj=_with_article(obj), bg=bg, a_bg=_with_article(bg))
@@ -87,13 +87,13 @@ def captions(n: int, seed: int = 0) -> list[Caption]:
         bad = [i for i, c in enumerate(found) if c.truth.colour == c.truth.background or c.text in texts[:i]]
         if not bad:
             return found
-        # A swap keeps the numbers of each background as they are; a fresh draw would not.
+        # A swap keeps the number of each background; a fresh sample would not.
         for i in bad:
             j = int(rng.integers(n))
             backgrounds[i], backgrounds[j] = backgrounds[j], backgrounds[i]
 
 
-# ---- true drawings ----
+# ---- true pictures ----
 
 
 def _regular(corners: int, radii: Sequence[float]) -> np.ndarray:
@@ -110,7 +110,7 @@ def _cross(arm: float) -> np.ndarray:
     return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
 
 
-# Of radius 1. The star, the cross and the ring have the proportions that fit the model's large drawings best; the
+# Of radius 1. The star, the cross and the ring have the proportions that fit the model's large shapes best; the
 # verdicts do not hang on them.
 OUTLINES = {
     "square": 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
@@ -136,7 +136,7 @@ def coverage(shape: str, centre: tuple[float, float], radius: float, side: int =
 
 
 def draw(asked: Caption, rng: np.random.Generator) -> np.ndarray:
-    """A true drawing of a caption, [64, 64, 3] in [0, 1], its place and radius by chance as in the training data."""
+    """Draw the true picture of a caption, [64, 64, 3] in [0, 1], with random position and radius as in training."""
     x, y = SIDE / 2 + rng.uniform(-JITTER, JITTER, 2)
     share = coverage(asked.truth.shape, (x, y), rng.uniform(*RADII[asked.size]))[..., None]
     ink, ground = (np.array(PALETTE[name]) / 255 for name in (asked.truth.colour, asked.truth.background))
@@ -154,7 +154,7 @@ def depth(shape: str, centre: tuple[float, float], radius: float) -> np.ndarray:
 
 # ---- the scorer ----
 
-_PAD = 96  # the correlation wraps round: this leaves room for the largest template past the border
+_PAD = 96  # the correlation wraps round: this leaves space for the largest template past the border
 _NAMES = tuple(PALETTE)
 _TABLE = np.array([PALETTE[name] for name in _NAMES], np.float32)
 

@@ -1,4 +1,4 @@
-"""What eight simulated devices draw; run by test_sharding.py in a process of its own, which writes an .npz file.
+"""Pictures generated on eight simulated devices; run by test_sharding.py in a process that writes an .npz file.
 
 python -m tests.sharding_worker OUT.npz
 """
@@ -46,23 +46,23 @@ def pipeline(mesh, name: str = "", **options):
     return pipe
 
 
-def draw(pipe, count: int = 8, first: int = 0, **extra) -> np.ndarray:
-    """Pictures of the first prompts, each with a seed of its own."""
+def generate(pipe, count: int = 8, first: int = 0, **extra) -> np.ndarray:
+    """Generate pictures of some prompts, each with its own seed."""
     prompts = PROMPTS[first : first + count]
     return pipe(prompts, generator=list(range(first, first + count)), **CALL | extra).images
 
 
 def over_data(found: dict[str, np.ndarray]) -> None:
-    """The batch divided, as is the default."""
+    """Shard the batch, as by default."""
     one, default = pipeline(None), pipeline(None)
     one.shard(None)
     assert next(iter(flat_params(default.unet).values())).sharding.mesh.shape == {"data": 8, "guidance": 1, "rows": 1}
-    found["alone"] = np.concatenate([draw(one, 1, i) for i in range(8)])
-    found["data"] = draw(default)
+    found["alone"] = np.concatenate([generate(one, 1, i) for i in range(8)])
+    found["data"] = generate(default)
     with compilations() as events:
-        draw(default, num_inference_steps=9, guidance_scale=2.0, prior_guidance_scale=3.0)
+        generate(default, num_inference_steps=9, guidance_scale=2.0, prior_guidance_scale=3.0)
     assert not events
-    found["uneven"] = draw(default, 3)
+    found["uneven"] = generate(default, 3)
 
 
 def further_over_data(found: dict[str, np.ndarray]) -> None:
@@ -79,12 +79,14 @@ def further_over_data(found: dict[str, np.ndarray]) -> None:
         seen.append(tensors["latents"].shape)
         return {"latents": tensors["latents"] * np.float32(1)} if step == 2 else tensors
 
-    found["callback"] = draw(default, 3, callback_on_step_end=callback)
+    found["callback"] = generate(default, 3, callback_on_step_end=callback)
     assert seen == [(3, 4, 8, 8)] * 6
-    found["batch"] = draw(one)
-    found["unguided"], found["unguided alone"] = (draw(p, n, guidance_scale=1.0) for p, n in ((default, 8), (one, 1)))
+    found["batch"] = generate(one)
+    found["unguided"], found["unguided alone"] = (
+        generate(p, n, guidance_scale=1.0) for p, n in ((default, 8), (one, 1))
+    )
     negative = {"negative_prompt": "a red square"}
-    found["negative"], found["negative alone"] = (draw(p, n, **negative) for p, n in ((default, 8), (one, 1)))
+    found["negative"], found["negative alone"] = (generate(p, n, **negative) for p, n in ((default, 8), (one, 1)))
     found["torch"] = default(PROMPTS, **CALL, generator=[kj.TorchGenerator(i) for i in range(8)]).images
     found["torch alone"] = one(PROMPTS[0], **CALL, generator=kj.TorchGenerator(0)).images
     modes = {
@@ -94,22 +96,22 @@ def further_over_data(found: dict[str, np.ndarray]) -> None:
     }
     for name, extra in modes.items():
         pipe = pipeline(None, name)
-        found[name] = draw(pipe, 3, **extra)
+        found[name] = generate(pipe, 3, **extra)
         pipe.shard(None)
-        found[f"{name} alone"] = np.concatenate([draw(pipe, 1, i, **extra) for i in range(3)])
+        found[f"{name} alone"] = np.concatenate([generate(pipe, 1, i, **extra) for i in range(3)])
 
 
 def other_meshes(found: dict[str, np.ndarray]) -> None:
-    """Guidance and rows divided; parameters divided."""
+    """Shard guidance, rows of pictures, and parameters."""
     for shape in ((1, 2, 1), (4, 2, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2)):
-        found[f"mesh {shape}"] = draw(pipeline(make_mesh(*shape)))
+        found[f"mesh {shape}"] = generate(pipeline(make_mesh(*shape)))
     mesh = make_mesh(1, 1, 8)
     shapes = {name: leaf.shape for name, leaf in flat_params(pipeline(mesh).unet).items()}
     pipe = pipeline(mesh, shard_rules=largest_axis(mesh, shapes, least=1 << 10))
     leaves = flat_params(pipe.unet).values()
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     found["share"] = np.array(held / sum(leaf.nbytes for leaf in leaves))
-    found["divided"] = draw(pipe, 1)
+    found["sharded"] = generate(pipe, 1)
 
 
 def main() -> None:

@@ -65,36 +65,36 @@ DECODER = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "says"), COMBINED)
-def test_combined(tiny_pipe, arguments, error, says):
+def test_combined(shapes_pipe, arguments, error, says):
     with compilations() as events, pytest.raises(error, match=says):
-        tiny_pipe(**{"height": 64, "width": 64} | arguments)
+        shapes_pipe(**{"height": 64, "width": 64} | arguments)
     assert not events
 
 
 @pytest.mark.parametrize(("arguments", "error", "says"), DECODER)
-def test_decoder(tiny_pipe, arguments, error, says):
+def test_decoder(shapes_pipe, arguments, error, says):
     given = {"image_embeds": EMBEDS, "negative_image_embeds": EMBEDS, "height": 64, "width": 64} | arguments
     with compilations() as events, pytest.raises(error, match=says):
-        tiny_pipe.decoder_pipe(**given)
+        shapes_pipe.decoder_pipe(**given)
     assert not events
 
 
-def test_callback_returns_nonsense(tiny_pipe):
+def test_callback_returns_nonsense(shapes_pipe):
     one, size = EMBEDS[:1], {"height": 64, "width": 64, "num_inference_steps": 3}
     with pytest.raises(TypeError, match="must return a dict, returned NoneType"):
-        tiny_pipe.decoder_pipe(one, one, callback_on_step_end=lambda *_: None, **size)
+        shapes_pipe.decoder_pipe(one, one, callback_on_step_end=lambda *_: None, **size)
     with pytest.raises(ValueError, match=r"latents have shape \(2, 4, 8, 8\), needed is \(1, 4, 8, 8\)"):
-        tiny_pipe.decoder_pipe(one, one, callback_on_step_end=lambda *_: {"latents": np.zeros((2, 4, 8, 8))}, **size)
+        shapes_pipe.decoder_pipe(one, one, callback_on_step_end=lambda *_: {"latents": np.zeros((2, 4, 8, 8))}, **size)
 
 
-def test_long_prompt_is_cut_with_a_warning(tiny_pipe):
+def test_long_prompt_is_cut_with_a_warning(shapes_pipe):
     words = " ".join(["red"] * 25)  # three tokens each here: with the start token, 76 of 77
     with pytest.warns(UserWarning, match="this was cut: 'blue circle'"):
-        tiny_pipe.prior_pipe(f"{words} blue circle", num_inference_steps=2, generator=0)
+        shapes_pipe.prior_pipe(f"{words} blue circle", num_inference_steps=2, generator=0)
 
 
-def test_wrong_components(tiny_pipe):
-    parts = tiny_pipe.decoder_pipe.components
+def test_wrong_components(shapes_pipe):
+    parts = shapes_pipe.decoder_pipe.components
     with pytest.raises(TypeError, match="movq must be a VQModel of kandinsky_jax, got UNet2DConditionModel"):
         KandinskyV22Pipeline(**parts | {"movq": parts["unet"]})
     with pytest.raises(TypeError, match="has no component"):
@@ -108,12 +108,12 @@ def test_wrong_components(tiny_pipe):
         ("kandinsky-2-2-controlnet-depth", "KandinskyV22ControlnetPipeline"),
     ],
 )
-def test_wrong_kind_of_decoder(tiny_pipe, repository, right):
+def test_wrong_kind_of_decoder(shapes_pipe, repository, right):
     with pytest.raises(CheckpointError, match=f"load it with {right}"):
         KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL / repository)
     unet = abstract(UNet2DConditionModel, UNet2DConditionModel.CONFIG.from_dict(official_config(repository, "unet")))
     with pytest.raises(CheckpointError, match=right):
-        KandinskyV22Pipeline(**tiny_pipe.decoder_pipe.components | {"unet": unet})
+        KandinskyV22Pipeline(**shapes_pipe.decoder_pipe.components | {"unet": unet})
 
 
 def test_prior_is_no_decoder():

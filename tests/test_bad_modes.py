@@ -175,8 +175,8 @@ def test_the_wrong_checkpoint(pipeline, checkpoint, right):
     assert not events
 
 
-def test_a_decoder_takes_no_hint(tiny_pipe):
+def test_a_decoder_takes_no_hint(shapes_pipe):
     with pytest.raises(TypeError, match="hint"):
-        tiny_pipe(RED, hint=HINT)
+        shapes_pipe(RED, hint=HINT)
     with pytest.raises(CheckpointError, match="type 'image', which KandinskyV22ControlnetPipeline cannot use"):
-        KandinskyV22ControlnetPipeline(**tiny_pipe.decoder_pipe.components)
+        KandinskyV22ControlnetPipeline(**shapes_pipe.decoder_pipe.components)

@@ -39,7 +39,7 @@ def job_of(folder: Path, rows, output="out", **settings):
     return open_job(Job(str(folder / "rows.jsonl"), url, **options))
 
 
-def draw(job, pipe, process=None, **options):
+def run_job(job, pipe, process=None, **options):
     process = process or Process()
     return run(job, pipe, process, **{"quiet": True, "stop": Stop()} | options)
 
@@ -73,22 +73,22 @@ def rows() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(rows, tiny_pipe, tmp_path_factory) -> Path:
+def whole(rows, shapes_pipe, tmp_path_factory) -> Path:
     """The output of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-    report = draw(job_of(folder, rows), tiny_pipe)
+    report = run_job(job_of(folder, rows), shapes_pipe)
     assert (report.shards, report.images, report.errors, report.complete) == (3, 10, 0, True)
     return folder / "out"
 
 
 @pytest.mark.slow
-def test_every_picture_is_that_of_a_call(whole, rows, tiny_pipe):
+def test_every_picture_is_that_of_a_call(whole, rows, shapes_pipe):
     """A row's pictures are those of a call with its prompt and seed, up to the last bits of another batch."""
     found = members(whole)
     assert len(found) == 20
     for number, row in enumerate(rows):
         name, count = row.get("id", f"{number:09d}"), row.get("num_images", 1)
-        pictures = tiny_pipe(
+        pictures = shapes_pipe(
             row["prompt"],
             negative_prompt=row.get("negative_prompt"),
             num_images_per_prompt=count,
@@ -119,15 +119,15 @@ def test_it_is_a_web_dataset(whole):
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
-def test_any_number_of_processes(whole, rows, tiny_pipe, tmp_path, count):
+def test_any_number_of_processes(whole, rows, shapes_pipe, tmp_path, count):
     """Not at the same time here; test_batch_kill.py has real ones. Without overlap, the bytes are the same too."""
     job = job_of(tmp_path, rows)
-    reports = [draw(job, tiny_pipe, Process(i, count), overlap=count > 1) for i in reversed(range(count))]
+    reports = [run_job(job, shapes_pipe, Process(i, count), overlap=count > 1) for i in reversed(range(count))]
     assert [report.complete for report in reports] == [False] * (count - 1) + [True]
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_what_is_complete_is_skipped_and_what_was_left_is_removed(whole, rows, tiny_pipe, tmp_path):
+def test_what_is_complete_is_skipped_and_what_was_left_is_removed(whole, rows, shapes_pipe, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     (tmp_path / "out" / "000001.tar").unlink()
     (tmp_path / "out" / ".000001.tar.partial").write_bytes(b"half a tar file")
@@ -136,29 +136,29 @@ def test_what_is_complete_is_skipped_and_what_was_left_is_removed(whole, rows, t
     (tmp_path / "out" / "errors").mkdir()
     (tmp_path / "out" / "errors" / "000001.jsonl").write_bytes(b"{}")  # what failed then does not fail now
     before = (tmp_path / "out" / "000000.tar").stat().st_mtime_ns
-    report = draw(job_of(tmp_path, rows), tiny_pipe)
+    report = run_job(job_of(tmp_path, rows), shapes_pipe)
     assert (report.shards, report.skipped) == (1, 2)
     assert contents(tmp_path / "out") == contents(whole)
     assert (tmp_path / "out" / "000000.tar").stat().st_mtime_ns == before
 
 
-def test_a_job_compiles_once_for_each_shape(rows, tiny_pipe, tmp_path):
+def test_a_job_compiles_once_for_each_shape(rows, shapes_pipe, tmp_path):
     job_rows = [{"prompt": prompt, "steps": 2 + i} for i, prompt in enumerate(PROMPTS)]
-    draw(job_of(tmp_path / "a", job_rows[:1]), tiny_pipe)
+    run_job(job_of(tmp_path / "a", job_rows[:1]), shapes_pipe)
     with compilations() as events:
-        draw(job_of(tmp_path / "b", job_rows), tiny_pipe)
+        run_job(job_of(tmp_path / "b", job_rows), shapes_pipe)
     assert not events
 
 
-def test_at_a_url_and_as_a_folder(whole, rows, tiny_pipe, tmp_path):
+def test_at_a_url_and_as_a_folder(whole, rows, shapes_pipe, tmp_path):
     fs = fsspec.filesystem("memory")
-    report = draw(job_of(tmp_path, rows, "memory://bucket/out"), tiny_pipe)
+    report = run_job(job_of(tmp_path, rows, "memory://bucket/out"), shapes_pipe)
     assert report.complete
     for path in whole.glob("*.tar"):
         assert fs.cat_file(f"/bucket/out/{path.name}") == path.read_bytes()
-    assert draw(job_of(tmp_path, rows, "memory://bucket/out"), tiny_pipe).skipped == 3
+    assert run_job(job_of(tmp_path, rows, "memory://bucket/out"), shapes_pipe).skipped == 3
 
-    report = draw(job_of(tmp_path, rows, "pictures", form="folder"), tiny_pipe)
+    report = run_job(job_of(tmp_path, rows, "pictures", form="folder"), shapes_pipe)
     assert report.complete
     manifest = pyarrow.parquet.read_table(tmp_path / "pictures" / "manifest").to_pylist()
     found = members(whole)
@@ -172,29 +172,29 @@ def test_at_a_url_and_as_a_folder(whole, rows, tiny_pipe, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jpg", "webp"])
-def test_other_encodings(whole, rows, tiny_pipe, tmp_path, ending):
-    draw(job_of(tmp_path, rows[:2], pictures=ending), tiny_pipe)
+def test_other_encodings(whole, rows, shapes_pipe, tmp_path, ending):
+    run_job(job_of(tmp_path, rows[:2], pictures=ending), shapes_pipe)
     found = members(tmp_path / "out")
     lossless = members(whole)
     assert abs(pixels(found[f"000000000.{ending}"]) - pixels(lossless["000000000.png"])).mean() < 5
 
 
-def test_another_job_does_not_go_on_in_the_folder(rows, tiny_pipe, tmp_path):
+def test_another_job_does_not_go_on_in_the_folder(rows, shapes_pipe, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "photo.jpg").write_bytes(b"mine")
     with pytest.raises(JobError, match=r"neither empty nor a job's folder; it has photo\.jpg"):
-        draw(job_of(tmp_path, rows), tiny_pipe)
+        run_job(job_of(tmp_path, rows), shapes_pipe)
     (tmp_path / "out" / "photo.jpg").unlink()
-    draw(job_of(tmp_path, rows[:1]), tiny_pipe)
+    run_job(job_of(tmp_path, rows[:1]), shapes_pipe)
     for changed, says in (
         ({"batch": 3}, "batch was 2, now 3"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"defaults": {"steps": 4}}, "steps was 3, now 4"),
     ):
         with pytest.raises(JobError, match=f"another job.*\n  {says}$"):
-            draw(job_of(tmp_path, rows[:1], **changed), tiny_pipe)
+            run_job(job_of(tmp_path, rows[:1], **changed), shapes_pipe)
     with pytest.raises(JobError, match=r"the count of rows was 1, now 8$"):
-        draw(job_of(tmp_path, rows), tiny_pipe)
+        run_job(job_of(tmp_path, rows), shapes_pipe)
 
 
 # Modes ------------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_another_job_does_not_go_on_in_the_folder(rows, tiny_pipe, tmp_path):
 
 @pytest.mark.slow
 def test_rows_with_pictures(ours, tmp_path):
-    """An image, a mask, a hint: what is drawn is what a call with these files draws."""
+    """A job with an image, mask or hint generates the same as a call with these files."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
     mask = np.zeros((64, 64), np.uint8)
@@ -222,7 +222,7 @@ def test_rows_with_pictures(ours, tmp_path):
         row |= {"strength": 0.7} if "img2img" in mode else {}
         job = job_of(tmp_path, [row, row | {"id": "again"}], f"out-{mode}")
         assert job.mode == mode
-        assert draw(job, pipe).errors == 0
+        assert run_job(job, pipe).errors == 0
         found = members(tmp_path / f"out-{mode}")
         named = {{"mask": "mask_image"}.get(name, name): tmp_path / files[name] for name in needed}
         named |= {"strength": 0.7} if "img2img" in mode else {}
@@ -269,7 +269,7 @@ BAD = {
 
 
 def test_a_hundred_bad_rows(ours, tmp_path):
-    """Each is told, with its reason; none is fatal; the good ones between them are drawn."""
+    """Each is reported with its reason; none is fatal; the valid rows between them are generated."""
     root = tmp_path / "job"
     (root / "sub").mkdir(parents=True)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -294,7 +294,7 @@ def test_a_hundred_bad_rows(ours, tmp_path):
     (root / "rows.jsonl").write_text("\n".join(lines) + "\n")
     options = {"model": str(SHAPES_MODEL), "mode": "img2img", "batch": 2, "rows_per_shard": 40, "dtype": "float32"}
     job = open_job(Job(str(root / "rows.jsonl"), str(tmp_path / "out"), defaults=QUICK, **options))
-    report = draw(job, ours["KandinskyV22Img2ImgCombinedPipeline"])
+    report = run_job(job, ours["KandinskyV22Img2ImgCombinedPipeline"])
     assert report.errors == len(wanted)
     assert report.complete
     errors = [json.loads(line) for line in (tmp_path / "out" / "errors.jsonl").read_text().splitlines()]
@@ -305,14 +305,14 @@ def test_a_hundred_bad_rows(ours, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["webdataset", "folder"])
-def test_bad_rows_leave_the_job_complete_and_its_files_json(tiny_pipe, tmp_path, form):
+def test_bad_rows_leave_the_job_complete_and_its_files_json(shapes_pipe, tmp_path, form):
     rows = [
         {"prompt": "a red circle", "metadata": {"score": float("inf"), "parts": [float("nan")]}},
         {"prompt": "a red circle", "id": "x" * 96},
         {"prompt": "a red circle", "id": float("nan")},
         {"prompt": "a red circle", "id": "x" * 95},
     ]
-    report = draw(job_of(tmp_path, rows, form=form), tiny_pipe)
+    report = run_job(job_of(tmp_path, rows, form=form), shapes_pipe)
     assert (report.images, report.errors, report.complete) == (2, 2, True)
 
     def constant(name: str) -> None:
@@ -327,24 +327,24 @@ def test_bad_rows_leave_the_job_complete_and_its_files_json(tiny_pipe, tmp_path,
         assert about["metadata"] == {"score": "Infinity", "parts": ["NaN"]}
 
 
-def test_a_row_tells_all_its_faults(tiny_pipe, tmp_path):
+def test_a_row_tells_all_its_faults(shapes_pipe, tmp_path):
     job = job_of(tmp_path, [{"prompt": "", "seed": -1, "height": 3, "steps": 0, "colour": "red"}])
-    draw(job, tiny_pipe)
+    run_job(job, shapes_pipe)
     [line] = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()
     for part in ("prompt", "seed", "height", "steps", "'colour'"):
         assert part in json.loads(line)["error"]
 
 
-def test_a_picture_that_is_not_finite_is_an_error_of_its_row(rows, tiny_pipe, tmp_path, monkeypatch):
-    real = type(tiny_pipe).generate
+def test_a_picture_that_is_not_finite_is_an_error_of_its_row(rows, shapes_pipe, tmp_path, monkeypatch):
+    real = type(shapes_pipe).generate
 
     def spoilt(self, prompt, **given):
         pending = real(self, prompt, **given)
         bad = [i for i, text in enumerate(prompt) if text == PROMPTS[1]]
         return pending._replace(array=pending.array.at[np.array(bad, int)].set(np.nan)) if bad else pending
 
-    monkeypatch.setattr(type(tiny_pipe), "generate", spoilt)
-    report = draw(job_of(tmp_path, [{"prompt": prompt} for prompt in PROMPTS]), tiny_pipe)
+    monkeypatch.setattr(type(shapes_pipe), "generate", spoilt)
+    report = run_job(job_of(tmp_path, [{"prompt": prompt} for prompt in PROMPTS]), shapes_pipe)
     assert (report.images, report.errors) == (4, 1)
     [line] = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()
     assert json.loads(line) == {
@@ -354,7 +354,7 @@ def test_a_picture_that_is_not_finite_is_an_error_of_its_row(rows, tiny_pipe, tm
     }
 
 
-def test_a_full_disk_ends_the_job_and_loses_nothing(whole, rows, tiny_pipe, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_job_and_loses_nothing(whole, rows, shapes_pipe, tmp_path, monkeypatch):
     job = job_of(tmp_path, rows)
     real, calls = type(job.output).write, []
 
@@ -369,10 +369,10 @@ def test_a_full_disk_ends_the_job_and_loses_nothing(whole, rows, tiny_pipe, tmp_
 
     monkeypatch.setattr(type(job.output), "write", write)
     with pytest.raises(OSError, match="No space left"):
-        draw(job, tiny_pipe)
+        run_job(job, shapes_pipe)
     monkeypatch.undo()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000000.tar", "job.json"]
-    assert draw(job_of(tmp_path, rows), tiny_pipe).shards == 2
+    assert run_job(job_of(tmp_path, rows), shapes_pipe).shards == 2
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -394,16 +394,16 @@ class StopAt(Stop):
 
 
 @pytest.mark.parametrize(("grace", "shards"), [(1000.0, [1, 2]), (0.0, [0, 1])])
-def test_a_signal_finishes_the_shard_or_leaves_it(whole, rows, tiny_pipe, tmp_path, grace, shards):
+def test_a_signal_finishes_the_shard_or_leaves_it(whole, rows, shapes_pipe, tmp_path, grace, shards):
     """With time for it, the shard in hand is finished; without, it is left, and nothing of it remains."""
     for calls, expected in zip((1, 4), shards, strict=True):
         folder = tmp_path / f"{calls}"
-        report = draw(job_of(folder, rows), tiny_pipe, stop=StopAt(calls, grace))
+        report = run_job(job_of(folder, rows), shapes_pipe, stop=StopAt(calls, grace))
         assert report.stopped
         assert report.shards == expected
         assert len(list((folder / "out").glob("*.tar"))) == expected
         assert not list((folder / "out").glob(".*"))
-        assert draw(job_of(folder, rows), tiny_pipe).complete
+        assert run_job(job_of(folder, rows), shapes_pipe).complete
         assert contents(folder / "out") == contents(whole)
 
 
@@ -449,7 +449,7 @@ def test_the_help_and_bad_settings(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_memory_does_not_hold_what_is_written(rows, tiny_pipe, tmp_path, monkeypatch):
+def test_memory_does_not_hold_what_is_written(rows, shapes_pipe, tmp_path, monkeypatch):
     """No more than a few shards are in flight, however slow the disk."""
     running, most = 0, 0
     job = job_of(tmp_path, [{"prompt": PROMPTS[i % 5]} for i in range(24)], rows_per_shard=1)
@@ -469,6 +469,6 @@ def test_memory_does_not_hold_what_is_written(rows, tiny_pipe, tmp_path, monkeyp
 
     monkeypatch.setattr(batch_runner._Stages, "_read", read)
     monkeypatch.setattr(type(job.output), "write", write)
-    assert draw(job, tiny_pipe).complete
+    assert run_job(job, shapes_pipe).complete
     assert running == 0
     assert most <= 2 * batch_runner.AHEAD + 2

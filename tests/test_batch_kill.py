@@ -18,7 +18,7 @@ OPTIONS += "--steps 5 --prior-steps 3 --batch 4 --rows-per-shard 8 --dtype float
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A job of 40 rows, and what it draws undisturbed."""
+    """A job of 40 rows, and its output without interruption."""
     folder = tmp_path_factory.mktemp("kill")
     batch_kill.write_rows(folder, 40)
     batch_kill.undisturbed(folder, OPTIONS)

@@ -1,4 +1,4 @@
-"""A job's file of rows: read from any place in any format, and what is wrong with it told at once. No model here."""
+"""Files of rows: read from any position in any format, with all faults reported at once. No model is needed."""
 
 from __future__ import annotations
 

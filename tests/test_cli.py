@@ -62,13 +62,13 @@ def test_several_pictures(tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_noise_is_the_references_picture(tmp_path, tiny_pipe):
+def test_torch_noise_is_the_references_picture(tmp_path, shapes_pipe):
     from kandinsky_jax import TorchGenerator
 
     arguments = [*SHORT, "--seed", "5", "--torch-noise", "--width", "128", "-o", "c.png"]
     done = kandinsky("generate", "yellow ring", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = tiny_pipe(
+    expected = shapes_pipe(
         "yellow ring",
         height=64,
         width=128,

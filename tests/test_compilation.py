@@ -59,9 +59,9 @@ def test_on_by_default_in_the_users_own_folder(tmp_path):
     assert entries(folder)
 
 
-def test_a_pipeline_turns_it_on_and_an_import_does_not(tiny_pipe, tmp_path):
+def test_a_pipeline_turns_it_on_and_an_import_does_not(shapes_pipe, tmp_path):
     assert directory() is None
-    type(tiny_pipe).from_pipe(tiny_pipe)
+    type(shapes_pipe).from_pipe(shapes_pipe)
     assert directory() == str(tmp_path / "home" / "kandinsky_jax" / "compiled")
 
 

@@ -49,17 +49,17 @@ def test_counter_counts():
 
 
 @pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_nothing_compiles_after_the_first_call(tiny_pipe, batch):
+def test_nothing_compiles_after_the_first_call(shapes_pipe, batch):
     prompts = ["a red circle on a blue background", "yellow ring, black background"][:batch]
-    tiny_pipe(prompts, generator=0, **SMALL)
-    original = tiny_pipe.scheduler
+    shapes_pipe(prompts, generator=0, **SMALL)
+    original = shapes_pipe.scheduler
     with compilations() as events:
-        tiny_pipe(["a small white star on a green background"] * batch, generator=0, **SMALL)
-        tiny_pipe(prompts, generator=12345, **SMALL)
-        tiny_pipe(prompts, generator=0, **SMALL | {"num_inference_steps": 7, "prior_num_inference_steps": 9})
-        tiny_pipe(prompts, generator=0, **SMALL | {"guidance_scale": 2.5, "prior_guidance_scale": 7.0})
-        tiny_pipe(prompts, negative_prompt="green", generator=0, **SMALL)
-        tiny_pipe(prompts, negative_prompt=["green"] * batch, generator=0, **SMALL)
+        shapes_pipe(["a small white star on a green background"] * batch, generator=0, **SMALL)
+        shapes_pipe(prompts, generator=12345, **SMALL)
+        shapes_pipe(prompts, generator=0, **SMALL | {"num_inference_steps": 7, "prior_num_inference_steps": 9})
+        shapes_pipe(prompts, generator=0, **SMALL | {"guidance_scale": 2.5, "prior_guidance_scale": 7.0})
+        shapes_pipe(prompts, negative_prompt="green", generator=0, **SMALL)
+        shapes_pipe(prompts, negative_prompt=["green"] * batch, generator=0, **SMALL)
         try:
             for scheduler in (
                 *(scheduler_named(name, original.config) for name in NAMES),
@@ -68,24 +68,24 @@ def test_nothing_compiles_after_the_first_call(tiny_pipe, batch):
                 DDPMScheduler.from_config(original.config, variance_type="fixed_small", thresholding=False),
                 DDPMScheduler.from_config(original.config, timestep_spacing="trailing", clip_sample=True),
             ):
-                tiny_pipe.scheduler = scheduler
-                tiny_pipe(prompts, generator=0, **SMALL)
+                shapes_pipe.scheduler = scheduler
+                shapes_pipe(prompts, generator=0, **SMALL)
         finally:
-            tiny_pipe.scheduler = original
+            shapes_pipe.scheduler = original
     assert not events
 
 
-def test_nothing_compiles_for_another_torch_seed(tiny_pipe):
+def test_nothing_compiles_for_another_torch_seed(shapes_pipe):
     prompt = "a red circle on a blue background"
-    tiny_pipe(prompt, generator=TorchGenerator(0), **SMALL)
+    shapes_pipe(prompt, generator=TorchGenerator(0), **SMALL)
     with compilations() as events:
-        tiny_pipe(prompt, negative_prompt="green", generator=TorchGenerator(1), **SMALL | {"num_inference_steps": 9})
+        shapes_pipe(prompt, negative_prompt="green", generator=TorchGenerator(1), **SMALL | {"num_inference_steps": 9})
     assert not events
 
 
 def test_a_twin_network_shares_the_programs():
     """Programs belong to a network's structure, not to the object: what `from_pipe` and reloading rely on."""
-    # Both are new: a pipeline that has drawn already, and then lost its programs, would not make its constants again.
+    # Both are new: a pipeline that has been called and then lost its programs would not compute its constants again.
     first, again = (KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32") for _ in range(2))
     for pipe in (first, again):
         pipe.set_progress_bar_config(disable=True)
@@ -122,24 +122,24 @@ def test_nothing_compiles_after_a_modes_first_call(ours, name, takes, batch):
     pipe, prompts = ours[name], ["a red circle on a blue background", "yellow ring, black background"][:batch]
     strength = {"strength": 0.5} if "Img2Img" in name else {}
 
-    def draw(i: int, prompts: list[str] = prompts, **changes) -> None:
+    def generate(i: int, prompts: list[str] = prompts, **changes) -> None:
         given = {kind: value for kind, value in pictures(i, batch).items() if kind in takes}
         pipe(prompts, generator=i, **MODE_SIZE | strength | given | changes)
 
-    draw(0)
+    generate(0)
     with compilations() as events:
-        draw(1, ["a small white star on a green background"] * batch)
-        draw(2, num_inference_steps=9, prior_num_inference_steps=5)
-        draw(3, guidance_scale=2.5, prior_guidance_scale=7.0)
-        draw(4, negative_prompt="green")
+        generate(1, ["a small white star on a green background"] * batch)
+        generate(2, num_inference_steps=9, prior_num_inference_steps=5)
+        generate(3, guidance_scale=2.5, prior_guidance_scale=7.0)
+        generate(4, negative_prompt="green")
         if strength:
-            draw(5, strength=0.9)
-            draw(6, strength=1.0)
+            generate(5, strength=0.9)
+            generate(6, strength=1.0)
         one = {kind: value[0] for kind, value in pictures(7, batch).items() if kind in takes}
-        draw(7, **one)  # one picture for all prompts
+        generate(7, **one)  # one picture for all prompts
         if "mask_image" in takes:
-            draw(8, mask_image=np.eye(64, dtype=np.uint8))
-            draw(9, paste_back=True)
+            generate(8, mask_image=np.eye(64, dtype=np.uint8))
+            generate(9, paste_back=True)
     assert not events
 
 

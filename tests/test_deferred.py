@@ -81,13 +81,13 @@ def config():
 # The tower ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_does_not_read_the_tower(tiny_pipe, reads):
+def test_a_prompt_does_not_read_the_tower(shapes_pipe, reads):
     pipe = load_prior()
-    drawn = pipe("a red circle", **SHORT)
-    again = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32", movq=tiny_pipe.movq)
+    generated = pipe("a red circle", **SHORT)
+    again = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32", movq=shapes_pipe.movq)
     shared = KandinskyV22Img2ImgCombinedPipeline.from_pipe(again, pipe)
     emb2emb = KandinskyV22PriorEmb2EmbPipeline.from_pipe(shared)
-    emb2emb("a red circle", drawn.image_embeds, strength=0.9, **SHORT)  # a ready embedding is no picture
+    emb2emb("a red circle", generated.image_embeds, strength=0.9, **SHORT)  # a ready embedding is no picture
     with pytest.raises(ValueError, match="has 2 pictures"):
         pipe.interpolate([np.zeros((2, 8, 8, 3), np.uint8)], [1.0])  # nor is the tower read for an error
     assert not pipe._held()["image_encoder"].loaded
@@ -101,21 +101,21 @@ def test_a_prompt_does_not_read_the_tower(tiny_pipe, reads):
     assert reads.count(str(TOWER)) == 1  # for all that share it
 
 
-def test_the_loaded_tower_is_the_same(tiny_pipe):
-    params = checkpoint.flat_params(tiny_pipe.prior_image_encoder)
+def test_the_loaded_tower_is_the_same(shapes_pipe):
+    params = checkpoint.flat_params(shapes_pipe.prior_image_encoder)
     direct = checkpoint.flat_params(load_network(CLIPVisionModelWithProjection, TOWER, "float32"))
     assert params.keys() == direct.keys()
     assert all(params[name].dtype == np.float32 and np.array_equal(params[name], direct[name]) for name in direct)
 
 
-def test_another_tower_may_be_put_in_its_place(tiny_pipe):
-    pipe = KandinskyV22PriorPipeline.from_pipe(tiny_pipe)
+def test_another_tower_may_be_put_in_its_place(shapes_pipe):
+    pipe = KandinskyV22PriorPipeline.from_pipe(shapes_pipe)
     own, other = pipe._zero_embed(), load_network(CLIPVisionModelWithProjection, TOWER, "float32")
     other.visual_projection.weight[...] = -other.visual_projection.weight[...]
     pipe.image_encoder = other
     assert pipe.image_encoder is other
     assert worst(pipe._zero_embed(), -own) <= 1e-5
-    assert tiny_pipe.prior_image_encoder is not other
+    assert shapes_pipe.prior_image_encoder is not other
     text = checkpoint.LazyNetwork(CLIPTextModelWithProjection, SHAPES_MODEL / hub.PRIOR / "text_encoder")
     with pytest.raises(TypeError, match="must be a CLIPVisionModelWithProjection of kandinsky_jax, got CLIPText"):
         KandinskyV22PriorPipeline.from_pipe(pipe, image_encoder=text)
@@ -143,24 +143,24 @@ FAULTS = {
     [("diffusers", fault) for fault in FAULTS]
     + [("orbax", fault) for fault in FAULTS if fault not in ("no tensors", "cut short")],
 )
-def test_a_bad_tower_is_told_when_the_pipeline_is_loaded(folder, tiny_pipe, fault, layout, tmp_path):
+def test_a_bad_tower_is_told_when_the_pipeline_is_loaded(folder, shapes_pipe, fault, layout, tmp_path):
     spoil, says = FAULTS[fault]
     if layout == "orbax":
         shutil.rmtree(folder / "image_encoder")
-        tower = tiny_pipe.prior_image_encoder
+        tower = shapes_pipe.prior_image_encoder
         checkpoint.save_network(tower, folder / "image_encoder", "orbax")
     spoil(folder)
-    ready = {k: v for k, v in tiny_pipe.prior_pipe._held().items() if k != "image_encoder"}
+    ready = {k: v for k, v in shapes_pipe.prior_pipe._held().items() if k != "image_encoder"}
     with pytest.raises((CheckpointError, ConfigError), match=says):
         KandinskyV22PriorPipeline.from_pretrained(folder, **ready)
 
 
-def test_numbers_that_are_not_finite_are_told_when_the_pipeline_is_loaded(folder, tiny_pipe):
+def test_numbers_that_are_not_finite_are_told_when_the_pipeline_is_loaded(folder, shapes_pipe):
     path = folder / "image_encoder/model.safetensors"
     tensors = load_file(path)
     tensors["vision_model.post_layernorm.bias"][3] = np.nan
     save_file(tensors, path)
-    ready = {k: v for k, v in tiny_pipe.prior_pipe._held().items() if k != "image_encoder"}
+    ready = {k: v for k, v in shapes_pipe.prior_pipe._held().items() if k != "image_encoder"}
     with pytest.raises(CheckpointError, match=r"not finite as .*post_layernorm.bias in 1 of"):
         checkpoint.LazyNetwork(CLIPVisionModelWithProjection, folder / "image_encoder").load()
     (folder / "image_encoder" / files.ZERO_EMBED).unlink()
@@ -169,13 +169,13 @@ def test_numbers_that_are_not_finite_are_told_when_the_pipeline_is_loaded(folder
 
 
 @pytest.mark.parametrize("stored", [True, False], ids=["stored", "computed"])
-def test_prompts_need_no_folder_after_loading(folder, tiny_pipe, stored):
-    ready = {k: v for k, v in tiny_pipe.prior_pipe._held().items() if k != "image_encoder"}
+def test_prompts_need_no_folder_after_loading(folder, shapes_pipe, stored):
+    ready = {k: v for k, v in shapes_pipe.prior_pipe._held().items() if k != "image_encoder"}
     if not stored:
         (folder / "image_encoder" / files.ZERO_EMBED).unlink()
     pipe = KandinskyV22PriorPipeline.from_pretrained(folder, **ready)
     shutil.rmtree(folder)
-    assert worst(pipe._zero_embed(), tiny_pipe.prior_pipe._zero_embed()) <= 1e-5
+    assert worst(pipe._zero_embed(), shapes_pipe.prior_pipe._zero_embed()) <= 1e-5
     with pytest.raises(CheckpointError, match=r"image_encoder/config.json is missing|image_encoder has no tensors"):
         _ = pipe.image_encoder
 

@@ -68,7 +68,7 @@ def switched(pipe, embeds, first: int, last: int, **arguments) -> np.ndarray:
 def test_as_the_reference_with_its_scale_switched(ours, theirs, embeds, mode):
     name = f"KandinskyV22{mode}Pipeline"
     rows, pictures = [x[:1] for x in embeds], given("inpaint", 1, 64, 64) if mode else {}
-    drawn = ours[name](
+    generated = ours[name](
         image_embeds=rows[0],
         negative_image_embeds=rows[1],
         guidance_interval=(0.3, 0.7),  # of 6 steps the third and fourth
@@ -78,13 +78,13 @@ def test_as_the_reference_with_its_scale_switched(ours, theirs, embeds, mode):
     ).images
     generator = torch.Generator().manual_seed(3)
     expected = switched(theirs[name], rows, 2, 4, generator=generator, **for_reference(pictures))
-    difference = np.abs(drawn - expected) * 255
+    difference = np.abs(generated - expected) * 255
     assert note(difference.mean(), "mean |d|, of 255") <= 0.2
     assert note(difference.max(), "max |d|, of 255") <= 4
     full = ours[name](
         image_embeds=rows[0], negative_image_embeds=rows[1], generator=TorchGenerator(3), **pictures, **DRAW
     ).images
-    assert np.abs(drawn - full).max() * 255 > 10  # and it is another picture than with guidance all the way
+    assert np.abs(generated - full).max() * 255 > 10  # and it is another picture than with guidance all the way
 
 
 def test_where_every_step_is_guided_or_none_nothing_is_halved(ours, embeds, monkeypatch):

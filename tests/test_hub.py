@@ -105,14 +105,14 @@ def test_a_movq_that_a_family_shares(member: str, tmp_path):
 
 
 @pytest.mark.parametrize("repository", [hub.DECODER, "decoder"])
-def test_a_decoder_loads_with_the_shared_movq(repository: str, tiny_pipe, tmp_path):
+def test_a_decoder_loads_with_the_shared_movq(repository: str, shapes_pipe, tmp_path):
     """Only where the folder beside it is named as the official repository."""
     shutil.copytree(SHAPES_MODEL / hub.INPAINT, tmp_path / hub.INPAINT)
     shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path / repository)
     load = {"dtype": "float32"}
     if repository == hub.DECODER:
         pipe = KandinskyV22InpaintPipeline.from_pretrained(tmp_path, **load)
-        params, expected = flat_params(pipe.movq), flat_params(tiny_pipe.movq)
+        params, expected = flat_params(pipe.movq), flat_params(shapes_pipe.movq)
         assert all(np.array_equal(params[name], expected[name]) for name in expected)
     else:
         with pytest.raises(CheckpointError, match="has no folder movq"):
@@ -155,13 +155,13 @@ def test_repository_in_the_cache(repository: str, stored: str, asked: str | None
         hub.resolve(repository, hub.DECODER, revision="another", cache_dir=tmp_path)
 
 
-def test_repository_of_pickles(tiny_pipe, tmp_path):
+def test_repository_of_pickles(shapes_pipe, tmp_path):
     snapshot = cached(tmp_path, "owner/pickles", SHAPES_MODEL / hub.DECODER)
     for path in list(snapshot.rglob("*.safetensors")):
         torch.save(load_file(path), path.with_suffix(".bin"))
         path.unlink()
     pipe = KandinskyV22Pipeline.from_pretrained("owner/pickles", dtype="float32", cache_dir=tmp_path)
-    assert_same_pipeline(pipe, tiny_pipe.decoder_pipe)
+    assert_same_pipeline(pipe, shapes_pipe.decoder_pipe)
 
 
 STORED = [
@@ -278,33 +278,33 @@ def pipe(request, lone_decoder, tmp_path) -> KandinskyV22CombinedPipeline:
     return KandinskyV22CombinedPipeline.from_pretrained(name, prior=prior, dtype="float32", cache_dir=tmp_path)
 
 
-def test_combined_pipeline_from_everywhere(pipe, tiny_pipe):
-    assert_same_pipeline(pipe, tiny_pipe)
+def test_combined_pipeline_from_everywhere(pipe, shapes_pipe):
+    assert_same_pipeline(pipe, shapes_pipe)
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_pipe, tmp_path_factory) -> dict[str, Path]:
+def saved(shapes_pipe, tmp_path_factory) -> dict[str, Path]:
     """The small model, saved in both layouts."""
     root = tmp_path_factory.mktemp("saved")
     for layout in ("diffusers", "orbax"):
-        tiny_pipe.save_pretrained(root / layout, layout=layout)
+        shapes_pipe.save_pretrained(root / layout, layout=layout)
     return {layout: root / layout for layout in ("diffusers", "orbax")}
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "orbax"])
-def test_saved_pipeline_is_the_same(layout: str, saved, tiny_pipe):
+def test_saved_pipeline_is_the_same(layout: str, saved, shapes_pipe):
     assert len(list(saved[layout].rglob("params"))) == (5 if layout == "orbax" else 0)
-    assert_same_pipeline(KandinskyV22CombinedPipeline.from_pretrained(saved[layout], dtype="float32"), tiny_pipe)
+    assert_same_pipeline(KandinskyV22CombinedPipeline.from_pretrained(saved[layout], dtype="float32"), shapes_pipe)
     with pytest.raises(FileExistsError, match="exists already"):
-        tiny_pipe.save_pretrained(saved[layout], overwrite=False)
+        shapes_pipe.save_pretrained(saved[layout], overwrite=False)
 
 
-def test_saved_decoder_is_the_same(tiny_pipe, tmp_path):
-    tiny_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder", layout="orbax")
-    tiny_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder", layout="diffusers", overwrite=True)
+def test_saved_decoder_is_the_same(shapes_pipe, tmp_path):
+    shapes_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder", layout="orbax")
+    shapes_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder", layout="diffusers", overwrite=True)
     assert not list((tmp_path / "decoder").rglob("params"))
     pipe = KandinskyV22Pipeline.from_pretrained(tmp_path / "decoder", dtype="float32")
-    assert_same_pipeline(pipe, tiny_pipe.decoder_pipe)
+    assert_same_pipeline(pipe, shapes_pipe.decoder_pipe)
 
 
 def test_reference_reads_a_saved_pipeline(saved, reference):

@@ -17,11 +17,11 @@ LEAST = {"colour": 0.97, "background": 0.97, "shape": 0.95, "all": 0.95}
 
 
 @pytest.fixture(scope="module")
-def verdicts(tiny_pipe) -> list[shapes.Verdict]:
-    """What the model's drawings of the captions show."""
+def verdicts(shapes_pipe) -> list[shapes.Verdict]:
+    """What the model's pictures of the captions show."""
     found = []
     for first in range(0, len(CAPTIONS), BATCH):
-        pictures = tiny_pipe(
+        pictures = shapes_pipe(
             [asked.text for asked in CAPTIONS[first : first + BATCH]],
             prior_num_inference_steps=25,
             prior_guidance_scale=4.0,

@@ -29,7 +29,7 @@ class Placed:
     centre: tuple[float, float]
     radius: float
 
-    def drawing(self) -> np.ndarray:
+    def picture(self) -> np.ndarray:
         share = shapes.coverage(self.caption.truth.shape, self.centre, self.radius)[..., None]
         ink, ground = (np.array(shapes.PALETTE[c]) / 255 for c in (self.caption.truth.colour, self.background))
         return np.float32(share * ink + (1 - share) * ground)
@@ -57,13 +57,13 @@ def embed(ours, captions: list[shapes.Caption]) -> tuple[np.ndarray, np.ndarray]
 
 def in_batches(pipe, embeds, **pictures) -> np.ndarray:
     """The pictures for all embeddings, batch by batch."""
-    drawn = []
+    generated = []
     for rows in BATCHES:
         own = {name: x[rows] for name, x in pictures.items() if isinstance(x, list)}
         settings = {name: x for name, x in pictures.items() if not isinstance(x, list)}
         embedded = dict(zip(("image_embeds", "negative_image_embeds"), (x[rows] for x in embeds), strict=True))
-        drawn.append(pipe(**embedded, **own, **DRAW, **settings, generator=rows.start).images)
-    return np.concatenate(drawn)
+        generated.append(pipe(**embedded, **own, **DRAW, **settings, generator=rows.start).images)
+    return np.concatenate(generated)
 
 
 def other(asked: shapes.Caption) -> shapes.Caption:
@@ -81,16 +81,16 @@ def test_inpaint(ours):
     """The hole shows the prompt's shape and colours; the rest is what MoVQ makes of the source."""
     sources = placed(3, sizes=("small", ""))  # a large shape's hole leaves nothing to keep
     asked = [other(source.caption) for source in sources]
-    pictures = [source.drawing() for source in sources]
+    pictures = [source.picture() for source in sources]
     masks = []
     for source in sources:
         (x, y), reach = source.centre, source.radius + 5
         rows, columns = np.mgrid[: shapes.SIDE, : shapes.SIDE]
         masks.append((np.abs(columns - x) < reach) & (np.abs(rows - y) < reach))
     pipe = ours["KandinskyV22InpaintPipeline"]
-    drawn = in_batches(pipe, embed(ours, asked), image=pictures, mask_image=masks)
+    generated = in_batches(pipe, embed(ours, asked), image=pictures, mask_image=masks)
 
-    verdicts = [shapes.classify(picture) for picture in drawn]
+    verdicts = [shapes.classify(picture) for picture in generated]
     for part, rate in shapes.rates(verdicts, [one.truth for one in asked]).items():
         assert note(rate, f"share of right pictures, {part}") >= {"shape": 0.9, "all": 0.9}.get(part, 0.98), part
 
@@ -101,13 +101,13 @@ def test_inpaint(ours):
     ).clip(0, 1)
     kept = ~latent_repaint_mask(np.stack(masks), 8, 8).repeat(8, axis=1).repeat(8, axis=2)
     assert all(0.02 < share < 0.9 for share in kept.mean(axis=(1, 2))), "each case keeps and repaints something"
-    away = [np.abs(a - b)[k].mean() * 255 for a, b, k in zip(drawn, round_trip, kept, strict=True)]
+    away = [np.abs(a - b)[k].mean() * 255 for a, b, k in zip(generated, round_trip, kept, strict=True)]
     assert note(np.mean(away), "kept pixels from the round trip, mean of the pictures, of 255") <= 3
-    # MoVQ's decoder looks past the border of the hole, so pixels next to it see what was drawn there.
+    # MoVQ's decoder looks across the mask's border, so pixels next to it depend on what was generated there.
     note(max(away), "kept pixels from the round trip, the worst picture, of 255")
     note(np.mean(np.array(away) <= 3), "share of pictures within 3 of 255")
-    repainted = [np.abs(a - b)[m].mean() * 255 for a, b, m in zip(drawn, pictures, masks, strict=True)]
-    assert min(repainted) > 5, "something has changed in every hole"
+    repainted = [np.abs(a - b)[m].mean() * 255 for a, b, m in zip(generated, pictures, masks, strict=True)]
+    assert min(repainted) > 5, "something has changed in every repainted part"
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -120,7 +120,7 @@ def test_controlnet(ours, theirs):
     hints = [np.repeat(shapes.depth(c.caption.truth.shape, c.centre, c.radius)[None], 3, axis=0) for c in cases]
     truths = [shapes.coverage(c.caption.truth.shape, c.centre, c.radius) > 0.5 for c in cases]
     embeds = embed(ours, [case.caption for case in cases])
-    drawn = in_batches(ours["KandinskyV22ControlnetPipeline"], embeds, hint=hints)
+    generated = in_batches(ours["KandinskyV22ControlnetPipeline"], embeds, hint=hints)
     reference = []
     for rows in BATCHES:
         pictures = theirs["KandinskyV22ControlnetPipeline"](
@@ -132,7 +132,7 @@ def test_controlnet(ours, theirs):
         reference.append(pictures)
     scores = [
         np.mean([iou(shapes.silhouette(picture), truth) for picture, truth in zip(found, truths, strict=True)])
-        for found in (drawn, np.concatenate(reference))
+        for found in (generated, np.concatenate(reference))
     ]
     note(scores[0], "IoU with the hint's silhouette, ours")
     note(scores[1], "IoU with the hint's silhouette, the reference's")
@@ -144,20 +144,20 @@ def test_img2img(ours):
     """A low strength stays closer to the picture than a high one, which leaves its places.
 
     The prompt is the picture's own caption, which says nothing of places; with another one this small model, at
-    guidance 4, follows the prompt from a strength of 0.2 on, and only the mean tells the two strengths apart.
+    guidance 4, follows the prompt from a strength of 0.2 on, and only the mean separates the two strengths.
     """
     sources = placed(5)
-    pictures, pipe = np.stack([source.drawing() for source in sources]), ours["KandinskyV22Img2ImgPipeline"]
+    pictures, pipe = np.stack([source.picture() for source in sources]), ours["KandinskyV22Img2ImgPipeline"]
     for whose, prompts in {
         "its own": [s.caption for s in sources],
         "another": [other(s.caption) for s in sources],
     }.items():
         embeds, away = embed(ours, prompts), {}
         for strength in (0.2, 0.9):
-            drawn = in_batches(pipe, embeds, image=list(pictures), strength=strength)
-            away[strength] = np.abs(drawn - pictures).mean(axis=(1, 2, 3)) * 255
+            generated = in_batches(pipe, embeds, image=list(pictures), strength=strength)
+            away[strength] = np.abs(generated - pictures).mean(axis=(1, 2, 3)) * 255
             note(away[strength].mean(), f"distance to the picture, prompt {whose}, strength {strength}, of 255")
-            verdicts = [shapes.classify(picture) for picture in drawn]
+            verdicts = [shapes.classify(picture) for picture in generated]
             assert shapes.rates(verdicts, [one.truth for one in prompts])["colour"] >= 0.9
         closer = note((away[0.2] < away[0.9]).mean(), f"share of cases closer at strength 0.2, prompt {whose}")
         assert away[0.2].mean() < away[0.9].mean() * (0.7 if whose == "its own" else 1)
@@ -169,7 +169,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_mix(ours):
-    """Half and half of two prompts lies between them in CLIP space: the embedding, and the picture drawn from it."""
+    """Half and half of two prompts lies between them in CLIP space: the embedding, and the generated picture."""
     pipe = ours["KandinskyV22PriorPipeline"]
     firsts, seconds = shapes.captions(N, seed=6), shapes.captions(N, seed=7)
     pairs = list(zip(firsts, seconds, strict=True))
@@ -184,8 +184,8 @@ def test_mix(ours):
     note(np.mean([cosine(mixed, end).mean() for end in ends]), "cosine of the mix to its ends")
     note(between.mean(), "cosine of the ends")
 
-    drawn = in_batches(ours["KandinskyV22Pipeline"], (mixed, negative))
-    seen = pipe._encode_pictures(pipe._pictures(drawn, ""))
+    generated = in_batches(ours["KandinskyV22Pipeline"], (mixed, negative))
+    seen = pipe._encode_pictures(pipe._pictures(generated, ""))
     towards = [cosine(seen, end) for end in ends]
     assert min(note(x.mean(), "cosine of the mix's picture to its ends") for x in towards) > between.mean()
     both = np.mean((towards[0] > between) & (towards[1] > between))

@@ -53,10 +53,10 @@ QUICK_MODES = [
 
 
 def picture(i: int) -> Image.Image:
-    """A source picture of a size that is not the one drawn."""
+    """A source picture of another size than the generated one."""
     rng = np.random.default_rng(i)
-    drawn = shapes.draw(shapes.captions(4, seed=9)[i], rng)
-    return Image.fromarray(np.uint8(drawn * 255)).resize((90 - i, 75 + i), Image.Resampling.BICUBIC)
+    generated = shapes.draw(shapes.captions(4, seed=9)[i], rng)
+    return Image.fromarray(np.uint8(generated * 255)).resize((90 - i, 75 + i), Image.Resampling.BICUBIC)
 
 
 def mask(i: int) -> Image.Image:
@@ -100,7 +100,7 @@ def reference_decode(
         height, width = width, height
     settings = {"height": height, "width": width, "output_type": "np"} | STEPS | extra(mode)
 
-    def draw(rows: slice, generator) -> np.ndarray:
+    def generate(rows: slice, generator) -> np.ndarray:
         own = for_reference({name: x[rows] for name, x in pictures.items()})
         image_embeds, negative_image_embeds = (torch.from_numpy(np.asarray(x).copy())[rows] for x in embeds)
         return pipe(
@@ -113,8 +113,8 @@ def reference_decode(
         ).images
 
     if isinstance(generators, list):
-        return np.concatenate([draw(slice(i, i + 1), generator) for i, generator in enumerate(generators)])
-    return draw(slice(None), generators)
+        return np.concatenate([generate(slice(i, i + 1), generator) for i, generator in enumerate(generators)])
+    return generate(slice(None), generators)
 
 
 def assert_same(ours: np.ndarray, reference: np.ndarray, mode: str, variant: str) -> None:
@@ -147,7 +147,7 @@ def test_decoder(ours, theirs, embeds, mode, variant):
     rows = [x[:count] for x in embeds[negative]]
     pictures = given(mode, count, height, width)
     mine, other = generators(mode, count, seed=3)
-    drawn = ours[MODES[mode]](
+    generated = ours[MODES[mode]](
         image_embeds=rows[0],
         negative_image_embeds=rows[1],
         num_images_per_prompt=repeats,
@@ -160,7 +160,7 @@ def test_decoder(ours, theirs, embeds, mode, variant):
         **extra(mode),
     ).images
     reference = reference_decode(theirs, mode, rows, pictures, repeats, (height, width), other)
-    assert_same(drawn, reference, mode, variant)
+    assert_same(generated, reference, mode, variant)
 
 
 @pytest.mark.parametrize(("mode", "variant"), QUICK_MODES)
@@ -170,7 +170,7 @@ def test_combined(ours, theirs, mode, variant):
     pictures = given(mode, count, height, width)
     prompts, negatives = PROMPTS[:count], NEGATIVES[:count] if negative else None
     mine, other = generators(mode, count, seed=5)
-    drawn = ours[MODES[mode].replace("Pipeline", "CombinedPipeline")](
+    generated = ours[MODES[mode].replace("Pipeline", "CombinedPipeline")](
         prompts,
         negative_prompt=negatives,
         num_images_per_prompt=repeats,
@@ -190,17 +190,17 @@ def test_combined(ours, theirs, mode, variant):
     # The reference's combined pipelines repeat the picture, not the embedding, for several images of a prompt.
     pictures = {name: [x for x in items for _ in range(repeats)] for name, items in pictures.items()}
     reference = reference_decode(theirs, mode, found, pictures, 1, (height, width), other)
-    assert_same(drawn, reference, f"{mode}, combined", variant)
+    assert_same(generated, reference, f"{mode}, combined", variant)
 
 
 def text2img(ours, theirs, mine, other, size: tuple[int, int], mode: str, variant: str) -> None:
     """Both embeddings through text2img, each library's own."""
     height, width = size
-    drawn = ours["KandinskyV22Pipeline"](
+    generated = ours["KandinskyV22Pipeline"](
         **mine, generator=TorchGenerator(8), height=height, width=width, output_type="np", **STEPS
     ).images
     generator = torch.Generator().manual_seed(8)
-    assert_same(drawn, reference_decode(theirs, "text2img", other, {}, 1, size, generator), mode, variant)
+    assert_same(generated, reference_decode(theirs, "text2img", other, {}, 1, size, generator), mode, variant)
 
 
 @pytest.mark.parametrize("variant", QUICK_FIRST)

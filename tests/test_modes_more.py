@@ -34,7 +34,7 @@ def test_guidance_off_and_two_images(ours, theirs, embeds, mode):
     """The reference forgets to repeat where guidance is off: it is given everything twice instead."""
     rows = [x[:1] for x in embeds]
     pictures = given(mode, 1, 64, 64)
-    drawn = ours[MODES[mode]](
+    generated = ours[MODES[mode]](
         image_embeds=rows[0],
         negative_image_embeds=None,
         guidance_scale=1.0,
@@ -53,7 +53,7 @@ def test_guidance_off_and_two_images(ours, theirs, embeds, mode):
         **SHORT,
         **extra(mode),
     ).images
-    assert_same(drawn, reference)
+    assert_same(generated, reference)
 
 
 @pytest.mark.parametrize("mode", ["inpaint", "img2img"])
@@ -72,18 +72,18 @@ def test_other_schedulers(ours, theirs, embeds, mode, kind):
     other.scheduler = getattr(diffusers, name).from_config(config, **changes)
     try:
         rows, pictures = [x[:1] for x in embeds], given(mode, 1, 64, 64)
-        draw = {"num_inference_steps": 10, "output_type": "np", "height": 64, "width": 64} | extra(mode)
-        drawn = mine(
-            image_embeds=rows[0], negative_image_embeds=rows[1], generator=TorchGenerator(4), **pictures, **draw
+        settings = {"num_inference_steps": 10, "output_type": "np", "height": 64, "width": 64} | extra(mode)
+        generated = mine(
+            image_embeds=rows[0], negative_image_embeds=rows[1], generator=TorchGenerator(4), **pictures, **settings
         ).images
         reference = other(
             image_embeds=torch.tensor(rows[0]),
             negative_image_embeds=torch.tensor(rows[1]),
             generator=torch.Generator().manual_seed(4),
             **for_reference(pictures),
-            **draw,
+            **settings,
         ).images
-        assert_same(drawn, reference)
+        assert_same(generated, reference)
     finally:
         mine.scheduler, other.scheduler = kept
 
@@ -105,7 +105,7 @@ def test_inpaint_callback_sees_and_changes(ours, theirs, embeds):
     names = ["latents", "image_embeds", "negative_image_embeds", "masked_image", "mask_image"]
     name, pictures = "KandinskyV22InpaintPipeline", given("inpaint", 1, 64, 64)
     rows = [x[:1] for x in embeds]
-    drawn = ours[name](
+    generated = ours[name](
         image_embeds=rows[0],
         negative_image_embeds=rows[1],
         generator=TorchGenerator(6),
@@ -127,7 +127,7 @@ def test_inpaint_callback_sees_and_changes(ours, theirs, embeds):
     for (_, _, mine), (_, _, other) in zip(seen["ours"], seen["theirs"], strict=True):
         for tensor in mine:
             assert worst(mine[tensor], other[tensor]) <= 2e-4, tensor
-    assert_same(drawn, reference)
+    assert_same(generated, reference)
 
 
 def test_img2img_callback_counts_the_steps_that_are_done(ours, embeds):
@@ -175,16 +175,16 @@ def test_every_output_type(ours, embeds, mode):
     rows = {"image_embeds": embeds[0][:1], "negative_image_embeds": embeds[1][:1]}
     pictures = given(mode, 1, 64, 64)
 
-    def draw(kind: str):
+    def generate(kind: str):
         generator = TorchGenerator(1)
         return ours[MODES[mode]](
             **rows, **pictures, generator=generator, **extra(mode), **SHORT | {"output_type": kind}
         ).images
 
-    array = draw("np")
-    np.testing.assert_array_equal(draw("pt"), array.transpose(0, 3, 1, 2))
-    np.testing.assert_array_equal(np.asarray(draw("pil")[0]), (array[0] * 255).round())
-    assert draw("latent").shape == (1, 4, 8, 8)
+    array = generate("np")
+    np.testing.assert_array_equal(generate("pt"), array.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(np.asarray(generate("pil")[0]), (array[0] * 255).round())
+    assert generate("latent").shape == (1, 4, 8, 8)
 
 
 @pytest.mark.slow
@@ -192,16 +192,16 @@ def test_every_output_type(ours, embeds, mode):
 def test_one_picture_serves_all_prompts(ours, embeds, mode):
     rows = {"image_embeds": embeds[0], "negative_image_embeds": embeds[1]}
     one = given(mode, 1, 64, 64)
-    drawn = [
+    generated = [
         ours[MODES[mode]](**rows, **pictures, generator=TorchGenerator(1), **extra(mode), **SHORT).images
         for pictures in ({name: x[0] for name, x in one.items()}, {name: x * 2 for name, x in one.items()})
     ]
-    np.testing.assert_array_equal(drawn[0], drawn[1])
-    assert np.abs(drawn[0][0] - drawn[0][1]).max() > 0.1  # other noise
+    np.testing.assert_array_equal(generated[0], generated[1])
+    assert np.abs(generated[0][0] - generated[0][1]).max() > 0.1  # other noise
 
 
 def test_pictures_are_dealt_out():
-    """One for all, one per prompt (its images are neighbours), or one per picture drawn."""
+    """One for all, one per prompt (its images are neighbours), or one per generated picture."""
     rows = np.arange(6)
     assert checks.per_picture(rows[:1], "image", 3, 2).tolist() == [0] * 6
     assert checks.per_picture(rows[:3], "image", 3, 2).tolist() == [0, 0, 1, 1, 2, 2]
@@ -249,14 +249,14 @@ def test_strength_one_starts_from_noise(ours, theirs, embeds):
     """All steps are done, and hardly anything of the picture is left, as in the reference."""
     rows, pictures = [x[:1] for x in embeds], given("img2img", 1, 64, 64)
     mine, other = generators("img2img", 1, 5)
-    drawn = ours["KandinskyV22Img2ImgPipeline"](
+    generated = ours["KandinskyV22Img2ImgPipeline"](
         rows[0], *pictures["image"], rows[1], strength=1, generator=mine, **SHORT
     )
     settings = {"strength": 1.0, "generator": other} | SHORT
     reference = theirs["KandinskyV22Img2ImgPipeline"](
         *(torch.tensor(rows[0]), pictures["image"], torch.tensor(rows[1])), **settings
     )
-    assert_same(drawn.images, reference.images)
+    assert_same(generated.images, reference.images)
 
 
 def test_emb2emb_takes_embeddings_and_pixels(ours, theirs):
@@ -300,10 +300,10 @@ def test_the_reference_uses_the_first_mask_for_all(ours, theirs, embeds):
     pictures = given("inpaint", 2, 64, 64)
     mine, _ = generators("inpaint", 2, 3)
     settings = {"image_embeds": embeds[0], "negative_image_embeds": embeds[1]}
-    drawn = ours["KandinskyV22InpaintPipeline"](**settings, **pictures, generator=mine, **SHORT).images
+    generated = ours["KandinskyV22InpaintPipeline"](**settings, **pictures, generator=mine, **SHORT).images
     others = [torch.Generator().manual_seed(s) for s in (3, 4)]
     batch = theirs["KandinskyV22InpaintPipeline"](
         **{name: torch.tensor(x) for name, x in settings.items()}, **for_reference(pictures), generator=others, **SHORT
     ).images
-    assert np.abs(drawn[0] - batch[0]).max() * 255 <= 4
-    assert np.abs(drawn[1] - batch[1]).max() * 255 > 50
+    assert np.abs(generated[0] - batch[0]).max() * 255 <= 4
+    assert np.abs(generated[1] - batch[1]).max() * 255 > 50

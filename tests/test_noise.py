@@ -18,12 +18,12 @@ STEPS = 4
 draw = jax.jit(lambda noise, step, shape: noise(step, shape), static_argnums=2)
 
 
-def noises(generator, images: int, use: int = DECODER, lanes: int = 1, drawn=(True,) * STEPS) -> np.ndarray:
-    """Everything that a job draws: `[lanes, 1 + STEPS, images, *SHAPE]`, the first latents and then each step."""
+def noises(generator, images: int, use: int = DECODER, lanes: int = 1, uses_noise=(True,) * STEPS) -> np.ndarray:
+    """All noise of a job: `[lanes, 1 + STEPS, images, *SHAPE]`, the first latents and then each step."""
     source = noise_source(generator, images, use)
     shape = (images, *SHAPE)
     first = source.initial(shape, lanes)
-    steps = source.steps(0, STEPS, np.array(drawn), shape, lanes)
+    steps = source.steps(0, STEPS, np.array(uses_noise), shape, lanes)
     rows = [[x, *(draw(noise, i, shape) for i in range(STEPS))] for x, noise in zip(first, steps, strict=True)]
     return np.array(rows)
 
@@ -55,11 +55,11 @@ def test_torch_generator_wants_a_seed(seed):
 
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_one_torch_generator_draws_as_diffusers(lanes):
-    drawn = (True, False, True, True)
-    got = noises(TorchGenerator(7), 3, lanes=lanes, drawn=drawn)
+    uses_noise = (True, False, True, True)
+    got = noises(TorchGenerator(7), 3, lanes=lanes, uses_noise=uses_noise)
     theirs, (h, w, c) = torch.Generator("cpu").manual_seed(7), SHAPE
-    for i, draws in enumerate((True, *drawn)):  # a step without noise leaves the stream alone
-        if draws:
+    for i, used in enumerate((True, *uses_noise)):  # a step without noise leaves the stream alone
+        if used:
             rows = randn_tensor((lanes * 3, c, h, w), generator=theirs).numpy().transpose(0, 2, 3, 1)
             np.testing.assert_allclose(got[:, i], rows.reshape(lanes, 3, *SHAPE), rtol=0, atol=5e-7)
 
@@ -87,12 +87,12 @@ def test_an_image_is_the_same_in_any_batch():
 
 @pytest.mark.parametrize("make", [int, TorchGenerator, lambda seed: [TorchGenerator(seed), TorchGenerator(9)]])
 def test_slices_of_steps_do_not_change_the_noise(make):
-    drawn, shape = np.array([True, False, False, True]), (2, *SHAPE)
+    uses_noise, shape = np.array([True, False, False, True]), (2, *SHAPE)
     source = noise_source(make(7), 2, DECODER)
     source.initial(shape)
-    whole = noises(make(7), 2, drawn=drawn)[0, 1:]
+    whole = noises(make(7), 2, uses_noise=uses_noise)[0, 1:]
     for first, count in ((0, 1), (1, 2), (3, 1)):
-        [noise] = source.steps(first, count, drawn, shape)
+        [noise] = source.steps(first, count, uses_noise, shape)
         for i in range(first, first + count):
             np.testing.assert_array_equal(draw(noise, i, shape), whole[i])
 

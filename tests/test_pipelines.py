@@ -78,27 +78,27 @@ QUICK = ("red", "red, negative", "star", "purple", "star, negative")
 
 
 @pytest.mark.parametrize("name", quick_and_slow(CASES, *QUICK))
-def test_same_seed_same_picture(tiny_pipe, reference, name):
+def test_same_seed_same_picture(shapes_pipe, reference, name):
     case = CASES[name]
     embeds, negative, pictures = reference_picture(reference, case)
     prior, decoder, seed = split(case)
     generator = TorchGenerator(seed)
-    ours = tiny_pipe.prior_pipe(**prior, generator=generator, output_type="np")
+    ours = shapes_pipe.prior_pipe(**prior, generator=generator, output_type="np")
     assert worst(ours.image_embeds, embeds) <= 1e-3
     assert worst(ours.negative_image_embeds, negative) <= 1e-3
     # text2img on our own embeddings, going on with the same generator
-    assert_same_pictures(tiny_pipe.decoder_pipe(**ours, generator=generator, **decoder).images, pictures)
+    assert_same_pictures(shapes_pipe.decoder_pipe(**ours, generator=generator, **decoder).images, pictures)
 
 
 COMBINED = ("red", "two, negative", "two by two", "guidance 1 and 1", "wide")
 
 
 @pytest.mark.parametrize("name", quick_and_slow(COMBINED, "red"))
-def test_same_seed_same_picture_combined(tiny_pipe, reference, name):
+def test_same_seed_same_picture_combined(shapes_pipe, reference, name):
     case = CASES[name]
     _, _, pictures = reference_picture(reference, case)
     arguments = {"height": 64, "width": 64, "num_inference_steps": 50, "output_type": "np"} | case
-    ours = tiny_pipe(generator=TorchGenerator(arguments.pop("seed")), **arguments).images
+    ours = shapes_pipe(generator=TorchGenerator(arguments.pop("seed")), **arguments).images
     assert_same_pictures(ours, pictures)
 
 
@@ -106,7 +106,7 @@ SOLVERS = ["dpm++2m-karras", "dpm++2m-sde", "dpm++3s", "dpm++sde", "sa", "lcm", 
 
 
 @pytest.mark.parametrize("kind", ["official DDPM", "DDIM", "DDIM without thresholding", *SOLVERS])
-def test_other_schedulers(tiny_pipe, reference, kind):
+def test_other_schedulers(shapes_pipe, reference, kind):
     """Schedulers that know no learned variance, so that the network's second half is dropped; among them the official
     configuration (fixed_small, clip_sample, offset 1), which the small model does not come with."""
     _, decoder_pipe = reference
@@ -119,22 +119,22 @@ def test_other_schedulers(tiny_pipe, reference, kind):
         fields = {field.name for field in ours.fields()} - STEP_ARGUMENTS
         theirs = getattr(diffusers, type(ours).__name__)(**{k: v for k, v in ours.config.items() if k in fields})
     else:
-        config = {k: v for k, v in tiny_pipe.scheduler.config.items() if k != "variance_type"}
+        config = {k: v for k, v in shapes_pipe.scheduler.config.items() if k != "variance_type"}
         theirs = diffusers.DDIMScheduler.from_config(config, **changes)
         ours = DDIMScheduler.from_config(config, **changes)
-    embeds = tiny_pipe.prior_pipe(RED, generator=0, output_type="np", return_dict=False)
+    embeds = shapes_pipe.prior_pipe(RED, generator=0, output_type="np", return_dict=False)
     size = {"height": 64, "width": 64, "num_inference_steps": 20, "output_type": "np"}
-    kept = decoder_pipe.scheduler, tiny_pipe.scheduler
-    decoder_pipe.scheduler, tiny_pipe.scheduler = theirs, ours
+    kept = decoder_pipe.scheduler, shapes_pipe.scheduler
+    decoder_pipe.scheduler, shapes_pipe.scheduler = theirs, ours
     try:
         generator = torch.Generator("cpu").manual_seed(4)
         picture = decoder_pipe(*map(torch.tensor, embeds), generator=generator, **size).images
-        assert_same_pictures(tiny_pipe.decoder_pipe(*embeds, generator=TorchGenerator(4), **size).images, picture)
+        assert_same_pictures(shapes_pipe.decoder_pipe(*embeds, generator=TorchGenerator(4), **size).images, picture)
     finally:
-        decoder_pipe.scheduler, tiny_pipe.scheduler = kept
+        decoder_pipe.scheduler, shapes_pipe.scheduler = kept
 
 
-def test_latents_given(tiny_pipe, reference):
+def test_latents_given(shapes_pipe, reference):
     """The user's latents, in PyTorch's order of axes, for both stages."""
     prior_pipe, decoder_pipe = reference
     rng = np.random.default_rng(0)
@@ -143,24 +143,24 @@ def test_latents_given(tiny_pipe, reference):
     embeds, negative = prior_pipe(
         RED, latents=torch.tensor(start), generator=torch.Generator().manual_seed(1), return_dict=False
     )
-    ours = tiny_pipe.prior_pipe(RED, latents=start, generator=TorchGenerator(1), output_type="np")
+    ours = shapes_pipe.prior_pipe(RED, latents=start, generator=TorchGenerator(1), output_type="np")
     assert worst(ours.image_embeds, embeds.numpy()) <= 1e-3
     size = {"height": 64, "width": 128, "num_inference_steps": 10, "output_type": "np"}
     theirs = decoder_pipe(
         embeds, negative, latents=torch.tensor(noise), generator=torch.Generator().manual_seed(2), **size
     ).images
-    pictures = tiny_pipe.decoder_pipe(**ours, latents=noise, generator=TorchGenerator(2), **size).images
+    pictures = shapes_pipe.decoder_pipe(**ours, latents=noise, generator=TorchGenerator(2), **size).images
     assert_same_pictures(pictures, theirs)
 
 
 SHORT = {"height": 64, "width": 64, "num_inference_steps": 5, "prior_num_inference_steps": 4}
 
 
-def test_output_types(tiny_pipe, reference):
-    [pil] = tiny_pipe(RED, generator=0, **SHORT).images
-    array = tiny_pipe(RED, generator=0, output_type="np", **SHORT).images
-    planes = tiny_pipe(RED, generator=0, output_type="pt", **SHORT).images
-    latents = tiny_pipe(RED, generator=0, output_type="latent", **SHORT).images
+def test_output_types(shapes_pipe, reference):
+    [pil] = shapes_pipe(RED, generator=0, **SHORT).images
+    array = shapes_pipe(RED, generator=0, output_type="np", **SHORT).images
+    planes = shapes_pipe(RED, generator=0, output_type="pt", **SHORT).images
+    latents = shapes_pipe(RED, generator=0, output_type="latent", **SHORT).images
     assert pil.size == (64, 64)
     assert pil.mode == "RGB"
     assert array.dtype == np.float32
@@ -173,19 +173,19 @@ def test_output_types(tiny_pipe, reference):
     with torch.no_grad():
         decoded = decoder.movq.decode(torch.tensor(np.asarray(latents)), force_not_quantize=True).sample
     np.testing.assert_allclose(array, (decoded.numpy().transpose(0, 2, 3, 1) / 2 + 0.5).clip(0, 1), atol=1e-5)
-    assert tiny_pipe(RED, generator=0, output_type="np", return_dict=False, **SHORT)[0].shape == array.shape
+    assert shapes_pipe(RED, generator=0, output_type="np", return_dict=False, **SHORT)[0].shape == array.shape
 
 
 @pytest.mark.slow
-def test_an_image_does_not_depend_on_its_batch(tiny_pipe):
-    """JAX keys: image i draws from fold_in(key, i), so it is the same in a batch of any size."""
-    one = tiny_pipe(RED, generator=3, output_type="np", **SHORT).images
-    many = tiny_pipe([RED, STAR, STAR], generator=3, output_type="np", **SHORT).images
+def test_an_image_does_not_depend_on_its_batch(shapes_pipe):
+    """JAX keys: image i uses fold_in(key, i), so it is the same in a batch of any size."""
+    one = shapes_pipe(RED, generator=3, output_type="np", **SHORT).images
+    many = shapes_pipe([RED, STAR, STAR], generator=3, output_type="np", **SHORT).images
     np.testing.assert_allclose(many[0], one[0], atol=1e-4)
     assert np.abs(many[1] - many[2]).max() > 0.1  # same prompt, other noise
 
 
-def test_callback_sees_and_changes(tiny_pipe, reference):
+def test_callback_sees_and_changes(shapes_pipe, reference):
     """Callbacks see what the reference's see, at the same steps, and what they return takes effect likewise."""
     prior_pipe, decoder_pipe = reference
     seen: dict[str, list] = {"ours": [], "theirs": []}
@@ -219,7 +219,7 @@ def test_callback_sees_and_changes(tiny_pipe, reference):
         callback_on_step_end_tensor_inputs=names,
         **size,
     ).images
-    ours_embeds = tiny_pipe.prior_pipe(
+    ours_embeds = shapes_pipe.prior_pipe(
         RED,
         negative_prompt="green",
         num_inference_steps=4,
@@ -227,7 +227,7 @@ def test_callback_sees_and_changes(tiny_pipe, reference):
         callback_on_step_end=watch("ours"),
         callback_on_step_end_tensor_inputs=prior_names,
     )
-    ours = tiny_pipe.decoder_pipe(
+    ours = shapes_pipe.decoder_pipe(
         **ours_embeds,
         generator=TorchGenerator(6),
         callback_on_step_end=watch("ours"),
@@ -241,19 +241,19 @@ def test_callback_sees_and_changes(tiny_pipe, reference):
     assert_same_pictures(ours, theirs)
 
 
-def test_components_round_trip(tiny_pipe):
-    again = KandinskyV22CombinedPipeline(**tiny_pipe.components)
-    assert all(again.components[name] is part for name, part in tiny_pipe.components.items())
-    decoder = KandinskyV22Pipeline(**tiny_pipe.decoder_pipe.components)
-    assert decoder.unet is tiny_pipe.unet
+def test_components_round_trip(shapes_pipe):
+    again = KandinskyV22CombinedPipeline(**shapes_pipe.components)
+    assert all(again.components[name] is part for name, part in shapes_pipe.components.items())
+    decoder = KandinskyV22Pipeline(**shapes_pipe.decoder_pipe.components)
+    assert decoder.unet is shapes_pipe.unet
 
 
-def test_progress_bar(tiny_pipe, capsys):
-    tiny_pipe.set_progress_bar_config(disable=False, ascii=True)
+def test_progress_bar(shapes_pipe, capsys):
+    shapes_pipe.set_progress_bar_config(disable=False, ascii=True)
     try:
-        tiny_pipe(RED, generator=0, **SHORT)
+        shapes_pipe(RED, generator=0, **SHORT)
     finally:
-        tiny_pipe.set_progress_bar_config(disable=True)
+        shapes_pipe.set_progress_bar_config(disable=True)
     shown = capsys.readouterr().err
     assert "prior: 100%" in shown
     assert "decoder: 100%" in shown
@@ -261,10 +261,10 @@ def test_progress_bar(tiny_pipe, capsys):
 
 
 @pytest.mark.slow
-def test_bfloat16_draws_nearly_the_same(tiny_pipe):
+def test_bfloat16_draws_nearly_the_same(shapes_pipe):
     low = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="bfloat16")
     low.set_progress_bar_config(disable=True)
-    exact = tiny_pipe(RED, generator=0, output_type="np", **SHORT | {"num_inference_steps": 25}).images
+    exact = shapes_pipe(RED, generator=0, output_type="np", **SHORT | {"num_inference_steps": 25}).images
     rough = low(RED, generator=0, output_type="np", **SHORT | {"num_inference_steps": 25}).images
     assert rough.dtype == np.float32
     assert np.abs(rough - exact).mean() < 0.03

@@ -24,8 +24,8 @@ def test_attention_to_kept_keys_is_attention():
 
 
 @pytest.fixture
-def pipe(tiny_pipe):
-    fresh = KandinskyV22PriorPipeline.from_pipe(tiny_pipe)
+def pipe(shapes_pipe):
+    fresh = KandinskyV22PriorPipeline.from_pipe(shapes_pipe)
     fresh.set_progress_bar_config(disable=True)
     return fresh
 
@@ -37,16 +37,16 @@ def test_the_kept_empty_prompt_is_the_computed_one(pipe):
     np.testing.assert_array_equal(first.image_embeds, again.image_embeds)
 
 
-def test_it_does_not_show_which_batch_came_before(pipe, tiny_pipe):
+def test_it_does_not_show_which_batch_came_before(pipe, shapes_pipe):
     pipe(PROMPTS[0], **CALL)
     kept = pipe(PROMPTS, **CALL).image_embeds
-    other = KandinskyV22PriorPipeline.from_pipe(tiny_pipe)
+    other = KandinskyV22PriorPipeline.from_pipe(shapes_pipe)
     other.set_progress_bar_config(disable=True)
     np.testing.assert_array_equal(kept, other(PROMPTS, **CALL).image_embeds)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "prior"])
-def test_other_weights_have_their_own(pipe, tiny_pipe, part):
+def test_other_weights_have_their_own(pipe, shapes_pipe, part):
     pipe(PROMPTS[0], **CALL)
     before = pipe._constants["condition"][-1]
     setattr(pipe, part, getattr(KandinskyV22PriorPipeline.from_pretrained(SHAPES_MODEL, dtype="float32"), part))

@@ -1,4 +1,4 @@
-"""What the README prints as code runs as printed, and draws what it says."""
+"""Code in the README runs as printed, and generates what the README says."""
 
 from __future__ import annotations
 

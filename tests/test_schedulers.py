@@ -192,7 +192,7 @@ def test_further_options(cls, config):
 
 
 def test_draws_noise_is_not_always():
-    """What makes a replayed stream go wrong: DDPM draws at t > 0 only, DDIM only with eta."""
+    """Which steps use noise, on which a replayed stream depends: DDPM at t > 0 only, DDIM only with eta."""
     assert DDPMScheduler().schedule(4).draws_noise.tolist() == [True, True, True, False]
     assert DDPMScheduler(steps_offset=1).schedule(4).draws_noise.all()
     assert UnCLIPScheduler().schedule(4).draws_noise.tolist() == [True, True, True, False]
@@ -238,7 +238,7 @@ def test_foreign_fields_survive_a_change_of_class():
 
 
 def test_fields_that_nobody_set_take_the_new_classes_defaults():
-    """As in diffusers: UnCLIP's cosine schedule is its default, not something a DDPM made from it is told."""
+    """As in diffusers: UnCLIP's cosine schedule is its default, which a DDPM made from it does not inherit."""
     ddpm = DDPMScheduler.from_config(UnCLIPScheduler(clip_sample_range=5.0).config)
     expected = diffusers.DDPMScheduler.from_config(diffusers.UnCLIPScheduler(clip_sample_range=5.0).config).config
     assert (ddpm.beta_schedule, ddpm.clip_sample_range) == ("linear", 5.0)
@@ -377,7 +377,7 @@ def test_add_noise(cls, timesteps):
 
 @pytest.mark.parametrize("steps", [1, 7, 20])
 def test_the_last_steps_of_a_schedule(steps):
-    """The same rows, timesteps and draws, from the first step that is left."""
+    """The same coefficients, timesteps and noise flags, from the first remaining step on."""
     whole = DDPMScheduler().schedule(20)
     rest = DDPMScheduler().schedule(20, begin=20 - steps)
     assert len(rest) == steps

@@ -1,4 +1,4 @@
-"""Meshes: what eight simulated devices draw is what one does; and what is no mesh says so."""
+"""Meshes: eight simulated devices generate the same pictures as one; invalid meshes are refused."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from tests.conftest import SHAPES_MODEL, note
 ROOT = Path(__file__).parents[1]
 
 
-def drawn_by(folder: Path, *parts: str) -> dict[str, np.ndarray]:
-    """What the worker has drawn on its meshes."""
-    command = [sys.executable, "-W", "error", "-m", "tests.sharding_worker", folder / "drawn.npz", *parts]
+def generated_by(folder: Path, *parts: str) -> dict[str, np.ndarray]:
+    """Return the pictures that the worker generated on its meshes."""
+    command = [sys.executable, "-W", "error", "-m", "tests.sharding_worker", folder / "generated.npz", *parts]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(np.load(folder / "drawn.npz"))
+    return dict(np.load(folder / "generated.npz"))
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory) -> dict[str, np.ndarray]:
-    return drawn_by(tmp_path_factory.mktemp("drawn"), "over_data")
+def generated(tmp_path_factory) -> dict[str, np.ndarray]:
+    return generated_by(tmp_path_factory.mktemp("generated"), "over_data")
 
 
 @pytest.fixture(scope="module")
 def further(tmp_path_factory) -> dict[str, np.ndarray]:
     parts = ("over_data", "further_over_data", "other_meshes")
-    return drawn_by(tmp_path_factory.mktemp("further"), *parts)
+    return generated_by(tmp_path_factory.mktemp("further"), *parts)
 
 
 def levels(pictures: np.ndarray) -> np.ndarray:
@@ -44,16 +44,16 @@ def levels(pictures: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_each_device_draws_what_it_would_draw_alone(drawn):
+def test_each_device_generates_the_same_as_alone(generated):
     """Bit for bit: the program on a device is that of a single picture."""
-    assert np.array_equal(drawn["data"], drawn["alone"])
-    assert len({picture.tobytes() for picture in drawn["data"]}) == 8
+    assert np.array_equal(generated["data"], generated["alone"])
+    assert len({picture.tobytes() for picture in generated["data"]}) == 8
 
 
 @pytest.mark.slow
-def test_a_batch_that_does_not_fill_the_devices(drawn):
-    assert len(drawn["uneven"]) == 3
-    assert np.array_equal(drawn["uneven"], drawn["alone"][:3])
+def test_a_batch_that_does_not_fill_the_devices(generated):
+    assert len(generated["uneven"]) == 3
+    assert np.array_equal(generated["uneven"], generated["alone"][:3])
 
 
 @pytest.mark.campaign
@@ -86,9 +86,9 @@ def test_guidance_and_rows(further, shape):
 
 
 @pytest.mark.campaign
-def test_divided_parameters(further):
+def test_sharded_parameters(further):
     assert further["share"] < 0.2  # of eight devices, each has an eighth of what is large enough
-    assert np.abs(further["divided"] - further["alone"][:1]).max() * 255 <= 2
+    assert np.abs(further["sharded"] - further["alone"][:1]).max() * 255 <= 2
 
 
 # One device, no process of its own --------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_the_first_rule_that_matches_counts():
     assert largest_axis(mesh, {"a.b": (2, 400, 200), "c": (3,)}) == [(r"^a\.b$", PartitionSpec(None, ROWS_AXIS))]
 
 
-def test_a_pipeline_moves_with_its_late_parts(tiny_pipe):
+def test_a_pipeline_moves_with_its_late_parts(shapes_pipe):
     pipe = KandinskyV22PriorPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     mesh = make_mesh()
     pipe.shard(mesh)

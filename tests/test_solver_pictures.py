@@ -1,4 +1,4 @@
-"""Every solver draws what it is told, in every kind of mode, on the trained small models."""
+"""Every solver generates what the prompt says, in every kind of mode, with the trained small models."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.conftest import note
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = shapes.captions(25, seed=3)
-# IPNDM tells the network timesteps from 1 to 0, which this one knows as no noise at all. The ancestral midpoint rule
-# has 13 steps in 25 evaluations, each with fresh noise; PNDM spends 12 of them on three steps. Both are at the bound,
+# IPNDM passes timesteps from 1 to 0 to the network, for which they mean no noise. The ancestral midpoint rule has 13
+# steps in 25 evaluations, each with fresh noise; PNDM spends 12 of them on three steps. Both are at the bound,
 # and below it in inpainting.
 CANNOT = {"ipndm", "dpm2-a", "pndm"}
 
@@ -30,15 +30,15 @@ def guide():
     return module
 
 
-def embeds(tiny_pipe, captions):
-    return tiny_pipe.prior_pipe([c.text for c in captions], generator=0, output_type="np", return_dict=False)
+def embeds(shapes_pipe, captions):
+    return shapes_pipe.prior_pipe([c.text for c in captions], generator=0, output_type="np", return_dict=False)
 
 
 @pytest.fixture(scope="module")
-def modes(guide, tiny_pipe):
-    original = tiny_pipe.scheduler
-    yield guide.Modes(tiny_pipe, original.config, CAPTIONS, embeds(tiny_pipe, CAPTIONS))
-    tiny_pipe.scheduler = original
+def modes(guide, shapes_pipe):
+    original = shapes_pipe.scheduler
+    yield guide.Modes(shapes_pipe, original.config, CAPTIONS, embeds(shapes_pipe, CAPTIONS))
+    shapes_pipe.scheduler = original
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def modes(guide, tiny_pipe):
     ],
 )
 def test_right_pictures_at_25_evaluations(guide, modes, mode, names):
-    """At least 90 % of what DDPM draws right in 50."""
+    """At least 90 % of what DDPM gets right in 50."""
     baseline = modes.rate(mode, guide.BASELINE, guide.BASELINE_EVALUATIONS)
     assert note(baseline, f"share of right pictures, {mode}, DDPM in 50") >= 0.9
     rates = {}

@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports run one way, nothing needs torch at run time, files stay small."""
+"""Structure of the package: imports run one way, nothing needs torch at run time, files stay small."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("kandinsky_jax", "convert_weights")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
-# A room may import rooms of lower floors, and its own.
-FLOORS = (
+# A module may import modules of lower layers, and of its own package.
+LAYERS = (
     ("kandinsky_jax.errors", "kandinsky_jax.attribute_dict", "kandinsky_jax.atomic"),
     ("kandinsky_jax.arrays",),
     ("kandinsky_jax.reading", "kandinsky_jax.fields"),
@@ -38,9 +38,9 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def floor(module: str) -> int | None:
-    for height, rooms in enumerate(FLOORS):
-        if any(module == room or module.startswith(room + ".") for room in rooms):
+def layer(module: str) -> int | None:
+    for height, modules in enumerate(LAYERS):
+        if any(module == member or module.startswith(member + ".") for member in modules):
             return height
     return None
 
@@ -61,15 +61,15 @@ def imports(path: Path, everywhere: bool = True) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_run_one_way(path):
     module = module_name(path)
-    if module in PACKAGES:  # a package's face hands names on
+    if module in PACKAGES:  # a package's __init__ re-exports names
         return
-    own = floor(module)
-    assert own is not None, f"{module} stands on no floor: give it one in FLOORS"
+    own = layer(module)
+    assert own is not None, f"{module} has no layer: add it to LAYERS"
     for name in imports(path):
-        other = floor(name)
-        room = ".".join(module.split(".")[:2])
-        if other is not None and not name.startswith(room):
-            assert other < own, f"{module} (floor {own}) imports {name} (floor {other})"
+        other = layer(name)
+        package = ".".join(module.split(".")[:2])
+        if other is not None and not name.startswith(package):
+            assert other < own, f"{module} (layer {own}) imports {name} (layer {other})"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

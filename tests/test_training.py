@@ -95,12 +95,12 @@ class Twin:
 class Ours:
     """The same loss of ours, with its parameters."""
 
-    def __init__(self, tiny_pipe, kind: str, gamma: float | None):
-        module = tiny_pipe.unet if kind == "decoder" else tiny_pipe.prior_prior
+    def __init__(self, shapes_pipe, kind: str, gamma: float | None):
+        module = shapes_pipe.unet if kind == "decoder" else shapes_pipe.prior_prior
         self.kind, self.gamma = kind, gamma
         self.network, self.params = Network.split(module)
         if kind == "decoder":
-            self.alphas = jnp.asarray(tiny_pipe.scheduler.alphas_cumprod, jnp.float32)
+            self.alphas = jnp.asarray(shapes_pipe.scheduler.alphas_cumprod, jnp.float32)
         else:
             scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
             self.alphas = jnp.asarray(scheduler.alphas_cumprod.numpy())
@@ -138,8 +138,8 @@ def close(ours: dict[str, np.ndarray], theirs: dict[str, torch.Tensor], what: st
         pytest.param("decoder", None, marks=pytest.mark.campaign),
     ],
 )
-def test_loss_and_gradients(tiny_pipe, reference, kind, gamma):
-    twin, own, batch = Twin(reference, kind), Ours(tiny_pipe, kind, gamma), batch_of(kind)
+def test_loss_and_gradients(shapes_pipe, reference, kind, gamma):
+    twin, own, batch = Twin(reference, kind), Ours(shapes_pipe, kind, gamma), batch_of(kind)
     wanted = twin.loss(batch, gamma)
     wanted.backward()
     value, gradients = jax.jit(jax.value_and_grad(own.loss))(own.params, batch)
@@ -173,8 +173,8 @@ def by_peft_name(tree) -> dict[str, np.ndarray]:
         pytest.param("decoder", 5.0, marks=pytest.mark.campaign),
     ],
 )
-def test_loss_and_gradients_of_lora(tiny_pipe, reference, kind, gamma):
-    twin, own, batch = Twin(reference, kind, rank=4), Ours(tiny_pipe, kind, gamma), batch_of(kind, 1)
+def test_loss_and_gradients_of_lora(shapes_pipe, reference, kind, gamma):
+    twin, own, batch = Twin(reference, kind, rank=4), Ours(shapes_pipe, kind, gamma), batch_of(kind, 1)
     changes = lora_of(twin)
     config = LoraConfig(rank=4, alpha=8)
     assert lora.init(own.params, config, jax.random.key(0)).keys() == changes.keys()  # the same layers
@@ -198,10 +198,10 @@ def test_loss_and_gradients_of_lora(tiny_pipe, reference, kind, gamma):
         pytest.param("decoder", False, marks=pytest.mark.campaign),
     ],
 )
-def test_weights_after_twenty_steps(tiny_pipe, reference, kind, with_lora):
+def test_weights_after_twenty_steps(shapes_pipe, reference, kind, with_lora):
     """Agree within 1e-3 of how far they have come; in the mean over a tensor, since AdamW makes steps of one size
     even where a gradient is nothing but rounding."""
-    twin, own = Twin(reference, kind, rank=4 if with_lora else None), Ours(tiny_pipe, kind, 5.0)
+    twin, own = Twin(reference, kind, rank=4 if with_lora else None), Ours(shapes_pipe, kind, 5.0)
     rate = {"learning_rate": 1e-4, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-6}
     optimizer = torch.optim.AdamW(
         [p for p in twin.network.parameters() if p.requires_grad], lr=1e-4, weight_decay=1e-2, eps=1e-6
@@ -238,9 +238,9 @@ def test_weights_after_twenty_steps(tiny_pipe, reference, kind, with_lora):
 
 
 @pytest.fixture(scope="module")
-def stepped(tiny_pipe):
+def stepped(shapes_pipe):
     """(settings) -> the prior's parameters, its state after one step, and the step's metrics."""
-    own, batch = Ours(tiny_pipe, "prior", None), batch_of("prior")
+    own, batch = Ours(shapes_pipe, "prior", None), batch_of("prior")
 
     def step(**settings):
         rates = {"adam_weight_decay": 0.5, "learning_rate": 0.1, "max_grad_norm": None}
@@ -282,7 +282,7 @@ def test_statistics_are_not_trained(plain):
     assert not np.array_equal(state.params["prd_embedding"], before["prd_embedding"])
 
 
-def test_the_average_is_the_references(tiny_pipe):
+def test_the_average_is_the_references(shapes_pipe):
     """diffusers' EMAModel, fed with our weights."""
     from diffusers.training_utils import EMAModel
 
@@ -300,9 +300,9 @@ def test_the_average_is_the_references(tiny_pipe):
     assert np.allclose(state.ema["a"]["weight"], average.shadow_params[0], rtol=1e-5)
 
 
-def test_patterns_that_match_no_layer(tiny_pipe):
+def test_patterns_that_match_no_layer(shapes_pipe):
     with pytest.raises(ValueError, match="matches none of the linear layers"):
-        lora.init(Network.split(tiny_pipe.unet)[1], LoraConfig(pattern="nothing"), jax.random.key(0))
+        lora.init(Network.split(shapes_pipe.unet)[1], LoraConfig(pattern="nothing"), jax.random.key(0))
 
 
 @pytest.mark.parametrize(

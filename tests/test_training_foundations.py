@@ -96,7 +96,7 @@ def test_the_loss_of_movq():
     theirs = diffusers.VQModel.from_pretrained(folder, torch_dtype=torch.float32).double()
     rng = np.random.default_rng(0)
     pixels = np.stack([shapes.draw(c, rng) for c in shapes.captions(4)]).astype(np.float32) * 2 - 1
-    # Not what it draws perfectly: the slope of |x| is of either sign near 0, by rounding.
+    # Not what it reconstructs perfectly: the slope of |x| is of either sign near 0, by rounding.
     pixels = pixels + 0.5 * rng.standard_normal(pixels.shape).astype(np.float32)
     quantized = np.array([True, False, True, False])
     network, params = Network.split(ours)
@@ -161,12 +161,12 @@ def test_a_sharper_scale_than_100_is_100():
     assert at[0] != pytest.approx(at[1], rel=1e-3)
 
 
-def test_rows_of_padding_may_be_left_out_of_the_prior(tiny_pipe):
+def test_rows_of_padding_may_be_left_out_of_the_prior(shapes_pipe):
     """Of 77 text rows the last 53 are padding: without them, the same prediction."""
     rng = np.random.default_rng(0)
     hidden, pooled, noisy = (rng.standard_normal(s).astype(np.float32) for s in ((3, 77, 64), (3, 64), (3, 64)))
     mask = np.arange(77) < np.array([[5], [12], [24]])
-    network, params = Network.split(tiny_pipe.prior_prior)
+    network, params = Network.split(shapes_pipe.prior_prior)
     outputs = [
         call(network, params, noisy, np.array([10, 500, 999]), call(network, params, pooled, *text, method="condition"))
         for text in ((hidden, mask), (hidden[:, :24], mask[:, :24]))
@@ -236,16 +236,16 @@ def _folder_of(folder: Path, data: bytes) -> Path:
     return folder
 
 
-def test_holes():
+def test_random_repaint_masks():
     """Rectangles of every size; one in eight is all of the picture."""
-    drawn = np.asarray(random_repaint_masks(jax.random.key(0), 4000, 8, 8))[..., 0]
-    share = drawn.mean((1, 2))
-    assert set(np.unique(drawn)) == {0, 1}
+    masks = np.asarray(random_repaint_masks(jax.random.key(0), 4000, 8, 8))[..., 0]
+    share = masks.mean((1, 2))
+    assert set(np.unique(masks)) == {0, 1}
     assert 1 / 64 <= share.min() < 0.05
     assert 0.12 < (share == 1).mean() < 0.16
-    for hole in drawn[:50]:
-        rows, columns = hole.any(1), hole.any(0)
-        assert hole.sum() == rows.sum() * columns.sum()
+    for mask in masks[:50]:
+        rows, columns = mask.any(1), mask.any(0)
+        assert mask.sum() == rows.sum() * columns.sum()
 
 
 # Runs -------------------------------------------------------------------------------------------------------------
@@ -294,10 +294,10 @@ def test_precompute_where_nothing_stays(folder, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory, tiny_pipe) -> Path:
+def scratch(tmp_path_factory, shapes_pipe) -> Path:
     """The small model's family with random weights in MoVQ and CLIP."""
     folder = tmp_path_factory.mktemp("scratch")
-    prior, decoder = tiny_pipe.prior_pipe.components, tiny_pipe.decoder_pipe.components
+    prior, decoder = shapes_pipe.prior_pipe.components, shapes_pipe.decoder_pipe.components
     for parts in (prior, decoder):
         for i, name in enumerate(("movq", "text_encoder", "image_encoder")):
             if name in parts:
@@ -323,10 +323,10 @@ def test_foundations_learn(folder, scratch, tmp_path, kind):
         theirs = diffusers.KandinskyV22Pipeline.from_pretrained(result)
         with Image.open(tmp_path / "samples" / "00000040.png") as sheet:  # pictures over what is made of them
             assert sheet.size == (8 * 64, 128)
-            given, drawn = np.split(np.asarray(sheet, float), 2)
+            given, decoded = np.split(np.asarray(sheet, float), 2)
         shown = theirs.movq(torch.from_numpy(nchw((given[None, :, :64] / 127.5 - 1).astype(np.float32)))).sample
         assert shown.shape == (1, 3, 64, 64)
-        assert np.abs(given - drawn).mean() < 80
+        assert np.abs(given - decoded).mean() < 80
     else:
         theirs = diffusers.KandinskyV22PriorPipeline.from_pretrained(result)
         pixels = [Reader(64, kandinsky_jax.images.CLIPImageProcessor(64, 64))(x, None) for x in listing(folder)]

@@ -38,7 +38,7 @@ COUNT = 12
 
 
 def pictures(count: int = COUNT) -> list[tuple[str, bytes]]:
-    """Captions and the PNGs of their drawings."""
+    """Captions with the PNGs of their pictures."""
     rng = np.random.default_rng(0)
     found = []
     for caption in shapes.captions(count, seed=3):
@@ -217,7 +217,7 @@ DIFFUSION = (Kind.PRIOR, Kind.DECODER, Kind.LORA_PRIOR, Kind.LORA_DECODER)
 
 @pytest.mark.parametrize("kind", slow_and_campaign(DIFFUSION, Kind.LORA_PRIOR))
 def test_a_run(pipe, folder, tmp_path, kind):
-    """The loss falls, pictures are drawn on the way, and diffusers loads what comes out."""
+    """The loss falls, sample pictures are generated, and diffusers loads the result."""
     steps = {"max_train_steps": 6, "learning_rate": 1e-2 if "lora" in kind else 1e-3, "ema_decay": 0.9}
     options = {"validation_steps": 3, "validation_prompts": ("a red circle", "a star"), "condition_dropout": 0.2}
     run = Run(kind, config_of(folder, tmp_path, optimizer=steps, snr_gamma=5.0, **options), pipe, quiet=True)
@@ -231,7 +231,7 @@ def test_a_run(pipe, folder, tmp_path, kind):
         assert sheet.size == (128, 64)
     assert list((tmp_path / "events").iterdir())
     after = flat_params(run.task.module)
-    assert all(np.array_equal(after[name], leaf) for name, leaf in before.items())  # put back after drawing
+    assert all(np.array_equal(after[name], leaf) for name, leaf in before.items())  # restored after sampling
     if "lora" in kind:
         changed = load_file(result / lora.FILE)
         assert all(name.startswith("prior." if "prior" in kind else "unet.") for name in changed)

@@ -74,10 +74,10 @@ def test_nothing_compiles_after_a_warmup(ours, name, warm, given):
     assert not events
 
 
-def test_the_picture_is_the_same_after_a_warmup(tiny_pipe):
+def test_the_picture_is_the_same_after_a_warmup(shapes_pipe):
     """The zeros of a rehearsal are not taken for results."""
-    expected = tiny_pipe("a red circle", generator=3, output_type="np", **SIZE, **STEPS).images
-    fresh = KandinskyV22CombinedPipeline.from_pipe(tiny_pipe)
+    expected = shapes_pipe("a red circle", generator=3, output_type="np", **SIZE, **STEPS).images
+    fresh = KandinskyV22CombinedPipeline.from_pipe(shapes_pipe)
     fresh.set_progress_bar_config(disable=True)
     fresh.warmup(**SIZE)
     assert np.array_equal(fresh("a red circle", generator=3, output_type="np", **SIZE, **STEPS).images, expected)

@@ -15,7 +15,7 @@ import pytest
 
 from kandinsky_jax.batch.output import GeneratedImage, Output
 from tests.batch.store import FAULTS, object_store
-from tests.test_batch import PROMPTS, contents, draw, job_of
+from tests.test_batch import PROMPTS, contents, job_of, run_job
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +155,14 @@ def test_a_shard_that_an_older_release_left_truncated_is_made_again(healthy):
 
 
 @pytest.mark.slow
-def test_a_job_of_a_model_in_a_faulty_store(healthy, tiny_pipe, tmp_path):
+def test_a_job_of_a_model_in_a_faulty_store(healthy, shapes_pipe, tmp_path):
     """Its shards are those of the same job on a disk."""
     rows = [{"prompt": PROMPTS[i % 5], "seed": i} for i in range(7)] + [{"prompt": ""}]
     rows[0] |= {"id": "i" * 95, "metadata": {"a": float("inf")}}
-    assert draw(job_of(tmp_path, rows), tiny_pipe).complete
+    assert run_job(job_of(tmp_path, rows), shapes_pipe).complete
     healthy.random_faults(1, 0.2)
-    assert draw(job_of(tmp_path, rows, "gs://bucket/model"), tiny_pipe).complete
-    assert draw(job_of(tmp_path, rows, "gs://bucket/model"), tiny_pipe).skipped == 3
+    assert run_job(job_of(tmp_path, rows, "gs://bucket/model"), shapes_pipe).complete
+    assert run_job(job_of(tmp_path, rows, "gs://bucket/model"), shapes_pipe).skipped == 3
     healthy.fault = lambda method, path: None
     found = objects("gs://bucket/model")
     assert found == contents(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What is wrong with a row costs that row: found before anything large is allocated, and told alike in every run."""
+"""Faults of a row affect that row only: found before anything large is allocated, reported alike in every run."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ GENERATE = [
 
 
 @pytest.mark.parametrize(("row", "says"), GENERATE, ids=range(len(GENERATE)))
-def test_row_beyond_its_bounds_is_an_error_of_its_own(tiny_pipe, folder, row, says):
-    assert re.search(says, error_of(tiny_pipe, "generate", folder, row))
+def test_row_beyond_its_bounds_is_an_error_of_its_own(shapes_pipe, folder, row, says):
+    assert re.search(says, error_of(shapes_pipe, "generate", folder, row))
 
 
-def test_row_at_its_bounds_is_good(tiny_pipe, folder):
-    checker = Checker(tiny_pipe, "generate", str(folder), DEFAULTS)
+def test_row_at_its_bounds_is_good(shapes_pipe, folder):
+    checker = Checker(shapes_pipe, "generate", str(folder), DEFAULTS)
     rows = [
         {"id": "x" * MAX_KEY},
         {"id": "x" * 91, "num_images": 1000},

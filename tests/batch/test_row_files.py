@@ -203,7 +203,7 @@ QUOTES = {
 @pytest.mark.parametrize("text", QUOTES, ids=range(len(QUOTES)))
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_csv_quote_without_end_takes_no_rows_along(tmp_path, text, newline):
-    """Rows after it could not be told from its text, so there is no job."""
+    """Rows after the quote cannot be separated from its text, so the job is refused."""
     path = tmp_path / "a.csv"
     path.write_text("prompt\n" + text, newline=newline)
     with pytest.raises(JobError, match=rf"a\.csv has {QUOTES[text]}") as caught:

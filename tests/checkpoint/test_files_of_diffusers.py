@@ -45,16 +45,16 @@ def same_numbers(ours, reference) -> bool:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_prior_as_diffusers_saves_it(form, reference, tiny_pipe, tmp_path):
+def test_a_prior_as_diffusers_saves_it(form, reference, shapes_pipe, tmp_path):
     reference[0].save_pretrained(tmp_path / "prior", **FORMS[form])
     assert "CLIPImageProcessorPil" in (tmp_path / "prior/model_index.json").read_text()
     variant = {"variant": "fp16"} if "variant" in form else {}
     pipe = kandinsky_jax.KandinskyV22PriorPipeline.from_pretrained(tmp_path / "prior", dtype="float32", **variant)
     for name in ("prior", "text_encoder", "image_encoder"):
-        assert same_numbers(getattr(pipe, name), getattr(tiny_pipe.prior_pipe, name))
-    assert pipe.image_processor == tiny_pipe.prior_pipe.image_processor
+        assert same_numbers(getattr(pipe, name), getattr(shapes_pipe.prior_pipe, name))
+    assert pipe.image_processor == shapes_pipe.prior_pipe.image_processor
     prompt = "a Red circle, on a blue background"
-    assert pipe.tokenizer(prompt).input_ids == tiny_pipe.prior_pipe.tokenizer(prompt).input_ids
+    assert pipe.tokenizer(prompt).input_ids == shapes_pipe.prior_pipe.tokenizer(prompt).input_ids
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,16 @@ def test_every_pipeline_as_diffusers_saves_it(name, theirs, ours, tmp_path):
     ],
     ids=str,
 )
-def test_class_names_and_entries_of_other_releases(entries, tiny_pipe, tmp_path):
+def test_class_names_and_entries_of_other_releases(entries, shapes_pipe, tmp_path):
     folder = tmp_path / "prior"
     shutil.copytree(PRIOR, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     path = folder / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
     networks = {
-        n: p for n, p in tiny_pipe.prior_pipe._held().items() if n in ("prior", "text_encoder", "image_encoder")
+        n: p for n, p in shapes_pipe.prior_pipe._held().items() if n in ("prior", "text_encoder", "image_encoder")
     }
     pipe = kandinsky_jax.KandinskyV22PriorPipeline.from_pretrained(folder, **networks)
-    assert pipe.image_processor == tiny_pipe.prior_pipe.image_processor
+    assert pipe.image_processor == shapes_pipe.prior_pipe.image_processor
 
 
 # Several files in one folder ---------------------------------------------------------------------------------------
@@ -172,11 +172,11 @@ def test_a_single_file_of_transformers_goes_before_shards(tmp_path):
 
 
 @pytest.mark.parametrize("forms", [("bin", "shards of bin"), ("orbax", "plain")], ids=str)
-def test_what_is_ambiguous_is_refused(forms, stale, tiny_pipe):
+def test_what_is_ambiguous_is_refused(forms, stale, shapes_pipe):
     folder, write = stale
     for form in forms:
         if form == "orbax":
-            kandinsky_jax.save_network(tiny_pipe.prior_pipe.prior, folder, "orbax")
+            kandinsky_jax.save_network(shapes_pipe.prior_pipe.prior, folder, "orbax")
         else:
             write(1.0, **FORMS[form])
     with pytest.raises(CheckpointError, match=r"prior has both .* out of date"):

@@ -167,17 +167,17 @@ def test_a_model_in_a_subfolder(served, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"])
-def test_a_damaged_file_in_the_cache_says_how_to_fetch_it_again(name, served, tmp_path, tiny_pipe):
+def test_a_damaged_file_in_the_cache_says_how_to_fetch_it_again(name, served, tmp_path, shapes_pipe):
     served()
     folder = resolve(tmp_path)
     (folder / name).resolve().write_text('{"_class_name": ')
     with pytest.raises((CheckpointError, SchedulerError)) as raised:
-        KandinskyV22Pipeline.from_pretrained("owner/m", cache_dir=tmp_path, movq=tiny_pipe.movq)
+        KandinskyV22Pipeline.from_pretrained("owner/m", cache_dir=tmp_path, movq=shapes_pipe.movq)
     message = str(raised.value)
     assert name in message
     assert len(message) < 500
     assert "`kandinsky-jax verify owner/m` finds damaged files, force_download=True fetches them again" in message
-    parts = {"movq": tiny_pipe.movq, "force_download": True, "dtype": "float32"}
+    parts = {"movq": shapes_pipe.movq, "force_download": True, "dtype": "float32"}
     pipe = KandinskyV22Pipeline.from_pretrained("owner/m", cache_dir=tmp_path, **parts)
     assert json.loads((folder / name).read_text())
-    assert pipe.unet.config == tiny_pipe.unet.config
+    assert pipe.unet.config == shapes_pipe.unet.config

@@ -27,8 +27,8 @@ def weights(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != "config.json")
 
 
-def test_a_pipeline_is_saved_into_an_empty_folder_and_again(tiny_pipe, tmp_path):
-    pipe, folder = tiny_pipe.decoder_pipe, tmp_path / "decoder"
+def test_a_pipeline_is_saved_into_an_empty_folder_and_again(shapes_pipe, tmp_path):
+    pipe, folder = shapes_pipe.decoder_pipe, tmp_path / "decoder"
     folder.mkdir()
     pipe.save_pretrained(folder)
     (folder / "README.md").write_text("mine")
@@ -48,15 +48,15 @@ def test_a_pipeline_is_saved_into_an_empty_folder_and_again(tiny_pipe, tmp_path)
     assert diffusers.KandinskyV22Pipeline.from_pretrained(folder)  # the shards too
 
 
-def test_saving_into_the_working_directory(tiny_pipe, tmp_path, monkeypatch):
+def test_saving_into_the_working_directory(shapes_pipe, tmp_path, monkeypatch):
     """It is filled, not exchanged for another: a shell that stands there sees the files."""
     monkeypatch.chdir(tmp_path)
     there = os.open(".", os.O_RDONLY)
     (tmp_path / f".{tmp_path.name}.{'0' * 16}.partial").mkdir()  # of a run that was killed
-    tiny_pipe.decoder_pipe.save_pretrained(".")
+    shapes_pipe.decoder_pipe.save_pretrained(".")
     assert "model_index.json" in os.listdir(there)
     os.close(there)
-    tiny_pipe.decoder_pipe.save_pretrained(".")
+    shapes_pipe.decoder_pipe.save_pretrained(".")
     assert sorted(os.listdir(".")) == [MANIFEST, "model_index.json", "movq", "scheduler", "unet"]
     assert {report.status for report in verify(Path())} == {"ok"}
 
@@ -81,19 +81,19 @@ def permissions_count() -> Iterator[None]:
         assert libc.capset(header, sets) == 0
 
 
-def test_saving_into_an_empty_folder_whose_parent_cannot_be_written(tiny_pipe, tmp_path):
+def test_saving_into_an_empty_folder_whose_parent_cannot_be_written(shapes_pipe, tmp_path):
     folder = tmp_path / "shared/model"
     folder.mkdir(parents=True)
     folder.parent.chmod(0o555)
     with permissions_count():
         with pytest.raises(PermissionError):
             (folder.parent / "file").touch()
-        tiny_pipe.decoder_pipe.save_pretrained(folder)
+        shapes_pipe.decoder_pipe.save_pretrained(folder)
     assert {report.status for report in verify(folder)} == {"ok"}
 
 
-def test_what_saving_would_lose_is_kept(tiny_pipe, tmp_path):
-    pipe = tiny_pipe.decoder_pipe
+def test_what_saving_would_lose_is_kept(shapes_pipe, tmp_path):
+    pipe = shapes_pipe.decoder_pipe
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is no model"):
@@ -121,11 +121,11 @@ def test_what_saving_would_lose_is_kept(tiny_pipe, tmp_path):
     ],
     ids=str,
 )
-def test_what_saving_does_not_do(arguments, says, tiny_pipe, tmp_path):
+def test_what_saving_does_not_do(arguments, says, shapes_pipe, tmp_path):
     with pytest.raises((TypeError, ValueError), match=says):
-        tiny_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder", **arguments)
+        shapes_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder", **arguments)
     assert not any(tmp_path.iterdir())
-    tiny_pipe.decoder_pipe.save_config(tmp_path / "decoder", push_to_hub=False)
+    shapes_pipe.decoder_pipe.save_config(tmp_path / "decoder", push_to_hub=False)
     assert hub.pipeline_class(tmp_path / "decoder") == "KandinskyV22Pipeline"
 
 
@@ -155,10 +155,10 @@ def test_nothing_out_of_date_stays_beside_a_new_save(prior, tmp_path):
     assert weights(tmp_path) == ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"]
 
 
-def test_loading_needs_no_manifest(tiny_pipe, tmp_path):
-    tiny_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder")
+def test_loading_needs_no_manifest(shapes_pipe, tmp_path):
+    shapes_pipe.decoder_pipe.save_pretrained(tmp_path / "decoder")
     (tmp_path / "decoder" / MANIFEST).write_text("{")
-    parts = {"unet": tiny_pipe.unet, "movq": tiny_pipe.movq}
+    parts = {"unet": shapes_pipe.unet, "movq": shapes_pipe.movq}
     assert KandinskyV22Pipeline.from_pretrained(tmp_path / "decoder", **parts)
     with pytest.raises(CheckpointError, match=f"{MANIFEST} is not JSON"):
         verify(tmp_path / "decoder")

@@ -114,10 +114,10 @@ def test_lengths_that_fit(length, folder):
 
 
 @pytest.mark.parametrize("names", [["input_ids"], [], ["attention_mask"]], ids=str)
-def test_a_mask_comes_whatever_the_tokenizer_lists(names, folder, tiny_pipe):
+def test_a_mask_comes_whatever_the_tokenizer_lists(names, folder, shapes_pipe):
     tokenizer = load_tokenizer(configure(folder, model_input_names=names))
-    pipe = KandinskyV22PriorPipeline.from_pipe(tiny_pipe, tokenizer=tokenizer)
-    own = KandinskyV22PriorPipeline.from_pipe(tiny_pipe)
+    pipe = KandinskyV22PriorPipeline.from_pipe(shapes_pipe, tokenizer=tokenizer)
+    own = KandinskyV22PriorPipeline.from_pipe(shapes_pipe)
     for mine, right in zip(pipe._tokenize([PROMPT, ""]), own._tokenize([PROMPT, ""]), strict=True):
         np.testing.assert_array_equal(mine, right)
     reader = Reader(64, tokenizer=tokenizer, length=77)
@@ -141,7 +141,7 @@ def test_legacy_towers_are_read_at_the_greatest_token(folder):
         check_tokenizer(tokenizer, dataclasses.replace(CONFIG, eos_token_id=2))
 
 
-def test_a_pipeline_with_a_tokenizer_of_another_model(tiny_pipe, tmp_path):
+def test_a_pipeline_with_a_tokenizer_of_another_model(shapes_pipe, tmp_path):
     other = hub.EMBEDDED["tiny"] / hub.PRIOR / "tokenizer"
     folder = tmp_path / "prior"
     shutil.copytree(SHAPES_MODEL / hub.PRIOR, folder, ignore=shutil.ignore_patterns("tokenizer"))
@@ -149,4 +149,4 @@ def test_a_pipeline_with_a_tokenizer_of_another_model(tiny_pipe, tmp_path):
     with pytest.raises(CheckpointError, match=rf"^{folder}/tokenizer does not fit the model: .* up to 2,047"):
         KandinskyV22PriorPipeline.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="do not belong together"):
-        KandinskyV22PriorPipeline.from_pipe(tiny_pipe, tokenizer=load_tokenizer(other))
+        KandinskyV22PriorPipeline.from_pipe(shapes_pipe, tokenizer=load_tokenizer(other))

@@ -145,10 +145,10 @@ def test_json_output(folder):
     flip(folder / UNET)
     done = run(folder, "--json")
     assert done.exit_code == 1
-    told = json.loads(done.stdout)
-    assert told["ok"] is False
-    assert told["counts"] == {"ok": 5, "damaged": 1}
-    [entry] = [entry for entry in told["files"] if entry["status"] == "damaged"]
+    printed = json.loads(done.stdout)
+    assert printed["ok"] is False
+    assert printed["counts"] == {"ok": 5, "damaged": 1}
+    [entry] = [entry for entry in printed["files"] if entry["status"] == "damaged"]
     assert (entry["folder"], entry["path"]) == (str(folder), UNET)
 
 

@@ -55,11 +55,11 @@ def _run(folder: Path) -> None:
             main()
         except SystemExit as end:
             code = end.code
-    told = errors.getvalue()
+    printed = errors.getvalue()
     assert code in (0, 1, 2), code
-    assert "Traceback" not in told, told
-    if told.startswith("error: "):
-        check_message(told)
+    assert "Traceback" not in printed, printed
+    if printed.startswith("error: "):
+        check_message(printed)
 
 
 READERS = tuple(

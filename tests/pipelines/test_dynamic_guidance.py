@@ -66,7 +66,7 @@ def test_decoders_follow_the_scale(ours, theirs, embeds, mode, case):
     scale, scales = CASES[case]
     name, pictures = f"KandinskyV22{mode}Pipeline", given("inpaint", 1, 64, 64) if mode else {}
     rows = dict(zip(("image_embeds", "negative_image_embeds"), embeds, strict=True))
-    drawn = ours[name](
+    generated = ours[name](
         **rows,
         **pictures,
         guidance_scale=scale,
@@ -88,9 +88,9 @@ def test_decoders_follow_the_scale(ours, theirs, embeds, mode, case):
         ],
         **DRAW,
     ).images
-    assert note(np.abs(drawn - expected).max() * 255, "max |d|, of 255") <= 4
+    assert note(np.abs(generated - expected).max() * 255, "max |d|, of 255") <= 4
     plain = ours[name](**rows, **pictures, guidance_scale=scale, generator=TorchGenerator(3), **DRAW).images
-    assert np.abs(drawn - plain).max() * 255 > 10  # and it has an effect
+    assert np.abs(generated - plain).max() * 255 > 10  # and it has an effect
 
 
 @pytest.mark.parametrize("case", CASES)

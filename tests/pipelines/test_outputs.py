@@ -70,10 +70,10 @@ def test_calls_return_them(ours):
     found = prior("a red circle", **short)
     assert type(found) is KandinskyPriorPipelineOutput
     size = {"height": 64, "width": 64, "output_type": "np"}
-    drawn = decoder(**found, **short, **size)
-    assert type(drawn) is ImagePipelineOutput
+    generated = decoder(**found, **short, **size)
+    assert type(generated) is ImagePipelineOutput
     plain = decoder(*found.to_tuple(), **short, **size, return_dict=False)
     assert type(plain) is tuple
-    assert np.array_equal(drawn[0], plain[0])
+    assert np.array_equal(generated[0], plain[0])
     with pytest.raises(TypeError, match=r"image_embeds must be an array, got 'image_embeds'.*\*\*output"):
         decoder(*found, **short, **size)

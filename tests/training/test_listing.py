@@ -243,13 +243,13 @@ def test_one_bad_byte_costs_one_line_of_metadata(tmp_path):
     assert "line 4" in faults(tmp_path)
 
 
-def test_a_lone_surrogate_stops_nothing(tmp_path, tiny_pipe):
+def test_a_lone_surrogate_stops_nothing(tmp_path, shapes_pipe):
     (tmp_path / "a.png").write_bytes(PNG)
     rows = ['{"file_name": "a.png", "text": "a \\ud800 cat"}', '{"file_name": "a.png", "text": "\\ud83d\\ude00"}']
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     items = listing(tmp_path)
     assert [item.text for item in items] == ["a \ufffd cat", "\U0001f600"]
-    reader = Reader(64, tokenizer=tiny_pipe.prior_tokenizer)
+    reader = Reader(64, tokenizer=shapes_pipe.prior_tokenizer)
     assert reader(items[0], np.random.default_rng(0))["text_mask"].sum() > 2
     # And one that comes by another way costs its picture, not the run.
     assert reader(items[0]._replace(text="a \ud800 cat"), np.random.default_rng(0)) is None
