@@ -1,4 +1,4 @@
-"""Arrays that users give -> NumPy: of NumPy, JAX or PyTorch, of any real dtype, with or without a gradient."""
+"""Conversion of users' arrays, of NumPy, JAX or PyTorch and of any real dtype, to NumPy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kandinsky_jax.errors import shorten
 
 
 def to_numpy(value: Any, name: str) -> np.ndarray:
-    """An array of real numbers in memory; bfloat16 and its kin, which NumPy has not, as float32.
+    """Convert to an array of real numbers; bfloat16 and similar dtypes, which NumPy lacks, become float32.
 
     Args:
         value: an array of NumPy, JAX or PyTorch (on any device), numbers in nested lists, or a list of equal arrays.
@@ -32,7 +32,7 @@ def to_numpy(value: Any, name: str) -> np.ndarray:
 
 
 def _of_torch(tensor: Any) -> np.ndarray:
-    """A tensor of PyTorch, which is not imported for it."""
+    """Convert a PyTorch tensor without importing PyTorch."""
     try:
         return tensor.numpy(force=True)
     except TypeError:  # a dtype that NumPy has not

@@ -1,4 +1,4 @@
-"""A dictionary whose items are attributes too and stay as they are, as diffusers' configurations are."""
+"""An immutable dictionary with attribute access, like diffusers' configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiling: kept from run to run, and done ahead of the first call.
+"""Compilation: a persistent cache, and compiling ahead of the first call.
 
 A program is compiled once per network, shapes and machine. JAX's persistent cache keeps it for later runs; where, is
 decided here (`set_compilation_cache`). In one run, a rehearsal (`compiling_ahead`) goes through a call as it stands and
@@ -28,7 +28,7 @@ from kandinsky_jax.storage import user_cache
 
 CACHE, OFF = "KANDINSKY_JAX_CACHE", "off"  # the environment's variable: a folder, or "off"
 MAX_BYTES = 4 << 30  # of a folder
-MIN_SECONDS = 0.05  # what compiles faster is not worth a file
+MIN_SECONDS = 0.05  # programs that compile faster are not cached
 JAX_MIN_SECONDS = 1.0  # JAX's default, so nobody's choice
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -36,7 +36,7 @@ THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity"
 
 
 class Program:
-    """A jitted function that a rehearsal compiles instead of running."""
+    """A jitted function that is compiled instead of run while compiling ahead."""
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         self.jitted = jax.jit(function, **options)
@@ -48,12 +48,12 @@ class Program:
 
 
 def program(**options: Any) -> Callable[[Callable[..., Any]], Program]:
-    """`jax.jit`, with its options, for what is worth compiling ahead."""
+    """Decorate like `jax.jit`, with its options, a function that can be compiled ahead."""
     return functools.partial(Program, **options)
 
 
 class _Rehearsal:
-    """Which programs a call runs: compiled in threads, each of them once."""
+    """Programs of a call that is compiled ahead: each is compiled once, in threads."""
 
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool = pool
@@ -61,13 +61,13 @@ class _Rehearsal:
         self.jobs: list[Future[Any]] = []
 
     def compile(self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Have a program compiled; zeros in the shapes of its result."""
+        """Start compiling a program, and return zeros in the shapes of its result."""
         leaves, tree = jax.tree.flatten((args, kwargs))
         places = [place for leaf in leaves if (place := bound_to(leaf)) is not None]
         key = (jitted, tree, *map(_described, leaves))
         if key not in self._results:
             traced = jitted.trace(*args, **kwargs)
-            # Tracing and lowering are Python and would only wait for each other; XLA runs beside Python.
+            # Tracing and lowering hold the GIL; XLA's compilation releases it.
             self.jobs.append(self._pool.submit(traced.lower().compile))
             self._results[key] = traced.out_info
         where = places[0] if places else None
@@ -75,12 +75,12 @@ class _Rehearsal:
 
 
 def bound_to(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where an array, or the description of one, has to stay, which is a part of its programs; None where it may go."""
+    """Return the sharding of a committed array or `ShapeDtypeStruct`, on which programs depend; None if uncommitted."""
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
 def _described(leaf: Any) -> Hashable:
-    """What a program knows of an argument: all of a static one."""
+    """Return the part of an argument on which the program depends: the value of a static one."""
     if not hasattr(leaf, "dtype"):
         return leaf
     return tuple(leaf.shape), leaf.dtype, bool(getattr(leaf, "weak_type", False)), bound_to(leaf)
@@ -91,7 +91,7 @@ _REHEARSAL: contextvars.ContextVar[_Rehearsal | None] = contextvars.ContextVar("
 
 @contextlib.contextmanager
 def compiling_ahead(call: Callable[[], Any]) -> Iterator[None]:
-    """Compile what `call` runs while the block does something else.
+    """Compile the programs of `call` while the block runs.
 
     Args:
         call: runs here and now, but its programs are compiled in threads and give zeros; their parameters may be
@@ -122,7 +122,7 @@ def compiling_ahead(call: Callable[[], Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def for_real() -> Iterator[None]:
-    """Within a rehearsal, run the block's programs nevertheless: for results that are kept."""
+    """Run the block's programs even while compiling ahead, for results that are cached."""
     token = _REHEARSAL.set(None)
     try:
         yield
@@ -133,11 +133,11 @@ def for_real() -> Iterator[None]:
 # The cache --------------------------------------------------------------------------------------------------------
 
 
-_settled = False  # whether somebody has said where programs are kept
+_settled = False  # whether the cache was configured
 
 
 def set_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
-    """Keep compiled programs in a folder, for this process and later ones, whatever was set before.
+    """Cache compiled programs in a folder, for this process and later ones, overriding earlier settings.
 
     Args:
         folder: is made where it is missing. What lies in it is run, so it has to be yours alone; a folder that you
@@ -183,7 +183,7 @@ def _configured(name: str) -> Any:
 
 
 def _private(folder: Path) -> Path:
-    """A folder, made where it is missing, into which nobody else can put programs for us to run."""
+    """Return a folder, created if missing; PermissionError if others can write into it, since its content is run."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = folder.stat()
     if os.name == "posix" and (about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
@@ -194,8 +194,8 @@ def _private(folder: Path) -> Path:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove entries that a kill or a full disk has cut short, which JAX would stumble over and never replace; and,
-    above `MAX_BYTES`, those that were not used for longest."""
+    """Remove truncated entries, which JAX would fail on and never replace; and, above `MAX_BYTES`, the least recently
+    used ones."""
     checked = folder / "checked"  # as old as the last entry that was looked at
     last = checked.stat().st_mtime if checked.exists() else 0.0
     checked.touch()
@@ -212,7 +212,7 @@ def _last_used(entry: tuple[Path, os.stat_result]) -> float:
 
 
 def _whole(entry: Path) -> bool:
-    """Whether an entry, compressed as JAX does it without further libraries, has its end and its checksum."""
+    """Return whether an entry is complete, by the checksum of JAX's default compression."""
     data = entry.read_bytes()
     if data[:4] == b"\x28\xb5\x2f\xfd":  # zstd, where that is installed: not looked into
         return True

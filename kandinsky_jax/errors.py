@@ -1,4 +1,4 @@
-"""Error messages of bounded length, whatever the input that they quote."""
+"""Error messages of bounded length, whatever they quote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ADDRESS = re.compile(r"(?: object)? at 0x[0-9a-fA-F]+")
 
 
 def shorten(value: object, limit: int = 120) -> str:
-    """Text of a value in at most `limit` characters, on one line, that can be printed; "..." marks what is left out.
+    """Return printable text of a value on one line, at most `limit` characters; "..." marks omissions.
 
     Addresses in memory, which differ between equal runs, are left out.
 
@@ -29,12 +29,12 @@ def shorten(value: object, limit: int = 120) -> str:
 
 
 def quote(value: object, limit: int = 120) -> str:
-    """`repr` of a value as `shorten` makes it: strings have quotation marks."""
+    """Return the shortened `repr` of a value; strings have quotation marks."""
     return shorten(repr(value), limit) if isinstance(value, str) else shorten(value, limit)
 
 
 def summarize(faults: Sequence[str], limit: int = MAX_MESSAGE - 100, separator: str = "; ") -> str:
-    """The first faults, as many as fit into `limit` characters, and how many more there are."""
+    """Join the first faults, as many as fit into `limit` characters, and the number of others."""
     shown: list[str] = []
     for fault in faults:
         fault = shorten(fault, limit)

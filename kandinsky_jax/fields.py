@@ -1,4 +1,4 @@
-"""Values of a configuration's fields, checked by the fields' types: files say anything."""
+"""Validation of configuration values by the types of dataclass fields."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _TUPLE = re.compile(r"tuple\[(\w+), \.\.\.\]")
 def field_faults(
     config: Any, bounds: Bounds, skipped: Collection[str] = (), infinite: Collection[str] = ()
 ) -> list[str]:
-    """What is wrong with the values of a dataclass's fields.
+    """List faults of the values of a dataclass's fields.
 
     Args:
         config: of a module with `from __future__ import annotations`; fields of other types than bool, int, float, str,
             tuples of one of these, and each of them or None, are not looked at.
         bounds: by the names of fields.
-        skipped: fields that are not looked at.
+        skipped: fields that are not checked.
         infinite: fields that may be infinite.
     """
     faults = []

@@ -1,4 +1,4 @@
-"""Where a model lies: embedded in this package, in a folder, or in a Hub repository."""
+"""Finding models: embedded in this package, in a folder, or in a Hub repository."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRIOR, DECODER = "kandinsky-2-2-prior", "kandinsky-2-2-decoder"
 INPAINT, CONTROLNET = "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"
 OFFICIAL = "kandinsky-community"
 
-# The pipelines that a repository of each kind serves: what its model_index.json may name.
+# Classes that model_index.json may name, by kind of repository.
 KINDS = {
     PRIOR: ("KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline", "KandinskyPriorPipeline"),
     DECODER: (
@@ -60,16 +60,16 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class HubOptions:
-    """How a model is fetched from the Hub; names and meaning are diffusers'.
+    """Options for downloads from the Hub, as in diffusers.
 
     Attributes:
         revision: a branch, tag, commit or `refs/pr/N`.
-        cache_dir: where Hub files are kept; None is huggingface_hub's own.
-        token: for private and gated repositories; None is the one of `hf auth login`.
-        local_files_only: use what is in the cache, ask no server.
-        force_download: fetch files again that are in the cache.
-        subfolder: of the repository or folder, in which the model lies.
-        selection: which files of tensors, where there are several.
+        cache_dir: folder of Hub files; None is that of huggingface_hub.
+        token: for private and gated repositories; None is that of `hf auth login`.
+        local_files_only: use the cache only, without requests.
+        force_download: download files again that are in the cache.
+        subfolder: of the repository or folder that holds the model.
+        selection: which tensor files, if there are several.
     """
 
     revision: str | None = None
@@ -89,13 +89,13 @@ class HubOptions:
 
 
 def resolve(name: str | os.PathLike[str], repository: str, **options: Any) -> Path:
-    """The local folder of a model, with `model_index.json` in it.
+    """Return the local folder of a model, with `model_index.json` in it.
 
     Args:
         name: an embedded model ("tiny", or one of its family, "tiny/kandinsky-2-2-prior"), a folder, or a Hub
             repository ("owner/name"). A folder may also hold a whole family, subfolders named as the official
             repositories; then `repository` picks one.
-        repository: which member of a family is wanted, such as "kandinsky-2-2-decoder".
+        repository: member of a model family, such as "kandinsky-2-2-decoder".
         options: see `HubOptions`.
     Raises:
         CheckpointError: saying what was looked for.
@@ -110,7 +110,7 @@ def resolve(name: str | os.PathLike[str], repository: str, **options: Any) -> Pa
             raise _no_member(name, embedded)
         return EMBEDDED[embedded] / (member or repository)
     folder = Path(name)
-    if os.path.isdir(folder):  # which takes a name that is too long for one that is not there
+    if os.path.isdir(folder):  # false for a name that is too long
         folder = folder / (where.subfolder or "")
         for candidate in (folder, folder / repository):
             if os.path.isfile(candidate / "model_index.json"):
@@ -132,11 +132,11 @@ def _no_member(name: str | os.PathLike[str], embedded: str) -> CheckpointError:
 
 
 def resolve_component(name: str | os.PathLike[str], weights: bool = True, **options: Any) -> Path:
-    """The local folder of one component, such as a network or a scheduler.
+    """Return the local folder of one component, such as a network or a scheduler.
 
     Args:
         name: a folder, a Hub repository, or one of an embedded model ("tiny/kandinsky-2-2-decoder").
-        weights: whether to fetch a network's tensors too, or only its small files.
+        weights: whether to download a network's tensors too, or only its small files.
         options: see `HubOptions`; `subfolder` is the component's within a model.
     Raises:
         CheckpointError: saying what was looked for.
@@ -162,7 +162,7 @@ def resolve_component(name: str | os.PathLike[str], weights: bool = True, **opti
 
 
 def _no_subfolder(name: str | os.PathLike[str], folder: Path, subfolder: str) -> str:
-    """That a folder has no such subfolder, and what to write where it holds a family whose members have it."""
+    """Return the message for a missing subfolder, which names members of a family that have it."""
     there = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if members := [f"{name}/{member}" for member in there if (folder / member / subfolder).is_dir()]:
         return f"{shorten(str(name), 200)} is a family of models: give {' or '.join(members)} for {shorten(subfolder)}"
@@ -171,7 +171,7 @@ def _no_subfolder(name: str | os.PathLike[str], folder: Path, subfolder: str) ->
 
 
 def resolve_lora(name: str | os.PathLike[str], weight_name: str | None = None, **options: Any) -> Path:
-    """The local file of LoRA, or the folder that holds it.
+    """Return the local LoRA file, or the folder that holds it.
 
     Args:
         name: a file, a folder, or a Hub repository.
@@ -198,7 +198,7 @@ def resolve_lora(name: str | os.PathLike[str], weight_name: str | None = None, *
 
 
 def stored_folders(name: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> list[Path]:
-    """Where a model's files lie on this machine, each of its fetched revisions; nothing is fetched.
+    """Return the local folders of a model, one per downloaded revision; downloads nothing.
 
     Raises:
         CheckpointError: where there is nothing of it.
@@ -225,11 +225,11 @@ def stored_folders(name: str | os.PathLike[str], cache_dir: str | os.PathLike[st
 
 
 def is_in_cache(folder: Path) -> bool:
-    """Whether a folder is a revision in the Hub's cache."""
+    """Return whether a folder is a revision in the Hub's cache."""
     return _CACHED.search(str(folder)) is not None
 
 
-# Fetching from the Hub --------------------------------------------------------------------------------------------
+# Downloads from the Hub -------------------------------------------------------------------------------------------
 
 
 def _download_model(repository: str, where: HubOptions) -> Path:
@@ -240,7 +240,7 @@ def _download_model(repository: str, where: HubOptions) -> Path:
 
 
 def _fetch_component_files(repository: str, where: HubOptions, parts: Iterable[str]) -> Path:
-    """Fetch components' small files, and of their files of tensors those that are read; returns the whole's folder."""
+    """Download components' small files and the tensor files that are read; return the model's folder."""
     prefixes = _prefixes(parts := list(parts))
     folder = _fetch_small_files(repository, where, parts)
     lacking = [prefix for prefix in prefixes if (folder / prefix / "config.json").is_file()]
@@ -261,7 +261,7 @@ def _prefixes(parts: Iterable[str]) -> list[str]:
 
 
 def _weight_kinds(selection: WeightSelection) -> list[tuple[str | None, str]]:
-    """Variants ("*" is any) and formats of files of tensors, those that are looked for first in front."""
+    """Return variants ("*" is any) and formats of tensor files, in order of preference."""
     forms = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[selection.use_safetensors]
     return [(variant, form) for variant in dict.fromkeys([selection.variant, None, "*"]) for form in forms]
 
@@ -279,7 +279,7 @@ def _has_arrived(folder: Path, selection: WeightSelection, variant: str | None, 
 
 
 def _fetch(repository: str, where: HubOptions, patterns: list[str]) -> Path:
-    """Fetch files of a repository into the Hub's cache.
+    """Download files of a repository into the Hub's cache.
 
     Raises:
         CheckpointError: for whatever goes wrong.
@@ -306,7 +306,7 @@ def _fetch(repository: str, where: HubOptions, patterns: list[str]) -> Path:
 
 
 def _patiently(action: Callable[[], T]) -> T:
-    """What `action` returns; a server that is busy (429, 5xx) is asked again after a while."""
+    """Return the result of `action`, repeating it while the server is busy (429, 5xx)."""
     for attempt in range(MOST_WAITS + 1):
         try:
             return action()
@@ -322,7 +322,7 @@ def _patiently(action: Callable[[], T]) -> T:
 
 
 def _response_of(error: BaseException | None) -> Any:
-    """The answer of a server that led to an error, which huggingface_hub may have wrapped in others."""
+    """Return the server's response that caused an error, which huggingface_hub may have wrapped."""
     for _ in range(10):
         if error is None or getattr(error, "response", None) is not None:
             break
@@ -331,7 +331,7 @@ def _response_of(error: BaseException | None) -> Any:
 
 
 def _wait(response: Any, attempt: int) -> float:
-    """Seconds to wait: what the server asks for, or longer each time; never above `LONGEST_WAIT`."""
+    """Return the seconds to wait: as the server asks, or increasing; at most `LONGEST_WAIT`."""
     try:
         asked = float(response.headers.get("Retry-After", ""))
     except ValueError:
@@ -340,7 +340,7 @@ def _wait(response: Any, attempt: int) -> float:
 
 
 def _explain(repository: str, revision: str | None, offline: bool, error: Exception) -> str:
-    """What went wrong with a repository, in one sentence with what to do."""
+    """Explain an error with a repository in one sentence, with what to do."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
@@ -375,7 +375,7 @@ _CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+?)[/\\]snaps
 
 @contextlib.contextmanager
 def hint_for_cached_files() -> Iterator[None]:
-    """Add to an error about files in the Hub's cache how to check them and to fetch them again."""
+    """Add to errors about files in the Hub's cache how to check them and download them again."""
     try:
         yield
     except (CheckpointError, ConfigError, SchedulerError) as error:
@@ -386,11 +386,11 @@ def hint_for_cached_files() -> Iterator[None]:
         raise type(error)(shorten(str(error), MAX_MESSAGE - len(hint)) + hint) from None
 
 
-# What lies in a model ---------------------------------------------------------------------------------------------
+# Content of a model -----------------------------------------------------------------------------------------------
 
 
 def components(folder: Path) -> dict[str, str]:
-    """A model's components and their classes, from its `model_index.json`.
+    """Return a model's components and their classes, from its `model_index.json`.
 
     Raises:
         CheckpointError: where the file is missing or damaged, or names a component that is no plain folder name.
@@ -414,18 +414,18 @@ def components(folder: Path) -> dict[str, str]:
 
 
 def pipeline_class(folder: Path) -> str:
-    """The class that a `model_index.json` names."""
+    """Return the class that a `model_index.json` names."""
     return str(read_json(folder / "model_index.json").get("_class_name"))
 
 
 def kind(folder: Path) -> str | None:
-    """Which of `KINDS` a model is; None for another one."""
+    """Return which of `KINDS` a model is; None for none of them."""
     found = pipeline_class(folder)
     return next((name for name, classes in KINDS.items() if found in classes), None)
 
 
 def component_folder(folder: Path, name: str) -> Path:
-    """Where a model's component lies.
+    """Return the folder of a model's component.
 
     The decoders of a family may share one MoVQ, for it is the same in all of them: a decoder without one of its own has
     the one of the folder `kandinsky-2-2-decoder` beside it.
@@ -447,7 +447,7 @@ def find_prior(
     prior: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Path:
-    """The prior that belongs to a decoder.
+    """Find the prior that belongs to a decoder.
 
     In this order: `prior`, where given; a folder `kandinsky-2-2-prior` beside the decoder's; the repository that the
     front matter of the decoder's README names under `prior:`. `options`: see `HubOptions`.
@@ -470,7 +470,7 @@ def find_prior(
 
 
 def _front_matter(readme: Path) -> dict[str, Any]:
-    """The YAML block in front of a model card; empty where there is none that can be read."""
+    """Return the YAML metadata of a model card; empty if there is none that can be read."""
     from huggingface_hub import ModelCard
 
     try:

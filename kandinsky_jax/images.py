@@ -1,4 +1,4 @@
-"""Pictures <-> arrays, on the host. The one place that reads and makes pictures.
+"""Conversion of pictures and arrays on the host; all reading and writing of pictures is here.
 
 A picture that a user gives is a PIL picture of any mode (turned upright by its EXIF), the path of a file, or an array
 of NumPy, JAX or PyTorch: `[H, W]`, `[H, W, C]` or `[C, H, W]`. Several come as a list, or stacked along a first axis.
@@ -33,10 +33,10 @@ from kandinsky_jax.fields import Bounds, field_faults
 from kandinsky_jax.reading import check_regular, of_file, read_json_object
 from kandinsky_jax.tensors.files import CheckpointError
 
-MAX_EDGE = 4096  # of what a vision tower takes: the official one takes 224 pixels
+MAX_EDGE = 4096  # of a vision tower's input; the official one takes 224 pixels
 OutputType = Literal["pil", "np", "pt", "latent"]
 
-# What is opened: no format whose reader starts another program, as PostScript's does.
+# Formats that are opened; none whose reader starts another program, as that of PostScript does.
 READABLE = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI"),
     *("SGI", "TGA", "TIFF", "WEBP"),
@@ -52,7 +52,7 @@ LONGEST = 16  # times its shorter side: a longer picture is not resized whole be
 
 
 def read(value: Image.Image | str | os.PathLike[str] | BinaryIO, name: str = "image") -> Image.Image:
-    """A picture, or the one in a file (or open file), decoded and upright.
+    """Decode a picture, or the one in a file or open file, and turn it upright by its EXIF.
 
     Raises:
         ValueError: where it cannot be read, or has more pixels than Pillow holds to be safe.
@@ -79,22 +79,22 @@ def read(value: Image.Image | str | os.PathLike[str] | BinaryIO, name: str = "im
     except Image.UnidentifiedImageError:
         known = ", ".join(READABLE)
         raise ValueError(f"{name}: {what} cannot be read as a picture: cannot identify it as any of {known}") from None
-    except Exception as error:  # of Pillow's readers, which raise whatever damaged data leads them to
+    except Exception as error:  # Pillow's readers raise many kinds for damaged data
         fault = shorten(str(error), 150) or type(error).__name__
         raise ValueError(f"{name}: {what} cannot be read as a picture: {fault}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    if image.mode in ("La", "RGBa"):  # premultiplied, which Pillow converts to nothing else
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha, for which Pillow has no other conversion
         image = image.convert(image.mode.upper())
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that is damaged says nothing
+    except Exception:  # damaged EXIF is ignored
         return image.copy()
 
 
 def rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """A picture of any mode as RGB; transparency is dropped, as `convert` does."""
+    """Convert a picture of any mode to RGB; transparency is dropped, as `convert` does."""
     if image.mode in DEEP:
         image = Image.fromarray((unit(np.asarray(image), name) * 255).round().astype(np.uint8))
     elif image.mode == "P":
@@ -106,7 +106,7 @@ def rgb(image: Image.Image, name: str = "image") -> Image.Image:
 
 
 def pictures(value: Any, name: str, height: int, width: int) -> np.ndarray:
-    """Pictures as MoVQ encodes them, float32 `[N, height, width, 3]` in -1..1."""
+    """Read pictures for MoVQ, float32 `[N, height, width, 3]` in -1..1."""
     found = []
     for which, item in _items(value, name, (3, 4, 1), unit):
         if isinstance(item, Image.Image):
@@ -119,12 +119,12 @@ def pictures(value: Any, name: str, height: int, width: int) -> np.ndarray:
 
 
 def masks(value: Any, name: str, height: int, width: int, warn: bool = True) -> np.ndarray:
-    """Masks, bool `[N, height, width]`, true where the picture is to be repainted: where it is white, 1 or true.
+    """Read masks, bool `[N, height, width]`, true where the picture is repainted: where they are white, 1 or true.
 
     From the middle of the range on it is white. Whole numbers of which none is above 1 are 0 and 1.
 
     Args:
-        warn: whether a mask that repaints nothing or everything is worth a warning.
+        warn: whether to warn of a mask that repaints nothing or everything.
     """
     found = []
     for which, item in _items(value, name, (1,), _mask_unit):
@@ -143,7 +143,7 @@ def masks(value: Any, name: str, height: int, width: int, warn: bool = True) -> 
 
 
 def _mask_levels(image: Image.Image, name: str) -> Image.Image:
-    """A mask of any mode as one of 1, L or RGB, in which white is 255."""
+    """Convert a mask of any mode to 1, L or RGB, where white is 255."""
     if image.has_transparency_data and image.mode != "1":
         colours = image.convert("RGBA")
         *ranges, alpha = [np.ptp(np.asarray(band)) for band in colours.split()]
@@ -159,14 +159,14 @@ def _mask_levels(image: Image.Image, name: str) -> Image.Image:
 
 
 def _mask_unit(array: np.ndarray, name: str) -> np.ndarray:
-    """As `unit`, but for whole numbers of 0 and 1."""
+    """Convert as `unit`, except that integers may be 0 and 1."""
     if array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 1:
         return array.astype(np.float32)
     return unit(array, name)
 
 
 def hints(value: Any, name: str, height: int, width: int) -> np.ndarray:
-    """Depth hints, float32 `[N, height, width, 3]` in 0..1, near bright.
+    """Read depth hints, float32 `[N, height, width, 3]` in 0..1, bright where near.
 
     Ready ones are RGB pictures and arrays of three channels, which are taken as they are. A depth map is a picture of
     one channel or an array `[H, W]`, of any size: 8-bit ones are levels of 0..255, as depth estimators make them;
@@ -195,7 +195,7 @@ def _freeze(value: Any) -> Any:
 
 
 def _depth(plane: np.ndarray, name: str) -> np.ndarray:
-    """A depth map `[H, W]` as float32 in 0..1."""
+    """Scale a depth map `[H, W]` to float32 in 0..1."""
     if plane.dtype == np.uint8:
         return plane.astype(np.float32) / 255
     plane = plane.astype(np.float32)
@@ -212,11 +212,11 @@ def _items(
     convert: Callable[[np.ndarray, str], np.ndarray] | None = None,
     nesting: int = 0,
 ) -> Iterator[tuple[str, Any]]:
-    """The pictures that a user gave, one by one, each with its name: PIL pictures, or arrays `[H, W, channels]`.
+    """Yield the given pictures with their names: PIL pictures, or arrays `[H, W, channels]`.
 
     Args:
-        convert: is applied to each array as it was given, with all of its pictures, which share a range.
-        nesting: in how many lists the value is.
+        convert: applied to each given array, whose pictures share a range.
+        nesting: number of enclosing lists.
     """
     if isinstance(value, Image.Image | str | os.PathLike):
         yield name, read(value, name)
@@ -238,7 +238,7 @@ def _items(
 
 
 def _nhwc(array: np.ndarray, name: str, channels: tuple[int, ...]) -> np.ndarray:
-    """An array of one or more pictures in any order of axes as `[N, H, W, C]`."""
+    """Convert an array of one or more pictures in any order of axes to `[N, H, W, C]`."""
     shape = array.shape
     if channels == (1,) and array.ndim == 3 and shape[-1] in (2, 3, 4):
         raise ValueError(f"{name} has shape {shape}, which is {shape[-1]} channels; needed is one, [H, W]")
@@ -254,7 +254,7 @@ def _nhwc(array: np.ndarray, name: str, channels: tuple[int, ...]) -> np.ndarray
 
 
 def _fitting(array: np.ndarray, name: str, height: int, width: int) -> np.ndarray:
-    """The array `[H, W, C]` itself, if it has the size that is drawn."""
+    """Return an array `[H, W, C]`; ValueError unless it has the generated size."""
     if array.shape[:2] != (height, width):
         raise ValueError(
             f"{name} has {array.shape[0]}x{array.shape[1]} pixels (height x width), needed is {height}x{width}, the "
@@ -264,7 +264,7 @@ def _fitting(array: np.ndarray, name: str, height: int, width: int) -> np.ndarra
 
 
 def _nearest(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """An array `[H, W, C]` of the size that is asked for, by the pixels that PyTorch's `interpolate` takes."""
+    """Resize an array `[H, W, C]` to the nearest pixels, as PyTorch's `interpolate` chooses them."""
     if array.shape[:2] == (height, width):
         return array
     rows, columns = (
@@ -275,7 +275,7 @@ def _nearest(array: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def unit(array: np.ndarray, name: str) -> np.ndarray:
-    """Numbers of a picture as float32 in 0..1, by their dtype and range.
+    """Convert a picture's values to float32 in 0..1, by their dtype and range.
 
     - Booleans, and floats up to 1: as they are. Floats from above `DARKEST` to 255: levels of 8 bits.
     - Whole numbers up to 255: levels of 8 bits, also in a wider dtype. From above 4095 to 65535: of 16 bits.
@@ -306,7 +306,7 @@ def unit(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def fitting_size(image: Image.Image, native: int) -> tuple[int, int]:
-    """(height, width) to generate after a picture: its proportions, about native x native pixels, multiples of 64.
+    """Return (height, width) with a picture's proportions: about native x native pixels, multiples of 64.
 
     Raises:
         ValueError: where a picture is so long that a side would exceed `MAX_FITTING`.
@@ -325,12 +325,12 @@ def fitting_size(image: Image.Image, native: int) -> tuple[int, int]:
 
 
 def from_network(pixels: np.ndarray) -> np.ndarray:
-    """What MoVQ decodes, `[B, H, W, 3]` about -1..1 -> float32 `[B, H, W, 3]` in 0..1."""
+    """Convert MoVQ's output, `[B, H, W, 3]` about -1..1, to float32 in 0..1."""
     return np.clip(np.asarray(pixels, np.float32) * 0.5 + 0.5, 0, 1)
 
 
 def to_output(pixels: np.ndarray, output_type: OutputType) -> Any:
-    """Pictures `[B, H, W, 3]` in 0..1 as a pipeline returns them.
+    """Convert pictures `[B, H, W, 3]` in 0..1 to the output type of a pipeline.
 
     Returns:
         "pil": a list of RGB pictures, levels round(255 x); "np": the array itself; "pt": PyTorch's order of axes,
@@ -344,7 +344,7 @@ def to_output(pixels: np.ndarray, output_type: OutputType) -> Any:
     return [Image.fromarray(picture) for picture in levels]
 
 
-# By the ending: Pillow's name, and how they are written.
+# By suffix: Pillow's format, and options for writing.
 ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {}),
     "jpg": ("JPEG", {"quality": 95}),
@@ -355,7 +355,7 @@ WRITABLE = tuple(f".{ending}" for ending in ENCODINGS)
 
 
 def check_writable(path: Path) -> None:
-    """Raise where a picture could not be written to `path`, before the work for it is done."""
+    """Raise ValueError if a picture cannot be written to `path`, before it is generated."""
     if path.suffix.lower() not in WRITABLE:
         raise ValueError(f"{path} should end in one of {', '.join(WRITABLE)}")
     if path.is_dir():
@@ -367,7 +367,7 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, picture: Image.Image, about: dict[str, Any] | None = None) -> None:
-    """Write a picture, complete or not at all; a PNG also carries `about`, what it takes to draw it again."""
+    """Write a picture atomically; a PNG also contains `about`, the settings that reproduce it."""
     info = PngInfo()
     if about is not None:
         info.add_itxt("kandinsky_jax", json.dumps(about, ensure_ascii=False))
@@ -378,7 +378,7 @@ def write(path: Path, picture: Image.Image, about: dict[str, Any] | None = None)
 
 
 def encode(picture: Image.Image, ending: str) -> bytes:
-    """A picture as the bytes of a file.
+    """Encode a picture as the bytes of a file.
 
     Args:
         ending: one of `ENCODINGS`.
@@ -389,11 +389,11 @@ def encode(picture: Image.Image, ending: str) -> bytes:
     return data.getvalue()
 
 
-# CLIP's own way in ------------------------------------------------------------------------------------------------
+# CLIP's preprocessing ---------------------------------------------------------------------------------------------
 
 
 def embeddable(value: Any, name: str) -> list[Image.Image]:
-    """Pictures for `CLIPImageProcessor`, which resizes and crops by itself."""
+    """Read pictures for `CLIPImageProcessor`, which resizes and crops them."""
     found = []
     for _, item in _items(value, name, (3, 4, 1), unit):
         if isinstance(item, Image.Image):
@@ -406,7 +406,7 @@ def embeddable(value: Any, name: str) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class CLIPImageProcessor:
-    """A picture as CLIP's vision tower takes it: shorter edge resized (bicubic), centre cropped, normalised.
+    """Preprocessing of CLIP's vision tower: shorter edge resized (bicubic), centre crop, normalisation.
 
     Reads and writes transformers' `preprocessor_config.json`. It is not transformers' own class because importing that
     takes seconds and pulls in torch where torch is installed.
@@ -416,7 +416,7 @@ class CLIPImageProcessor:
     crop: int = 224
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    rescale_factor: float = 1 / 255  # by which levels are multiplied first
+    rescale_factor: float = 1 / 255  # factor of the pixel values
 
     FILE: ClassVar[str] = "preprocessor_config.json"
     BOUNDS: ClassVar[Bounds] = {
@@ -428,7 +428,7 @@ class CLIPImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> CLIPImageProcessor:
-        """Read a configuration; CheckpointError where it is missing, damaged or of another kind of processor."""
+        """Read a configuration; CheckpointError if it is missing, damaged or of another kind of processor."""
         path = Path(folder) / cls.FILE
         try:
             return cls._from_dict(read_json_object(path))
@@ -479,7 +479,7 @@ class CLIPImageProcessor:
         atomic.replace_file(Path(folder) / self.FILE, (json.dumps(config, indent=2) + "\n").encode())
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """A picture of any size and mode -> float32 `[1, crop, crop, 3]`."""
+        """Preprocess a picture of any size and mode to float32 `[1, crop, crop, 3]`."""
         image = rgb(read(image))
         scale = self.size / min(image.size)
         width, height = (self.size if side == min(image.size) else int(side * scale) for side in image.size)

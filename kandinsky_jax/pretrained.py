@@ -1,4 +1,4 @@
-"""Networks loaded and saved by themselves, as by `UNet2DConditionModel.from_pretrained(name, subfolder="unet")`."""
+"""Loading and saving of single networks, as in `UNet2DConditionModel.from_pretrained(name, subfolder="unet")`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def load_component(
     """Load a network of this class.
 
     Args:
-        name: its folder, or that of a model, or a Hub repository, or "tiny/kandinsky-2-2-decoder" and its like.
-        subfolder: where it lies in it, such as "unet".
-        dtype: its dtype; None is float32 on a CPU and bfloat16 on a TPU or GPU. torch_dtype is its older name.
-        variant, use_safetensors: see `kandinsky_jax.checkpoint.WeightSelection`; a variant has to be there.
+        name: its folder, that of a model, a Hub repository, or an embedded model such as "tiny/kandinsky-2-2-decoder".
+        subfolder: of the network, such as "unet".
+        dtype: None is float32 on a CPU and bfloat16 on a TPU or GPU. torch_dtype is the older name.
+        variant, use_safetensors: see `kandinsky_jax.checkpoint.WeightSelection`; a variant must exist.
         low_cpu_mem_usage: has no effect, tensors are read one by one.
         options: revision, cache_dir, token, local_files_only and force_download of `kandinsky_jax.hub.HubOptions`.
     Raises:
@@ -65,7 +65,7 @@ def save_component(
     max_shard_size: int | str | None = None,
     **arguments: Any,
 ) -> None:
-    """Write a network into a folder, see `kandinsky_jax.save_network`; `arguments` are diffusers', without use here."""
+    """Write a network into a folder, see `kandinsky_jax.save_network`; `arguments` of diffusers are refused."""
     check_saving_arguments(f"{type(network).__name__}.save_pretrained", safe_serialization, arguments)
     save_network(network, folder, layout, None, variant, max_shard_size)
 
@@ -85,7 +85,7 @@ def load_component_config(
     return_unused_kwargs: bool = False,
     **options: Any,
 ) -> Any:
-    """The configuration of a network or scheduler, for which no tensors are fetched.
+    """Load the configuration of a network or scheduler, without downloading tensors.
 
     Args:
         name, subfolder, options: see `load_component`.

@@ -1,4 +1,4 @@
-"""Small files read within bounds: what comes out is their content, or a `ReadError` with one short reason.
+"""Bounded reading of small files: returns their content, or raises `ReadError` with a short reason.
 
 Configurations, tokenizers, indices and the like come from anywhere. Each reader turns a `ReadError` into its own kind
 of error, with the path; `of_file` words the two together.
@@ -20,17 +20,17 @@ MAX_DEPTH = 64  # of JSON; what walks through it afterwards may recurse
 
 
 class ReadError(ValueError):
-    """Why a file cannot be read or parsed; the path is not in it."""
+    """A file cannot be read or parsed; the message does not contain the path."""
 
 
 def of_file(path: str | os.PathLike[str], reason: object) -> str:
-    """A message about a file, of at most `MAX_MESSAGE` characters where the path is not very long."""
+    """Return a message about a file, of at most `MAX_MESSAGE` characters unless the path is very long."""
     where = shorten(os.fspath(path), 240)
     return f"{where} {shorten(reason, max(200, MAX_MESSAGE - len(where)))}"
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Read a regular file of at most `limit` bytes.
 
     Raises:
         FileNotFoundError: where there is none.
@@ -52,19 +52,19 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise ReadError where a path is a folder, a pipe or a device, OSError where it cannot be looked at."""
+    """Raise ReadError if a path is a folder, a pipe or a device, OSError if it cannot be accessed."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise ReadError("is a folder, needed is a file" if stat.S_ISDIR(mode) else "is no regular file")
 
 
 def read_text(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> str:
-    """The text of a regular UTF-8 file, a byte-order mark left out; errors as `read_bytes`."""
+    """Read a regular UTF-8 file, without its byte order mark; errors as in `read_bytes`."""
     return decode(read_bytes(path, limit))
 
 
 def decode(data: bytes) -> str:
-    """UTF-8 text, a byte-order mark left out; ReadError for another encoding."""
+    """Decode UTF-8, without a byte order mark; ReadError for other encodings."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -72,7 +72,7 @@ def decode(data: bytes) -> str:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """What a JSON text says.
+    """Parse JSON.
 
     Raises:
         ReadError: where it is none, is nested too deeply, or has an integer of thousands of digits.
@@ -101,12 +101,12 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> Any:
-    """What a JSON file says; errors as `read_bytes` and `parse_json`."""
+    """Read a JSON file; errors as in `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, limit))
 
 
 def read_json_object(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> dict[str, Any]:
-    """The object in a JSON file; errors as `read_json`, and ReadError where it holds something else."""
+    """Read the object in a JSON file; errors as in `read_json`, and ReadError for any other value."""
     parsed = read_json(path, limit)
     if not isinstance(parsed, dict):
         raise ReadError(f"holds {type(parsed).__name__}, needed is an object")

@@ -1,4 +1,4 @@
-"""The networks: pure maths on arrays; no files, no loops, no devices."""
+"""The networks, independent of files, sampling loops and devices."""
 
 from flax import nnx
 

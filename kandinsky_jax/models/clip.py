@@ -1,4 +1,4 @@
-"""CLIP's two towers, each with its projection: what turns a prompt or a picture into one vector.
+"""CLIP's text and vision towers with their projections, which embed a prompt or a picture.
 
 Reference: Radford et al. 2021 (arXiv 2103.00020); transformers' CLIPTextModelWithProjection and
 CLIPVisionModelWithProjection, whose tensor names the attributes bear.
@@ -31,7 +31,7 @@ from kandinsky_jax.models.layers import (
 )
 from kandinsky_jax.models.pretrained import PretrainedNetwork
 
-# Fields that every transformers configuration may carry and that do not change an encoder's output.
+# Fields of any transformers configuration that do not change an encoder's output.
 _BOOKKEEPING = frozenset(
     "architectures model_type transformers_version torch_dtype dtype attention_dropout dropout initializer_factor "
     "initializer_range bos_token_id pad_token_id gradient_checkpointing use_cache return_dict output_attentions "
@@ -72,7 +72,7 @@ class _CLIPConfig(NetworkConfig):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(_CLIPConfig):
-    """The text tower's `config.json`; defaults are transformers'."""
+    """Configuration of the text tower, with transformers' defaults."""
 
     CLASS_NAME: ClassVar[str] = "CLIPTextModelWithProjection"
     MODEL_TYPE: ClassVar[str] = "clip_text_model"
@@ -87,7 +87,7 @@ class CLIPTextConfig(_CLIPConfig):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig(_CLIPConfig):
-    """The vision tower's `config.json`; defaults are transformers'."""
+    """Configuration of the vision tower, with transformers' defaults."""
 
     CLASS_NAME: ClassVar[str] = "CLIPVisionModelWithProjection"
     MODEL_TYPE: ClassVar[str] = "clip_vision_model"
@@ -173,7 +173,7 @@ class CLIPTextOutput(NamedTuple):
 
 
 class CLIPTextModelWithProjection(TorchModuleMixin, PretrainedNetwork, nnx.Module):
-    """The text tower. Padding is visible to it; only the prior masks it."""
+    """The text tower. It attends to padding, which only the prior masks."""
 
     CONFIG = CLIPTextConfig
 
@@ -228,7 +228,7 @@ class CLIPVisionTransformer(nnx.Module):
 
 
 class CLIPVisionModelWithProjection(TorchModuleMixin, PretrainedNetwork, nnx.Module):
-    """The vision tower: a picture's image embedding, the space in which the prior works."""
+    """The vision tower, which computes image embeddings."""
 
     CONFIG = CLIPVisionConfig
 
@@ -248,9 +248,9 @@ class CLIPVisionModelWithProjection(TorchModuleMixin, PretrainedNetwork, nnx.Mod
         return self.head(self.vision_model.encoder(self.stem(pixel_values)))
 
     def stem(self, pixel_values: jax.Array) -> jax.Array:
-        """What comes before the encoder's layers: pictures -> tokens `[B, T, hidden_size]`."""
+        """Compute the encoder's input: pictures -> tokens `[B, T, hidden_size]`."""
         return self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixel_values.astype(dtype_of(self))))
 
     def head(self, hidden: jax.Array) -> jax.Array:
-        """What comes after them: tokens -> image_embeds."""
+        """Compute the output of the encoder's tokens: image_embeds."""
         return self.visual_projection(self.vision_model.post_layernorm(hidden[:, 0]))

@@ -1,4 +1,4 @@
-"""What users do with PyTorch's modules: `to`, `device`, `dtype`, and switches that save memory there.
+"""Members of PyTorch's modules: `to`, `device`, `dtype`, and switches that save memory there.
 
 Shared by networks and pipelines, so that programs written for diffusers run as they are.
 """
@@ -29,7 +29,7 @@ _warned: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 def warn_once(owner: Any, what: str, message: str, stacklevel: int = 3) -> None:
-    """Warn, unless this object has warned of it before."""
+    """Warn once per object and subject."""
     seen = _warned.setdefault(owner, set())
     if what not in seen:
         seen.add(what)
@@ -37,7 +37,7 @@ def warn_once(owner: Any, what: str, message: str, stacklevel: int = 3) -> None:
 
 
 def without_effect(name: str) -> Callable[..., None]:
-    """A method that does nothing but warn once, for what saves memory or time in PyTorch."""
+    """Return a method that only warns once, for a member that saves memory or time in PyTorch."""
 
     def method(self: Any, *_: Any, **__: Any) -> None:
         warn_once(
@@ -57,7 +57,7 @@ def nothing_to_do(self: Any, *_: Any, **__: Any) -> None:
 
 
 def refused(name: str, instead: str) -> Any:
-    """A method that raises NotImplementedError with what to write instead."""
+    """Return a method that raises NotImplementedError, saying what to write instead."""
 
     def method(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(f"{name} is not supported: {instead}")
@@ -68,7 +68,7 @@ def refused(name: str, instead: str) -> Any:
 
 
 def _by_the_pipeline(name: str, instead: str = "") -> Any:
-    """A method of diffusers' networks for LoRA, which pipelines load and weight here."""
+    """Return a method of diffusers' networks for LoRA, which pipelines handle here."""
     return refused(f"{name} of a network", f"LoRA is the pipeline's here; call pipe.{instead or name}(...)")
 
 
@@ -76,14 +76,14 @@ def _by_the_pipeline(name: str, instead: str = "") -> Any:
 
 
 class Target(NamedTuple):
-    """Where networks are to lie and what their numbers are to be; None leaves it as it is."""
+    """Target device and dtype of networks; None leaves them unchanged."""
 
     devices: Sequence[jax.Device] | None = None
     exact: bool = False  # on these devices, not just on some of their platform
     dtype: jnp.dtype | None = None
 
     def apply(self, network: nnx.Module) -> None:
-        """Convert and move a network's parameters, in place."""
+        """Convert and move a network's parameters in place."""
         state = nnx.state(network, nnx.Param)
         if self.dtype is not None:
             state = jax.tree.map(lambda leaf: _converted(leaf, self.dtype), state)
@@ -100,22 +100,22 @@ class Target(NamedTuple):
 
 
 def _converted(leaf: jax.Array, dtype: Any) -> jax.Array:
-    """An array in another dtype where it lies; on the host, so that no program is compiled for every shape."""
-    with np.errstate(over="ignore"):  # what is too large for float16 is infinite there in PyTorch too
+    """Convert an array's dtype on the host, keeping its sharding, so that no program is compiled for every shape."""
+    with np.errstate(over="ignore"):  # overflow of float16 gives infinity, as in PyTorch
         array = np.asarray(leaf).astype(dtype)
     return jax.device_put(array, in_memory(leaf.sharding, leaf.shape) if leaf.committed else None)
 
 
 def read_target(owner: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> Target:
-    """The arguments of PyTorch's `to`: a device, a dtype or both, by place or by name.
+    """Read the arguments of PyTorch's `to`: a device, a dtype or both, positional or by name.
 
     Raises:
-        TypeError, ValueError: saying what there is.
+        TypeError, ValueError: for other values; the message lists what is supported.
     """
     devices: list[Any] = []
     dtypes: list[Any] = []
     rest = dict(named)
-    for name in ("non_blocking", "copy", "memory_format", "silence_dtype_warnings"):  # nothing of the result
+    for name in ("non_blocking", "copy", "memory_format", "silence_dtype_warnings"):  # without effect on the result
         rest.pop(name, None)
     for names, found in ((("device", "torch_device"), devices), (("dtype", "torch_dtype"), dtypes)):
         found += [value for name in names if (value := rest.pop(name, None)) is not None]
@@ -137,7 +137,7 @@ def _is_dtype(value: Any) -> bool:
 
 
 def read_dtype(value: Any) -> jnp.dtype:
-    """A dtype of networks by its name, or as NumPy's, JAX's or PyTorch's object."""
+    """Return a dtype of networks from its name or an object of NumPy, JAX or PyTorch."""
     text = str(value).removeprefix("torch.")
     try:
         found = jnp.dtype(DTYPES.get(text, text) if isinstance(value, str) or text != str(value) else value)
@@ -222,21 +222,21 @@ class TorchModuleMixin:
 
     @property
     def device(self) -> jax.Device:
-        """Where the parameters lie; on a mesh, its first device."""
+        """The device of the parameters; of a mesh, the first one."""
         leaf = jax.tree.leaves(nnx.state(self, nnx.Param))[0]
         return min(leaf.devices(), key=lambda device: device.id)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the first parameter, in which the network computes."""
+        """The dtype of the first parameter, in which the network computes."""
         return jnp.dtype(jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters have.
+        """Return the number of parameters.
 
         Args:
             only_trainable: has no effect, every parameter can be trained.
-            exclude_embeddings: whether to leave out the tables that token ids and positions are looked up in.
+            exclude_embeddings: whether to exclude tables of token and position embeddings.
         """
         count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
         if exclude_embeddings:

@@ -17,7 +17,7 @@ from kandinsky_jax.reading import of_file
 
 
 class ConfigError(ValueError):
-    """A configuration that this library cannot follow faithfully."""
+    """A configuration is not supported."""
 
 
 MAX_BLOCKS = 16
@@ -63,7 +63,7 @@ class NetworkConfig(Mapping[str, Any]):
         return len(self.to_dict())
 
     def __getattr__(self, name: str) -> Any:
-        """A field of the reference that has one value here."""
+        """Return the value of a field of the reference that is fixed here."""
         if name == "_class_name" and self.CLASS_NAME:
             return self.CLASS_NAME
         if name in self.FIXED:
@@ -71,7 +71,7 @@ class NetworkConfig(Mapping[str, Any]):
         raise AttributeError(f"the configuration of a {self.CLASS_NAME or 'network'} has no {shorten(name, 80)!r}")
 
     def faults(self) -> list[str]:
-        """What is wrong with a configuration whose fields have the right types."""
+        """List faults of a configuration whose fields have the right types."""
         return []
 
     @classmethod
@@ -108,7 +108,7 @@ class NetworkConfig(Mapping[str, Any]):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as the reference would write it, ready for `json.dump`."""
+        """Return the configuration as the reference writes it, for `json.dump`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fixed = {name: values[0] for name, values in self.FIXED.items()}
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in (fixed | own).items()}
@@ -116,8 +116,7 @@ class NetworkConfig(Mapping[str, Any]):
 
 
 def block_faults(config: Any) -> list[str]:
-    """What is wrong with a configuration's down_block_types, up_block_types (`DOWN`, `UP` name the known ones) and
-    block_out_channels."""
+    """List faults of down_block_types, up_block_types (`DOWN`, `UP` are the known ones) and block_out_channels."""
     faults = []
     for field, allowed in (("down_block_types", config.DOWN), ("up_block_types", config.UP)):
         faults += [f"{field} has {quote(n)}, supported: {allowed}" for n in getattr(config, field) if n not in allowed]

@@ -21,7 +21,7 @@ HOOKS: dict[
 
 
 class PretrainedNetwork:
-    """What networks have of diffusers' and transformers' ways to load and save them."""
+    """Loading and saving of networks as in diffusers and transformers."""
 
     config_name: ClassVar[str] = "config.json"
     has_compatibles: ClassVar[bool] = False
@@ -29,14 +29,14 @@ class PretrainedNetwork:
 
     @classmethod
     def load_config(cls, name: str | os.PathLike[str], **options: Any) -> Any:
-        """What a network's `config.json` holds; arguments as of `from_pretrained`."""
+        """Load a network's `config.json`; arguments as in `from_pretrained`."""
         return HOOKS["load_config"](name, **options)
 
     @classmethod
     def from_config(
         cls, config: Mapping[str, Any], seed: int = 0, return_unused_kwargs: bool = False, **changes: Any
     ) -> Any:
-        """A network of this class with random weights, float32.
+        """Build a network of this class with random weights, float32.
 
         Args:
             config: as `load_config` or another network's `config` gives it.

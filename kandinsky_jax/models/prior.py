@@ -37,7 +37,7 @@ KeyValue = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class PriorConfig(NetworkConfig):
-    """The prior's `config.json`; defaults are diffusers'."""
+    """Configuration of the prior, with diffusers' defaults."""
 
     CLASS_NAME: ClassVar[str] = "PriorTransformer"
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -109,7 +109,7 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class PriorCondition(NamedTuple):
-    """What a prompt contributes to every step: each layer's keys and values of the text rows, and who may see them."""
+    """Precomputed contributions of a prompt to every step: keys and values of the text tokens, and their mask."""
 
     kv: list[KeyValue]  # per layer, [B, heads, num_embeddings + 1, head_dim]
     visible: jax.Array  # bool [B, num_embeddings + 1]
@@ -142,12 +142,12 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     def condition(
         self, proj_embedding: jax.Array, encoder_hidden_states: jax.Array, attention_mask: jax.Array
     ) -> PriorCondition:
-        """Run the rows that no step changes.
+        """Run the tokens that do not change between steps.
 
         Args:
             proj_embedding: the pooled text embedding, `[B, embedding_proj_dim]`.
-            encoder_hidden_states: the text tower's hidden states, `[B, num_embeddings, embedding_dim]`; rows at the end
-                that are padding in the whole batch may be left out, which changes nothing, since nobody sees them.
+            encoder_hidden_states: the text tower's hidden states, `[B, num_embeddings, embedding_dim]`; tokens at the
+                end that are padding in the whole batch may be left out, since they are masked.
             attention_mask: bool `[B, num_embeddings]`, False at padding.
         """
         dtype = dtype_of(self)
@@ -167,7 +167,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         return PriorCondition(cache, visible)
 
     def __call__(self, hidden_states: jax.Array, timestep: jax.Array, condition: PriorCondition) -> jax.Array:
-        """One evaluation.
+        """Evaluate the network.
 
         Args:
             hidden_states: the noisy image embedding, `[B, embedding_dim]`.
@@ -191,5 +191,5 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         return self.proj_to_clip_embeddings(self.norm_out(x)[:, -1])
 
     def post_process_latents(self, latents: jax.Array) -> jax.Array:
-        """From the normalised space in which the prior samples to CLIP's own, `[B, clip_embed_dim]`."""
+        """Convert from the prior's normalised space to that of CLIP, `[B, clip_embed_dim]`."""
         return latents * self.clip_std[...] + self.clip_mean[...]

@@ -47,7 +47,7 @@ HINT_LAYERS = (
 
 
 class ImageProjection(nnx.Module):
-    """The image embedding as tokens for cross-attention."""
+    """Projection of the image embedding to tokens for cross-attention."""
 
     def __init__(self, image_embed_dim: int, cross_attention_dim: int, *, rngs: Rngs):
         self.image_embeds = linear(image_embed_dim, IMAGE_TOKENS * cross_attention_dim, rngs)
@@ -59,7 +59,7 @@ class ImageProjection(nnx.Module):
 
 
 class ImageTimeEmbedding(nnx.Module):
-    """The image embedding as an addition to the time embedding; with `hint`, also the hint encoder."""
+    """Projection of the image embedding that is added to the time embedding; with `hint`, also the hint encoder."""
 
     def __init__(self, image_embed_dim: int, time_embed_dim: int, hint: bool, *, rngs: Rngs):
         self.image_proj = linear(image_embed_dim, time_embed_dim, rngs)
@@ -81,11 +81,13 @@ class ImageTimeEmbedding(nnx.Module):
 
 
 class UNetCondition(NamedTuple):
-    """What a condition contributes to every step."""
+    """Precomputed contributions of the conditioning to every step."""
 
     embedding: jax.Array  # added to the time embedding, [B, time_dim]
     added_kv: list[KeyValue]  # per attention in order of execution, [B, 32, heads, head_dim]
-    channels: jax.Array | None  # further input channels: the hint's latents, or an inpainting picture; [B, h, w, c]
+    channels: (
+        jax.Array | None
+    )  # extra input channels: latents of the hint, or of the kept picture and the mask; [B, h, w, c]
 
 
 class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
@@ -126,12 +128,12 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     def condition(
         self, image_embeds: jax.Array, hint: jax.Array | None = None, channels: jax.Array | None = None
     ) -> UNetCondition:
-        """Do the work that depends on the condition alone.
+        """Compute everything that depends only on the conditioning.
 
         Args:
             image_embeds: CLIP image embeddings, `[B, encoder_hid_dim]`.
             hint: for an "image_hint" UNet, `[b, H, W, 3]` in 0..1, H and W eight times the latents' sides.
-            channels: for an inpainting UNet, the kept part's latents and the mask (1: kept), `[b, h, w, 5]`.
+            channels: for an inpainting UNet, latents of the kept part and the keep mask, `[b, h, w, 5]`.
 
         b is B, or half of it where guidance has doubled the embeddings.
         """
@@ -149,7 +151,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         )
 
     def __call__(self, sample: jax.Array, timestep: jax.Array, condition: UNetCondition) -> jax.Array:
-        """One evaluation.
+        """Evaluate the network.
 
         Args:
             sample: noisy latents, `[B, h, w, in_channels]` less the condition's further channels; h and w multiples of

@@ -1,4 +1,4 @@
-"""The UNet's rooms: ResNet block, attention with added keys and values, and the down, middle and up blocks.
+"""The UNet's blocks: ResNet block, attention with added keys and values, and the down, middle and up blocks.
 
 Reference: diffusers' ResnetBlock2D (scale_shift), AttnAddedKVProcessor and the *SimpleCrossAttn* blocks.
 """
@@ -52,7 +52,7 @@ class ResnetBlock2D(nnx.Module):
 
 
 class SimpleCrossAttention(nnx.Module):
-    """Self-attention over pixels whose keys and values are preceded by those of the image tokens."""
+    """Self-attention over pixels, with the keys and values of the image tokens prepended."""
 
     def __init__(self, config: UNetConfig, dim: int, *, rngs: Rngs):
         self.heads = dim // config.attention_head_dim
@@ -66,7 +66,7 @@ class SimpleCrossAttention(nnx.Module):
         self.to_out = nnx.List([linear(inner, dim, rngs)])
 
     def added_kv(self, tokens: jax.Array) -> KeyValue:
-        """tokens `[B, S, cross_attention_dim]` -> keys and values `[B, S, heads, head_dim]`, the same at every step."""
+        """Compute keys and values `[B, S, heads, head_dim]` of tokens `[B, S, cross_attention_dim]`, once per call."""
         return split_heads(self.add_k_proj(tokens), self.heads), split_heads(self.add_v_proj(tokens), self.heads)
 
     def __call__(self, x: jax.Array, added: KeyValue) -> jax.Array:
@@ -79,7 +79,7 @@ class SimpleCrossAttention(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """ResNet blocks, each followed by an attention if `cross`; then a halving if `sample`."""
+    """ResNet blocks, each followed by attention if `cross`; then downsampling if `sample`."""
 
     def __init__(self, config: UNetConfig, cin: int, cout: int, *, cross: bool, sample: bool, rngs: Rngs):
         layers = config.layers_per_block
@@ -92,7 +92,7 @@ class DownBlock(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, temb: jax.Array, added: Iterator[KeyValue], skips: list[jax.Array]) -> jax.Array:
-        """Appends each layer's output to `skips`; takes as many pairs of `added` as it has attentions."""
+        """Run the block, appending each layer's output to `skips` and taking one pair of `added` per attention."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
             if self.attentions:
@@ -115,20 +115,20 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """The mirror of `DownBlock`, one layer longer: each layer first takes a skip connection."""
+    """Counterpart of `DownBlock` with one more layer; each layer takes a skip connection."""
 
     def __init__(
         self, config: UNetConfig, previous: int, cout: int, skip: int, *, cross: bool, sample: bool, rngs: Rngs
     ):
         layers = config.layers_per_block + 1
-        # The first layer still has the previous block's width; the last one's skip comes from the next narrower block.
+        # The first layer has the previous block's width; the last skip comes from the next narrower block.
         widths = [(previous if i == 0 else cout) + (skip if i == layers - 1 else cout) for i in range(layers)]
         self.resnets = nnx.List([ResnetBlock2D(config, width, cout, rngs=rngs) for width in widths])
         self.attentions = nnx.List([SimpleCrossAttention(config, cout, rngs=rngs) for _ in range(layers * cross)])
         self.upsamplers = nnx.List([ResnetBlock2D(config, cout, cout, resample="up", rngs=rngs) for _ in range(sample)])
 
     def __call__(self, x: jax.Array, temb: jax.Array, added: Iterator[KeyValue], skips: list[jax.Array]) -> jax.Array:
-        """Takes its skip connections from the end of `skips`."""
+        """Run the block, taking skip connections from the end of `skips`."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), temb)
             if self.attentions:

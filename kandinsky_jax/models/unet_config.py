@@ -1,4 +1,4 @@
-"""The UNet's configuration: which of diffusers' many UNets Kandinsky 2.2's is."""
+"""Configuration of the UNet, restricted to the variants of Kandinsky 2.2."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from kandinsky_jax.models.config import NetworkConfig, block_faults
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(NetworkConfig):
-    """The UNet's `config.json`. Defaults are diffusers', except where diffusers' belong to another family of UNets
-    than Kandinsky 2.2's."""
+    """Configuration of the UNet. Defaults are those of diffusers where they fit Kandinsky 2.2."""
 
     CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
     IGNORED: ClassVar[frozenset[str]] = frozenset(
@@ -60,7 +59,7 @@ class UNetConfig(NetworkConfig):
     DOWN: ClassVar[tuple[str, str]] = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
     UP: ClassVar[tuple[str, str]] = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
 
-    sample_size: int | None = None  # latents along a side in training; what the command line draws by default
+    sample_size: int | None = None  # latents along a side in training; the default size of the command line
     in_channels: int = 4
     out_channels: int = 8
     down_block_types: tuple[str, ...] = (DOWN[0], DOWN[1], DOWN[1], DOWN[1])

@@ -1,4 +1,4 @@
-"""Host maths, float64 NumPy: a configuration and a number of steps -> a table of coefficients."""
+"""Schedulers: float64 NumPy on the host; a configuration and a number of steps -> a table of coefficients."""
 
 from kandinsky_jax.schedulers.base import Scheduler
 from kandinsky_jax.schedulers.consistency import LCMScheduler, TCDScheduler

@@ -1,4 +1,4 @@
-"""What all schedulers share: configuration, adding noise, what the network's output means."""
+"""Base of all schedulers: configuration, adding noise, and prediction types."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MAX_TRAIN_TIMESTEPS = 10_000  # the tables of the forward process are this long;
 
 
 def _freeze(value: Any) -> Any:
-    """Lists as tuples; arrays and numbers of NumPy's, JAX's or PyTorch's as Python's."""
+    """Convert lists to tuples, and arrays and numbers of NumPy, JAX or PyTorch to Python's."""
     if isinstance(value, list | tuple):
         return tuple(map(_freeze, value))
     if not hasattr(value, "__array__"):
@@ -57,7 +57,7 @@ def _freeze(value: Any) -> Any:
 
 
 def near(name: Any, known: Iterable[str]) -> str:
-    """What somebody may have meant, for the end of an error message."""
+    """Suggest similar names, for the end of an error message."""
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=3)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
@@ -65,9 +65,9 @@ def near(name: Any, known: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler(SchedulerMixin):
-    """Base of the schedulers: an immutable configuration that can lay out a table.
+    """Base of the schedulers: an immutable configuration that computes a table.
 
-    Fields bear the names and defaults of the diffusers class of the same name, and are given by name.
+    Fields have the names and defaults of the diffusers class of the same name, and are given by name.
     """
 
     CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -114,23 +114,22 @@ class Scheduler(SchedulerMixin):
             raise SchedulerError(f"{type(self).__name__}: {summarize(faults)}")
 
     def schedule(self, num_inference_steps: int, begin: int = 0) -> Schedule:
-        """The table for this number of steps.
+        """Compute the table for this number of steps.
 
         Args:
-            num_inference_steps: not looked at where the scheduler has timesteps or sigmas of its own.
-            begin: steps to leave out, for a sample that is already partly drawn. Solvers that remember earlier steps
-                start afresh there.
+            num_inference_steps: ignored by a scheduler with custom timesteps or sigmas.
+            begin: steps to skip, for a sample that is already partly denoised. Multistep solvers start anew there.
         Raises:
             SchedulerError: where the number is not one that the reference takes, or the options divide by zero.
         """
-        with np.errstate(divide="ignore", invalid="ignore"):  # `build` tells
+        with np.errstate(divide="ignore", invalid="ignore"):  # reported by `build`
             return self._lay_out(num_inference_steps, begin)
 
     def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
         raise NotImplementedError
 
     def steps(self, num_inference_steps: int) -> int:
-        """How many steps that will be: as many as are asked for, where the scheduler has none of its own."""
+        """Return the number of steps: as given, unless the scheduler has custom ones."""
         return self._check_steps(num_inference_steps)
 
     @property
@@ -150,7 +149,7 @@ class Scheduler(SchedulerMixin):
         return int(steps)
 
     def noise_levels(self, timesteps: np.ndarray) -> np.ndarray:
-        """How much signal and how much noise a sample has at int timesteps `[n]`; float64 `[n, 2]`."""
+        """Return the factors of signal and noise at int timesteps `[n]`; float64 `[n, 2]`."""
         return vp_levels(np.atleast_1d(self.alphas_cumprod[np.asarray(timesteps)]))
 
     def add_noise(self, original: jax.Array, noise: jax.Array, timesteps: np.ndarray) -> jax.Array:
@@ -158,8 +157,8 @@ class Scheduler(SchedulerMixin):
         return linear_combination(self.noise_levels(_plain(timesteps)), original, noise)
 
     def get_velocity(self, sample: jax.Array, noise: jax.Array, timesteps: np.ndarray) -> jax.Array:
-        """What a network of v_prediction is to say (Salimans & Ho 2022, arXiv 2202.00512) of the clean `sample
-        [B, ...]` diffused with `noise` to the int timesteps `[B]` (or one for all)."""
+        """Compute the target of v_prediction (Salimans & Ho 2022, arXiv 2202.00512) for the clean `sample [B, ...]`
+        diffused with `noise` to the int timesteps `[B]` (or one for all)."""
         alpha = self.alphas_cumprod[_plain(timesteps)]
         return linear_combination(np.stack([-np.sqrt(1 - alpha), np.sqrt(alpha)], axis=-1), sample, noise)
 
@@ -214,25 +213,25 @@ class Scheduler(SchedulerMixin):
 
 
 def _plain(array: Any) -> Any:
-    """A tensor of PyTorch as NumPy's, anything else as it is."""
+    """Convert a PyTorch tensor to NumPy; return anything else unchanged."""
     return to_numpy(array, "the array") if hasattr(array, "detach") else array
 
 
 def linear_combination(levels: np.ndarray, signal: jax.Array, noise: jax.Array) -> jax.Array:
-    """Float32 shares `[B or 1, 2]` of a signal and of noise, `[B, ...]` each, which may be PyTorch's."""
+    """Combine signal and noise `[B, ...]` with float32 factors `[B or 1, 2]`; they may be PyTorch tensors."""
     signal, noise = _plain(signal), _plain(noise)
     shares = np.asarray(levels, np.float32).reshape(-1, 2, *[1] * (signal.ndim - 1))
     return jnp.asarray(shares[:, 0]) * signal + jnp.asarray(shares[:, 1]) * noise
 
 
 def predictions(kind: str, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How (sample, output) give x0 and eps, for a network that predicts `kind`.
+    """Return coefficients that compute x0 and eps from (sample, output), for a network that predicts `kind`.
 
     Args:
         kind: "epsilon", "sample" or "v_prediction" (Salimans & Ho 2022, arXiv 2202.00512).
         alpha: the cumulative products at the timesteps, `[n]`.
     Returns:
-        x0_from `[n, 2]` and eps_from `[n, 3]` of a `Table`; eps does not see the clipping of x0.
+        x0_from `[n, 2]` and eps_from `[n, 3]` of a `Table`; eps is not affected by clipping of x0.
     """
     signal, sigma, zero = np.sqrt(alpha), np.sqrt(1 - alpha), np.zeros_like(alpha)
     if kind == "epsilon" and not alpha.all():
@@ -249,7 +248,7 @@ def predictions(kind: str, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def eps_of_x0(alpha: np.ndarray) -> np.ndarray:
-    """An `eps_from [n, 3]` that sees the clipping of x0."""
+    """Return an `eps_from [n, 3]` that uses the clipped x0."""
     sigma = np.sqrt(1 - alpha)
     return np.stack([1 / sigma, -np.sqrt(alpha) / sigma, np.zeros_like(alpha)], axis=1)
 
@@ -297,7 +296,7 @@ class BetaScheduler(Scheduler):
         return cumulative_alphas(self.betas)
 
     def _within(self, timesteps: np.ndarray) -> np.ndarray:
-        """The timesteps, if the network knows them."""
+        """Return the timesteps, if they are within the training range."""
         if not 0 <= timesteps.min() <= timesteps.max() <= self.num_train_timesteps - 1:
             raise SchedulerError(
                 f"{type(self).__name__}: steps_offset={getattr(self, 'steps_offset', 0)} puts the {len(timesteps)} "
@@ -306,7 +305,7 @@ class BetaScheduler(Scheduler):
         return timesteps
 
     def _custom(self, name: str) -> np.ndarray | None:
-        """The user's own timesteps or sigmas, if there are any: descending."""
+        """Return custom timesteps or sigmas, descending, if there are any."""
         given = getattr(self, name, None)
         if given is None:
             return None
@@ -325,7 +324,7 @@ class BetaScheduler(Scheduler):
         return values
 
     def limits(self) -> dict[str, Any]:
-        """`build`'s clip and threshold; thresholding goes before clipping."""
+        """Return the arguments clip and threshold of `build`; thresholding takes precedence."""
         if getattr(self, "thresholding", False):
             return {"threshold": (self.dynamic_thresholding_ratio, self.sample_max_value)}
         return {"clip": self.clip_sample_range if getattr(self, "clip_sample", False) else np.inf}
@@ -333,7 +332,7 @@ class BetaScheduler(Scheduler):
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionScheduler(BetaScheduler):
-    """What DDPM, DDIM and the samplers of consistency models share: they know timesteps, not sigmas."""
+    """Base of DDPM, DDIM and the consistency samplers, which work with timesteps rather than sigmas."""
 
     clip_sample: bool = True
     clip_sample_range: float = 1.0
@@ -363,5 +362,5 @@ class DiffusionScheduler(BetaScheduler):
 
 
 def vp_levels(alpha: np.ndarray) -> np.ndarray:
-    """Signal and noise `[n, 2]` of samples that keep their variance, by the cumulative products `[n]`."""
+    """Return factors of signal and noise `[n, 2]` of variance-preserving samples, from cumulative products `[n]`."""
     return np.stack([np.sqrt(alpha), np.sqrt(1 - alpha)], axis=1)

@@ -1,4 +1,4 @@
-"""What diffusers' schedulers offer beside the solver: files, configurations, and a word on what has no use here."""
+"""Members of diffusers' schedulers besides the solver: files, configurations, and errors for unsupported members."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class SchedulerMixin:
 
     @classmethod
     def load_config(cls, name: str | os.PathLike[str], subfolder: str | None = None, **options: Any) -> Any:
-        """What `scheduler_config.json` holds; arguments and errors: see `from_pretrained`."""
+        """Load `scheduler_config.json`; arguments and errors: see `from_pretrained`."""
         return HOOKS["load_config"](name, cls.config_name, subfolder=subfolder, **options)
 
     @classmethod
@@ -107,15 +107,15 @@ class SchedulerMixin:
         """Build the scheduler from a `scheduler_config.json`.
 
         Args:
-            name: a scheduler's own folder or that of a model, a Hub repository, or "tiny/kandinsky-2-2-decoder" and its
-                like.
-            subfolder: where it lies in it, such as "scheduler".
+            name: a scheduler's folder, that of a model, a Hub repository, or an embedded model such as
+                "tiny/kandinsky-2-2-decoder".
+            subfolder: of the scheduler, such as "scheduler".
             return_unused_kwargs: whether to return the scheduler and those of `changes` that are no fields of it.
             changes: fields to change, see `from_config`; also revision, cache_dir, token, local_files_only and
                 force_download of `kandinsky_jax.hub.HubOptions`.
         Raises:
-            SchedulerError: where the file describes what no scheduler here can do.
-            CheckpointError: where it is missing or damaged, or there is no such folder or repository.
+            SchedulerError: for a configuration that is not supported.
+            CheckpointError: for a missing or damaged file, or an unknown folder or repository.
         """
         options = {key: changes.pop(key) for key in _HUB_OPTIONS if key in changes}
         config = cls.load_config(name, subfolder, **options)
@@ -148,7 +148,7 @@ class SchedulerMixin:
         replace_file(Path(path), self.to_json_string().encode())
 
     def save_pretrained(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **_: Any) -> None:
-        """Write `scheduler_config.json`, for this library or diffusers, into `folder` (made where it is missing)."""
+        """Write `scheduler_config.json`, for this library or diffusers, into `folder`, created if missing."""
         if push_to_hub:
             raise NotImplementedError(f"push_to_hub is not supported: {INSTEAD['push_to_hub']}")
         text = self.to_json_string()
@@ -157,7 +157,7 @@ class SchedulerMixin:
         HOOKS["saved"](folder)
 
     def save_config(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **_: Any) -> None:
-        """The same by diffusers' other name."""
+        """Alias, as in diffusers."""
         self.save_pretrained(folder, push_to_hub)
 
 

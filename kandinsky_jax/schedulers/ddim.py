@@ -13,7 +13,7 @@ from kandinsky_jax.schedulers.table import EPS, SLOTS, X0, Schedule, Z, build
 
 @dataclasses.dataclass(frozen=True)
 class DDIMScheduler(DiffusionScheduler):
-    """Steps along the probability flow, with as much noise as `eta` says.
+    """Deterministic steps along the probability flow for `eta` 0, with added noise above.
 
     `eta` (0: deterministic, 1: as noisy as DDPM) is an argument of `step` there, which no pipeline of the reference
     sets; here it is a field.

@@ -31,7 +31,7 @@ def _phi(w: float) -> tuple[float, float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolver(MultistepScheduler):
-    """What the two share: their forms, and the update that ends a step."""
+    """Base of both solvers: algorithm types, and the update of a step."""
 
     solver_order: int = 2
     algorithm_type: str = "dpmsolver++"
@@ -79,7 +79,7 @@ class DPMSolver(MultistepScheduler):
     def _update(
         self, grid: Grid, start: int, end: int, sample: np.ndarray, terms: Sequence[np.ndarray], first: bool = False
     ) -> np.ndarray:
-        """The sample after the way from one point of the grid to another, as a line of a matrix.
+        """Compute the sample after moving between two points of the grid, as a row of a matrix.
 
         Args:
             sample: the line that is the sample at `start`.
@@ -117,7 +117,7 @@ class DPMSolver(MultistepScheduler):
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolverMultistepScheduler(DPMSolver):
-    """Remembers the predictions of one or two steps before."""
+    """Multistep solver, which uses predictions of one or two earlier steps."""
 
     lower_order_final: bool = True
     euler_at_final: bool = False
@@ -171,7 +171,7 @@ class DPMSolverMultistepScheduler(DPMSolver):
 
 @dataclasses.dataclass(frozen=True)
 class DPMSolverSinglestepScheduler(DPMSolver):
-    """Takes its steps in groups, each from the sample at its beginning: no prediction outlives its group."""
+    """Singlestep solver: steps in groups that start from a sample alone, without earlier predictions."""
 
     lower_order_final: bool = False
 
@@ -214,7 +214,7 @@ class DPMSolverSinglestepScheduler(DPMSolver):
         return self._build(grid, begin, rows, **self._others(grid, begin))
 
     def _orders(self, steps: int) -> list[int]:
-        """Each step's order: groups of 1, 2, ... `solver_order`, which end so that the last step is no lone one."""
+        """Return each step's order: groups of 1, 2, ... `solver_order`, arranged so that the last step is not alone."""
         order = self.solver_order
         # As the reference: it turns this on for numbers of steps that do not divide, and for a last sigma of zero.
         lower = self.lower_order_final or steps % order or self.final_sigmas_type == "zero"

@@ -29,7 +29,7 @@ def _slope(sigma: float) -> np.ndarray:
 
 
 def ancestral(sigma: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Down to which sigmas to step, and how much fresh noise then makes them `after`; k-diffusion."""
+    """Return the sigmas to step down to, and the fresh noise that brings them up to `after`; as in k-diffusion."""
     up = np.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
     return np.sqrt(after**2 - up**2), up
 
@@ -149,7 +149,7 @@ def _integral(points: np.ndarray, k: int, start: float, end: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class SecondOrderScheduler(KarrasScheduler):
-    """Base of the solvers that look at the slope at a second place before they take a step."""
+    """Base of the solvers that evaluate the slope at a second point in each step."""
 
     order: ClassVar[int] = 2
 
@@ -179,7 +179,7 @@ class SecondOrderScheduler(KarrasScheduler):
         matrix = _lines(2 * steps - 1)
         for i in range(steps):
             sigma, after = grid.sigmas[i : i + 2]
-            # First to the second place, the sample and its slope kept; from the last sigma straight to the end.
+            # First to the second point, storing the sample and its slope; from the last sigma directly to the end.
             place = inner[i] if i < steps - 1 else after
             matrix[2 * i, :3] = [SAMPLE + (place - sigma) * _slope(sigma), SAMPLE, _slope(sigma)]
             if i < steps - 1:

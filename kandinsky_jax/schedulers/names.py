@@ -26,7 +26,7 @@ from kandinsky_jax.schedulers.pndm import IPNDMScheduler, PNDMScheduler
 from kandinsky_jax.schedulers.sa_solver import SASolverScheduler
 from kandinsky_jax.schedulers.unipc import UniPCMultistepScheduler
 
-# The names that people know from k-diffusion and its user interfaces: class and fields.
+# Common names from k-diffusion and its user interfaces: class and fields.
 NAMES: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),
     "ddim": (DDIMScheduler, {}),
@@ -51,7 +51,7 @@ NAMES: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
     "lcm": (LCMScheduler, {}),
     "tcd": (TCDScheduler, {}),
 }
-# What may be put behind such a name, where its class has the field.
+# Suffixes of these names, for classes that have the field.
 SUFFIXES: dict[str, dict[str, Any]] = {
     "karras": {"use_karras_sigmas": True},
     "exponential": {"use_exponential_sigmas": True},
@@ -66,7 +66,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {cls.__name__: cls for cls, _ in NAMES.
 
 
 def scheduler_from_config(config: Mapping[str, Any], source: str = "scheduler_config.json") -> Scheduler:
-    """The scheduler that a `scheduler_config.json` names in `_class_name`."""
+    """Build the scheduler that a `scheduler_config.json` names in `_class_name`."""
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
         given, known = quote(name, 60), near(name, SCHEDULERS)
@@ -78,7 +78,7 @@ def scheduler_from_config(config: Mapping[str, Any], source: str = "scheduler_co
 
 
 def scheduler_named(name: str, config: Mapping[str, Any]) -> Scheduler:
-    """The scheduler of a short name, such as "dpm++2m-karras", for the network that `config` is a scheduler's for."""
+    """Build the scheduler of a short name, such as "dpm++2m-karras", with the noise schedule of `config`."""
     stem, suffixes = name, []
     while stem not in NAMES and "-" in stem and stem.rsplit("-", 1)[1] in SUFFIXES:
         stem, suffix = stem.rsplit("-", 1)

@@ -13,10 +13,10 @@ from kandinsky_jax.errors import quote
 
 
 class SchedulerError(ValueError):
-    """A scheduler configuration or a number of steps that cannot be followed."""
+    """A scheduler configuration or a number of steps is not supported."""
 
 
-LEAST_ALPHA = 2.0**-24  # what solvers that divide by alpha take at a terminal signal-to-noise ratio of zero
+LEAST_ALPHA = 2.0**-24  # used instead of a terminal alpha of zero by solvers that divide by alpha
 
 
 def _cosine(t: float) -> float:
@@ -34,7 +34,7 @@ def _laplace(t: float) -> float:
     return math.sqrt(ratio / (1 + ratio))
 
 
-# What is left of the signal at a share t of the whole way, by diffusers' names.
+# Cumulative alphas at the fraction t of training, by diffusers' names.
 ALPHA_BARS: dict[str, Callable[[float], float]] = {
     "squaredcos_cap_v2": _cosine,
     "exp": _exponential,
@@ -82,7 +82,7 @@ def rescaled_to_zero_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def cumulative_alphas(betas: np.ndarray) -> np.ndarray:
-    """The share of the signal's variance that is left at each training timestep; float64 `[steps]`.
+    """Return the cumulative products of alphas at each training timestep; float64 `[steps]`.
 
     The values are float32 numbers, rounded where the reference rounds: near 1 that is the schedule's own last digits,
     and 1 - alpha, by which solvers divide, would otherwise differ from the reference's by up to 0.07 %.

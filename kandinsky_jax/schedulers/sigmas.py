@@ -1,4 +1,4 @@
-"""Solvers that think in sigmas, the ratio of noise to signal: which ones they visit.
+"""Solvers in terms of sigmas, the ratio of noise to signal: the grids of sigmas that they visit.
 
 Two families, as in the reference. Multistep solvers keep the sample's variance and spread int timesteps or sigmas over
 the whole forward process. Karras et al.'s (2022, arXiv 2206.00364) scale the sample up instead, so that noise of a

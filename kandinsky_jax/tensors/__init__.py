@@ -1,1 +1,1 @@
-"""Tensors outside the networks: their names and layouts, PyTorch <-> Flax, and the files that hold them."""
+"""Tensors of checkpoints: names and layouts in PyTorch and Flax, and their files."""

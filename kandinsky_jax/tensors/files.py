@@ -1,4 +1,4 @@
-"""Files of PyTorch tensors, read one tensor at a time: safetensors and tensors-only pickles, whole or in shards."""
+"""Tensor files of PyTorch, read one tensor at a time: safetensors and tensors-only pickles, whole or in shards."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kandinsky_jax.reading import read_json
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, and why."""
+    """A checkpoint cannot be used."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is not read yet."""
+    """A tensor that has not been read yet."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -34,10 +34,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class WeightSelection:
-    """Which of a folder's files of tensors to read, where there are several.
+    """Which tensor files of a folder to read, if there are several.
 
     Attributes:
-        variant: "fp16" reads `*.fp16.safetensors` and its kin, and plain files where there are none.
+        variant: "fp16" reads files such as `*.fp16.safetensors`, or plain files if there are none.
         use_safetensors: True refuses `.bin` files, False reads nothing else; None prefers safetensors.
     """
 
@@ -70,7 +70,7 @@ WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "
 
 
 def variant_of(name: str) -> str | None:
-    """The variant of a file of tensors by its name; None for plain files and for files of other kinds."""
+    """Return the variant in the name of a tensor file; None for plain files and files of other kinds."""
     match = WEIGHT_FILE.fullmatch(name)
     if match is None:
         return None
@@ -78,12 +78,12 @@ def variant_of(name: str) -> str | None:
 
 
 def stored_variants(folder: Path) -> list[str]:
-    """The variants of which a folder has files of tensors, sorted."""
+    """Return the variants of a folder's tensor files, sorted."""
     return sorted({v for path in folder.iterdir() if (v := variant_of(path.name)) is not None})
 
 
 def find(folder: Path, selection: WeightSelection = PREFERRED) -> Path | None:
-    """The file of tensors to read in a component's folder: safetensors, `.bin`, or an index of shards of them.
+    """Find the tensor file to read in a component's folder: safetensors, `.bin`, or an index of shards.
 
     The order is that of the library that reads such files: diffusers reads shards before a single file, transformers
     a single file before shards, both safetensors before `.bin`. A folder with files of one variant only holds that.
@@ -122,14 +122,14 @@ def _find(folder: Path, variant: str | None, use_safetensors: bool | None) -> Pa
 
 
 def _names(stem: str, form: str, variant: str | None) -> tuple[str, tuple[str, ...]]:
-    """What a file of tensors is called, and what its index of shards may be called."""
+    """Return the name of a tensor file, and possible names of its index of shards."""
     if variant is None:
         return f"{stem}.{form}", (f"{stem}.{form}.index.json",)
     return f"{stem}.{variant}.{form}", (f"{stem}.{form}.index.{variant}.json", f"{stem}.{form}.{variant}.index.json")
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `find` named, by their names in the file.
+    """Open the tensors of a file from `find`, by their names in the file.
 
     Raises:
         CheckpointError: where the file is truncated, is not what its name says, or would need code to be run.
@@ -152,7 +152,7 @@ def _open(path: Path) -> dict[str, Tensor]:
 
 
 def shards(index: Path) -> list[Path]:
-    """The files that an index names, sorted; they lie beside it.
+    """Return the shards that an index names, sorted; they are in its folder.
 
     Raises:
         CheckpointError: where it is no index, or names something else.
@@ -181,7 +181,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
 
     def reader(name: str) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
-            # Opened anew each time: a file that stays open keeps all that was read of it mapped into memory.
+            # Opened for each tensor: an open file keeps everything read from it mapped into memory.
             with safe_open(path, framework="numpy") as file:
                 return file.get_tensor(name)
 
@@ -202,7 +202,7 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             if (start := file.read(1)) and start not in b"P\x80":  # of a zip file, of a pickle
                 raise CheckpointError(f"{path} holds no tensors; needed is .safetensors or what torch.save writes")
-        # Mapped where the format allows it, so that nothing is read before it is asked for.
+        # Memory-mapped where the format allows it, so that tensors are read on demand.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except CheckpointError:
         raise

@@ -1,4 +1,4 @@
-"""Names and layouts of tensors, PyTorch <-> Flax. The one place that knows them.
+"""Names and layouts of tensors in PyTorch and Flax; defined only here.
 
 A parameter here has the attribute path of its PyTorch twin; only the last part and the order of axes differ. So one
 small table serves every network, in both directions. A "Flax name" is the dotted path, such as
@@ -32,7 +32,7 @@ def torch_name(flax_name: str) -> str:
 
 
 def modern_name(name: str) -> str | None:
-    """A PyTorch tensor's name as today's diffusers writes it, or None where the tensor is to be left out."""
+    """Return a PyTorch tensor's name in current diffusers, or None if the tensor is ignored."""
     if _DROPPED.search(name):
         return None
     for pattern, replacement in _OLD_NAMES:
@@ -47,15 +47,15 @@ def _axes_to_torch(flax_name: str, ndim: int) -> tuple[int, ...]:
 
 
 def to_torch(flax_name: str, array: np.ndarray) -> np.ndarray:
-    """An array in PyTorch's order of axes (a view)."""
+    """Transpose an array to PyTorch's order of axes (a view)."""
     return array.transpose(_axes_to_torch(flax_name, array.ndim))
 
 
 def to_flax(flax_name: str, array: np.ndarray) -> np.ndarray:
-    """An array in Flax's order of axes (a view)."""
+    """Transpose an array to Flax's order of axes (a view)."""
     return array.transpose(np.argsort(_axes_to_torch(flax_name, array.ndim)))
 
 
 def torch_shape(flax_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a parameter has in PyTorch."""
+    """Return the shape of a parameter in PyTorch."""
     return tuple(shape[axis] for axis in _axes_to_torch(flax_name, len(shape)))
