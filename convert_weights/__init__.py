@@ -1,1 +1,1 @@
-"""Models between diffusers' layout and Orbax checkpoints: `python -m convert_weights`."""
+"""Conversion of models between diffusers' layout and Orbax checkpoints: `python -m convert_weights`."""

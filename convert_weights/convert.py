@@ -1,4 +1,4 @@
-"""A model in one layout -> the same model in the other: diffusers' folders <-> Orbax checkpoints."""
+"""Conversion of a model between diffusers' layout and Orbax checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
 
-# What a component without tensors consists of; anything else (code, pickles) stays behind.
+# Files of components without tensors; others (code, pickles) are not copied.
 _PLAIN = {".json", ".txt", ".md"}
 
 
@@ -56,7 +56,7 @@ def convert(
         the target.
     Raises:
         CheckpointError, ConfigError: the source cannot be used; every fault is listed.
-        OSError: the disk has too little room, before anything is written where that can be known.
+        OSError: if the disk is too small, before anything is written where possible.
     """
     folder = hub.resolve(source, hub.DECODER, revision=revision, cache_dir=cache_dir)
     parts = {name: hub.component_folder(folder, name) for name in hub.components(folder)}
@@ -84,7 +84,7 @@ def convert(
                 module = load_network(NETWORKS[classes[name]], part, dtype, cpu, bar)
                 save_network(module, scratch / name, layout)
                 config = module.config
-                del module  # before the next is read: the peak is one component
+                del module  # before the next one is read, so that the peak is one component
                 if classes[name] == "CLIPVisionModelWithProjection":
                     with jax.default_device(jax.devices("cpu")[0]):
                         if not zero_embed.copy_stored(part, scratch / name, config):
@@ -99,7 +99,7 @@ def convert(
 
 
 def _target_bytes(cls: type[nnx.Module], folder: Path, stored: int, dtype: Any) -> int:
-    """How many bytes a component will take in the target, nearly."""
+    """Estimate the bytes of a component in the target."""
     if dtype is None:
         return stored
     path = folder / "config.json"

@@ -27,9 +27,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from kandinsky_jax.storage import user_cache
 
 CACHE, OFF = "KANDINSKY_JAX_CACHE", "off"  # the environment's variable: a folder, or "off"
-MAX_BYTES = 4 << 30  # of a folder
+MAX_CACHE_BYTES = 4 << 30  # of a folder
 MIN_SECONDS = 0.05  # programs that compile faster are not cached
-JAX_MIN_SECONDS = 1.0  # JAX's default, so nobody's choice
+JAX_MIN_SECONDS = 1.0  # JAX's default, which means that the user has not set it
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 # Programs ---------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def compiling_ahead(call: Callable[[], Any]) -> Iterator[None]:
         call: runs here and now, but its programs are compiled in threads and give zeros; their parameters may be
             `jax.ShapeDtypeStruct`s. What it warns of, the real call will say.
 
-    The block's end waits for the threads. Where the block fails, nobody waits for them. Within another `call`, the
+    The end of the block waits for the threads, unless the block raises. Within another `call`, the
     programs join that one's.
     """
     if _REHEARSAL.get() is not None:
@@ -140,7 +140,7 @@ def set_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
     """Cache compiled programs in a folder, for this process and later ones, overriding earlier settings.
 
     Args:
-        folder: is made where it is missing. What lies in it is run, so it has to be yours alone; a folder that you
+        folder: created if missing. Its content is run, so it must be yours alone; a folder that you
             share with people whom you trust is for JAX's own JAX_COMPILATION_CACHE_DIR. None turns the cache off.
 
     A folder that cannot be used is a warning, and then nothing is kept.
@@ -187,15 +187,15 @@ def _private(folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = folder.stat()
     if os.name == "posix" and (about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-        raise PermissionError(f"others can write to {folder}, and what lies in it would be run")
+        raise PermissionError(f"others can write to {folder}, whose content would be run")
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} is not writable")
     return folder
 
 
 def _tidy(folder: Path) -> None:
-    """Remove truncated entries, which JAX would fail on and never replace; and, above `MAX_BYTES`, the least recently
-    used ones."""
+    """Remove truncated entries, which JAX would fail on and never replace, and above `MAX_CACHE_BYTES` the least
+    recently used ones."""
     checked = folder / "checked"  # as old as the last entry that was looked at
     last = checked.stat().st_mtime if checked.exists() else 0.0
     checked.touch()
@@ -203,7 +203,7 @@ def _tidy(folder: Path) -> None:
     newest_first = sorted(((path, path.stat()) for path in folder.glob("*-cache")), key=_last_used, reverse=True)
     for path, about in newest_first:
         total += about.st_size
-        if total > MAX_BYTES or (about.st_mtime >= last and not _whole(path)):
+        if total > MAX_CACHE_BYTES or (about.st_mtime >= last and not _whole(path)):
             path.unlink(missing_ok=True)
 
 

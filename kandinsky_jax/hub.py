@@ -428,10 +428,10 @@ def component_folder(folder: Path, name: str) -> Path:
     """Return the folder of a model's component.
 
     The decoders of a family may share one MoVQ, for it is the same in all of them: a decoder without one of its own has
-    the one of the folder `kandinsky-2-2-decoder` beside it.
+    that of the folder `kandinsky-2-2-decoder` next to it.
 
     Raises:
-        CheckpointError: where it lies nowhere.
+        CheckpointError: if it is not found.
     """
     own = folder / name
     if own.is_dir():
@@ -449,14 +449,14 @@ def find_prior(
 ) -> Path:
     """Find the prior that belongs to a decoder.
 
-    In this order: `prior`, where given; a folder `kandinsky-2-2-prior` beside the decoder's; the repository that the
+    In this order: `prior`, where given; a folder `kandinsky-2-2-prior` next to the decoder's; the repository that the
     front matter of the decoder's README names under `prior:`. `options`: see `HubOptions`.
     """
     if prior is not None:
         return resolve(prior, PRIOR, **options)
-    beside = decoder.parent / PRIOR
-    if (beside / "model_index.json").is_file():
-        return beside
+    sibling = decoder.parent / PRIOR
+    if (sibling / "model_index.json").is_file():
+        return sibling
     readme = decoder / "README.md"
     if readme.is_file():
         named = _front_matter(readme).get("prior")
@@ -464,7 +464,7 @@ def find_prior(
         if isinstance(named, str):
             return resolve(named, PRIOR, **options)
     raise CheckpointError(
-        f"{decoder} does not say which prior belongs to it: there is no folder {beside} and no `prior:` in the front "
+        f"{decoder} does not say which prior belongs to it: there is no folder {sibling} and no `prior:` in the front "
         "matter of its README.md. Name one: from_pretrained(..., prior=FOLDER_OR_REPOSITORY)"
     )
 

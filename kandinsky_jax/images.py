@@ -45,7 +45,7 @@ DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # PIL's modes of more than
 DARKEST = 31  # floats up to 1 are shares of white, and such with one above this are levels; between, they may be either
 OVERSHOOT = 1e-3  # of a range: floats beyond it by rounding, as bicubic resizing leaves them
 MAX_FITTING = 4096  # pixels along a side
-MAX_NESTING = 4  # of lists
+MAX_LIST_NESTING = 4  # of lists
 LONGEST = 16  # times its shorter side: a longer picture is not resized whole before its middle is cut out
 
 # Pictures in ------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def _items(
     elif isinstance(value, list | tuple):
         if not value:
             raise ValueError(f"{name} is an empty list; give one picture or more")
-        if nesting == MAX_NESTING:
+        if nesting == MAX_LIST_NESTING:
             raise ValueError(f"{name} is a list in {nesting} others; give one list of pictures")
         for i, item in enumerate(value):
             yield from _items(item, f"{name}[{i}]", channels, convert, nesting + 1)

@@ -45,7 +45,7 @@ def save(path: Path, params: Mapping[str, jax.Array]) -> None:
     )
 
 
-def listing(path: Path) -> dict[str, Any]:
+def list_arrays(path: Path) -> dict[str, Any]:
     """List the arrays of a checkpoint by name, each with `shape` and `dtype`.
 
     Raises:

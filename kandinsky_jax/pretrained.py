@@ -90,7 +90,7 @@ def load_component_config(
     Args:
         name, subfolder, options: see `load_component`.
         file: its name in the component's folder.
-        return_unused_kwargs: whether to return, beside the configuration, those of `options` that are none.
+        return_unused_kwargs: whether to return unknown `options` with the configuration.
     Raises:
         CheckpointError: where it is missing or damaged.
     """

@@ -15,7 +15,7 @@ from typing import Any
 
 from kandinsky_jax.errors import MAX_MESSAGE, shorten
 
-MAX_BYTES = 64 << 20  # of a file that is read whole: the official tokenizer's largest is 2 MB
+MAX_FILE_BYTES = 64 << 20  # of a file that is read whole: the official tokenizer's largest is 2 MB
 MAX_DEPTH = 64  # of JSON; what walks through it afterwards may recurse
 
 
@@ -29,7 +29,7 @@ def of_file(path: str | os.PathLike[str], reason: object) -> str:
     return f"{where} {shorten(reason, max(200, MAX_MESSAGE - len(where)))}"
 
 
-def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
@@ -58,7 +58,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
         raise ReadError("is a folder, needed is a file" if stat.S_ISDIR(mode) else "is no regular file")
 
 
-def read_text(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> str:
+def read_text(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> str:
     """Read a regular UTF-8 file, without its byte order mark; errors as in `read_bytes`."""
     return decode(read_bytes(path, limit))
 
@@ -100,12 +100,12 @@ def _items(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def read_json(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> Any:
+def read_json(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> Any:
     """Read a JSON file; errors as in `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, limit))
 
 
-def read_json_object(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> dict[str, Any]:
+def read_json_object(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> dict[str, Any]:
     """Read the object in a JSON file; errors as in `read_json`, and ReadError for any other value."""
     parsed = read_json(path, limit)
     if not isinstance(parsed, dict):

@@ -125,8 +125,8 @@ def largest_axis(
     return rules
 
 
-# cuDNN reads kernels as [out, H, W, in] beside NHWC pictures. XLA would put every one so before each run of the loop:
-# 2 GB of copies of the official UNet's, for as long as it runs. The array stays [H, W, in, out] for whoever uses it.
+# With NHWC pictures, cuDNN reads kernels as [out, H, W, in]. XLA would transpose all of them before each run of the
+# loop: 2 GB of copies for the official UNet. The logical shape of the array stays [H, W, in, out].
 KERNEL_AXES, KERNEL_ORDER = 4, Layout((3, 0, 1, 2))
 KERNEL_PLATFORMS = frozenset({"gpu", "cuda"})  # of devices, and of described ones
 
@@ -137,7 +137,7 @@ def home() -> Sharding:
 
 
 def in_memory(place: Sharding | None, shape: Sequence[int]) -> Sharding | Format | None:
-    """Where a parameter lies, and on GPUs in which order of its axes, for `jax.device_put`.
+    """Return the sharding of a parameter, and on GPUs its memory layout, for `jax.device_put`.
 
     Args:
         place: None where JAX decides; on GPUs that is `home()`, because an order comes with a place, and a program's

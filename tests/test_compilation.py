@@ -169,7 +169,7 @@ def test_a_damaged_entry_is_compiled_again_and_replaced(tmp_path, damage):
 
 
 def test_the_folder_does_not_grow_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(compilation, "MAX_BYTES", 2500)
+    monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 2500)
     for i in range(4):
         path = tmp_path / f"{i}-cache"
         data = zlib.compress(b"x")

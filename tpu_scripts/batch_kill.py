@@ -1,4 +1,4 @@
-"""Kills a batch job again and again, and looks whether its pictures are those of a run that nothing happened to.
+"""Kills a batch job repeatedly, and checks that its pictures are those of an uninterrupted run.
 
 Real processes on this machine, as many as asked for; each kill is SIGKILL at a random moment, of one process or of
 all, and what was killed is started again. In the end every id is there once, with the same bytes, and no temporary
@@ -99,7 +99,7 @@ class Cluster:
             self.running[i].wait()
 
     def again(self, killed: list[int]) -> None:
-        """Start what was killed, or all of them where they have to start together."""
+        """Start killed processes again, or all of them if they have to start together."""
         if not self.distributed:
             self.start(killed)
             return
@@ -109,16 +109,16 @@ class Cluster:
         self.start()
 
     def wait(self, seconds: float = 1800) -> list[int]:
-        """Until all have ended; their exit codes."""
+        """Wait until all have ended; return their exit codes."""
         return [process.wait(seconds) for process in self.running.values()]
 
     def busy(self) -> list[int]:
-        """Those that have not ended yet."""
+        """Return processes that are still running."""
         return [i for i, process in self.running.items() if process.poll() is None]
 
 
 def write_rows(folder: Path, count: int) -> None:
-    """Rows of colours and shapes."""
+    """Return rows of colours and shapes."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "rows.jsonl").open("w") as file:
         for i in range(count):
@@ -132,7 +132,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def ids(folder: Path) -> list[str]:
-    """What the tar files hold, in order."""
+    """Return the content of the tar files, in order."""
     found = []
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -141,7 +141,7 @@ def ids(folder: Path) -> list[str]:
 
 
 def undisturbed(folder: Path, options: list[str]) -> float:
-    """The job by one process that nothing happens to; its seconds."""
+    """Run the job uninterrupted in one process; return its seconds."""
     cluster = Cluster(folder, folder / "whole", 1, options)
     began = time.perf_counter()
     cluster.start()
@@ -160,7 +160,7 @@ def disturbed(
     rng: random.Random,
     twins: bool = False,
 ) -> dict[str, Any]:
-    """Kill the job, start it again, and compare; the job begins anew where it is complete before the last kill."""
+    """Kill the job, start it again, and compare; a job that is complete before the last kill begins anew."""
     whole, wanted = contents(folder / "whole"), [f"picture-{i}" for i in range(rows)]
     found: dict[str, Any] = {"processes": processes, "distributed": distributed, "kills": 0, "of_all": 0, "jobs": 0}
     found |= {"while_writing": 0, "shards_when_killed": []} | ({"twins": True, "stopped": 0} if twins else {})
@@ -203,7 +203,7 @@ def disturbed(
 
 
 def _pause(cluster: Cluster, output: Path, rng: random.Random) -> None:
-    """Until a random moment: while processes start, or while they draw, or just when one writes."""
+    """Wait until a random moment: while processes start, generate, or write."""
     kind, deadline = rng.random(), time.monotonic() + rng.uniform(1, 25)
     while time.monotonic() < deadline and cluster.busy():
         if kind < 0.3 and any(output.glob(".*.partial")):
@@ -212,7 +212,7 @@ def _pause(cluster: Cluster, output: Path, rng: random.Random) -> None:
 
 
 def main() -> None:
-    """Do it and write what was found."""
+    """Run the campaign and write its result."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )

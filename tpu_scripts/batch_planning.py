@@ -1,4 +1,4 @@
-"""What planning a batch job costs: memory above the idle process, and time beside the format's own library.
+"""Cost of planning a batch job: memory above the idle process, and time compared with the format's library.
 
 Each file is planned (`open_job`: rows counted, ids compared, SHA-256) and read to its end by json, csv or pyarrow, in
 turns, each in a process of its own. Then all of its rows are read slice by slice, as a job does. "memory" is the peak
@@ -75,7 +75,7 @@ print(json.dumps({"count": count, "seconds": seconds, "cpu": cpu, "memory": max(
 
 
 def rows_of(name: str, count: int) -> Iterator[dict[str, Any]]:
-    """Rows of a layout, the same in every run."""
+    """Return rows of a layout, the same in every run."""
     rng, words = random.Random(0), WORDS.split()
     for i in range(count):
         prompt = ("\n" if "breaks" in name and i % 3 == 0 else " ").join(rng.choices(words, k=12))
@@ -84,7 +84,7 @@ def rows_of(name: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def write(folder: Path, name: str, count: int) -> Path:
-    """A file of `count` rows in one of `LAYOUTS`."""
+    """Write a file of `count` rows in one of `LAYOUTS`."""
     ending, group = LAYOUTS[name]
     path = folder / f"rows.{ending}"
     if ending == "parquet":

@@ -1,4 +1,4 @@
-"""What a batch job costs besides drawing: overlap on and off, one process and two, memory and files over many rows.
+"""Overhead of a batch job: overlap on and off, one process and two, memory and open files over many rows.
 
 Pictures of the small model are quick to draw, so that the rest weighs more than it ever will with a large one. All runs
 draw the same job; they take turns, and medians are reported. "waited" is the share of the time in which the main thread
@@ -35,7 +35,7 @@ On two cores that takes about 20 minutes, the last 10,000 rows half of it. Nothi
 
 
 def run(folder: Path, output: str, options: list[str], watch: list[tuple[int, int]] | None = None) -> dict[str, float]:
-    """One process: its images, seconds and share of waiting, as it tells them."""
+    """Run one process; return the images, seconds and idle fraction that it reports."""
     command = [sys.executable, "-m", "kandinsky_jax.cli", "batch", "rows.jsonl", "-o", output, "--quiet"]
     command += ["-m", str(SHAPES_MODEL)]
     process = subprocess.Popen(
@@ -56,7 +56,7 @@ def run(folder: Path, output: str, options: list[str], watch: list[tuple[int, in
 
 
 def _watch(process: subprocess.Popen[str], watch: list[tuple[int, int]]) -> None:
-    """Resident bytes and open files of a process, every second (Linux)."""
+    """Record resident bytes and open files of a process, every second (Linux)."""
     proc = Path(f"/proc/{process.pid}")
     while process.poll() is None:
         try:
@@ -68,7 +68,7 @@ def _watch(process: subprocess.Popen[str], watch: list[tuple[int, int]]) -> None
 
 
 def pair(folder: Path, name: str, options: list[str]) -> float:
-    """Two processes at once; images a second of both, of the time from the first start of drawing to the last end."""
+    """Run two processes at once; return the images per second of both, from the first start to the last end."""
     results: list[dict[str, float]] = []
     threads = [
         threading.Thread(
@@ -84,7 +84,7 @@ def pair(folder: Path, name: str, options: list[str]) -> float:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def _flat(watch: list[tuple[int, int]]) -> dict[str, Any]:
-    """Memory and open files in tenths of the run, the first of which is spent on loading and compiling."""
+    """Return memory and open files in tenths of the run, the first of which is loading and compiling."""
     size = max(1, len(watch) // 10)
     parts = [watch[i : i + size] for i in range(0, len(watch), size)]
     return {

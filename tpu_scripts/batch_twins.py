@@ -1,4 +1,4 @@
-"""Lets two processes with the same index write the same job at once, kills and stops them, and looks at every shard.
+"""Runs two processes with the same index on the same job, kills and suspends them, and checks every shard.
 
 As a pod that is started again while its twin still runs. The processes are real and share a folder; their pictures are
 prepared, so that they write most of the time. Each run is one of these, at a random moment:
@@ -44,7 +44,7 @@ The 200 runs take about two minutes on two cores."""
 
 
 def pictures(shard: int) -> list[GeneratedImage]:
-    """Of a shard; the same in every process."""
+    """Return the pictures of a shard, the same in every process."""
     rng = random.Random(shard)
     return [
         GeneratedImage(f"p{shard}-{i}", rng.randbytes(rng.randrange(1, 100_000)), {"id": f"p{shard}-{i}", "seed": i})
@@ -53,12 +53,12 @@ def pictures(shard: int) -> list[GeneratedImage]:
 
 
 def errors(shard: int) -> list[dict[str, Any]]:
-    """The rows of a shard that could not be generated."""
+    """Return the rows of a shard that could not be generated."""
     return [{"row": shard, "id": None, "error": "prompt is missing or empty"}] if shard % 2 else []
 
 
 def job(folder: Path, form: str, seed: int) -> None:
-    """What `kandinsky_jax.batch.run` does with a job's folder; drawing is a short sleep."""
+    """Write a job's folder as `kandinsky_jax.batch.run` does, with a short sleep instead of generating."""
     rng, output = random.Random(seed), Output(str(folder), form, "png")
     output.begin({"seed": 0})
     done = output.complete(SHARDS)
@@ -73,7 +73,7 @@ def job(folder: Path, form: str, seed: int) -> None:
 
 
 def start(folder: Path, form: str, seed: int) -> int:
-    """Start a process; its number. It is forked, which is quick, before JAX has started any thread."""
+    """Fork a process, before JAX has started any thread, and return its id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         child = os.fork()
@@ -92,7 +92,7 @@ def start(folder: Path, form: str, seed: int) -> int:
 
 
 def end(process: int) -> int:
-    """Wait for a process; its exit code, negative for a signal."""
+    """Wait for a process; return its exit code, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -102,7 +102,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def corrupt(folder: Path, whole: dict[str, bytes]) -> list[str]:
-    """Files under their final names that are not what they should be."""
+    """Return files under their final names with wrong content."""
     found = []
     for path in folder.rglob("*"):
         if path.is_file() and not path.name.startswith("."):
@@ -113,7 +113,7 @@ def corrupt(folder: Path, whole: dict[str, bytes]) -> list[str]:
 
 
 def pause(folder: Path, rng: random.Random) -> None:
-    """Until a random moment, or, half of the time, until one of the next scratch files is there."""
+    """Wait until a random moment, or, half of the time, until one of the next scratch files exists."""
     deadline, writes = time.monotonic() + rng.uniform(0, 0.12), rng.randrange(2 * SHARDS)
     while time.monotonic() < deadline:
         if rng.random() < 0.5 and any(folder.rglob(".*.partial")) and (writes := writes - 1) < 0:
@@ -122,7 +122,7 @@ def pause(folder: Path, rng: random.Random) -> None:
 
 
 def one_run(folder: Path, form: str, case: str, whole: dict[str, bytes], rng: random.Random) -> dict[str, Any]:
-    """A run; what was found."""
+    """Do one run; return its result."""
     found: dict[str, Any] = {"corrupt": [], "deaths": 0, "scratch_at_signal": 0}
     twins = [start(folder, form, rng.getrandbits(32)) for _ in range(2)]
     alive = list(twins)
@@ -155,7 +155,7 @@ def one_run(folder: Path, form: str, case: str, whole: dict[str, bytes], rng: ra
 
 
 def campaign(runs: int, seed: int) -> dict[str, Any]:
-    """So many runs; what was found in all of them."""
+    """Do several runs; return their results."""
     rng, total = random.Random(seed), collections.Counter[str]()
     cases: dict[str, int] = dict.fromkeys(CASES, 0)
     began = time.perf_counter()
@@ -181,7 +181,7 @@ def campaign(runs: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do it and write what was found."""
+    """Run the campaign and write its result."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -19,7 +19,7 @@ from kandinsky_jax import hub
 
 
 def convert(source: Path, target: Path, *options: str) -> tuple[float, float]:
-    """Seconds and peak GB of the command."""
+    """Run the command; return its seconds and peak GB."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "convert_weights", str(source), str(target), *options]
     code = (

@@ -41,7 +41,7 @@ MAX_IMAGES = 1000
 MAX_ROW_PIXELS = 2**28  # of all pictures of a row: 1000 of 512 x 512
 MAX_FILE = 2**28  # bytes of a picture that a row names
 STRENGTH = 0.3  # default for rows and jobs
-MAX_NESTING = 50  # of metadata
+MAX_METADATA_NESTING = 50  # of metadata
 ATTEMPTS = 4  # to read a picture from a URL
 MAX_KEY = 95  # characters before the ending: a name in a tar file has at most 100
 _ID = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY}}}")  # a dot would end a WebDataset key, a slash leave the folder
@@ -351,8 +351,8 @@ def json_value(value: Any, depth: int = 0) -> Any:
     Raises:
         ValueError: for text that UTF-8 cannot encode, and for values nested too deeply.
     """
-    if depth > MAX_NESTING:
-        raise ValueError(f"is nested deeper than {MAX_NESTING} levels")
+    if depth > MAX_METADATA_NESTING:
+        raise ValueError(f"is nested deeper than {MAX_METADATA_NESTING} levels")
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):

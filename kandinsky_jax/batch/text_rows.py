@@ -128,8 +128,8 @@ class Lines:
                 self._update(data)
             cut = data.rfind(newline) + 1
             if not cut:
-                room = max(0, MAX_LINE + 1 - len(kept))
-                kept, skipped = kept + data[:room], skipped + max(0, len(data) - room)
+                left = max(0, MAX_LINE + 1 - len(kept))
+                kept, skipped = kept + data[:left], skipped + max(0, len(data) - left)
                 continue
             start = self._position
             if skipped:  # the end of that line is left out too
@@ -272,7 +272,7 @@ def _check_quotes(lines: Iterable[str], first: int, error: csv.Error) -> None:
             end = f"within the {csv.field_size_limit():,} characters that a cell may have"
         raise ReadError(
             f"has a quote in line {opened} that is not closed before line {number + 1} or {end}, so "
-            "later rows cannot be told from its text; close it, or write two quotation marks for one within quotes"
+            "later rows cannot be separated from its text; close it, or write two quotation marks for one within quotes"
         )
 
 

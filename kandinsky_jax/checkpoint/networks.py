@@ -159,7 +159,7 @@ def check_network(
     folder = Path(folder)
     module, expected = _expected(cls, folder)
     if _is_orbax(folder, selection):
-        faults = _orbax_faults(folder, expected, orbax.listing(folder / orbax.FOLDER))
+        faults = _orbax_faults(folder, expected, orbax.list_arrays(folder / orbax.FOLDER))
     else:
         wanted = {names.torch_name(name): names.torch_shape(name, shape) for name, shape in expected.items()}
         faults = _torch_faults(wanted, _torch_tensors(folder, selection))
@@ -395,7 +395,7 @@ def _read_orbax(
     progress: Progress | None,
 ) -> dict[str, jax.Array]:
     path = folder / orbax.FOLDER
-    stored = orbax.listing(path)
+    stored = orbax.list_arrays(path)
     faults = _orbax_faults(folder, expected, stored)
     if any(fault.startswith("dtype:") for fault in faults):
         _report(folder, faults)

@@ -55,7 +55,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         _check_length(tokenizer)
         tokenizer.decode(tokenizer("a b " * 8, verbose=False).input_ids)
-        ids, mask = encode(tokenizer, ["a", "a b"], 8)
+        ids, mask = tokenize(tokenizer, ["a", "a b"], 8)
         if not ids.shape == mask.shape == (2, 8):
             raise ValueError(f"it encodes two texts as {ids.shape} with a mask {mask.shape}, not (2, 8)")
     except CheckpointError as error:
@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def encode(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids, int32 `[B, length]`, and a mask, bool `[B, length]`, false for padding; long texts are cut."""
     tokens = tokenizer(
         texts,

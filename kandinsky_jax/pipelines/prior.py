@@ -17,7 +17,7 @@ from PIL import Image
 from kandinsky_jax import hub, images, zero_embed
 from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.checkpoint import LazyNetwork, flat_params
-from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, encode
+from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, tokenize
 from kandinsky_jax.compilation import program
 from kandinsky_jax.errors import quote
 from kandinsky_jax.images import CLIPImageProcessor
@@ -372,7 +372,7 @@ class PriorPipeline(Pipeline):
                     f"{quote(dropped, 200)}",
                     stacklevel=5,
                 )
-        return encode(self.tokenizer, texts, length)
+        return tokenize(self.tokenizer, texts, length)
 
     def get_zero_embed(self, batch_size: int = 1, device: Any = None) -> jax.Array:
         """Return the vision tower's embedding of zeros, `[batch_size, D]`: the default negative embedding."""

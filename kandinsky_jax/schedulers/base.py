@@ -120,7 +120,7 @@ class Scheduler(SchedulerMixin):
             num_inference_steps: ignored by a scheduler with custom timesteps or sigmas.
             begin: steps to skip, for a sample that is already partly denoised. Multistep solvers start anew there.
         Raises:
-            SchedulerError: where the number is not one that the reference takes, or the options divide by zero.
+            SchedulerError: for a number of steps that the reference does not take, or options that divide by zero.
         """
         with np.errstate(divide="ignore", invalid="ignore"):  # reported by `build`
             return self._lay_out(num_inference_steps, begin)
@@ -172,7 +172,7 @@ class Scheduler(SchedulerMixin):
     def config(self) -> AttributeDict:
         """The configuration, also as attributes, with what other schedulers' fields it was loaded with.
 
-        As in diffusers, `_use_default_values` lists the fields that nobody set, so that another scheduler made from
+        As in diffusers, `_use_default_values` lists the fields that were not set, so that another scheduler made from
         this configuration takes its own defaults for them.
         """
         own = {f.name: getattr(self, f.name) for f in self.fields()}
@@ -184,7 +184,7 @@ class Scheduler(SchedulerMixin):
         """Build this scheduler from any scheduler's configuration, as in diffusers; `changes` override fields.
 
         Fields of other schedulers are kept for them; one that no diffusers scheduler has warns. A field that is null is
-        one that was not set. With `return_unused_kwargs`, those of `changes` that are no fields come back beside the
+        one that was not set. With `return_unused_kwargs`, those of `changes` that are not fields are returned with the
         scheduler, as a dictionary; without, they are errors.
         """
         if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):

@@ -1,7 +1,7 @@
-"""Samplers of consistency-distilled networks, which jump to the picture and back to a lower noise at every step.
+"""Samplers for consistency-distilled networks: each step predicts the picture and adds noise of a lower level.
 
 LCM: Luo et al. 2023 (arXiv 2310.04378). TCD: Zheng et al. 2024 (arXiv 2402.19159). Reference: diffusers' LCM and
-TCDScheduler. A network that was not distilled for them draws softer pictures with them.
+TCDScheduler. Other networks generate softer pictures with them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ConsistencyScheduler(DiffusionScheduler):
 
 @dataclasses.dataclass(frozen=True)
 class LCMScheduler(ConsistencyScheduler):
-    """Jumps to the picture and adds fresh noise."""
+    """Predicts the picture and adds fresh noise."""
 
     def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
         timesteps = self._visited(num_inference_steps)

@@ -24,7 +24,7 @@ def noisy_in_the_middle(timestep: int) -> float:
 class SASolverScheduler(MultistepScheduler):
     """Stochastic Adams: a predictor of each step, and at the next evaluation a corrector of the step before.
 
-    `tau_func` says how much noise a step draws, by its timestep; None is `noisy_in_the_middle`.
+    `tau_func` gives the amount of noise of a step, by its timestep; None is `noisy_in_the_middle`.
     """
 
     predictor_order: int = 2

@@ -62,7 +62,7 @@ WEIGHT_FILE = re.compile(
     r"\.(?P<format>safetensors|bin)(\.(?P<variant3>[\w-]+)(?=\.index))?(\.index(\.(?P<variant4>[\w-]+))?\.json)?"
 )
 
-ZERO_EMBED = "zero_embed.safetensors"  # may lie beside a vision tower's tensors, see `kandinsky_jax.zero_embed`
+ZERO_EMBED = "zero_embed.safetensors"  # in a vision tower's folder, see `kandinsky_jax.zero_embed`
 
 # What JAX holds without loss: safetensors' and PyTorch's names of the dtypes that weights may have. Float64 is among
 # them because networks saved as such were float32 before; a number that float32 does not hold is an error.

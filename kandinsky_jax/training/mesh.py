@@ -108,7 +108,7 @@ def unsharded(mesh: Mesh | None, tree: Any) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, REPLICATED))
 
 
-def shard_batch(mesh: Mesh | None, batch: Any) -> Any:
+def shard_examples(mesh: Mesh | None, batch: Any) -> Any:
     """Shard arrays whose first axis is examples over the devices; no-op without a mesh."""
     if mesh is None:
         return batch

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.sharding import Rules
 from kandinsky_jax.training.heap import keep_freed_memory
-from kandinsky_jax.training.mesh import EXAMPLES, shard_batch, state_shardings, unsharded
+from kandinsky_jax.training.mesh import EXAMPLES, shard_examples, state_shardings, unsharded
 
 # (trained parameters, batch, key) -> a float32 scalar; with `frozen`, (trained parameters, batch, key, frozen)
 Loss = Callable[..., jax.Array]
@@ -179,7 +179,7 @@ class Trainer:
             the next state, and the metrics "loss" and "gradient_norm", float32 scalars.
         """
         with self.ambient():
-            return self._program(state, shard_batch(self.mesh, batch), key, self.frozen)
+            return self._program(state, shard_examples(self.mesh, batch), key, self.frozen)
 
     def lower(self, state: Any, batch: Any, key: Any, frozen: Any = None) -> Any:
         """Lower the step's program for these shapes and shardings, to analyse its cost."""

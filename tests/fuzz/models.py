@@ -180,7 +180,9 @@ def _orbax(folder: Path) -> list[Path]:
 
 
 def _read_orbax(folder: Path) -> None:
-    orbax.restore(folder, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in orbax.listing(folder).items()})
+    orbax.restore(
+        folder, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in orbax.list_arrays(folder).items()}
+    )
     orbax.read(folder, ["conv_in.bias"])
 
 

@@ -96,7 +96,7 @@ def test_pictures_of_other_formats_are_named(tmp_path):
     found = faults(tmp_path)
     assert all(f"{name}: pictures of this format are not read" in found for name in ("b.heic", "c.svg", "d.eps"))
     assert "t.tar/e.heic: pictures of this format are not read" in found
-    assert "t.tar/e.txt: there is no picture beside it" in found
+    assert "t.tar/e.txt: there is no picture for it" in found
 
 
 def test_samples_of_a_tar_without_picture_or_caption_are_named(tmp_path):
@@ -108,9 +108,9 @@ def test_samples_of_a_tar_without_picture_or_caption_are_named(tmp_path):
     assert [picture.name for picture in found] == ["t.tar/a.png"]
     assert found.skipped.faults == [
         "t.tar/b.image: it is no picture, and no caption (.txt or .json)",
-        "t.tar/c.json: there is no picture beside it",
-        "t.tar/d.hint.png: there is no picture beside it",
-        "t.tar/e.png: there is no caption beside it; needed is .txt or .json",
+        "t.tar/c.json: there is no picture for it",
+        "t.tar/d.hint.png: there is no picture for it",
+        "t.tar/e.png: there is no caption for it; needed is .txt or .json",
     ]
 
 
@@ -281,7 +281,7 @@ def test_keys_end_at_the_first_dot(tmp_path):
     found = listing(tmp_path)
     assert [item.text for item in found] == ["a", "b 1.5", "b 1.6", "c", "d", "e"]
     assert found[3].hint() == PNG
-    assert found.skipped.faults == ["t.tar/d.mask.png: there is no caption beside it; needed is .txt or .json"]
+    assert found.skipped.faults == ["t.tar/d.mask.png: there is no caption for it; needed is .txt or .json"]
 
 
 def test_tars_that_were_joined(tmp_path):
@@ -323,7 +323,7 @@ def test_damaged_headers_cost_their_members_alone(tmp_path):
     path.write_bytes(data)
     assert texts(path) == ["text 1", "text 2", "text 4", "text 5"]
     assert f"the header at byte {at['3.png'].offset:,}" in faults(path)
-    assert "t.tar/3.txt: there is no picture beside it" in faults(path)
+    assert "t.tar/3.txt: there is no picture for it" in faults(path)
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -461,7 +461,7 @@ def test_a_disk_without_room_for_a_copy_of_parquet(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = listing(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.warns(UserWarning, match="the disk has no room for .* bytes of a copy"):
+    with pytest.warns(UserWarning, match="the disk has no space for .* bytes of a copy"):
         assert found[33].read() == rows[33]["image"]
     assert found[3].read() == rows[3]["image"]
 

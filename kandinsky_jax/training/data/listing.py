@@ -33,8 +33,8 @@ def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scrat
 
     All of these may be mixed: `metadata.jsonl` (`file_name`, and `text`, `caption` or `prompt`), WebDataset
     tars, Parquet files, and pictures with a .txt or .json of their name. A depth map is `hint_file_name` in
-    metadata.jsonl, `KEY.hint.png` beside `KEY.png` in a folder or a tar, and the column `hint` in Parquet. Every suffix
-    of a format that `images.READABLE` names is a picture, in upper or lower case. Names that begin with a dot are
+    metadata.jsonl, `KEY.hint.png` next to `KEY.png` in a folder or a tar, and the column `hint` in Parquet. Files with
+    a suffix of any format in `images.READABLE`, in upper or lower case, are pictures. Names that begin with a dot are
     hidden, and skipped.
 
     Args:

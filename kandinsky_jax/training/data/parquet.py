@@ -153,8 +153,8 @@ class PictureReader:
         scratch = self._scratch if self._scratch is not None and self._scratch.is_dir() else tempfile.gettempdir()
         if shutil.disk_usage(scratch).free < 2 * needed:
             warnings.warn(
-                f"{self._path}: the disk has no room for {needed:,} bytes of a copy, so that each picture takes a pass "
-                "over its row group; free some, or write smaller row groups",
+                f"{self._path}: the disk has no space for {needed:,} bytes of a copy, so each picture takes a pass "
+                "over its row group; free some space, or write smaller row groups",
                 stacklevel=2,
             )
             return None

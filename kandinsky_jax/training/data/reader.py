@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.checkpoint.tokenizer import encode
+from kandinsky_jax.checkpoint.tokenizer import tokenize
 from kandinsky_jax.errors import shorten
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.training.data.items import Captioned, DataError
@@ -67,7 +67,7 @@ class Reader:
         """Return the arrays of the caption."""
         if self.tokenizer is None:
             return {}
-        [ids], [mask] = encode(self.tokenizer, [item.text[:MAX_CHARACTERS]], self.length)
+        [ids], [mask] = tokenize(self.tokenizer, [item.text[:MAX_CHARACTERS]], self.length)
         return {"input_ids": ids, "text_mask": mask}
 
     def _pictures(self, item: Captioned, rng: np.random.Generator) -> dict[str, np.ndarray]:

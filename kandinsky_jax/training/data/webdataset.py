@@ -127,7 +127,7 @@ def _of_sample(
     if not pictures:
         known = [*captions, *hints]
         if known or not any(member.suffix in unread_suffixes() for member in members):
-            fault = "there is no picture beside it" if known else "it is no picture, and no caption (.txt or .json)"
+            fault = "there is no picture for it" if known else "it is no picture, and no caption (.txt or .json)"
             skipped.add(f"{tar}/{(known or members)[0].name}: {fault}")
         return
     own = {member.stem: member for member in reversed(captions)}
@@ -137,7 +137,7 @@ def _of_sample(
     for picture in pictures:
         full = f"{tar}/{picture.name}"
         if (caption := own.get(picture.stem)) is None:
-            skipped.add(f"{full}: there is no caption beside it; needed is .txt or .json")
+            skipped.add(f"{full}: there is no caption for it; needed is .txt or .json")
             continue
         try:
             for member, most in ((picture, MAX_PICTURE_BYTES), (caption, MAX_CAPTION_BYTES)):
