@@ -16,7 +16,7 @@ def to_numpy(value: Any, name: str) -> np.ndarray:
         value: an array of NumPy, JAX or PyTorch (on any device), numbers in nested lists, or a list of equal arrays.
         name: of the argument, for the error.
     Raises:
-        TypeError: where it is no array of real numbers.
+        TypeError: where it is not an array of real numbers.
     """
     try:
         if isinstance(value, list | tuple) and any(hasattr(item, "__array__") for item in value):

@@ -15,7 +15,7 @@ class AttributeDict(dict[str, Any]):
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(
-            "a configuration stays as it is: make another object with other fields, as "
+            "a configuration is immutable: make another object with other fields, as "
             "Scheduler.from_config(scheduler.config, name=value) does, or take dict(config)"
         )
 

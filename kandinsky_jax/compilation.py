@@ -154,7 +154,7 @@ def set_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
             with contextlib.suppress(FileNotFoundError):  # another process tidies up too
                 _tidy(usable)
         except (OSError, RuntimeError) as error:  # without a home, `expanduser` has a RuntimeError
-            warnings.warn(f"compiled programs are not kept from run to run: {error}", stacklevel=2)
+            warnings.warn(f"compiled programs are not cached: {error}", stacklevel=2)
     jax.config.update("jax_compilation_cache_dir", None if usable is None else str(usable))
     compilation_cache.reset_cache()  # another one may be in use already
     if usable is not None and _configured("jax_persistent_cache_min_compile_time_secs") == JAX_MIN_SECONDS:
@@ -196,7 +196,7 @@ def _private(folder: Path) -> Path:
 def _tidy(folder: Path) -> None:
     """Remove truncated entries, which JAX would fail on and never replace, and above `MAX_CACHE_BYTES` the least
     recently used ones."""
-    checked = folder / "checked"  # as old as the last entry that was looked at
+    checked = folder / "checked"  # its time is that of the last entry that was checked
     last = checked.stat().st_mtime if checked.exists() else 0.0
     checked.touch()
     total = 0
@@ -214,7 +214,7 @@ def _last_used(entry: tuple[Path, os.stat_result]) -> float:
 def _whole(entry: Path) -> bool:
     """Return whether an entry is complete, by the checksum of JAX's default compression."""
     data = entry.read_bytes()
-    if data[:4] == b"\x28\xb5\x2f\xfd":  # zstd, where that is installed: not looked into
+    if data[:4] == b"\x28\xb5\x2f\xfd":  # zstd, if that is installed: not checked
         return True
     try:
         zlib.decompress(data)

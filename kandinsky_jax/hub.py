@@ -122,7 +122,7 @@ def resolve(name: str | os.PathLike[str], repository: str, **options: Any) -> Pa
     if _REPOSITORY.fullmatch(str(name)):
         return _download_model(str(name), where)
     raise CheckpointError(
-        f"{shorten(str(name))} is no folder here, no embedded model ({', '.join(EMBEDDED)}) and no Hub repository "
+        f"{shorten(str(name))} is not a folder here, no embedded model ({', '.join(EMBEDDED)}) and no Hub repository "
         "(owner/name)"
     )
 
@@ -158,7 +158,7 @@ def resolve_component(name: str | os.PathLike[str], weights: bool = True, **opti
     if _REPOSITORY.fullmatch(str(name)):
         fetch = _fetch_component_files if weights else _fetch_small_files
         return fetch(str(name), where, [subfolder] if subfolder else [""]) / subfolder
-    raise CheckpointError(f"{shorten(str(name))} is no folder here and no Hub repository (owner/name)")
+    raise CheckpointError(f"{shorten(str(name))} is not a folder here and no Hub repository (owner/name)")
 
 
 def _no_subfolder(name: str | os.PathLike[str], folder: Path, subfolder: str) -> str:
@@ -187,7 +187,9 @@ def resolve_lora(name: str | os.PathLike[str], weight_name: str | None = None, *
     if os.path.exists(name):
         return Path(name) / subfolder if os.path.isdir(name) else Path(name)
     if not _REPOSITORY.fullmatch(str(name)):
-        raise CheckpointError(f"{shorten(str(name), 240)} is no file or folder here and no Hub repository (owner/name)")
+        raise CheckpointError(
+            f"{shorten(str(name), 240)} is not a file or folder here and no Hub repository (owner/name)"
+        )
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     usual = [weight_name] if weight_name else ["pytorch_lora_weights.*", "adapter_model.*"]
     for patterns in (usual, ["*.safetensors"]):
@@ -219,7 +221,7 @@ def stored_folders(name: str | os.PathLike[str], cache_dir: str | os.PathLike[st
         end = f" of which {shorten(str(snapshots.parent), 200)} has files" if is_name else " (owner/name)"
         models = ", ".join(EMBEDDED)
         raise CheckpointError(
-            f"{shorten(str(name))} is no folder here, no embedded model ({models}) and no Hub repository{end}"
+            f"{shorten(str(name))} is not a folder here, no embedded model ({models}) and no Hub repository{end}"
         )
     return found
 
@@ -358,7 +360,7 @@ def _explain(repository: str, revision: str | None, offline: bool, error: Except
     if (offline or constants.HF_HUB_OFFLINE) and isinstance(error, LocalEntryNotFoundError):
         which = f" with the revision {shorten(repr(revision))}" if revision else ""
         return (
-            f"{repository}{which} is not in the Hub's cache, and only the cache was looked at, because of "
+            f"{repository}{which} is not in the Hub's cache, and only the cache was used, because of "
             "local_files_only or HF_HUB_OFFLINE; leave that out to fetch it, or give cache_dir="
         )
     reason = shorten(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 200)
@@ -366,7 +368,7 @@ def _explain(repository: str, revision: str | None, offline: bool, error: Except
     if isinstance(error, ValueError):
         return message
     if offline or constants.HF_HUB_OFFLINE:
-        return message + ". Only the cache was looked at, because of local_files_only or HF_HUB_OFFLINE"
+        return message + ". Only the cache was used, because of local_files_only or HF_HUB_OFFLINE"
     return message + ". What has arrived is kept; call it again"
 
 
@@ -393,7 +395,7 @@ def components(folder: Path) -> dict[str, str]:
     """Return a model's components and their classes, from its `model_index.json`.
 
     Raises:
-        CheckpointError: where the file is missing or damaged, or names a component that is no plain folder name.
+        CheckpointError: where the file is missing or damaged, or names a component that is not a plain folder name.
     """
     index = read_json(folder / "model_index.json")
     parts = {}
@@ -407,7 +409,7 @@ def components(folder: Path) -> dict[str, str]:
                 f"{folder / 'model_index.json'}: {shorten(name)} should be [library, class], is {shorten(value)}"
             )
         if not _COMPONENT.fullmatch(name):
-            raise CheckpointError(f"{folder / 'model_index.json'}: {shorten(repr(name))} is no name of a component")
+            raise CheckpointError(f"{folder / 'model_index.json'}: {shorten(repr(name))} is not a name of a component")
         if value[1] is not None:
             parts[name] = value[1]
     return parts

@@ -149,7 +149,7 @@ def _mask_levels(image: Image.Image, name: str) -> Image.Image:
         *ranges, alpha = [np.ptp(np.asarray(band)) for band in colours.split()]
         if alpha and not any(ranges):
             raise ValueError(
-                f"{name} is of one colour, and what it shows is in its transparency, which can mean either; needed is "
+                f"{name} is of one colour, and its content is in its transparency, which can mean either; needed is "
                 "a mask without transparency in which white is repainted"
             )
     if image.mode in DEEP:

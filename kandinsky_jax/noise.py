@@ -306,7 +306,7 @@ def _key(generator: Any) -> jax.Array:
     """A seed or a JAX key, typed or raw, as a typed key."""
     if isinstance(generator, int | np.integer) and not isinstance(generator, bool):
         if not 0 <= generator < 2**63:
-            raise ValueError(f"generator={quote(generator)} is no seed; needed is an integer from 0 to 2**63 - 1")
+            raise ValueError(f"generator={quote(generator)} is not a seed; needed is an integer from 0 to 2**63 - 1")
         # Without 64-bit mode, JAX would drop a seed's upper half.
         high, low = divmod(int(generator), 2**32)
         key = jax.random.key(low)

@@ -125,7 +125,7 @@ def _check_files(path: Path) -> None:
     """Raise where a part of a checkpoint is a pipe or a device, on which its readers would block."""
     for part in sorted(path.rglob("*")):
         if not (part.is_file() or part.is_dir()):  # the Hub's cache consists of links to files
-            raise CheckpointError(of_file(path, f"is damaged: {shorten(part.name)} is no regular file"))
+            raise CheckpointError(of_file(path, f"is damaged: {shorten(part.name)} is not a regular file"))
 
 
 def _cut_short(path: Path) -> list[str]:

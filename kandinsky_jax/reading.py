@@ -55,7 +55,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     """Raise ReadError if a path is a folder, a pipe or a device, OSError if it cannot be accessed."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-        raise ReadError("is a folder, needed is a file" if stat.S_ISDIR(mode) else "is no regular file")
+        raise ReadError("is a folder, needed is a file" if stat.S_ISDIR(mode) else "is not a regular file")
 
 
 def read_text(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> str:

@@ -57,7 +57,7 @@ def check_replaceable(target: str | os.PathLike[str]) -> None:
         and not (target / "model_index.json").is_file()
         and not (target.is_dir() and not any(target.iterdir()))
     ):
-        raise FileExistsError(f"{target} exists and is no model (it has no model_index.json), so it is not replaced")
+        raise FileExistsError(f"{target} exists and is not a model (it has no model_index.json), so it is not replaced")
 
 
 def check_free_space(folder: Path, name: str, needed_bytes: int) -> None:

@@ -28,7 +28,7 @@ def load_image(
     Returns:
         a PIL picture: in RGB, or what `convert_method` returns.
     Raises:
-        ValueError: where it cannot be fetched, or is no picture that can be read safely.
+        ValueError: where it cannot be fetched, or is not a picture that can be read safely.
     """
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         image = read(io.BytesIO(_fetch(image)), f"the picture at {shorten(image, 200)}")

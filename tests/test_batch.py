@@ -424,7 +424,7 @@ def test_the_command(rows, tmp_path):
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert "start it again to go on" in out
+    assert "start it again to continue" in out
     assert "image/s" in err
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left[-1] == "job.json"

@@ -107,8 +107,11 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: edit_json(f / "model_index.json", lambda index: index.pop("movq")),
         ["movq is missing"],
     ),
-    "a component outside": (in_index(**{"../unet": ["diffusers", "UNet2DConditionModel"]}), ["'../unet' is no name"]),
-    "an absolute component": (in_index(**{"/unet": ["diffusers", "UNet2DConditionModel"]}), ["'/unet' is no name"]),
+    "a component outside": (
+        in_index(**{"../unet": ["diffusers", "UNet2DConditionModel"]}),
+        ["'../unet' is not a name"],
+    ),
+    "an absolute component": (in_index(**{"/unet": ["diffusers", "UNet2DConditionModel"]}), ["'/unet' is not a name"]),
     "a component without class": (in_index(unet="UNet2DConditionModel"), ["unet should be [library, class]"]),
     "no folder": (lambda f: shutil.rmtree(f / "unet"), ["has no folder unet"]),
     "no tensors": (lambda f: None, ["has no tensors"]),
@@ -345,7 +348,7 @@ def test_shard_outside_the_folder_is_refused(folder: Path, name: Any):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": ["a"]}'])
 def test_damaged_index_of_shards(folder: Path, text: str):
     shard(folder).write_text(text)
-    with pytest.raises(CheckpointError, match=r"model.safetensors.index.json is no index of safetensors files"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors.index.json is not an index of safetensors files"):
         load_text_encoder(folder)
 
 

@@ -83,12 +83,12 @@ def test_torch_noise_is_the_references_picture(tmp_path, shapes_pipe):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["x", "--model", "nowhere"], "nowhere is no folder here, no embedded model (tiny) and no Hub repository"),
+        (["x", "--model", "nowhere"], "nowhere is not a folder here, no embedded model (tiny) and no Hub repository"),
         (["x", "--model", "tiny", "-o", "a.bmp"], "a.bmp should end in one of .png"),
         (["x", "--model", "tiny", "-o", "missing/a.png"], "missing does not exist"),
         (["x", "--model", "tiny", "--height", "10"], "--height=10 is too small"),
         (["x", *SHORT[:2], "--steps", "0"], "num_inference_steps=0 is out of range"),
-        (["x", "--model", "tiny", "--seed", "-1"], "--seed=-1 is no seed"),
+        (["x", "--model", "tiny", "--seed", "-1"], "--seed=-1 is not a seed"),
         (["x", "--scheduler", "dpm2m"], "there is no scheduler 'dpm2m'; did you mean dpm"),
         (["x", "--scheduler", "heun", "--steps", "600"], "num_inference_steps=600 is out of range"),
     ],
@@ -111,7 +111,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, says):
 def test_a_process_ends_with_the_error_alone(tmp_path):
     done = kandinsky("generate", "x", "--model", "nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: nowhere is no folder here")
+    assert done.stderr.startswith("error: nowhere is not a folder here")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -119,7 +119,7 @@ def test_a_threshold_of_ones_own_stays(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="compiled programs are not kept from run to run: .*file"):
+    with pytest.warns(UserWarning, match="compiled programs are not cached: .*file"):
         set_compilation_cache(tmp_path / "file" / "folder")
     assert directory() is None
     compile_something(4.5)

@@ -180,7 +180,7 @@ def spoiled(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("source", "options", "messages"),
     [
-        (lambda tmp: tmp / "nothing", [], ["is no folder here, no embedded model (tiny)"]),
+        (lambda tmp: tmp / "nothing", [], ["is not a folder here, no embedded model (tiny)"]),
         (lambda tmp: tmp, [], ["has no model_index.json"]),
         (lambda tmp: "no-owner/no-repository", [], ["no-owner/no-repository is not in the Hub's cache"]),
         (lambda tmp: "tiny/kandinsky-3", [], ["tiny has kandinsky-2-2-prior"]),
@@ -372,6 +372,6 @@ def test_source_that_turns_bad_late_leaves_nothing(tmp_path):
 
 def test_overwriting_spares_what_is_no_model(tmp_path):
     (tmp_path / "diary.txt").write_text("dear")
-    with pytest.raises(FileExistsError, match="no model"):
+    with pytest.raises(FileExistsError, match="not a model"):
         convert(DECODER, tmp_path, overwrite=True)
     assert (tmp_path / "diary.txt").read_text() == "dear"

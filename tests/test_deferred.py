@@ -87,7 +87,7 @@ def test_a_prompt_does_not_read_the_tower(shapes_pipe, reads):
     again = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32", movq=shapes_pipe.movq)
     shared = KandinskyV22Img2ImgCombinedPipeline.from_pipe(again, pipe)
     emb2emb = KandinskyV22PriorEmb2EmbPipeline.from_pipe(shared)
-    emb2emb("a red circle", generated.image_embeds, strength=0.9, **SHORT)  # a ready embedding is no picture
+    emb2emb("a red circle", generated.image_embeds, strength=0.9, **SHORT)  # a ready embedding is not a picture
     with pytest.raises(ValueError, match="has 2 pictures"):
         pipe.interpolate([np.zeros((2, 8, 8, 3), np.uint8)], [1.0])  # nor is the tower read for an error
     assert not pipe._held()["image_encoder"].loaded

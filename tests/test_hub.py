@@ -123,10 +123,10 @@ def test_a_decoder_loads_with_the_shared_movq(repository: str, shapes_pipe, tmp_
     ("name", "message"),
     [
         ("tiny/other", "tiny has kandinsky-2-2-prior, kandinsky-2-2-decoder"),
-        ("./nothing", "./nothing is no folder here, no embedded model (tiny) and no Hub repository"),
-        ("../nothing", "../nothing is no folder here, no embedded model (tiny) and no Hub repository"),
-        ("/nothing/at/all", "is no folder here, no embedded model (tiny) and no Hub repository"),
-        ("nothing", "is no folder here, no embedded model (tiny) and no Hub repository"),
+        ("./nothing", "./nothing is not a folder here, no embedded model (tiny) and no Hub repository"),
+        ("../nothing", "../nothing is not a folder here, no embedded model (tiny) and no Hub repository"),
+        ("/nothing/at/all", "is not a folder here, no embedded model (tiny) and no Hub repository"),
+        ("nothing", "is not a folder here, no embedded model (tiny) and no Hub repository"),
         ("no-owner/no-repository", "no-owner/no-repository is not in the Hub's cache, and only the cache"),
         ("a--b/c", "a--b/c could not be fetched from the Hub: Cannot have -- or .."),
     ],
@@ -203,7 +203,7 @@ def test_small_files_of_a_component_are_fetched():
 def test_bad_index_in_the_cache(tmp_path):
     snapshot = cached(tmp_path, "owner/bad", SHAPES_MODEL / hub.DECODER)
     (snapshot / "model_index.json").write_text(json.dumps({"../../x": ["diffusers", "VQModel"]}))
-    with pytest.raises(CheckpointError, match="is no name of a component"):
+    with pytest.raises(CheckpointError, match="is not a name of a component"):
         hub.resolve("owner/bad", hub.DECODER, cache_dir=tmp_path)
 
 

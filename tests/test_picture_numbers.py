@@ -65,7 +65,7 @@ def test_png_of_16_bits_is_the_same(tmp_path):
 
 
 def test_pictures_of_an_array_share_their_range():
-    """A black picture among levels is no picture of 0..1."""
+    """A black picture among levels is not a picture of 0..1."""
     several = np.stack([RGB, np.ones_like(RGB)]).astype(np.float32)
     np.testing.assert_allclose(images.pictures(several, "image", H, W)[1], 1 / 127.5 - 1, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_mask_of_any_kind_is_the_same(given):
 @pytest.mark.parametrize("level", [0, 255])
 def test_mask_in_the_transparency_is_refused(alpha, level):
     for mask in (rgba(np.full((H, W), level), alpha), rgba(np.full((H, W), level), alpha).convert("LA")):
-        with pytest.raises(ValueError, match=r"^mask_image is of one colour, and what it shows is in its transparency"):
+        with pytest.raises(ValueError, match=r"^mask_image is of one colour, and its content is in its transparency"):
             images.masks(mask, "mask_image", H, W)
 
 

@@ -132,7 +132,7 @@ def test_faults_are_told_by_file_name(tmp_path):
         "line 3",
         "line 4: '../a.png' leads out",
         "caption is empty",
-        "no text",
+        "not text",
         "line 7",
     ):
         assert part in faults
@@ -382,7 +382,7 @@ def test_stopped_and_resumed(folder, tmp_path):
     run("parts").train()
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(np.array_equal(one[name], two[name]) for name in one)
-    with pytest.raises(TrainingError, match="model exists and is no result of such a run"):
+    with pytest.raises(TrainingError, match="model exists and is not a result of such a run"):
         Run(Kind.PRIOR, config_of(folder, tmp_path / "parts"), quiet=True)
     shutil.rmtree(tmp_path / "parts" / "model")
     other = Run(Kind.PRIOR, config_of(folder, tmp_path / "parts"), quiet=True)

@@ -103,7 +103,7 @@ def test_what_fails_is_a_warning(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="on fire") as caught:  # not even offline
         measure(tmp_path, "p")
     assert len(caught) == 2
-    assert "on fire; what is measured is kept in" in str(caught[0].message)
+    assert "on fire; metrics are kept in" in str(caught[0].message)
     fake.init, works.log = (lambda **_: works), lambda *_: None
     with pytest.warns(UserWarning, match="on fire"):  # at the end
         Metrics(tmp_path, config_of(tmp_path, "p")).__exit__(None)

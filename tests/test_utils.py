@@ -14,7 +14,7 @@ from tests.checkpoint.hub_server import serving
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder of a PNG with transparency, a JPEG that its EXIF turns, and a file that is no picture."""
+    """A folder of a PNG with transparency, a JPEG that its EXIF turns, and a file that is not a picture."""
     levels = np.random.default_rng(0).integers(0, 256, (24, 40, 4), np.uint8)
     Image.fromarray(levels).save(tmp_path / "cat.png")
     exif = Image.Exif()

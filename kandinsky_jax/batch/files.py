@@ -236,7 +236,7 @@ class RemoteFiles:
             return self._holds(path, data)
         if not self._holds(path, data, thorough=False):
             if overwrite:
-                raise OSError(errno.EIO, "what arrived is not what was sent", path)
+                raise OSError(errno.EIO, "the stored object is not what was sent", path)
             return self._send(path, data, overwrite=True)
         return True
 

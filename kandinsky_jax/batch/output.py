@@ -99,13 +99,13 @@ class Output:
                 raise reading.ReadError(f"holds {type(known).__name__}, needed is an object")
         except reading.ReadError as error:
             fault = reading.of_file(f"{self.url}/job.json", error)
-            raise JobError([f"{fault}; it is damaged: take another folder, or remove this one"]) from None
+            raise JobError([f"{fault}; it is damaged: use another folder, or remove this one"]) from None
         version = known.pop("format_version", 0)
         if version not in range(FORMAT_VERSION + 1) or isinstance(version, bool):
             raise JobError(
                 [
                     f"{self.url}/job.json has format version {shorten(version, 40)}, this release knows 0 to "
-                    f"{FORMAT_VERSION}: go on with the release that began the job, or take another folder"
+                    f"{FORMAT_VERSION}: continue with the release that started the job, or use another folder"
                 ]
             )
         del identity["format_version"]
@@ -113,7 +113,7 @@ class Output:
             identity["model"] = older_model()
         differ = _changes(known, identity)
         if differ:
-            fault = f"{shorten(self.url, 150)} holds another job; finish that one, or take another folder"
+            fault = f"{shorten(self.url, 150)} holds another job; finish that one, or use another folder"
             raise JobError([fault, *differ])
 
     # Shards -------------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def _scan_csv(lines: Lines, default_id: Callable[[int], str]) -> Scan:
             first = line + len(rows) + sum(cell.count(lines.newline) for cells in rows for cell in cells)
             _check_quotes(lines.again(first, reader.line_num, line, position), first + 1, error)
         ended = not rows and not broken
-        # An empty line is no row, and one with more or fewer cells has no id.
+        # An empty line is not a row, and one with more or fewer cells has no id.
         if column is None:
             names = [None] * sum(map(bool, rows))
         else:

@@ -133,7 +133,7 @@ def find(path: Path, weight_name: str | None = None) -> Path:
         if path.is_file():
             return path
         if not path.is_dir():
-            what = "is no regular file" if path.exists() else "is not there"
+            what = "is not a regular file" if path.exists() else "is not there"
             raise CheckpointError(f"{shorten(str(path), 240)} {what}; needed is a LoRA file, or the folder of one")
         listed = [entry.name for entry in path.iterdir() if entry.is_file()]
         if not any(name.endswith(_SUFFIXES) for name in listed):
@@ -183,7 +183,7 @@ def open_file(path: Path) -> LoraTensors:
                 f"{shorten(str(path), 240)}: {METADATA} in its header {shorten(error, 160)}"
             ) from None
         if not isinstance(config, dict):
-            raise CheckpointError(f"{shorten(str(path), 240)}: {METADATA} in its header is no JSON object")
+            raise CheckpointError(f"{shorten(str(path), 240)}: {METADATA} in its header is not a JSON object")
     elif path.stem == "adapter_model" and (path.parent / PEFT_CONFIG).exists():
         config = read_json(path.parent / PEFT_CONFIG)
     return LoraTensors(os.fspath(path), tensors, config)
@@ -268,7 +268,7 @@ def _unsupported(unknown: Sequence[str], total: int) -> str:
         return f"changes a text encoder, which is not supported, in {len(mine)} of its {total} tensors: {_some(mine)}"
     if kind:
         return f"uses {kind}, which is not supported, in {len(mine)} of its {total} tensors: {_some(mine)}"
-    return f"holds {len(mine)} tensors of {total} that are no LoRA tensors: {_some(mine)}"
+    return f"holds {len(mine)} tensors of {total} that are not LoRA tensors: {_some(mine)}"
 
 
 def _network_of(
@@ -316,7 +316,9 @@ def _changes(
 ) -> Adapter:
     """Check and read the changes of one network."""
     if strange := [name for name in group if name not in layers]:
-        raise opened.error(f"has {len(strange)} of {len(group)} layers that the {target} has not: {_some(strange)}")
+        raise opened.error(
+            f"has {len(strange)} of {len(group)} layers that the {target} does not have: {_some(strange)}"
+        )
     config = _own_config(opened.config, component)
     alphas = [layer.names["alpha"] for layer in group.values() if "alpha" in layer.parts]
     if config is not None and alphas:
@@ -425,7 +427,7 @@ def write(
     """
     target = Path(folder) / check_weight_name(weight_name)
     if target.suffix != ".safetensors":
-        raise ValueError(f"weight_name={quote(weight_name)} must end in .safetensors, which is what is written")
+        raise ValueError(f"weight_name={quote(weight_name)} must end in .safetensors, the format that is written")
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
     about: dict[str, Any] = {}

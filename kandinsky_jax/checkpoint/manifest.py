@@ -261,12 +261,12 @@ def _read_manifest(path: Path) -> dict[str, _Expected]:
         )
     entries = content.get("files")
     if not isinstance(entries, dict):
-        raise CheckpointError(of_file(path, "is no manifest: it has no object files"))
+        raise CheckpointError(of_file(path, "is not a manifest: it has no object files"))
     found = {}
     for name, entry in entries.items():
         digest, size = (entry.get("sha256"), entry.get("bytes")) if isinstance(entry, dict) else (None, None)
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name in ("", "."):
-            fault = "is no path within the folder"
+            fault = "is not a path within the folder"
         elif not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             fault = "has no SHA-256 (sha256, 64 digits)"
         elif type(size) is not int or size < 0:
@@ -275,7 +275,7 @@ def _read_manifest(path: Path) -> dict[str, _Expected]:
             found[name] = _Expected(digest, "manifest", size)
             continue
         raise CheckpointError(
-            of_file(path, f"is no manifest: {quote(name, 100)} {shorten(fault, 200)}; --update writes it anew")
+            of_file(path, f"is not a manifest: {quote(name, 100)} {shorten(fault, 200)}; --update writes it anew")
         )
     return found
 

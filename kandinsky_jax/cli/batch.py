@@ -156,7 +156,7 @@ def summary(report: Report, process: Process, output: str) -> str:
     if report.errors and not report.complete:
         lines.append(f"{report.errors} rows could not be generated; see {output}/errors")
     if report.stopped:
-        lines.append("stopped; start it again to go on")
+        lines.append("stopped; start it again to continue")
     elif report.complete:
         failed = f"; {report.failed} rows could not be generated, see {output}/errors.jsonl" if report.failed else ""
         lines.append(f"the job is complete: {output}{failed}")

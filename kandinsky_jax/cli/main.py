@@ -146,7 +146,7 @@ class Options:
             if side is not None:
                 checks.side(side, name)
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed={self.seed} is no seed; needed is an integer from 0 to 2**63 - 1")
+            raise ValueError(f"--seed={self.seed} is not a seed; needed is an integer from 0 to 2**63 - 1")
         checks.interval(self.interval(), max(self.steps, 1), "--guidance-interval")
         self.devices()
         if self.scheduler is not None:

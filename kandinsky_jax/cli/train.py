@@ -45,6 +45,6 @@ def train(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     if result is None:
-        print(f"stopped; start it again to go on: {config}")
+        print(f"stopped; start it again to continue: {config}")
         sys.exit(STOPPED)
     print(result)

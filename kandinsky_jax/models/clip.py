@@ -60,7 +60,7 @@ class _CLIPConfig(NetworkConfig):
         if self.hidden_act not in ACTIVATIONS:
             faults.append(f"hidden_act={quote(self.hidden_act)} is not supported, only {sorted(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
-            faults.append(f"hidden_size={self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+            faults.append(f"hidden_size={self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         return faults
 
     def to_dict(self) -> dict:

@@ -154,7 +154,7 @@ def _read_devices(owner: Any, value: Any) -> Target:
     text = f"cuda:{shorten(value)}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     parsed = re.fullmatch(r"([a-z]+)(?::([0-9]{1,9}))?", text)
     if parsed is None or parsed[1] not in {*PLATFORMS, *FOREIGN}:
-        raise ValueError(f"{shorten(value)} is no device; give {_devices_here()}, or a dtype")
+        raise ValueError(f"{shorten(value)} is not a device; give {_devices_here()}, or a dtype")
     kind, index = parsed[1], parsed[2]
     try:
         there = jax.local_devices(backend=PLATFORMS[kind]) if kind in PLATFORMS else []

@@ -41,7 +41,7 @@ class PretrainedNetwork:
         Args:
             config: as `load_config` or another network's `config` gives it.
             seed: of the weights.
-            return_unused_kwargs: whether to return the network and those of `changes` that are no fields of it.
+            return_unused_kwargs: whether to return the network and those of `changes` that are not fields of it.
             changes: fields of the configuration to change.
         Raises:
             ConfigError: where the configuration is not supported.

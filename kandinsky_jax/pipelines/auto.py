@@ -56,7 +56,7 @@ class _AutoPipeline:
 
     def __init__(self) -> None:
         name = type(self).__name__
-        raise TypeError(f"{name} is no pipeline; {name}.from_pretrained(...) and .from_pipe(...) give one")
+        raise TypeError(f"{name} is not a pipeline; {name}.from_pretrained(...) and .from_pipe(...) give one")
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **arguments: Any) -> CombinedPipeline:
@@ -111,7 +111,7 @@ class _AutoPipeline:
         if folder.name not in hub.KINDS or not (folder.parent / cls.DEFAULT / "unet").is_dir():
             others = [other.__name__ for other in AUTO if pipe.REPOSITORY in other.COMBINED]
             raise CheckpointError(
-                f"the unet of this {type(pipe).__name__} is none for {cls.TASK}; use {' or '.join(others)}, or give "
+                f"the unet of this {type(pipe).__name__} is not for {cls.TASK}; use {' or '.join(others)}, or give "
                 f"one: {cls.__name__}.from_pipe(pipe, unet={decoder.__name__}.from_pretrained("
                 f"'{hub.OFFICIAL}/{cls.DEFAULT}', movq=pipe.movq).unet)"
             )
@@ -165,7 +165,7 @@ def pipeline_for(name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> 
     cls = CLASSES.get(found)
     if cls is None:
         raise CheckpointError(
-            f"{folder} holds a {shorten(found)}, which is no pipeline of Kandinsky 2.2, such as a KandinskyV22Pipeline"
+            f"{folder} holds a {shorten(found)}, which is not a pipeline of Kandinsky 2.2, such as KandinskyV22Pipeline"
         )
     return cls.from_pretrained(name, **arguments)
 

@@ -272,7 +272,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
 
 def _of_a_call(pipe: Pipeline, name: str) -> Any:
     if name not in pipe._call_state:
-        raise AttributeError(f"{type(pipe).__name__}.{name} is there once the pipeline has been called")
+        raise AttributeError(f"{type(pipe).__name__}.{name} is available after the pipeline has been called")
     return pipe._call_state[name]
 
 

@@ -35,7 +35,7 @@ def _text(value: str, name: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} is no text: character {error.start} is {quote(value[error.start])}, half of a surrogate pair"
+            f"{name} is not text: character {error.start} is {quote(value[error.start])}, half of a surrogate pair"
         ) from None
     return value
 

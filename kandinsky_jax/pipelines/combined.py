@@ -228,7 +228,7 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
             num_inference_steps, guidance_scale, height, width, output_type, return_dict, guidance_interval: see
                 `KandinskyV22Pipeline`.
             prior_guidance_scale, prior_num_inference_steps: the prior's own.
-            generator: one for both stages; a `TorchGenerator` goes on from the prior to the decoder.
+            generator: one for both stages; a `TorchGenerator` continues from the prior to the decoder.
             latents: the prior's initial noise.
             callback, callback_steps: diffusers' older form of the decoder's callback.
             prior_callback_on_step_end, callback_on_step_end and their ..._tensor_inputs: callbacks of each stage.

@@ -110,7 +110,7 @@ class SchedulerMixin:
             name: a scheduler's folder, that of a model, a Hub repository, or an embedded model such as
                 "tiny/kandinsky-2-2-decoder".
             subfolder: of the scheduler, such as "scheduler".
-            return_unused_kwargs: whether to return the scheduler and those of `changes` that are no fields of it.
+            return_unused_kwargs: whether to return the scheduler and those of `changes` that are not fields of it.
             changes: fields to change, see `from_config`; also revision, cache_dir, token, local_files_only and
                 force_download of `kandinsky_jax.hub.HubOptions`.
         Raises:

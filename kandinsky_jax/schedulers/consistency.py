@@ -56,7 +56,7 @@ class LCMScheduler(ConsistencyScheduler):
         scaled = timesteps * self.timestep_scaling
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         out = scaled / np.sqrt(scaled**2 + SIGMA_DATA**2)
-        after = np.append(vp_levels(alpha)[1:], [[1.0, 0.0]], axis=0)  # the last picture is left as it is
+        after = np.append(vp_levels(alpha)[1:], [[1.0, 0.0]], axis=0)  # the last picture gets no noise
         matrix = np.zeros((steps, SLOTS, SLOTS + 3))
         for i, (signal, sigma) in enumerate(after):
             matrix[i, 0] = signal * (out[i] * BASIS[X0] + skip[i] * BASIS[0]) + sigma * BASIS[Z]
@@ -74,7 +74,7 @@ class LCMScheduler(ConsistencyScheduler):
 @dataclasses.dataclass(frozen=True)
 class TCDScheduler(ConsistencyScheduler):
     """Steps below the next timestep by the share `eta` of it, and adds noise up to it; `eta` is an argument of `step`
-    in the reference, 0.3 there. Limits of x0 are not looked at, as in the reference."""
+    in the reference, 0.3 there. Limits of x0 are ignored, as in the reference."""
 
     eta: float = 0.3
 

@@ -24,7 +24,7 @@ def _adams(outputs: list[np.ndarray]) -> np.ndarray:
 
 
 def _raw(n: int) -> dict[str, Any]:
-    """`build`'s arguments for solvers that see the output as it is."""
+    """Return `build`'s arguments for solvers that use the network's output directly."""
     return {"x0_from": np.zeros((n, 2)), "eps_from": np.tile([0.0, 0.0, 1.0], (n, 1))}
 
 

@@ -155,13 +155,13 @@ def shards(index: Path) -> list[Path]:
     """Return the shards that an index names, sorted; they are in its folder.
 
     Raises:
-        CheckpointError: where it is no index, or names something else.
+        CheckpointError: where it is not an index, or names something else.
     """
     form = ".safetensors" if ".safetensors." in index.name else ".bin"
     try:
         named = set(read_json(index)["weight_map"].values())
     except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{index} is no index of {form[1:]} files: {shorten(error)}") from None
+        raise CheckpointError(f"{index} is not an index of {form[1:]} files: {shorten(error)}") from None
     for shard in named:
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(form) or "\0" in shard:
             raise CheckpointError(f"{index} names a shard outside its folder, or no {form} file: {shorten(shard)}")

@@ -48,7 +48,7 @@ class BadData:
     def _read(self) -> list[str]:
         found: list[str] = []
         if self._path.exists() and not self._path.is_file():
-            raise FileExistsError(errno.EEXIST, "it is no file", str(self._path))
+            raise FileExistsError(errno.EEXIST, "it is not a file", str(self._path))
         try:
             with self._path.open("rb") as file:
                 for raw in file:

@@ -133,14 +133,14 @@ class Checkpoints:
             if faults:
                 aside = self._moved_aside(damaged)
                 warnings.warn(
-                    f"{self._path}: damaged checkpoints are not used, training goes on from step {path.name}; they are "
-                    f"in {aside.name}: {summarize(faults, 200)}",
+                    f"{self._path}: damaged checkpoints are not used, training continues from step {path.name}; they "
+                    f"are in {aside.name}: {summarize(faults, 200)}",
                     stacklevel=2,
                 )
             return restored, place["data"]
         if faults:
             raise TrainingError(
-                f"{self._path}: no checkpoint can be read; remove the folder to begin anew: {summarize(faults, 200)}"
+                f"{self._path}: no checkpoint can be read; remove the folder to start again: {summarize(faults, 200)}"
             )
         return None
 
@@ -168,7 +168,7 @@ class Checkpoints:
         place = _read_json(path / "place" / "metadata")
         version = place.get("format_version", 1)
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise CheckpointError("its format version is no number")
+            raise CheckpointError("its format version is not a number")
         if version > CHECKPOINT_VERSION:
             raise TrainingError(
                 f"{path} is of format version {version}, this version of kandinsky_jax reads those up to "

@@ -31,7 +31,7 @@ class TrainingConfigError(ValueError):
     def __init__(self, path: str, faults: list[str]):
         self.faults = [shorten(fault, 200) for fault in faults]
         found = summarize(self.faults, 250, "\n  ")
-        super().__init__(f"{shorten(path, 240)} is no configuration to train with:\n  {found}")
+        super().__init__(f"{shorten(path, 240)} is not a configuration to train with:\n  {found}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _lora_faults(config: LoraConfig) -> list[str]:
     try:
         re.compile(config.pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        faults.append(f"lora.pattern is no regular expression: {shorten(error)}")
+        faults.append(f"lora.pattern is not a regular expression: {shorten(error)}")
     return faults
 
 

@@ -236,11 +236,11 @@ def _check_target(folder: Path, replaceable: str) -> None:
     """Raise TrainingError if the result could not be written into its folder, before training."""
     target = folder / "model"
     if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder} is no folder; choose another output")
+        raise TrainingError(f"{folder} is not a folder; choose another output")
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / replaceable).is_file())):
         raise TrainingError(
-            f"{target} exists and is no result of such a run (it has no {replaceable}), so it is not replaced; move it "
-            "away, or choose another output folder"
+            f"{target} exists and is not a result of such a run (it has no {replaceable}), so it is not replaced; move "
+            "it away, or choose another output folder"
         )
 
 

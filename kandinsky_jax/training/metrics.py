@@ -50,7 +50,7 @@ class Metrics:
             return
         except (OSError, reading.ReadError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise TrainingError(f"{reading.of_file(self._path, reason)}: move it away to go on") from None
+            raise TrainingError(f"{reading.of_file(self._path, reason)}: move it away to continue") from None
 
         def keep(kept: BinaryIO) -> None:
             with self._path.open("rb") as file:
@@ -107,7 +107,7 @@ class WandbRun:
             try:
                 self._run = self._start(wandb, folder, project, config, id=_run_id(folder), resume="allow")
             except Exception as error:
-                self._fail(f"{error}; what is measured is kept in {folder / 'wandb'}, for `wandb sync`")
+                self._fail(f"{error}; metrics are kept in {folder / 'wandb'}, for `wandb sync`")
                 # With an id of its own: the other one may be taken by the run that failed.
                 self._run = self._start(wandb, folder, project, config, mode="offline")
             self._run.define_metric("*", step_metric="step")  # wandb's own steps cannot be repeated after a kill

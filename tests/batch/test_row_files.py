@@ -317,7 +317,7 @@ def test_a_job_error_is_short_and_keeps_all_faults():
 @pytest.mark.parametrize("scheme", ["", "file://", "local://"])
 def test_a_pipe_is_no_file_of_rows(tmp_path, name, scheme):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(JobError, match="is no regular file"):
+    with pytest.raises(JobError, match="is not a regular file"):
         scan(f"{scheme}{tmp_path / name}")
 
 

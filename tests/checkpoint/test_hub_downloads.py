@@ -108,7 +108,7 @@ def test_a_download_that_is_cut_goes_on_later(served, tmp_path):
         (lambda path, times: 403, {}, "is gated: accept its conditions"),
         (lambda path, times: 401, {}, "is not on the Hub, or not open to you: `hf auth login`, or give token="),
         (None, {"revision": "v9"}, "has no revision 'v9'"),
-        (None, {"local_files_only": True}, "is not in the Hub's cache, and only the cache was looked at"),
+        (None, {"local_files_only": True}, "is not in the Hub's cache, and only the cache was used"),
     ],
     ids=["gated", "private", "revision", "local"],
 )

@@ -200,7 +200,7 @@ A, B = f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"
         ({"text_encoder.text_model.x.lora_A.weight": np.ones((2, 2))}, "changes a text encoder, which is not supp"),
         ({"lora_te_text_model_x.lora_down.weight": np.ones((2, 2))}, "changes a text encoder"),
         ({"lora_te1_x.alpha": np.ones(())}, "changes a text encoder"),
-        ({f"{FIRST}.base_layer.weight": np.ones((32, 32))}, "holds 1 tensors of 9 that are no LoRA tensors"),
+        ({f"{FIRST}.base_layer.weight": np.ones((32, 32))}, "holds 1 tensors of 9 that are not LoRA tensors"),
         ({B: None}, "lacks the up tensor of down_blocks.0.attentions.0.to_q"),
         ({A: None, f"{FIRST}.alpha": np.ones(())}, "lacks the down tensor"),
         ({A: np.ones((2, 31))}, r"does not fit .*to_q, whose weight is \[32, 32\]: its down is \[2, 31\]"),
@@ -216,7 +216,10 @@ A, B = f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"
         ({f"{FIRST}.alpha": np.float32("nan")}, "alpha at .*to_q = nan, needed is a finite number"),
         ({f"{FIRST}.alpha": np.ones(3)}, r"an alpha of shape \[3\]"),
         ({f"{FIRST}.alpha": np.ones((), np.complex64)}, "alpha that cannot be read|needed is a finite number"),
-        ({"nowhere.lora_A.weight": np.ones((2, 2)), "nowhere.lora_B.weight": np.ones((2, 2))}, "unet has not: nowhere"),
+        (
+            {"nowhere.lora_A.weight": np.ones((2, 2)), "nowhere.lora_B.weight": np.ones((2, 2))},
+            "unet does not have: nowhere",
+        ),
         ({f"module.{A}": np.ones((2, 32))}, "two tensors for one thing"),
         ({f"{FIRST}.lora_A.one.weight": GOOD[A], A: None}, "holds 2 adapters, needed is one"),
         ({f"unet.{A}": GOOD[A], f"unet.{B}": GOOD[B]}, "holds 1 layers twice"),
@@ -236,7 +239,7 @@ def test_files_for_other_models_are_named_shortly():
     """Of Stable Diffusion, say: hundreds of names are not listed."""
     names = [f"lora_unet_input_blocks_{i}_{j}_transformer_blocks_0_attn1_to_q" for i in range(9) for j in range(40)]
     tensors = {f"{n}.lora_{part}.weight": np.ones((2, 2)) for n in names for part in ("down", "up")}
-    with pytest.raises(CheckpointError, match=r"has 360 of 360 layers that the unet has not") as caught:
+    with pytest.raises(CheckpointError, match=r"has 360 of 360 layers that the unet does not have") as caught:
         read(tensors)
     assert len(str(caught.value)) < 400
     other = {name.replace("lora_unet", "lycoris"): array for name, array in tensors.items()}

@@ -96,9 +96,9 @@ def test_what_saving_would_lose_is_kept(shapes_pipe, tmp_path):
     pipe = shapes_pipe.decoder_pipe
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is no model"):
+    with pytest.raises(FileExistsError, match="is not a model"):
         pipe.save_pretrained(tmp_path / "notes")
-    with pytest.raises(FileExistsError, match="is no model"):
+    with pytest.raises(FileExistsError, match="is not a model"):
         pipe.save_pretrained(tmp_path / "notes/a.txt", overwrite=True)
     prior = tmp_path / "prior"
     prior.mkdir()

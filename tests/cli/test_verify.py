@@ -251,8 +251,8 @@ def entry(size: str, name: str = "a.json", sha: str = "0" * 64) -> str:
         ('{"format_version": 2}', "has the format version 2"),
         ('{"format_version": true}', "has the format version True"),
         ('{"format_version": 1.0}', "has the format version 1.0"),
-        ('{"format_version": 1}', "no manifest"),
-        ('{"format_version": 1, "files": []}', "no manifest"),
+        ('{"format_version": 1}', "not a manifest"),
+        ('{"format_version": 1, "files": []}', "not a manifest"),
         (entry("Infinity"), "'a.json' has the size inf"),
         (entry("-3"), "'a.json' has the size -3"),
         (entry("2.5"), "'a.json' has the size 2.5"),
@@ -261,8 +261,8 @@ def entry(size: str, name: str = "a.json", sha: str = "0" * 64) -> str:
         (entry("1" * 5000), "json"),
         (entry("3", sha="0"), "has no SHA-256"),
         (entry("3", sha=""), "has no SHA-256"),
-        (entry("3", name="../a.json"), "is no path within the folder"),
-        (entry("3", name="/a.json"), "is no path within the folder"),
+        (entry("3", name="../a.json"), "is not a path within the folder"),
+        (entry("3", name="/a.json"), "is not a path within the folder"),
     ],
 )
 def test_a_manifest_that_cannot_be_read(content, says, folder):

@@ -413,7 +413,7 @@ def test_wrong_arguments(pipe, folders, tmp_path):
         (lambda: pipe.load_lora_weights(folders["a"], ""), "needed is a name"),
         (lambda: pipe.load_lora_weights(folders["a"], weight=float("nan")), "weight is nan, needed is a finite number"),
         (lambda: pipe.load_lora_weights(folders["a"], hotswap=True), "hotswap needs adapter_name="),
-        (lambda: pipe.load_lora_weights(tmp_path / "absent"), "is no file or folder here and no Hub repository"),
+        (lambda: pipe.load_lora_weights(tmp_path / "absent"), "is not a file or folder here and no Hub repository"),
         (lambda: pipe.load_lora_weights(tmp_path), "holds no LoRA file"),
         (lambda: pipe.load_lora_weights(__file__), "test_adapters.py holds no tensors; needed is .safetensors or"),
         (lambda: pipe.load_lora_weights(folders["a"], weight_name="x.bin"), "x.bin is not there"),

@@ -85,5 +85,5 @@ def test_from_pipe_takes_pipelines_only(name, value):
 
 @pytest.mark.parametrize("given", ["\ud800", ["fine", "a \udfff b"]])
 def test_half_a_surrogate_pair_is_no_text(given):
-    with pytest.raises(ValueError, match=r"^prompt(\[1\])? is no text: character [02] is '\\ud"):
+    with pytest.raises(ValueError, match=r"^prompt(\[1\])? is not text: character [02] is '\\ud"):
         checks.texts(given, "prompt")

@@ -29,7 +29,7 @@ def test_diffusion_pipeline_gives_the_class_that_the_index_names(name, cls):
 
 def test_diffusion_pipeline_refuses_other_models(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(CheckpointError, match="holds a StableDiffusionPipeline, which is no pipeline"):
+    with pytest.raises(CheckpointError, match="holds a StableDiffusionPipeline, which is not a pipeline"):
         kj.DiffusionPipeline.from_pretrained(tmp_path)
 
 

@@ -191,5 +191,5 @@ def test_rows_that_fit_no_batch_are_refused(ours, embeds):
 def test_before_a_call_there_is_no_scale(ours):
     fresh = type(ours["KandinskyV22Pipeline"]).from_pipe(ours["KandinskyV22Pipeline"])
     assert not hasattr(fresh, "guidance_scale")
-    with pytest.raises(AttributeError, match="once the pipeline has been called"):
+    with pytest.raises(AttributeError, match="after the pipeline has been called"):
         _ = fresh.num_timesteps

@@ -108,7 +108,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, damage):
     DAMAGE[damage](run / "checkpoints" / "10")
-    with pytest.warns(UserWarning, match="damaged checkpoints are not used, training goes on from step 9") as caught:
+    with pytest.warns(UserWarning, match="damaged checkpoints are not used, training continues from step 9") as caught:
         assert restored_step(run) == 9
     assert len(caught) == 1
     assert len(str(caught[0].message)) < 500
@@ -129,7 +129,7 @@ def test_foreign_folders_do_not_keep_checkpoints_from_being_written(run, name):
     (run / "checkpoints" / "77").write_text("a file")
     left = run / "checkpoints" / "11.orbax-checkpoint-tmp-3"
     shutil.copytree(run / "checkpoints" / "10", left)
-    with pytest.warns(UserWarning, match="training goes on from step 10"):
+    with pytest.warns(UserWarning, match="training continues from step 10"):
         assert restored_step(run) == 10
     assert not left.exists()
     with Checkpoints(run, RECORD, 3) as checkpoints:
@@ -141,7 +141,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(run):
     for step in ("9", "10"):
         flip(largest(run / "checkpoints" / step))
     with pytest.raises(
-        TrainingError, match=r"no checkpoint can be read; remove the folder to begin anew: 10: "
+        TrainingError, match=r"no checkpoint can be read; remove the folder to start again: 10: "
     ) as caught:
         restored_step(run)
     assert len(str(caught.value)) < 500
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_after_accepted_changes_gives_way_too(changed_run, 
     run, record = changed_run
     DAMAGE[damage](run / "checkpoints" / "11")
     flip(largest(run / "checkpoints" / "10"))
-    with pytest.warns(UserWarning, match=r"goes on from step 9; .*damaged_checkpoints: 11: .*; 10: "):
+    with pytest.warns(UserWarning, match=r"continues from step 9; .*damaged_checkpoints: 11: .*; 10: "):
         assert restored_step(run, record) == 9
 
 
@@ -201,7 +201,7 @@ def test_a_refusal_after_a_damaged_checkpoint_names_the_damage(changed_run, dama
         restored_step(run, record)
     assert len(str(caught.value)) < 500
     assert (run / "checkpoints" / "11").exists()  # nothing is moved
-    with pytest.warns(UserWarning, match="goes on from step 10"):
+    with pytest.warns(UserWarning, match="continues from step 10"):
         assert restored_step(run, record, accept_changes=True) == 10
 
 

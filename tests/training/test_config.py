@@ -35,8 +35,8 @@ def fault(path: Path, content: str | bytes) -> str:
         (NEEDED.replace("tiny", "x" * 5000) + "seed = 'a'", "seed must be int"),
         (NEEDED.encode("utf-16"), "is not UTF-8 text"),
         (b"\xff" + NEEDED.encode(), "is not UTF-8 text"),
-        (b"\0" * 100, "is no configuration"),
-        (NEEDED + "seed = 1\nseed = 2", "is no configuration"),
+        (b"\0" * 100, "is not a configuration"),
+        (NEEDED + "seed = 1\nseed = 2", "is not a configuration"),
     ],
 )
 def test_damaged_files(tmp_path, content, says):
@@ -69,7 +69,7 @@ def test_damaged_files(tmp_path, content, says):
         ("[optimizer]\nmax_grad_norm = nan", "optimizer.max_grad_norm must be above 0"),
         ("[lora]\nrank = 0", "lora.rank must be from 1"),
         ("[lora]\nalpha = nan", "lora.alpha must be above 0"),
-        ("[lora]\npattern = '('", "lora.pattern is no regular expression"),
+        ("[lora]\npattern = '('", "lora.pattern is not a regular expression"),
         ("[mesh]\nfsdp = 0", "mesh.fsdp must be at least 1"),
     ],
 )
@@ -81,7 +81,7 @@ def test_files_that_are_none(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, says in (
         (tmp_path, "is a folder"),
-        (tmp_path / "pipe", "no regular file"),
+        (tmp_path / "pipe", "not a regular file"),
         (tmp_path / "x", "no such file"),
     ):
         with pytest.raises(TrainingConfigError, match=says):

@@ -107,7 +107,7 @@ def test_samples_of_a_tar_without_picture_or_caption_are_named(tmp_path):
     found = listing(tmp_path / "t.tar")
     assert [picture.name for picture in found] == ["t.tar/a.png"]
     assert found.skipped.faults == [
-        "t.tar/b.image: it is no picture, and no caption (.txt or .json)",
+        "t.tar/b.image: it is neither a picture nor a caption (.txt or .json)",
         "t.tar/c.json: there is no picture for it",
         "t.tar/d.hint.png: there is no picture for it",
         "t.tar/e.png: there is no caption for it; needed is .txt or .json",
@@ -368,9 +368,9 @@ def test_links_sparse_files_devices_and_names_that_lead_out(tmp_path):
     named = "\n".join(found.skipped.faults)
     for says in (
         "t.tar/../b.png: its name leads out of the tar",
-        "t.tar/lost.png: it is a link to nothing.png, which the tar has not",
+        "t.tar/lost.png: it is a link to nothing.png, which is not in the tar",
         "t.tar/out.png: it is a link to /etc/passwd",
-        "t.tar/pipe.png: it is no file",
+        "t.tar/pipe.png: it is not a file",
     ):
         assert says in named
 

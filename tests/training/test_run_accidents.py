@@ -200,10 +200,10 @@ def test_a_place_of_the_result_that_is_taken_is_found_before_the_first_step(tmp_
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "notes.txt").write_text("mine")
     for kind in (Kind.LORA_PRIOR, Kind.PRIOR):
-        with pytest.raises(TrainingError, match="model exists and is no result of such a run"):
+        with pytest.raises(TrainingError, match="model exists and is not a result of such a run"):
             Run(kind, config_of(data, tmp_path / "out"), pipe, quiet=True)
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(TrainingError, match="file is no folder; choose another output"):
+    with pytest.raises(TrainingError, match="file is not a folder; choose another output"):
         Run(Kind.PRIOR, config_of(data, tmp_path / "file"), pipe, quiet=True)
 
 
@@ -287,7 +287,7 @@ def test_a_run_with_a_batch_of_one_goes_on_past_damage_and_refuses_another_seed(
         if path.is_file():
             path.write_bytes(path.read_bytes()[:50])
     shutil.rmtree(tmp_path / "out" / "model")
-    with pytest.warns(UserWarning, match="damaged checkpoints are not used, training goes on from step 2"):
+    with pytest.warns(UserWarning, match="damaged checkpoints are not used, training continues from step 2"):
         run("out").train()
     found = load_file(tmp_path / "out" / "model" / lora.FILE)
     assert all(np.array_equal(found[name], array) for name, array in wanted.items())
@@ -318,5 +318,5 @@ def test_the_command_says_it_in_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr == (
         f"error: {output} holds the checkpoints of a run with other settings or data: changed are seed (7, now 0); "
-        "change that back, choose another output folder, or start with --accept-changes to go on with the new ones\n"
+        "change that back, choose another output folder, or start with --accept-changes to continue with the new ones\n"
     )

@@ -59,7 +59,7 @@ def caption_of(about: dict[str, Any]) -> str:
             return clean(about[key])
     given = {key: about[key] for key in CAPTION_KEYS if key in about}
     if given:
-        raise ValueError(f"its caption is no text: {shorten(given, 80)}")
+        raise ValueError(f"its caption is not text: {shorten(given, 80)}")
     raise ValueError(f"there is no caption; needed is one of {', '.join(CAPTION_KEYS)}")
 
 

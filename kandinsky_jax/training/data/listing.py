@@ -107,7 +107,7 @@ def _files(path: Path, exclude: Sequence[Path], skipped: Skipped) -> Iterator[Pa
             if file.is_file():
                 yield file
             else:  # reading a pipe or a device may block
-                skipped.add(f"{_name(file, path)}: it is no regular file, or a link to nothing")
+                skipped.add(f"{_name(file, path)}: it is not a regular file, or a link to nothing")
 
 
 def _name(file: Path, base: Path) -> str:

@@ -127,7 +127,7 @@ def _of_sample(
     if not pictures:
         known = [*captions, *hints]
         if known or not any(member.suffix in unread_suffixes() for member in members):
-            fault = "there is no picture for it" if known else "it is no picture, and no caption (.txt or .json)"
+            fault = "there is no picture for it" if known else "it is neither a picture nor a caption (.txt or .json)"
             skipped.add(f"{tar}/{(known or members)[0].name}: {fault}")
         return
     own = {member.stem: member for member in reversed(captions)}
@@ -181,11 +181,11 @@ def _regular(found: list[tarfile.TarInfo], tar: str, skipped: Skipped) -> Iterat
         elif info.isreg():
             yield Member(info.name, info)
         elif not info.islnk() and not info.issym():
-            skipped.add(f"{tar}/{info.name}: it is no file")
+            skipped.add(f"{tar}/{info.name}: it is not a file")
         else:
             to = info.linkname if info.islnk() else posixpath.join(posixpath.dirname(info.name), info.linkname)
             if (target := by_name.get(posixpath.normpath(to))) is None:
-                skipped.add(f"{tar}/{info.name}: it is a link to {shorten(info.linkname, 80)}, which the tar has not")
+                skipped.add(f"{tar}/{info.name}: it is a link to {shorten(info.linkname, 80)}, which is not in the tar")
             else:
                 yield Member(info.name, target)
 
