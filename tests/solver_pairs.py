@@ -1,4 +1,4 @@
-"""Our schedule and diffusers' scheduler for one configuration, stepped side by side by hand.
+"""Our schedule and diffusers' scheduler for one configuration, stepped in parallel.
 
 Every comparison goes through one compiled `sampling.step`, whatever the scheduler and the number of steps. A small
 nonlinear function stands for the network; the noise is torch's, replayed by `TorchGenerator`.

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, with several writers, kills, stops, and disks that fail."""
+"""Atomic files and folders with several writers, killed and suspended processes, and failing disks."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
 def test_two_processes_may_write_one_picture(tmp_path, ending):
-    """What another process is writing is neither taken nor removed; what a killed one left is."""
+    """Files that another process is writing are neither used nor removed; those of a killed one are removed."""
     path = tmp_path / f"picture.{ending}"
     abandoned = tmp_path / f".picture.{ending}.{'0' * 16}.partial"
     abandoned.touch()

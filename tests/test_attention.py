@@ -1,4 +1,4 @@
-"""Attention's implementations agree, and each is taken where it should be; GroupNorm's statistics."""
+"""Implementations of attention agree, and are chosen by platform and shape; GroupNorm's statistics."""
 
 from __future__ import annotations
 

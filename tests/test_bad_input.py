@@ -1,4 +1,4 @@
-"""What users get wrong: one clear error each, and nothing compiled before it."""
+"""Wrong arguments: one clear error each, before anything is compiled."""
 
 from __future__ import annotations
 

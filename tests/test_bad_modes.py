@@ -1,4 +1,4 @@
-"""What users get wrong in the further modes: one clear error each, and nothing compiled before it."""
+"""Wrong arguments of further modes: one clear error each, before anything is compiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch jobs on the small model: every row once, whatever happens, with the bytes of a run that nothing happened to."""
+"""Batch jobs with the small model: every row once, and always the bytes of an uninterrupted run."""
 
 from __future__ import annotations
 

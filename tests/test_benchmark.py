@@ -1,4 +1,4 @@
-"""The benchmark runs; what it measures is no test."""
+"""The benchmark runs; its figures are not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Good and bad checkpoints: what is accepted, and the one error that lists everything wrong with the rest."""
+"""Valid checkpoints load; invalid ones raise one error that lists all faults."""
 
 from __future__ import annotations
 

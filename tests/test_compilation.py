@@ -1,4 +1,4 @@
-"""The compilation cache: where it lies, who decides, what damage does to it."""
+"""The compilation cache: its folder, its configuration, and damaged entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations: what would change a result and is not supported is an error that names the field."""
+"""Unsupported configuration fields that would change a result raise an error that names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The converter: nothing is lost between the layouts, and the target is complete or absent, whatever happens."""
+"""The converter loses nothing between the layouts, and writes its target atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways to a 3x3 convolution: the same sums, and where each is taken."""
+"""Implementations of a 3x3 convolution agree, and are chosen by platform and shape."""
 
 from __future__ import annotations
 

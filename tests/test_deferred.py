@@ -1,4 +1,4 @@
-"""The vision tower is read when a picture comes in, and its embedding of zeros is known without it."""
+"""The vision tower is loaded on first use of a picture; its embedding of zeros is known without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tpu_scripts/digests.py: what it digests, and that its comparison notices what changed."""
+"""tpu_scripts/digests.py: its digests, and its comparison of changed results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guidance in a part of the steps only: as the reference with its scale switched by a callback, and half the work."""
+"""Guidance in part of the steps: equal to the reference with a callback that switches it, at half the cost."""
 
 from __future__ import annotations
 

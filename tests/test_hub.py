@@ -1,4 +1,4 @@
-"""Where models are found, which prior belongs to a decoder, and that a saved pipeline is the same pipeline."""
+"""Finding models and a decoder's prior; saved pipelines are unchanged when loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures in and out, beside the reference's own ways."""
+"""Conversion of pictures, compared with the reference."""
 
 from __future__ import annotations
 

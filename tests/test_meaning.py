@@ -1,4 +1,4 @@
-"""The pictures show what the captions say: the one check that sees the networks, loops and schedulers all at once."""
+"""Pictures show what the captions say: the end-to-end check of networks, loops and schedulers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of every mode show what was asked for, over 50 cases each, on the trained small models."""
+"""Pictures of every mode show what was requested, over 50 cases each, with the trained small models."""
 
 from __future__ import annotations
 

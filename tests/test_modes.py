@@ -1,4 +1,4 @@
-"""Every mode beside the reference: same seed, same picture, as one table of modes and variants, float32.
+"""Every mode compared with the reference: same seed, same picture, in one table of modes and variants, float32.
 
 Where the reference is defective, it is called in the way that avoids the defect: with height and width exchanged
 (img2img), and picture by picture (inpaint).

@@ -1,4 +1,4 @@
-"""What the table of modes does not show: guidance off, callbacks, broadcasting, outputs, and what is mended."""
+"""Further cases of modes: guidance off, callbacks, broadcasting, outputs, and deviations from the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each network against its PyTorch twin, on small random models that go through the production converter.
+"""Each network compared with its PyTorch twin, on small random models that pass through the converter.
 
 The twin is saved by its own library and loaded by ours, so that names, layouts and configurations are under test
 too. Sizes are odd on purpose: official shapes hide a mixed-up pair of axes or a width taken from the wrong block.

@@ -1,4 +1,4 @@
-"""The noise: `TorchGenerator` against torch itself, and what a `generator` argument promises about each image."""
+"""Noise: `TorchGenerator` compared with torch, and the guarantees of `generator` for each image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the numbers of a picture, mask or array mean, by dtype and range, beside diffusers where it says something."""
+"""Interpretation of the values of pictures, masks and arrays by dtype and range, compared with diffusers."""
 
 from __future__ import annotations
 

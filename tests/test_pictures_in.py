@@ -1,4 +1,4 @@
-"""Pictures, masks and hints on their way in: beside the reference's own preparation, and what it does not take."""
+"""Preparation of pictures, masks and hints, compared with the reference, and inputs that it does not take."""
 
 from __future__ import annotations
 

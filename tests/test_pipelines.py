@@ -1,4 +1,4 @@
-"""Same seed, same picture: our pipelines beside the reference's, on the trained small model, float32."""
+"""Same seed, same picture: our pipelines compared with the reference, with the trained small model, float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pod is started with: manifests that agree with themselves and the program, a script, a notebook that runs."""
+"""Files for pods: manifests consistent with each other and the program, a script, a notebook that runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the prior keeps: keys and values of the rows that no step changes, and the empty prompt's for good."""
+"""Caches of the prior: keys and values of the prefix that no step changes, and those of the empty prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One set of arrays for every mode: `from_pipe`, and the classes that pick a class."""
+"""One set of arrays for every mode: `from_pipe`, and the AutoPipelines."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_auto_names_the_right_class(shapes_pipe, ours):
 
 
 def test_a_saved_combined_pipeline_serves_every_mode(shapes_pipe, tmp_path):
-    """Its folder holds a decoder and a prior; whichever class wrote it, those of its kind read it."""
+    """Its folder holds a decoder and a prior, and is read by all classes of its kind, whichever wrote it."""
     AutoPipelineForImage2Image.from_pipe(shapes_pipe).save_pretrained(tmp_path / "saved")
     prior = {k: v for k, v in shapes_pipe.components.items() if k.startswith("prior_")}
     assert type(AutoPipelineForText2Image.from_pretrained(tmp_path / "saved", **prior)) is KandinskyV22CombinedPipeline

@@ -1,4 +1,4 @@
-"""DDPM's, DDIM's and UnCLIP's tables against diffusers' classes, stepped by hand; and configurations."""
+"""Tables of DDPM, DDIM and UnCLIP compared with diffusers' classes step by step; and configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every other solver's table against diffusers' class, stepped by hand, with each of its options at least once."""
+"""Tables of all other solvers compared with diffusers' classes step by step, with each option at least once."""
 
 from __future__ import annotations
 

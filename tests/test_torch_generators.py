@@ -1,4 +1,4 @@
-"""A `torch.Generator` gives the numbers that it gives in diffusers, or is refused."""
+"""A `torch.Generator` gives the same numbers as in diffusers, or is refused."""
 
 from __future__ import annotations
 

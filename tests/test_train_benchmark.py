@@ -1,4 +1,4 @@
-"""The benchmark of training runs; what it measures is no test."""
+"""The benchmark of training runs; its figures are not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses, gradients and steps beside PyTorch twins that do what the reference's training scripts do."""
+"""Losses, gradients and steps compared with PyTorch twins of the reference's training scripts."""
 
 from __future__ import annotations
 

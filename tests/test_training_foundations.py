@@ -1,4 +1,4 @@
-"""MoVQ and CLIP from scratch, inpainting and hinted decoders, and data that is encoded once."""
+"""Training of MoVQ and CLIP, of inpainting and hinted decoders, and with precomputed encodings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs on the small model: data in, weights out; killed, resumed, and fed with what is broken."""
+"""Training runs on the small model: from data to weights; killed, resumed, and with damaged data."""
 
 from __future__ import annotations
 

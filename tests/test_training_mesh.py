@@ -1,4 +1,4 @@
-"""Training over eight simulated devices is training on one; and what is no mesh to train on says so."""
+"""Training on eight simulated devices equals training on one; invalid meshes are refused."""
 
 from __future__ import annotations
 

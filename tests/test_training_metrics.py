@@ -1,4 +1,4 @@
-"""A run's metrics: the file, TensorBoard's events, and Weights & Biases, offline and when it fails."""
+"""Metrics of a run: the file, TensorBoard events, and Weights & Biases, offline and with failures."""
 
 from __future__ import annotations
 

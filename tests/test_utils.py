@@ -1,4 +1,4 @@
-"""What `diffusers.utils` has for pictures."""
+"""The helpers of `diffusers.utils` for pictures."""
 
 from __future__ import annotations
 

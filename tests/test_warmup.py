@@ -1,4 +1,4 @@
-"""What has been compiled ahead, the call after it does not compile; and a rehearsal runs and keeps nothing."""
+"""After compiling ahead, a call compiles nothing; compiling ahead runs and caches nothing."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_picture_is_the_same_after_a_warmup(shapes_pipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["diffusers", "orbax"])
 def test_loading_compiles_meanwhile(ours, tmp_path, layout):
-    """What is compiled for a network without arrays is what the loaded one runs."""
+    """Programs compiled for a network without arrays are those of the loaded one."""
     ours["KandinskyV22Pipeline"].save_pretrained(tmp_path / "decoder", layout=layout)
     jax.clear_caches()
     with compilations() as events:

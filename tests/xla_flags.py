@@ -1,4 +1,4 @@
-"""XLA's flags where compiling small programs is most of a test's time."""
+"""XLA flags for tests that mostly compile small programs."""
 
 # Machine code that is made quickly and runs slower. What is computed is decided before, and stays.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -1,4 +1,4 @@
-"""How long a newcomer waits: a fresh virtual environment, `pip install`, the first picture, the next one.
+"""Time to the first picture: a fresh virtual environment, `pip install`, the first picture, the next one.
 
 `python tpu_scripts/first_picture.py` runs the README's first command as it is printed there, part by part, and writes
 the seconds to `tpu_scripts/results/first-picture-DATE.json`. A picture is drawn cold, with nothing compiled, and warm,

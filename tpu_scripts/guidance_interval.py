@@ -1,4 +1,4 @@
-"""What guidance in a part of the steps saves and costs, on the tests' model of shapes.
+"""Speed and quality of guidance in part of the steps, with the tests' model of shapes.
 
 `python tpu_scripts/guidance_interval.py` draws the same captions with the same noise for several intervals, and has the
 tests' scorer say which pictures show what they were asked for. It prints a table and writes

@@ -1,4 +1,4 @@
-"""Models of the official sizes with random weights, in diffusers' layout: what benchmarks use where there is no Hub.
+"""Models of the official sizes with random weights, in diffusers' layout, for benchmarks without the Hub.
 
 `python tpu_scripts/random_models.py FOLDER` writes the prior (10.6 GB) and the decoder (5.3 GB) into FOLDER.
 """

@@ -1,4 +1,4 @@
-"""Draws the README's pictures with the embedded model: `python tpu_scripts/readme_pictures.py`."""
+"""Generates the README's pictures with the embedded model: `python tpu_scripts/readme_pictures.py`."""
 
 from __future__ import annotations
 

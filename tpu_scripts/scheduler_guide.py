@@ -1,4 +1,4 @@
-"""Which solver, and how many evaluations of the network? Measured on a model of shapes, or on a folder of weights.
+"""Comparison of solvers and numbers of evaluations, on a model of shapes or a folder of weights.
 
     python tpu_scripts/scheduler_guide.py                  # tests/shapes_model, half an hour on two cores
     python tpu_scripts/scheduler_guide.py --names ddpm dpm++2m --captions 400 --evaluations 10 15 20 50

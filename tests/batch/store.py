@@ -1,4 +1,4 @@
-"""An object store on this machine, behind a proxy that makes the faults of a network.
+"""A local object store behind a proxy that injects network faults.
 
 The store is fake-gcs-server, which gcsfs is tested with too. It honours `ifGenerationMatch` for objects that are sent
 in one request (gcp-storage-emulator, the other emulator that pip installs, does not know it).

@@ -1,4 +1,4 @@
-"""What is wrong with a job as a whole is said before anything is written, and before a network is read."""
+"""Faults of a job are reported before anything is written and before a network is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards in an object store whose requests fail: none is cut short, lost or published twice."""
+"""Shards in an object store whose requests fail: none is truncated, lost or published twice."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def objects(url: str) -> dict[str, bytes]:
 
 
 def make(url: str, count: int, form: str = "webdataset", until: int | None = None) -> list[bool]:
-    """What a run does, eight shards at a time; a run that is killed stops at a shard."""
+    """Do what a run does, eight shards at a time; a killed run stops at a shard."""
     output = Output(url, form, "png")
     output.begin({"seed": 0})
     left = sorted(set(range(count)) - output.complete(count))

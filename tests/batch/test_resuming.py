@@ -1,4 +1,4 @@
-"""What a job must share with the run that began it, and how it names what differs. No network is read here."""
+"""Identity of a job that is resumed, and messages for differences. No network is read."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 def error_of(pipe, mode, folder, row) -> str:
-    """What errors.jsonl says of a row; the same of an equal one, JSON, and short."""
+    """Return the entry of a row in errors.jsonl, after checking that it is reproducible, JSON, and short."""
     lines = []
     for _ in range(2):
         raw = Raw(3, {"prompt": "x"} | row)

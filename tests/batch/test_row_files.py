@@ -1,4 +1,4 @@
-"""Any slice of a file of rows, whatever its layout, encoding and damage. No model here."""
+"""Reading any slice of a file of rows, for all layouts, encodings and kinds of damage. No model is needed."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def test_a_pipe_is_no_file_of_rows(tmp_path, name, scheme):
 
 
 def test_damaged_csv_rows_are_not_read_again(tmp_path, monkeypatch):
-    """Each costs itself: what the scan has in memory is looked at, but for rows that an earlier block begins."""
+    """Each affects only itself; quotes are checked in memory, except for rows that begin in an earlier block."""
     made, real = [], text_rows.Lines
     monkeypatch.setattr(text_rows, "Lines", lambda *a, **k: made.append(a) or real(*a, **k))
     (tmp_path / "a.csv").write_bytes(b"prompt,id\n" + b"a\rb,c\n" * 30_000)

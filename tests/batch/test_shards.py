@@ -1,4 +1,4 @@
-"""A job's folder without a model: which shards count, what counts as a job's file, and rows that cannot be written."""
+"""A job's folder, without a model: complete shards, foreign files, and rows that cannot be written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pictures(shard: int, count: int = 3) -> list[GeneratedImage]:
 
 
 def strict(text: bytes | str):
-    """What JSON says by its standard, which has no Infinity."""
+    """Parse standard JSON, which has no Infinity."""
 
     def refuse(name: str):
         raise ValueError(name)

@@ -1,4 +1,4 @@
-"""A small server that speaks as much of the Hub's API as fetching a repository needs, and fails when asked to."""
+"""A server with the part of the Hub's API that downloads need, which fails on request."""
 
 from __future__ import annotations
 

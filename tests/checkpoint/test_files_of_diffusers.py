@@ -1,4 +1,4 @@
-"""Folders as diffusers writes them today load, whichever of its forms they have, and stale files are not read."""
+"""Folders written by current diffusers load in all their forms, and stale files are not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching from the Hub, here a server on this machine that answers late, wrongly or not to the end."""
+"""Downloads from the Hub, here a local server whose responses are late, wrong or truncated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged LoRA files and configurations: they load, or there is one CheckpointError that names the file."""
+"""Damaged LoRA files and configurations load, or raise one CheckpointError that names the file."""
 
 from __future__ import annotations
 

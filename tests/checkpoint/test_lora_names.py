@@ -1,4 +1,4 @@
-"""The spellings and folders that LoRA files come in; and what is not supported gets one short sentence."""
+"""Naming conventions and folders of LoRA files; unsupported ones give one short message."""
 
 from __future__ import annotations
 

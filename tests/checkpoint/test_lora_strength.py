@@ -1,4 +1,4 @@
-"""How strongly a LoRA file changes each layer: as peft and diffusers have it, for whatever file they write."""
+"""Scales of a LoRA file's changes agree with peft and diffusers, for all files that they write."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_file_of_diffusers(unet, twin, networks, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["all of them", "every layer"])
 def test_a_pickle_of_diffusers(unet, twin, networks, tmp_path, name):
-    """It has no place for a configuration: every change counts whole, in diffusers too."""
+    """This format has no configuration: every change has the scale 1, as in diffusers."""
     twin.add_adapter(config_of(name))
     randomize(twin)
     twin.save_lora_adapter(tmp_path, safe_serialization=False)

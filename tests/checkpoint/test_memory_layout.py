@@ -1,4 +1,4 @@
-"""Kernels of convolutions in the order that cuDNN reads, as on GPUs: the same arrays in another order in memory."""
+"""Convolution kernels in cuDNN's memory layout, as on GPUs: the same arrays in another order in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks and schedulers load and save by themselves, as in diffusers and transformers."""
+"""Single networks and schedulers load and save as in diffusers and transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving again, into folders that are there, in shards and variants; and what saving does not do."""
+"""Saving into existing folders, in shards and variants; and unsupported arguments."""
 
 from __future__ import annotations
 

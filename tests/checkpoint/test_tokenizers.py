@@ -1,4 +1,4 @@
-"""A tokenizer is whole, and the one that the text tower was trained with, or the model is refused."""
+"""A model is refused unless its tokenizer is complete and the one that the text tower was trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kandinsky-jax batch` says at its end what has failed, also where an earlier run has done the work."""
+"""`kandinsky-jax batch` reports failed rows at its end, even if an earlier run did the work."""
 
 from __future__ import annotations
 

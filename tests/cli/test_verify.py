@@ -1,4 +1,4 @@
-"""`kandinsky-jax verify` finds flipped bits, cut, missing and foreign files, by a manifest or by the Hub's cache."""
+"""`kandinsky-jax verify` finds flipped bits, truncated, missing and foreign files, by a manifest or the Hub's cache."""
 
 from __future__ import annotations
 

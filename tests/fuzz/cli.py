@@ -1,4 +1,4 @@
-"""The command line's arguments, with a model that is not there, so that nothing is generated."""
+"""Arguments of the command line, with a missing model, so that nothing is generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a damaged file under limits of time and memory, and judges what comes of it."""
+"""Reads a damaged file under limits of time and memory, and checks the outcome."""
 
 from __future__ import annotations
 

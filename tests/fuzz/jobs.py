@@ -1,4 +1,4 @@
-"""Readers of what batch jobs and calls are given: pictures, files of rows, folders of earlier runs."""
+"""Readers of batch jobs' and calls' inputs: pictures, files of rows, folders of earlier runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to damage a file: of its bytes, of what it says, and of what it is in the file system.
+"""Ways to damage a file: its bytes, its content, and its kind in the file system.
 
 Every function takes a `random.Random`, so that a seed gives the same damage again. `damage` picks one by the file's
 ending and does it in place.

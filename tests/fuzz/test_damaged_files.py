@@ -1,4 +1,4 @@
-"""Damaged files of every kind that the package reads: one short error of its own with the path, or they load.
+"""Damaged files of every kind that the package reads load, or raise one short error with the path.
 
 What is damaged, and how, follows from a seed. `python -m tests.fuzz.run NAME COUNT SEED` shows a reader's faults.
 """

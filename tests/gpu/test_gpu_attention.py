@@ -1,4 +1,4 @@
-"""cuDNN's attention on a GPU: what it computes, and how long it and the others take.
+"""cuDNN's attention on a GPU: its results, and its speed compared with the others.
 
     pytest -m gpu -n 0 -s tests/gpu
 

@@ -1,4 +1,4 @@
-"""GroupNorm's sums: in parts on GPUs, of whole groups elsewhere, the same statistics."""
+"""GroupNorm's sums, in parts on GPUs and of whole groups elsewhere, give the same statistics."""
 
 from __future__ import annotations
 

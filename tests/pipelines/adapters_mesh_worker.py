@@ -1,4 +1,4 @@
-"""Runs with four devices: LoRA changes sharded weights as it changes whole ones, and leaves them sharded."""
+"""Runs with four devices: LoRA changes sharded weights like unsharded ones, and leaves them sharded."""
 
 from __future__ import annotations
 

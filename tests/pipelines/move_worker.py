@@ -1,4 +1,4 @@
-"""Runs with two devices: a pipeline that was moved to one of them gives the image that it gave before."""
+"""Runs with two devices: a pipeline that was moved to one of them generates the same image."""
 
 from __future__ import annotations
 

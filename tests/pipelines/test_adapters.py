@@ -1,4 +1,4 @@
-"""LoRA in pipelines, beside diffusers' own networks: the same weights after the same calls."""
+"""LoRA in pipelines gives the same weights as in diffusers after the same calls."""
 
 from __future__ import annotations
 

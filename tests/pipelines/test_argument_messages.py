@@ -1,4 +1,4 @@
-"""Whatever is given as an argument, the error is ours and short."""
+"""Wrong arguments of any kind raise short errors of our types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which class a model or a pipeline becomes, and where another task's UNet comes from."""
+"""Choice of classes by the AutoPipelines, and loading of the UNet for another task."""
 
 from __future__ import annotations
 

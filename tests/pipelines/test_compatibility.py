@@ -1,4 +1,4 @@
-"""Pipelines have what diffusers' pipelines have: each member works, or warns once, or says what to write instead."""
+"""Members of diffusers' pipelines: each works, or warns once, or says what to write instead."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def test_to_moves_to_one_of_several_devices():
 
 
 def test_the_names_of_loras_arguments_are_diffusers():
-    """Whoever passes them by name need not change a call."""
+    """Calls that pass them by name need no change."""
     from diffusers.loaders.lora_base import LoraBaseMixin
     from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 

@@ -1,4 +1,4 @@
-"""What is put in a component's place is ours, becomes ours where that is exact, or is refused at once."""
+"""Components that are assigned must be ours, are converted if that is exact, or are refused at once."""
 
 from __future__ import annotations
 

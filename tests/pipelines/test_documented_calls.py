@@ -192,7 +192,7 @@ def test_controlnet(picture, prior):
 
 
 def test_optimizations(decoder):
-    """What the documentation recommends for PyTorch: harmless here."""
+    """Recommendations of the documentation for PyTorch have no effect here."""
     pipe = KandinskyV22Pipeline.from_pipe(decoder)
     pipe.enable_xformers_memory_efficient_attention()
     pipe.unet.to(memory_format=torch.channels_last)

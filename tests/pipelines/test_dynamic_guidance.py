@@ -1,4 +1,4 @@
-"""A callback that sets the guidance scale changes the steps that follow as it does in diffusers."""
+"""A callback that sets the guidance scale changes the following steps as in diffusers."""
 
 from __future__ import annotations
 

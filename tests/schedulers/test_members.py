@@ -1,4 +1,4 @@
-"""Schedulers have what diffusers' have, or say in one sentence what to write instead."""
+"""Members of diffusers' schedulers exist, or say what to write instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints: damaged, foreign, older, newer, and of another run."""
+"""Checkpoints of a run: damaged, foreign, older, newer, and of another run."""
 
 from __future__ import annotations
 

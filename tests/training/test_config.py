@@ -1,4 +1,4 @@
-"""Configurations of training that are damaged, or that no run could have."""
+"""Damaged and invalid configurations of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captioned pictures in every form, as people have them: what can be used is used, what cannot is named."""
+"""Captioned pictures in all supported forms: usable data is used, other data is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accidents of a whole run: nothing that was done is lost, and what is wrong is said in one sentence."""
+"""Accidents of a run: no work is lost, and faults are reported in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trained parts as one family, in float16: `python tpu_scripts/train_tiny/assemble.py build/emoji OUTPUT`.
+"""Assemble the trained parts as one family, in float16: `python tpu_scripts/train_tiny/assemble.py build/emoji OUTPUT`.
 
 The three decoders share one MoVQ, which lies in the first one's folder. Copy the result to kandinsky_jax/tiny.
 """

@@ -1,4 +1,4 @@
-"""How well the embedded model draws what it is told: the 500 commonest emoji, by all of their captions.
+"""Accuracy of the embedded model: the 500 most common emoji, by all of their captions.
 
     python tpu_scripts/train_tiny/evaluate.py build/emoji/data --model tiny
 
