@@ -327,7 +327,7 @@ def test_bad_rows_leave_the_job_complete_and_its_files_json(shapes_pipe, tmp_pat
         assert about["metadata"] == {"score": "Infinity", "parts": ["NaN"]}
 
 
-def test_a_row_tells_all_its_faults(shapes_pipe, tmp_path):
+def test_all_faults_of_a_row_are_reported(shapes_pipe, tmp_path):
     job = job_of(tmp_path, [{"prompt": "", "seed": -1, "height": 3, "steps": 0, "colour": "red"}])
     run_job(job, shapes_pipe)
     [line] = (tmp_path / "out" / "errors.jsonl").read_text().splitlines()

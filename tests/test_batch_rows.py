@@ -122,7 +122,7 @@ def test_the_output_is_a_file(tmp_path):
         open_job(Job(str(tmp_path / "rows.txt"), str(tmp_path / "rows.txt")))
 
 
-def test_all_faults_of_a_job_are_told_at_once(tmp_path):
+def test_all_faults_of_a_job_are_reported_at_once(tmp_path):
     (tmp_path / "rows.csv").write_text("promt\nx\n")
     job = Job(
         str(tmp_path / "rows.csv"),

@@ -204,7 +204,7 @@ def test_the_commands_do_what_the_pipelines_do(folder, ours):
             assert np.abs(pixels(folder / "out.png") - np.asarray(picture, int)).max() <= 1
 
 
-def test_a_mix_is_drawn_in_the_proportions_given(folder, ours):
+def test_a_mix_has_the_given_proportions(folder, ours):
     short = ["--steps", "4", "--prior-steps", "4", "-m", str(SHAPES_MODEL), "-q", "--seed", "5", "-o", "out.png"]
     done = invoke(["mix", "yellow ring", "star.png", "--weights", "0.3,0.7", *short], folder)
     assert done.exit_code == 0, done.output

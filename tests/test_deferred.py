@@ -143,7 +143,7 @@ FAULTS = {
     [("diffusers", fault) for fault in FAULTS]
     + [("orbax", fault) for fault in FAULTS if fault not in ("no tensors", "cut short")],
 )
-def test_a_bad_tower_is_told_when_the_pipeline_is_loaded(folder, shapes_pipe, fault, layout, tmp_path):
+def test_a_bad_tower_is_reported_when_the_pipeline_is_loaded(folder, shapes_pipe, fault, layout, tmp_path):
     spoil, says = FAULTS[fault]
     if layout == "orbax":
         shutil.rmtree(folder / "image_encoder")
@@ -155,7 +155,7 @@ def test_a_bad_tower_is_told_when_the_pipeline_is_loaded(folder, shapes_pipe, fa
         KandinskyV22PriorPipeline.from_pretrained(folder, **ready)
 
 
-def test_numbers_that_are_not_finite_are_told_when_the_pipeline_is_loaded(folder, shapes_pipe):
+def test_values_that_are_not_finite_are_reported_when_the_pipeline_is_loaded(folder, shapes_pipe):
     path = folder / "image_encoder/model.safetensors"
     tensors = load_file(path)
     tensors["vision_model.post_layernorm.bias"][3] = np.nan

@@ -221,7 +221,7 @@ def lone_decoder(tmp_path_factory) -> Path:
     return Path(shutil.copytree(SHAPES_MODEL / hub.DECODER, tmp_path_factory.mktemp("lone") / "decoder"))
 
 
-def test_prior_beside_the_decoder():
+def test_prior_next_to_the_decoder():
     assert hub.find_prior(SHAPES_MODEL / hub.DECODER) == SHAPES_MODEL / hub.PRIOR
 
 

@@ -50,7 +50,7 @@ def test_captions_are_within_the_grammar():
     ]
 
 
-def test_scorer_is_right_on_true_drawings():
+def test_scorer_is_right_on_true_pictures():
     asked = shapes.captions(300, seed=1)
     rng = np.random.default_rng(1)
     seen = [shapes.classify(shapes.draw(one, rng)) for one in asked]
@@ -64,7 +64,7 @@ def test_scorer_finds_nothing_in_a_blank_picture():
 
 
 @pytest.mark.slow
-def test_drawings_obey_the_captions(verdicts):
+def test_pictures_obey_the_captions(verdicts):
     rates = shapes.rates(verdicts, TRUTHS)
     for part, rate in rates.items():
         note(rate, f"share of right pictures, {part}")

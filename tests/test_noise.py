@@ -54,7 +54,7 @@ def test_torch_generator_wants_a_seed(seed):
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
-def test_one_torch_generator_draws_as_diffusers(lanes):
+def test_one_torch_generator_gives_the_noise_of_diffusers(lanes):
     uses_noise = (True, False, True, True)
     got = noises(TorchGenerator(7), 3, lanes=lanes, uses_noise=uses_noise)
     theirs, (h, w, c) = torch.Generator("cpu").manual_seed(7), SHAPE
@@ -64,7 +64,7 @@ def test_one_torch_generator_draws_as_diffusers(lanes):
             np.testing.assert_allclose(got[:, i], rows.reshape(lanes, 3, *SHAPE), rtol=0, atol=5e-7)
 
 
-def test_listed_torch_generators_draw_as_diffusers():
+def test_listed_torch_generators_give_the_noise_of_diffusers():
     got = noises([TorchGenerator(seed) for seed in (7, 8)], 2)[0]
     theirs, (h, w, c) = [torch.Generator("cpu").manual_seed(seed) for seed in (7, 8)], SHAPE
     for row in got:
@@ -97,7 +97,7 @@ def test_slices_of_steps_do_not_change_the_noise(make):
             np.testing.assert_array_equal(draw(noise, i, shape), whole[i])
 
 
-def test_no_two_draws_share_numbers():
+def test_no_two_steps_share_noise():
     """Images, steps, lanes and the two uses of one seed: all different, and standard normal."""
     draws = np.concatenate([noises(7, 3, use, lanes=2).reshape(-1, *SHAPE) for use in (PRIOR, DECODER)])
     assert len(np.unique(draws.reshape(len(draws), -1)[:, 0])) == len(draws) == 2 * 2 * (1 + STEPS) * 3

@@ -248,7 +248,7 @@ def test_floats_that_overshoot_by_rounding_are_clipped(dtype, low, high, top):
 
 
 @pytest.mark.parametrize(("value", "shown"), [(1.0025, "1.0025"), (-0.00101, "-0.00101"), (255.3, "255.3")])
-def test_what_overshoots_by_more_is_told_in_full(value, shown):
+def test_larger_overshoots_are_reported_in_full(value, shown):
     picture = PICTURE + np.float32(0.5)
     picture[3, 4] = value
     with pytest.raises(ValueError, match=f"what has values from .*{shown}.*; clip what overshoots"):

@@ -261,7 +261,7 @@ def test_progress_bar(shapes_pipe, capsys):
 
 
 @pytest.mark.slow
-def test_bfloat16_draws_nearly_the_same(shapes_pipe):
+def test_bfloat16_generates_nearly_the_same(shapes_pipe):
     low = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="bfloat16")
     low.set_progress_bar_config(disable=True)
     exact = shapes_pipe(RED, generator=0, output_type="np", **SHORT | {"num_inference_steps": 25}).images

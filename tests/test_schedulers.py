@@ -191,7 +191,7 @@ def test_further_options(cls, config):
     check(cls, config, 10)
 
 
-def test_draws_noise_is_not_always():
+def test_noise_is_not_used_in_every_step():
     """Which steps use noise, on which a replayed stream depends: DDPM at t > 0 only, DDIM only with eta."""
     assert DDPMScheduler().schedule(4).draws_noise.tolist() == [True, True, True, False]
     assert DDPMScheduler(steps_offset=1).schedule(4).draws_noise.all()
@@ -237,7 +237,7 @@ def test_foreign_fields_survive_a_change_of_class():
     assert visible(changed.config) == visible(ddim.config) | {"eta": 0.5, "steps_offset": 0}
 
 
-def test_fields_that_nobody_set_take_the_new_classes_defaults():
+def test_fields_that_were_not_set_take_the_new_classes_defaults():
     """As in diffusers: UnCLIP's cosine schedule is its default, which a DDPM made from it does not inherit."""
     ddpm = DDPMScheduler.from_config(UnCLIPScheduler(clip_sample_range=5.0).config)
     expected = diffusers.DDPMScheduler.from_config(diffusers.UnCLIPScheduler(clip_sample_range=5.0).config).config

@@ -202,7 +202,7 @@ def test_hints_in_every_form_of_data(folder, tmp_path):
         listing(folder / "bad")
 
 
-def test_a_hint_that_cannot_be_read_is_told_as_a_picture_would_be(folder):
+def test_an_unreadable_hint_is_reported_like_a_picture(folder):
     [item, *_] = listing(folder)
     nan = io.BytesIO()
     Image.fromarray(np.full((64, 64), np.nan, np.float32)).save(nan, "TIFF")

@@ -107,7 +107,7 @@ def test_every_form_of_data_is_the_same(folder, tmp_path):
         assert [(item.text, item.read()) for item in listing(place)] == wanted * times
 
 
-def test_faults_are_told_by_file_name(tmp_path):
+def test_faults_are_reported_by_file_name(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         listing(tmp_path / "absent")
     with pytest.raises(DataError, match="there is no picture in it"):

@@ -114,7 +114,7 @@ def test_what_fails_is_a_warning(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nobody_is_asked_for_a_key(tmp_path):
+def test_there_is_no_prompt_for_a_key(tmp_path):
     """At a terminal, not logged in: a warning, and files to send later."""
     ours, theirs = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}

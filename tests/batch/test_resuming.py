@@ -56,7 +56,7 @@ def test_job_does_not_go_on_with_other_files_of_a_model(tmp_path, model, path, n
         job(tmp_path).begin()
 
 
-def test_job_goes_on_beside_files_that_are_not_read(tmp_path, model):
+def test_job_continues_with_files_that_are_not_read(tmp_path, model):
     job(tmp_path).begin()
     decoder = model / "kandinsky-2-2-decoder"
     for name in ("README.md", "notes.json", "unet/README.md", f"unet/{WEIGHTS[:-12]}.fp16.safetensors", "extra/a.bin"):

@@ -148,7 +148,7 @@ def test_mask_that_repaints_nothing_is_an_error_of_its_row(ours, folder):
         ("é\u2028", "é\u2028"),
     ],
 )
-def test_metadata_is_json_whatever_it_was(value, wanted):
+def test_metadata_of_any_type_is_json(value, wanted):
     assert json_value(value) == wanted
     json.dumps(json_value(value), allow_nan=False)
 

@@ -278,13 +278,13 @@ def test_scan_and_read_agree_on_any_text(tmp_path):
             seen.add(name)
 
 
-def test_ids_with_equal_hashes_are_told_apart(tmp_path, monkeypatch):
+def test_ids_with_equal_hashes_are_distinguished(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"id": "{x}", "prompt": "p"}}\n' for x in "abcbd"))
     monkeypatch.setattr(text_rows, "hash", lambda name: 7, raising=False)
     assert scan(str(tmp_path / "a.jsonl")).taken == {3}
 
 
-def test_parquet_hash_tells_strings_apart():
+def test_parquet_hash_distinguishes_strings():
     """By any byte of any position up to 208, and by their length."""
     import numpy as np
 

@@ -266,7 +266,7 @@ def test_what_cannot_be_json_is_a_fault_of_its_row():
         assert len(str(caught.value)) < 200
 
 
-def test_errors_are_the_same_in_every_run_whatever_the_row_holds(tmp_path):
+def test_errors_are_the_same_in_every_run_for_any_row(tmp_path):
     ids = [None, 3, "a", "x" * 10**6, math.nan, [math.inf] * 1000, {"a": object()}, "\udcff", object(), 10**5000]
     found = []
     for run in ("a", "b"):

@@ -117,7 +117,7 @@ def test_what_cannot_be_fetched_is_said(fault, options, says, served, tmp_path):
     assert says in refused(tmp_path, **options)
 
 
-def test_nobody_listens(served, tmp_path):
+def test_server_that_does_not_listen(served, tmp_path):
     server = served()
     server.server_close()
     assert "could not be fetched from the Hub" in refused(tmp_path)

@@ -317,7 +317,7 @@ def test_a_file_by_its_name(tmp_path):
             lora_files.find(path, name)
 
 
-def test_the_configuration_beside_peft_files_alone_counts(tmp_path):
+def test_only_the_configuration_of_peft_files_counts(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 6, "peft_type": "LORA"}))
     for name, scale in (("adapter_model.safetensors", 3.0), (FILE, 1.0)):
         save_file(GOOD, tmp_path / name)

@@ -138,7 +138,7 @@ def test_diffusers_reads_a_variant_in_shards(prior, tmp_path):
     assert all(np.array_equal(ours[name], array) for name, array in flat_params(prior).items())
 
 
-def test_nothing_out_of_date_stays_beside_a_new_save(prior, tmp_path):
+def test_stale_files_are_removed_by_a_new_save(prior, tmp_path):
     for arguments in (
         {"max_shard_size": "200KB"},
         {},

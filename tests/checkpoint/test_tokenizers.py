@@ -114,7 +114,7 @@ def test_lengths_that_fit(length, folder):
 
 
 @pytest.mark.parametrize("names", [["input_ids"], [], ["attention_mask"]], ids=str)
-def test_a_mask_comes_whatever_the_tokenizer_lists(names, folder, shapes_pipe):
+def test_a_mask_is_returned_whatever_the_tokenizer_lists(names, folder, shapes_pipe):
     tokenizer = load_tokenizer(configure(folder, model_input_names=names))
     pipe = KandinskyV22PriorPipeline.from_pipe(shapes_pipe, tokenizer=tokenizer)
     own = KandinskyV22PriorPipeline.from_pipe(shapes_pipe)

@@ -70,7 +70,7 @@ def test_from_pipe_of_a_decoder_alone_and_with_a_unet_that_is_given(text2img, ou
     assert found.unet is unet
 
 
-def test_from_pipe_asks_for_the_unet_where_none_lies_beside(ours):
+def test_from_pipe_asks_for_the_unet_if_there_is_no_sibling(ours):
     """These pipelines were made of components, from nowhere."""
     says = (
         r"or AutoPipelineForImage2Image, or give one: AutoPipelineForInpainting.from_pipe\(pipe, unet=KandinskyV22Inp"

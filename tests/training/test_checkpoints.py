@@ -137,7 +137,7 @@ def test_foreign_folders_do_not_keep_checkpoints_from_being_written(run, name):
     assert restored_step(run) == 12
 
 
-def test_without_a_whole_checkpoint_nothing_begins_anew(run):
+def test_without_an_intact_checkpoint_the_run_is_refused(run):
     for step in ("9", "10"):
         flip(largest(run / "checkpoints" / step))
     with pytest.raises(

@@ -165,7 +165,7 @@ def test_links_to_folders_above_end(tmp_path):
     assert texts(tmp_path) == ["x"]
 
 
-def test_a_hint_beside_a_loose_picture(tmp_path):
+def test_a_hint_next_to_a_loose_picture(tmp_path):
     for name in ("a.png", "a.hint.png"):
         (tmp_path / name).write_bytes(PNG)
     (tmp_path / "a.txt").write_text("a")
