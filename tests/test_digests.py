@@ -91,6 +91,19 @@ def test_the_numbers_of_a_safetensors_file_are_recorded():
     assert numbers[:5] == [12, 5.5, pytest.approx(array.std()), 0, 11]
 
 
+def test_the_order_of_a_safetensors_file_s_metadata_does_not_count():
+    """Its writer has another order in every run."""
+    found = {metadata: _with_metadata(metadata) for metadata in ('{"a":"1","b":"2"}', '{"b":"2","a":"1"}')}
+    records = [record_of({"x.safetensors": data})["sha256"] for data in (*found.values(), _with_metadata('{"a":"3"}'))]
+    assert len(set(found.values())) == 2
+    assert records[0] == records[1] != records[2]
+
+
+def _with_metadata(metadata: str) -> bytes:
+    header = f'{{"__metadata__":{metadata},"x":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}'.encode()
+    return len(header).to_bytes(8, "little") + header + b"x"
+
+
 def test_every_group_has_cases_of_different_names():
     names = [case.name for group in GROUPS for case in cases_of(group)]
     assert len(names) == len(set(names)) > 500

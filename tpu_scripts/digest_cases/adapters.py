@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from digest_cases import Case, inputs
 from digest_cases.modes import GUIDED, call
+from digest_cases.values import folder_bytes
 
 NAME = "KandinskyV22CombinedPipeline"
 
@@ -130,7 +131,7 @@ def _saved(folder: Path) -> Any:
     _files(folder)
     _load_both(pipe, folder)
     try:
-        return Path(pipe.save_lora_weights(folder / "saved", "b")).read_bytes()
+        return {"lora.safetensors": Path(pipe.save_lora_weights(folder / "saved", "b")).read_bytes()}
     finally:
         pipe.unload_lora_weights()
 
@@ -141,7 +142,7 @@ def _exported(folder: Path) -> Any:
     _fused(pipe, folder)
     try:
         pipe.decoder_pipe.save_pretrained(folder / "model")
-        return (folder / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+        return folder_bytes(folder / "model")
     finally:
         pipe.unfuse_lora()
         pipe.unload_lora_weights()
