@@ -27,7 +27,7 @@ if _OF_THE_SUITE and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, _OWN or _CORES)
 # Two threads of PyTorch that wait for each other beside XLA's lose more time than one alone.
 torch.set_num_threads(1)
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")  # see docs/gpu.md
 
 # What one process of the run has compiled, the command line's processes need not compile again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -1,19 +1,24 @@
-"""One side of `benchmark.py` in a process of its own: loads, warms up, times, prints one line of JSON.
+"""One side of `benchmark.py` in a process of its own: loads, warms up, times, answers in lines of JSON.
 
-Not for use by hand. Timed are the pipelines that users call; a callback after each step takes the time of the steps.
+Not for use by hand. Timed are the pipelines that users call; on a CPU a callback after each step takes its time.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a machine without our package installed
 
 from kandinsky_jax import hub
 
@@ -23,7 +28,9 @@ PROMPTS = (
     "portrait of an old sailor, film grain, 35 mm",
     "isometric view of a small town in winter, highly detailed, soft colours, snow on the roofs",
 )
-COMPILED = "diffusers, torch.compile"
+OURS, THEIRS = "ours", "diffusers"
+# Further sides: diffusers with torch.compile, in this mode.
+COMPILED = {"compiled": "default", "compiled-graphs": "reduce-overhead", "compiled-tuned": "max-autotune"}
 
 Tick = Callable[..., dict[str, Any]]  # a pipeline's callback_on_step_end
 # A call of the stage: (steps of the decoder or of the one loop, of the prior in front of it, a tick for each loop).
@@ -34,7 +41,7 @@ class Job(NamedTuple):
     """What to measure; `benchmark.py` writes it as JSON."""
 
     side: str
-    stage: str  # prior, unet, movq or text2img
+    stage: str  # prior, unet, movq, text2img; first, parity, profile
     models: str
     batch: int
     size: int
@@ -44,14 +51,12 @@ class Job(NamedTuple):
     device: str
     prior_steps: int  # before it, in text2img
     each_step: bool  # time every step by a callback, which on an accelerator would hold it up
+    resident: bool  # the process measures several stages, and loads all networks at once
+    folder: str = ""  # where parity and profile leave their files
 
     @property
     def prompts(self) -> list[str]:
         return [PROMPTS[i % len(PROMPTS)] for i in range(self.batch)]
-
-    @property
-    def repository(self) -> str:
-        return hub.PRIOR if self.stage == "prior" else hub.DECODER
 
 
 def decoder_inputs(job: Job, dim: int) -> dict[str, Any]:
@@ -79,24 +84,45 @@ def text2img(job: Job, n: int, m: int, tick: Tick | None, prior_tick: Tick | Non
     }
 
 
+def parts(job: Job) -> str:
+    """Which pipeline a process loads: "prior", "decoder", or "combined", whose parts the other two are."""
+    if job.resident or job.stage not in ("prior", "unet", "movq", "profile"):
+        return "combined"
+    return "prior" if job.stage == "prior" else "decoder"
+
+
+def chosen(job: Job, pipe: Any) -> Any:
+    """The pipeline of the job's stage, out of what was loaded."""
+    if parts(job) != "combined" or job.stage not in ("prior", "unet", "movq", "profile"):
+        return pipe
+    return pipe.prior_pipe if job.stage == "prior" else pipe.decoder_pipe
+
+
+@functools.cache
+def our_pipeline(models: str, dtype: str, which: str) -> Any:
+    """Ours, of a folder with both repositories or of the small model."""
+    import kandinsky_jax as kj
+
+    classes = {"prior": kj.KandinskyV22PriorPipeline, "combined": kj.KandinskyV22CombinedPipeline}
+    cls: Any = classes.get(which, kj.KandinskyV22Pipeline)
+    repository = hub.PRIOR if which == "prior" else hub.DECODER
+    pipe = cls.from_pretrained(models if models == "tiny" else Path(models) / repository, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def our_call(job: Job) -> Call:
-    """The pipeline of a stage, ours."""
+    """The call that a stage times, ours."""
     import jax.numpy as jnp
 
-    import kandinsky_jax as kj
     from kandinsky_jax.sampling import Network, call
 
-    classes = {"prior": kj.KandinskyV22PriorPipeline, "text2img": kj.KandinskyV22CombinedPipeline}
-    cls: Any = classes.get(job.stage, kj.KandinskyV22Pipeline)
-    pipe = cls.from_pretrained(
-        job.models if job.models == "tiny" else Path(job.models) / job.repository, dtype=job.dtype
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = chosen(job, our_pipeline(job.models, job.dtype, parts(job)))
     if job.stage == "prior":
         return lambda n, m, tick, prior_tick: pipe(
             job.prompts, num_inference_steps=n, generator=0, output_type="np", callback_on_step_end=tick
         )
-    if job.stage == "unet":
+    if job.stage in ("unet", "profile"):
         inputs = decoder_inputs(job, pipe.unet.config.encoder_hid_dim)
         return lambda n, m, tick, prior_tick: np.asarray(
             pipe(**inputs, num_inference_steps=n, generator=0, callback_on_step_end=tick).images
@@ -108,30 +134,51 @@ def our_call(job: Job) -> Call:
     return lambda n, m, tick, prior_tick: pipe(job.prompts, generator=0, **text2img(job, n, m, tick, prior_tick))
 
 
-def their_call(job: Job) -> Call:
-    """The pipeline of a stage, the reference's, as its users run it best on this device."""
+@functools.cache
+def their_pipeline(models: str, dtype: str, which: str, device: str, mode: str | None) -> Any:
+    """The reference's, as its users run it best on this device."""
     import diffusers
     import torch
 
-    classes = {"prior": diffusers.KandinskyV22PriorPipeline, "text2img": diffusers.KandinskyV22CombinedPipeline}
-    cls: Any = classes.get(job.stage, diffusers.KandinskyV22Pipeline)
-    root = hub.EMBEDDED["tiny"] if job.models == "tiny" else Path(job.models)
-    dtype = getattr(torch, job.dtype)
-    if job.stage == "text2img":
-        prior = diffusers.KandinskyV22PriorPipeline.from_pretrained(root / hub.PRIOR, torch_dtype=dtype)
-        decoder = diffusers.KandinskyV22Pipeline.from_pretrained(root / hub.DECODER, torch_dtype=dtype)
-        parts = {f"prior_{name}": part for name, part in prior.components.items()}
-        pipe = cls(**decoder.components, **parts).to(job.device)
+    torch.backends.cudnn.benchmark = True
+    root = hub.EMBEDDED["tiny"] if models == "tiny" else Path(models)
+
+    def load(cls: Any, repository: str) -> Any:
+        return cls.from_pretrained(root / repository, torch_dtype=getattr(torch, dtype))
+
+    if which == "prior":
+        pipe = load(diffusers.KandinskyV22PriorPipeline, hub.PRIOR)
+    elif which == "decoder":
+        pipe = load(diffusers.KandinskyV22Pipeline, hub.DECODER)
     else:
-        pipe = cls.from_pretrained(root / job.repository, torch_dtype=dtype).to(job.device)
+        prior = load(diffusers.KandinskyV22PriorPipeline, hub.PRIOR)
+        decoder = load(diffusers.KandinskyV22Pipeline, hub.DECODER)
+        components = {f"prior_{name}": part for name, part in prior.components.items()}
+        pipe = diffusers.KandinskyV22CombinedPipeline(**decoder.components, **components)
+    pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
+    networks = {name: getattr(pipe, name, None) for name in ("unet", "movq", "prior", "prior_prior")}
     for name in ("unet", "movq"):
-        if job.device != "cpu" and hasattr(pipe, name):
-            getattr(pipe, name).to(memory_format=torch.channels_last)
-    if job.side == COMPILED:
-        for name in ("unet", "movq", "prior", "prior_prior"):
-            if isinstance(getattr(pipe, name, None), torch.nn.Module):
-                getattr(pipe, name).compile()
+        if device != "cpu" and networks[name] is not None:
+            networks[name].to(memory_format=torch.channels_last)
+    if mode is not None:
+        # A program for each batch and size, as ours; PyTorch would make the second one of any size.
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        for network in networks.values():
+            if isinstance(network, torch.nn.Module):
+                network.compile(mode=mode, dynamic=False)
+        if networks["movq"] is not None:  # the pipeline calls `decode`, which `compile` leaves alone
+            networks["movq"].decode = torch.compile(networks["movq"].decode, mode=mode, dynamic=False)
+    return pipe
+
+
+def their_call(job: Job) -> Call:
+    """The call that a stage times, the reference's."""
+    import torch
+
+    mode = COMPILED.get(job.side)
+    pipe = chosen(job, their_pipeline(job.models, job.dtype, parts(job), job.device, mode))
+    dtype = getattr(torch, job.dtype)
 
     def generator() -> Any:
         return torch.Generator("cpu").manual_seed(0)
@@ -161,14 +208,27 @@ def their_call(job: Job) -> Call:
     )
 
 
-def peak_gb(job: Job) -> float:
-    """The most memory that this process has had: of the device, where there is one, otherwise of the machine."""
+def call_of(job: Job) -> Call:
+    """The call that a stage times, of either side."""
+    return (our_call if job.side == OURS else their_call)(job)
+
+
+_PEAK = 0.0  # of JAX, in this process
+
+
+def peak_gb(job: Job) -> float | None:
+    """The most memory that this process has had: of the device, where there is one, otherwise of the machine.
+
+    PyTorch's is that since the job began. JAX keeps that since the process began: None where the job has not raised it.
+    """
+    global _PEAK
     if job.device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux's unit
-    if job.side == "ours":
+    if job.side == OURS:
         import jax
 
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
+        before, _PEAK = _PEAK, jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
+        return _PEAK if before < _PEAK else None
     import torch
 
     return torch.cuda.max_memory_allocated() / 1e9
@@ -191,37 +251,110 @@ def timed(call: Call, job: Job) -> dict[str, Any]:
     return {"seconds": seconds, **{loop: np.diff(times).tolist() for loop, times in moments.items()}}
 
 
-def matmul_tflops(job: Job) -> float:
-    """What this device's matrix products reach, in the dtype of the job."""
+@functools.cache
+def matmul_tflops(device: str, dtype: str) -> float:
+    """What this device's products of square matrices of random numbers reach, in JAX."""
     import jax
     import jax.numpy as jnp
 
-    n = 2048 if job.device == "cpu" else 8192
-    a = jnp.ones((n, n), job.dtype)
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(a))
+    n, products = (2048, 1) if device == "cpu" else (8192, 10)
+    a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(dtype) for i in (0, 1))
+    product = jax.jit(lambda x, y: x @ y)
+    jax.block_until_ready(product(a, b))
     seconds = []
     for _ in range(9):
         began = time.perf_counter()
-        jax.block_until_ready(product(a))
-        seconds.append(time.perf_counter() - began)
+        jax.block_until_ready([product(a, b) for _ in range(products)])
+        seconds.append((time.perf_counter() - began) / products)
     return 2 * n**3 / float(np.median(seconds)) / 1e12
 
 
-def main() -> None:
-    """Run the job that stands on standard input."""
-    job = Job(**json.load(sys.stdin))
+_WARM: set[Job] = set()  # what this process has run
+
+
+def steady(job: Job) -> dict[str, Any]:
+    """Times of calls that have everything compiled, and what came before the first of them."""
+    if job.device != "cpu" and job.side != OURS:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    call = (our_call if job.side == "ours" else their_call)(job)
+    call = call_of(job)
     loaded = time.perf_counter()
-    timed(call, job._replace(steps=2, prior_steps=2))
+    if job not in _WARM:
+        timed(call, job._replace(steps=2, prior_steps=2))
+        _WARM.add(job)
     warm = time.perf_counter()
     found: dict[str, Any] = {"load_s": loaded - began, "warm_up_s": warm - loaded}
     found["calls"] = [timed(call, job) for _ in range(job.repeats)]
     found["peak_gb"] = peak_gb(job)
-    if job.side == "ours" and job.stage == "unet":
-        found["matmul_tflops"] = matmul_tflops(job)
-    print(json.dumps(found))
+    if job.side == OURS and job.stage == "unet":
+        found["matmul_tflops"] = matmul_tflops(job.device, job.dtype)
+    return found
+
+
+def first(job: Job) -> dict[str, Any]:
+    """The first picture of a process."""
+    return {"calls": [timed(call_of(job), job)], "peak_gb": peak_gb(job)}
+
+
+def parity(job: Job) -> dict[str, Any]:
+    """A prompt's embedding, latents and picture by PyTorch's random numbers, in a file; float32 is no TF32."""
+    if job.side == OURS:
+        import jax
+
+        import kandinsky_jax as kj
+
+        if job.dtype == "float32":
+            jax.config.update("jax_default_matmul_precision", "highest")
+        pipe = our_pipeline(job.models, job.dtype, "combined")
+        generator: Any = kj.TorchGenerator
+        host: Any = np.asarray
+    else:
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        pipe = their_pipeline(job.models, job.dtype, "combined", job.device, None)
+        generator = torch.Generator("cpu").manual_seed
+
+        def host(tensor: Any) -> np.ndarray:
+            return tensor if isinstance(tensor, np.ndarray) else tensor.float().cpu().numpy()
+
+    embeds = pipe.prior_pipe(job.prompts, num_inference_steps=job.prior_steps, generator=generator(0))
+    arrays = {"embedding": host(embeds.image_embeds)}
+    for name, kind in (("latents", "latent"), ("picture", "np")):
+        call = {"height": job.size, "width": job.size, "num_inference_steps": job.steps, "output_type": kind}
+        given = {"image_embeds": embeds.image_embeds, "negative_image_embeds": embeds.negative_image_embeds}
+        arrays[name] = host(pipe.decoder_pipe(**given, **call, generator=generator(1)).images)
+    path = Path(job.folder) / f"{job.side}-{job.dtype}.npz"
+    np.savez(path, **{name: np.asarray(value, np.float32) for name, value in arrays.items()})
+    return {"arrays": str(path), "peak_gb": peak_gb(job)}
+
+
+def profile(job: Job) -> dict[str, Any]:
+    """Where our UNet's steps spend their time, kernel by kernel; the trace for a viewer stays in the job's folder."""
+    import jax
+    from kernel_times import kernel_times
+
+    call = call_of(job)
+    call(2, 0, None, None)
+    with jax.profiler.trace(job.folder):
+        call(job.steps, 0, None, None)
+    return {"kernels": kernel_times(Path(job.folder)), "peak_gb": peak_gb(job)}
+
+
+def main() -> None:
+    """Run each job that comes on standard input, and answer with what was found, or with what went wrong."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    others = {"first": first, "parity": parity, "profile": profile}
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
+        try:
+            found = others.get(job.stage, steady)(job)
+        except Exception:  # one job that does not fit the device is not the end of the others
+            found = {"error": traceback.format_exc()[-3000:]}
+        print(json.dumps(found), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 from train_benchmark_worker import DECODER, OURS, PRIOR, Job, cores
+from worker_process import WorkerProcess
 
 from kandinsky_jax import hub
 
@@ -55,47 +52,16 @@ class Row(NamedTuple):
     loss: float  # mean of the last round
 
 
-class Worker:
-    """A process of one side, which works only while it is asked to."""
+class Worker(WorkerProcess):
+    """A process of one side, which has made its first step."""
 
     def __init__(self, job: Job):
-        self.job = job
-        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         # Nothing compiled earlier: the first step is what it costs on a new machine.
-        environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "KANDINSKY_JAX_CACHE": "off"}
-        command = [sys.executable, str(Path(__file__).with_name("train_benchmark_worker.py"))]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        self._process = subprocess.Popen(command, text=True, env=environment, **pipes)
+        environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "KANDINSKY_JAX_CACHE": "off"}
+        script = Path(__file__).with_name("train_benchmark_worker.py")
+        super().__init__(f"{job.side}, {job.kind}", script, {**environment, "JAX_COMPILATION_CACHE_DIR": None})
+        self.job = job
         self.started = self.ask(job._asdict())
-
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """One line there, one back.
-
-        Raises:
-            SystemExit: with what the process said, where it has died.
-        """
-        answer = ""
-        try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            pass
-        if answer:
-            return json.loads(answer)
-        code = self._process.wait()
-        self._errors.seek(0)
-        said = self._errors.read()[-3000:]
-        raise SystemExit(f"{self.job.side}, {self.job.kind} ended with exit status {code}:\n{said}")
-
-    def close(self) -> None:
-        """End it."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._errors):
-            file.close()
 
 
 def row(job: Job, started: dict[str, Any], found: list[dict[str, Any]]) -> Row:
