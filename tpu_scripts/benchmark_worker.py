@@ -213,25 +213,32 @@ def call_of(job: Job) -> Call:
     return (our_call if job.side == OURS else their_call)(job)
 
 
-_PEAK = 0.0  # of JAX, in this process
-
-
-def peak_gb(job: Job) -> float | None:
+def peak_gb(device: str, ours: bool) -> float:
     """The most memory that this process has had: of the device, where there is one, otherwise of the machine.
 
-    PyTorch's is that since the job began. JAX keeps that since the process began: None where the job has not raised it.
+    PyTorch's is that since it was last reset, JAX's that since the process began.
     """
-    global _PEAK
-    if job.device == "cpu":
+    if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux's unit
-    if job.side == OURS:
+    if ours:
         import jax
 
-        before, _PEAK = _PEAK, jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
-        return _PEAK if before < _PEAK else None
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 1e9
     import torch
 
     return torch.cuda.max_memory_allocated() / 1e9
+
+
+_PEAKS = [0.0]  # of JAX, in this process
+
+
+def own_peak_gb(job: Job) -> float | None:
+    """The most memory of a job; None where an earlier job of this process has had as much, and hides it."""
+    peak = peak_gb(job.device, job.side == OURS)
+    if job.device != "cpu" and job.side == OURS:
+        _PEAKS.append(max(_PEAKS[-1], peak))
+        return peak if peak > _PEAKS[-2] else None
+    return peak
 
 
 def timed(call: Call, job: Job) -> dict[str, Any]:
@@ -287,7 +294,7 @@ def steady(job: Job) -> dict[str, Any]:
     warm = time.perf_counter()
     found: dict[str, Any] = {"load_s": loaded - began, "warm_up_s": warm - loaded}
     found["calls"] = [timed(call, job) for _ in range(job.repeats)]
-    found["peak_gb"] = peak_gb(job)
+    found["peak_gb"] = own_peak_gb(job)
     if job.side == OURS and job.stage == "unet":
         found["matmul_tflops"] = matmul_tflops(job.device, job.dtype)
     return found
@@ -295,7 +302,7 @@ def steady(job: Job) -> dict[str, Any]:
 
 def first(job: Job) -> dict[str, Any]:
     """The first picture of a process."""
-    return {"calls": [timed(call_of(job), job)], "peak_gb": peak_gb(job)}
+    return {"calls": [timed(call_of(job), job)], "peak_gb": own_peak_gb(job)}
 
 
 def parity(job: Job) -> dict[str, Any]:
@@ -328,7 +335,7 @@ def parity(job: Job) -> dict[str, Any]:
         arrays[name] = host(pipe.decoder_pipe(**given, **call, generator=generator(1)).images)
     path = Path(job.folder) / f"{job.side}-{job.dtype}.npz"
     np.savez(path, **{name: np.asarray(value, np.float32) for name, value in arrays.items()})
-    return {"arrays": str(path), "peak_gb": peak_gb(job)}
+    return {"arrays": str(path), "peak_gb": own_peak_gb(job)}
 
 
 def profile(job: Job) -> dict[str, Any]:
@@ -340,7 +347,7 @@ def profile(job: Job) -> dict[str, Any]:
     call(2, 0, None, None)
     with jax.profiler.trace(job.folder):
         call(job.steps, 0, None, None)
-    return {"kernels": kernel_times(Path(job.folder)), "peak_gb": peak_gb(job)}
+    return {"kernels": kernel_times(Path(job.folder)), "peak_gb": own_peak_gb(job)}
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
-"""Our training step beside the reference's in PyTorch, in turns, in one run, on the CPU: steps a second.
+"""Our training step beside the reference's in PyTorch, in turns, in one run: steps a second.
 
     python tpu_scripts/train_benchmark.py                                      # the small model, a quarter of an hour
     python tpu_scripts/train_benchmark.py --kinds lora-prior --rounds 1 --seconds 1 --batch 2 --output /tmp/look
     python tpu_scripts/train_benchmark.py --models FOLDER --size 512 --batch 1 # official sizes, from a folder with both
 
-Float32, AdamW, gradients clipped at 1.0. Ours is `Trainer.step`, theirs the loss of diffusers' example scripts on their
-networks, backward, clip, step and zero_grad; LoRA is peft's. Theirs pads captions to 77 tokens; ours leaves out rows
-that are padding in the whole batch, as it does in earnest (--padded keeps them). Each is measured on batches that are
-encoded already, and with the frozen networks (MoVQ and CLIP's towers) in front of every step, as both do in earnest.
+On a GPU where there is one, in bfloat16 with float32 weights; on a CPU in float32. AdamW, gradients clipped at 1.0.
+Ours is `Trainer.step`, theirs the loss of diffusers' example scripts on their networks, backward, clip, step and
+zero_grad; LoRA is peft's. Theirs pads captions to 77 tokens; ours leaves out tokens that are padding in the whole
+batch, as it does in training runs (--padded keeps them). Each is measured on batches that are encoded already, and with
+the frozen networks (MoVQ and CLIP's towers) in front of every step, as both have them in training runs.
 For each line of the table both sides have a process, and while one works the other waits. Results go to
 tpu_scripts/results/train-benchmark-DATE.json and .md.
 """
@@ -23,8 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmark_worker import OURS
 from tqdm.auto import tqdm
-from train_benchmark_worker import DECODER, OURS, PRIOR, Job, cores
+from train_benchmark_worker import DECODER, PRIOR, Job, cores
 from worker_process import WorkerProcess
 
 from kandinsky_jax import hub
@@ -34,7 +36,7 @@ SMALL = hub.EMBEDDED["tiny"]  # the trained small model
 KINDS = ("decoder", "prior", "lora-decoder", "lora-prior")
 THEIRS = "PyTorch"
 SIDES = (OURS, THEIRS)
-FIXED = ("batch", "size", "rank", "ema", "snr_gamma", "padded")  # of all lines of a table
+FIXED = ("batch", "size", "rank", "ema", "snr_gamma", "padded", "device", "dtype")  # of all lines of a table
 
 
 class Row(NamedTuple):
@@ -57,7 +59,9 @@ class Worker(WorkerProcess):
 
     def __init__(self, job: Job):
         # Nothing compiled earlier: the first step is what it costs on a new machine.
-        environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "KANDINSKY_JAX_CACHE": "off"}
+        environment = {"KANDINSKY_JAX_CACHE": "off", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if job.device == "cpu":
+            environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         script = Path(__file__).with_name("train_benchmark_worker.py")
         super().__init__(f"{job.side}, {job.kind}", script, {**environment, "JAX_COMPILATION_CACHE_DIR": None})
         self.job = job
@@ -133,6 +137,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--ema", type=float, metavar="DECAY", help="also an average of the weights; default: none")
     parser.add_argument("--snr-gamma", type=float, help="min-SNR weighting; default: none")
     parser.add_argument("--padded", action="store_true", help="ours with all rows of text too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a turn")
     parser.add_argument("--output", type=Path, help="without its ending; default: results/train-benchmark-DATE")
@@ -152,12 +158,16 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Measure, print and write."""
     arguments = options()
+    import torch
+
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     today = datetime.date.today().isoformat()
     output = arguments.output or RESULTS / f"train-benchmark-{today}"
     output.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "date": today,
-        "device": f"{cores()} CPU cores",
+        "hardware": f"{cores()} CPU cores" if arguments.device == "cpu" else torch.cuda.get_device_name(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "flax", "optax", "torch", "diffusers", "transformers", "peft")},
         "models": "the small model" if arguments.models == SMALL else arguments.models.name,

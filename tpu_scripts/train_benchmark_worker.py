@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from benchmark_worker import OURS, peak_gb
 
 PRIOR, DECODER = "kandinsky-2-2-prior", "kandinsky-2-2-decoder"
-OURS = "ours"
 BATCHES = 4  # different ones, again and again
 CAPTIONS = (  # 3 to 17 tokens of the small model's tokenizer, 3 to 12 of CLIP's
     "a red circle on a white background",
@@ -49,6 +48,8 @@ class Job(NamedTuple):
     snr_gamma: float | None
     rank: int
     padded: bool = False  # ours with all rows of text, as theirs
+    device: str = "cpu"  # or cuda
+    dtype: str = "float32"  # that the networks compute in; trained weights are float32
 
     @property
     def network(self) -> str:
@@ -97,9 +98,11 @@ def our_step(job: Job) -> Step:
 
     root = Path(job.models)
     pipe = KandinskyV22CombinedPipeline.from_pretrained(root / DECODER, prior=root / PRIOR, dtype="float32")
-    config = Config(model="", data="", output="", snr_gamma=job.snr_gamma, lora=LoraConfig(rank=job.rank))
+    optimizer = OptimizerConfig(ema_decay=job.ema, dtype=job.dtype)
+    lora = LoraConfig(rank=job.rank)
+    config = Config(model="", data="", output="", snr_gamma=job.snr_gamma, lora=lora, optimizer=optimizer)
     task = DiffusionTask(pipe, Kind(job.kind), config)
-    trainer = Trainer(task.loss(), OptimizerConfig(ema_decay=job.ema), task.frozen())
+    trainer = Trainer(task.loss(), optimizer, task.frozen())
     key = jax.random.key(0)
     state = trainer.init(task.initial(key))
     length = pipe.prior_text_encoder.config.max_position_embeddings
@@ -118,7 +121,10 @@ def our_step(job: Job) -> Step:
 
 
 def their_step(job: Job) -> Step:
-    """What the reference's scripts do with a batch of their loader, without accelerate, on one device in float32."""
+    """What the reference's scripts do with a batch of their loader, on one device, without accelerate.
+
+    In bfloat16 as their scripts' mixed precision: frozen networks are cast, and the trained one runs under autocast.
+    """
     import diffusers
     import torch
     import transformers
@@ -145,7 +151,8 @@ def their_step(job: Job) -> Step:
         network = diffusers.UNet2DConditionModel.from_pretrained(root / DECODER / "unet", **load)
         scheduler = diffusers.DDPMScheduler.from_pretrained(root / DECODER / "scheduler")
     for part in frozen:
-        part.requires_grad_(False).eval()
+        part.requires_grad_(False).eval().to(job.device, getattr(torch, job.dtype))
+    network.to(job.device)
     if job.lora:
         import peft
 
@@ -162,9 +169,11 @@ def their_step(job: Job) -> Step:
     def tensors(batch: Arrays) -> dict[str, Any]:
         """As the scripts' loaders hand them over."""
         nchw = lambda array: torch.from_numpy(array.transpose(0, 3, 1, 2)).float().contiguous()  # noqa: E731
-        pixels = nchw(batch["pixels"].astype(np.float32) / 127.5 - 1)
+        pixels = nchw(batch["pixels"].astype(np.float32) / 127.5 - 1).to(dtype=getattr(torch, job.dtype))
+        clip_pixels = nchw(batch["clip_pixels"]).to(dtype=getattr(torch, job.dtype))
         ids, mask = torch.from_numpy(batch["input_ids"]).long(), torch.from_numpy(batch["text_mask"])
-        return {"pixels": pixels, "clip_pixels": nchw(batch["clip_pixels"]), "input_ids": ids, "text_mask": mask}
+        found = {"pixels": pixels, "clip_pixels": clip_pixels, "input_ids": ids, "text_mask": mask}
+        return {name: tensor.to(job.device) for name, tensor in found.items()}
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
@@ -178,7 +187,7 @@ def their_step(job: Job) -> Step:
     def prediction(batch: dict[str, Any]) -> tuple[Any, Any, Any]:
         """Predicted, wanted, timesteps."""
         embeds = batch["image_embeds"]
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(embeds),))
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(embeds),), device=job.device)
         if not of_prior:
             noise = torch.randn_like(batch["latents"])
             noisy = scheduler.add_noise(batch["latents"], noise, timesteps)
@@ -210,7 +219,8 @@ def their_step(job: Job) -> Step:
 
     def step() -> float:
         batch = next(given)
-        loss = loss_of(encode(batch) if job.encoding else batch)
+        with torch.autocast(job.device, torch.bfloat16, enabled=job.dtype == "bfloat16"):
+            loss = loss_of(encode(batch) if job.encoding else batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -248,8 +258,7 @@ def main() -> None:
     say({"load_s": loaded - began, "first_step_s": first - loaded})
     for line in sys.stdin:
         found = timed(step, json.loads(line)["seconds"])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux's unit
-        say(found | {"peak_gb": peak})
+        say(found | {"peak_gb": peak_gb(job.device, ours=job.side == OURS)})
 
 
 if __name__ == "__main__":
