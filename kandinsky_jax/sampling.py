@@ -1,4 +1,4 @@
-"""The one denoising loop: guidance, the step, and how the host drives it.
+"""How the host drives the denoising loop of `kandinsky_jax.diffusion`: slices, callbacks, meshes.
 
 A network reaches the loop as a `Network` (its structure, hashable) and its parameters (arrays). The loop asks two
 things of it: `module.condition(...)` once, and `module(sample, timestep, condition)` at every evaluation. It knows
@@ -10,68 +10,34 @@ What a mode adds stays outside: its first latents, its further input channels (i
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from kandinsky_jax import diffusion
 from kandinsky_jax.compilation import bound_to, program
+from kandinsky_jax.diffusion import (
+    ClassifierFreeGuidance,
+    Evaluation,
+    Guider,
+    LoopState,
+    Network,
+    NoGuidance,
+    Params,
+    Prediction,
+    initial_state,
+    matmul_precision,
+)
 from kandinsky_jax.noise import GivenNoise, KeyNoise, Source
-from kandinsky_jax.schedulers.table import SLOTS, Schedule, Table
-from kandinsky_jax.sharding import DATA_AXIS, GUIDANCE_AXIS, REPLICATED, batch_specs, mesh_of, shard_batch, sharded
+from kandinsky_jax.schedulers.table import Schedule, Table
+from kandinsky_jax.sharding import GUIDANCE_AXIS, REPLICATED, batch_specs, shard_batch, sharded
 
-Params = Any  # a nested dict of arrays
 Noise = KeyNoise | GivenNoise
-
-
-class Network:
-    """A module's structure without its arrays, hashable, so that a jitted function can take it as a static argument.
-
-    Two networks built alike are equal, so pipelines that share a network share its compiled programs. `mesh` is what
-    the parameters lie on, None for a single device.
-    """
-
-    def __init__(self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh | None = None):
-        self.graphdef, self.mesh = graphdef, mesh
-        self._hash = hash((graphdef, mesh))  # costs milliseconds for the UNet, and jit asks at every call
-
-    @classmethod
-    def split(cls, module: nnx.Module) -> tuple[Network, Params]:
-        graphdef, state = nnx.split(module)
-        params = nnx.to_pure_dict(state)
-        return cls(graphdef, mesh_of(next(iter(jax.tree.leaves(params)), None))), params
-
-    @property
-    def devices(self) -> int:
-        """How many have images of their own."""
-        return 1 if self.mesh is None else self.mesh.shape[DATA_AXIS]
-
-    def bind(self, params: Params) -> Any:
-        """The module again."""
-        return nnx.merge(self.graphdef, params)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Network) or self.mesh != other.mesh:
-            return False
-        return self.graphdef is other.graphdef or self.graphdef == other.graphdef
-
-
-@contextlib.contextmanager
-def _precision(params: Params) -> Iterator[None]:
-    # On TPUs and GPUs a float32 product is by default done in bfloat16 or TF32: not what someone who asks for float32
-    # wants, and not the reference's picture.
-    exact = any(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
-        yield
 
 
 def call(network: Network, params: Params, *args: Any, method: str = "__call__") -> Any:
@@ -108,7 +74,7 @@ def _run(network: Network, params: Params, *args: Any, method: str, halves: bool
     axis, widest = int(halves), max(jax.tree.leaves(args), key=lambda leaf: leaf.shape[0])
 
     def local(params: Params, *args: Any) -> Any:
-        with _precision(params):
+        with matmul_precision(params):
             output = getattr(network.bind(params), method)(*(_flat(args) if halves else args))
         if not halves:
             return output
@@ -127,58 +93,6 @@ def _flat(tree: Any) -> Any:
 @functools.partial(jax.jit, static_argnames="images")
 def _first_rows(tree: Any, images: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[:images], tree)
-
-
-def step(row: Table, state: jax.Array, output: jax.Array, variance: jax.Array, noise: jax.Array) -> jax.Array:
-    """One step of any solver.
-
-    Args:
-        row: one row of a table.
-        state: float32 `[SLOTS, B, ...]`, the sample first.
-        output: what the network predicts, `[B, ...]`.
-        variance: the network's second half, `[B, ...]`, or zeros.
-        noise: standard normal, `[B, ...]`.
-    Returns:
-        the next state.
-    """
-    sample = state[0]
-    x0 = row.x0_from[0] * sample + row.x0_from[1] * output
-    x0 = jax.lax.cond(row.threshold[0] > 0, dynamic_threshold, lambda x, _: jnp.clip(x, -row.clip, row.clip), x0, row)
-    eps = row.eps_from[0] * sample + row.eps_from[1] * x0 + row.eps_from[2] * output
-    low, high = row.log_variance[0], row.log_variance[1]
-    share = (variance + 1) / 2
-    spread = jnp.where(
-        row.variance_is_output > 0, jnp.sqrt(jnp.maximum(variance, 0)), jnp.exp((share * high + (1 - share) * low) / 2)
-    )
-    given = jnp.concatenate([state, jnp.stack([x0, eps, spread * noise])])  # [SLOTS + 3, B, ...]
-    return jnp.einsum("ij,j...->i...", row.matrix, given, precision="highest")
-
-
-def dynamic_threshold(x0: jax.Array, row: Table) -> jax.Array:
-    """Saharia et al. 2022 (arXiv 2205.11487), section 2.3: per image, clip to a quantile of |x0| and divide by it."""
-    _, quantile, largest = row.threshold
-    axes = tuple(range(1, x0.ndim))
-    bound = jnp.quantile(jnp.abs(x0), quantile, axis=axes, keepdims=True)
-    bound = jnp.clip(bound, 1.0, largest)
-    return jnp.clip(x0, -bound, bound) / bound
-
-
-def guided(output: jax.Array, channels: int, scale: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) in float32.
-
-    Args:
-        output: `[2B, ..., c]`, the unconditional rows first; `[B, ..., c]` where `scale` is None.
-        channels: of the sample; further ones are the variance, which guidance does not touch.
-    Returns:
-        prediction and variance `[B, ..., channels]`; the variance is zeros where the network gives none.
-    """
-    output = output.astype(jnp.float32)
-    prediction, variance = output[..., :channels], output[..., channels:]
-    if scale is not None:
-        without, given = jnp.split(prediction, 2)
-        prediction = without + scale * (given - without)
-        variance = jnp.split(variance, 2)[1]
-    return prediction, variance if variance.shape[-1] else jnp.zeros_like(prediction)
 
 
 class Blend(NamedTuple):
@@ -239,30 +153,52 @@ def denoise(
         the state after row hi - 1.
     """
     mesh = network.mesh
-    whole = 1 if scale is None else 2  # halves
 
     def local(params: Params, lane: Lane, table: Table, state: jax.Array, noise: Noise, *scalars: Any) -> jax.Array:
         scale, lo, hi = scalars
-        module, here = network.bind(params), jax.tree.leaves(lane.condition)[0].shape[0]
-        condition = _flat(lane.condition)
-
-        def body(i: jax.Array, state: jax.Array) -> jax.Array:
-            row = jax.tree.map(lambda column: column[i], table)
-            sample = state[0] * row.input_scale
-            rows = jnp.concatenate([sample] * here)
-            output = module(rows, jnp.broadcast_to(row.timestep, rows.shape[:1]), condition)
-            if here < whole:
-                output = jax.lax.all_gather(output, GUIDANCE_AXIS, tiled=True)
-            prediction, variance = guided(output, sample.shape[-1], scale)
-            state = step(row, state, prediction, variance, noise(i, sample.shape))
-            return state if lane.blend is None else state.at[0].set(lane.blend(i, state[0]))
-
-        with _precision(params):
-            return jax.lax.fori_loop(lo, hi, body, state)
+        cond = jax.tree.map(lambda x: x[-1], lane.condition)
+        guider: Guider = NoGuidance()
+        uncond = None
+        if scale is not None and _guided(lane):
+            guider, uncond = ClassifierFreeGuidance(scale), jax.tree.map(lambda x: x[0], lane.condition)
+        elif scale is not None:
+            guider = _ExchangedGuidance(scale)
+        with matmul_precision(params):
+            done = diffusion.denoise(
+                network.bind(params),
+                LoopState(state),
+                cond,
+                uncond,
+                table,
+                lo,
+                hi,
+                guider=guider,
+                step_noise=noise,
+                after_step=lane.blend,
+            )
+        return done.solver
 
     divided, states = functools.partial(batch_specs, mesh), batch_specs(mesh, state, 1)
     each = (REPLICATED, lane.map(divided), REPLICATED, states, noise.map(divided), *[REPLICATED] * 3)
     return sharded(mesh, local, each, states)(params, lane, table, state, noise, scale, lo, hi)
+
+
+class _ExchangedGuidance(NamedTuple):
+    """Classifier-free guidance where each device of a mesh's `guidance` axis evaluates one condition of the two."""
+
+    scale: jax.Array
+
+    def init(self, sample: jax.Array) -> None:
+        return None
+
+    def evaluations(self, cond: Any, uncond: None) -> Sequence[Evaluation]:
+        return [Evaluation(cond)]  # on the first device, this is the unconditional one
+
+    def combine(
+        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: Table, state: None
+    ) -> tuple[Prediction, None]:
+        both = jax.lax.all_gather(outputs[0], GUIDANCE_AXIS)  # [2, B, ...]
+        return ClassifierFreeGuidance(self.scale).combine([both[0], both[1]], sample, coefficients, state)
 
 
 SLICE_SECONDS = 0.1  # how long the host lets the device run before it looks up: progress, Ctrl-C
@@ -331,9 +267,7 @@ def sample(
     return [_sample_of(state, images) for state in states]
 
 
-@jax.jit
-def _first_state(sample: jax.Array) -> jax.Array:
-    return jnp.zeros((SLOTS, *sample.shape), jnp.float32).at[0].set(sample)
+_first_state = jax.jit(initial_state)
 
 
 def _put_like(network: Network, params: Params) -> Callable[[jax.Array, int], jax.Array]:

@@ -1,7 +1,7 @@
 """Our schedule and diffusers' scheduler for one configuration, stepped in parallel.
 
-Every comparison goes through one compiled `sampling.step`, whatever the scheduler and the number of steps. A small
-nonlinear function stands for the network; the noise is torch's, replayed by `TorchGenerator`.
+Every comparison goes through one compiled `diffusion.solver_step`, whatever the scheduler and the number of steps. A
+small nonlinear function stands for the network; the noise is torch's, replayed by `TorchGenerator`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
+from kandinsky_jax.diffusion import prediction_from_output, solver_step
 from kandinsky_jax.noise import TorchGenerator
-from kandinsky_jax.sampling import step
 from kandinsky_jax.schedulers import Scheduler
 from kandinsky_jax.schedulers.karras import SecondOrderScheduler
 from kandinsky_jax.schedulers.table import SLOTS
@@ -38,7 +38,9 @@ TIMESTEP_ARGUMENTS = {"custom_timesteps": "timesteps", "custom_sigmas": "sigmas"
 
 @jax.jit
 def one_step(table, i, state, output, variance, noise):
-    return step(jax.tree.map(lambda column: column[i], table), state, output, variance, noise)
+    coefficients = jax.tree.map(lambda column: column[i], table)
+    prediction = prediction_from_output(coefficients, state[0], output, variance)
+    return solver_step(coefficients, state, prediction, noise)
 
 
 def network(sample: np.ndarray, timestep: float, variance_type: str) -> tuple[np.ndarray, np.ndarray]:

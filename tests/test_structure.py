@@ -23,7 +23,7 @@ LAYERS = (
     ("kandinsky_jax.tensors", "kandinsky_jax.terminal", "kandinsky_jax.sharding", "kandinsky_jax.stop"),
     ("kandinsky_jax.models", "kandinsky_jax.schedulers", "kandinsky_jax.noise", "kandinsky_jax.images"),
     ("kandinsky_jax.storage",),
-    ("kandinsky_jax.compilation",),
+    ("kandinsky_jax.compilation", "kandinsky_jax.diffusion"),
     ("kandinsky_jax.orbax", "kandinsky_jax.sampling"),
     ("kandinsky_jax.lora",),
     ("kandinsky_jax.checkpoint", "kandinsky_jax.hub"),

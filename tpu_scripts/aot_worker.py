@@ -26,6 +26,7 @@ from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.noise import KeyNoise
 from kandinsky_jax.sampling import Lane, Network
 from kandinsky_jax.schedulers import DDPMScheduler
+from kandinsky_jax.schedulers.table import SLOTS
 from kandinsky_jax.sharding import REPLICATED, batch_specs, in_memory, make_mesh
 from tpu_scripts import aot_gpu
 from tpu_scripts.aot_cost import CHIPS, GPUS, costs
@@ -90,7 +91,7 @@ def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...]) ->
     table = jax.tree.map(lambda column: floats(*column.shape), DDPMScheduler().schedule(50).table)
     noise = KeyNoise(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sample[0])))
     lane = Lane(placed(mesh, condition, 1, halves=True))
-    state = placed(mesh, floats(sampling.SLOTS, *sample), 1)
+    state = placed(mesh, floats(SLOTS, *sample), 1)
     scalars = placed(mesh, (floats(), *[Shape((), jnp.int32)] * 2))
     arrays = (params, lane, placed(mesh, table), state, placed(mesh, noise, 0), *scalars)
     return Program(sampling.denoise, (network, *arrays), {})

@@ -1,0 +1,98 @@
+"""The public core: guided predictions, solver steps and whole samples as pure functions of arrays.
+
+From a pipeline to a gradient:
+
+    import jax, kandinsky_jax as kj
+    from kandinsky_jax import diffusion
+
+    pipe = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
+    embeds, negative = pipe.prior_pipe("red heart", generator=0, return_dict=False)
+    schedule = kj.DDIMScheduler.from_config(pipe.scheduler.config).schedule(8)
+    unet, movq = pipe.unet, pipe.movq
+    [noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER).initial((1, 8, 8, 4))
+
+    def brightness(noise, scale):
+        guider = diffusion.ClassifierFreeGuidance(scale)
+        cond, uncond = unet.condition(embeds), unet.condition(negative)
+        latents = diffusion.sample(unet, noise * schedule.init_noise_sigma, cond, uncond, schedule, guider=guider)
+        return movq.decode(latents).mean()
+
+    value, (to_noise, to_scale) = jax.jit(jax.value_and_grad(brightness, argnums=(0, 1)))(noise, 2.0)
+
+For gradients to the weights, `network, params = diffusion.Network.split(pipe.unet)` takes a module apart, and
+`network.bind(params)` within the function puts it together; LoRA's changes are added by `kandinsky_jax.lora.merged`.
+"""
+
+from kandinsky_jax.diffusion.guidance import (
+    ClassifierFreeGuidance,
+    Evaluation,
+    Guider,
+    Model,
+    NetworkCall,
+    NoGuidance,
+    batch_evaluations,
+    predict,
+    split_output,
+)
+from kandinsky_jax.diffusion.loop import (
+    AfterStep,
+    LoopState,
+    Step,
+    StepNoise,
+    denoise,
+    initial_loop_state,
+    sample,
+)
+from kandinsky_jax.diffusion.network import Network, Params, matmul_precision
+from kandinsky_jax.diffusion.solver import (
+    Prediction,
+    SolverCoefficients,
+    dynamic_threshold,
+    initial_state,
+    output_for_x0,
+    per_image,
+    predict_x0,
+    prediction_from_output,
+    solver_coefficients,
+    solver_step,
+)
+from kandinsky_jax.noise import DECODER, PRIOR, GivenNoise, KeyNoise, noise_source
+from kandinsky_jax.schedulers.table import Schedule
+
+__all__ = [
+    "DECODER",
+    "PRIOR",
+    "AfterStep",
+    "ClassifierFreeGuidance",
+    "Evaluation",
+    "GivenNoise",
+    "Guider",
+    "KeyNoise",
+    "LoopState",
+    "Model",
+    "Network",
+    "NetworkCall",
+    "NoGuidance",
+    "Params",
+    "Prediction",
+    "Schedule",
+    "SolverCoefficients",
+    "Step",
+    "StepNoise",
+    "batch_evaluations",
+    "denoise",
+    "dynamic_threshold",
+    "initial_loop_state",
+    "initial_state",
+    "matmul_precision",
+    "noise_source",
+    "output_for_x0",
+    "per_image",
+    "predict",
+    "predict_x0",
+    "prediction_from_output",
+    "sample",
+    "solver_coefficients",
+    "solver_step",
+    "split_output",
+]

@@ -1,0 +1,208 @@
+"""Guiders: which evaluations of the network a step needs, and how they become one prediction.
+
+A guider names its evaluations once, before the loop, so that their conditions are joined once; those that share the
+model are done in one batched call at every step. What it returns is a prediction of x0 and eps, see
+`kandinsky_jax.diffusion.solver`. An own guider is a class with the three methods of `Guider`; a NamedTuple or another
+pytree of its numbers makes it fit for `jit`, `vmap` and `grad`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from kandinsky_jax.diffusion.network import PyTree
+from kandinsky_jax.diffusion.solver import Prediction, SolverCoefficients, per_image, prediction_from_output
+
+# model(sample [N, ...], timestep [N], condition, **options) -> output [N, ..., C or 2C]. A bound UNet or prior is one.
+Model: TypeAlias = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One evaluation of a network that a guider wants at every step.
+
+    Args:
+        condition: what `model` takes as its third argument; a pytree of arrays `[B, ...]`.
+        model: another model than the sampler's: other parameters (autoguidance), or a function around it.
+        options: keyword arguments of the model in this evaluation only, such as another attention function.
+    """
+
+    condition: PyTree
+    model: Model | None = None
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    def shares_call(self, other: Evaluation) -> bool:
+        """Whether the two can be done in one batched call: the same model and the very same options."""
+        mine, others = self.options, other.options
+        return (
+            self.model is other.model
+            and mine.keys() == others.keys()
+            and all(value is others[name] for name, value in mine.items())
+        )
+
+
+class Guider(Protocol):
+    """Turns one or more evaluations of the network into one prediction."""
+
+    def init(self, sample: jax.Array) -> PyTree:
+        """Make the state that the loop carries from step to step (a momentum, a counter).
+
+        Args:
+            sample: the first sample, `[B, ...]`.
+        Returns:
+            a pytree whose shapes and dtypes stay; None for none.
+        """
+
+    def evaluations(self, cond: PyTree, uncond: PyTree) -> Sequence[Evaluation]:
+        """Name the evaluations of each step; asked once, before the loop.
+
+        Args:
+            cond, uncond: conditions of the batch, pytrees of arrays `[B, ...]`; `uncond` may be None.
+        """
+
+    def combine(
+        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: SolverCoefficients, state: PyTree
+    ) -> tuple[Prediction, PyTree]:
+        """Combine the evaluations of one step.
+
+        Args:
+            outputs: the network's, one `[B, ..., C or 2C]` per evaluation, in the network's dtype; see `split_output`.
+            sample: `[B, ..., C]`, float32, before `input_scale`.
+            coefficients: the step's row, or one per image.
+            state: from `init` or the step before.
+        Returns:
+            the prediction, as `prediction_from_output` gives it, and the next state.
+        """
+
+
+class NoGuidance(NamedTuple):
+    """The conditional prediction alone: one evaluation per step, and no unconditional condition is needed."""
+
+    def init(self, sample: jax.Array) -> None:
+        return None
+
+    def evaluations(self, cond: PyTree, uncond: PyTree) -> Sequence[Evaluation]:
+        return [Evaluation(cond)]
+
+    def combine(
+        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: SolverCoefficients, state: None
+    ) -> tuple[Prediction, None]:
+        output, variance = split_output(outputs[0], sample.shape[-1])
+        return prediction_from_output(coefficients, sample, output, variance), None
+
+
+class ClassifierFreeGuidance(NamedTuple):
+    """uncond + scale * (cond - uncond); the variance, if the network gives one, is the conditional one.
+
+    Source: Ho & Salimans 2022 (arXiv 2207.12598), in diffusers' parametrisation: 1 is no guidance.
+    """
+
+    scale: float | jax.Array = 4.0  # `[]`, or one per image `[B]`
+
+    def init(self, sample: jax.Array) -> None:
+        return None
+
+    def evaluations(self, cond: PyTree, uncond: PyTree) -> Sequence[Evaluation]:
+        if uncond is None:
+            raise ValueError("classifier-free guidance needs uncond, the unconditional condition; or use NoGuidance()")
+        return [Evaluation(uncond), Evaluation(cond)]
+
+    def combine(
+        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: SolverCoefficients, state: None
+    ) -> tuple[Prediction, None]:
+        (uncond, _), (cond, variance) = (split_output(output, sample.shape[-1]) for output in outputs)
+        guided = uncond + per_image(self.scale, sample.ndim) * (cond - uncond)
+        return prediction_from_output(coefficients, sample, guided, variance), None
+
+
+def split_output(output: jax.Array, channels: int) -> tuple[jax.Array, jax.Array | None]:
+    """Split a network's output into prediction and learned variance, in float32 (float64 stays).
+
+    Args:
+        output: `[B, ..., C or 2C]`.
+        channels: C, those of the sample.
+    Returns:
+        the prediction `[B, ..., C]`; the variance `[B, ..., C]`, or None where the network gives none.
+    """
+    output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+    return output[..., :channels], output[..., channels:] if output.shape[-1] > channels else None
+
+
+class NetworkCall(NamedTuple):
+    """Evaluations that are done in one call of a network; from `batch_evaluations`."""
+
+    evaluation: Evaluation  # whose condition is that of all members, one after the other, [members * B, ...]
+    members: tuple[int, ...]  # places in the guider's sequence
+
+
+def batch_evaluations(evaluations: Sequence[Evaluation]) -> tuple[NetworkCall, ...]:
+    """Join the conditions of evaluations that share a call; done once, before a loop.
+
+    Raises:
+        ValueError: where conditions that share a call differ in structure.
+    """
+    groups: list[list[int]] = []
+    for i, evaluation in enumerate(evaluations):
+        group = next((group for group in groups if evaluations[group[0]].shares_call(evaluation)), None)
+        if group is None:
+            groups.append([i])
+        else:
+            group.append(i)
+    return tuple(NetworkCall(_joined([evaluations[i] for i in group]), tuple(group)) for group in groups)
+
+
+def _joined(evaluations: Sequence[Evaluation]) -> Evaluation:
+    first, conditions = evaluations[0], [evaluation.condition for evaluation in evaluations]
+    if len({jax.tree.structure(condition) for condition in conditions}) > 1:
+        raise ValueError(
+            "the conditions of one step's evaluations differ in structure, such as one with a hint and one without; "
+            "make them by the same arguments, or give the evaluations models of their own"
+        )
+    if len(conditions) == 1:
+        return first
+    return dataclasses.replace(first, condition=jax.tree.map(lambda *x: jnp.concatenate(x), *conditions))
+
+
+def predict(
+    model: Model,
+    guider: Guider,
+    calls: Sequence[NetworkCall],
+    coefficients: SolverCoefficients,
+    sample: jax.Array,
+    state: PyTree = None,
+    cache: PyTree = None,
+) -> tuple[Prediction, PyTree, PyTree]:
+    """Do one guided prediction.
+
+    Args:
+        model: `model(sample, timestep, condition)`, for evaluations that name no other.
+        guider: combines the evaluations.
+        calls: `batch_evaluations(guider.evaluations(cond, uncond))`.
+        coefficients: one row of a schedule's, or one per image.
+        sample: `[B, ..., C]`, float32.
+        state: the guider's.
+        cache: a feature cache, any pytree. With one, the sampler's model is called as
+            `model(sample, timestep, condition, cache=cache)` and returns `(output, cache)`; evaluations with a model
+            or options of their own run without.
+    Returns:
+        the prediction, the guider's next state and the next cache.
+    """
+    scaled = sample * per_image(coefficients.input_scale, sample.ndim)
+    outputs: dict[int, jax.Array] = {}
+    for evaluation, members in calls:
+        batch = jnp.concatenate([scaled] * len(members))
+        timestep = jnp.broadcast_to(coefficients.timestep, sample.shape[:1])
+        timestep = jnp.concatenate([timestep] * len(members))
+        function, options = evaluation.model or model, dict(evaluation.options)
+        if cache is None or evaluation.model is not None or options:
+            output = function(batch, timestep, evaluation.condition, **options)
+        else:
+            output, cache = function(batch, timestep, evaluation.condition, cache=cache)
+        outputs.update(zip(members, jnp.split(output, len(members)), strict=True))
+    prediction, state = guider.combine([outputs[i] for i in range(len(outputs))], sample, coefficients, state)
+    return prediction, state, cache

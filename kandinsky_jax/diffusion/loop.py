@@ -1,0 +1,255 @@
+"""The denoising loop, twice: `sample` for gradients, `denoise` with dynamic bounds; both take the same step.
+
+`sample` is a `lax.scan` over a whole schedule with rematerialisation: `jit`, `vmap`, `grad` and `jvp` go through it, to
+the noise, the conditions, the parameters and the guider's numbers. `denoise` is a `lax.fori_loop` whose bounds are
+arguments of the compiled program, so that one program serves every number of steps; it has no reverse mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kandinsky_jax.diffusion.guidance import ClassifierFreeGuidance, Guider, Model, batch_evaluations, predict
+from kandinsky_jax.diffusion.network import PyTree, matmul_precision
+from kandinsky_jax.diffusion.solver import (
+    STATE_SLOTS,
+    Prediction,
+    SolverCoefficients,
+    initial_state,
+    solver_coefficients,
+    solver_step,
+)
+from kandinsky_jax.noise import DECODER, noise_source
+from kandinsky_jax.schedulers.table import Schedule
+
+_CFG = ClassifierFreeGuidance()
+
+
+class Step(Protocol):
+    """A solver's step, such as `solver_step`."""
+
+    def __call__(
+        self, coefficients: SolverCoefficients, state: jax.Array, prediction: Prediction, noise: jax.Array, /
+    ) -> jax.Array:
+        """Return the next state `[slots, B, ..., C]` from the state, a prediction of its sample, and `[B, ..., C]`
+        standard normal noise."""
+
+
+class StepNoise(Protocol):
+    """The noise of each step; `KeyNoise` and `GivenNoise` are such functions."""
+
+    def __call__(self, index: jax.Array, shape: tuple[int, ...], /) -> jax.Array:
+        """Return standard normal numbers of shape `[B, ..., C]` for the step of an index, int `[]`."""
+
+
+class AfterStep(Protocol):
+    """Changes the sample after each step; inpainting puts the known part back with it."""
+
+    def __call__(self, index: jax.Array, sample: jax.Array, /) -> jax.Array:
+        """Return the sample to go on with from that after the step of an index, float32 `[B, ..., C]`."""
+
+
+class LoopState(NamedTuple):
+    """What the loop carries from step to step."""
+
+    solver: jax.Array  # [slots, B, ..., C], the sample first
+    guider: PyTree = None
+    cache: PyTree = None  # a feature cache of the network, see `predict`
+
+
+def initial_loop_state(noise: jax.Array, guider: Guider, cache: PyTree = None, slots: int = STATE_SLOTS) -> LoopState:
+    """Make the state before the first step.
+
+    Args:
+        noise: the first sample `[B, ..., C]`, scaled by the schedule's `init_noise_sigma`.
+        guider: whose `init` is called.
+        cache: the feature cache before the first step, if any.
+        slots: of the solver's state.
+    """
+    return LoopState(initial_state(noise, slots), guider.init(noise), cache)
+
+
+def _advance(
+    model: Model,
+    cond: PyTree,
+    uncond: PyTree,
+    guider: Guider,
+    step: Step,
+    step_noise: StepNoise | None,
+    after_step: AfterStep | None,
+) -> Callable[[jax.Array, SolverCoefficients, LoopState], LoopState]:
+    """The loop's body: (index of the step, its coefficients, state) -> next state. `denoise` and `sample` share it."""
+    calls = batch_evaluations(guider.evaluations(cond, uncond))
+
+    def advance(index: jax.Array, coefficients: SolverCoefficients, loop: LoopState) -> LoopState:
+        sample = loop.solver[0]
+        prediction, guider_state, cache = predict(model, guider, calls, coefficients, sample, loop.guider, loop.cache)
+        noise = jnp.zeros_like(sample) if step_noise is None else step_noise(index, sample.shape)
+        solver = step(coefficients, loop.solver, prediction, noise.astype(sample.dtype))
+        if after_step is not None:
+            solver = solver.at[0].set(after_step(index, solver[0]))
+        return LoopState(solver, guider_state, cache)
+
+    return advance
+
+
+def denoise(
+    model: Model,
+    loop: LoopState,
+    cond: PyTree,
+    uncond: PyTree,
+    coefficients: SolverCoefficients,
+    first: jax.Array | int,
+    last: jax.Array | int,
+    *,
+    guider: Guider,
+    step_noise: StepNoise | None = None,
+    step: Step = solver_step,
+    after_step: AfterStep | None = None,
+) -> LoopState:
+    """Do the steps first .. last - 1 with dynamic bounds: the pipelines' loop.
+
+    Args:
+        model, cond, uncond, guider, step, after_step: as in `sample`.
+        loop: from `initial_loop_state`, or of an earlier call.
+        coefficients: fields `[N, ...]` or, with a row per image, `[N, B, ...]`; rows from `last` on are not looked at,
+            so a padded table serves every number of steps.
+        first, last: int, may be arrays; no part of the compiled program.
+        step_noise: the noise of each step, None for none.
+    Returns:
+        the state after step last - 1. There is no reverse-mode gradient; `sample` has one.
+    """
+    advance = _advance(model, cond, uncond, guider, step, step_noise, after_step)
+
+    def body(index: jax.Array, loop: LoopState) -> LoopState:
+        return advance(index, jax.tree.map(lambda column: column[index], coefficients), loop)
+
+    return jax.lax.fori_loop(first, last, body, loop)
+
+
+def sample(
+    model: Model,
+    noise: jax.Array,
+    cond: PyTree,
+    uncond: PyTree,
+    schedule: Schedule | SolverCoefficients,
+    *,
+    guider: Guider = _CFG,
+    rng: int | jax.Array | StepNoise | None = None,
+    step: Step = solver_step,
+    after_step: AfterStep | None = None,
+    cache: PyTree = None,
+    segment: int = 1,
+) -> jax.Array:
+    """Sample by a whole schedule; differentiable, and fit for `jit`, `vmap`, `grad` and `jvp`.
+
+    Args:
+        model: `model(sample [N, ..., C], timestep [N], condition) -> output [N, ..., C or 2C]`, such as a UNet that
+            `Network.bind` gives. A float32 module computes with `matmul_precision`; around other functions, and around
+            `condition` or `decode`, that is the caller's to do.
+        noise: the first sample `[B, ..., C]`: standard normal times the schedule's `init_noise_sigma`.
+        cond, uncond: what the model takes as condition, such as `unet.condition(embeds)`: pytrees of arrays
+            `[B, ...]`. `uncond` may be None where the guider does not use it.
+        schedule: from a scheduler, or coefficients `[N, ...]` as JAX arrays (see `solver_coefficients`), which may be
+            traced; `[N, B, ...]` has rows per image. Whatever else `step` and the guider understand will do, a
+            NamedTuple of arrays with at least the fields that `predict` and `prediction_from_output` read.
+        guider: how evaluations become a prediction.
+        rng: the noise of stochastic solvers. A seed or a `jax.random.key`: that of the decoder's pipelines for the
+            same `generator`, image by image. Or a function, see `StepNoise`. None for deterministic solvers.
+        step: see `Step`; slot 0 of the state is the sample.
+        after_step: changes the sample after each step.
+        cache: the network's feature cache before the first step, see `predict`.
+        segment: steps between two states that reverse mode keeps of the whole loop; see below.
+    Returns:
+        the last sample `[B, ..., C]`, float32 (float64 for float64 noise).
+    Raises:
+        ValueError: where a stochastic schedule has no `rng`, or the conditions or segment do not fit.
+
+    Reverse mode keeps no activations of the network but recomputes each step's. With `segment=1` it keeps the state of
+    every step and evaluates the network twice. With S steps to a segment it keeps `N / S + S` states and evaluates
+    three times; the square root of N keeps fewest. That pays where a state is large, as with a feature cache: without
+    one it is a few times the sample, thousands of times less than a network's activations.
+    """
+    coefficients = _checked(schedule, rng)
+    _check_conditions(len(noise), cond, uncond)
+    steps = len(jax.tree.leaves(coefficients)[0])
+    if isinstance(segment, bool) or not isinstance(segment, int) or segment < 1:
+        raise ValueError(f"segment must be an integer of at least 1, got {segment!r}")
+    advance = _advance(model, cond, uncond, guider, step, _step_noise(rng, noise.shape, steps), after_step)
+    matrix = getattr(coefficients, "matrix", None)
+    loop = initial_loop_state(noise, guider, cache, STATE_SLOTS if matrix is None else matrix.shape[-2])
+    with _precision(model):
+        return _scan(advance, coefficients, loop, steps, min(segment, steps)).solver[0]
+
+
+def _scan(
+    advance: Callable[[jax.Array, SolverCoefficients, LoopState], LoopState],
+    coefficients: SolverCoefficients,
+    loop: LoopState,
+    steps: int,
+    segment: int,
+) -> LoopState:
+    remat = functools.partial(jax.checkpoint, prevent_cse=False)  # within a scan nothing is merged
+
+    @remat
+    def one(loop: LoopState, row: tuple[jax.Array, SolverCoefficients]) -> tuple[LoopState, None]:
+        return advance(*row, loop), None
+
+    @remat
+    def one_if(loop: LoopState, row: tuple[jax.Array, SolverCoefficients]) -> tuple[LoopState, None]:
+        return jax.lax.cond(row[0] < steps, lambda loop: advance(*row, loop), lambda loop: loop, loop), None
+
+    rows = (jnp.arange(steps), coefficients)
+    if segment == 1:
+        return jax.lax.scan(one, loop, rows)[0]
+    # The last segment is filled up with steps that are skipped: a shorter one would compile the network twice.
+    segments = -(-steps // segment)
+    whole = segments * segment
+    filled = (jnp.arange(whole), jax.tree.map(lambda x: x[jnp.minimum(jnp.arange(whole), steps - 1)], coefficients))
+    nested = jax.tree.map(lambda x: x.reshape(segments, segment, *x.shape[1:]), filled)
+    body = one if whole == steps else one_if
+    return jax.lax.scan(remat(lambda loop, part: jax.lax.scan(body, loop, part)), loop, nested)[0]
+
+
+def _checked(schedule: Schedule | SolverCoefficients, rng: int | jax.Array | StepNoise | None) -> SolverCoefficients:
+    if not isinstance(schedule, Schedule):
+        return schedule
+    if rng is None and schedule.draws_noise.any():
+        raise ValueError("this schedule adds noise at its steps; give rng=jax.random.key(seed), or a function")
+    return solver_coefficients(schedule)
+
+
+def _check_conditions(images: int, *conditions: PyTree) -> None:
+    for name, condition in zip(("cond", "uncond"), conditions, strict=True):
+        if wrong := {leaf.shape for leaf in jax.tree.leaves(condition) if leaf.shape[:1] != (images,)}:
+            raise ValueError(
+                f"{name} has an array of shape {min(wrong)} for a batch of {images}; its arrays must have shape "
+                f"[{images}, ...]"
+            )
+
+
+def _step_noise(rng: int | jax.Array | StepNoise | None, shape: tuple[int, ...], steps: int) -> StepNoise | None:
+    if rng is None or callable(rng):
+        return rng
+    if not isinstance(rng, int | jax.Array):
+        raise TypeError(
+            f"rng must be a seed, a jax.random.key or a function (index, shape) -> noise, got {type(rng).__name__}; "
+            "numbers made before are GivenNoise(values, first=0)"
+        )
+    [noise] = noise_source(rng, shape[0], DECODER).steps(0, steps, np.ones(steps, bool), shape)
+    return noise
+
+
+@contextlib.contextmanager
+def _precision(model: Model) -> Iterator[None]:
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param)) if isinstance(model, nnx.Module) else ()
+    with matmul_precision(params):
+        yield

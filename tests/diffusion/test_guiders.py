@@ -1,0 +1,126 @@
+"""Guiders: which evaluations share a call, and what becomes of them."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kandinsky_jax import diffusion
+from kandinsky_jax.schedulers import DDIMScheduler
+from tests.diffusion.toy import assert_close, inputs, network, row, with_variance
+
+SCHEDULE = DDIMScheduler(clip_sample=False).schedule(5)
+
+
+class Counting:
+    """The network, and the batch sizes and options of its calls."""
+
+    def __init__(self, function=network):
+        self.function, self.calls = function, []
+
+    def __call__(self, sample, timestep, condition, **options):
+        self.calls.append((len(sample), options))
+        return self.function(sample, timestep, condition)
+
+
+def predicted(model, guider, sample, cond, uncond, index=2, **others):
+    calls = diffusion.batch_evaluations(guider.evaluations(cond, uncond))
+    return diffusion.predict(model, guider, calls, row(SCHEDULE, index), sample, **others)
+
+
+def test_classifier_free_guidance_is_one_call_of_both_conditions():
+    sample, cond, uncond = inputs()
+    model = Counting(with_variance)
+    prediction, _, _ = predicted(model, diffusion.ClassifierFreeGuidance(3.0), sample, cond, uncond)
+    assert model.calls == [(2 * len(sample), {})]
+    own, timestep = row(SCHEDULE, 2), jnp.full(2, SCHEDULE.timesteps[2])
+    of_cond, of_uncond = (with_variance(sample, timestep, x) for x in (cond, uncond))
+    output = of_uncond[..., :3] + 3.0 * (of_cond[..., :3] - of_uncond[..., :3])
+    expected = diffusion.prediction_from_output(own, sample, output, of_cond[..., 3:])
+    jax.tree.map(lambda a, b: assert_close(a, b), prediction, expected)
+
+
+def test_without_guidance_the_conditional_alone_is_evaluated():
+    sample, cond, _ = inputs()
+    model = Counting()
+    prediction, _, _ = predicted(model, diffusion.NoGuidance(), sample, cond, None)
+    assert model.calls == [(len(sample), {})]
+    assert prediction.variance is None
+    alone = predicted(network, diffusion.ClassifierFreeGuidance(1.0), sample, cond, jnp.zeros_like(cond))[0]
+    assert_close(prediction.x0, alone.x0)
+
+
+def test_scales_per_image_are_each_images_own():
+    sample, cond, uncond = inputs()
+    both = predicted(network, diffusion.ClassifierFreeGuidance(jnp.array([2.0, 5.0])), sample, cond, uncond)[0]
+    for i, scale in enumerate((2.0, 5.0)):
+        one = predicted(network, diffusion.ClassifierFreeGuidance(scale), sample, cond, uncond)[0]
+        assert_close(both.x0[i], one.x0[i])
+
+
+class Everything(NamedTuple):
+    """Four evaluations: two that share a call, one with an option, one with another model; and a momentum."""
+
+    weak: Counting
+    option: object
+
+    def init(self, sample):
+        return jnp.zeros_like(sample)
+
+    def evaluations(self, cond, uncond):
+        return [
+            diffusion.Evaluation(cond),
+            diffusion.Evaluation(cond, options={"attention": self.option}),
+            diffusion.Evaluation(uncond),
+            diffusion.Evaluation(cond, model=self.weak),
+        ]
+
+    def combine(self, outputs, sample, coefficients, state):
+        good, perturbed, uncond, weak = (diffusion.split_output(x, sample.shape[-1])[0] for x in outputs)
+        state = 0.5 * state + (good - perturbed) + (good - uncond) + (good - weak)
+        return diffusion.prediction_from_output(coefficients, sample, good + state), state
+
+
+def test_an_own_guider_names_models_and_options_and_carries_a_state():
+    noise, cond, uncond = inputs()
+    option = object()
+    model = Counting()
+    weak = Counting(lambda sample, timestep, condition: 0.9 * network(sample, timestep, condition))
+    guider = Everything(weak, option)
+    latents = diffusion.sample(model, noise, cond, uncond, SCHEDULE, guider=guider)
+    assert set(map(str, model.calls)) == set(map(str, [(4, {}), (2, {"attention": option})]))
+    assert {calls for calls, _ in weak.calls} == {2}
+
+    state, momentum = diffusion.initial_state(noise), jnp.zeros_like(noise)
+    for i, t in enumerate(SCHEDULE.timesteps):
+        own, timestep = row(SCHEDULE, i), jnp.full(2, t)
+        given, without = network(state[0], timestep, cond), network(state[0], timestep, uncond)
+        momentum = 0.5 * momentum + (given - without) + 0.1 * given
+        prediction = diffusion.prediction_from_output(own, state[0], given + momentum)
+        state = diffusion.solver_step(own, state, prediction, jnp.zeros_like(noise))
+    assert_close(latents, state[0])
+
+
+def test_vmap_over_scales_is_one_sample_each():
+    noise, cond, uncond = inputs()
+
+    def at(scale):
+        guider = diffusion.ClassifierFreeGuidance(scale)
+        return diffusion.sample(network, noise, cond, uncond, SCHEDULE, guider=guider)
+
+    scales = jnp.array([1.0, 2.5, 4.0])
+    assert_close(jax.vmap(at)(scales), jnp.stack([at(s) for s in scales]))
+
+
+def test_what_does_not_fit_is_said():
+    noise, cond, uncond = inputs()
+    with pytest.raises(ValueError, match="needs uncond"):
+        diffusion.sample(network, noise, cond, None, SCHEDULE)
+    with pytest.raises(ValueError, match="differ in structure"):
+        diffusion.sample(network, noise, {"a": cond}, {"b": uncond}, SCHEDULE)
+    with pytest.raises(ValueError, match=re.escape("cond has an array of shape (1, 3) for a batch of 2")):
+        diffusion.sample(network, noise, cond[:1], uncond, SCHEDULE)
