@@ -6,6 +6,7 @@ see `lora_names` for the names of their tensors and `lora_scaling` for peft's co
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -17,10 +18,8 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from kandinsky_jax import reading
-from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint import lora_names
 from kandinsky_jax.checkpoint.lora_scaling import Scaling, ScalingError, check_alpha
 from kandinsky_jax.errors import quote, shorten
@@ -439,8 +438,11 @@ def write(
                 change.up.reshape(*change.up.shape, *kernel), np.float32
             )
         about |= {f"{component}.{name}": value for name, value in _describe(changes).items()}
-    metadata = {"format": "pt", METADATA: json.dumps(about, sort_keys=True)}
-    replace_file(target, save(tensors, metadata))
+    readers = {
+        name: files.Tensor(array.shape, functools.partial(np.asarray, array), array.dtype)
+        for name, array in tensors.items()
+    }
+    files.write(target, readers, {METADATA: json.dumps(about, sort_keys=True)})
     return target
 
 

@@ -239,17 +239,19 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
 _SAFETENSORS_DTYPES = {name: stored for stored, name in WEIGHT_DTYPES.items()}
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, one tensor in memory at a time, with the "pt" mark that diffusers asks for.
 
-    The library's own writer wants all tensors at once, which is a second copy of a network.
+    The library's own writer wants all tensors at once, which is a second copy of a network, and orders the metadata
+    differently in each process.
 
     Args:
         tensors: by name, each with its dtype.
+        metadata: of the header, beside the mark.
     Raises:
         OSError: where the disk is full, or the like.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 from kandinsky_jax.checkpoint import CheckpointError, lora_files
-from kandinsky_jax.lora import FILE
+from kandinsky_jax.lora import FILE, LayerChange
 
 UNET = {
     "conv_in": (32, 4, 3, 3),
@@ -335,3 +335,12 @@ def test_pickles_that_hold_more_than_tensors_are_refused(tmp_path):
         lora_files.open_file(path)
     torch.save({name: torch.from_numpy(array) for name, array in GOOD.items()}, path)
     same(lora_files.read(lora_files.open_file(path), NETWORKS)[0]["unet"], arrays(UNET, LINEAR))
+
+
+def test_a_written_file_has_the_same_bytes_in_every_process(tmp_path):
+    """The safetensors library orders the header's metadata by a hash that differs from process to process."""
+    change = LayerChange(np.ones((2, 3), np.float32), np.ones((4, 2), np.float32), scale=0.5)
+    path = lora_files.write(tmp_path, {"unet": {"mid_block.attentions.0.to_q": change}})
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=list)
+    assert [name for name, _ in dict(header)["__metadata__"]] == ["format", lora_files.METADATA]
