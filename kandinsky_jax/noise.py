@@ -1,8 +1,8 @@
 """Randomness, per image.
 
-A pipeline's `generator` argument becomes one noise source. A job is one or more "lanes" of B rows each (a prior with
-negative prompts has two), which run the same program one after the other. With JAX keys, image i of a job draws from
-`fold_in(key, i)`: the same picture comes out whatever the batch, the mesh or the host. With a `TorchGenerator` the
+A pipeline's `generator` argument becomes one noise source. A job is one or more batches of B examples each (a prior
+with negative prompts has two), which run the same program one after the other. With JAX keys, image i of a job draws
+from `fold_in(key, i)`: the same picture comes out whatever the batch, the mesh or the host. With a `TorchGenerator` the
 draws are those of `torch.Generator("cpu")`, in diffusers' order, so that a seed gives the picture that it gives there.
 """
 
@@ -170,26 +170,26 @@ class KeySource:
     def __init__(self, keys: jax.Array, use: int):
         self._keys, self._use = keys, use
 
-    def initial(self, shape: tuple[int, ...], lanes: int = 1) -> list[jax.Array]:
-        """The first latents of each lane, float32 `shape` = [B, ...]."""
-        return [_initial(noise, shape) for noise in self._lanes(lanes)]
+    def initial(self, shape: tuple[int, ...], batches: int = 1) -> list[jax.Array]:
+        """The first latents of each batch, float32 `shape` = [B, ...]."""
+        return [_initial(noise, shape) for noise in self._batches(batches)]
 
     def steps(
-        self, first: int, count: int, drawn: np.ndarray, shape: tuple[int, ...], lanes: int = 1
+        self, first: int, count: int, drawn: np.ndarray, shape: tuple[int, ...], batches: int = 1
     ) -> list[KeyNoise]:
-        """The noise of the steps first .. first + count - 1, for each lane."""
-        return self._lanes(lanes)
+        """The noise of the steps first .. first + count - 1, for each batch."""
+        return self._batches(batches)
 
     def skip(self, draws: int, shape: tuple[int, ...]) -> None:
         """Go on as if so many draws had been made: keys do not notice."""
 
-    def _lanes(self, lanes: int) -> list[KeyNoise]:
-        return [KeyNoise(_lane_keys(self._keys, self._use, lane)) for lane in range(lanes)]
+    def _batches(self, batches: int) -> list[KeyNoise]:
+        return [KeyNoise(_batch_keys(self._keys, self._use, batch)) for batch in range(batches)]
 
 
 @jax.jit
-def _lane_keys(keys: jax.Array, use: int, lane: int) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, use), lane))(keys)
+def _batch_keys(keys: jax.Array, use: int, batch: int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, use), batch))(keys)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -210,36 +210,36 @@ class TorchSource:
     def __init__(self, generators: Sequence[TorchGenerator]):
         self._generators = generators
 
-    def initial(self, shape: tuple[int, ...], lanes: int = 1) -> list[jax.Array]:
-        """The first latents of each lane, float32 `shape` = [B, ...]."""
-        return [jnp.asarray(rows) for rows in self._draw(shape, lanes)]
+    def initial(self, shape: tuple[int, ...], batches: int = 1) -> list[jax.Array]:
+        """The first latents of each batch, float32 `shape` = [B, ...]."""
+        return [jnp.asarray(rows) for rows in self._draw(shape, batches)]
 
     def steps(
-        self, first: int, count: int, drawn: np.ndarray, shape: tuple[int, ...], lanes: int = 1
+        self, first: int, count: int, drawn: np.ndarray, shape: tuple[int, ...], batches: int = 1
     ) -> list[GivenNoise]:
-        """The noise of the steps first .. first + count - 1, for each lane.
+        """The noise of the steps first .. first + count - 1, for each batch.
 
         Args:
             drawn: per step, whether it adds noise; the reference draws nothing at a step that does not.
         """
-        values = np.zeros((lanes, self.chunk, *shape), np.float32)
+        values = np.zeros((batches, self.chunk, *shape), np.float32)
         for i in range(count):
             if drawn[first + i]:
-                values[:, i] = self._draw(shape, lanes)
-        return [GivenNoise(jnp.asarray(lane), jnp.asarray(first, jnp.int32)) for lane in values]
+                values[:, i] = self._draw(shape, batches)
+        return [GivenNoise(jnp.asarray(batch), jnp.asarray(first, jnp.int32)) for batch in values]
 
     def skip(self, draws: int, shape: tuple[int, ...]) -> None:
         """Go on as if so many draws of `shape` had been made."""
         for _ in range(draws):
             self._draw(shape, 1)
 
-    def _draw(self, shape: tuple[int, ...], lanes: int) -> np.ndarray:
+    def _draw(self, shape: tuple[int, ...], batches: int) -> np.ndarray:
         images, *rest = shape
         if len(self._generators) == 1:
-            rows = _draw_nchw(self._generators[0], (lanes * images, *rest))
+            rows = _draw_nchw(self._generators[0], (batches * images, *rest))
         else:
-            rows = np.concatenate([_draw_nchw(g, (1, *rest)) for _ in range(lanes) for g in self._generators])
-        return rows.reshape(lanes, *shape)
+            rows = np.concatenate([_draw_nchw(g, (1, *rest)) for _ in range(batches) for g in self._generators])
+        return rows.reshape(batches, *shape)
 
 
 def _draw_nchw(generator: TorchGenerator, shape: tuple[int, ...]) -> np.ndarray:

@@ -34,7 +34,7 @@ from kandinsky_jax.diffusion import (
     matmul_precision,
 )
 from kandinsky_jax.noise import GivenNoise, KeyNoise, Source
-from kandinsky_jax.schedulers.table import Schedule, Table
+from kandinsky_jax.schedulers.table import Schedule, SolverCoefficients
 from kandinsky_jax.sharding import GUIDANCE_AXIS, REPLICATED, batch_specs, shard_batch, sharded
 
 Noise = KeyNoise | GivenNoise
@@ -50,43 +50,43 @@ def call(network: Network, params: Params, *args: Any, method: str = "__call__")
 
 
 def condition(network: Network, params: Params, *args: Any) -> Any:
-    """A network's `condition` for a lane.
+    """A network's `condition` for the examples of a loop.
 
     Args:
-        args: arrays `[halves, B, ...]`: two halves where guidance has them, the unconditional one first, otherwise one.
+        args: arrays `[G, B, ...]`; G is 2 with guidance, uncond before cond, and 1 without.
     Returns:
-        the condition, `[halves, B, ...]` too; on a mesh, B is what an uneven batch is filled up to.
+        the condition, `[G, B, ...]` too; on a mesh, B is what an uneven batch is filled up to.
     """
-    args = place_halves(network, args)
-    return place_halves(network, _run(network, params, *args, method="condition", halves=True))
+    args = shard_guidance(network, args)
+    return shard_guidance(network, _run(network, params, *args, method="condition", guidance_axis=True))
 
 
-def place_halves(network: Network, tree: Any) -> Any:
-    """Arrays `[halves, B, ...]` where a network wants them.
+def shard_guidance(network: Network, tree: Any) -> Any:
+    """Arrays `[G, B, ...]` where a network wants them.
 
     What a program over a mesh gives is there already; a rehearsal's zeros are not, and the next program depends on it.
     """
-    return tree if network.mesh is None else shard_batch(network.mesh, tree, 1, halves=True, pictures=False)
+    return tree if network.mesh is None else shard_batch(network.mesh, tree, 1, guidance_axis=True, pictures=False)
 
 
-@program(static_argnames=("network", "method", "halves"))
-def _run(network: Network, params: Params, *args: Any, method: str, halves: bool = False) -> Any:
-    axis, widest = int(halves), max(jax.tree.leaves(args), key=lambda leaf: leaf.shape[0])
+@program(static_argnames=("network", "method", "guidance_axis"))
+def _run(network: Network, params: Params, *args: Any, method: str, guidance_axis: bool = False) -> Any:
+    axis, widest = int(guidance_axis), max(jax.tree.leaves(args), key=lambda leaf: leaf.shape[0])
 
     def local(params: Params, *args: Any) -> Any:
         with matmul_precision(params):
-            output = getattr(network.bind(params), method)(*(_flat(args) if halves else args))
-        if not halves:
+            output = getattr(network.bind(params), method)(*(_flat(args) if guidance_axis else args))
+        if not guidance_axis:
             return output
         count = max(leaf.shape[0] for leaf in jax.tree.leaves(args))
         return jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), output)
 
-    each, out = (batch_specs(network.mesh, tree, axis, halves) for tree in (list(args), widest))
+    each, out = (batch_specs(network.mesh, tree, axis, guidance_axis) for tree in (list(args), widest))
     return sharded(network.mesh, local, (REPLICATED, *each), out)(params, *args)
 
 
 def _flat(tree: Any) -> Any:
-    """`[halves, B, ...]` as `[halves * B, ...]`, what a network knows."""
+    """`[G, B, ...]` as `[G * B, ...]`, what a network takes."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
@@ -101,7 +101,7 @@ class Blend(NamedTuple):
     picture: jax.Array  # [B, h, w, C]
     noise: jax.Array  # [B, h, w, C], the same at every row
     keep: jax.Array  # [B, h, w, 1], 1 where the picture is held
-    levels: jax.Array  # [ROWS, 2] how much picture and how much noise there is after each row
+    levels: jax.Array  # [MAX_STEPS, 2] how much picture and how much noise there is after each row
 
     def __call__(self, row: jax.Array, sample: jax.Array) -> jax.Array:
         """The sample `[B, h, w, C]` after a row, with its known part put back."""
@@ -114,24 +114,24 @@ class Blend(NamedTuple):
         return Blend(picture, noise, keep, function(self.levels, None))
 
 
-class Lane(NamedTuple):
+class LoopInputs(NamedTuple):
     """What one batch is denoised under."""
 
-    condition: Any  # for `module(sample, timestep, condition)`, arrays [halves, B, ...], see `condition`
+    condition: Any  # for `module(sample, timestep, condition)`, arrays [G, B, ...], see `condition`
     blend: Blend | None = None
 
-    def map(self, function: Callable[..., Any]) -> Lane:
-        """A function of each array and its axis of images, None where it has none, and whether halves come first."""
-        held = None if self.blend is None else self.blend.map(functools.partial(function, halves=False))
-        return Lane(function(self.condition, 1, halves=True), held)
+    def map(self, function: Callable[..., Any]) -> LoopInputs:
+        """A function of each array and its axis of images, None where it has none, and whether axis G comes first."""
+        held = None if self.blend is None else self.blend.map(functools.partial(function, guidance_axis=False))
+        return LoopInputs(function(self.condition, 1, guidance_axis=True), held)
 
 
 @program(static_argnames="network", donate_argnames="state")
 def denoise(
     network: Network,
     params: Params,
-    lane: Lane,
-    table: Table,
+    loop_inputs: LoopInputs,
+    table: SolverCoefficients,
     state: jax.Array,
     noise: Noise,
     scale: jax.Array | None,
@@ -142,10 +142,10 @@ def denoise(
 
     Args:
         network, params: what predicts; `module(sample, timestep, condition)`.
-        lane: its condition is of two halves, the unconditional one first, where `scale` is given; of one where it is
+        loop_inputs: its condition has uncond and cond where `scale` is given; cond alone where it is
             None.
-        table: float32, `[ROWS, ...]`.
-        state: float32 `[SLOTS, B, ...]`; donated.
+        table: float32, `[MAX_STEPS, ...]`.
+        state: float32 `[STATE_SLOTS, B, ...]`; donated.
         noise: one of `kandinsky_jax.noise`.
         scale: of guidance, or None for none: then half the work, in a program of its own.
         lo, hi: int; arguments, not constants, of the compiled program.
@@ -154,13 +154,20 @@ def denoise(
     """
     mesh = network.mesh
 
-    def local(params: Params, lane: Lane, table: Table, state: jax.Array, noise: Noise, *scalars: Any) -> jax.Array:
+    def local(
+        params: Params,
+        loop_inputs: LoopInputs,
+        table: SolverCoefficients,
+        state: jax.Array,
+        noise: Noise,
+        *scalars: Any,
+    ) -> jax.Array:
         scale, lo, hi = scalars
-        cond = jax.tree.map(lambda x: x[-1], lane.condition)
+        cond = jax.tree.map(lambda x: x[-1], loop_inputs.condition)
         guider: Guider = NoGuidance()
         uncond = None
-        if scale is not None and _guided(lane):
-            guider, uncond = ClassifierFreeGuidance(scale), jax.tree.map(lambda x: x[0], lane.condition)
+        if scale is not None and _guided(loop_inputs):
+            guider, uncond = ClassifierFreeGuidance(scale), jax.tree.map(lambda x: x[0], loop_inputs.condition)
         elif scale is not None:
             guider = _ExchangedGuidance(scale)
         with matmul_precision(params):
@@ -174,13 +181,13 @@ def denoise(
                 hi,
                 guider=guider,
                 step_noise=noise,
-                after_step=lane.blend,
+                after_step=loop_inputs.blend,
             )
         return done.solver
 
     divided, states = functools.partial(batch_specs, mesh), batch_specs(mesh, state, 1)
-    each = (REPLICATED, lane.map(divided), REPLICATED, states, noise.map(divided), *[REPLICATED] * 3)
-    return sharded(mesh, local, each, states)(params, lane, table, state, noise, scale, lo, hi)
+    each = (REPLICATED, loop_inputs.map(divided), REPLICATED, states, noise.map(divided), *[REPLICATED] * 3)
+    return sharded(mesh, local, each, states)(params, loop_inputs, table, state, noise, scale, lo, hi)
 
 
 class _ExchangedGuidance(NamedTuple):
@@ -195,7 +202,7 @@ class _ExchangedGuidance(NamedTuple):
         return [Evaluation(cond)]  # on the first device, this is the unconditional one
 
     def combine(
-        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: Table, state: None
+        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: SolverCoefficients, state: None
     ) -> tuple[Prediction, None]:
         both = jax.lax.all_gather(outputs[0], GUIDANCE_AXIS)  # [2, B, ...]
         return ClassifierFreeGuidance(self.scale).combine([both[0], both[1]], sample, coefficients, state)
@@ -203,14 +210,14 @@ class _ExchangedGuidance(NamedTuple):
 
 SLICE_SECONDS = 0.1  # how long the host lets the device run before it looks up: progress, Ctrl-C
 
-# After each slice: (rows done, one sample [B, ...] per lane) -> the samples to go on with, or None for the same.
+# After each slice: (rows done, one sample [B, ...] per batch) -> the samples to go on with, or None for the same.
 AfterSlice = Callable[[int, list[jax.Array]], list[jax.Array] | None]
 
 
 def sample(
     network: Network,
     params: Params,
-    inputs: Callable[[], tuple[Sequence[Lane], float | None]],
+    inputs: Callable[[], tuple[Sequence[LoopInputs], float | None]],
     schedule: Schedule,
     latents: Sequence[jax.Array],
     source: Source,
@@ -219,19 +226,19 @@ def sample(
     after: AfterSlice | None = None,
     every_step: bool = False,
 ) -> list[jax.Array]:
-    """Run a whole schedule over one or more lanes, batches of the same shape that share one compiled program.
+    """Run a whole schedule over one or more batches of the same shape, which share one compiled program.
 
     Args:
-        inputs: gives the lanes and the scale of guidance, None for none; asked again before every slice, so that
-            `after` can change them. Without guidance, a lane's unconditional half is not looked at.
-        latents: each lane's first sample, float32 `[B, ...]`, already scaled.
+        inputs: gives each batch's `LoopInputs` and the scale of guidance, None for none; asked again before every
+            slice, so that `after` can change them. Without guidance, a batch's uncond is not read.
+        latents: each batch's first sample, float32 `[B, ...]`, already scaled.
         source: the noise.
         interval: the first row with guidance and the first without it again (Kynkaanniemi et al. 2024, arXiv
             2404.07724); the others run on the conditional rows alone. None is all rows.
         after: called after each slice.
         every_step: slices of one step, for callbacks; otherwise as many steps as take about `SLICE_SECONDS`.
     Returns:
-        each lane's last sample.
+        each batch's last sample.
     """
     shape, images, mesh = latents[0].shape, len(latents[0]), network.mesh
     beside = _put_like(network, params)
@@ -245,14 +252,14 @@ def sample(
         under, scale = inputs()
         guidance = jnp.float32(scale) if scale is not None and first <= done < last else None
         if guidance is None:
-            under = [_conditional(lane) if _guided(lane) else lane for lane in under]
+            under = [_conditional(one) if _guided(one) else one for one in under]
         noises: list[Any] = [*source.steps(done, hi - done, schedule.draws_noise, shape, len(states))]
         if mesh is not None:
-            under = [lane.map(functools.partial(shard_batch, mesh, pictures=False)) for lane in under]
+            under = [one.map(functools.partial(shard_batch, mesh, pictures=False)) for one in under]
             noises = [noise.map(functools.partial(shard_batch, mesh)) for noise in noises]
         states = [
-            denoise(network, params, lane, table, state, noise, guidance, np.int32(done), np.int32(hi))
-            for lane, state, noise in zip(under, states, noises, strict=True)
+            denoise(network, params, one, table, state, noise, guidance, np.int32(done), np.int32(hi))
+            for one, state, noise in zip(under, states, noises, strict=True)
         ]
         if mesh is not None:
             states = shard_batch(mesh, states, 1)
@@ -283,15 +290,15 @@ def _put_like(network: Network, params: Params) -> Callable[[jax.Array, int], ja
     return lambda array, axis: jax.device_put(array, where) if bound else array
 
 
-def _guided(lane: Lane) -> bool:
-    """Whether a lane has both halves of guidance."""
-    return len(jax.tree.leaves(lane.condition)[0]) == 2
+def _guided(loop_inputs: LoopInputs) -> bool:
+    """Whether there are both uncond and cond."""
+    return len(jax.tree.leaves(loop_inputs.condition)[0]) == 2
 
 
 @jax.jit
-def _conditional(lane: Lane) -> Lane:
-    """A lane without its unconditional half."""
-    return lane._replace(condition=jax.tree.map(lambda x: x[1:], lane.condition))
+def _conditional(loop_inputs: LoopInputs) -> LoopInputs:
+    """The inputs without uncond."""
+    return loop_inputs._replace(condition=jax.tree.map(lambda x: x[1:], loop_inputs.condition))
 
 
 @functools.partial(jax.jit, static_argnames="images")

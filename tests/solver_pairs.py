@@ -25,7 +25,7 @@ from kandinsky_jax.diffusion import prediction_from_output, solver_step
 from kandinsky_jax.noise import TorchGenerator
 from kandinsky_jax.schedulers import Scheduler
 from kandinsky_jax.schedulers.karras import SecondOrderScheduler
-from kandinsky_jax.schedulers.table import SLOTS
+from kandinsky_jax.schedulers.table import STATE_SLOTS
 from tests.conftest import note
 
 BOUND = 1e-4  # of the difference from the reference
@@ -147,10 +147,10 @@ def compare(
     np.testing.assert_allclose(pair.schedule.init_noise_sigma, float(pair.theirs.init_noise_sigma), rtol=1e-6)
     generator, replayed = torch.Generator().manual_seed(5), TorchGenerator(5)
     sample = TorchGenerator(3).randn(*SHAPE) * np.float32(pair.schedule.init_noise_sigma)
-    own = np.zeros((SLOTS, *SHAPE), np.float32)
+    own = np.zeros((STATE_SLOTS, *SHAPE), np.float32)
     own[0] = sample
     exact = sample.astype(np.float64)
-    memory = bool(pair.schedule.table.matrix[:, 0, 1:SLOTS].any())
+    memory = bool(pair.schedule.table.matrix[:, 0, 1:STATE_SLOTS].any())
     steps_alone, errors = [], []
     for i in range(evaluations):
         noise = replayed.randn(*SHAPE) if pair.schedule.draws_noise[i] else np.zeros(SHAPE, np.float32)

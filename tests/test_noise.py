@@ -18,12 +18,12 @@ STEPS = 4
 draw = jax.jit(lambda noise, step, shape: noise(step, shape), static_argnums=2)
 
 
-def noises(generator, images: int, use: int = DECODER, lanes: int = 1, uses_noise=(True,) * STEPS) -> np.ndarray:
-    """All noise of a job: `[lanes, 1 + STEPS, images, *SHAPE]`, the first latents and then each step."""
+def noises(generator, images: int, use: int = DECODER, batches: int = 1, uses_noise=(True,) * STEPS) -> np.ndarray:
+    """All noise of a job: `[batches, 1 + STEPS, images, *SHAPE]`, the first latents and then each step."""
     source = noise_source(generator, images, use)
     shape = (images, *SHAPE)
-    first = source.initial(shape, lanes)
-    steps = source.steps(0, STEPS, np.array(uses_noise), shape, lanes)
+    first = source.initial(shape, batches)
+    steps = source.steps(0, STEPS, np.array(uses_noise), shape, batches)
     rows = [[x, *(draw(noise, i, shape) for i in range(STEPS))] for x, noise in zip(first, steps, strict=True)]
     return np.array(rows)
 
@@ -53,15 +53,15 @@ def test_torch_generator_wants_a_seed(seed):
         TorchGenerator(seed)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_one_torch_generator_gives_the_noise_of_diffusers(lanes):
+@pytest.mark.parametrize("batches", [1, 2])
+def test_one_torch_generator_gives_the_noise_of_diffusers(batches):
     uses_noise = (True, False, True, True)
-    got = noises(TorchGenerator(7), 3, lanes=lanes, uses_noise=uses_noise)
+    got = noises(TorchGenerator(7), 3, batches=batches, uses_noise=uses_noise)
     theirs, (h, w, c) = torch.Generator("cpu").manual_seed(7), SHAPE
     for i, used in enumerate((True, *uses_noise)):  # a step without noise leaves the stream alone
         if used:
-            rows = randn_tensor((lanes * 3, c, h, w), generator=theirs).numpy().transpose(0, 2, 3, 1)
-            np.testing.assert_allclose(got[:, i], rows.reshape(lanes, 3, *SHAPE), rtol=0, atol=5e-7)
+            rows = randn_tensor((batches * 3, c, h, w), generator=theirs).numpy().transpose(0, 2, 3, 1)
+            np.testing.assert_allclose(got[:, i], rows.reshape(batches, 3, *SHAPE), rtol=0, atol=5e-7)
 
 
 def test_listed_torch_generators_give_the_noise_of_diffusers():
@@ -80,7 +80,7 @@ def test_torch_generator_goes_on_from_call_to_call():
 
 
 def test_an_image_is_the_same_in_any_batch():
-    one, three, five = (noises(7, images, lanes=2) for images in (1, 3, 5))
+    one, three, five = (noises(7, images, batches=2) for images in (1, 3, 5))
     np.testing.assert_array_equal(five[:, :, :1], one)
     np.testing.assert_array_equal(five[:, :, :3], three)
 
@@ -98,8 +98,8 @@ def test_slices_of_steps_do_not_change_the_noise(make):
 
 
 def test_no_two_steps_share_noise():
-    """Images, steps, lanes and the two uses of one seed: all different, and standard normal."""
-    draws = np.concatenate([noises(7, 3, use, lanes=2).reshape(-1, *SHAPE) for use in (PRIOR, DECODER)])
+    """Images, steps, batches and the two uses of one seed: all different, and standard normal."""
+    draws = np.concatenate([noises(7, 3, use, batches=2).reshape(-1, *SHAPE) for use in (PRIOR, DECODER)])
     assert len(np.unique(draws.reshape(len(draws), -1)[:, 0])) == len(draws) == 2 * 2 * (1 + STEPS) * 3
     assert abs(draws.mean()) < 0.05
     assert abs(draws.std() - 1) < 0.05

@@ -24,9 +24,9 @@ from jax.sharding import Mesh, NamedSharding
 from kandinsky_jax import models, sampling
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.noise import KeyNoise
-from kandinsky_jax.sampling import Lane, Network
+from kandinsky_jax.sampling import LoopInputs, Network
 from kandinsky_jax.schedulers import DDPMScheduler
-from kandinsky_jax.schedulers.table import SLOTS
+from kandinsky_jax.schedulers.table import STATE_SLOTS
 from kandinsky_jax.sharding import REPLICATED, batch_specs, in_memory, make_mesh
 from tpu_scripts import aot_gpu
 from tpu_scripts.aot_cost import CHIPS, GPUS, costs
@@ -49,9 +49,11 @@ class Program(NamedTuple):
     options: dict[str, Any]
 
 
-def placed(mesh: Mesh, tree: Any, axis: int | None = None, halves: bool = False) -> Any:
+def placed(mesh: Mesh, tree: Any, axis: int | None = None, guidance_axis: bool = False) -> Any:
     """Shapes where the pipelines put their arrays; those without an axis of images lie everywhere."""
-    where = jax.tree.map(lambda leaf: REPLICATED if axis is None else batch_specs(mesh, leaf, axis, halves), tree)
+    where = jax.tree.map(
+        lambda leaf: REPLICATED if axis is None else batch_specs(mesh, leaf, axis, guidance_axis), tree
+    )
     return jax.tree.map(
         lambda leaf, spec: Shape(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)), tree, where
     )
@@ -76,11 +78,13 @@ def floats(*shape: int) -> Shape:
     return Shape(shape, jnp.float32)
 
 
-def once(network: Network, params: Any, *arrays: Shape, method: str = "__call__", halves: bool = False) -> Program:
+def once(
+    network: Network, params: Any, *arrays: Shape, method: str = "__call__", guidance_axis: bool = False
+) -> Program:
     """A method of a network, as it is run before or after a loop."""
     assert network.mesh is not None
-    rows = [placed(network.mesh, array, int(halves), halves) for array in arrays]
-    return Program(sampling._run, (network, params, *rows), {"method": method, "halves": halves})
+    rows = [placed(network.mesh, array, int(guidance_axis), guidance_axis) for array in arrays]
+    return Program(sampling._run, (network, params, *rows), {"method": method, "guidance_axis": guidance_axis})
 
 
 def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...]) -> Program:
@@ -90,10 +94,10 @@ def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...]) ->
     condition = jax.eval_shape(lambda *given: of.function(network, *given, **of.options), *of.arguments[1:])
     table = jax.tree.map(lambda column: floats(*column.shape), DDPMScheduler().schedule(50).table)
     noise = KeyNoise(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sample[0])))
-    lane = Lane(placed(mesh, condition, 1, halves=True))
-    state = placed(mesh, floats(SLOTS, *sample), 1)
+    loop_inputs = LoopInputs(placed(mesh, condition, 1, guidance_axis=True))
+    state = placed(mesh, floats(STATE_SLOTS, *sample), 1)
     scalars = placed(mesh, (floats(), *[Shape((), jnp.int32)] * 2))
-    arrays = (params, lane, placed(mesh, table), state, placed(mesh, noise, 0), *scalars)
+    arrays = (params, loop_inputs, placed(mesh, table), state, placed(mesh, noise, 0), *scalars)
     return Program(sampling.denoise, (network, *arrays), {})
 
 
@@ -105,11 +109,11 @@ def program(name: str, mesh: Mesh, batch: int, size: int) -> Program:
         return once(network, params, Shape((batch, 77), jnp.int32))
     if name.startswith("prior"):
         text = (floats(2, batch, 1280), floats(2, batch, 77, 1280), Shape((2, batch, 77), jnp.bool_))
-        first = once(network, params, *text, method="condition", halves=True)
+        first = once(network, params, *text, method="condition", guidance_axis=True)
         return first if name == "prior_condition" else loop(network, params, first, (batch, 1280))
     if name == "movq":
         return once(network, params, floats(batch, side, side, 4), method="decode_in_groups")
-    first = once(network, params, floats(2, batch, 1280), method="condition", halves=True)
+    first = once(network, params, floats(2, batch, 1280), method="condition", guidance_axis=True)
     return first if name == "condition" else loop(network, params, first, (batch, side, side, 4))
 
 

@@ -20,9 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kandinsky_jax.schedulers.table import SLOTS as STATE_SLOTS
-from kandinsky_jax.schedulers.table import Schedule
-from kandinsky_jax.schedulers.table import Table as SolverCoefficients
+from kandinsky_jax.schedulers.table import STATE_SLOTS, Schedule, SolverCoefficients
 
 
 class Prediction(NamedTuple):

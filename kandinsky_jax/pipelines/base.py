@@ -27,13 +27,13 @@ from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
 from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names
 from kandinsky_jax.pipelines.loading_arguments import without_diffusers_arguments
-from kandinsky_jax.sampling import Lane, Network, sample
+from kandinsky_jax.sampling import LoopInputs, Network, sample
 from kandinsky_jax.schedulers import Schedule
 from kandinsky_jax.sharding import Mesh, Rules
 
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
 OldCallback = Callable[[int, int, Any], None]  # (step, timestep, latents)
-MakeLoopInputs = Callable[[Network, Any, Mapping[str, Any], bool], Sequence[Lane]]
+MakeLoopInputs = Callable[[Network, Any, Mapping[str, Any], bool], Sequence[LoopInputs]]
 
 
 class LazyComponent:

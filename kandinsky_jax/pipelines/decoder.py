@@ -23,7 +23,7 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Pipeline
 from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
-from kandinsky_jax.sampling import Lane, Network, call, condition
+from kandinsky_jax.sampling import LoopInputs, Network, call, condition
 from kandinsky_jax.schedulers import Schedule, Scheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -61,13 +61,13 @@ class DecoderInputs:
         """Return further tensors that a callback may read and change, in PyTorch's order of axes."""
         return {}
 
-    def loop_inputs(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> Lane:
+    def loop_inputs(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> LoopInputs:
         """Build the conditioning of every step.
 
         Args:
             guided: whether guidance is on: the result then holds uncond and cond, even if the tensors hold only cond.
         """
-        return Lane(self.condition(network, params, self.embeds(tensors, guided), hint=self.hint))
+        return LoopInputs(self.condition(network, params, self.embeds(tensors, guided), hint=self.hint))
 
     def embeds(self, tensors: Mapping[str, Any], guided: bool) -> np.ndarray:
         """Return image embeddings, `[2B, D]` with the negative ones first, or `[B, D]` where guidance is off."""

@@ -20,8 +20,8 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderInputs, DecoderPipeline, DecoderRequest
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
-from kandinsky_jax.sampling import Blend, Lane, Network
-from kandinsky_jax.schedulers import ROWS
+from kandinsky_jax.sampling import Blend, LoopInputs, Network
+from kandinsky_jax.schedulers import MAX_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class InpaintInputs(DecoderInputs):
         repeats = (2 if self.doubled else 1, 1, 1, 1)
         return {"masked_image": np.tile(masked, repeats), "mask_image": np.tile(keep_mask, repeats)}
 
-    def loop_inputs(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> Lane:
+    def loop_inputs(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> LoopInputs:
         images, embeds = len(self.start), self.embeds(tensors, guided)
         masked, keep_mask = (
             checks.callback_tensor(tensors[name], name, images).astype(np.float32).transpose(0, 2, 3, 1)
@@ -46,12 +46,12 @@ class InpaintInputs(DecoderInputs):
         # A callback that turns guidance on or off may have resized the batch of some tensors and not of others.
         channels = [np.tile(x, (2, 1, 1, 1))[-len(embeds) :] for x in (masked, keep_mask)]
         condition = self.condition(network, params, embeds, channels=np.concatenate(channels, axis=-1))
-        return Lane(condition, self._blend(keep_mask))
+        return LoopInputs(condition, self._blend(keep_mask))
 
     def finish(self, sample: jax.Array, tensors: Mapping[str, Any]) -> jax.Array:
         # The last step did this, but a callback may have changed the sample since.
         keep_mask = np.asarray(tensors["mask_image"], np.float32).transpose(0, 2, 3, 1)
-        return _put_back(self._blend(keep_mask), np.int32(ROWS - 1), sample)
+        return _put_back(self._blend(keep_mask), np.int32(MAX_STEPS - 1), sample)
 
     def _blend(self, keep_mask: np.ndarray) -> Blend:
         return self.blend._replace(keep=jnp.asarray(keep_mask[: len(self.blend.keep)]))
@@ -146,7 +146,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
 
     def _levels(self, request: DecoderRequest) -> np.ndarray:
         """Return the kept part's signal and noise after each step: as the next step has them, clean after the last."""
-        levels = np.tile(np.array([1, 0], np.float32), (ROWS, 1))
+        levels = np.tile(np.array([1, 0], np.float32), (MAX_STEPS, 1))
         later = request.schedule.levels[1:]
         levels[: len(later)] = later
         return levels

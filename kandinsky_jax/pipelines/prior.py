@@ -27,7 +27,7 @@ from kandinsky_jax.noise import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, LazyComponent, Pipeline
 from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
-from kandinsky_jax.sampling import Lane, Network, call, condition, place_halves
+from kandinsky_jax.sampling import LoopInputs, Network, call, condition, shard_guidance
 from kandinsky_jax.schedulers import Schedule, Scheduler
 from kandinsky_jax.schedulers.base import linear_combination
 
@@ -269,7 +269,7 @@ class PriorPipeline(Pipeline):
         tensors = self._encode_prompts(request.prompts, request.negatives, request.repeats, guided=request.scale > 1)
         initial = dict(tensors)
 
-        def loop_inputs(network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> list[Lane]:
+        def loop_inputs(network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> list[LoopInputs]:
             images = request.images * request.batches
             arrays = {name: checks.callback_tensor(tensors[name], name, images) for name in initial}
             # A callback may have replaced the empty prompt.
@@ -284,7 +284,7 @@ class PriorPipeline(Pipeline):
                 }
                 empty = request.negatives is None
             batches = [_batch_of(arrays, request.batches, i, request.images) for i in range(request.batches)]
-            return [Lane(self._condition(network, params, evaluations, empty)) for evaluations in batches]
+            return [LoopInputs(self._condition(network, params, evaluations, empty)) for evaluations in batches]
 
         samples = self._denoise(
             self.prior,
@@ -332,7 +332,7 @@ class PriorPipeline(Pipeline):
             self.text_encoder,
             shape=shape,
         )
-        return _joined(place_halves(network, _repeated(one, images=cond.visible.shape[1])), cond)
+        return _joined(shard_guidance(network, _repeated(one, images=cond.visible.shape[1])), cond)
 
     # Text ---------------------------------------------------------------------------------------------------------
 

@@ -18,12 +18,12 @@ from kandinsky_jax.schedulers.names import NAMES, SCHEDULERS, scheduler_from_con
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
 from kandinsky_jax.schedulers.pndm import IPNDMScheduler, PNDMScheduler
 from kandinsky_jax.schedulers.sa_solver import SASolverScheduler
-from kandinsky_jax.schedulers.table import ROWS, Schedule, Table
+from kandinsky_jax.schedulers.table import MAX_STEPS, Schedule, SolverCoefficients
 from kandinsky_jax.schedulers.unipc import UniPCMultistepScheduler
 
 __all__ = [
+    "MAX_STEPS",
     "NAMES",
-    "ROWS",
     "SCHEDULERS",
     "DDIMScheduler",
     "DDPMScheduler",
@@ -43,8 +43,8 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "SchedulerError",
+    "SolverCoefficients",
     "TCDScheduler",
-    "Table",
     "UnCLIPScheduler",
     "UniPCMultistepScheduler",
     "scheduler_from_config",

@@ -25,7 +25,7 @@ from kandinsky_jax.schedulers.noise_schedule import (
     rescaled_to_zero_snr,
     spaced_timesteps,
 )
-from kandinsky_jax.schedulers.table import ROWS, Schedule
+from kandinsky_jax.schedulers.table import MAX_STEPS, Schedule
 
 # Fields of diffusers' other schedulers. They are kept, so that `Other.from_config(this.config)` finds them, and not
 # warned about, because diffusers' own files carry them from scheduler to scheduler.
@@ -137,7 +137,7 @@ class Scheduler(SchedulerMixin):
         """Float64 `[num_train_timesteps]`, see `kandinsky_jax.schedulers.noise_schedule.cumulative_alphas`."""
         raise NotImplementedError
 
-    def _check_steps(self, steps: Any, least: int = 1, most: int = ROWS) -> int:
+    def _check_steps(self, steps: Any, least: int = 1, most: int = MAX_STEPS) -> int:
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
             raise SchedulerError(f"num_inference_steps must be an integer, got {quote(steps)}")
         most = min(self.num_train_timesteps, most)
@@ -231,7 +231,7 @@ def predictions(kind: str, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         kind: "epsilon", "sample" or "v_prediction" (Salimans & Ho 2022, arXiv 2202.00512).
         alpha: the cumulative products at the timesteps, `[n]`.
     Returns:
-        x0_from `[n, 2]` and eps_from `[n, 3]` of a `Table`; eps is not affected by clipping of x0.
+        x0_from `[n, 2]` and eps_from `[n, 3]` of a `SolverCoefficients`; eps is not affected by clipping of x0.
     """
     signal, sigma, zero = np.sqrt(alpha), np.sqrt(1 - alpha), np.zeros_like(alpha)
     if kind == "epsilon" and not alpha.all():
@@ -355,7 +355,7 @@ class DiffusionScheduler(BetaScheduler):
 
     def _most(self) -> int:
         """Steps that can be asked for."""
-        return ROWS
+        return MAX_STEPS
 
     def _spaced(self, steps: int) -> np.ndarray:
         return self._within(spaced_timesteps(self.timestep_spacing, steps, self.num_train_timesteps, self.steps_offset))

@@ -12,7 +12,7 @@ import numpy as np
 
 from kandinsky_jax.schedulers.base import DiffusionScheduler, predictions, vp_levels
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
-from kandinsky_jax.schedulers.table import BASIS, EPS, SLOTS, X0, Schedule, Z, build
+from kandinsky_jax.schedulers.table import BASIS, EPS, STATE_SLOTS, X0, Schedule, Z, build
 
 SIGMA_DATA = 0.5
 
@@ -57,7 +57,7 @@ class LCMScheduler(ConsistencyScheduler):
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         out = scaled / np.sqrt(scaled**2 + SIGMA_DATA**2)
         after = np.append(vp_levels(alpha)[1:], [[1.0, 0.0]], axis=0)  # the last picture gets no noise
-        matrix = np.zeros((steps, SLOTS, SLOTS + 3))
+        matrix = np.zeros((steps, STATE_SLOTS, STATE_SLOTS + 3))
         for i, (signal, sigma) in enumerate(after):
             matrix[i, 0] = signal * (out[i] * BASIS[X0] + skip[i] * BASIS[0]) + sigma * BASIS[Z]
         return build(
@@ -90,7 +90,7 @@ class TCDScheduler(ConsistencyScheduler):
         below = cumulative[np.floor(np.float32(1 - self.eta) * following.astype(np.float32)).astype(np.int64)]
         more = cumulative[following] / below
         noisy = (np.arange(steps) < steps - 1) & (self.eta > 0)
-        matrix = np.zeros((steps, SLOTS, SLOTS + 3))
+        matrix = np.zeros((steps, STATE_SLOTS, STATE_SLOTS + 3))
         for i, (signal, sigma) in enumerate(vp_levels(below)):
             line = signal * BASIS[X0] + sigma * BASIS[EPS]
             matrix[i, 0] = np.sqrt(more[i]) * line + np.sqrt(1 - more[i]) * BASIS[Z] if noisy[i] else line

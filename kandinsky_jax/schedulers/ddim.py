@@ -8,7 +8,7 @@ import numpy as np
 
 from kandinsky_jax.schedulers.base import DiffusionScheduler, eps_of_x0, predictions, vp_levels
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
-from kandinsky_jax.schedulers.table import EPS, SLOTS, X0, Schedule, Z, build
+from kandinsky_jax.schedulers.table import EPS, STATE_SLOTS, X0, Schedule, Z, build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DDIMScheduler(DiffusionScheduler):
         alpha = cumulative[timesteps]
         alpha_prev = np.where(previous >= 0, cumulative[np.maximum(previous, 0)], final)
         sigma = self.eta * np.sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev))
-        matrix = np.zeros((steps, SLOTS, SLOTS + 3))
+        matrix = np.zeros((steps, STATE_SLOTS, STATE_SLOTS + 3))
         matrix[:, 0, X0] = np.sqrt(alpha_prev)
         matrix[:, 0, EPS] = np.sqrt(np.maximum(1 - alpha_prev - sigma**2, 0))
         matrix[:, 0, Z] = sigma

@@ -14,7 +14,7 @@ import numpy as np
 
 from kandinsky_jax.schedulers.base import DiffusionScheduler, Scheduler, predictions, vp_levels
 from kandinsky_jax.schedulers.noise_schedule import betas_for_alpha_bar, cumulative_alphas
-from kandinsky_jax.schedulers.table import SLOTS, X0, Schedule, Z, build
+from kandinsky_jax.schedulers.table import STATE_SLOTS, X0, Schedule, Z, build
 
 LEAST_VARIANCE = 1e-20  # the reference's, so that its logarithm exists at the last step
 
@@ -42,7 +42,7 @@ def posterior(
     fixed = {"fixed_small": variance, "fixed_small_log": variance, "fixed_large": beta, "fixed_large_log": beta}
     noisy = timesteps > 0
     n = len(timesteps)
-    matrix = np.zeros((n, SLOTS, SLOTS + 3))
+    matrix = np.zeros((n, STATE_SLOTS, STATE_SLOTS + 3))
     matrix[:, 0, 0] = np.sqrt(1 - beta) * (1 - alpha_prev) / (1 - alpha)
     matrix[:, 0, X0] = np.sqrt(alpha_prev) * beta / (1 - alpha)
     matrix[:, 0, Z] = noisy * np.sqrt(fixed.get(variance_type, 1.0))

@@ -14,13 +14,13 @@ import numpy as np
 
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
 from kandinsky_jax.schedulers.sigmas import Grid, KarrasScheduler, rounded, sigma_to_timestep
-from kandinsky_jax.schedulers.table import BASIS, ROWS, SLOTS, X0, Schedule, Z
+from kandinsky_jax.schedulers.table import BASIS, MAX_STEPS, STATE_SLOTS, X0, Schedule, Z
 
 SAMPLE = BASIS[0]
 
 
 def _lines(rows: int) -> np.ndarray:
-    return np.zeros((rows, SLOTS, SLOTS + 3))
+    return np.zeros((rows, STATE_SLOTS, STATE_SLOTS + 3))
 
 
 def _slope(sigma: float) -> np.ndarray:
@@ -158,7 +158,7 @@ class SecondOrderScheduler(KarrasScheduler):
 
     def steps(self, num_inference_steps: int) -> int:
         own = self._custom("custom_timesteps")
-        return self._check_steps(num_inference_steps, most=(ROWS + 1) // 2) if own is None else len(own)
+        return self._check_steps(num_inference_steps, most=(MAX_STEPS + 1) // 2) if own is None else len(own)
 
     def _inner(self, grid: Grid) -> np.ndarray:
         """The sigma of each step's second evaluation, `[steps - 1]`; the last step has none."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from kandinsky_jax.schedulers.base import BetaScheduler, Scheduler, vp_levels
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError, spaced_timesteps
-from kandinsky_jax.schedulers.table import BASIS, EPS, ROWS, SLOTS, Schedule, build
+from kandinsky_jax.schedulers.table import BASIS, EPS, MAX_STEPS, STATE_SLOTS, Schedule, build
 
 # The network's output itself goes through the column of eps. Adams-Bashforth's weights, the newest output first.
 ADAMS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
@@ -45,8 +45,8 @@ class PNDMScheduler(BetaScheduler):
 
     def steps(self, num_inference_steps: int) -> int:
         if self.skip_prk_steps:
-            return self._check_steps(num_inference_steps, least=2, most=ROWS - 1)
-        return self._check_steps(num_inference_steps, least=WARM_UP + 1, most=ROWS - (RUNGE_KUTTA - WARM_UP))
+            return self._check_steps(num_inference_steps, least=2, most=MAX_STEPS - 1)
+        return self._check_steps(num_inference_steps, least=WARM_UP + 1, most=MAX_STEPS - (RUNGE_KUTTA - WARM_UP))
 
     def _lay_out(self, num_inference_steps: int, begin: int) -> Schedule:
         steps = self.steps(num_inference_steps)
@@ -76,7 +76,7 @@ class PNDMScheduler(BetaScheduler):
     def _multistep(self, visited: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
         """Timesteps and matrices without Runge-Kutta steps; slots: the first sample, then three outputs."""
         timesteps = np.insert(visited, 1, visited[1])
-        matrix = np.zeros((len(timesteps), SLOTS, SLOTS + 3))
+        matrix = np.zeros((len(timesteps), STATE_SLOTS, STATE_SLOTS + 3))
         now, start, kept = BASIS[EPS], BASIS[1], list(BASIS[2:5])
         for i, t in enumerate(timesteps):
             if i == 1:  # the same way again, with the mean of the outputs at its ends
@@ -93,7 +93,7 @@ class PNDMScheduler(BetaScheduler):
         firsts, thirds = visited[:WARM_UP], visited[1 : WARM_UP + 1]
         early = np.stack([firsts, thirds + half, thirds + half, thirds], axis=1).ravel()
         timesteps = np.concatenate([early, visited[WARM_UP:]])
-        matrix = np.zeros((len(timesteps), SLOTS, SLOTS + 3))
+        matrix = np.zeros((len(timesteps), STATE_SLOTS, STATE_SLOTS + 3))
         now, start, total, kept = BASIS[EPS], BASIS[1], BASIS[2], list(BASIS[3:6])
         for i, t in enumerate(timesteps):
             outputs, phase = kept, i % 4
@@ -134,7 +134,7 @@ class IPNDMScheduler(Scheduler):
         steps = self._check_steps(num_inference_steps)
         sigma = np.sin(np.linspace(1, 0, steps + 1) * np.pi / 2) ** 2
         signal = np.sqrt(1 - sigma**2)
-        matrix = np.zeros((steps, SLOTS, SLOTS + 3))
+        matrix = np.zeros((steps, STATE_SLOTS, STATE_SLOTS + 3))
         kept = list(BASIS[1:4])
         for i in range(begin, steps):
             now = sigma[i] * BASIS[0] + signal[i] * BASIS[EPS]

@@ -10,7 +10,7 @@ import numpy as np
 
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
 from kandinsky_jax.schedulers.sigmas import Grid, MultistepScheduler
-from kandinsky_jax.schedulers.table import BASIS, EPS, SLOTS, X0, Schedule, Z
+from kandinsky_jax.schedulers.table import BASIS, EPS, STATE_SLOTS, X0, Schedule, Z
 
 LAST_SAMPLE, LAST_NOISE, KEPT = 1, 2, 3  # slots
 
@@ -57,7 +57,7 @@ class SASolverScheduler(MultistepScheduler):
         grid = self.grid(num_inference_steps)
         steps = len(grid.timesteps)
         tau = [float((self.tau_func or noisy_in_the_middle)(int(t))) for t in grid.timesteps]
-        now, kept = BASIS[X0 if self._of_x0 else EPS], list(BASIS[KEPT:SLOTS])
+        now, kept = BASIS[X0 if self._of_x0 else EPS], list(BASIS[KEPT:STATE_SLOTS])
         rows, order = [], 0
         for i in range(begin, steps):
             sample = BASIS[0]

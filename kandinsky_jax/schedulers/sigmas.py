@@ -15,7 +15,7 @@ import numpy as np
 
 from kandinsky_jax.schedulers.base import BetaScheduler, predictions
 from kandinsky_jax.schedulers.noise_schedule import LEAST_ALPHA, SchedulerError, spaced_points, spread_timesteps
-from kandinsky_jax.schedulers.table import SLOTS, Schedule, build
+from kandinsky_jax.schedulers.table import STATE_SLOTS, Schedule, build
 
 FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 FEW = 15  # steps below which multistep solvers lower their order at the end, as the reference does
@@ -169,7 +169,7 @@ class MultistepScheduler(SigmaScheduler):
 
     def _build(self, grid: Grid, begin: int, rows: list[list[np.ndarray]], **others: Any) -> Schedule:
         """A schedule of the grid's points from `begin` on, by the first lines of each of its matrices."""
-        matrix = np.zeros((len(rows), SLOTS, SLOTS + 3))
+        matrix = np.zeros((len(rows), STATE_SLOTS, STATE_SLOTS + 3))
         for i, lines in enumerate(rows):
             matrix[i, : len(lines)] = lines
         alpha = grid.alpha()[begin:-1]

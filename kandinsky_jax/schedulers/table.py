@@ -19,16 +19,16 @@ import numpy as np
 
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
 
-SLOTS = 6  # the state's slots; six serve every multistep solver up to order three with a corrector
-X0, EPS, Z = SLOTS, SLOTS + 1, SLOTS + 2  # columns of the matrix after those of the state
-ROWS = 1024  # all tables have this length, so that the number of steps is no part of a program's shape
+STATE_SLOTS = 6  # the state's slots; six serve every multistep solver up to order three with a corrector
+X0, EPS, Z = STATE_SLOTS, STATE_SLOTS + 1, STATE_SLOTS + 2  # columns of the matrix after those of the state
+MAX_STEPS = 1024  # all tables have this length, so that the number of steps is no part of a program's shape
 
 # What a new state is made of, as rows to be added and scaled: `0.5 * BASIS[0] + 2 * BASIS[X0]` is a row of a matrix.
-BASIS = np.eye(SLOTS + 3)
+BASIS = np.eye(STATE_SLOTS + 3)
 
 
-class Table(NamedTuple):
-    """The coefficients of each evaluation of the network, padded to `ROWS`; rows first."""
+class SolverCoefficients(NamedTuple):
+    """The coefficients of each evaluation of the network, padded to `MAX_STEPS`; rows first."""
 
     timestep: np.ndarray  # [N] what the network is told
     input_scale: np.ndarray  # [N] the sample is multiplied by this for the network
@@ -38,14 +38,14 @@ class Table(NamedTuple):
     variance_is_output: np.ndarray  # [N] 1 where the network's second half is the variance itself
     clip: np.ndarray  # [N] x0 is clipped to +-clip; infinite for none
     threshold: np.ndarray  # [N, 3] on (1 or 0), quantile, largest bound of dynamic thresholding
-    matrix: np.ndarray  # [N, SLOTS, SLOTS + 3]
+    matrix: np.ndarray  # [N, STATE_SLOTS, STATE_SLOTS + 3]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A scheduler's answer for a number of steps: the table for the device, and what the host must know."""
 
-    table: Table
+    table: SolverCoefficients
     timesteps: np.ndarray  # [evaluations], as diffusers' scheduler.timesteps
     draws_noise: np.ndarray  # bool [evaluations], whether the reference draws random numbers at this one
     levels: np.ndarray  # float64 [evaluations, 2] how much signal and noise the sample has that each one takes
@@ -78,7 +78,8 @@ def build(
     Args:
         timesteps: `[n]`, descending.
         levels: `[n, 2]`, see `Schedule`.
-        x0_from: `[n, 2]`; eps_from: `[n, 3]`, None where eps is not used; matrix: `[n, SLOTS, SLOTS + 3]`: see `Table`.
+        x0_from: `[n, 2]`; eps_from: `[n, 3]`, None where eps is not used; see `SolverCoefficients`.
+        matrix: `[n, STATE_SLOTS, STATE_SLOTS + 3]`.
         draws_noise: bool `[n]`, None for never.
         input_scale: `[n]`, None for 1.
         log_variance: `[n, 2]` for a learned variance, else None.
@@ -87,13 +88,13 @@ def build(
         threshold: (quantile, largest bound) of dynamic thresholding, or None.
         begin: rows to leave out, for a sample that is already partly drawn.
     Raises:
-        SchedulerError: where a coefficient is not finite, or the table would be longer than `ROWS`.
+        SchedulerError: where a coefficient is not finite, or the table would be longer than `MAX_STEPS`.
     """
     n = len(timesteps)
-    if n - begin > ROWS:
-        raise SchedulerError(f"{n - begin} evaluations of the network are more than the {ROWS} that a table holds")
+    if n - begin > MAX_STEPS:
+        raise SchedulerError(f"{n - begin} evaluations of the network are more than the {MAX_STEPS} that a table holds")
     quantile, largest = threshold or (0.0, 1.0)
-    table = Table(
+    table = SolverCoefficients(
         timestep=np.asarray(timesteps),
         input_scale=np.ones(n) if input_scale is None else input_scale,
         x0_from=x0_from,
@@ -104,7 +105,7 @@ def build(
         threshold=np.tile([float(threshold is not None), quantile, largest], (n, 1)),
         matrix=matrix,
     )
-    table = Table(*(_padded(column[begin:]) for column in table))
+    table = SolverCoefficients(*(_padded(column[begin:]) for column in table))
     if broken := [name for name in ("x0_from", "eps_from", "matrix") if not np.isfinite(getattr(table, name)).all()]:
         raise SchedulerError(f"these options divide by zero at {n} steps (coefficients: {', '.join(broken)})")
     return Schedule(
@@ -120,4 +121,4 @@ def build(
 def _padded(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, np.float64)
     with np.errstate(over="ignore"):
-        return np.concatenate([values, np.zeros((ROWS - len(values), *values.shape[1:]))]).astype(np.float32)
+        return np.concatenate([values, np.zeros((MAX_STEPS - len(values), *values.shape[1:]))]).astype(np.float32)

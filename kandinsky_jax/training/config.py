@@ -19,7 +19,7 @@ from kandinsky_jax.training.mesh import MeshConfig
 from kandinsky_jax.training.step import OptimizerConfig
 
 MAX_CONFIG_BYTES = 2**18
-MAX_STEPS = 2**31 - 1  # of an int32
+MAX_TRAIN_STEPS = 2**31 - 1  # of an int32
 MAX_BATCH = 2**20
 MAX_RESOLUTION = 16384
 MAX_SEED = 2**63 - 1
@@ -90,8 +90,8 @@ class Config:
         for name, most in (
             ("resolution", MAX_RESOLUTION),
             ("train_batch_size", MAX_BATCH),
-            ("checkpointing_steps", MAX_STEPS),
-            ("checkpoints_total_limit", MAX_STEPS),
+            ("checkpointing_steps", MAX_TRAIN_STEPS),
+            ("checkpoints_total_limit", MAX_TRAIN_STEPS),
         ):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1, got {shorten(getattr(self, name))}")
@@ -116,7 +116,7 @@ class Config:
             faults.append("precompute keeps one form of each picture: turn random_flip and random_crop off")
         if not 0 <= self.condition_dropout < 1:
             faults.append(f"condition_dropout must be from 0 to below 1, got {self.condition_dropout}")
-        if not 0 <= self.validation_steps <= MAX_STEPS:
+        if not 0 <= self.validation_steps <= MAX_TRAIN_STEPS:
             faults.append(f"validation_steps must not be negative, got {shorten(self.validation_steps)}")
         faults += _lora_faults(self.lora)
         if faults:
