@@ -142,8 +142,7 @@ def denoise(
 
     Args:
         network, params: what predicts; `module(sample, timestep, condition)`.
-        loop_inputs: its condition has uncond and cond where `scale` is given; cond alone where it is
-            None.
+        loop_inputs: its condition has uncond and cond where `scale` is given, cond alone where it is None.
         table: float32, `[MAX_STEPS, ...]`.
         state: float32 `[STATE_SLOTS, B, ...]`; donated.
         noise: one of `kandinsky_jax.noise`.

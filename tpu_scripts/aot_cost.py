@@ -117,10 +117,19 @@ def costs(compiled: Any, chip: Chip) -> dict[str, Any]:
         on-chip memory between two operations), memory in bytes, collectives, and `seconds`: what the larger of
         flops / peak and bytes / bandwidth takes.
     """
-    text, counted, memory = compiled.as_text(), compiled.cost_analysis(), compiled.memory_analysis()
-    flops = float(counted["flops"])
+    text, counted = compiled.as_text(), compiled.cost_analysis()
     touched = float(counted["bytes accessed"]) + repeated_bytes(text)
-    found = collectives(text)
+    return figures(float(counted["flops"]), touched, collectives(text), compiled.memory_analysis(), chip)
+
+
+def figures(flops: float, touched: float, found: dict[str, Any], memory: Any, chip: Chip) -> dict[str, Any]:
+    """What is written of one compiled program.
+
+    Args:
+        flops, touched: floating-point operations, and bytes read and written.
+        found: collectives.
+        memory: the program's `memory_analysis()`.
+    """
     return {
         "flops": flops,
         "bytes": touched,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tpu_scripts.aot_cost import FREE, Chip, bound, computations, size_of
+from tpu_scripts.aot_cost import FREE, Chip, computations, figures, size_of
 
 # NVIDIA's H100 data sheet and "H100 Tensor Core GPU Architecture" (table 3: SXM5) and the H200 data sheet: processors,
 # memory, bandwidth, L2, boost clock; the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
@@ -65,19 +65,8 @@ def costs(flops: float, compiled: Any, chip: Chip) -> dict[str, Any]:
         flops: of the program as it was written.
         compiled: what `jax.jit(...).lower(...).compile()` gives.
     """
-    memory, found = compiled.memory_analysis(), counts(compiled.as_text())
-    touched = found.pop("bytes")
-    return {
-        "flops": flops,
-        "bytes": touched,
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "collectives": {},
-        "seconds": bound(flops, touched, chip),
-        "bound_by": "flops" if flops / chip.flops > touched / chip.bandwidth else "bytes",
-        **found,
-    }
+    found = counts(compiled.as_text())
+    return {**figures(flops, found.pop("bytes"), {}, compiled.memory_analysis(), chip), **found}
 
 
 def counts(text: str) -> dict[str, Any]:

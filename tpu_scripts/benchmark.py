@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))  # a machine without our package installed
 
 import benchmark_table  # noqa: E402
 import random_models  # noqa: E402
-from benchmark_worker import COMPILED, OURS, THEIRS, Job  # noqa: E402
+from benchmark_worker import COMPILED, OURS, PROMPTS, THEIRS, Job  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from worker_process import WorkerFailed, WorkerProcess, WorkerTimeout  # noqa: E402
 
@@ -156,8 +156,9 @@ class Bench:
                 found[job.side].append(answer)
                 self._replace_measured(job, found[job.side])
                 self.keep()
-        for row in (row for job in jobs for row in self.found["rows"] if row["side"] == job.side):
-            if (row["stage"], row["batch"], row["size"]) == (jobs[0].stage, jobs[0].batch, jobs[0].size):
+        measured = {(job.side, job.stage, job.batch, job.size) for job in jobs}
+        for row in self.found["rows"]:
+            if (row["side"], row["stage"], row["batch"], row["size"]) in measured:
                 tqdm.write(benchmark_table.sentence(row))
 
     def _replace_measured(self, job: Job, processes: list[dict[str, Any]]) -> None:
@@ -332,8 +333,8 @@ def measure(bench: Bench, arguments: argparse.Namespace, device: str, models: st
             bench.close()
             for name, (folder, size) in small.items():
                 trained = name in SMALL_MODELS
-                fixed = job._replace(stage="parity", each_step=False, batch=1)
-                fixed = fixed if trained else fixed._replace(steps=4, prior_steps=4)
+                fixed = job._replace(stage="parity", each_step=False, batch=len(PROMPTS))
+                fixed = fixed if trained else fixed._replace(batch=1, steps=4, prior_steps=4)
                 bench.parity(folder, name, size, fixed, bar)
         for turns in jobs:
             for turn in turns:

@@ -84,18 +84,19 @@ def text2img(job: Job, n: int, m: int, tick: Tick | None, prior_tick: Tick | Non
     }
 
 
-def parts(job: Job) -> str:
+# The pipeline that a stage is about; the other stages need both.
+PIPELINES = {"prior": "prior", "unet": "decoder", "movq": "decoder", "profile": "decoder"}
+
+
+def loaded(job: Job) -> str:
     """Which pipeline a process loads: "prior", "decoder", or "combined", whose parts the other two are."""
-    if job.resident or job.stage not in ("prior", "unet", "movq", "profile"):
-        return "combined"
-    return "prior" if job.stage == "prior" else "decoder"
+    return "combined" if job.resident else PIPELINES.get(job.stage, "combined")
 
 
 def chosen(job: Job, pipe: Any) -> Any:
     """The pipeline of the job's stage, out of what was loaded."""
-    if parts(job) != "combined" or job.stage not in ("prior", "unet", "movq", "profile"):
-        return pipe
-    return pipe.prior_pipe if job.stage == "prior" else pipe.decoder_pipe
+    own = PIPELINES.get(job.stage, "combined")
+    return pipe if own == loaded(job) else getattr(pipe, f"{own}_pipe")
 
 
 @functools.cache
@@ -117,7 +118,7 @@ def our_call(job: Job) -> Call:
 
     from kandinsky_jax.sampling import Network, call
 
-    pipe = chosen(job, our_pipeline(job.models, job.dtype, parts(job)))
+    pipe = chosen(job, our_pipeline(job.models, job.dtype, loaded(job)))
     if job.stage == "prior":
         return lambda n, m, tick, prior_tick: pipe(
             job.prompts, num_inference_steps=n, generator=0, output_type="np", callback_on_step_end=tick
@@ -177,7 +178,7 @@ def their_call(job: Job) -> Call:
     import torch
 
     mode = COMPILED.get(job.side)
-    pipe = chosen(job, their_pipeline(job.models, job.dtype, parts(job), job.device, mode))
+    pipe = chosen(job, their_pipeline(job.models, job.dtype, loaded(job), job.device, mode))
     dtype = getattr(torch, job.dtype)
 
     def generator() -> Any:
@@ -287,12 +288,12 @@ def steady(job: Job) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     call = call_of(job)
-    loaded = time.perf_counter()
+    read = time.perf_counter()
     if job not in _WARM:
         timed(call, job._replace(steps=2, prior_steps=2))
         _WARM.add(job)
     warm = time.perf_counter()
-    found: dict[str, Any] = {"load_s": loaded - began, "warm_up_s": warm - loaded}
+    found: dict[str, Any] = {"load_s": read - began, "warm_up_s": warm - read}
     found["calls"] = [timed(call, job) for _ in range(job.repeats)]
     found["peak_gb"] = own_peak_gb(job)
     if job.side == OURS and job.stage == "unet":

@@ -13,13 +13,15 @@ from tests.conftest import note
 from tests.diffusion.toy import SHAPE, assert_close, inputs, normal, row, with_variance
 
 THRESHOLD = {"thresholding": True, "sample_max_value": 2.0, "dynamic_thresholding_ratio": 0.9}
-MAX_STEPS = {
+COEFFICIENTS = {
     "ddim": row(DDIMScheduler(clip_sample=True).schedule(8), 3),
     "dpm++2m": row(DPMSolverMultistepScheduler().schedule(8), 3),
     "threshold": row(DPMSolverMultistepScheduler(**THRESHOLD).schedule(8), 3),
     "learned range": row(DDPMScheduler(variance_type="learned_range", clip_sample=False).schedule(8), 3),
     "learned": row(DDPMScheduler(variance_type="learned", clip_sample=False).schedule(8), 3),
 }
+# Bounds that a variance which is an output does not use: their exponential would overflow.
+COEFFICIENTS["learned, with bounds"] = COEFFICIENTS["learned"]._replace(log_variance=jnp.array([-10.0, 10.0]))
 
 
 @jax.jit
@@ -35,23 +37,23 @@ def arrays(batch: int) -> list[jax.Array]:
 
 
 def test_a_row_per_image_is_each_images_own_row():
-    state, *others = arrays(len(MAX_STEPS))
-    together = one_step(jax.tree.map(lambda *x: jnp.stack(x), *MAX_STEPS.values()), state, *others)
-    for i, own in enumerate(MAX_STEPS.values()):
+    state, *others = arrays(len(COEFFICIENTS))
+    together = one_step(jax.tree.map(lambda *x: jnp.stack(x), *COEFFICIENTS.values()), state, *others)
+    for i, own in enumerate(COEFFICIENTS.values()):
         alone = one_step(own, state[:, i : i + 1], *(x[i : i + 1] for x in others))
         assert_close(together[:, i : i + 1], alone, 1e-6)
 
 
 def test_equal_rows_per_image_are_one_row_for_the_batch():
     given = arrays(3)
-    for own in MAX_STEPS.values():
+    for own in COEFFICIENTS.values():
         each = one_step(jax.tree.map(lambda x: jnp.stack([x] * 3), own), *given)
         assert_close(each, one_step(own, *given), 1e-6)
 
 
 def test_an_output_for_an_x0_predicts_it():
     sample, x0 = normal(0, *SHAPE), normal(1, *SHAPE)
-    for own in MAX_STEPS.values():
+    for own in COEFFICIENTS.values():
         again = diffusion.predict_x0(own, sample, diffusion.output_for_x0(own, sample, x0))
         assert_close(again, x0, 1e-5)
     clean = row(DDIMScheduler().schedule(8), 0)._replace(x0_from=jnp.array([1.0, 0.0]))
@@ -92,10 +94,10 @@ def test_gradients_are_finite_for_every_solver(name):
     assert gradients._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", MAX_STEPS)
+@pytest.mark.parametrize("name", COEFFICIENTS)
 def test_gradients_are_finite_at_the_edges_of_a_branch(name):
     """Zero and huge numbers, where the branch that a row does not take would give NaN or infinity."""
-    own = MAX_STEPS[name]
+    own = COEFFICIENTS[name]
     state, output, variance, noise = arrays(2)
     variance = jnp.concatenate([jnp.zeros_like(variance[:1]), -(variance[1:] ** 2)])
     variance = variance * (1.0 if name == "learned range" else 1e6)
@@ -116,7 +118,7 @@ def test_gradients_agree_with_differences_in_float64():
             prediction, _ = diffusion.ClassifierFreeGuidance(scale).combine(outputs, state[0], coefficients, None)
             return (weights * diffusion.solver_step(coefficients, state, prediction, noise)).sum()
 
-        for name, own in MAX_STEPS.items():
+        for name, own in COEFFICIENTS.items():
             own = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), own)
             if name == "learned":
                 given[2] = given[2] ** 2  # a variance
