@@ -154,3 +154,13 @@ def test_results_are_complete_files(tmp_path):
     )
     assert "leave 8.00 of 16 GB" in table
     assert "| h100:1 | decoder | 4 | 512 | 9 | cuDNN convolution 9, 8.00 |" in table
+
+
+def test_bytes_of_a_gpu_program_are_those_counted_in_its_text():
+    """In a real program, a CPU's; of one operation, so that the bytes are what bounds it."""
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    compiled, chip = jax.jit(lambda x: jnp.tanh(x) @ x).lower(x).compile(), aot_cost.CHIPS["h100"]
+    found, touched = aot_gpu.costs(1.0, compiled, chip), aot_gpu.counts(compiled.as_text())["bytes"]
+    assert touched >= 2 * 64 * 64 * 4
+    assert (found["bytes"], found["bound_by"], found["arguments"]) == (touched, "bytes", 64 * 64 * 4)
+    assert found["seconds"] == pytest.approx(touched / chip.bandwidth)

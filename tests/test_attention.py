@@ -74,6 +74,20 @@ CUDA_PLUGIN = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for vers
 CUDNN = attention.cudnn if CUDA_PLUGIN else attention.plain
 
 
+def test_what_cudnn_serves():
+    """The UNet's attentions in two dtypes; not MoVQ's one head, float32, an odd head, or the prior's few queries."""
+    for shape, dtype, serves in (
+        ((1024, 1034, 12, 64), jnp.bfloat16, True),
+        ((64, 96, 24, 64), jnp.float16, True),
+        ((256, 256, 4, 128), jnp.bfloat16, True),
+        ((4096, 4096, 1, 512), jnp.bfloat16, False),
+        ((1024, 1034, 12, 64), jnp.float32, False),
+        ((1024, 1034, 12, 60), jnp.bfloat16, False),
+        ((3, 81, 32, 64), jnp.bfloat16, False),
+    ):
+        assert attention.cudnn_serves(shapes(*shape, dtype)[0]) == serves, (shape, dtype)
+
+
 def test_cudnn_is_found_where_the_plugin_is():
     assert attention.has_cudnn() == CUDA_PLUGIN
 

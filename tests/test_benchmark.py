@@ -74,10 +74,12 @@ def test_what_is_given_counts_more_than_the_run():
 
 def test_ours_stands_beside_each_other_side():
     """Every side of a run is measured against ours, sizes and batches rising."""
-    planned = benchmark.plan(benchmark.parse(["--run", "2", "--batch", "16", "1"]), JOB)
+    options = ["--run", "2", "--batch", "16", "1", "--size", "768", "512"]
+    planned = benchmark.plan(benchmark.parse(options), JOB)
     pairs = [[tuple(job.side for job in turn) for turn in turns] for turns in planned]
-    assert pairs == [[(OURS, side)] * 6 for side in benchmark.COMPILED]
-    assert [turn[0].batch for turns in planned for turn in turns if turn[0].stage == "unet"] == [1, 16] * len(pairs)
+    assert pairs == [[(OURS, side)] * 12 for side in benchmark.COMPILED]
+    unet = [(turn[0].size, turn[0].batch) for turns in planned for turn in turns if turn[0].stage == "unet"]
+    assert unet == [(512, 1), (512, 16), (768, 1), (768, 16)] * len(pairs)
 
 
 # Answers at once, and the reference's side fails, but not before our row is on disk.

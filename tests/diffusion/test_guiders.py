@@ -105,6 +105,33 @@ def test_an_own_guider_names_models_and_options_and_carries_a_state():
     assert_close(latents, state[0])
 
 
+class ConditionalWithOptions(NamedTuple):
+    """The conditional prediction, by a call with an option of its own."""
+
+    def init(self, sample):
+        return None
+
+    def evaluations(self, cond, uncond):
+        return [diffusion.Evaluation(cond, options={"factor": 2.0})]
+
+    def combine(self, outputs, sample, coefficients, state):
+        return diffusion.NoGuidance().combine(outputs, sample, coefficients, state)
+
+
+def test_an_evaluation_with_options_runs_without_the_feature_cache():
+    sample, cond, uncond = inputs()
+
+    def model(sample, timestep, condition, factor=1.0, cache=None):
+        output = factor * network(sample, timestep, condition)
+        return output if cache is None else (output, cache + 1)
+
+    guider = ConditionalWithOptions()
+    alone, _, _ = predicted(model, guider, sample, cond, uncond)
+    beside, _, cache = predicted(model, guider, sample, cond, uncond, cache=jnp.zeros(()))
+    assert_close(beside.x0, alone.x0)
+    assert cache == 0
+
+
 def test_vmap_over_scales_is_one_sample_each():
     noise, cond, uncond = inputs()
 

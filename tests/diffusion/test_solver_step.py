@@ -21,7 +21,7 @@ COEFFICIENTS = {
     "learned": row(DDPMScheduler(variance_type="learned", clip_sample=False).schedule(8), 3),
 }
 # Bounds that a variance which is an output does not use: their exponential would overflow.
-COEFFICIENTS["learned, with bounds"] = COEFFICIENTS["learned"]._replace(log_variance=jnp.array([-10.0, 10.0]))
+COEFFICIENTS["learned, with bounds"] = COEFFICIENTS["learned"]._replace(log_variance=jnp.array([10.0, -10.0]))
 
 
 @jax.jit
