@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kandinsky_jax.terminal import run
+from kandinsky_jax.common.terminal import run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -30,7 +30,7 @@ def main(
     """Convert a Kandinsky 2.2 model between diffusers' layout and an Orbax checkpoint, in either direction."""
     checked_dtype: Any = _one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
     checked_layout: Any = _one_of("--layout", layout, ("orbax", "diffusers"))
-    from convert_weights.convert import convert  # after the checks: it takes seconds to import
+    from kandinsky_jax.checkpoint.conversion import convert  # after the checks: it takes seconds to import
 
     convert(src, dst, dtype=checked_dtype, layout=checked_layout, revision=revision, overwrite=overwrite)
     print(f"wrote {dst}")

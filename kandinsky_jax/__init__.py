@@ -1,8 +1,9 @@
 """Kandinsky 2.2 for JAX: diffusers' pipelines in Flax NNX, for TPUs, GPUs and CPUs."""
 
-from kandinsky_jax import pretrained as pretrained
 from kandinsky_jax.checkpoint import CheckpointError, load_network, save_network
+from kandinsky_jax.checkpoint import pretrained as pretrained
 from kandinsky_jax.compilation import set_compilation_cache
+from kandinsky_jax.diffusion.rng import TorchGenerator
 from kandinsky_jax.models import (
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
@@ -11,7 +12,7 @@ from kandinsky_jax.models import (
     UNet2DConditionModel,
     VQModel,
 )
-from kandinsky_jax.noise import TorchGenerator
+from kandinsky_jax.parallel.mesh import make_mesh
 from kandinsky_jax.pipelines import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -57,7 +58,6 @@ from kandinsky_jax.schedulers import (
     UniPCMultistepScheduler,
     scheduler_named,
 )
-from kandinsky_jax.sharding import make_mesh
 
 __all__ = [
     "AutoPipelineForImage2Image",

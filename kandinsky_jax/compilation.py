@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from kandinsky_jax.storage import user_cache
+from kandinsky_jax.common.storage import user_cache
 
 CACHE, OFF = "KANDINSKY_JAX_CACHE", "off"  # the environment's variable: a folder, or "off"
 MAX_CACHE_BYTES = 4 << 30  # of a folder

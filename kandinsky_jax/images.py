@@ -26,12 +26,11 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from kandinsky_jax import atomic
-from kandinsky_jax.arrays import to_numpy
-from kandinsky_jax.errors import quote, shorten, summarize
-from kandinsky_jax.fields import Bounds, field_faults
-from kandinsky_jax.reading import check_regular, of_file, read_json_object
-from kandinsky_jax.tensors.files import CheckpointError
+from kandinsky_jax.common import atomic
+from kandinsky_jax.common.arrays import to_numpy
+from kandinsky_jax.common.errors import CheckpointError, quote, shorten, summarize
+from kandinsky_jax.common.fields import Bounds, field_faults
+from kandinsky_jax.common.reading import check_regular, of_file, read_json_object
 
 MAX_EDGE = 4096  # of a vision tower's input; the official one takes 224 pixels
 OutputType = Literal["pil", "np", "pt", "latent"]

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from kandinsky_jax.errors import quote
-from kandinsky_jax.sampling import Params
+from kandinsky_jax.common.errors import quote
+from kandinsky_jax.diffusion import Params
 
 # Layers that the reference's LoRA scripts change: queries, keys, values and output of every attention, and in the UNet
 # also the keys and values from the image embedding.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from kandinsky_jax.errors import quote, shorten
+from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.images import read, rgb
 
 MAX_DOWNLOAD = 256 << 20  # bytes of a picture from a URL

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky_jax import hub
+from kandinsky_jax.checkpoint import hub
 from tests.xla_flags import QUICK_TO_COMPILE
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

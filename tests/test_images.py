@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kandinsky_jax import hub, images
+from kandinsky_jax import images
+from kandinsky_jax.checkpoint import hub
 from tests.conftest import OFFICIAL, SHAPES_MODEL
 
 PROCESSORS = [SHAPES_MODEL / hub.PRIOR / "image_processor", OFFICIAL / hub.PRIOR / "image_processor"]

@@ -15,7 +15,7 @@ from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting as
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.arrays import to_numpy
+from kandinsky_jax.common.arrays import to_numpy
 from kandinsky_jax.pipelines import checks
 
 H, W = 64, 128
@@ -211,7 +211,7 @@ def test_arrays_of_another_size_are_the_references(size, kind):
 
 def test_masked_numpy_call_of_another_size_is_the_references():
     """All of what inpainting makes of a NumPy mask of another size than the picture."""
-    from kandinsky_jax.pipelines.inpaint import latent_repaint_mask
+    from kandinsky_jax.diffusion.inpainting import latent_repaint_mask
 
     mask = np.zeros((48, 96), np.float32)
     mask[10:20, 30:60] = 1

@@ -11,7 +11,7 @@ from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting as
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.pipelines.inpaint import latent_repaint_mask
+from kandinsky_jax.diffusion.inpainting import latent_repaint_mask
 
 H, W = 64, 128
 

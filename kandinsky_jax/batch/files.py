@@ -1,8 +1,8 @@
 """Files of a job's folder, on a local disk or in an object store, written atomically.
 
-On a local disk a file is written under a scratch name and renamed (`kandinsky_jax.atomic`). In an object store it is
-sent from memory in one request: nothing is published before it has arrived completely, and there is no file object
-whose closing or garbage collection could publish a part. It is created only if no object of that name exists (a
+On a local disk a file is written under a scratch name and renamed (`kandinsky_jax.common.atomic`). In an object store
+it is sent from memory in one request: nothing is published before it has arrived completely, and there is no file
+object whose closing or garbage collection could publish a part. It is created only if no object of that name exists (a
 generation precondition in Google Cloud Storage, `If-None-Match` in S3), and verified afterwards. Requests that fail
 temporarily (503, 429, a lost connection, a timeout) are repeated.
 """
@@ -27,9 +27,9 @@ from typing import Any, Protocol, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from kandinsky_jax import atomic, reading
-from kandinsky_jax.atomic import PARTIAL, Fill
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common import atomic, reading
+from kandinsky_jax.common.atomic import PARTIAL, Fill
+from kandinsky_jax.common.errors import shorten
 
 T = TypeVar("T")
 

@@ -15,13 +15,15 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from kandinsky_jax import hub, images
+from kandinsky_jax import images
 from kandinsky_jax.batch import model_files
-from kandinsky_jax.batch.output import OUTPUT_FORMATS, Output
+from kandinsky_jax.batch.requests import MAX_IMAGES, MAX_SIDE, MODES, PICTURE_COLUMNS, STRENGTH, check_pixels, text
 from kandinsky_jax.batch.rows import JobError, RowFile, parquet, scan
-from kandinsky_jax.batch.tasks import MAX_IMAGES, MAX_SIDE, MODES, PICTURE_COLUMNS, STRENGTH, check_pixels, text
+from kandinsky_jax.batch.shards import OUTPUT_FORMATS, Output
+from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.checkpoint.networks import network_dtype
-from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten
+from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten
+from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.pipelines import (
     CombinedPipeline,
     KandinskyV22CombinedPipeline,
@@ -32,7 +34,6 @@ from kandinsky_jax.pipelines import (
     checks,
 )
 from kandinsky_jax.schedulers import Scheduler, scheduler_from_config, scheduler_named
-from kandinsky_jax.storage import read_json
 
 PIPELINES: dict[str, type[CombinedPipeline]] = {
     "generate": KandinskyV22CombinedPipeline,
@@ -52,7 +53,7 @@ class Job:
         rows: path or URL of the file of rows: .jsonl, .csv, .parquet or .txt.
         output: path or URL of the folder to fill.
         model, prior: see `Pipeline.from_pretrained`; None is the official one for the mode.
-        mode: one of `kandinsky_jax.batch.tasks.MODES`; None is derived from the columns of a CSV or Parquet file, or
+        mode: one of `kandinsky_jax.batch.requests.MODES`; None is derived from the columns of a CSV or Parquet file, or
             from the first row of another.
         form: "webdataset" or "folder".
         pictures: "png", "jpg" or "webp".

@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from kandinsky_jax import hub, orbax
+from kandinsky_jax.checkpoint import hub, orbax, tensor_files
 from kandinsky_jax.checkpoint.manifest import COMPONENT_FILES, sha256_of_files
+from kandinsky_jax.common.storage import files_below
 from kandinsky_jax.pipelines import CombinedPipeline
-from kandinsky_jax.storage import files_below
-from kandinsky_jax.tensors import files
 
 
 def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> dict[str, str]:
@@ -46,10 +45,10 @@ def _read_files(part: Path) -> Iterator[Path]:
     yield from (part / name for name in COMPONENT_FILES if (part / name).is_file())
     if (part / orbax.FOLDER).is_dir():
         yield from sorted(path for path in files_below(part / orbax.FOLDER) if path.is_file())
-    if (weights := files.find(part)) is not None:
+    if (weights := tensor_files.find(part)) is not None:
         yield weights
         if weights.suffix == ".json":  # an index
-            yield from (path for path in files.shards(weights) if path.is_file())
+            yield from (path for path in tensor_files.shards(weights) if path.is_file())
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:

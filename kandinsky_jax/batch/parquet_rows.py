@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kandinsky_jax.batch.text_rows import STRIDE, Raw
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 
 BATCH = 1 << 16  # rows whose ids are looked at together
 BUFFER = 1 << 20  # bytes of a column that are read at once

@@ -19,10 +19,10 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from kandinsky_jax import reading
 from kandinsky_jax.batch import parquet_rows, text_rows
 from kandinsky_jax.batch.text_rows import STRIDE, Raw
-from kandinsky_jax.errors import MAX_MESSAGE, quote, shorten, summarize
+from kandinsky_jax.common import reading
+from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten, summarize
 from kandinsky_jax.schedulers.base import near
 
 ROW_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}

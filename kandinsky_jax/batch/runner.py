@@ -26,14 +26,14 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax import images
 from kandinsky_jax.batch.job import OpenJob
-from kandinsky_jax.batch.output import GeneratedImage, json_line
 from kandinsky_jax.batch.process import Process
-from kandinsky_jax.batch.tasks import Checker, RowError, RowRequest, Shape
-from kandinsky_jax.errors import shorten
-from kandinsky_jax.noise import image_keys
+from kandinsky_jax.batch.requests import Checker, RowError, RowRequest, Shape
+from kandinsky_jax.batch.shards import GeneratedImage, json_line
+from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion.rng import image_keys
 from kandinsky_jax.pipelines import CombinedPipeline
-from kandinsky_jax.sampling import Network
-from kandinsky_jax.stop import Stop
+from kandinsky_jax.preemption import Stop
 
 ENCODERS = 4  # threads; Pillow releases the GIL while compressing
 AHEAD = 2  # shards that are read or written while one is generated

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from kandinsky_jax.errors import quote, shorten
-from kandinsky_jax.reading import ReadError
+from kandinsky_jax.common.errors import quote, shorten
+from kandinsky_jax.common.reading import ReadError
 
 BLOCK = 1 << 17  # bytes that are read at once
 MAX_LINE = 1 << 24  # bytes; the rest of a longer line is skipped, to bound memory

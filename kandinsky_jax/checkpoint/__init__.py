@@ -17,7 +17,8 @@ from kandinsky_jax.checkpoint.networks import (
     stored_bytes,
 )
 from kandinsky_jax.checkpoint.saving import save_config, save_network
-from kandinsky_jax.tensors.files import CheckpointError, WeightSelection
+from kandinsky_jax.checkpoint.tensor_files import WeightSelection
+from kandinsky_jax.common.errors import CheckpointError
 
 __all__ = [
     "CheckpointError",

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.checkpoint import tensor_names
 from kandinsky_jax.checkpoint.networks import flat_params, read_params
+from kandinsky_jax.checkpoint.tensor_files import PREFERRED, ZERO_EMBED, WeightSelection
+from kandinsky_jax.common.atomic import replace_file
+from kandinsky_jax.common.reading import ReadError, read_text
+from kandinsky_jax.common.storage import files_below, user_cache
 from kandinsky_jax.models.layers import abstract
-from kandinsky_jax.reading import ReadError, read_text
-from kandinsky_jax.storage import files_below, user_cache
-from kandinsky_jax.tensors import names
-from kandinsky_jax.tensors.files import PREFERRED, ZERO_EMBED, WeightSelection
 
 _GROUP = 1 << 25  # values that are read at once
 _THREADS = 4
@@ -66,9 +66,11 @@ def _digests(folder: Path, selection: WeightSelection, shapes: Mapping[str, tupl
 
     def digest(item: tuple[str, np.ndarray]) -> tuple[str, str]:
         name, array = item
-        ordered = np.asarray(names.to_torch(name, array), np.float32, order="C")
+        ordered = np.asarray(tensor_names.to_torch(name, array), np.float32, order="C")
         shape = "x".join(map(str, ordered.shape))
-        return names.torch_name(name), f"{shape} {hashlib.sha256(ordered.reshape(-1).view(np.uint8).data).hexdigest()}"
+        return tensor_names.torch_name(
+            name
+        ), f"{shape} {hashlib.sha256(ordered.reshape(-1).view(np.uint8).data).hexdigest()}"
 
     found: dict[str, str] = {}
     with ThreadPoolExecutor(_THREADS) as pool:  # hashlib and NumPy release the GIL

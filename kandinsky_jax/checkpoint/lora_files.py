@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from kandinsky_jax import reading
-from kandinsky_jax.checkpoint import lora_names
+from kandinsky_jax.checkpoint import lora_names, tensor_files, tensor_names
 from kandinsky_jax.checkpoint.lora_scaling import Scaling, ScalingError, check_alpha
-from kandinsky_jax.errors import quote, shorten
+from kandinsky_jax.common import reading
+from kandinsky_jax.common.errors import CheckpointError, quote, shorten
+from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.lora import FILE, LayerChange
-from kandinsky_jax.storage import read_json
-from kandinsky_jax.tensors import files, names
-from kandinsky_jax.tensors.files import CheckpointError
 
 METADATA = "lora_adapter_metadata"  # of a safetensors header; diffusers' name
 PEFT_CONFIG = "adapter_config.json"
@@ -50,7 +48,7 @@ class LoraTensors:
     """
 
     source: str
-    tensors: Mapping[str, files.Tensor]
+    tensors: Mapping[str, tensor_files.Tensor]
     config: Mapping[str, Any] | None = None
 
     def error(self, reason: object) -> CheckpointError:
@@ -62,14 +60,14 @@ class LoraTensors:
 class _Layer:
     """Tensors of one layer's change by part, and their names."""
 
-    parts: dict[str, files.Tensor] = field(default_factory=dict)
+    parts: dict[str, tensor_files.Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
 
 def layers_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the layers of a network that LoRA can change, linear and convolutional, from `flat_params`."""
     return {
-        name.rpartition(".")[0]: names.torch_shape(name, tuple(leaf.shape))
+        name.rpartition(".")[0]: tensor_names.torch_shape(name, tuple(leaf.shape))
         for name, leaf in params.items()
         if (name.endswith(".weight") and leaf.ndim == 2) or name.endswith(".kernel")
     }
@@ -167,7 +165,7 @@ def open_file(path: Path) -> LoraTensors:
         CheckpointError: for a damaged file, or a pickle that would run code.
     """
     try:
-        tensors = files.open_tensors(path)
+        tensors = tensor_files.open_tensors(path)
         header = _header(path) if path.suffix == ".safetensors" else {}
     except CheckpointError:
         raise
@@ -198,7 +196,7 @@ def from_dict(tensors: Mapping[str, Any], config: Mapping[str, Any] | None = Non
     return LoraTensors("the dictionary of LoRA", {str(n): _in_memory(n, array) for n, array in tensors.items()}, config)
 
 
-def _in_memory(name: Any, array: Any) -> files.Tensor:
+def _in_memory(name: Any, array: Any) -> tensor_files.Tensor:
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise CheckpointError(f"the dictionary of LoRA holds {shorten(type(array), 80)} at {shorten(name, 80)}")
 
@@ -208,7 +206,7 @@ def _in_memory(name: Any, array: Any) -> files.Tensor:
         tensor = array.detach().cpu()  # PyTorch's
         return (tensor.float() if "bfloat16" in str(tensor.dtype) else tensor).numpy()
 
-    return files.Tensor(tuple(array.shape), read)
+    return tensor_files.Tensor(tuple(array.shape), read)
 
 
 # Reading ----------------------------------------------------------------------------------------------------------
@@ -439,10 +437,10 @@ def write(
             )
         about |= {f"{component}.{name}": value for name, value in _describe(changes).items()}
     readers = {
-        name: files.Tensor(array.shape, functools.partial(np.asarray, array), array.dtype)
+        name: tensor_files.Tensor(array.shape, functools.partial(np.asarray, array), array.dtype)
         for name, array in tensors.items()
     }
-    files.write(target, readers, {METADATA: json.dumps(about, sort_keys=True)})
+    tensor_files.write(target, readers, {METADATA: json.dumps(about, sort_keys=True)})
     return target
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import regex
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 
 
 class ScalingError(ValueError):

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from kandinsky_jax import orbax
-from kandinsky_jax.atomic import replace_file
-from kandinsky_jax.checkpoint import tokenizer
-from kandinsky_jax.errors import quote, shorten
+from kandinsky_jax.checkpoint import orbax, tokenizer
+from kandinsky_jax.checkpoint.tensor_files import WEIGHT_FILE, ZERO_EMBED
+from kandinsky_jax.common.atomic import replace_file
+from kandinsky_jax.common.errors import CheckpointError, quote, shorten
+from kandinsky_jax.common.reading import ReadError, check_regular, of_file, read_text
+from kandinsky_jax.common.storage import files_below, read_json
 from kandinsky_jax.images import CLIPImageProcessor
-from kandinsky_jax.reading import ReadError, check_regular, of_file, read_text
-from kandinsky_jax.storage import files_below, read_json
-from kandinsky_jax.tensors.files import WEIGHT_FILE, ZERO_EMBED, CheckpointError
 
 MANIFEST = "kandinsky_jax_manifest.json"
 MANIFEST_VERSION = 1

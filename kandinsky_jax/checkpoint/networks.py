@@ -21,14 +21,14 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from kandinsky_jax import orbax
-from kandinsky_jax.errors import MAX_MESSAGE, shorten, summarize
+from kandinsky_jax.checkpoint import orbax, tensor_files, tensor_names
+from kandinsky_jax.checkpoint.tensor_files import PREFERRED, WEIGHT_DTYPES, WeightSelection
+from kandinsky_jax.common.errors import MAX_MESSAGE, CheckpointError, shorten, summarize
+from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import abstract
-from kandinsky_jax.sharding import Mesh, Rules, home, in_memory, parameter_shardings
-from kandinsky_jax.storage import read_json
-from kandinsky_jax.tensors import files, names
-from kandinsky_jax.tensors.files import PREFERRED, WEIGHT_DTYPES, CheckpointError, WeightSelection
+from kandinsky_jax.parallel.mesh import Mesh
+from kandinsky_jax.parallel.sharding import Rules, home, in_memory, parameter_shardings
 
 Layout = Literal["diffusers", "orbax"]
 
@@ -95,7 +95,7 @@ def describe_network(
     The loaded network runs the programs that are compiled for this one, if `load_network` gets the same dtype.
 
     Args:
-        mesh, rules: sharding of the parameters, see `kandinsky_jax.sharding`.
+        mesh, rules: sharding of the parameters, see `kandinsky_jax.parallel.sharding`.
     """
     module, shapes = _expected(cls, Path(folder))
     places: Mapping[str, Any] = parameter_shardings(mesh, shapes, rules)
@@ -161,7 +161,9 @@ def check_network(
     if _is_orbax(folder, selection):
         faults = _orbax_faults(folder, expected, orbax.list_arrays(folder / orbax.FOLDER))
     else:
-        wanted = {names.torch_name(name): names.torch_shape(name, shape) for name, shape in expected.items()}
+        wanted = {
+            tensor_names.torch_name(name): tensor_names.torch_shape(name, shape) for name, shape in expected.items()
+        }
         faults = _torch_faults(wanted, _torch_tensors(folder, selection))
     _report(folder, faults)
     return module.config
@@ -175,7 +177,7 @@ def read_params(
     if _is_orbax(folder, selection):
         return orbax.read(folder / orbax.FOLDER, wanted)
     tensors = _torch_tensors(folder, selection)
-    return {name: names.to_flax(name, tensors[names.torch_name(name)].read()) for name in wanted}
+    return {name: tensor_names.to_flax(name, tensors[tensor_names.torch_name(name)].read()) for name in wanted}
 
 
 class LazyNetwork:
@@ -183,7 +185,7 @@ class LazyNetwork:
 
     Args:
         cls, folder, dtype: see `load_network`, whose errors are raised at once, except for values that are not finite.
-        mesh, rules: sharding of the parameters, see `kandinsky_jax.sharding`.
+        mesh, rules: sharding of the parameters, see `kandinsky_jax.parallel.sharding`.
         selection: which files to read, where there are several.
     """
 
@@ -265,33 +267,34 @@ def _is_orbax(folder: Path, selection: WeightSelection = PREFERRED) -> bool:
     """
     if not (folder / orbax.FOLDER).is_dir():
         return False
-    if (path := files.find(folder, selection)) is None:
+    if (path := tensor_files.find(folder, selection)) is None:
         return True
     if selection == PREFERRED:
         raise CheckpointError(f"{folder} has both {orbax.FOLDER}/ and {path.name}: remove the one that is out of date")
     return False
 
 
-def _torch_tensors(folder: Path, selection: WeightSelection) -> dict[str, files.Tensor]:
+def _torch_tensors(folder: Path, selection: WeightSelection) -> dict[str, tensor_files.Tensor]:
     """Open the tensors of a folder in diffusers' layout, by their names in current diffusers; none is read yet."""
-    path = files.find(folder, selection)
+    path = tensor_files.find(folder, selection)
     if path is None:
-        stored = files.stored_variants(folder) if folder.is_dir() else []
+        stems = tensor_files.STEMS
+        stored = tensor_files.stored_variants(folder) if folder.is_dir() else []
         kind = {None: "safetensors or .bin", True: "safetensors", False: ".bin"}[selection.use_safetensors]
         raise CheckpointError(
-            f"{folder} has no tensors: looked for {orbax.FOLDER}/, {files.STEMS[0]}, {files.STEMS[1]} and "
-            f"{files.STEMS[2]} as {kind}" + (f"; there are the variants {', '.join(stored)}" if stored else "")
+            f"{folder} has no tensors: looked for {orbax.FOLDER}/, {stems[0]}, {stems[1]} and "
+            f"{stems[2]} as {kind}" + (f"; there are the variants {', '.join(stored)}" if stored else "")
         )
-    stored_tensors = files.open_tensors(path)
+    stored_tensors = tensor_files.open_tensors(path)
     if any(_LORA.search(name) for name in stored_tensors):
         raise CheckpointError(
             f"{folder} was saved with LoRA in it. Save it without: in diffusers, call unload_lora_weights() first (and "
             "fuse_lora() before that, to keep the LoRA's effect); LoRA is loaded from its own file by load_lora_weights"
         )
-    return {modern: t for name, t in stored_tensors.items() if (modern := names.modern_name(name)) is not None}
+    return {modern: t for name, t in stored_tensors.items() if (modern := tensor_names.modern_name(name)) is not None}
 
 
-def _torch_faults(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, files.Tensor]) -> list[str]:
+def _torch_faults(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, tensor_files.Tensor]) -> list[str]:
     """List faults of the tensors in PyTorch files that show before they are read."""
     faults = _differences(wanted, {name: tensor.shape for name, tensor in tensors.items()})
     return faults + _dtype_faults({name: t.dtype for name, t in tensors.items() if name in wanted}, WEIGHT_DTYPES)
@@ -354,15 +357,15 @@ def _read_torch(
     selection: WeightSelection,
 ) -> dict[str, jax.Array]:
     tensors = _torch_tensors(folder, selection)
-    by_torch_name = {names.torch_name(name): name for name in expected}
+    by_torch_name = {tensor_names.torch_name(name): name for name in expected}
     params = {}
-    wanted = {torch: names.torch_shape(flax, expected[flax]) for torch, flax in by_torch_name.items()}
+    wanted = {torch: tensor_names.torch_shape(flax, expected[flax]) for torch, flax in by_torch_name.items()}
     faults = _torch_faults(wanted, tensors)
     for torch_name in sorted(wanted.keys() & tensors.keys()):
         if tensors[torch_name].dtype not in WEIGHT_DTYPES:
             continue
         name, array = by_torch_name[torch_name], tensors[torch_name].read()
-        own = _own(names.to_flax(name, array) if array.shape == wanted[torch_name] else array, dtype)
+        own = _own(tensor_names.to_flax(name, array) if array.shape == wanted[torch_name] else array, dtype)
         faults += _not_finite(torch_name, own) or _inexact(torch_name, array)
         if not faults:
             params[name] = jax.device_put(own, in_memory(places[name], own.shape))
@@ -424,8 +427,8 @@ def stored_bytes(folder: str | os.PathLike[str], selection: WeightSelection = PR
     folder = Path(folder)
     if _is_orbax(folder, selection):
         return sum(path.stat().st_size for path in (folder / orbax.FOLDER).rglob("*") if path.is_file())
-    path = files.find(folder, selection)
+    path = tensor_files.find(folder, selection)
     if path is None:
         return 0
-    parts = files.shards(path) if path.suffix == ".json" else [path]
+    parts = tensor_files.shards(path) if path.suffix == ".json" else [path]
     return sum(part.stat().st_size for part in parts if part.is_file())

@@ -14,13 +14,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from kandinsky_jax import orbax
-from kandinsky_jax.atomic import replace_file
+from kandinsky_jax.checkpoint import orbax, tensor_files, tensor_names
 from kandinsky_jax.checkpoint.manifest import note_saved
 from kandinsky_jax.checkpoint.networks import Layout, Progress, flat_params
-from kandinsky_jax.errors import quote
-from kandinsky_jax.tensors import files, names
-from kandinsky_jax.tensors.files import WeightSelection
+from kandinsky_jax.checkpoint.tensor_files import WeightSelection
+from kandinsky_jax.common.atomic import replace_file
+from kandinsky_jax.common.errors import quote
 
 # Arguments of diffusers' save_pretrained that have no use here, and what to write instead.
 INSTEAD = {
@@ -78,13 +77,13 @@ def save_network(
         orbax.save(folder / orbax.FOLDER, params)
         written = set()
     else:
-        tensors = {names.torch_name(name): _unread(name, array) for name, array in params.items()}
-        stem = files.STEMS[0] if "_class_name" in config else files.STEMS[1]
+        tensors = {tensor_names.torch_name(name): _unread(name, array) for name, array in params.items()}
+        stem = tensor_files.STEMS[0] if "_class_name" in config else tensor_files.STEMS[1]
         written = _write(folder, stem, tensors, variant, max_shard_size)
         if variant is None:
             shutil.rmtree(folder / orbax.FOLDER, ignore_errors=True)
     for path in folder.iterdir():
-        same_kind = files.WEIGHT_FILE.fullmatch(path.name) and files.variant_of(path.name) == variant
+        same_kind = tensor_files.WEIGHT_FILE.fullmatch(path.name) and tensor_files.variant_of(path.name) == variant
         if same_kind and path.name not in written:
             path.unlink()
     note_saved(folder)
@@ -99,12 +98,16 @@ def save_config(module: Any, folder: str | os.PathLike[str]) -> None:
 
 
 def _write(
-    folder: Path, stem: str, tensors: Mapping[str, files.Tensor], variant: str | None, max_shard_size: int | str | None
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, tensor_files.Tensor],
+    variant: str | None,
+    max_shard_size: int | str | None,
 ) -> set[str]:
     """Write safetensors, in one file or in shards with an index; return the names of the files."""
     middle = "" if variant is None else f".{variant}"
     if max_shard_size is None:
-        files.write(folder / f"{stem}{middle}.safetensors", tensors)
+        tensor_files.write(folder / f"{stem}{middle}.safetensors", tensors)
         return {f"{stem}{middle}.safetensors"}
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -115,7 +118,7 @@ def _write(
         max_shard_size=max_shard_size,
     )
     for name, held in split.filename_to_tensors.items():
-        files.write(folder / name, {key: tensors[key] for key in held})
+        tensor_files.write(folder / name, {key: tensors[key] for key in held})
     written = set(split.filename_to_tensors)
     if split.is_sharded:
         index = f"{stem}.safetensors.index{middle}.json"
@@ -125,8 +128,10 @@ def _write(
     return written
 
 
-def _unread(name: str, array: jax.Array) -> files.Tensor:
+def _unread(name: str, array: jax.Array) -> tensor_files.Tensor:
     """Wrap a parameter as a PyTorch tensor that is copied from its device when it is written."""
-    return files.Tensor(
-        names.torch_shape(name, array.shape), lambda: names.to_torch(name, np.asarray(array)), np.dtype(array.dtype)
+    return tensor_files.Tensor(
+        tensor_names.torch_shape(name, array.shape),
+        lambda: tensor_names.to_torch(name, np.asarray(array)),
+        np.dtype(array.dtype),
     )

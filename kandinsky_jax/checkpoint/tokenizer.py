@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kandinsky_jax import reading
-from kandinsky_jax.errors import quote, shorten, summarize
-from kandinsky_jax.tensors.files import CheckpointError
+from kandinsky_jax.common import reading
+from kandinsky_jax.common.errors import CheckpointError, quote, shorten, summarize
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -11,15 +11,15 @@ import typer
 
 from kandinsky_jax.batch import Job, Process, Report, open_job, run, this_process
 from kandinsky_jax.batch.job import DEFAULTS
-from kandinsky_jax.batch.output import OUTPUT_FORMATS
+from kandinsky_jax.batch.requests import MODES, STRENGTH
 from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.runner import rehearsal
-from kandinsky_jax.batch.tasks import MODES, STRENGTH
+from kandinsky_jax.batch.shards import OUTPUT_FORMATS
+from kandinsky_jax.common.errors import summarize
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
-from kandinsky_jax.errors import summarize
 from kandinsky_jax.images import ENCODINGS
+from kandinsky_jax.preemption import STOPPED, Stop
 from kandinsky_jax.schedulers import NAMES, scheduler_named
-from kandinsky_jax.stop import STOPPED, Stop
 
 Mode, Form, Encoding = (
     StrEnum(name, {value: value for value in values})

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from kandinsky_jax.stop import STOPPED, Stop
-from kandinsky_jax.terminal import TRACEBACK
+from kandinsky_jax.common.terminal import TRACEBACK
+from kandinsky_jax.preemption import STOPPED, Stop
 from kandinsky_jax.training.kinds import Kind
 
 EXAMPLE = "Example: kandinsky-jax train lora-decoder lora.toml"

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from tqdm.auto import tqdm
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 
 EXAMPLE = "Example: kandinsky-jax verify kandinsky-community/kandinsky-2-2-decoder"
 
@@ -35,8 +35,7 @@ def verify(
     is ok, damaged, missing, unexpected (not in the manifest, but read when the model is loaded), extra (not in the
     manifest, and not read) or not covered (no checksum is known).
     """
-    from kandinsky_jax import hub
-    from kandinsky_jax.checkpoint import CheckpointError, manifest
+    from kandinsky_jax.checkpoint import CheckpointError, hub, manifest
 
     try:
         folders = hub.stored_folders(model, cache_dir)

@@ -44,6 +44,7 @@ from kandinsky_jax.diffusion.loop import (
     sample,
 )
 from kandinsky_jax.diffusion.network import Network, Params, matmul_precision
+from kandinsky_jax.diffusion.rng import DECODER, PRIOR, GivenNoise, KeyNoise, noise_source
 from kandinsky_jax.diffusion.solver import (
     Prediction,
     SolverCoefficients,
@@ -56,7 +57,6 @@ from kandinsky_jax.diffusion.solver import (
     solver_coefficients,
     solver_step,
 )
-from kandinsky_jax.noise import DECODER, PRIOR, GivenNoise, KeyNoise, noise_source
 from kandinsky_jax.schedulers.table import Schedule
 
 __all__ = [

@@ -19,6 +19,7 @@ from flax import nnx
 
 from kandinsky_jax.diffusion.guidance import ClassifierFreeGuidance, Guider, Model, batch_evaluations, predict
 from kandinsky_jax.diffusion.network import PyTree, matmul_precision
+from kandinsky_jax.diffusion.rng import DECODER, noise_source
 from kandinsky_jax.diffusion.solver import (
     STATE_SLOTS,
     Prediction,
@@ -27,7 +28,6 @@ from kandinsky_jax.diffusion.solver import (
     solver_coefficients,
     solver_step,
 )
-from kandinsky_jax.noise import DECODER, noise_source
 from kandinsky_jax.schedulers.table import Schedule
 
 _CFG = ClassifierFreeGuidance()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kandinsky_jax.sharding import DATA_AXIS, mesh_of
+from kandinsky_jax.parallel.mesh import DATA_AXIS, mesh_of
 
 PyTree: TypeAlias = Any  # nested containers of arrays, or None
 Params: TypeAlias = PyTree  # a nested dict of arrays

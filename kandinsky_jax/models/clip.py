@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kandinsky_jax.errors import quote
-from kandinsky_jax.fields import Bounds
+from kandinsky_jax.common.errors import quote
+from kandinsky_jax.common.fields import Bounds
 from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig

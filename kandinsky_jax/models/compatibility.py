@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from kandinsky_jax.errors import shorten
-from kandinsky_jax.sharding import REPLICATED, in_memory, make_mesh
+from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.parallel.mesh import make_mesh
+from kandinsky_jax.parallel.sharding import REPLICATED, in_memory
 
 # PyTorch's names of devices, and JAX's platform where it has one.
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "tpu": "tpu", "xla": "tpu", "mps": "METAL"}

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
-from kandinsky_jax.errors import quote, shorten, summarize
-from kandinsky_jax.fields import Bounds, field_faults
-from kandinsky_jax.reading import of_file
+from kandinsky_jax.common.errors import quote, shorten, summarize
+from kandinsky_jax.common.fields import Bounds, field_faults
+from kandinsky_jax.common.reading import of_file
 
 
 class ConfigError(ValueError):

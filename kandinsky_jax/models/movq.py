@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kandinsky_jax.errors import quote
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig, block_faults

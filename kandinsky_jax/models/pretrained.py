@@ -1,4 +1,4 @@
-"""`from_pretrained` and `save_pretrained` of networks; `kandinsky_jax.pretrained` knows how."""
+"""`from_pretrained` and `save_pretrained` of networks; `kandinsky_jax.checkpoint.pretrained` knows how."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Self
 
 from flax import nnx
 
-from kandinsky_jax.atomic import replace_file
-from kandinsky_jax.errors import quote
+from kandinsky_jax.common.atomic import replace_file
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.models.config import ConfigError
 
 HOOKS: dict[
     str, Callable[..., Any]
-] = {}  # load, load_config, save and save_config, which kandinsky_jax.pretrained puts here
+] = {}  # load, load_config, save and save_config, which kandinsky_jax.checkpoint.pretrained puts here
 
 
 class PretrainedNetwork:
@@ -61,11 +61,11 @@ class PretrainedNetwork:
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
-        """Load a network, see `kandinsky_jax.pretrained.load_component`."""
+        """Load a network, see `kandinsky_jax.checkpoint.pretrained.load_component`."""
         return HOOKS["load"](cls, name, **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
-        """Write `config.json` and tensors, see `kandinsky_jax.pretrained.save_component`."""
+        """Write `config.json` and tensors, see `kandinsky_jax.checkpoint.pretrained.save_component`."""
         HOOKS["save"](self, folder, **options)
 
     def save_config(self, folder: str | os.PathLike[str], **options: Any) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from kandinsky_jax.errors import quote
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.models.config import NetworkConfig, block_faults
 
 

@@ -20,15 +20,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from kandinsky_jax import hub
-from kandinsky_jax.checkpoint import CheckpointError, flat_params, lora_files, set_params
+from kandinsky_jax.checkpoint import CheckpointError, flat_params, hub, lora_files, set_params
 from kandinsky_jax.checkpoint.lora_files import Adapter
-from kandinsky_jax.errors import quote, shorten
+from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.lora import FILE, LayerChange
 from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
+from kandinsky_jax.parallel.sharding import in_memory
 from kandinsky_jax.pipelines import lora_weights
 from kandinsky_jax.pipelines.lora_weights import LayerWeights
-from kandinsky_jax.sharding import in_memory
 
 _TRAINED = (UNet2DConditionModel, PriorTransformer)
 

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from kandinsky_jax import hub
-from kandinsky_jax.checkpoint import CheckpointError, WeightSelection
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.checkpoint import CheckpointError, WeightSelection, hub
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.models import UNet2DConditionModel
+from kandinsky_jax.parallel.mesh import mesh_of
 from kandinsky_jax.pipelines.base import Pipeline, check_pipelines
 from kandinsky_jax.pipelines.combined import (
     CombinedPipeline,
@@ -36,7 +36,6 @@ from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
-from kandinsky_jax.sharding import mesh_of
 
 
 def _resolve(name: str | os.PathLike[str], repository: str, arguments: Mapping[str, Any]) -> Path:

@@ -13,23 +13,25 @@ from flax import nnx
 from PIL import Image
 from tqdm.auto import tqdm
 
-from kandinsky_jax.arrays import to_numpy
 from kandinsky_jax.checkpoint import (
     LazyNetwork,
     move_network,
 )
+from kandinsky_jax.common.arrays import to_numpy
+from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
-from kandinsky_jax.errors import quote, shorten
-from kandinsky_jax.noise import Source
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion.rng import Source
+from kandinsky_jax.parallel.mesh import Mesh
+from kandinsky_jax.parallel.sharding import Rules
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.adapters import LoraLoader
 from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
 from kandinsky_jax.pipelines.components import as_component
+from kandinsky_jax.pipelines.denoising import LoopInputs, sample
 from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names
 from kandinsky_jax.pipelines.loading_arguments import without_diffusers_arguments
-from kandinsky_jax.sampling import LoopInputs, Network, sample
 from kandinsky_jax.schedulers import Schedule
-from kandinsky_jax.sharding import Mesh, Rules
 
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
 OldCallback = Callable[[int, int, Any], None]  # (step, timestep, latents)
@@ -161,7 +163,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         """Move the networks, which other pipelines may share, to a mesh or to JAX's default device.
 
         Args:
-            mesh: see `kandinsky_jax.sharding.make_mesh`.
+            mesh: see `kandinsky_jax.parallel.sharding.make_mesh`.
             shard_rules: see `from_pretrained`.
         """
         for part in self._held().values():

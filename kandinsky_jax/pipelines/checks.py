@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kandinsky_jax.arrays import to_numpy
-from kandinsky_jax.errors import quote, shorten
+from kandinsky_jax.common.arrays import to_numpy
+from kandinsky_jax.common.errors import quote, shorten
 
 CALLBACK_DEFAULT = ("latents",)
 LARGEST = 2**31 - 1  # count

@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from kandinsky_jax import hub
-from kandinsky_jax.checkpoint import CheckpointError
+from kandinsky_jax.checkpoint import CheckpointError, hub
+from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import (
     CLIPTextModelWithProjection,
@@ -20,7 +20,6 @@ from kandinsky_jax.models import (
     UNet2DConditionModel,
     VQModel,
 )
-from kandinsky_jax.noise import Generator
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, OldCallback, Pipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, PendingImages
@@ -115,7 +114,7 @@ class CombinedPipeline(Pipeline):
 
         Args:
             name: "tiny" (embedded), a folder, or a Hub repository; of a decoder, or saved by `save_pretrained`.
-            prior: folder or Hub repository of the prior. None finds it: see `kandinsky_jax.hub.find_prior`.
+            prior: folder or Hub repository of the prior. None finds it: see `kandinsky_jax.checkpoint.hub.find_prior`.
             prior_revision: of the prior's Hub repository.
             arguments: see `Pipeline.from_pretrained`.
         """

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from kandinsky_jax import hub
-from kandinsky_jax.noise import Generator
+from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines.base import Callback
 from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.controlnet import (

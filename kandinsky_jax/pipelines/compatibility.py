@@ -18,14 +18,13 @@ from flax import nnx
 from PIL import Image
 from tqdm.auto import tqdm
 
-from kandinsky_jax import hub
-from kandinsky_jax.attribute_dict import AttributeDict
-from kandinsky_jax.checkpoint import LazyNetwork
-from kandinsky_jax.errors import quote
+from kandinsky_jax.checkpoint import LazyNetwork, hub
+from kandinsky_jax.common.attribute_dict import AttributeDict
+from kandinsky_jax.common.errors import quote
+from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.models.compatibility import Target, nothing_to_do, read_target, refused, without_effect
+from kandinsky_jax.parallel.mesh import make_mesh
 from kandinsky_jax.schedulers import Scheduler
-from kandinsky_jax.sharding import make_mesh
-from kandinsky_jax.storage import read_json
 
 
 class DiffusionPipeline:
@@ -55,7 +54,7 @@ class DiffusionPipeline:
 
     @classmethod
     def download(cls, name: str | os.PathLike[str], **arguments: Any) -> Path:
-        """Download a model without loading it, and return its folder. Arguments: see `kandinsky_jax.hub.resolve`."""
+        """Download a model without loading it, and return its folder. Arguments: see `checkpoint.hub.resolve`."""
         return hub.resolve(name, getattr(cls, "REPOSITORY", hub.DECODER), **arguments)
 
     @classmethod

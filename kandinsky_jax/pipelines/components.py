@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kandinsky_jax.checkpoint import LazyNetwork
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models.compatibility import warn_once
 from kandinsky_jax.pipelines.loading import expected_types

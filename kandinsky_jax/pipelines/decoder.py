@@ -14,16 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kandinsky_jax import hub, images
-from kandinsky_jax.checkpoint import CheckpointError
+from kandinsky_jax import images
+from kandinsky_jax.checkpoint import CheckpointError, hub
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion.calls import call, condition
+from kandinsky_jax.diffusion.rng import DECODER, Generator, noise_source
 from kandinsky_jax.models import UNet2DConditionModel, VQModel
 from kandinsky_jax.models.unet import UNetCondition
-from kandinsky_jax.noise import DECODER, Generator, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, Pipeline
 from kandinsky_jax.pipelines.components import as_component
+from kandinsky_jax.pipelines.denoising import LoopInputs
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
-from kandinsky_jax.sampling import LoopInputs, Network, call, condition
 from kandinsky_jax.schedulers import Schedule, Scheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kandinsky_jax.noise import Generator
+from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines.base import Callback
 from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky_jax.pipelines.prior import PriorPipeline

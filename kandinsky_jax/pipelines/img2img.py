@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import jax
 
-from kandinsky_jax import hub
-from kandinsky_jax.noise import Generator
+from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderInputs, DecoderPipeline, DecoderRequest

@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kandinsky_jax import hub
-from kandinsky_jax.noise import Generator
+from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion.inpainting import Blend, latent_repaint_mask
+from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderInputs, DecoderPipeline, DecoderRequest
+from kandinsky_jax.pipelines.denoising import LoopInputs
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
-from kandinsky_jax.sampling import Blend, LoopInputs, Network
 from kandinsky_jax.schedulers import MAX_STEPS
 
 
@@ -150,24 +152,3 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         later = request.schedule.levels[1:]
         levels[: len(later)] = later
         return levels
-
-
-def latent_repaint_mask(repaint_mask: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Convert a mask of pixels to a mask of latents.
-
-    As in the reference, the first of each latent's pixels decides, and a repainted latent includes six neighbours: up,
-    left, up-left, down, right, down-right (not the two others on the diagonals).
-
-    Args:
-        repaint_mask: bool `[B, H, W]`, true where the picture is repainted.
-        h, w: height and width of the latents.
-    Returns:
-        bool `[B, h, w]`, true where a latent is repainted.
-    """
-    _, height, width = repaint_mask.shape
-    repainted = repaint_mask[:, np.arange(h) * height // h][:, :, np.arange(w) * width // w]  # [B, h, w]
-    padded = np.pad(repainted, ((0, 0), (1, 1), (1, 1)))
-    dilated = repainted.copy()
-    for down, right in ((0, 1), (1, 0), (0, 0), (2, 1), (1, 2), (2, 2)):
-        dilated |= padded[:, down : down + h, right : right + w]
-    return dilated

@@ -13,33 +13,35 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from flax import nnx
 
-from kandinsky_jax import hub, zero_embed
-from kandinsky_jax.atomic import replace_file
 from kandinsky_jax.checkpoint import (
     CheckpointError,
     Layout,
     LazyNetwork,
     describe_network,
     flat_params,
+    hub,
     load_network,
     loading_bar,
     save_network,
     stored_bytes,
+    zero_embed,
 )
 from kandinsky_jax.checkpoint.manifest import MANIFEST, note_saved, write_manifest
 from kandinsky_jax.checkpoint.saving import check_saving_arguments
+from kandinsky_jax.checkpoint.tensor_files import WeightSelection, stored_variants
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
+from kandinsky_jax.common.atomic import replace_file
+from kandinsky_jax.common.errors import quote, shorten, summarize
+from kandinsky_jax.common.reading import of_file
+from kandinsky_jax.common.storage import check_replaceable, complete_or_absent, read_json
 from kandinsky_jax.compilation import compiling_ahead
-from kandinsky_jax.errors import quote, shorten, summarize
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS, CLIPVisionModelWithProjection
+from kandinsky_jax.parallel.mesh import Mesh, default_mesh
+from kandinsky_jax.parallel.sharding import Rules
 from kandinsky_jax.pipelines.loading_arguments import Dtypes, without_diffusers_arguments
-from kandinsky_jax.reading import of_file
 from kandinsky_jax.schedulers import SCHEDULERS, Scheduler, scheduler_from_config
 from kandinsky_jax.schedulers.base import near
-from kandinsky_jax.sharding import Mesh, Rules, default_mesh
-from kandinsky_jax.storage import check_replaceable, complete_or_absent, read_json
-from kandinsky_jax.tensors.files import WeightSelection, stored_variants
 
 Warmup = Mapping[str, Any] | Callable[[Any], Any]  # arguments of `warmup`, or a function that calls a pipeline
 
@@ -94,15 +96,15 @@ class PretrainedMixin:
             torch_dtype: diffusers' older name of `dtype`.
             variant: read files such as `*.fp16.safetensors`, and plain ones where a component has none of these.
             use_safetensors: True refuses `.bin` files, False reads nothing else; None prefers safetensors.
-            revision, cache_dir, token, local_files_only, force_download: see `kandinsky_jax.hub.HubOptions`.
+            revision, cache_dir, token, local_files_only, force_download: see `kandinsky_jax.checkpoint.hub.HubOptions`.
             subfolder: of the folder or repository that holds the model.
             warmup: what to compile while the networks are read: arguments of `warmup`, such as `{"height": 512,
                 "width": 512, "batch": 1}`, or a function that gets a pipeline without arrays and calls it as the loaded
                 one will be called.
-            mesh: the devices to run on, see `kandinsky_jax.sharding.make_mesh`; None is all of this process, each for
+            mesh: the devices to run on, see `kandinsky_jax.make_mesh`; None is all of this process, each for
                 its own images.
             shard_rules: which parameters are sharded over the mesh's `rows`, for networks that would not fit on one
-                device: (pattern, PartitionSpec) pairs, see `kandinsky_jax.sharding.Rules`.
+                device: (pattern, PartitionSpec) pairs, see `kandinsky_jax.parallel.sharding.Rules`.
             components: components to use instead of loading them, by the constructor's names.
         Raises:
             CheckpointError, ConfigError, SchedulerError: before any network is read, where possible.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from kandinsky_jax.checkpoint import default_dtype, network_dtype
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 
 _PLACEMENT = "give mesh=kandinsky_jax.make_mesh(...) and shard_rules=, or leave it out to use every device"
 _MEMORY = "networks lie on JAX's devices as a whole; leave it out, or shard them with mesh= and shard_rules="

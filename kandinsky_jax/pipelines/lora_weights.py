@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kandinsky_jax.errors import quote, shorten
+from kandinsky_jax.common.errors import quote, shorten
 
 # Keys are parts of layers' names; the first that a name contains applies, and "" matches all.
 LayerWeights = Mapping[str, float]

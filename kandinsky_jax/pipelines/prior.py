@@ -14,20 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from kandinsky_jax import hub, images, zero_embed
-from kandinsky_jax.arrays import to_numpy
-from kandinsky_jax.checkpoint import LazyNetwork, flat_params
+from kandinsky_jax import images
+from kandinsky_jax.checkpoint import LazyNetwork, flat_params, hub, zero_embed
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, tokenize
+from kandinsky_jax.common.arrays import to_numpy
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.compilation import program
-from kandinsky_jax.errors import quote
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion.calls import call, condition, shard_guidance
+from kandinsky_jax.diffusion.rng import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
 from kandinsky_jax.models.prior import PriorCondition
-from kandinsky_jax.noise import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, LazyComponent, Pipeline
+from kandinsky_jax.pipelines.denoising import LoopInputs
 from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
-from kandinsky_jax.sampling import LoopInputs, Network, call, condition, shard_guidance
 from kandinsky_jax.schedulers import Schedule, Scheduler
 from kandinsky_jax.schedulers.base import linear_combination
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kandinsky_jax.noise import Generator
+from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines.base import Callback
 from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky_jax.pipelines.prior import PriorPipeline
@@ -40,7 +40,7 @@ class KandinskyV22PriorPipeline(PriorPipeline):
                 which the decoder is guided away.
             num_images_per_prompt: embeddings per prompt, neighbours in the result.
             num_inference_steps: at least 2.
-            generator: see `kandinsky_jax.noise.noise_source`.
+            generator: see `kandinsky_jax.diffusion.rng.noise_source`.
             latents: initial noise, `[B, D]`; B doubles with negative prompts.
             guidance_scale: guidance is on above 1.
             output_type: "pt" for JAX arrays, "np" for NumPy.

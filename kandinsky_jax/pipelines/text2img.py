@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from kandinsky_jax import hub
-from kandinsky_jax.noise import Generator
+from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Callback, OldCallback
 from kandinsky_jax.pipelines.decoder import DecoderPipeline
@@ -50,7 +50,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
             num_inference_steps: at least 1.
             guidance_scale: guidance is on above 1.
             num_images_per_prompt: pictures per embedding, neighbours in the result.
-            generator: see `kandinsky_jax.noise.noise_source`.
+            generator: see `kandinsky_jax.diffusion.rng.noise_source`.
             latents: initial noise, `[B, 4, height/8, width/8]`.
             output_type: "pil", "np" (float32 `[B, H, W, 3]` in 0..1), "pt" (`[B, 3, H, W]` in 0..1) or "latent"
                 (`[B, 4, H/8, W/8]`).

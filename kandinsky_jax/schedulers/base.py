@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kandinsky_jax.arrays import to_numpy
-from kandinsky_jax.attribute_dict import AttributeDict
-from kandinsky_jax.errors import quote, shorten, summarize
-from kandinsky_jax.fields import Bounds, field_faults
+from kandinsky_jax.common.arrays import to_numpy
+from kandinsky_jax.common.attribute_dict import AttributeDict
+from kandinsky_jax.common.errors import quote, shorten, summarize
+from kandinsky_jax.common.fields import Bounds, field_faults
 from kandinsky_jax.schedulers.compatibility import UNSET, SchedulerMixin
 from kandinsky_jax.schedulers.noise_schedule import (
     SPACINGS,

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from kandinsky_jax.atomic import replace_file
-from kandinsky_jax.attribute_dict import AttributeDict
-from kandinsky_jax.errors import shorten
-from kandinsky_jax.reading import of_file
+from kandinsky_jax.common.atomic import replace_file
+from kandinsky_jax.common.attribute_dict import AttributeDict
+from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.reading import of_file
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError
 
 UNSET = "_use_default_values"  # diffusers' name for the fields that a configuration did not name
 # Ours: diffusers takes these as arguments of `step` or `set_timesteps`. Saved only where they are set.
 STEP_ARGUMENTS = frozenset({"eta", "use_clipped_model_output", "custom_timesteps", "custom_sigmas", "tau_func"})
 
-HOOKS: dict[str, Callable[..., Any]] = {}  # load_config and saved, which kandinsky_jax.pretrained puts here
+HOOKS: dict[str, Callable[..., Any]] = {}  # load_config and saved, which kandinsky_jax.checkpoint.pretrained puts here
 
 _SCHEDULE = "a scheduler has no state here: schedule = scheduler.schedule(num_inference_steps) has"
 _TABLE = f"{_SCHEDULE} every step's coefficients in schedule.table"
@@ -31,7 +31,7 @@ INSTEAD: dict[str, str] = {
     "num_inference_steps": f"{_SCHEDULE} timesteps, len(schedule) of them",
     "init_noise_sigma": f"{_SCHEDULE} init_noise_sigma",
     "sigmas": f"{_SCHEDULE} levels, the signal and noise of each step",
-    "step": f"{_TABLE}, and kandinsky_jax.sampling steps through it",
+    "step": f"{_TABLE}, and kandinsky_jax.pipelines.denoising steps through it",
     "scale_model_input": f"{_SCHEDULE} table.input_scale",
     "set_begin_index": "give begin= to scheduler.schedule(num_inference_steps, begin)",
     "push_to_hub": "call save_pretrained(FOLDER), then `hf upload OWNER/NAME FOLDER`",
@@ -112,7 +112,7 @@ class SchedulerMixin:
             subfolder: of the scheduler, such as "scheduler".
             return_unused_kwargs: whether to return the scheduler and those of `changes` that are not fields of it.
             changes: fields to change, see `from_config`; also revision, cache_dir, token, local_files_only and
-                force_download of `kandinsky_jax.hub.HubOptions`.
+                force_download of `kandinsky_jax.checkpoint.hub.HubOptions`.
         Raises:
             SchedulerError: for a configuration that is not supported.
             CheckpointError: for a missing or damaged file, or an unknown folder or repository.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kandinsky_jax.errors import quote
-from kandinsky_jax.reading import of_file
+from kandinsky_jax.common.errors import quote
+from kandinsky_jax.common.reading import of_file
 from kandinsky_jax.schedulers.base import Scheduler, near
 from kandinsky_jax.schedulers.consistency import LCMScheduler, TCDScheduler
 from kandinsky_jax.schedulers.ddim import DDIMScheduler

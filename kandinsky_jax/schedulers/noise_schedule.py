@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kandinsky_jax.errors import quote
+from kandinsky_jax.common.errors import quote
 
 
 class SchedulerError(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 
 MAX_LINES = 2000
 END = "further ones are not listed"

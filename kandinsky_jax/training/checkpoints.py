@@ -21,9 +21,9 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from kandinsky_jax import orbax, reading
-from kandinsky_jax.errors import shorten, summarize
-from kandinsky_jax.tensors.files import CheckpointError
+from kandinsky_jax.checkpoint import orbax
+from kandinsky_jax.common import reading
+from kandinsky_jax.common.errors import CheckpointError, shorten, summarize
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.run_record import STRUCTURE, Record, checksums, describe_changes, record_changes
 from kandinsky_jax.training.step import TrainState

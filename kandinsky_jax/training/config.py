@@ -11,8 +11,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from kandinsky_jax import reading
-from kandinsky_jax.errors import quote, shorten, summarize
+from kandinsky_jax.common import reading
+from kandinsky_jax.common.errors import quote, shorten, summarize
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.schedulers.base import near
 from kandinsky_jax.training.mesh import MeshConfig

@@ -29,21 +29,23 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax import images, lora
 from kandinsky_jax.checkpoint import flat_params
-from kandinsky_jax.errors import shorten
-from kandinsky_jax.stop import Stop
+from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.preemption import Stop
 from kandinsky_jax.training.bad_data import BadData
 from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Batches, Captioned, DataError, listing
-from kandinsky_jax.training.encoded import LatentCache, open_latent_cache
 from kandinsky_jax.training.errors import TrainingError
-from kandinsky_jax.training.foundations import CLIPTask, MoVQTask
 from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.latent_cache import LatentCache, open_latent_cache
 from kandinsky_jax.training.mesh import gathered, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.run_record import run_record
 from kandinsky_jax.training.step import Trainer, TrainState
-from kandinsky_jax.training.tasks import DiffusionTask, TrainingTask
+from kandinsky_jax.training.tasks.base import TrainingTask
+from kandinsky_jax.training.tasks.clip import CLIPTask
+from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+from kandinsky_jax.training.tasks.movq import MoVQTask
 
 TASKS: dict[Kind, type[TrainingTask]] = {Kind.MOVQ: MoVQTask, Kind.CLIP: CLIPTask}  # the others diffuse
 MOST_BAD = 10  # consecutive steps without a finite loss, after which training ends

@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kandinsky_jax.sampling import Network, Params
+from kandinsky_jax.diffusion import Network, Params
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 COMMITMENT = 0.25  # van den Oord et al. 2017, section 3.2

@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath, tree_flatten_with_path
 
-from kandinsky_jax.errors import shorten
-from kandinsky_jax.sharding import DATA_AXIS, REPLICATED, Rules, largest_axis, parameter_shardings
+from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.parallel.mesh import DATA_AXIS
+from kandinsky_jax.parallel.sharding import REPLICATED, Rules, largest_axis, parameter_shardings
 
 FSDP_AXIS = "fsdp"
 EXAMPLES = PartitionSpec((DATA_AXIS, FSDP_AXIS))  # of arrays whose first axis is examples
@@ -82,7 +83,7 @@ def state_shardings(mesh: Mesh, tree: Any, rules: Rules | None = None) -> Any:
 
     Args:
         tree: arrays, or shapes.
-        rules: (pattern, PartitionSpec) pairs over dotted names, see `kandinsky_jax.sharding.Rules`, that may name the
+        rules: (pattern, PartitionSpec) pairs over dotted names, see `parallel.sharding.Rules`, that may name the
             axis `fsdp`; None shards every large leaf along its largest divisible axis.
     Raises:
         ValueError: listing all rules that cannot be followed.

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from kandinsky_jax import reading
-from kandinsky_jax.atomic import fill_file, replace_file
+from kandinsky_jax.common import reading
+from kandinsky_jax.common.atomic import fill_file, replace_file
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.errors import TrainingError
 

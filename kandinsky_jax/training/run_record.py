@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, data_fingerprint
 from kandinsky_jax.training.kinds import Kind

@@ -18,9 +18,9 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
-from kandinsky_jax.errors import shorten
-from kandinsky_jax.sharding import Rules
-from kandinsky_jax.training.heap import keep_freed_memory
+from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.parallel.sharding import Rules
+from kandinsky_jax.training.malloc import keep_freed_memory
 from kandinsky_jax.training.mesh import EXAMPLES, shard_examples, state_shardings, unsharded
 
 # (trained parameters, batch, key) -> a float32 scalar; with `frozen`, (trained parameters, batch, key, frozen)

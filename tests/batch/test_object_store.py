@@ -13,9 +13,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from kandinsky_jax.batch.output import GeneratedImage, Output
+from kandinsky_jax.batch.shards import GeneratedImage, Output
 from tests.batch.store import FAULTS, object_store
-from tests.test_batch import PROMPTS, contents, job_of, run_job
+from tests.batch.test_jobs import PROMPTS, contents, job_of, run_job
 
 
 @pytest.fixture(scope="module")

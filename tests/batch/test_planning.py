@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tpu_scripts.batch_planning import LAYOUTS, compare, measure, write
+from tpu_scripts.batch.batch_planning import LAYOUTS, compare, measure, write
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
@@ -36,7 +36,7 @@ def test_planning_with_every_id_twice_is_cheap(tmp_path):
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_planning_of_a_million_rows(name):
-    """As tpu_scripts/batch_planning.py, whose dated result is in tpu_scripts/results."""
+    """As tpu_scripts/batch/batch_planning.py, whose dated result is in tpu_scripts/results."""
     found = compare(name, 1_000_000, rounds=3)
     assert found["plan_memory_mb"] <= 200
     assert found["ratio"] <= 1.5

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kandinsky_jax.batch.requests import MAX_KEY, Checker, RowError, json_value
 from kandinsky_jax.batch.rows import Raw
-from kandinsky_jax.batch.tasks import MAX_KEY, Checker, RowError, json_value
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 
 DEFAULTS = {"steps": 10, "prior_steps": 5, "guidance_scale": 4.0, "prior_guidance_scale": 4.0}
 

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from kandinsky_jax.batch import JobError
-from kandinsky_jax.batch.output import FORMAT_VERSION, GeneratedImage, Output, json_line
+from kandinsky_jax.batch.shards import FORMAT_VERSION, GeneratedImage, Output, json_line
 
 IDENTITY = {"rows": {"count": 9}, "seed": 0}
 

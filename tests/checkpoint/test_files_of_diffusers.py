@@ -17,10 +17,9 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 import kandinsky_jax
-from kandinsky_jax import CheckpointError, CLIPTextModelWithProjection, PriorTransformer, hub, load_network
-from kandinsky_jax.checkpoint import LazyNetwork, WeightSelection, check_network, flat_params
+from kandinsky_jax import CheckpointError, CLIPTextModelWithProjection, PriorTransformer, load_network
+from kandinsky_jax.checkpoint import LazyNetwork, WeightSelection, check_network, flat_params, hub, tensor_files
 from kandinsky_jax.models import UNet2DConditionModel
-from kandinsky_jax.tensors import files
 from tests.conftest import SHAPES_MODEL
 
 PRIOR = SHAPES_MODEL / hub.PRIOR
@@ -255,7 +254,7 @@ def test_float64_is_taken_where_nothing_is_lost(text_folder):
 
 @pytest.mark.parametrize("dtype", ["bool", "int32", "complex64", "float8_e4m3fn"])
 def test_orbax_checkpoints_of_other_dtypes(dtype, text_folder, tmp_path):
-    from kandinsky_jax import orbax
+    from kandinsky_jax.checkpoint import orbax
 
     params = flat_params(load_network(CLIPTextModelWithProjection, text_folder))
     params = {name: np.asarray(array) for name, array in params.items()}
@@ -299,7 +298,7 @@ def test_a_tensor_in_two_shards_is_refused(stale):
     ],
 )
 def test_variant_of_a_file_by_its_name(name, variant):
-    assert files.variant_of(name) == variant
+    assert tensor_files.variant_of(name) == variant
 
 
 # LoRA within a network's files ------------------------------------------------------------------------------------

@@ -11,15 +11,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from kandinsky_jax import (
-    CheckpointError,
-    DDPMScheduler,
-    KandinskyV22Pipeline,
-    SchedulerError,
-    UNet2DConditionModel,
-    hub,
-)
-from kandinsky_jax.checkpoint import WeightSelection
+from kandinsky_jax import CheckpointError, DDPMScheduler, KandinskyV22Pipeline, SchedulerError, UNet2DConditionModel
+from kandinsky_jax.checkpoint import WeightSelection, hub
 from tests.checkpoint.hub_server import COMMIT, serving
 from tests.conftest import SHAPES_MODEL
 

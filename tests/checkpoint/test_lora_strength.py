@@ -13,8 +13,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from kandinsky_jax import hub
-from kandinsky_jax.checkpoint import CheckpointError, flat_params, lora_files
+from kandinsky_jax.checkpoint import CheckpointError, flat_params, hub, lora_files
 from kandinsky_jax.lora import FILE
 from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
 from kandinsky_jax.models.layers import abstract

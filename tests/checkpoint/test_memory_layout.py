@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from kandinsky_jax import KandinskyV22Pipeline, hub, load_network, save_network, sharding
-from kandinsky_jax.checkpoint import flat_params, move_network
+from kandinsky_jax import KandinskyV22Pipeline, load_network, save_network
+from kandinsky_jax.checkpoint import flat_params, hub, move_network
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion.calls import call
 from kandinsky_jax.models import UNet2DConditionModel, VQModel
-from kandinsky_jax.sampling import Network, call
+from kandinsky_jax.parallel import sharding
 from tests.conftest import SHAPES_MODEL
-from tests.test_compile import compilations
+from tests.pipelines.test_compile import compilations
 
 DECODER = SHAPES_MODEL / hub.DECODER
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import kandinsky_jax
-from kandinsky_jax import CheckpointError, CLIPTextModelWithProjection, PriorTransformer, hub
-from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax import CheckpointError, CLIPTextModelWithProjection, PriorTransformer
+from kandinsky_jax.checkpoint import flat_params, hub
 from tests.conftest import SHAPES_MODEL
 
 PRIOR = SHAPES_MODEL / hub.PRIOR

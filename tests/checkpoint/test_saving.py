@@ -12,8 +12,8 @@ import diffusers
 import numpy as np
 import pytest
 
-from kandinsky_jax import CheckpointError, KandinskyV22Pipeline, PriorTransformer, hub, load_network, save_network
-from kandinsky_jax.checkpoint import WeightSelection, flat_params
+from kandinsky_jax import CheckpointError, KandinskyV22Pipeline, PriorTransformer, load_network, save_network
+from kandinsky_jax.checkpoint import WeightSelection, flat_params, hub
 from kandinsky_jax.checkpoint.manifest import MANIFEST, verify
 from tests.conftest import SHAPES_MODEL
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kandinsky_jax import CheckpointError, KandinskyV22PriorPipeline, hub
+from kandinsky_jax import CheckpointError, KandinskyV22PriorPipeline
+from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from kandinsky_jax.models.clip import CLIPTextConfig
 from kandinsky_jax.training.data.items import Captioned

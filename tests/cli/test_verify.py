@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from convert_weights.convert import convert
-from kandinsky_jax import hub
+from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.checkpoint.conversion import convert
 from kandinsky_jax.checkpoint.manifest import MANIFEST, verify, write_manifest
 from kandinsky_jax.cli import app
-from kandinsky_jax.tensors.files import CheckpointError
+from kandinsky_jax.common.errors import CheckpointError
 from tests.conftest import SHAPES_MODEL
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

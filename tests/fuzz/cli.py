@@ -12,8 +12,8 @@ from unittest import mock
 
 from PIL import Image
 
-from kandinsky_jax import reading
 from kandinsky_jax.cli.main import main
+from kandinsky_jax.common import reading
 from tests.fuzz.harness import Reader, check_message
 
 SETTINGS = "--steps 10 --guidance-scale 4 --seed 1 --num-images 2 --scheduler ddim --dtype float32 --prior-steps 5"

@@ -14,8 +14,8 @@ from PIL import Image
 
 from kandinsky_jax import KandinskyV22Img2ImgCombinedPipeline, images
 from kandinsky_jax.batch import Job, JobError, open_job
-from kandinsky_jax.batch.output import Output
-from kandinsky_jax.batch.tasks import Checker, RowError
+from kandinsky_jax.batch.requests import Checker, RowError
+from kandinsky_jax.batch.shards import Output
 from kandinsky_jax.checkpoint import describe_network
 from kandinsky_jax.checkpoint.tokenizer import load_tokenizer
 from kandinsky_jax.images import CLIPImageProcessor

@@ -17,15 +17,13 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from kandinsky_jax import hub, orbax, zero_embed
-from kandinsky_jax.checkpoint import CheckpointError, check_network, load_network
+from kandinsky_jax.checkpoint import CheckpointError, check_network, hub, load_network, orbax, tensor_files, zero_embed
 from kandinsky_jax.checkpoint.tokenizer import load_tokenizer
+from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.config import ConfigError
 from kandinsky_jax.schedulers import SCHEDULERS, SchedulerError, scheduler_from_config
-from kandinsky_jax.storage import read_json
-from kandinsky_jax.tensors import files
 from tests.conftest import OFFICIAL, SHAPES_MODEL
 from tests.fuzz.harness import Reader, lasting_folder
 
@@ -71,7 +69,7 @@ def _readme(folder: Path) -> list[Path]:
 
 def _config(name: str) -> Reader:
     source = COMPONENTS[name]
-    tensors = next(path.name for path in source.glob("*.safetensors") if path.name != files.ZERO_EMBED)
+    tensors = next(path.name for path in source.glob("*.safetensors") if path.name != tensor_files.ZERO_EMBED)
     return Reader(
         f"config.json of {name}",
         lambda folder: copy(source, folder, "config.json", link=(tensors,)),
@@ -96,7 +94,7 @@ def _read_official_configs(folder: Path) -> None:
 
 def _tensors(name: str) -> Reader:
     source = COMPONENTS[name]
-    tensors = next(path.name for path in source.glob("*.safetensors") if path.name != files.ZERO_EMBED)
+    tensors = next(path.name for path in source.glob("*.safetensors") if path.name != tensor_files.ZERO_EMBED)
     return Reader(
         f"safetensors of {name}",
         lambda folder: copy(source, folder, tensors, link=("config.json",)),
@@ -126,7 +124,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _read_shards(folder: Path) -> None:
-    for tensor in files.open_tensors(folder / "model.safetensors.index.json").values():
+    for tensor in tensor_files.open_tensors(folder / "model.safetensors.index.json").values():
         tensor.read()
 
 
@@ -158,7 +156,7 @@ def _read_pickles(folder: Path) -> None:
     refused = []
     for path in sorted(folder.iterdir()):
         try:
-            for tensor in files.open_tensors(path).values():
+            for tensor in tensor_files.open_tensors(path).values():
                 tensor.read()
         except CheckpointError as error:
             if not path.name.startswith("malicious"):
@@ -188,7 +186,7 @@ def _read_orbax(folder: Path) -> None:
 
 def _zero_embed(folder: Path) -> list[Path]:
     source = PRIOR / "image_encoder"
-    return copy(source, folder, files.ZERO_EMBED, link=("config.json", "model.safetensors"))
+    return copy(source, folder, tensor_files.ZERO_EMBED, link=("config.json", "model.safetensors"))
 
 
 @functools.cache

@@ -24,12 +24,12 @@ from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.config import Config, TrainingConfigError, load
 from kandinsky_jax.training.data import DataError, listing
 from kandinsky_jax.training.data import Reader as PictureReader
-from kandinsky_jax.training.encoded import open_latent_cache
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.latent_cache import open_latent_cache
 from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.step import TrainState
-from kandinsky_jax.training.tasks import DiffusionTask
+from kandinsky_jax.training.tasks.diffusion import DiffusionTask
 from tests.conftest import SHAPES_MODEL
 from tests.fuzz.harness import Reader, check_message, lasting_folder
 from tests.fuzz.jobs import PIXELS

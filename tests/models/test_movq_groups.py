@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from kandinsky_jax import hub, load_network
+from kandinsky_jax import load_network
+from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion.calls import call
 from kandinsky_jax.models import VQModel, movq
-from kandinsky_jax.sampling import Network, call
 from tests.conftest import SHAPES_MODEL
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from kandinsky_jax import KandinskyV22Pipeline
 from kandinsky_jax.checkpoint import flat_params
-from kandinsky_jax.sharding import largest_axis, make_mesh
+from kandinsky_jax.parallel.mesh import make_mesh
+from kandinsky_jax.parallel.sharding import largest_axis
 
 model, folder = sys.argv[1:]
 mesh = make_mesh(1, 1, 4)

@@ -23,15 +23,13 @@ from kandinsky_jax import (
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
     TorchGenerator,
-    hub,
     lora,
 )
-from kandinsky_jax.checkpoint import flat_params, lora_files
+from kandinsky_jax.checkpoint import flat_params, hub, lora_files, tensor_names
 from kandinsky_jax.lora import FILE, LayerChange
-from kandinsky_jax.tensors import names
+from tests.checkpoint.test_hub import cached
 from tests.conftest import SHAPES_MODEL, note
-from tests.test_compile import compilations
-from tests.test_hub import cached
+from tests.pipelines.test_compile import compilations
 from tests.xla_flags import devices
 
 PROMPT = "a red circle on a blue background"
@@ -116,7 +114,7 @@ def their_weights(network: torch.nn.Module) -> dict[str, np.ndarray]:
                 if adapter in module.lora_A:
                     weight += module.get_delta_weight(adapter)
         found[name + (".kernel" if weight.ndim == 4 else ".weight")] = weight.detach().numpy()
-    return {name: names.to_flax(name, array) for name, array in found.items()}
+    return {name: tensor_names.to_flax(name, array) for name, array in found.items()}
 
 
 def same_weights(module, before: dict, network: torch.nn.Module) -> None:

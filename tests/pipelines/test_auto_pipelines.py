@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import kandinsky_jax as kj
-from kandinsky_jax import CheckpointError, hub
+from kandinsky_jax import CheckpointError
+from kandinsky_jax.checkpoint import hub
 from tests.conftest import SHAPES_MODEL
 
 

@@ -19,8 +19,8 @@ import transformers
 from flax import nnx
 
 import kandinsky_jax
-from kandinsky_jax import hub
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from tests.conftest import SHAPES_MODEL
 from tests.xla_flags import devices

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 import kandinsky_jax
-from kandinsky_jax import CheckpointError, hub
+from kandinsky_jax import CheckpointError
+from kandinsky_jax.checkpoint import hub
 from tests.conftest import SHAPES_MODEL
 
 CONVERTED = ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler", "UnCLIPScheduler"]

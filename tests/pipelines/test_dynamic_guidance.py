@@ -8,8 +8,8 @@ import torch
 
 from kandinsky_jax import TorchGenerator
 from tests.conftest import note, worst
-from tests.test_compile import compilations
-from tests.test_modes import for_reference, given
+from tests.pipelines.test_compile import compilations
+from tests.pipelines.test_modes import for_reference, given
 
 PROMPTS = ["a red circle on a blue background", "yellow ring, black background"]
 DRAW = {"num_inference_steps": 6, "height": 64, "width": 64, "output_type": "np"}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import kandinsky_jax
-from kandinsky_jax import SchedulerError, hub, scheduler_named
+from kandinsky_jax import SchedulerError, scheduler_named
+from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.schedulers import NAMES, scheduler_from_config
 
 TINY = json.loads((hub.EMBEDDED["tiny"] / hub.DECODER / "scheduler/scheduler_config.json").read_text())

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import kandinsky_jax
-from kandinsky_jax import CheckpointError, SchedulerError, hub
+from kandinsky_jax import CheckpointError, SchedulerError
+from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.schedulers import SCHEDULERS
 from tests.conftest import SHAPES_MODEL
 

@@ -14,9 +14,8 @@ from kandinsky_jax import (
     KandinskyV22InpaintPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
-    hub,
-    zero_embed,
 )
+from kandinsky_jax.checkpoint import hub, zero_embed
 from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
 
 # The folder of a run's result, by the part of the family.

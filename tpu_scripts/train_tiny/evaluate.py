@@ -24,9 +24,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from kandinsky_jax import KandinskyV22CombinedPipeline
-from kandinsky_jax.sampling import Network, call
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion.calls import call
 from kandinsky_jax.training.data import listing
-from kandinsky_jax.training.tasks import to_movq_pixels
+from kandinsky_jax.training.tasks.base import to_movq_pixels
 
 ROOT = Path(__file__).parents[2]
 COMMON = Path(__file__).with_name("common.txt")

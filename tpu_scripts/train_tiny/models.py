@@ -30,9 +30,8 @@ from kandinsky_jax import (
     KandinskyV22InpaintPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
-    hub,
 )
-from kandinsky_jax.checkpoint import flat_params, set_params
+from kandinsky_jax.checkpoint import flat_params, hub, set_params
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.schedulers import DDPMScheduler, UnCLIPScheduler

@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 from typing import Any
 
-from kandinsky_jax import reading
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common import reading
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.items import CAPTION_KEYS
 
 # UTF-32 before UTF-16, whose little-endian mark is a prefix.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.errors import shorten, summarize
+from kandinsky_jax.common.errors import shorten, summarize
 
 MAX_KEPT = 1000  # faults that are kept by name; further ones are counted
 MAX_PICTURE_BYTES = 2**30

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.captions import MARKS, caption_from, caption_of, decode, parse_json
 from kandinsky_jax.training.data.items import (
     MAX_CAPTION_BYTES,

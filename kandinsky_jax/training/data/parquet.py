@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.captions import clean
 from kandinsky_jax.training.data.items import CAPTION_KEYS, MAX_PICTURE_BYTES, Captioned, Skipped
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from kandinsky_jax import images
 from kandinsky_jax.checkpoint.tokenizer import tokenize
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.training.data.items import Captioned, DataError
 

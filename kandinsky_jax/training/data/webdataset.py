@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kandinsky_jax.errors import shorten
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.captions import caption_from
 from kandinsky_jax.training.data.items import (
     MAX_CAPTION_BYTES,

@@ -1,0 +1,333 @@
+"""Output of a job: one file or folder per shard, written atomically, in a local folder or at any fsspec URL.
+
+    OUT/job.json              identity of the job; a run of another job is refused
+    OUT/000000.tar            a shard in WebDataset format: ID.png and ID.json for each picture
+    OUT/errors/000000.jsonl   rows of the shard that could not be generated, with reasons; absent if there are none
+    OUT/errors.jsonl          all of these, once the last shard is complete
+
+As a folder of pictures, there are OUT/images/000000/ID.png and OUT/manifest/000000.parquet instead of the tar file. The
+tar file or manifest is written last and marks the shard as complete. An empty or truncated file of that name is
+replaced; files of other names are ignored. `kandinsky_jax.batch.files` describes atomic writes by several processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import re
+import tarfile
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+from kandinsky_jax.batch.files import open_files
+from kandinsky_jax.batch.model_files import changed
+from kandinsky_jax.batch.rows import JobError, parquet
+from kandinsky_jax.common import reading
+from kandinsky_jax.common.errors import quote, shorten, summarize
+
+OUTPUT_FORMATS = ("webdataset", "folder")
+FORMAT_VERSION = 2  # of job.json and shards; 1 had a single digest of the model, 0 no version; both can be resumed
+_BLOCK = tarfile.BLOCKSIZE
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of an object, different in every run
+
+
+class GeneratedImage(NamedTuple):
+    """A generated and encoded picture of a shard."""
+
+    key: str  # file name without suffix
+    data: bytes  # the encoded picture
+    about: dict[str, Any]  # settings that reproduce it
+    fault: str | None = None  # the reason if there is no picture
+
+
+class Failed(NamedTuple):
+    """Rows of a complete job that could not be generated."""
+
+    rows: int
+    shards: list[str]  # files of their shards; a shard whose file is removed is made again
+
+
+class Output:
+    """The folder of a job.
+
+    Args:
+        url: a local path or an fsspec URL.
+        form: one of `OUTPUT_FORMATS`.
+        suffix: of the pictures, such as "png".
+    Raises:
+        ImportError, ValueError, OSError: for an unknown file system, or one whose package is not installed.
+    """
+
+    def __init__(self, url: str, form: str, suffix: str):
+        self.url, self.form, self.suffix = url, form, suffix
+        self._files = open_files(url)
+        self._stale: set[str] = set()  # error files of an earlier run, for shards that are made again
+
+    def begin(self, identity: dict[str, Any], older_model: Callable[[], str] | None = None) -> None:
+        """Start the job in this folder, or check that it was started here; safe against concurrent processes.
+
+        Args:
+            identity: of the job.
+            older_model: computes the value of `identity["model"]` in format versions 0 and 1.
+        Raises:
+            JobError: for the folder of another job, naming the differences, or a folder with other content.
+            OSError: for a folder that cannot be read or written.
+        """
+        text = json.dumps({"format_version": FORMAT_VERSION} | identity, indent=2) + "\n"
+        found = self._files.sizes("")
+        if "job.json" not in found:
+            if others := sorted(name for name in found if not name.startswith(".")):
+                shown = shorten(", ".join(others[:5]), 150)
+                raise JobError([f"{self.url} is neither empty nor a job's folder; it has {shown}"])
+            if self._write("job.json", text.encode(), overwrite=False):
+                return
+        try:
+            known = self._files.read("job.json")
+        except OSError as error:
+            reason = error.strerror or error
+            raise JobError([f"{shorten(self.url, 240)}/job.json cannot be read: {shorten(reason, 200)}"]) from None
+        self._compare(known, json.loads(text), older_model)
+
+    def _compare(self, data: bytes, identity: dict[str, Any], older_model: Callable[[], str] | None) -> None:
+        """Raise JobError where job.json is damaged, of a later version, or of another job."""
+        try:
+            known = reading.parse_json(data)
+            if not isinstance(known, dict):
+                raise reading.ReadError(f"holds {type(known).__name__}, needed is an object")
+        except reading.ReadError as error:
+            fault = reading.of_file(f"{self.url}/job.json", error)
+            raise JobError([f"{fault}; it is damaged: use another folder, or remove this one"]) from None
+        version = known.pop("format_version", 0)
+        if version not in range(FORMAT_VERSION + 1) or isinstance(version, bool):
+            raise JobError(
+                [
+                    f"{self.url}/job.json has format version {shorten(version, 40)}, this release knows 0 to "
+                    f"{FORMAT_VERSION}: continue with the release that started the job, or use another folder"
+                ]
+            )
+        del identity["format_version"]
+        if version < 2 and older_model is not None:
+            identity["model"] = older_model()
+        differ = _changes(known, identity)
+        if differ:
+            fault = f"{shorten(self.url, 150)} holds another job; finish that one, or use another folder"
+            raise JobError([fault, *differ])
+
+    # Shards -------------------------------------------------------------------------------------------------------
+
+    def complete(self, count: int) -> set[int]:
+        """Return which of a job's shards, numbered from 0 to `count` - 1, are complete.
+
+        Empty or truncated files with a shard's name give a warning.
+        """
+        folder = "" if self.form == "webdataset" else "manifest"
+        found = self._files.sizes(folder)
+        names = {number: self._name(number) for number in range(count)}
+        sizes = {name: found.get(name.rpartition("/")[2]) for name in names.values()}
+        known = {name: size for name, size in sizes.items() if size is not None}
+        ends = dict(zip(known, self._files.ends(known, _BLOCK, 2 * _BLOCK), strict=True))
+        errors = self._files.sizes("errors")
+        complete = set()
+        for number, name in names.items():
+            if name in ends:
+                if self._is_whole(known[name], *ends[name], f"{number:06d}.jsonl" in errors):
+                    complete.add(number)
+                else:
+                    warnings.warn(f"{self.url}/{name} is not a complete shard and is made again", stacklevel=2)
+        return complete
+
+    def is_complete(self, shard: int) -> bool:
+        """Return whether a shard is complete, by this process or another."""
+        name = self._name(shard)
+        size = self._files.size(name)
+        if size is None:
+            return False
+        [ends] = self._files.ends({name: size}, _BLOCK, 2 * _BLOCK)
+        return self._is_whole(size, *ends, self._files.size(f"errors/{shard:06d}.jsonl") is not None)
+
+    def _name(self, shard: int) -> str:
+        return f"{shard:06d}.tar" if self.form == "webdataset" else f"manifest/{shard:06d}.parquet"
+
+    def _is_whole(self, size: int, head: bytes, tail: bytes, errors: bool) -> bool:
+        """Return whether a file of this size, with these first and last bytes, is a complete shard."""
+        if self.form == "folder":
+            footer = int.from_bytes(tail[-8:-4], "little")
+            return size >= 12 and head[:4] == tail[-4:] == b"PAR1" and footer + 12 <= size
+        if size < tarfile.RECORDSIZE or size % tarfile.RECORDSIZE or any(tail):
+            return False
+        return head[257:262] == b"ustar" or (errors and size == tarfile.RECORDSIZE and not any(head))
+
+    def sweep(self) -> None:
+        """Remove scratch files of killed runs; those of running processes stay."""
+        pictures = [f"images/{name}" for name, size in self._files.sizes("images").items() if size is None]
+        self._files.sweep(("", "errors", "manifest", "images", *pictures))
+        self._stale = {name for name in self._files.sizes("errors") if not name.startswith(".")}
+
+    def write(self, shard: int, pictures: Sequence[GeneratedImage], errors: Sequence[dict[str, Any]]) -> bool:
+        """Write a shard, which is complete when this returns.
+
+        Returns:
+            whether this call has written it; False if another process has completed it first.
+        Raises:
+            OSError: if it cannot be written; it stays absent.
+        """
+        number, name = f"{shard:06d}", self._name(shard)
+        if self.is_complete(shard):
+            return False
+        if errors:
+            self._write(f"errors/{number}.jsonl", b"".join(_error_line(error) for error in errors))
+        elif f"{number}.jsonl" in self._stale:
+            self._files.remove(f"errors/{number}.jsonl")
+        if self.form == "webdataset":
+            fill = functools.partial(_write_tar, pictures=pictures, suffix=self.suffix)
+        else:
+            paths = [f"images/{number}/{picture.key}.{self.suffix}" for picture in pictures]
+            for path, picture in zip(paths, pictures, strict=True):
+                self._write(path, picture.data)
+            fill = functools.partial(_write_manifest, pictures=list(zip(paths, pictures, strict=True)))
+        if self._files.write(name, fill):
+            return True
+        if self.is_complete(shard):
+            return False
+        return self._files.write(name, fill, overwrite=True)  # the existing file is not a shard
+
+    def finish(self, count: int) -> Failed:
+        """Collect the errors of all shards in one file, once all are complete."""
+        found = self._files.sizes("errors")
+        shards = [number for number in range(count) if f"{number:06d}.jsonl" in found]
+        if not shards:
+            self._files.remove("errors.jsonl")
+            return Failed(0, [])
+        lines = b"".join(self._files.read(f"errors/{number:06d}.jsonl") for number in shards)
+        self._write("errors.jsonl", lines)
+        rows = {_row_number(line) for line in lines.splitlines()}
+        return Failed(len(rows), [self._name(number) for number in shards])
+
+    def _write(self, name: str, data: bytes, *, overwrite: bool = True) -> bool:
+        return self._files.write(name, lambda file: file.write(data), overwrite=overwrite)
+
+
+_PARTS = {"defaults": "{}", "rows": "the {} of rows", "versions": "the version of {}"}
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the differences of two identities of a job, by setting."""
+    faults = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            faults.append("the model's files changed" if name == "model" else _change(name, old, new))
+        elif name == "model":
+            faults.append(f"the model's files changed: {summarize(changed(old, new), 150, ', ')}")
+        elif name == "rows" and old.get("count") == new.get("count"):
+            faults.append("the file of rows changed; the number of rows did not")
+        else:
+            faults += [
+                _change(_PARTS.get(name, f"{shorten(name, 20)}: {{}}").format(part), old.get(part), new.get(part))
+                for part in sorted(old.keys() | new.keys())
+                if old.get(part) != new.get(part) and (name, part) != ("rows", "sha256")
+            ]
+    return faults
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """Describe a setting's two values; long ones from where they differ."""
+    old, new = ("not given" if value is None else quote(value, 2000) for value in (before, now))
+    alike = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    if alike > 40:
+        old, new = f"...{old[alike - 20 :]}", f"...{new[alike - 20 :]}"
+    return f"{shorten(name, 40)} was {shorten(old, 60)}, now {shorten(new, 60)}"
+
+
+# Content ----------------------------------------------------------------------------------------------------------
+
+
+def json_line(value: Any) -> bytes:
+    """Encode a value as a line of standard JSON, the same in every run.
+
+    Numbers without a JSON form become text, "Infinity", "-Infinity" and "NaN", as in Protocol Buffers; other values
+    become their text, without memory addresses.
+
+    Raises:
+        ValueError: for values nested too deeply, or keys that are not text.
+    """
+    try:
+        text = json.dumps(_finite(value), ensure_ascii=False, default=_text, allow_nan=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot be written as JSON: {shorten(str(error), 100)}") from None
+    return (text + "\n").encode(errors="backslashreplace")  # unpaired surrogates, escaped as in JSON
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _text(value: Any) -> str:
+    return _ADDRESS.sub("", str(value))
+
+
+def _error_line(error: dict[str, Any]) -> bytes:
+    """Encode a line of errors.jsonl; the row's identifier may be any value."""
+    name = error.get("id")
+    short = isinstance(name, str) and len(name) <= 200
+    if not (name is None or short or (isinstance(name, int) and abs(name) < 2**63)):
+        name = shorten(name, 200)
+    return json_line(error | {"id": name, "error": _text(error["error"])})
+
+
+def _row_number(line: bytes) -> Any:
+    """Return the row of a line of errors.jsonl; a row of several pictures may have several lines."""
+    try:
+        return json.loads(line)["row"]
+    except (ValueError, TypeError, KeyError, RecursionError):  # damaged
+        return line
+
+
+def _write_tar(file: BinaryIO, pictures: Sequence[GeneratedImage], suffix: str) -> None:
+    """Write a WebDataset shard: files of one sample share a name and are adjacent; no times or owners are stored.
+
+    With names of up to 100 characters the bytes are those of the older USTAR format; PAX allows longer ones.
+    """
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for picture in pictures:
+            for name, data in (
+                (f"{picture.key}.{suffix}", picture.data),
+                (f"{picture.key}.json", json_line(picture.about)),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(data), 0o644
+                tar.addfile(member, io.BytesIO(data))
+
+
+# Columns of the manifest, the same in every shard even where one is empty.
+MANIFEST_COLUMNS = {
+    "string": "file_name id prompt negative_prompt mode model prior scheduler dtype image mask hint metadata".split(),
+    "int64": "seed image_number height width steps prior_steps batch".split(),
+    "float64": "guidance_scale prior_guidance_scale strength".split(),
+}
+
+
+def _write_manifest(file: BinaryIO, pictures: Sequence[tuple[str, GeneratedImage]]) -> None:
+    import pyarrow
+
+    schema = pyarrow.schema([(name, kind) for kind, names in MANIFEST_COLUMNS.items() for name in names])
+    rows = []
+    for path, picture in pictures:
+        row = {"file_name": path, **picture.about}
+        if "metadata" in row:  # of any type
+            row["metadata"] = json_line(row["metadata"]).decode().rstrip("\n")
+        rows.append({name: _utf8(row.get(name)) for name in schema.names})
+    parquet().write_table(pyarrow.Table.from_pylist(rows, schema), file)
+
+
+def _utf8(value: Any) -> Any:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value

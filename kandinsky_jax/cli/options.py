@@ -1,0 +1,204 @@
+"""Options of every command that generates pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import secrets
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from PIL import Image
+
+from kandinsky_jax import images
+from kandinsky_jax.checkpoint.hub import OFFICIAL
+from kandinsky_jax.common.errors import quote
+from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
+from kandinsky_jax.diffusion.rng import Generator, TorchGenerator
+from kandinsky_jax.parallel.mesh import Mesh, make_mesh
+from kandinsky_jax.pipelines import (
+    CombinedPipeline,
+    checks,
+)
+from kandinsky_jax.schedulers import NAMES, scheduler_named
+from kandinsky_jax.schedulers.names import SUFFIXES
+
+
+class Dtype(StrEnum):
+    """Dtype of the networks."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of every command that generates pictures."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help='"tiny" (embedded, offline), a folder, or a Hub repository; default: the official one.',
+        ),
+    ] = None
+    prior: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository of the prior; default: the one the model names.")
+    ] = None
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What to avoid.")] = None
+    height: Annotated[
+        int | None, typer.Option(help="Pixels; default: that of the given picture, else the model's.")
+    ] = None
+    width: Annotated[int | None, typer.Option(help="Pixels; default: as for the height.")] = None
+    steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = 50
+    prior_steps: Annotated[int, typer.Option(help="Denoising steps of the prior.")] = 25
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"The decoder's solver: {', '.join(NAMES)}; some take -{', -'.join(SUFFIXES)} at the end, such as "
+            "dpm++2m-karras; default: the model's own.",
+        ),
+    ] = None
+    guidance_scale: Annotated[float, typer.Option(help="Of the decoder; guidance is on above 1.")] = 4.0
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(help="Guidance only in this part of the decoder's steps, such as 0.4,1; default: all."),
+    ] = None
+    prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior; guidance is on above 1.")] = 4.0
+    seed: Annotated[int | None, typer.Option(help="Default: a fresh one, which is printed.")] = None
+    torch_noise: Annotated[
+        bool,
+        typer.Option("--torch-noise", help="Use PyTorch's noise: the picture that diffusers generates with this seed."),
+    ] = False
+    num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the networks; default: float32 on a CPU, else bfloat16.")] = (
+        None
+    )
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA,GUIDANCE,ROWS",
+            help="Sharding over devices: of the batch, of guidance (1 or 2), of a picture's rows; 1,2,4 generates one "
+            "picture on eight devices. Default: the batch over all devices.",
+        ),
+    ] = None
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PNG, JPEG or WebP; several pictures get -0, -1, ... in their names.")
+    ] = Path("kandinsky.png")
+    compilation_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"FOLDER|{OFF}",
+            help=f"Cache of compiled programs; default: ${CACHE}, else in the user's cache folder.",
+        ),
+    ] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False
+
+    def check(self) -> None:
+        """Check the options before a model is loaded."""
+        images.check_writable(self.output)
+        checks.count(self.num_images, "--num-images")
+        for name, side in (("--height", self.height), ("--width", self.width)):
+            if side is not None:
+                checks.side(side, name)
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed={self.seed} is not a seed; needed is an integer from 0 to 2**63 - 1")
+        checks.interval(self.interval(), max(self.steps, 1), "--guidance-interval")
+        self.devices()
+        if self.scheduler is not None:
+            scheduler_named(self.scheduler, {}).steps(self.steps)
+
+    def generate(self, cls: type[CombinedPipeline], repository: str, call: Callable[[Any, Generator], Any]) -> Any:
+        """Load a pipeline while compiling for `call`, and return the seed and the result of the call."""
+        if self.compilation_cache is not None:
+            set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)
+        seed = secrets.randbits(32) if self.seed is None else self.seed
+
+        def run_call(pipe: CombinedPipeline) -> Any:
+            if self.scheduler is not None:
+                pipe.scheduler = scheduler_named(self.scheduler, pipe.scheduler.config)
+            return call(pipe, self.generator(seed))
+
+        pipe = cls.from_pretrained(
+            self.model or f"{OFFICIAL}/{repository}",
+            prior=self.prior,
+            dtype=self.dtype and self.dtype.value,
+            warmup=run_call,
+            mesh=self.devices(),
+        )
+        pipe.set_progress_bar_config(disable=self.quiet)
+        return seed, run_call(pipe)
+
+    def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:
+        """Return the size to generate: as given, else that of the given picture, else the model's."""
+        native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
+        height, width = (native, native) if picture is None else images.fitting_size(picture, native)
+        return {"height": self.height or height, "width": self.width or width}
+
+    def interval(self) -> list[float] | None:
+        """Return the interval of guidance as numbers."""
+        return numbers(self.guidance_interval, "--guidance-interval") if self.guidance_interval is not None else None
+
+    def devices(self) -> Mesh | None:
+        """Make the mesh of the `mesh` option, None without one."""
+        if self.mesh is None:
+            return None
+        parts = numbers(self.mesh, "--mesh")
+        if len(parts) != 3 or any(part != int(part) for part in parts):
+            raise ValueError(
+                f"--mesh must be three whole numbers with commas between, such as 1,2,4, got {quote(self.mesh)}"
+            )
+        data, guidance, rows = map(int, parts)
+        return make_mesh(data, guidance, rows)
+
+    def generator(self, seed: int) -> Generator:
+        """Return the generator of a seed."""
+        return TorchGenerator(seed) if self.torch_noise else seed
+
+    def prior_settings(self) -> dict[str, Any]:
+        """Return the arguments of a prior."""
+        return {"num_inference_steps": self.prior_steps, "guidance_scale": self.prior_guidance_scale}
+
+
+def takes_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command that also takes `Options`, passed on as its argument `options`."""
+    own = inspect.signature(function).parameters
+    hints = get_type_hints(function, include_extras=True) | get_type_hints(Options, include_extras=True)
+    shared = dataclasses.fields(Options)
+
+    @functools.wraps(function)
+    def whole(**given: Any) -> None:
+        options = Options(**{field.name: given.pop(field.name) for field in shared})
+        options.check()
+        function(**given, options=options)
+
+    parameters = [parameter.replace(annotation=hints[name]) for name, parameter in own.items() if name != "options"]
+    parameters += [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in shared
+    ]
+    whole.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    whole.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return whole
+
+
+Prompt = Annotated[list[str], typer.Argument(help="What to generate; several prompts are run as one batch.")]
+ImagePaths = Annotated[
+    list[Path], typer.Option("--image", "-i", help="A picture to start from; one for all prompts, or one for each.")
+]
+Strength = Annotated[float, typer.Option(help="How far to depart from the picture, above 0, at most 1.")]
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """Read the numbers of an option, with commas between; ValueError names the option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be numbers with commas between, got {quote(text)}") from None

@@ -1,0 +1,96 @@
+"""Load a model, generate, and write the pictures: what the commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from kandinsky_jax import images
+from kandinsky_jax.checkpoint.hub import DECODER
+from kandinsky_jax.cli.options import Options
+from kandinsky_jax.diffusion.rng import Generator
+from kandinsky_jax.pipelines import (
+    CombinedPipeline,
+    KandinskyV22CombinedPipeline,
+    checks,
+)
+
+
+def read_pictures(
+    prompt: Sequence[str], options: Options, files: dict[str, list[Path]]
+) -> dict[str, list[Image.Image]]:
+    """Read the pictures of a command, before a model is loaded."""
+    checks.texts(prompt, "prompt")
+    for name, paths in files.items():
+        checks.picture_count(len(paths), name, len(prompt), options.num_images)
+    return {name: [images.read(path, name) for path in paths] for name, paths in files.items()}
+
+
+def file_names(files: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """Return paths as they are recorded in a picture."""
+    return {name: [str(path) for path in paths] for name, paths in files.items()}
+
+
+def generate_pictures(
+    prompt: list[str],
+    options: Options,
+    cls: type[CombinedPipeline],
+    repository: str,
+    files: dict[str, list[Path]],
+    **settings: Any,
+) -> None:
+    """Load, generate and write, for commands that are one call of a combined pipeline."""
+    pictures, repeats = read_pictures(prompt, options, files), options.num_images
+    first = next(iter(pictures.values()))[0] if pictures else None
+    settings |= {
+        "negative_prompt": options.negative_prompt,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "guidance_interval": options.interval(),
+        "prior_guidance_scale": options.prior_guidance_scale,
+        "prior_num_inference_steps": options.prior_steps,
+    }
+
+    def call(pipe: Any, generator: Generator) -> Any:
+        settings.update(options.size(pipe, first))
+        return pipe(prompt, num_images_per_prompt=repeats, generator=generator, **pictures, **settings).images
+
+    seed, generated = options.generate(cls, repository, call)
+    facts = settings | ({"files": file_names(files)} if files else {})
+    write_pictures(generated, options, seed, [{"prompt": text, **facts} for text in prompt for _ in range(repeats)])
+
+
+def generate_from_embeds(
+    embed: Callable[[Any, Generator], Any], options: Options, about: Sequence[dict[str, Any]]
+) -> None:
+    """Load, generate and write, for commands that compute image embeddings in their own way."""
+    settings: dict[str, Any] = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "guidance_interval": options.interval(),
+    }
+
+    def call(pipe: Any, generator: Generator) -> Any:
+        settings.update(options.size(pipe, None))
+        return pipe.decoder_pipe(**embed(pipe, generator), generator=generator, **settings).images
+
+    seed, generated = options.generate(KandinskyV22CombinedPipeline, DECODER, call)
+    shared = {"negative_prompt": options.negative_prompt, "prior": options.prior_settings(), **settings}
+    write_pictures(generated, options, seed, [facts | shared for facts in about])
+
+
+def write_pictures(
+    pictures: Sequence[Image.Image], options: Options, seed: int, about: Sequence[dict[str, Any]]
+) -> None:
+    """Write the pictures with the settings that reproduce them."""
+    for i, (picture, facts) in enumerate(zip(pictures, about, strict=True)):
+        path = options.output
+        path = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{i}")
+        run = {"model": options.model, "seed": seed, "image": i, "torch_noise": options.torch_noise}
+        run["scheduler"] = options.scheduler
+        images.write(path, picture, facts | run)
+        print(path)
+    print(f"seed {seed}")

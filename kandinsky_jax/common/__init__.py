@@ -1,0 +1,1 @@
+"""What every part uses: errors, validation, reading and atomic writing of files."""

@@ -1,0 +1,1 @@
+"""Meshes, and the sharding of arrays over them."""

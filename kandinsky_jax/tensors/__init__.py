@@ -1,1 +1,0 @@
-"""Tensors of checkpoints: names and layouts in PyTorch and Flax, and their files."""

@@ -1,0 +1,132 @@
+"""What every training task does, and helpers that they share."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from kandinsky_jax import lora
+from kandinsky_jax.checkpoint import flat_params, set_params
+from kandinsky_jax.diffusion import Params
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.data import Captioned, Reader, Skipped
+from kandinsky_jax.training.kinds import Kind
+
+
+@dataclass(frozen=True)
+class TrainingTask(ABC):
+    """One kind of training on one model.
+
+    Args:
+        pipe: the model, float32.
+        kind: which network is trained.
+        config: settings of the run.
+    """
+
+    pipe: Any
+    kind: Kind
+    config: Config
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: Config) -> Any:
+        """Load the pipeline to train, float32."""
+
+    @property
+    @abstractmethod
+    def modules(self) -> dict[str, Any]:
+        """The trained networks, by component name."""
+
+    @abstractmethod
+    def initial(self, key: jax.Array) -> Any:
+        """Return the initial values of the trained parameters."""
+
+    @abstractmethod
+    def weights(self, trained: Any) -> dict[str, Params]:
+        """Return the parameters of `modules` for trained values."""
+
+    def frozen(self) -> Any:
+        """Return frozen arrays that the loss also needs; None if there are none."""
+        return None
+
+    @abstractmethod
+    def reader(self) -> Reader:
+        """Return the reader of the arrays that `encode` takes."""
+
+    @abstractmethod
+    def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Encode a batch of the reader with the frozen networks; returns the batch of the loss."""
+
+    @abstractmethod
+    def loss(self) -> Any:
+        """Return the loss, a function of (trained parameters, encoded batch, key); the key determines all randomness.
+
+        `frozen` arrays, if there are any, are a fourth argument.
+        """
+
+    @abstractmethod
+    def sample(self, items: Sequence[Captioned]) -> Image.Image | None:
+        """Generate a contact sheet of sample pictures with the weights in the pipeline."""
+
+    @abstractmethod
+    def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
+        """Write the result atomically; the weights are in the pipeline."""
+
+    @contextmanager
+    def installed(self, trained: Any) -> Iterator[None]:
+        """Put trained values into the pipeline's networks while the block runs."""
+        modules = self.modules
+        before = {name: flat_params(module) for name, module in modules.items()}
+        for name, params in self.weights(trained).items():
+            set_params(modules[name], lora.flat(params))
+        try:
+            yield
+        finally:
+            for name, module in modules.items():
+                set_params(module, before[name])
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """All networks that affect the result."""
+        return self.modules
+
+    def usable(self, items: Sequence[Captioned], skipped: Skipped) -> list[Captioned]:
+        """Return the pictures that this kind of training can use; `skipped` collects the others."""
+        return list(items)
+
+
+def to_movq_pixels(pixels: np.ndarray) -> jax.Array:
+    """Convert the reader's pixels to MoVQ's range, float32 in -1..1."""
+    return jnp.asarray(pixels, jnp.float32) / 127.5 - 1
+
+
+def reader_of(config: Config, processor: Any = None, **options: Any) -> Reader:
+    """Make a reader with the configuration's resolution, flips and crops."""
+    options |= {"random_flip": config.random_flip, "random_crop": config.random_crop}
+    return Reader(config.resolution, processor, **options)
+
+
+def contact_sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Arrange rows of pictures of one size in one picture."""
+    width, height = rows[0][0].size
+    whole = Image.new("RGB", (width * max(map(len, rows)), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            whole.paste(picture, (x * width, y * height))
+    return whole
+
+
+def first_readable(reader: Reader, items: Sequence[Captioned], count: int) -> list[dict[str, np.ndarray]]:
+    """Read the first readable pictures, at most `count`."""
+    rng = np.random.default_rng(0)
+    return list(itertools.islice((row for item in items if (row := reader(item, rng)) is not None), count))

@@ -1,0 +1,166 @@
+"""The ahead-of-time script: its counts of an HLO text, its arithmetic, its command line. No compiler for chips here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from tpu_scripts.aot import aot_compile, aot_cost, aot_gpu
+
+ROOT = Path(__file__).parents[2]
+CHIP = aot_cost.Chip(flops=1e12, bandwidth=1e11, memory=1e9)
+
+
+def compiled(function, *shapes):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    specs = PartitionSpec("data")
+    run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    return jax.jit(run).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+
+
+def test_costs_of_a_product():
+    found = aot_cost.costs(compiled(lambda a: a @ a.T, (64, 64)), CHIP)
+    assert found["flops"] == pytest.approx(2 * 64**3, rel=0.02)
+    assert found["arguments"] == found["outputs"] == 4 * 64 * 64
+    assert found["collectives"] == {}
+    assert found["seconds"] == max(found["flops"] / 1e12, found["bytes"] / 1e11)
+    assert found["bound_by"] == ("flops" if found["flops"] > 10 * found["bytes"] else "bytes")
+
+
+def test_collectives_are_counted():
+    found = aot_cost.costs(compiled(lambda a: jax.lax.psum(a, "data") + jax.lax.psum(jnp.sin(a), "data"), (8, 8)), CHIP)
+    assert sum(found["collectives"].values()) >= 1
+    assert set(found["collectives"]) == {"all-reduce"}
+
+
+def test_an_asynchronous_collective_is_one():
+    text = """ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %s = (f32[8]{0}, f32[32]{0:T(256)S(1)}) all-gather-start(%p), dimensions={0}
+  %g = f32[32]{0:T(256)S(1)} all-gather-done(%s)
+  ROOT %r = f32[8]{0} reduce-scatter(%g), to_apply=%all-reduce.1
+}"""
+    assert aot_cost.collectives(text) == {"all-gather": 1, "reduce-scatter": 1}
+
+
+def test_loops_of_known_length_are_multiplied_out():
+    """XLA counts a loop's body once; a scan of eight rounds costs what eight do."""
+
+    def once(x):
+        return jnp.sin(x @ x)
+
+    single = compiled(once, (64, 64))
+    scanned = compiled(lambda x: jax.lax.fori_loop(0, 8, lambda _, y: once(y), x), (64, 64))
+    assert aot_cost.repeated_bytes(single.as_text()) == 0
+    extra, own = aot_cost.repeated_bytes(scanned.as_text()), single.cost_analysis()["bytes accessed"]
+    assert 5 * own < extra < 20 * own
+    unknown = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda _, y: once(y), x))
+    text = unknown.lower(jax.ShapeDtypeStruct((64, 64), jnp.float32), jnp.int32(3)).compile().as_text()
+    assert aot_cost.repeated_bytes(text) == 0
+
+
+def test_help_and_bad_arguments():
+    """In any Python: the script needs nothing but the standard library."""
+    script = [sys.executable, "-S", str(ROOT / "tpu_scripts" / "aot" / "aot_compile.py")]
+    done = subprocess.run([*script, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--chips v5e:1 v5e:2x2 --batch 8" in done.stdout
+    done = subprocess.run([*script, "--chips", "v9:2x2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'v9:2x2' is none of v4, v5e, v5p, v6e, h100, h200" in done.stderr
+    done = subprocess.run([*script, "--chips", "h100:1", "v5e:1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "give one kind a run" in done.stderr
+
+
+def test_slices():
+    assert aot_compile.chips("v5e:1") == "v5e:1x1"
+    assert aot_compile.chips("v5p:1") == "v5p:1x1x1"
+    assert aot_compile.chips("v6e:4x4") == "v6e:4x4"
+    assert aot_compile.chips("h100:1") == "h100:1"
+    with pytest.raises(Exception, match="a slice of v4 has 3 sides"):
+        aot_compile.chips("v4:2x2")
+    with pytest.raises(Exception, match="GPUs are compiled for one at a time, as h100:1"):
+        aot_compile.chips("h100:2")
+    assert aot_compile.parse(["--chips", "h200:1", "--batch", "1", "16"]).batch == [1, 16]
+
+
+GPU_TEXT = """%triton_product (a: bf16[8,4], b: bf16[4,4]) -> bf16[8,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = bf16[4,4]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (state: (s32[], bf16[8,4], bf16[4,4])) -> (s32[], bf16[8,4], bf16[4,4]) {
+  %state = (s32[], bf16[8,4]{1,0}, bf16[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = bf16[8,4]{1,0} get-tuple-element(%state), index=1
+  %w = bf16[4,4]{1,0} get-tuple-element(%state), index=2
+  %gemm_fusion_dot.1 = bf16[8,4]{1,0} fusion(%x, %w), kind=kCustom, calls=%triton_product
+  %conv.1 = (bf16[8,4]{1,0}, u8[16]{0}) custom-call(%gemm_fusion_dot.1, %w), custom_call_target="__cudnn$convForward"
+  %y = bf16[8,4]{1,0} get-tuple-element(%conv.1), index=0
+  %loop_add_fusion = bf16[8,4]{1,0} fusion(%y), kind=kLoop, calls=%add
+  ROOT %next = (s32[], bf16[8,4]{1,0}, bf16[4,4]{1,0}) tuple(%i, %loop_add_fusion, %w)
+}
+
+ENTRY %main (w: bf16[4,4], x: bf16[8,4]) -> bf16[8,4] {
+  %w = bf16[4,4]{1,0} parameter(0)
+  %x = bf16[8,4]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %wrapped_transpose = bf16[4,4]{1,0} fusion(%w), kind=kInput, calls=%turn
+  %first = (s32[], bf16[8,4]{1,0}, bf16[4,4]{1,0}) tuple(%zero, %x, %wrapped_transpose)
+  %while.1 = (s32[], bf16[8,4]{1,0}, bf16[4,4]{1,0}) while(%first), condition=%more, body=%body
+  ROOT %y = bf16[8,4]{1,0} get-tuple-element(%while.1), index=1
+}"""
+
+
+def test_kernels_of_a_gpu():
+    """What a step runs, and what runs once before the loop; bytes are of operands and results."""
+    found = aot_gpu.counts(GPU_TEXT)
+    assert found["kernels"] == 3
+    product, convolution, elementwise = 2 * (32 + 16 + 32), 2 * (32 + 16 + 32) + 16, 2 * (32 + 32)
+    assert found["kinds"] == {
+        "cuDNN convolution": [1, convolution],
+        "Triton product": [1, product],
+        "elementwise": [1, elementwise],
+    }
+    assert found["before"] == {"transpose": [1, 2 * (16 + 16)]}
+    assert found["bytes"] == product + convolution + elementwise + 64
+
+
+def test_results_are_complete_files(tmp_path):
+    row = {
+        "chips": "v5e:1x1", "devices": 1, "program": "decoder", "compile_seconds": 3.0, "flops": 2e12, "bytes": 8e9,
+        "arguments": 3e9, "outputs": 1e9, "temporaries": 2e9, "collectives": {"all-reduce": 2}, "seconds": 0.02,
+        "bound_by": "flops", "batch": 4, "size": 512,
+    }  # fmt: skip
+    gpu = row | {"chips": "h100:1", "kernels": 9, "kinds": {"cuDNN convolution": [9, 8e9]}, "before": {}}
+    found = {"jax": "0", "resident_bytes": 5e9, "programs": [row, gpu]}
+    aot_compile.write(tmp_path / "aot", found, aot_compile.table(found))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["aot.json", "aot.md"]
+    assert json.loads((tmp_path / "aot.json").read_text()) == found
+    table = (tmp_path / "aot.md").read_text()
+    assert (
+        "| v5e:1x1 | decoder | 4 | 512 | 2000 | 8.00 | 2.00 | 3.00 | 1.00 | 2.00 | 2 all-reduce | 20.00 | flops | 3 |"
+        in table
+    )
+    assert "leave 8.00 of 16 GB" in table
+    assert "| h100:1 | decoder | 4 | 512 | 9 | cuDNN convolution 9, 8.00 |" in table
+
+
+def test_bytes_of_a_gpu_program_are_those_counted_in_its_text():
+    """In a real program, a CPU's; of one operation, so that the bytes are what bounds it."""
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    compiled, chip = jax.jit(lambda x: jnp.tanh(x) @ x).lower(x).compile(), aot_cost.CHIPS["h100"]
+    found, touched = aot_gpu.costs(1.0, compiled, chip), aot_gpu.counts(compiled.as_text())["bytes"]
+    assert touched >= 2 * 64 * 64 * 4
+    assert (found["bytes"], found["bound_by"], found["arguments"]) == (touched, "bytes", 64 * 64 * 4)
+    assert found["seconds"] == pytest.approx(touched / chip.bandwidth)

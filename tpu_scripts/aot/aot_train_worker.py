@@ -1,0 +1,153 @@
+"""Compiles training steps for described TPUs; `aot_train.py` runs it in an environment that has libtpu.
+
+    python -m tpu_scripts.aot.aot_train_worker '{"chips": "v5e:4x4", "fsdp": 16, "batch": 4, "kinds": ["decoder"]}'
+
+Prints one line of JSON per event, as aot_worker does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from kandinsky_jax import KandinskyV22CombinedPipeline
+from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.models import NETWORKS
+from kandinsky_jax.models.layers import abstract
+from kandinsky_jax.parallel.sharding import REPLICATED
+from kandinsky_jax.pipelines import KandinskyV22PriorPipeline
+from kandinsky_jax.schedulers import DDPMScheduler
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.mesh import EXAMPLES, make_training_mesh, state_shardings
+from kandinsky_jax.training.step import OptimizerConfig, Trainer
+from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+from tpu_scripts.aot.aot_cost import CHIPS, costs
+from tpu_scripts.aot.aot_worker import OFFICIAL, Shape, first_line, mesh_of
+
+TEXT, EMBED = 77, 1280  # tokens, numbers of an embedding
+PARTS = {
+    hub.PRIOR: {
+        "prior": "PriorTransformer",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "image_encoder": "CLIPVisionModelWithProjection",
+    },
+    hub.DECODER: {"unet": "UNet2DConditionModel", "movq": "VQModel"},
+}
+_COLLECTIVE = re.compile(
+    r"^\s+\S+ = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", re.MULTILINE
+)
+_SHAPE = re.compile(r"(bf16|f32|s32|u32|pred)\[([\d,]*)\]")
+_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
+
+
+def official() -> KandinskyV22CombinedPipeline:
+    """The pipeline of the official configurations, whose networks are shapes; the tokenizer is the embedded model's."""
+    networks = {
+        name: abstract(NETWORKS[cls], NETWORKS[cls].CONFIG.from_dict(json.loads(path.read_text())))
+        for repository, parts in PARTS.items()
+        for name, cls in parts.items()
+        for path in [OFFICIAL / repository / name / "config.json"]
+    }
+    small = KandinskyV22PriorPipeline.from_pretrained("tiny")
+    shared = {name: small.components[name] for name in ("tokenizer", "scheduler", "image_processor")}
+    prior = {f"prior_{name}": part for name, part in shared.items()}
+    prior |= {f"prior_{name}": networks.pop(name) for name in PARTS[hub.PRIOR]}
+    scheduler = DDPMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012)
+    return KandinskyV22CombinedPipeline(scheduler=scheduler, **networks, **prior)
+
+
+def batch_of(task: DiffusionTask, rows: int, size: int, mesh: Any) -> dict[str, Shape]:
+    """An encoded batch."""
+    wanted: dict[str, tuple[tuple[int, ...], Any]] = {"image_embeds": ((EMBED,), jnp.float32)}
+    if task.of_prior:
+        wanted["prompt_embeds"] = ((EMBED,), jnp.float32)
+        wanted["text_encoder_hidden_states"] = ((TEXT, EMBED), jnp.float32)
+        wanted["text_mask"] = ((TEXT,), jnp.bool_)
+    else:
+        wanted["latents"] = ((size // 8, size // 8, 4), jnp.float32)
+    return {
+        name: Shape((rows, *shape), dtype, sharding=NamedSharding(mesh, EXAMPLES))
+        for name, (shape, dtype) in wanted.items()
+    }
+
+
+def placed(trainer: Trainer, tree: Any) -> Any:
+    """Shapes where a trainer puts its arrays."""
+    assert trainer.mesh is not None
+    where = state_shardings(trainer.mesh, tree, trainer.rules)
+    return jax.tree.map(lambda leaf, place: Shape(leaf.shape, leaf.dtype, sharding=place), tree, where)
+
+
+def compiled(kind: Kind, job: dict[str, Any], mesh: Any) -> Any:
+    """The production step of one kind, compiled."""
+    settings = OptimizerConfig(dtype="bfloat16", remat=True, gradient_accumulation_steps=job["accumulation"])
+    config = Config(
+        model="", data="", output="", train_batch_size=job["batch"] * mesh.size, snr_gamma=5.0, optimizer=settings
+    )
+    task = DiffusionTask(official(), kind, config)
+    trainer = Trainer(task.loss(), settings, mesh=mesh)
+    params = Network.split(task.module)[1]
+    trained = jax.eval_shape(lambda p: task.initial_of(p, jax.random.key(0)), params)
+    state = placed(trainer, jax.eval_shape(trainer._first, trained))
+    frozen = placed(trainer, params) if task.of_lora else None
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = Shape(key.shape, key.dtype, sharding=NamedSharding(mesh, REPLICATED))
+    batch = batch_of(task, job["batch"] * mesh.size, job["size"], mesh)
+    return trainer.lower(state, batch, key, frozen).compile()
+
+
+def exchanged(text: str) -> dict[str, int]:
+    """Bytes of the results of collectives by kind; those in loops count once."""
+    found: dict[str, int] = {}
+    for kind, name, started in _COLLECTIVE.findall(text):
+        sizes = []
+        for dtype, dims in _SHAPE.findall(kind):
+            size = _BYTES[dtype]
+            for side in filter(None, dims.split(",")):
+                size *= int(side)
+            sizes.append(size)
+        # An asynchronous one's type is (operands, results, ...): the result is the larger half of a gather.
+        found[name] = found.get(name, 0) + (max(sizes, default=0) if started else sum(sizes))
+    return found
+
+
+def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Compile what a job asks for, one kind after the other."""
+    chip = CHIPS[job["chips"].split(":")[0]]
+    devices = mesh_of(job["chips"]).devices.flatten()
+    mesh = make_training_mesh(len(devices) // job["fsdp"], job["fsdp"], devices)
+    yield {"event": "versions", "jax": jax.__version__}
+    for kind in map(Kind, job["kinds"]):
+        row = {"chips": job["chips"], "program": str(kind), "devices": len(devices)}
+        row |= {name: job[name] for name in ("fsdp", "batch", "accumulation", "size")}
+        yield {"event": "compiling", **row}
+        began = time.perf_counter()
+        try:
+            result = compiled(kind, job, mesh)
+        except Exception as error:  # such as a program that does not fit: the others still count
+            yield {"event": "failed", **row, "error": first_line(error)}
+            continue
+        memory = result.memory_analysis()
+        row |= {"compile_seconds": round(time.perf_counter() - began, 1), **costs(result, chip)}
+        row |= {"aliased": memory.alias_size_in_bytes, "exchanged": exchanged(result.as_text())}
+        yield {"event": "done", **row, "spare": chip.memory - resident(row)}
+
+
+def resident(row: dict[str, Any]) -> float:
+    """Bytes of a chip that a step needs: the state, which it writes over, and what it needs besides."""
+    return row["arguments"] + row["outputs"] - row["aliased"] + row["temporaries"]
+
+
+if __name__ == "__main__":
+    for event in events(json.loads(sys.argv[1])):
+        print(json.dumps(event), flush=True)

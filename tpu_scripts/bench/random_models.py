@@ -1,0 +1,90 @@
+"""Models of the official sizes with random weights, in diffusers' layout, for benchmarks without the Hub.
+
+`python tpu_scripts/bench/random_models.py FOLDER` writes the prior (10.6 GB) and the decoder (5.3 GB) into FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kandinsky_jax.checkpoint import flat_params, hub, tensor_files, tensor_names
+from kandinsky_jax.models import NETWORKS
+from kandinsky_jax.models.layers import abstract
+
+OFFICIAL = Path(__file__).parents[2] / "tests" / "official"  # the official repositories' configurations
+# component -> its class, and the dtype that the official files have
+PARTS = {
+    hub.PRIOR: {
+        "prior": ("PriorTransformer", "float32"),
+        "text_encoder": ("CLIPTextModelWithProjection", "float32"),
+        "image_encoder": ("CLIPVisionModelWithProjection", "float16"),
+    },
+    hub.DECODER: {"unet": ("UNet2DConditionModel", "float32"), "movq": ("VQModel", "float32")},
+}
+
+
+def write(folder: Path, repository: str) -> int:
+    """Write one repository into `folder`; the bytes of its largest part."""
+    embedded = hub.EMBEDDED["tiny"] / repository
+    sizes = []
+    for part in hub.components(embedded):
+        target = folder / part
+        target.mkdir(parents=True)
+        if part in PARTS[repository]:
+            sizes.append(_write_network(target, *PARTS[repository][part], OFFICIAL / repository / part / "config.json"))
+        elif part == "tokenizer":  # a small vocabulary; how long a network takes does not depend on it
+            shutil.copytree(embedded / part, target, dirs_exist_ok=True)
+        else:
+            shutil.copytree(OFFICIAL / repository / part, target, dirs_exist_ok=True)
+    shutil.copy(embedded / "model_index.json", folder / "model_index.json")
+    return max(sizes)
+
+
+def _write_network(target: Path, name: str, dtype: str, config: Path) -> int:
+    cls, rng = NETWORKS[name], np.random.default_rng(0)
+    module = abstract(cls, cls.CONFIG.from_dict(json.loads(config.read_text()), str(config)))
+    shapes = {n: tensor_names.torch_shape(n, leaf.shape) for n, leaf in flat_params(module).items()}
+    tensors = {
+        tensor_names.torch_name(n): tensor_files.Tensor(
+            s, partial(_draw, rng, tensor_names.torch_name(n), s, dtype), np.dtype(dtype)
+        )
+        for n, s in shapes.items()
+    }
+    shutil.copy(config, target / "config.json")
+    stem = "model" if name.startswith("CLIP") else "diffusion_pytorch_model"
+    tensor_files.write(target / f"{stem}.safetensors", tensors)
+    return np.dtype(dtype).itemsize * sum(math.prod(shape) for shape in shapes.values())
+
+
+def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Matrices that keep the variance of what they multiply, nearly; norms about 1, biases about 0."""
+    values = rng.random(shape, np.float32)
+    values -= 0.5
+    if len(shape) > 1:
+        values *= 2.4 * math.prod(shape[1:]) ** -0.5
+    else:
+        values *= 0.1
+        values += name.endswith(".weight")
+    return values.astype(dtype)
+
+
+def main() -> None:
+    """Write both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Any = parser.parse_args().folder
+    for repository in PARTS:
+        write(folder / repository, repository)
+        print(folder / repository)
+
+
+if __name__ == "__main__":
+    main()
