@@ -42,7 +42,7 @@ KINDS = {
 }
 
 # The trained small model that is shipped with the package.
-EMBEDDED = {"tiny": Path(__file__).parent / "tiny"}
+EMBEDDED = {"tiny": Path(__file__).parents[1] / "tiny"}
 
 # The safetensors of this repository are in a pull request that was never merged; its main branch has pickles only.
 _REVISIONS = {f"{OFFICIAL}/{CONTROLNET}": "refs/pr/5"}

@@ -163,7 +163,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         """Move the networks, which other pipelines may share, to a mesh or to JAX's default device.
 
         Args:
-            mesh: see `kandinsky_jax.parallel.sharding.make_mesh`.
+            mesh: see `kandinsky_jax.make_mesh`.
             shard_rules: see `from_pretrained`.
         """
         for part in self._held().values():

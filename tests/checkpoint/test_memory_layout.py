@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from kandinsky_jax import KandinskyV22Pipeline, load_network, save_network
+from kandinsky_jax import KandinskyV22Pipeline, load_network, make_mesh, save_network
 from kandinsky_jax.checkpoint import flat_params, hub, move_network
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.diffusion.calls import call
@@ -43,7 +43,7 @@ def test_networks_keep_their_numbers(as_on_gpus, monkeypatch, tmp_path):
     unet = load_network(UNet2DConditionModel, DECODER / "unet", "float32")
     before = {name: np.asarray(x) for name, x in flat_params(unet).items()}
     assert in_order(unet)
-    move_network(unet, sharding.make_mesh(devices=jax.devices()[:1]))
+    move_network(unet, make_mesh(devices=jax.devices()[:1]))
     assert in_order(unet)
     move_network(unet, None)
     assert in_order(unet)

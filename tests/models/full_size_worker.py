@@ -28,7 +28,8 @@ import transformers
 
 from kandinsky_jax import models
 from kandinsky_jax.checkpoint import load_network
-from kandinsky_jax.pipelines import denoising as sampling
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion.calls import call
 from tests.conftest import nchw, official_config, worst
 
 Arrays = dict[str, np.ndarray]
@@ -246,8 +247,8 @@ def reference_outputs(case: Case, inputs: Arrays, folder: Path) -> Arrays:
 
 
 def our_outputs(case: Case, inputs: Arrays, folder: Path) -> Arrays:
-    network, params = sampling.Network.split(load_network(case.cls, folder, "float32"))
-    outputs = case.ours(partial(sampling.call, network, params), inputs)
+    network, params = Network.split(load_network(case.cls, folder, "float32"))
+    outputs = case.ours(partial(call, network, params), inputs)
     return {name: np.asarray(output) for name, output in outputs.items()}
 
 

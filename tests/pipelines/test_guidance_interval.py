@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from kandinsky_jax import TorchGenerator
-from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines import denoising as sampling
+from kandinsky_jax.pipelines import checks, denoising
 from tests.cli.test_cli import invoke
 from tests.conftest import SHAPES_MODEL, note
 from tests.pipelines.test_compile import compilations
@@ -90,7 +89,7 @@ def test_as_the_reference_with_its_scale_switched(ours, theirs, embeds, mode):
 
 def test_where_every_step_is_guided_or_none_nothing_is_halved(ours, embeds, monkeypatch):
     pipe, rows = ours["KandinskyV22Pipeline"], [x[:1] for x in embeds]
-    monkeypatch.setattr(sampling, "_conditional", lambda loop_inputs: pytest.fail("halved"))
+    monkeypatch.setattr(denoising, "_conditional", lambda loop_inputs: pytest.fail("halved"))
     full = pipe(*rows, generator=TorchGenerator(5), **DRAW).images
     assert np.array_equal(pipe(*rows, generator=TorchGenerator(5), guidance_interval=(0, 1), **DRAW).images, full)
     off = DRAW | {"guidance_scale": 1.0}
@@ -99,15 +98,15 @@ def test_where_every_step_is_guided_or_none_nothing_is_halved(ours, embeds, monk
 
 
 def test_slices_end_where_the_interval_does(ours, embeds, monkeypatch):
-    seen, real = [], sampling.denoise
+    seen, real = [], denoising.denoise
 
     def watched(network, params, loop_inputs, table, state, noise, scale, lo, hi):
-        rows = {len(leaf) for leaf in sampling.jax.tree.leaves(loop_inputs.condition)}
+        rows = {len(leaf) for leaf in denoising.jax.tree.leaves(loop_inputs.condition)}
         seen.append((int(lo), int(hi), scale is not None, *rows))
         return real(network, params, loop_inputs, table, state, noise, scale, lo, hi)
 
-    monkeypatch.setattr(sampling, "denoise", watched)
-    monkeypatch.setattr(sampling, "SLICE_SECONDS", 60)  # so that slices grow as far as they may
+    monkeypatch.setattr(denoising, "denoise", watched)
+    monkeypatch.setattr(denoising, "SLICE_SECONDS", 60)  # so that slices grow as far as they may
     ours["KandinskyV22Pipeline"](
         *(x[:1] for x in embeds),
         generator=TorchGenerator(0),

@@ -22,12 +22,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from kandinsky_jax import models
-from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion import Network, calls
 from kandinsky_jax.diffusion.rng import KeyNoise
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.parallel.mesh import make_mesh
 from kandinsky_jax.parallel.sharding import REPLICATED, batch_specs, in_memory
-from kandinsky_jax.pipelines import denoising as sampling
+from kandinsky_jax.pipelines import denoising
 from kandinsky_jax.pipelines.denoising import LoopInputs
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.schedulers.table import STATE_SLOTS
@@ -87,7 +87,7 @@ def once(
     """A method of a network, as it is run before or after a loop."""
     assert network.mesh is not None
     rows = [placed(network.mesh, array, int(guidance_axis), guidance_axis) for array in arrays]
-    return Program(sampling._run, (network, params, *rows), {"method": method, "guidance_axis": guidance_axis})
+    return Program(calls._run, (network, params, *rows), {"method": method, "guidance_axis": guidance_axis})
 
 
 def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...]) -> Program:
@@ -101,7 +101,7 @@ def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...]) ->
     state = placed(mesh, floats(STATE_SLOTS, *sample), 1)
     scalars = placed(mesh, (floats(), *[Shape((), jnp.int32)] * 2))
     arrays = (params, loop_inputs, placed(mesh, table), state, placed(mesh, noise, 0), *scalars)
-    return Program(sampling.denoise, (network, *arrays), {})
+    return Program(denoising.denoise, (network, *arrays), {})
 
 
 def program(name: str, mesh: Mesh, batch: int, size: int) -> Program:
