@@ -89,10 +89,18 @@ class SelfAttention(nnx.Module):
         self.to_v = linear(dim, dim, rngs)
         self.to_out = nnx.List([linear(dim, dim, rngs)])
 
-    def __call__(self, x: jax.Array, mask: jax.Array, past: KeyValue | None) -> tuple[jax.Array, KeyValue]:
-        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.to_q, self.to_k, self.to_v))
-        attended = attend(q, k, v, mask) if past is None else attend_after(q, past, k, v, mask)
-        return self.to_out[0](attended), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    def condition(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Attend among the text's tokens; also return their keys and values `[B, heads, T + 1, head_dim]`."""
+        q, k, v = self._projected(x)
+        return self.to_out[0](attend(q, k, v, mask)), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def __call__(self, x: jax.Array, mask: jax.Array, condition: KeyValue) -> jax.Array:
+        """Attend from a step's tokens to the text's and to each other."""
+        q, k, v = self._projected(x)
+        return self.to_out[0](attend_after(q, condition, k, v, mask))
+
+    def _projected(self, x: jax.Array) -> list[jax.Array]:
+        return [split_heads(proj(x), self.heads) for proj in (self.to_q, self.to_k, self.to_v)]
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -102,16 +110,37 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = layer_norm(dim, rngs)  # norm2 belongs to a cross-attention that the prior does not have
         self.ff = FeedForward(dim, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, past: KeyValue | None = None) -> tuple[jax.Array, KeyValue]:
-        attended, kv = self.attn1(self.norm1(x), mask, past)
+    def condition(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Run the text's tokens.
+
+        Args:
+            x: `[B, T + 1, D]`, the text and its pooled embedding.
+            mask: bool `[B, 1, T + 1, T + 1]`; True is visible.
+        Returns:
+            `[B, T + 1, D]`, and what `__call__` takes as condition.
+        """
+        attended, condition = self.attn1.condition(self.norm1(x), mask)
         x = x + attended
-        return x + self.ff(self.norm3(x)), kv
+        return x + self.ff(self.norm3(x)), condition
+
+    def __call__(self, x: jax.Array, mask: jax.Array, condition: KeyValue) -> jax.Array:
+        """Run a step's tokens.
+
+        Args:
+            x: `[B, 3, D]`, the time, the noisy embedding and the slot of the prediction.
+            mask: bool `[B, 1, 3, T + 4]`; True is visible.
+            condition: of the text, from `condition`.
+        Returns:
+            `[B, 3, D]`.
+        """
+        x = x + self.attn1(self.norm1(x), mask, condition)
+        return x + self.ff(self.norm3(x))
 
 
 class PriorCondition(NamedTuple):
-    """Precomputed contributions of a prompt to every step: keys and values of the text tokens, and their mask."""
+    """Precomputed contributions of a prompt to every step, nested as the prior's blocks are."""
 
-    kv: list[KeyValue]  # per layer, [B, heads, num_embeddings + 1, head_dim]
+    transformer_blocks: list[KeyValue]  # of the text's tokens, [B, heads, num_embeddings + 1, head_dim]
     visible: jax.Array  # bool [B, num_embeddings + 1]
 
 
@@ -160,11 +189,11 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         x = x + jnp.concatenate([positions[:, : rows - 1], positions[:, pooled_at : pooled_at + 1]], axis=1)
         visible = jnp.pad(attention_mask, ((0, 0), (0, 1)), constant_values=True)  # [B, T + 1]
         mask = jnp.tril(jnp.ones((rows, rows), bool)) & visible[:, None, None]  # [B, 1, T + 1, T + 1]
-        cache = []
+        parts = []
         for block in self.transformer_blocks:
-            x, kv = block(x, mask)
-            cache.append(kv)
-        return PriorCondition(cache, visible)
+            x, part = block.condition(x, mask)
+            parts.append(part)
+        return PriorCondition(parts, visible)
 
     def __call__(self, hidden_states: jax.Array, timestep: jax.Array, condition: PriorCondition) -> jax.Array:
         """Evaluate the network.
@@ -186,8 +215,8 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((3, 3), bool)), (x.shape[0], 3, 3))
         text = jnp.broadcast_to(condition.visible[:, None], (x.shape[0], 3, condition.visible.shape[1]))
         mask = jnp.concatenate([text, causal], axis=-1)[:, None]  # [B, 1, 3, T + 4]
-        for block, past in zip(self.transformer_blocks, condition.kv, strict=True):
-            x, _ = block(x, mask, past)
+        for block, part in zip(self.transformer_blocks, condition.transformer_blocks, strict=True):
+            x = block(x, mask, part)
         return self.proj_to_clip_embeddings(self.norm_out(x)[:, -1])
 
     def post_process_latents(self, latents: jax.Array) -> jax.Array:

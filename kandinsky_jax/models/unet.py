@@ -9,7 +9,6 @@ attention, the embedding added to the time embedding, further input channels); `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -28,7 +27,7 @@ from kandinsky_jax.models.layers import (
     timestep_embedding,
 )
 from kandinsky_jax.models.pretrained import PretrainedNetwork
-from kandinsky_jax.models.unet_blocks import DownBlock, KeyValue, MidBlock, SimpleCrossAttention, UpBlock
+from kandinsky_jax.models.unet_blocks import BlockCondition, DownBlock, MidBlock, UpBlock
 from kandinsky_jax.models.unet_config import UNetConfig
 
 IMAGE_TOKENS = 32  # fixed in the reference's ImageProjection, in no configuration
@@ -81,10 +80,12 @@ class ImageTimeEmbedding(nnx.Module):
 
 
 class UNetCondition(NamedTuple):
-    """Precomputed contributions of the conditioning to every step."""
+    """Precomputed contributions of the conditioning to every step, nested as the UNet's blocks are."""
 
     embedding: jax.Array  # added to the time embedding, [B, time_dim]
-    added_kv: list[KeyValue]  # per attention in order of execution, [B, 32, heads, head_dim]
+    down_blocks: list[BlockCondition]
+    mid_block: BlockCondition
+    up_blocks: list[BlockCondition]
     channels: (
         jax.Array | None
     )  # extra input channels: latents of the hint, or of the kept picture and the mask; [B, h, w, c]
@@ -121,10 +122,6 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, config.norm_eps, rngs)
         self.conv_out = conv(widths[0], config.out_channels, rngs)
 
-    def _attentions(self) -> Iterator[SimpleCrossAttention]:
-        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            yield from block.attentions
-
     def condition(
         self, image_embeds: jax.Array, hint: jax.Array | None = None, channels: jax.Array | None = None
     ) -> UNetCondition:
@@ -146,7 +143,9 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             channels = jnp.tile(channels.astype(dtype), (len(image_embeds) // len(channels), 1, 1, 1))  # [B, h, w, c]
         return UNetCondition(
             embedding=self.add_embedding(image_embeds),
-            added_kv=[attention.added_kv(tokens) for attention in self._attentions()],
+            down_blocks=[block.condition(tokens) for block in self.down_blocks],
+            mid_block=self.mid_block.condition(tokens),
+            up_blocks=[block.condition(tokens) for block in self.up_blocks],
             channels=channels,
         )
 
@@ -167,12 +166,12 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         x = sample.astype(dtype)
         if condition.channels is not None:
             x = jnp.concatenate([x, condition.channels], axis=-1)
-        x = self.conv_in(x)
-        added = iter(condition.added_kv)
-        skips = [x]
-        for block in self.down_blocks:
-            x = block(x, temb, added, skips)
-        x = self.mid_block(x, temb, added)
-        for block in self.up_blocks:
-            x = block(x, temb, added, skips)
+        skips = [self.conv_in(x)]
+        for down_block, part in zip(self.down_blocks, condition.down_blocks, strict=True):
+            skips += down_block(skips[-1], temb, part)
+        x = self.mid_block(skips[-1], temb, condition.mid_block)
+        taken = self.config.layers_per_block + 1  # skip connections of an up block
+        for up_block, part in zip(self.up_blocks, condition.up_blocks, strict=True):
+            x = up_block(x, temb, part, skips[-taken:])
+            skips = skips[:-taken]
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

@@ -1,12 +1,15 @@
 """The UNet's blocks: ResNet block, attention with added keys and values, and the down, middle and up blocks.
 
 Reference: diffusers' ResnetBlock2D (scale_shift), AttnAddedKVProcessor and the *SimpleCrossAttn* blocks.
+
+A block computes its part of the UNet's condition by `condition`, and takes that very part in `__call__`; so a block or
+an attention can be replaced by one with the same two methods, whatever its part is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,12 @@ from kandinsky_jax.models.unet_config import UNetConfig
 KeyValue = tuple[jax.Array, jax.Array]
 Resample = Literal["down", "up"] | None
 _RESAMPLE = {"down": downsample_mean, "up": upsample_nearest, None: lambda x: x}
+
+
+class BlockCondition(NamedTuple):
+    """A block's part of the condition."""
+
+    attentions: list[KeyValue]  # of each of the block's attentions, [B, 32, heads, head_dim]
 
 
 class ResnetBlock2D(nnx.Module):
@@ -65,16 +74,17 @@ class SimpleCrossAttention(nnx.Module):
         self.add_v_proj = linear(config.cross_attention_dim, inner, rngs)
         self.to_out = nnx.List([linear(inner, dim, rngs)])
 
-    def added_kv(self, tokens: jax.Array) -> KeyValue:
-        """Compute keys and values `[B, S, heads, head_dim]` of tokens `[B, S, cross_attention_dim]`, once per call."""
+    def condition(self, tokens: jax.Array) -> KeyValue:
+        """Compute keys and values `[B, S, heads, head_dim]` of the image tokens `[B, S, cross_attention_dim]`."""
         return split_heads(self.add_k_proj(tokens), self.heads), split_heads(self.add_v_proj(tokens), self.heads)
 
-    def __call__(self, x: jax.Array, added: KeyValue) -> jax.Array:
+    def __call__(self, x: jax.Array, condition: KeyValue) -> jax.Array:
+        """x: `[B, h, w, C]`; condition: from `condition`; `[B, h, w, C]`."""
         b, h, w, c = x.shape
         hidden = self.group_norm(x.reshape(b, h * w, c))  # [B, hw, C]
         q, k, v = (split_heads(proj(hidden), self.heads) for proj in (self.to_q, self.to_k, self.to_v))
-        k = jnp.concatenate([added[0], k], axis=1)
-        v = jnp.concatenate([added[1], v], axis=1)
+        k = jnp.concatenate([condition[0], k], axis=1)  # [B, S + hw, heads, head_dim]
+        v = jnp.concatenate([condition[1], v], axis=1)
         return x + self.to_out[0](attend(q, k, v)).reshape(b, h, w, c)
 
 
@@ -91,26 +101,44 @@ class DownBlock(nnx.Module):
             [ResnetBlock2D(config, cout, cout, resample="down", rngs=rngs) for _ in range(sample)]
         )
 
-    def __call__(self, x: jax.Array, temb: jax.Array, added: Iterator[KeyValue], skips: list[jax.Array]) -> jax.Array:
-        """Run the block, appending each layer's output to `skips` and taking one pair of `added` per attention."""
+    def condition(self, tokens: jax.Array) -> BlockCondition:
+        return BlockCondition([attention.condition(tokens) for attention in self.attentions])
+
+    def __call__(self, x: jax.Array, temb: jax.Array, condition: BlockCondition) -> list[jax.Array]:
+        """Run the block.
+
+        Args:
+            x: `[B, h, w, cin]`.
+            temb: `[B, time_dim]`, SiLU already applied.
+            condition: from `condition`.
+        Returns:
+            the output of each layer and of the downsampling, all of which are skip connections; the last one is the
+            block's output.
+        """
+        outputs = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
             if self.attentions:
-                x = self.attentions[i](x, next(added))
-            skips.append(x)
+                x = self.attentions[i](x, condition.attentions[i])
+            outputs.append(x)
         for downsampler in self.downsamplers:
             x = downsampler(x, temb)
-            skips.append(x)
-        return x
+            outputs.append(x)
+        return outputs
 
 
 class MidBlock(nnx.Module):
+    """A ResNet block, attention, and another ResNet block."""
+
     def __init__(self, config: UNetConfig, dim: int, *, rngs: Rngs):
         self.resnets = nnx.List([ResnetBlock2D(config, dim, dim, rngs=rngs) for _ in range(2)])
         self.attentions = nnx.List([SimpleCrossAttention(config, dim, rngs=rngs)])
 
-    def __call__(self, x: jax.Array, temb: jax.Array, added: Iterator[KeyValue]) -> jax.Array:
-        x = self.attentions[0](self.resnets[0](x, temb), next(added))
+    def condition(self, tokens: jax.Array) -> BlockCondition:
+        return BlockCondition([attention.condition(tokens) for attention in self.attentions])
+
+    def __call__(self, x: jax.Array, temb: jax.Array, condition: BlockCondition) -> jax.Array:
+        x = self.attentions[0](self.resnets[0](x, temb), condition.attentions[0])
         return self.resnets[1](x, temb)
 
 
@@ -127,12 +155,24 @@ class UpBlock(nnx.Module):
         self.attentions = nnx.List([SimpleCrossAttention(config, cout, rngs=rngs) for _ in range(layers * cross)])
         self.upsamplers = nnx.List([ResnetBlock2D(config, cout, cout, resample="up", rngs=rngs) for _ in range(sample)])
 
-    def __call__(self, x: jax.Array, temb: jax.Array, added: Iterator[KeyValue], skips: list[jax.Array]) -> jax.Array:
-        """Run the block, taking skip connections from the end of `skips`."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), temb)
+    def condition(self, tokens: jax.Array) -> BlockCondition:
+        return BlockCondition([attention.condition(tokens) for attention in self.attentions])
+
+    def __call__(
+        self, x: jax.Array, temb: jax.Array, condition: BlockCondition, skips: Sequence[jax.Array]
+    ) -> jax.Array:
+        """Run the block.
+
+        Args:
+            x: `[B, h, w, previous]`.
+            temb: `[B, time_dim]`, SiLU already applied.
+            condition: from `condition`.
+            skips: a skip connection per layer, `[B, h, w, ...]`, that of the first layer last.
+        """
+        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            x = resnet(jnp.concatenate([x, skip], axis=-1), temb)
             if self.attentions:
-                x = self.attentions[i](x, next(added))
+                x = self.attentions[i](x, condition.attentions[i])
         for upsampler in self.upsamplers:
             x = upsampler(x, temb)
         return x

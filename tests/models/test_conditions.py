@@ -1,0 +1,119 @@
+"""Conditions are nested as blocks are: each block makes and takes its own part."""
+
+from __future__ import annotations
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from kandinsky_jax import PriorTransformer, UNet2DConditionModel
+from kandinsky_jax.checkpoint import hub
+from tests.conftest import SHAPES_MODEL, nchw, nhwc, worst
+
+UNET, PRIOR = SHAPES_MODEL / hub.DECODER / "unet", SHAPES_MODEL / hub.PRIOR / "prior"
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Noisy latents `[2, 8, 8, 4]`, timesteps and image embeddings, for ours and for the reference."""
+    rng = np.random.default_rng(0)
+    sample, embeds = rng.normal(size=(2, 8, 8, 4)), rng.normal(size=(2, 64))
+    ours = (jnp.asarray(sample, jnp.float32), jnp.array([700, 30]), jnp.asarray(embeds, jnp.float32))
+    theirs = (torch.tensor(nchw(sample)), torch.tensor([700, 30]), torch.tensor(embeds, dtype=torch.float32))
+    return ours, theirs
+
+
+def evaluate(unet, sample, timestep, embeds):
+    network, state = nnx.split(unet)
+
+    @jax.jit
+    def run(state, sample, timestep, embeds):
+        module = nnx.merge(network, state)
+        return module(sample, timestep, module.condition(embeds))
+
+    return run(state, sample, timestep, embeds)
+
+
+def evaluate_reference(unet, sample, timestep, embeds):
+    with torch.no_grad():
+        out = unet(sample, timestep, encoder_hidden_states=None, added_cond_kwargs={"image_embeds": embeds})
+    return nhwc(out.sample)
+
+
+class NoAttention(nnx.Module):
+    """In an attention's place: it has no part of the condition, and changes nothing."""
+
+    def condition(self, tokens):
+        return ()
+
+    def __call__(self, x, condition):
+        assert condition == ()
+        return x
+
+
+class ReferenceWithoutAttention(torch.nn.Module):
+    def forward(self, hidden_states, **_):
+        return hidden_states
+
+
+@pytest.mark.parametrize("place", [("down_blocks", 1), ("up_blocks", 0)])
+def test_a_replaced_attention_shifts_nothing_for_later_ones(place, inputs):
+    blocks, index = place
+    ours, theirs = (
+        UNet2DConditionModel.from_pretrained(UNET, dtype="float32"),
+        diffusers.UNet2DConditionModel.from_pretrained(UNET),
+    )
+    whole = evaluate(ours, *inputs[0])
+    getattr(ours, blocks)[index].attentions[0] = NoAttention()
+    getattr(theirs, blocks)[index].attentions[0] = ReferenceWithoutAttention()
+    found = evaluate(ours, *inputs[0])
+    assert worst(found, evaluate_reference(theirs, *inputs[1])) < 1e-4
+    assert np.abs(found - whole).max() > 1e-3
+
+
+class OwnBlock(nnx.Module):
+    """In the middle block's place, with another kind of condition: it adds the mean of the tokens, projected."""
+
+    def __init__(self, channels, width, rngs):
+        self.proj = nnx.Linear(channels, width, rngs=rngs)
+
+    def condition(self, tokens):
+        return {"shift": self.proj(tokens.mean(1))}
+
+    def __call__(self, x, temb, condition):
+        return x + condition["shift"][:, None, None]
+
+
+def test_a_replaced_block_has_a_condition_of_its_own(inputs):
+    unet = UNet2DConditionModel.from_pretrained(UNET, dtype="float32")
+    before = unet.condition(inputs[0][2])
+    unet.mid_block = OwnBlock(unet.config.cross_attention_dim, unet.config.block_out_channels[-1], nnx.Rngs(0))
+    after = unet.condition(inputs[0][2])
+    assert set(after.mid_block) == {"shift"}
+    jax.tree.map(np.testing.assert_array_equal, before.up_blocks, after.up_blocks)
+    assert np.isfinite(evaluate(unet, *inputs[0])).all()
+
+
+def test_the_condition_is_nested_as_the_blocks_are(inputs):
+    unet, prior = (
+        UNet2DConditionModel.from_pretrained(UNET, dtype="float32"),
+        PriorTransformer.from_pretrained(PRIOR, dtype="float32"),
+    )
+    condition = jax.eval_shape(unet.condition, inputs[0][2])
+    for blocks in ("down_blocks", "up_blocks"):
+        parts = getattr(condition, blocks)
+        assert [len(part.attentions) for part in parts] == [len(block.attentions) for block in getattr(unet, blocks)]
+    heads = unet.config.block_out_channels[-1] // unet.config.attention_head_dim
+    key, value = condition.mid_block.attentions[0]
+    assert key.shape == value.shape == (2, 32, heads, unet.config.attention_head_dim)
+    text = jax.eval_shape(
+        prior.condition,
+        jnp.zeros((2, prior.config.embedding_dim)),
+        jnp.zeros((2, prior.config.num_embeddings, prior.config.embedding_dim)),
+        jnp.ones((2, prior.config.num_embeddings), bool),
+    )
+    assert len(text.transformer_blocks) == prior.config.num_layers
