@@ -88,6 +88,17 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = Non
     return out.reshape(*out.shape[:-2], -1)
 
 
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The weights of `attend`: the softmax over keys, float32 `[B, N, T, S]`.
+
+    Args:
+        q: `[B, T, N, H]`; k: `[B, S, N, H]`.
+        mask: bool, broadcastable to `[B, N, T, S]`; True is visible.
+    """
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, HIDDEN), axis=-1)
+
+
 def logit_bytes(q: Any, k: Any) -> int:
     """Bytes of the float32 logits `[B, N, T, S]`."""
     batch, queries, heads, _ = q.shape

@@ -15,9 +15,9 @@ from flax import nnx
 
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.fields import Bounds
-from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig
+from kandinsky_jax.models.hooks import AttentionLayer
 from kandinsky_jax.models.layers import (
     ACTIVATIONS,
     Rngs,
@@ -100,7 +100,7 @@ class CLIPVisionConfig(_CLIPConfig):
     num_channels: int = 3
 
 
-class CLIPAttention(nnx.Module):
+class CLIPAttention(AttentionLayer):
     def __init__(self, dim: int, heads: int, *, rngs: Rngs):
         self.heads = heads
         self.q_proj = linear(dim, dim, rngs)
@@ -110,7 +110,7 @@ class CLIPAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, mask))
+        return self.out_proj(self.attend(q, k, v, mask))
 
 
 class CLIPMLP(nnx.Module):

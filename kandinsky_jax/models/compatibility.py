@@ -184,9 +184,9 @@ def _devices_here() -> str:
 
 _ARRAYS = "flax.nnx.state(network, flax.nnx.Param) has the arrays, and num_parameters() counts them"
 _PARTS = "parts are attributes, and flax.nnx.iter_graph(network) walks over all of them"
-_HOOKS = "a network runs as one compiled program, without hooks; its parts can be called by themselves"
+_HOOKS = "kandinsky_jax.models.capture(network, names) returns what its modules compute"
 _NUMBERS = "networks are float32, bfloat16 or float16: call to(dtype)"
-_XLA = "XLA lays attention out by itself, in one way for all networks"
+_XLA = "kandinsky_jax.models.with_attention(network, function) gives it an attention function of your own"
 # Members of modules of PyTorch, diffusers and transformers that have no use here, and what to write instead.
 INSTEAD: dict[str, str] = {
     "forward": "call the network itself",

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kandinsky_jax.models.attention import attend, attend_after
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig
+from kandinsky_jax.models.hooks import AttentionFunction, AttentionLayer, KeyValue, with_attention
 from kandinsky_jax.models.layers import (
     Rngs,
     TimestepEmbedding,
@@ -31,8 +31,6 @@ from kandinsky_jax.models.layers import (
     timestep_embedding,
 )
 from kandinsky_jax.models.pretrained import PretrainedNetwork
-
-KeyValue = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +79,7 @@ class FeedForward(nnx.Module):
         return self.net[2](self.net[0](x))
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(AttentionLayer):
     def __init__(self, dim: int, heads: int, *, rngs: Rngs):
         self.heads = heads
         self.to_q = linear(dim, dim, rngs)
@@ -92,12 +90,12 @@ class SelfAttention(nnx.Module):
     def condition(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
         """Attend among the text's tokens; also return their keys and values `[B, heads, T + 1, head_dim]`."""
         q, k, v = self._projected(x)
-        return self.to_out[0](attend(q, k, v, mask)), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return self.to_out[0](self.attend(q, k, v, mask)), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     def __call__(self, x: jax.Array, mask: jax.Array, condition: KeyValue) -> jax.Array:
         """Attend from a step's tokens to the text's and to each other."""
         q, k, v = self._projected(x)
-        return self.to_out[0](attend_after(q, condition, k, v, mask))
+        return self.to_out[0](self.attend_after(q, condition, k, v, mask))
 
     def _projected(self, x: jax.Array) -> list[jax.Array]:
         return [split_heads(proj(x), self.heads) for proj in (self.to_q, self.to_k, self.to_v)]
@@ -169,7 +167,11 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         self.clip_std = param((1, out), rngs)
 
     def condition(
-        self, proj_embedding: jax.Array, encoder_hidden_states: jax.Array, attention_mask: jax.Array
+        self,
+        proj_embedding: jax.Array,
+        encoder_hidden_states: jax.Array,
+        attention_mask: jax.Array,
+        attention: AttentionFunction | None = None,
     ) -> PriorCondition:
         """Run the tokens that do not change between steps.
 
@@ -178,7 +180,11 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             encoder_hidden_states: the text tower's hidden states, `[B, num_embeddings, embedding_dim]`; tokens at the
                 end that are padding in the whole batch may be left out, since they are masked.
             attention_mask: bool `[B, num_embeddings]`, False at padding.
+            attention: in the place of the ordinary attention of all blocks.
         """
+        if attention is not None:
+            network = with_attention(self, attention)
+            return network.condition(proj_embedding, encoder_hidden_states, attention_mask)
         dtype = dtype_of(self)
         text = self.encoder_hidden_states_proj(encoder_hidden_states.astype(dtype))  # [B, T, D]
         pooled = self.embedding_proj(proj_embedding.astype(dtype))[:, None]  # [B, 1, D]
@@ -195,16 +201,25 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             parts.append(part)
         return PriorCondition(parts, visible)
 
-    def __call__(self, hidden_states: jax.Array, timestep: jax.Array, condition: PriorCondition) -> jax.Array:
+    def __call__(
+        self,
+        hidden_states: jax.Array,
+        timestep: jax.Array,
+        condition: PriorCondition,
+        attention: AttentionFunction | None = None,
+    ) -> jax.Array:
         """Evaluate the network.
 
         Args:
             hidden_states: the noisy image embedding, `[B, embedding_dim]`.
             timestep: `[B]`, 0 .. num_train_timesteps - 1.
             condition: of the same batch, from `condition`.
+            attention: in the place of the ordinary attention of all blocks.
         Returns:
             the predicted (normalised) image embedding, `[B, clip_embed_dim]`.
         """
+        if attention is not None:
+            return with_attention(self, attention)(hidden_states, timestep, condition)
         config, dtype = self.config, dtype_of(self)
         inner = config.num_attention_heads * config.attention_head_dim
         time = self.time_embedding(timestep_embedding(timestep, inner).astype(dtype))[:, None]

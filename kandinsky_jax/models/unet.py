@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.models.compatibility import TorchModuleMixin
+from kandinsky_jax.models.hooks import AttentionFunction, with_attention
 from kandinsky_jax.models.layers import (
     GroupNorm,
     Rngs,
@@ -149,7 +150,13 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             channels=channels,
         )
 
-    def __call__(self, sample: jax.Array, timestep: jax.Array, condition: UNetCondition) -> jax.Array:
+    def __call__(
+        self,
+        sample: jax.Array,
+        timestep: jax.Array,
+        condition: UNetCondition,
+        attention: AttentionFunction | None = None,
+    ) -> jax.Array:
         """Evaluate the network.
 
         Args:
@@ -157,9 +164,12 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
                 2 ** (number of downsamplings).
             timestep: `[B]`, 0 .. num_train_timesteps - 1.
             condition: of the same batch, from `condition`.
+            attention: in the place of the ordinary attention of all blocks.
         Returns:
             `[B, h, w, out_channels]`: the noise, and for 8 channels the interpolant of the log-variance.
         """
+        if attention is not None:
+            return with_attention(self, attention)(sample, timestep, condition)
         dtype = dtype_of(self)
         time = timestep_embedding(timestep, self.config.block_out_channels[0]).astype(dtype)
         temb = jax.nn.silu(self.time_embedding(time) + condition.embedding)  # [B, time_dim]; every block starts so

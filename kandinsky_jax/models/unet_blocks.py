@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kandinsky_jax.models.attention import attend
+from kandinsky_jax.models.hooks import AttentionLayer, KeyValue
 from kandinsky_jax.models.layers import (
     GroupNorm,
     Rngs,
@@ -27,7 +27,6 @@ from kandinsky_jax.models.layers import (
 )
 from kandinsky_jax.models.unet_config import UNetConfig
 
-KeyValue = tuple[jax.Array, jax.Array]
 Resample = Literal["down", "up"] | None
 _RESAMPLE = {"down": downsample_mean, "up": upsample_nearest, None: lambda x: x}
 
@@ -60,7 +59,7 @@ class ResnetBlock2D(nnx.Module):
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class SimpleCrossAttention(nnx.Module):
+class SimpleCrossAttention(AttentionLayer):
     """Self-attention over pixels, with the keys and values of the image tokens prepended."""
 
     def __init__(self, config: UNetConfig, dim: int, *, rngs: Rngs):
@@ -85,7 +84,7 @@ class SimpleCrossAttention(nnx.Module):
         q, k, v = (split_heads(proj(hidden), self.heads) for proj in (self.to_q, self.to_k, self.to_v))
         k = jnp.concatenate([condition[0], k], axis=1)  # [B, S + hw, heads, head_dim]
         v = jnp.concatenate([condition[1], v], axis=1)
-        return x + self.to_out[0](attend(q, k, v)).reshape(b, h, w, c)
+        return x + self.to_out[0](self.attend(q, k, v)).reshape(b, h, w, c)
 
 
 class DownBlock(nnx.Module):
