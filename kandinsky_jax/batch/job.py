@@ -17,31 +17,17 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kandinsky_jax import images
 from kandinsky_jax.batch import model_files
-from kandinsky_jax.batch.requests import MAX_IMAGES, MAX_SIDE, MODES, PICTURE_COLUMNS, STRENGTH, check_pixels, text
+from kandinsky_jax.batch.requests import MAX_IMAGES, MAX_SIDE, STRENGTH, check_pixels, text
 from kandinsky_jax.batch.rows import JobError, RowFile, parquet, scan
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS, Output
 from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.checkpoint.networks import network_dtype
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten
 from kandinsky_jax.common.storage import read_json
-from kandinsky_jax.pipelines import (
-    CombinedPipeline,
-    KandinskyV22CombinedPipeline,
-    KandinskyV22ControlnetCombinedPipeline,
-    KandinskyV22ControlnetImg2ImgCombinedPipeline,
-    KandinskyV22Img2ImgCombinedPipeline,
-    KandinskyV22InpaintCombinedPipeline,
-    checks,
-)
+from kandinsky_jax.pipelines import CombinedPipeline, checks
+from kandinsky_jax.pipelines.modes import MODES, PICTURE_COLUMNS, class_names, repository_of
 from kandinsky_jax.schedulers import Scheduler, scheduler_from_config, scheduler_named
 
-PIPELINES: dict[str, type[CombinedPipeline]] = {
-    "generate": KandinskyV22CombinedPipeline,
-    "img2img": KandinskyV22Img2ImgCombinedPipeline,
-    "inpaint": KandinskyV22InpaintCombinedPipeline,
-    "controlnet": KandinskyV22ControlnetCombinedPipeline,
-    "controlnet-img2img": KandinskyV22ControlnetImg2ImgCombinedPipeline,
-}
 DEFAULTS: dict[str, Any] = {"steps": 50, "guidance_scale": 4.0, "prior_steps": 25, "prior_guidance_scale": 4.0}
 
 
@@ -53,8 +39,8 @@ class Job:
         rows: path or URL of the file of rows: .jsonl, .csv, .parquet or .txt.
         output: path or URL of the folder to fill.
         model, prior: see `Pipeline.from_pretrained`; None is the official one for the mode.
-        mode: one of `kandinsky_jax.batch.requests.MODES`; None is derived from the columns of a CSV or Parquet file, or
-            from the first row of another.
+        mode: one of `pipelines.modes.MODES`; None is derived from the columns of a CSV or Parquet file, or from the
+            first row of another.
         form: "webdataset" or "folder".
         pictures: "png", "jpg" or "webp".
         rows_per_shard: rows of one unit of work, the most that a preemption can lose.
@@ -200,7 +186,7 @@ class OpenJob:
     @property
     def pipeline(self) -> type[CombinedPipeline]:
         """Pipeline class of the mode."""
-        return PIPELINES[self.mode]
+        return MODES[self.mode].combined_class
 
     @property
     def shards(self) -> int:
@@ -245,10 +231,11 @@ class OpenJob:
     def _model_faults(self) -> list[str]:
         """List settings that do not fit the model, with which no row could be generated."""
         folder, *prior = model_files.folders(self.pipeline, self.model, self.job.prior)
-        if hub.kind(folder) != self.pipeline.REPOSITORY:
-            needed = " or ".join(hub.KINDS[self.pipeline.REPOSITORY])
+        found, mode = hub.pipeline_class(folder), MODES[self.mode]
+        if repository_of(found) != mode.repository:
+            needed = " or ".join(class_names(mode.repository))
             return [
-                f"{shorten(str(folder), 150)} holds a {shorten(hub.pipeline_class(folder), 60)}, which the mode "
+                f"{shorten(str(folder), 150)} holds a {shorten(found, 60)}, which the mode "
                 f"{self.mode} cannot use; it needs a {needed}"
             ]
         decoder_scheduler = _scheduler(folder, "scheduler")
@@ -260,8 +247,7 @@ class OpenJob:
             if self._may_be_unused(name):
                 continue
             steps, strength = self.job.settings[name], None
-            from_image = name == "steps" and "image" in MODES[self.mode] and self.mode != "inpaint"
-            if from_image and not self._may_be_unused("strength"):
+            if name == "steps" and mode.takes_strength and not self._may_be_unused("strength"):
                 strength = self.job.settings.get("strength", STRENGTH)
             with _listed(faults, name):
                 scheduler.schedule(steps, checks.skipped(strength, scheduler.steps(steps)))
@@ -299,15 +285,15 @@ def open_job(job: Job) -> OpenJob:
     mode = job.mode or _mode_of(rows)
     if faults := _mode_faults(rows, mode):
         raise JobError(faults)
-    repository = PIPELINES[mode].REPOSITORY
+    repository = MODES[mode].repository
     return OpenJob(job, mode, rows, output, job.model or f"{hub.OFFICIAL}/{repository}")
 
 
 def _mode_faults(rows: RowFile, mode: str) -> list[str]:
     """List reasons why no row fits a mode; rows are read up to the first that fits, usually the first one."""
     path, columns = shorten(rows.path, 240), set(rows.columns)
-    lacking = set(MODES[mode])  # in all rows so far
-    surplus = set(PICTURE_COLUMNS) - lacking  # likewise
+    lacking = set(MODES[mode].columns)  # in all rows so far
+    surplus = set(PICTURE_COLUMNS.values()) - lacking  # likewise
     if rows.kind != "jsonl":
         if missing := lacking - columns:
             return [f"the mode {mode} needs {_and(missing)} of a row, for which {path} has no column"]
@@ -328,14 +314,14 @@ def _mode_faults(rows: RowFile, mode: str) -> list[str]:
 
 
 def _and(names: Iterable[str]) -> str:
-    return " and ".join(name for name in PICTURE_COLUMNS if name in names)
+    return " and ".join(name for name in PICTURE_COLUMNS.values() if name in names)
 
 
 def _mode_of(rows: RowFile) -> str:
     """Return the mode that takes the columns."""
     names = set(rows.columns) or set(next(rows.read(0, 1)).values)
-    files = names & {"image", "mask", "hint"}
-    modes = [mode for mode, needed in MODES.items() if set(needed) == files]
+    files = names & set(PICTURE_COLUMNS.values())
+    modes = [name for name, mode in MODES.items() if set(mode.columns) == files]
     if not modes:
         raise JobError([f"{rows.path}: no mode takes {' and '.join(sorted(files))} alone; say which one is meant"])
     return modes[0]

@@ -24,16 +24,8 @@ from kandinsky_jax.batch.rows import ROW_COLUMNS, Raw, default_id
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten, summarize
 from kandinsky_jax.diffusion.inpainting import latent_repaint_mask
 from kandinsky_jax.pipelines import CombinedPipeline, checks
+from kandinsky_jax.pipelines.modes import MODES, PICTURE_COLUMNS
 
-# Columns that each mode needs besides the prompt.
-MODES = {
-    "generate": (),
-    "img2img": ("image",),
-    "inpaint": ("image", "mask"),
-    "controlnet": ("hint",),
-    "controlnet-img2img": ("image", "hint"),
-}
-PICTURE_COLUMNS = ("image", "mask", "hint")
 # Larger values would not fit into memory, and their failure would end the job.
 MAX_SIDE = 4096
 MAX_PIXELS = 2**22  # of one picture: 2048 x 2048
@@ -151,8 +143,8 @@ class Checker:
         return RowRequest(raw.number, name, prompt, negative, seed, count, shape, files, pictures, metadata)
 
     def _files(self, row: _Row) -> dict[str, str]:
-        needed = MODES[self.mode]
-        for kind in PICTURE_COLUMNS:
+        needed = MODES[self.mode].columns
+        for kind in PICTURE_COLUMNS.values():
             if kind in needed and kind not in row.values:
                 row.faults.append(f"{kind} is missing, which the mode {self.mode} needs")
             if kind in row.values and kind not in needed:
@@ -170,7 +162,7 @@ class Checker:
             -(-row.get(name, functools.partial(_side, name=name), given.get(name) or size) // side) * side
             for name, size in zip(("height", "width"), fitting, strict=True)
         )
-        from_image = "image" in MODES[self.mode] and self.mode != "inpaint"
+        from_image = MODES[self.mode].takes_strength
         strength = row.get("strength", _number, given.get("strength", STRENGTH)) if from_image else None
         if not from_image and "strength" in row.values:
             row.faults.append(f"strength is not used by the mode {self.mode}")

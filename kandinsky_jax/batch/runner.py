@@ -302,15 +302,8 @@ def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, Any]:
         "guidance_scale": shape.guidance_scale,
         "prior_num_inference_steps": shape.prior_steps,
         "prior_guidance_scale": shape.prior_guidance_scale,
-        "num_images_per_prompt": 1,
         "generator": keys,
-        "latents": None,
         "output_type": "np",
-        "return_dict": True,
-        "callback_on_step_end": None,
-        "callback_on_step_end_tensor_inputs": None,
-        "prior_callback_on_step_end": None,
-        "prior_callback_on_step_end_tensor_inputs": None,
     }
 
 

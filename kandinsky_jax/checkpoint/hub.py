@@ -23,24 +23,6 @@ PRIOR, DECODER = "kandinsky-2-2-prior", "kandinsky-2-2-decoder"
 INPAINT, CONTROLNET = "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"
 OFFICIAL = "kandinsky-community"
 
-# Classes that model_index.json may name, by kind of repository.
-KINDS = {
-    PRIOR: ("KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline", "KandinskyPriorPipeline"),
-    DECODER: (
-        "KandinskyV22Pipeline",
-        "KandinskyV22Img2ImgPipeline",
-        "KandinskyV22CombinedPipeline",
-        "KandinskyV22Img2ImgCombinedPipeline",
-    ),
-    INPAINT: ("KandinskyV22InpaintPipeline", "KandinskyV22InpaintCombinedPipeline"),
-    CONTROLNET: (
-        "KandinskyV22ControlnetPipeline",
-        "KandinskyV22ControlnetImg2ImgPipeline",
-        "KandinskyV22ControlnetCombinedPipeline",
-        "KandinskyV22ControlnetImg2ImgCombinedPipeline",
-    ),
-}
-
 # The trained small model that is shipped with the package.
 EMBEDDED = {"tiny": Path(__file__).parents[1] / "tiny"}
 
@@ -418,12 +400,6 @@ def components(folder: Path) -> dict[str, str]:
 def pipeline_class(folder: Path) -> str:
     """Return the class that a `model_index.json` names."""
     return str(read_json(folder / "model_index.json").get("_class_name"))
-
-
-def kind(folder: Path) -> str | None:
-    """Return which of `KINDS` a model is; None for none of them."""
-    found = pipeline_class(folder)
-    return next((name for name, classes in KINDS.items() if found in classes), None)
 
 
 def component_folder(folder: Path, name: str) -> Path:

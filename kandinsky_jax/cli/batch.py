@@ -11,13 +11,14 @@ import typer
 
 from kandinsky_jax.batch import Job, Process, Report, open_job, run, this_process
 from kandinsky_jax.batch.job import DEFAULTS
-from kandinsky_jax.batch.requests import MODES, STRENGTH
+from kandinsky_jax.batch.requests import STRENGTH
 from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.runner import rehearsal
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS
 from kandinsky_jax.common.errors import summarize
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.images import ENCODINGS
+from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.preemption import STOPPED, Stop
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 

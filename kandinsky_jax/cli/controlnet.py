@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from kandinsky_jax.checkpoint.hub import CONTROLNET
 from kandinsky_jax.cli.options import Options, Prompt, Strength, takes_options
 from kandinsky_jax.cli.running import generate_pictures
 from kandinsky_jax.pipelines import (
-    KandinskyV22ControlnetCombinedPipeline,
-    KandinskyV22ControlnetImg2ImgCombinedPipeline,
     checks,
 )
+from kandinsky_jax.pipelines.modes import MODES
 
 EXAMPLE = 'Example: kandinsky-jax controlnet "soccer ball" --hint depth.png -o ball.png --model tiny'
 
@@ -33,10 +31,8 @@ def controlnet(
 ) -> None:
     """Generate pictures from a prompt, with the layout of a depth map."""
     if not image:
-        generate_pictures(prompt, options, KandinskyV22ControlnetCombinedPipeline, CONTROLNET, {"hint": hint})
+        generate_pictures(prompt, options, MODES["controlnet"], {"hint": hint})
         return
     checks.strength(strength, options.steps)
     files = {"image": image, "hint": hint}
-    generate_pictures(
-        prompt, options, KandinskyV22ControlnetImg2ImgCombinedPipeline, CONTROLNET, files, strength=strength
-    )
+    generate_pictures(prompt, options, MODES["controlnet-img2img"], files, strength=strength)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from kandinsky_jax.checkpoint.hub import DECODER
 from kandinsky_jax.cli.options import Options, Prompt, takes_options
 from kandinsky_jax.cli.running import generate_pictures
-from kandinsky_jax.pipelines import (
-    KandinskyV22CombinedPipeline,
-)
+from kandinsky_jax.pipelines.modes import MODES
 
 EXAMPLE = 'Example: kandinsky-jax generate "purple heart" -o heart.png --model tiny'
 
@@ -15,4 +12,4 @@ EXAMPLE = 'Example: kandinsky-jax generate "purple heart" -o heart.png --model t
 @takes_options
 def generate(prompt: Prompt, options: Options) -> None:
     """Generate pictures from a prompt."""
-    generate_pictures(prompt, options, KandinskyV22CombinedPipeline, DECODER, {})
+    generate_pictures(prompt, options, MODES["generate"], {})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from kandinsky_jax.checkpoint.hub import DECODER
 from kandinsky_jax.cli.options import ImagePaths, Options, Prompt, Strength, takes_options
 from kandinsky_jax.cli.running import generate_pictures
 from kandinsky_jax.pipelines import (
-    KandinskyV22Img2ImgCombinedPipeline,
     checks,
 )
+from kandinsky_jax.pipelines.modes import MODES
 
 EXAMPLE = 'Example: kandinsky-jax img2img "green heart" --image heart.png --strength 0.6 -o green.png --model tiny'
 
@@ -17,6 +16,4 @@ EXAMPLE = 'Example: kandinsky-jax img2img "green heart" --image heart.png --stre
 def img2img(prompt: Prompt, image: ImagePaths, options: Options, strength: Strength = 0.3) -> None:
     """Generate variations of pictures, guided by a prompt."""
     checks.strength(strength, options.steps)
-    generate_pictures(
-        prompt, options, KandinskyV22Img2ImgCombinedPipeline, DECODER, {"image": image}, strength=strength
-    )
+    generate_pictures(prompt, options, MODES["img2img"], {"image": image}, strength=strength)

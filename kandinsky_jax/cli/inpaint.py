@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from kandinsky_jax.checkpoint.hub import INPAINT
 from kandinsky_jax.cli.options import ImagePaths, Options, Prompt, takes_options
 from kandinsky_jax.cli.running import generate_pictures
-from kandinsky_jax.pipelines import (
-    KandinskyV22InpaintCombinedPipeline,
-)
+from kandinsky_jax.pipelines.modes import MODES
 
 EXAMPLE = (
     'Example: kandinsky-jax inpaint "smiling face with sunglasses" --image face.png --mask mask.png'
@@ -34,4 +31,4 @@ def inpaint(
 ) -> None:
     """Repaint the masked part of pictures, guided by a prompt."""
     files = {"image": image, "mask_image": mask}
-    generate_pictures(prompt, options, KandinskyV22InpaintCombinedPipeline, INPAINT, files, paste_back=paste_back)
+    generate_pictures(prompt, options, MODES["inpaint"], files, paste_back=paste_back)

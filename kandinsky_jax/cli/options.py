@@ -24,6 +24,7 @@ from kandinsky_jax.pipelines import (
     CombinedPipeline,
     checks,
 )
+from kandinsky_jax.pipelines.modes import Mode
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from kandinsky_jax.schedulers.names import SUFFIXES
 
@@ -115,7 +116,7 @@ class Options:
         if self.scheduler is not None:
             scheduler_named(self.scheduler, {}).steps(self.steps)
 
-    def generate(self, cls: type[CombinedPipeline], repository: str, call: Callable[[Any, Generator], Any]) -> Any:
+    def generate(self, mode: Mode, call: Callable[[Any, Generator], Any]) -> Any:
         """Load a pipeline while compiling for `call`, and return the seed and the result of the call."""
         if self.compilation_cache is not None:
             set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)
@@ -126,8 +127,8 @@ class Options:
                 pipe.scheduler = scheduler_named(self.scheduler, pipe.scheduler.config)
             return call(pipe, self.generator(seed))
 
-        pipe = cls.from_pretrained(
-            self.model or f"{OFFICIAL}/{repository}",
+        pipe = mode.combined_class.from_pretrained(
+            self.model or f"{OFFICIAL}/{mode.repository}",
             prior=self.prior,
             dtype=self.dtype and self.dtype.value,
             warmup=run_call,

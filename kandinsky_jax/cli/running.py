@@ -9,14 +9,12 @@ from typing import Any
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.checkpoint.hub import DECODER
 from kandinsky_jax.cli.options import Options
 from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import (
-    CombinedPipeline,
-    KandinskyV22CombinedPipeline,
     checks,
 )
+from kandinsky_jax.pipelines.modes import MODES, Mode
 
 
 def read_pictures(
@@ -37,8 +35,7 @@ def file_names(files: dict[str, list[Path]]) -> dict[str, list[str]]:
 def generate_pictures(
     prompt: list[str],
     options: Options,
-    cls: type[CombinedPipeline],
-    repository: str,
+    mode: Mode,
     files: dict[str, list[Path]],
     **settings: Any,
 ) -> None:
@@ -58,7 +55,7 @@ def generate_pictures(
         settings.update(options.size(pipe, first))
         return pipe(prompt, num_images_per_prompt=repeats, generator=generator, **pictures, **settings).images
 
-    seed, generated = options.generate(cls, repository, call)
+    seed, generated = options.generate(mode, call)
     facts = settings | ({"files": file_names(files)} if files else {})
     write_pictures(generated, options, seed, [{"prompt": text, **facts} for text in prompt for _ in range(repeats)])
 
@@ -77,7 +74,7 @@ def generate_from_embeds(
         settings.update(options.size(pipe, None))
         return pipe.decoder_pipe(**embed(pipe, generator), generator=generator, **settings).images
 
-    seed, generated = options.generate(KandinskyV22CombinedPipeline, DECODER, call)
+    seed, generated = options.generate(MODES["generate"], call)
     shared = {"negative_prompt": options.negative_prompt, "prior": options.prior_settings(), **settings}
     write_pictures(generated, options, seed, [facts | shared for facts in about])
 

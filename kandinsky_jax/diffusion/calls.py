@@ -3,69 +3,100 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kandinsky_jax.compilation import program
-from kandinsky_jax.diffusion import (
-    Network,
-    Params,
-    matmul_precision,
-)
+from kandinsky_jax.diffusion.network import Network, Params, PyTree, matmul_precision
+from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, batch_specs, shard_batch, sharded
+
+Arrays = Mapping[str, jax.Array]
 
 
 def call(network: Network, params: Params, *args: Any, method: str = "__call__") -> Any:
     """Run one method of a network on arrays `[B, ...]`, compiled once per structure and shapes."""
     if network.mesh is None:
-        return _run(network, params, *args, method=method)
+        return _call(network, params, *args, method=method)
     images = len(jax.tree.leaves(args)[0])
-    whole = shard_batch(network.mesh, _run(network, params, *shard_batch(network.mesh, args), method=method))
+    whole = shard_batch(network.mesh, _call(network, params, *shard_batch(network.mesh, args), method=method))
     return _first_rows(whole, images) if images % network.devices else whole
 
 
-def condition(network: Network, params: Params, *args: Any) -> Any:
-    """A network's `condition` for the examples of a loop.
-
-    Args:
-        args: arrays `[G, B, ...]`; G is 2 with guidance, uncond before cond, and 1 without.
-    Returns:
-        the condition, `[G, B, ...]` too; on a mesh, B is what an uneven batch is filled up to.
-    """
-    args = shard_guidance(network, args)
-    return shard_guidance(network, _run(network, params, *args, method="condition", guidance_axis=True))
-
-
-def shard_guidance(network: Network, tree: Any) -> Any:
-    """Arrays `[G, B, ...]` where a network wants them.
-
-    What a program over a mesh gives is there already; a rehearsal's zeros are not, and the next program depends on it.
-    """
-    return tree if network.mesh is None else shard_batch(network.mesh, tree, 1, guidance_axis=True, pictures=False)
-
-
-@program(static_argnames=("network", "method", "guidance_axis"))
-def _run(network: Network, params: Params, *args: Any, method: str, guidance_axis: bool = False) -> Any:
-    axis, widest = int(guidance_axis), max(jax.tree.leaves(args), key=lambda leaf: leaf.shape[0])
-
+@program(static_argnames=("network", "method"))
+def _call(network: Network, params: Params, *args: Any, method: str) -> Any:
     def local(params: Params, *args: Any) -> Any:
         with matmul_precision(params):
-            output = getattr(network.bind(params), method)(*(_flat(args) if guidance_axis else args))
-        if not guidance_axis:
-            return output
-        count = max(leaf.shape[0] for leaf in jax.tree.leaves(args))
-        return jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), output)
+            return getattr(network.bind(params), method)(*args)
 
-    each, out = (batch_specs(network.mesh, tree, axis, guidance_axis) for tree in (list(args), widest))
+    each = [batch_specs(network.mesh, tree) for tree in args]
+    out = batch_specs(network.mesh, max(jax.tree.leaves(args), key=lambda leaf: leaf.shape[0]))
     return sharded(network.mesh, local, (REPLICATED, *each), out)(params, *args)
-
-
-def _flat(tree: Any) -> Any:
-    """`[G, B, ...]` as `[G * B, ...]`, what a network takes."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
 @functools.partial(jax.jit, static_argnames="images")
 def _first_rows(tree: Any, images: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[:images], tree)
+
+
+def condition(
+    network: Network, params: Params, cond: Arrays, uncond: Arrays | None = None, shared: Arrays | None = None
+) -> tuple[PyTree, PyTree]:
+    """Run a network's `condition` for the examples of a loop.
+
+    Args:
+        cond, uncond: its arguments by name, arrays `[B, ...]`; uncond is None where guidance is off.
+        shared: further arguments, the same for both.
+    Returns:
+        the conditions for cond and for uncond, None without it; arrays `[B, ...]`. On a mesh, B is what an uneven batch
+        is padded to.
+    """
+    args = shard_condition(network, (dict(cond), None if uncond is None else dict(uncond), dict(shared or {})))
+    return shard_condition(network, _condition(network, params, *args))
+
+
+def shard_condition(network: Network, tree: PyTree) -> PyTree:
+    """Shard arrays `[B, ...]` over a network's mesh.
+
+    What a program over a mesh returns is sharded already; a rehearsal's zeros are not, and the next program depends on
+    it.
+    """
+    return tree if network.mesh is None else shard_batch(network.mesh, tree, pictures=False)
+
+
+@program(static_argnames="network")
+def _condition(
+    network: Network, params: Params, cond: Arrays, uncond: Arrays | None, shared: Arrays
+) -> tuple[PyTree, PyTree]:
+    exchanged = uncond is not None and exchanges_guidance(network.mesh)
+
+    def local(params: Params, cond: Arrays, uncond: Arrays | None, shared: Arrays) -> tuple[PyTree, PyTree]:
+        compute = network.bind(params).condition
+        with matmul_precision(params):
+            if uncond is None:
+                return compute(**cond, **shared), None
+            if exchanged:  # each device computes the one that it will evaluate
+                both = jax.lax.all_gather(compute(**own_condition(cond, uncond), **shared), GUIDANCE_AXIS)
+                return jax.tree.map(lambda x: x[1], both), jax.tree.map(lambda x: x[0], both)
+            joined = jax.tree.map(lambda *x: jnp.concatenate(x), uncond, cond)
+            both = compute(**joined, **shared)  # [2B, ...]
+        halves = [jax.tree.map(lambda x, half=half: jnp.split(x, 2)[half], both) for half in (1, 0)]
+        return halves[0], halves[1]
+
+    each = [batch_specs(network.mesh, tree) for tree in (cond, uncond, shared)]
+    out = batch_specs(network.mesh, next(iter(cond.values())))
+    return sharded(network.mesh, local, (REPLICATED, *each), out)(params, cond, uncond, shared)
+
+
+def exchanges_guidance(mesh: jax.sharding.Mesh | None) -> bool:
+    """Whether cond and uncond are evaluated on a device each, which exchange their predictions."""
+    return mesh is not None and mesh.shape[GUIDANCE_AXIS] == 2
+
+
+def own_condition(cond: PyTree, uncond: PyTree) -> PyTree:
+    """Choose what a device of the `guidance` axis evaluates, within `sharded`: the first one uncond, the other cond."""
+    first = jax.lax.axis_index(GUIDANCE_AXIS) == 0
+    return jax.tree.map(lambda x, y: jnp.where(first, y, x), cond, uncond)

@@ -101,12 +101,11 @@ def in_memory(place: Sharding | None, shape: Sequence[int]) -> Sharding | Format
 # Batches ----------------------------------------------------------------------------------------------------------
 
 
-def shard_batch(mesh: Mesh, tree: Any, axis: int | None = 0, guidance_axis: bool = False, pictures: bool = True) -> Any:
+def shard_batch(mesh: Mesh, tree: Any, axis: int | None = 0, pictures: bool = True) -> Any:
     """Shard arrays over a mesh; a batch that cannot be divided evenly is padded with its last example.
 
     Args:
         axis: of the batch; None for arrays without one, which are returned unchanged.
-        guidance_axis: whether the first axis is that of guidance, of size 2 (uncond, cond) or 1 (cond alone).
         pictures: whether arrays `[..., B, H, W, C]` are pictures, whose rows are sharded where divisible.
     """
 
@@ -116,7 +115,7 @@ def shard_batch(mesh: Mesh, tree: Any, axis: int | None = 0, guidance_axis: bool
         images, parts = leaf.shape[axis], mesh.shape[DATA_AXIS]
         if short := -images % parts:
             leaf = _take(leaf, np.minimum(np.arange(images + short), images - 1), axis)
-        spec = [*_manual_spec(mesh, leaf, axis, guidance_axis)]
+        spec = [*_batch_spec(axis)]
         parts = mesh.shape[ROWS_AXIS]
         if pictures and parts > 1 and leaf.ndim - axis == PICTURE_NDIM and leaf.shape[axis + 1] % parts == 0:
             spec.append(ROWS_AXIS)
@@ -136,16 +135,15 @@ def _take_on_device(leaf: jax.Array, indices: jax.Array, axis: int) -> jax.Array
     return leaf[(slice(None),) * axis + (indices,)]
 
 
-def _manual_spec(mesh: Mesh, leaf: Any, axis: int, guidance_axis: bool) -> PartitionSpec:
-    split = guidance_axis and mesh.shape[GUIDANCE_AXIS] == 2 and leaf.shape[0] == 2
-    return PartitionSpec(*[GUIDANCE_AXIS if split and i == 0 else None for i in range(axis)], DATA_AXIS)
+def _batch_spec(axis: int) -> PartitionSpec:
+    return PartitionSpec(*[None] * axis, DATA_AXIS)
 
 
-def batch_specs(mesh: Mesh | None, tree: Any, axis: int | None = 0, guidance_axis: bool = False) -> Any:
+def batch_specs(mesh: Mesh | None, tree: Any, axis: int | None = 0) -> Any:
     """Return the partition specs over the manual axes of arrays from `shard_batch`, for `sharded`."""
     if mesh is None or axis is None:
         return REPLICATED
-    return jax.tree.map(lambda leaf: _manual_spec(mesh, leaf, axis, guidance_axis), tree)
+    return jax.tree.map(lambda leaf: _batch_spec(axis), tree)
 
 
 def sharded(mesh: Mesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -6,25 +6,21 @@ from kandinsky_jax.pipelines.auto import (
     AutoPipelineForText2Image,
 )
 from kandinsky_jax.pipelines.base import Pipeline
-from kandinsky_jax.pipelines.combined import (
-    CombinedPipeline,
-    KandinskyV22CombinedPipeline,
-    KandinskyV22Img2ImgCombinedPipeline,
-    KandinskyV22InpaintCombinedPipeline,
-)
-from kandinsky_jax.pipelines.combined_controlnet import (
+from kandinsky_jax.pipelines.combined import CombinedPipeline
+from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
+from kandinsky_jax.pipelines.controlnet import (
     KandinskyV22ControlnetCombinedPipeline,
     KandinskyV22ControlnetImg2ImgCombinedPipeline,
+    KandinskyV22ControlnetImg2ImgPipeline,
+    KandinskyV22ControlnetPipeline,
 )
-from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
-from kandinsky_jax.pipelines.controlnet import KandinskyV22ControlnetImg2ImgPipeline, KandinskyV22ControlnetPipeline
 from kandinsky_jax.pipelines.emb2emb import KandinskyV22PriorEmb2EmbPipeline
-from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
-from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
+from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgCombinedPipeline, KandinskyV22Img2ImgPipeline
+from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintCombinedPipeline, KandinskyV22InpaintPipeline
 from kandinsky_jax.pipelines.older import KandinskyPriorPipeline, class_of_2_1
 from kandinsky_jax.pipelines.outputs import BaseOutput, ImagePipelineOutput, KandinskyPriorPipelineOutput
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
-from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
+from kandinsky_jax.pipelines.text2img import KandinskyV22CombinedPipeline, KandinskyV22Pipeline
 
 __all__ = [
     "AutoPipelineForImage2Image",

@@ -19,23 +19,9 @@ from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.models import UNet2DConditionModel
 from kandinsky_jax.parallel.mesh import mesh_of
 from kandinsky_jax.pipelines.base import Pipeline, check_pipelines
-from kandinsky_jax.pipelines.combined import (
-    CombinedPipeline,
-    KandinskyV22CombinedPipeline,
-    KandinskyV22Img2ImgCombinedPipeline,
-    KandinskyV22InpaintCombinedPipeline,
-)
-from kandinsky_jax.pipelines.combined_controlnet import (
-    KandinskyV22ControlnetCombinedPipeline,
-    KandinskyV22ControlnetImg2ImgCombinedPipeline,
-)
-from kandinsky_jax.pipelines.controlnet import KandinskyV22ControlnetImg2ImgPipeline, KandinskyV22ControlnetPipeline
+from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import unet_kind
-from kandinsky_jax.pipelines.emb2emb import KandinskyV22PriorEmb2EmbPipeline
-from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
-from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
-from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
-from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
+from kandinsky_jax.pipelines.modes import MODES, class_names, pipeline_named, repository_of
 
 
 def _resolve(name: str | os.PathLike[str], repository: str, arguments: Mapping[str, Any]) -> Path:
@@ -49,9 +35,17 @@ def _resolve(name: str | os.PathLike[str], repository: str, arguments: Mapping[s
 class _AutoPipeline:
     """Base of the classes that choose a combined pipeline; never instantiated."""
 
-    TASK: ClassVar[str]
-    DEFAULT: ClassVar[str] = hub.DECODER  # member of a model family, for names of a family
-    COMBINED: ClassVar[dict[str, type[CombinedPipeline]]]  # by kind of checkpoint
+    TASK: ClassVar[str]  # of the modes to choose from
+
+    @classmethod
+    def _combined(cls) -> dict[str, type[CombinedPipeline]]:
+        """Return the classes for the task by repository; the first one is the default."""
+        return {mode.repository: mode.combined_class for mode in MODES.values() if mode.task == cls.TASK}
+
+    @classmethod
+    def _default(cls) -> str:
+        """Return the repository that a name of a model family stands for."""
+        return next(iter(cls._combined()))
 
     def __init__(self) -> None:
         name = type(self).__name__
@@ -67,8 +61,9 @@ class _AutoPipeline:
         Raises:
             CheckpointError: for a checkpoint of another task; the message names the class to use.
         """
-        folder = _resolve(name, cls.DEFAULT, arguments)
-        return cls._pick(hub.kind(folder), f"{folder} holds a {hub.pipeline_class(folder)}").from_pretrained(
+        folder = _resolve(name, cls._default(), arguments)
+        found = hub.pipeline_class(folder)
+        return cls._pick(repository_of(found), f"{folder} holds a {found}").from_pretrained(
             folder, **{key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
         )
 
@@ -92,8 +87,8 @@ class _AutoPipeline:
         kind = decoders[0].REPOSITORY if decoders else hub.PRIOR
         if decoders and isinstance(components.get("unet"), UNet2DConditionModel):
             kind = unet_kind(components["unet"], decoders[0].movq.config.latent_channels) or kind
-        elif decoders and kind not in cls.COMBINED and "unet" not in components:
-            components["unet"], kind = cls._sibling_unet(decoders[0]), cls.DEFAULT
+        elif decoders and kind not in cls._combined() and "unet" not in components:
+            components["unet"], kind = cls._sibling_unet(decoders[0]), cls._default()
         combined = cls._pick(kind, f"this is a {' and a '.join(type(pipe).__name__ for pipe in pipes)}")
         whole = hub.PRIOR in kinds or any(isinstance(pipe, CombinedPipeline) for pipe in pipes)
         return (combined if whole else combined.DECODER).from_pipe(*pipes, **components)
@@ -105,27 +100,29 @@ class _AutoPipeline:
         Raises:
             CheckpointError: where there is none; the message shows how to pass one.
         """
-        decoder = cls.COMBINED[cls.DEFAULT].DECODER
+        decoder = cls._combined()[cls._default()].DECODER
         folder = Path(pipe.name_or_path or ".")
-        if folder.name not in hub.KINDS or not (folder.parent / cls.DEFAULT / "unet").is_dir():
-            others = [other.__name__ for other in AUTO if pipe.REPOSITORY in other.COMBINED]
+        repository = cls._default()
+        if not class_names(folder.name) or not (folder.parent / repository / "unet").is_dir():
+            others = [other.__name__ for other in AUTO if pipe.REPOSITORY in other._combined()]
             raise CheckpointError(
                 f"the unet of this {type(pipe).__name__} is not for {cls.TASK}; use {' or '.join(others)}, or give "
                 f"one: {cls.__name__}.from_pipe(pipe, unet={decoder.__name__}.from_pretrained("
-                f"'{hub.OFFICIAL}/{cls.DEFAULT}', movq=pipe.movq).unet)"
+                f"'{hub.OFFICIAL}/{repository}', movq=pipe.movq).unet)"
             )
         mesh = mesh_of(jax.tree.leaves(nnx.state(pipe.unet, nnx.Param))[0])
         loaded: Any = decoder.from_pretrained(
-            folder.parent / cls.DEFAULT, movq=pipe.movq, scheduler=pipe.scheduler, dtype=pipe.unet.dtype, mesh=mesh
+            folder.parent / repository, movq=pipe.movq, scheduler=pipe.scheduler, dtype=pipe.unet.dtype, mesh=mesh
         )
         return loaded.unet
 
     @classmethod
     def _pick(cls, kind: str | None, what: str) -> type[CombinedPipeline]:
-        if kind in cls.COMBINED:
-            return cls.COMBINED[kind]
-        others = [other.__name__ for other in AUTO if kind in other.COMBINED]
-        hint = f"use {' or '.join(others)}" if others else f"needed is a {' or '.join(cls.COMBINED)}"
+        classes = cls._combined()
+        if kind in classes:
+            return classes[kind]
+        others = [other.__name__ for other in AUTO if kind in other._combined()]
+        hint = f"use {' or '.join(others)}" if others else f"needed is a {' or '.join(classes)}"
         raise CheckpointError(f"{cls.__name__} is for {cls.TASK}, and {what}; {hint}")
 
 
@@ -133,35 +130,25 @@ class AutoPipelineForText2Image(_AutoPipeline):
     """prompt -> picture; with a controlnet checkpoint, prompt and hint -> picture."""
 
     TASK = "text-to-image"
-    COMBINED: ClassVar[dict[str, type[CombinedPipeline]]] = {
-        hub.DECODER: KandinskyV22CombinedPipeline,
-        hub.CONTROLNET: KandinskyV22ControlnetCombinedPipeline,
-    }
 
 
 class AutoPipelineForImage2Image(_AutoPipeline):
     """prompt and picture -> picture; with a controlnet checkpoint, prompt, picture and hint -> picture."""
 
     TASK = "image-to-image"
-    COMBINED: ClassVar[dict[str, type[CombinedPipeline]]] = {
-        hub.DECODER: KandinskyV22Img2ImgCombinedPipeline,
-        hub.CONTROLNET: KandinskyV22ControlnetImg2ImgCombinedPipeline,
-    }
 
 
 class AutoPipelineForInpainting(_AutoPipeline):
     """prompt, picture and mask -> picture."""
 
     TASK = "inpainting"
-    DEFAULT = hub.INPAINT
-    COMBINED: ClassVar[dict[str, type[CombinedPipeline]]] = {hub.INPAINT: KandinskyV22InpaintCombinedPipeline}
 
 
 def pipeline_for(name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Pipeline:
     """Load a model with the class that its `model_index.json` names; see `DiffusionPipeline.from_pretrained`."""
     folder = _resolve(name, hub.DECODER, arguments)
     found = hub.pipeline_class(folder)
-    cls = CLASSES.get(found)
+    cls = pipeline_named(found)
     if cls is None:
         raise CheckpointError(
             f"{folder} holds a {shorten(found)}, which is not a pipeline of Kandinsky 2.2, such as KandinskyV22Pipeline"
@@ -170,20 +157,3 @@ def pipeline_for(name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> 
 
 
 AUTO = (AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting)
-CLASSES: Mapping[str, type[Pipeline]] = {
-    cls.__name__: cls
-    for cls in (
-        KandinskyV22PriorPipeline,
-        KandinskyV22PriorEmb2EmbPipeline,
-        KandinskyV22Pipeline,
-        KandinskyV22Img2ImgPipeline,
-        KandinskyV22InpaintPipeline,
-        KandinskyV22ControlnetPipeline,
-        KandinskyV22ControlnetImg2ImgPipeline,
-        KandinskyV22CombinedPipeline,
-        KandinskyV22Img2ImgCombinedPipeline,
-        KandinskyV22InpaintCombinedPipeline,
-        KandinskyV22ControlnetCombinedPipeline,
-        KandinskyV22ControlnetImg2ImgCombinedPipeline,
-    )
-} | {"KandinskyPriorPipeline": KandinskyV22PriorPipeline}

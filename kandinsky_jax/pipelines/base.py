@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import numpy as np
@@ -28,14 +28,13 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.adapters import LoraLoader
 from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
 from kandinsky_jax.pipelines.components import as_component
-from kandinsky_jax.pipelines.denoising import LoopInputs, sample
+from kandinsky_jax.pipelines.denoising import Conditioning, sample
 from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names
 from kandinsky_jax.pipelines.loading_arguments import without_diffusers_arguments
+from kandinsky_jax.pipelines.options import Callback
 from kandinsky_jax.schedulers import Schedule
 
-Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]
-OldCallback = Callable[[int, int, Any], None]  # (step, timestep, latents)
-MakeLoopInputs = Callable[[Network, Any, Mapping[str, Any], bool], Sequence[LoopInputs]]
+ConditioningT = TypeVar("ConditioningT", bound=Conditioning)
 
 
 class LazyComponent:
@@ -198,7 +197,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether guidance is on in the next step of the current call, or was in the last step of the last one."""
-        return self.guidance_scale > 1
+        return is_guided(self.guidance_scale)
 
     @property
     def num_timesteps(self) -> int:
@@ -208,8 +207,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
     def _denoise(
         self,
         module: nnx.Module,
-        loop_inputs: MakeLoopInputs,
-        tensors: dict[str, Any],
+        conditioning: ConditioningT,
         schedule: Schedule,
         latents: Sequence[jax.Array],
         source: Source,
@@ -217,24 +215,26 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         callback: Callback | None,
         callback_inputs: Sequence[str],
         guidance_interval: tuple[int, int] | None = None,
-    ) -> list[jax.Array]:
+    ) -> tuple[list[jax.Array], ConditioningT]:
         """Run the loop under a progress bar, with the user's callback after each step.
 
         Args:
-            loop_inputs: (network, parameters, tensors, whether guidance is on) -> the inputs of each batch.
-            tensors: those that a callback may read and change besides the latents, by diffusers' names.
             latents: each batch's first sample.
             guidance_scale: at the first step; a callback may change it.
             guidance_interval: see `sample`.
+        Returns:
+            each batch's last sample, and the conditioning as callbacks have left it.
         """
         network, params = Network.split(module)
-        scale = guidance_scale
-        inputs = loop_inputs(network, params, tensors, scale > 1)
+        scale, guided = guidance_scale, is_guided(guidance_scale)
+        inputs, given = conditioning.loop_inputs(network, params, guided), conditioning
         state: dict[str, Any] = {"guidance_scale": scale, "num_timesteps": len(schedule)}
         self._call_state = state
+        original = {} if callback is None else conditioning.callback_tensors(guided)
+        tensors = dict(original)
 
         def call_back(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
-            nonlocal inputs, scale
+            nonlocal inputs, scale, guided, given
             seen = tensors | {"latents": _join(samples)}
             requested = {name: seen[name] for name in callback_inputs}
             assert callback is not None
@@ -247,10 +247,12 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
                 )
             changed = {k: to_numpy(v, k) for k, v in returned.items() if k in seen and v is not seen[k]}
             new = {k: v for k, v in changed.items() if k != "latents"}
-            before, scale = scale, state["guidance_scale"]
-            if new or (before > 1) != (scale > 1):
+            before, scale = guided, state["guidance_scale"]
+            guided = is_guided(scale)
+            if new or before != guided:
                 tensors.update(new)
-                inputs = loop_inputs(network, params, tensors, scale > 1)
+                given = conditioning.with_callback_tensors({k: v for k, v in tensors.items() if v is not original[k]})
+                inputs = given.loop_inputs(network, params, guided)
             return _part(changed["latents"], samples) if "latents" in changed else None
 
         with tqdm(**({"total": len(schedule), "desc": self.STAGE} | self._progress_bar_config)) as bar:
@@ -259,10 +261,10 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
                 bar.update(done - bar.n)
                 return call_back(done, samples) if callback is not None else None
 
-            return sample(
+            last = sample(
                 network,
                 params,
-                lambda: (inputs, scale if scale > 1 else None),
+                lambda: (inputs, scale if guided else None),
                 schedule,
                 latents,
                 source,
@@ -270,6 +272,12 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
                 after=after,
                 every_step=callback is not None,
             )
+        return last, given
+
+
+def is_guided(scale: float) -> bool:
+    """Whether classifier-free guidance is on at a scale; 1 would be the conditional prediction alone."""
+    return scale > 1
 
 
 def _of_a_call(pipe: Pipeline, name: str) -> Any:

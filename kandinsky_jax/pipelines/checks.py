@@ -181,15 +181,21 @@ def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     return array
 
 
-def callback_tensor(value: Any, name: str, images: int) -> np.ndarray:
-    """Check a tensor that a callback returned: cond alone, `[images, ...]`, or uncond and cond, `[2 * images, ...]`."""
+def callback_halves(value: Any, name: str, images: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Split a tensor that a callback returned into cond and uncond.
+
+    Args:
+        value: cond alone, `[images, ...]`, or uncond before cond, `[2 * images, ...]`.
+    Returns:
+        cond and uncond, `[images, ...]`; uncond is None where it is not given.
+    """
     array = np.asarray(value)
     if array.ndim == 0 or len(array) not in (images, 2 * images):
         raise ValueError(
             f"the callback's {name} has shape {array.shape}; its first axis must be {images}, or {2 * images} with "
             "guidance"
         )
-    return array
+    return array[-images:], array[:images] if len(array) == 2 * images else None
 
 
 def embeds(value: Any, name: str, dim: int) -> np.ndarray:

@@ -1,17 +1,12 @@
-"""prompt -> picture: a prior and a decoder in one call, for every mode of the decoder.
-
-Reference: diffusers' KandinskyV22CombinedPipeline, KandinskyV22Img2ImgCombinedPipeline and
-KandinskyV22InpaintCombinedPipeline. Those for controlnets are in `combined_controlnet`.
-"""
+"""prompt -> picture: a prior and a decoder in one call. What the combined pipelines of all modes share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kandinsky_jax.checkpoint import CheckpointError, hub
-from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import (
     CLIPTextModelWithProjection,
@@ -21,14 +16,11 @@ from kandinsky_jax.models import (
     VQModel,
 )
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, OldCallback, Pipeline
+from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, PendingImages
-from kandinsky_jax.pipelines.img2img import KandinskyV22Img2ImgPipeline
-from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
 from kandinsky_jax.pipelines.loading import LoadOptions, describe
-from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
+from kandinsky_jax.pipelines.options import Options, PriorOptions
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
-from kandinsky_jax.pipelines.text2img import KandinskyV22Pipeline
 from kandinsky_jax.schedulers import Scheduler
 
 if TYPE_CHECKING:
@@ -56,6 +48,7 @@ class CombinedPipeline(Pipeline):
     """
 
     DECODER: ClassVar[type[DecoderPipeline]]
+    OPTIONS: ClassVar[Callable[..., Options]]  # of a call
 
     prior_pipe: KandinskyV22PriorPipeline
     decoder_pipe: Any
@@ -147,239 +140,26 @@ class CombinedPipeline(Pipeline):
         self.decoder_pipe.set_progress_bar_config(**config)
         self._progress_bar_config = config
 
-    def generate(
-        self,
-        prompt: Any,
-        *,
-        negative_prompt: Any,
-        num_images_per_prompt: Any,
-        prior_guidance_scale: Any,
-        prior_num_inference_steps: Any,
-        generator: Generator,
-        latents: Any,
-        prior_callback_on_step_end: Any,
-        prior_callback_on_step_end_tensor_inputs: Any,
-        callback_on_step_end: Any,
-        callback: OldCallback | None = None,
-        callback_steps: int = 1,
-        **decoder: Any,
-    ) -> PendingImages:
-        """Start generating without waiting for the decoder; arguments: all of `__call__`.
+    def generate(self, *args: Any, **options: Any) -> PendingImages:
+        """Start generating without waiting for the decoder; arguments: those of a call.
 
         Everything is checked before the prior starts.
         """
-        request = self.decoder_pipe._request(
-            len(checks.texts(prompt, "prompt")),
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
-            **decoder,
+        return self._start(self.OPTIONS(*args, **options))
+
+    def _start(self, options: Options) -> PendingImages:
+        given = vars(options)
+        request = self.decoder_pipe._request(options, len(checks.texts(given["prompt"], "prompt")))
+        prior = PriorOptions(
+            given["prompt"],
+            given["negative_prompt"],
+            num_images_per_prompt=given["num_images_per_prompt"],
+            num_inference_steps=given["prior_num_inference_steps"],
+            generator=given["generator"],
+            latents=given["latents"],
+            guidance_scale=given["prior_guidance_scale"],
+            callback_on_step_end=given["prior_callback_on_step_end"],
+            callback_on_step_end_tensor_inputs=given["prior_callback_on_step_end_tensor_inputs"],
         )
-        image_embeds, negative_image_embeds = self.prior_pipe(
-            prompt,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=prior_num_inference_steps,
-            generator=generator,
-            latents=latents,
-            guidance_scale=prior_guidance_scale,
-            output_type="np",
-            return_dict=False,
-            callback_on_step_end=prior_callback_on_step_end,
-            callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-        )
+        image_embeds, negative_image_embeds = self.prior_pipe._embed(self.prior_pipe._request(prior))
         return self.decoder_pipe._generate(request, image_embeds, negative_image_embeds)
-
-
-class KandinskyV22CombinedPipeline(CombinedPipeline):
-    """Generates pictures from prompts. Components: see `CombinedPipeline`."""
-
-    REPOSITORY: ClassVar[str] = hub.DECODER
-    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22Pipeline
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        height: int = 512,
-        width: int = 512,
-        prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25,
-        generator: Generator = None,
-        latents: Any = None,
-        output_type: str = "pil",
-        callback: OldCallback | None = None,
-        callback_steps: int = 1,
-        return_dict: bool = True,
-        prior_callback_on_step_end: Callback | None = None,
-        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate pictures.
-
-        Args:
-            prompt, negative_prompt, num_images_per_prompt: see `KandinskyV22PriorPipeline`.
-            num_inference_steps, guidance_scale, height, width, output_type, return_dict, guidance_interval: see
-                `KandinskyV22Pipeline`.
-            prior_guidance_scale, prior_num_inference_steps: the prior's own.
-            generator: one for both stages; a `TorchGenerator` continues from the prior to the decoder.
-            latents: the prior's initial noise.
-            callback, callback_steps: diffusers' older form of the decoder's callback.
-            prior_callback_on_step_end, callback_on_step_end and their ..._tensor_inputs: callbacks of each stage.
-        """
-        return self.generate(
-            prompt,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
-            prior_guidance_scale=prior_guidance_scale,
-            prior_num_inference_steps=prior_num_inference_steps,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback=callback,
-            callback_steps=callback_steps,
-            return_dict=return_dict,
-            prior_callback_on_step_end=prior_callback_on_step_end,
-            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        ).result()
-
-
-class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
-    """Redraws pictures after prompts. Components: see `CombinedPipeline`."""
-
-    REPOSITORY: ClassVar[str] = hub.DECODER
-    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22Img2ImgPipeline
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        image: Any,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        strength: float = 0.3,
-        num_images_per_prompt: int = 1,
-        height: int = 512,
-        width: int = 512,
-        prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25,
-        generator: Generator = None,
-        latents: Any = None,
-        output_type: str = "pil",
-        callback: OldCallback | None = None,
-        callback_steps: int = 1,
-        return_dict: bool = True,
-        prior_callback_on_step_end: Callback | None = None,
-        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate variations of pictures.
-
-        Args:
-            image, strength: see `KandinskyV22Img2ImgPipeline`; one image for all, one per prompt, or one per picture.
-            the others: see `KandinskyV22CombinedPipeline`.
-        """
-        return self.generate(
-            prompt,
-            image=image,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            strength=strength,
-            num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
-            prior_guidance_scale=prior_guidance_scale,
-            prior_num_inference_steps=prior_num_inference_steps,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback=callback,
-            callback_steps=callback_steps,
-            return_dict=return_dict,
-            prior_callback_on_step_end=prior_callback_on_step_end,
-            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        ).result()
-
-
-class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
-    """Inpaints pictures, guided by prompts. Components: see `CombinedPipeline`."""
-
-    REPOSITORY: ClassVar[str] = hub.INPAINT
-    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22InpaintPipeline
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        image: Any,
-        mask_image: Any,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        height: int = 512,
-        width: int = 512,
-        prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25,
-        generator: Generator = None,
-        latents: Any = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        prior_callback_on_step_end: Callback | None = None,
-        prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        paste_back: bool = False,
-        guidance_interval: tuple[float, float] | None = None,
-        callback: OldCallback | None = None,
-        callback_steps: int = 1,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Repaint the masked part of pictures.
-
-        Args:
-            image, mask_image, paste_back: see `KandinskyV22InpaintPipeline`; one for all, one per prompt, or one per
-                picture.
-            the others: see `KandinskyV22CombinedPipeline`.
-        """
-        return self.generate(
-            prompt,
-            image=image,
-            mask_image=mask_image,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
-            prior_guidance_scale=prior_guidance_scale,
-            prior_num_inference_steps=prior_num_inference_steps,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-            prior_callback_on_step_end=prior_callback_on_step_end,
-            prior_callback_on_step_end_tensor_inputs=prior_callback_on_step_end_tensor_inputs,
-            callback=callback,
-            callback_steps=callback_steps,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            paste_back=paste_back,
-        ).result()

@@ -1,20 +1,63 @@
 """Depth hint -> extra input channels of the UNet at every step -> picture, starting from noise or from a picture.
 
-Reference: diffusers' KandinskyV22ControlnetPipeline and KandinskyV22ControlnetImg2ImgPipeline.
+Reference: diffusers' KandinskyV22ControlnetPipeline and KandinskyV22ControlnetImg2ImgPipeline. diffusers has no
+combined pipelines for controlnets; these are modelled on its other combined pipelines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kandinsky_jax.checkpoint import hub
-from kandinsky_jax.diffusion.rng import Generator
-from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, OldCallback
+from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline
 from kandinsky_jax.pipelines.img2img import Img2ImgBase
+from kandinsky_jax.pipelines.options import (
+    CombinedPriorOption,
+    DecoderLatentsOption,
+    DecoderStepsOption,
+    GeneratorOption,
+    GuidanceIntervalOption,
+    GuidanceScaleOption,
+    HintOption,
+    ImageEmbedsOption,
+    ImageOption,
+    ImagesPerPromptOption,
+    NegativeImageEmbedsOption,
+    NegativePromptOption,
+    OldCallbackOption,
+    PictureOutputOption,
+    PriorLatentsOption,
+    PriorStepEndOption,
+    PromptOption,
+    ReturnDictOption,
+    SizeOption,
+    StepEndOption,
+    StrengthOption,
+    takes,
+)
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
+
+
+@dataclass(frozen=True)
+class ControlnetOptions(
+    GuidanceIntervalOption,
+    StepEndOption,
+    ReturnDictOption,
+    OldCallbackOption,
+    PictureOutputOption,
+    DecoderLatentsOption,
+    GeneratorOption,
+    ImagesPerPromptOption,
+    GuidanceScaleOption,
+    DecoderStepsOption,
+    SizeOption,
+    HintOption,
+    NegativeImageEmbedsOption,
+    ImageEmbedsOption,
+):
+    """Options of `KandinskyV22ControlnetPipeline`, from the last to the first."""
 
 
 class KandinskyV22ControlnetPipeline(DecoderPipeline):
@@ -26,50 +69,35 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
 
     REPOSITORY: ClassVar[str] = hub.CONTROLNET
 
-    def __call__(
-        self,
-        image_embeds: Any,
-        negative_image_embeds: Any,
-        hint: Any,
-        height: int = 512,
-        width: int = 512,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        generator: Generator = None,
-        latents: Any = None,
-        output_type: str = "pil",
-        callback: OldCallback | None = None,
-        callback_steps: int = 1,
-        return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate pictures.
+    @takes(ControlnetOptions)
+    def __call__(self, options: ControlnetOptions) -> ImagePipelineOutput | tuple[Any]:
+        """Generate pictures with a layout.
 
-        Args:
-            hint: `[3, H, W]` in 0..1, or a depth map of any size; see `kandinsky_jax.images.hints`. One for all, one
-                per embedding, or one per generated picture.
-            the others: see `KandinskyV22Pipeline`.
+        Raises:
+            ValueError, TypeError: for wrong arguments, before anything is compiled.
         """
-        return self._call(
-            image_embeds,
-            negative_image_embeds,
-            hint=hint,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        return self._call(options)
+
+
+@dataclass(frozen=True)
+class ControlnetImg2ImgOptions(
+    GuidanceIntervalOption,
+    StepEndOption,
+    ReturnDictOption,
+    OldCallbackOption,
+    PictureOutputOption,
+    GeneratorOption,
+    ImagesPerPromptOption,
+    StrengthOption,
+    GuidanceScaleOption,
+    DecoderStepsOption,
+    SizeOption,
+    HintOption,
+    NegativeImageEmbedsOption,
+    ImageOption,
+    ImageEmbedsOption,
+):
+    """Options of `KandinskyV22ControlnetImg2ImgPipeline`, from the last to the first."""
 
 
 class KandinskyV22ControlnetImg2ImgPipeline(Img2ImgBase):
@@ -81,49 +109,91 @@ class KandinskyV22ControlnetImg2ImgPipeline(Img2ImgBase):
 
     REPOSITORY: ClassVar[str] = hub.CONTROLNET
 
-    def __call__(
-        self,
-        image_embeds: Any,
-        image: Any,
-        negative_image_embeds: Any,
-        hint: Any,
-        height: int = 512,
-        width: int = 512,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        strength: float = 0.3,
-        num_images_per_prompt: int = 1,
-        generator: Generator = None,
-        output_type: str = "pil",
-        callback: OldCallback | None = None,
-        callback_steps: int = 1,
-        return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate variations of pictures.
+    @takes(ControlnetImg2ImgOptions)
+    def __call__(self, options: ControlnetImg2ImgOptions) -> ImagePipelineOutput | tuple[Any]:
+        """Generate variations of pictures with a layout.
 
-        Args:
-            image, strength: see `KandinskyV22Img2ImgPipeline`.
-            hint, callback, callback_steps: see `KandinskyV22ControlnetPipeline`.
-            the others: see `KandinskyV22Pipeline`.
+        Raises:
+            ValueError, TypeError: for wrong arguments, before anything is compiled.
         """
-        return self._call(
-            image_embeds,
-            negative_image_embeds,
-            image=image,
-            hint=hint,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            strength=strength,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        return self._call(options)
+
+
+@dataclass(frozen=True)
+class ControlnetCombinedOptions(
+    OldCallbackOption,
+    GuidanceIntervalOption,
+    StepEndOption,
+    PriorStepEndOption,
+    ReturnDictOption,
+    PictureOutputOption,
+    PriorLatentsOption,
+    GeneratorOption,
+    CombinedPriorOption,
+    SizeOption,
+    ImagesPerPromptOption,
+    GuidanceScaleOption,
+    DecoderStepsOption,
+    NegativePromptOption,
+    HintOption,
+    PromptOption,
+):
+    """Options of `KandinskyV22ControlnetCombinedPipeline`, from the last to the first."""
+
+
+class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
+    """Generates pictures from prompts, with a layout from depth hints. Components: see `CombinedPipeline`."""
+
+    REPOSITORY: ClassVar[str] = hub.CONTROLNET
+    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22ControlnetPipeline
+    OPTIONS = ControlnetCombinedOptions
+
+    @takes(ControlnetCombinedOptions)
+    def __call__(self, options: ControlnetCombinedOptions) -> ImagePipelineOutput | tuple[Any]:
+        """Generate pictures with a layout.
+
+        Raises:
+            ValueError, TypeError: for wrong arguments, before anything is compiled.
+        """
+        return self._start(options).result()
+
+
+@dataclass(frozen=True)
+class ControlnetImg2ImgCombinedOptions(
+    OldCallbackOption,
+    GuidanceIntervalOption,
+    StepEndOption,
+    PriorStepEndOption,
+    ReturnDictOption,
+    PictureOutputOption,
+    PriorLatentsOption,
+    GeneratorOption,
+    CombinedPriorOption,
+    SizeOption,
+    ImagesPerPromptOption,
+    StrengthOption,
+    GuidanceScaleOption,
+    DecoderStepsOption,
+    NegativePromptOption,
+    HintOption,
+    ImageOption,
+    PromptOption,
+):
+    """Options of `KandinskyV22ControlnetImg2ImgCombinedPipeline`, from the last to the first."""
+
+
+class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
+    """Generates variations of pictures, guided by prompts and depth hints. Components: see `CombinedPipeline`."""
+
+    REPOSITORY: ClassVar[str] = hub.CONTROLNET
+    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22ControlnetImg2ImgPipeline
+    OPTIONS = ControlnetImg2ImgCombinedOptions
+
+    @takes(ControlnetImg2ImgCombinedOptions)
+    def __call__(self, options: ControlnetImg2ImgCombinedOptions) -> ImagePipelineOutput | tuple[Any]:
+        """Generate variations of pictures with a layout.
+
+        Raises:
+            ValueError, TypeError: for wrong arguments, before anything is compiled.
+        """
+        return self._start(options).result()

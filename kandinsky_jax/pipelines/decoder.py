@@ -6,9 +6,10 @@ and MoVQ's decoding are implemented here for all of them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +17,22 @@ import numpy as np
 
 from kandinsky_jax import images
 from kandinsky_jax.checkpoint import CheckpointError, hub
-from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call, condition
+from kandinsky_jax.diffusion.inpainting import Blend
 from kandinsky_jax.diffusion.rng import DECODER, Generator, noise_source
 from kandinsky_jax.models import UNet2DConditionModel, VQModel
-from kandinsky_jax.models.unet import UNetCondition
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, Pipeline
+from kandinsky_jax.pipelines.base import Pipeline, is_guided
 from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.denoising import LoopInputs
+from kandinsky_jax.pipelines.modes import class_names
+from kandinsky_jax.pipelines.options import Callback, DecoderLatentsOption, Options
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.schedulers import Schedule, Scheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_READERS = {"image": images.pictures, "mask_image": images.masks, "hint": images.hints}
 
 
 class DecoderRequest(NamedTuple):
@@ -51,47 +55,66 @@ class DecoderRequest(NamedTuple):
     hint: np.ndarray | None  # [batch, H, W, 3] in 0..1
     paste_back: bool
 
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is on at the first step."""
+        return is_guided(self.scale)
+
 
 @dataclass(frozen=True)
 class DecoderInputs:
     """First latents and conditioning of a decoder's loop, as a mode prepares them."""
 
     start: jax.Array  # the first latents, [B, h, w, 4]
+    cond: np.ndarray  # image embeddings, [B, D]
+    uncond: np.ndarray | None  # negative image embeddings, [B, D]
     hint: np.ndarray | None = None  # [B, H, W, 3]
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Return further tensors that a callback may read and change, in PyTorch's order of axes."""
-        return {}
-
-    def loop_inputs(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> LoopInputs:
-        """Build the conditioning of every step.
-
-        Args:
-            guided: whether guidance is on: the result then holds uncond and cond, even if the tensors hold only cond.
-        """
-        return LoopInputs(self.condition(network, params, self.embeds(tensors, guided), hint=self.hint))
-
-    def embeds(self, tensors: Mapping[str, Any], guided: bool) -> np.ndarray:
-        """Return image embeddings, `[2B, D]` with the negative ones first, or `[B, D]` where guidance is off."""
-        images = len(self.start)
-        embeds = checks.callback_tensor(tensors["image_embeds"], "image_embeds", images)
-        if not guided or len(embeds) == 2 * images:
-            return embeds
-        if tensors["negative_image_embeds"] is None:
+    def loop_inputs(self, network: Network, params: Params, guided: bool) -> list[LoopInputs]:
+        """Compute the conditioning of every step; see `Conditioning`."""
+        cond = self.condition_arguments()
+        if not guided:
+            uncond = None
+        elif self.uncond is None:
             raise ValueError(
                 "guidance was turned on by a callback, and there are no negative_image_embeds; give them to the call, "
                 "or return image_embeds of both, the negative ones first"
             )
-        return np.concatenate([np.asarray(tensors["negative_image_embeds"]), embeds])
+        else:
+            uncond = self.uncond_arguments()
+        shared = {} if self.hint is None else {"hint": jnp.asarray(self.hint)}
+        conditions = condition(network, params, cond, uncond, shared)
+        return [LoopInputs(*conditions, blend=self.current_blend())]
 
-    def condition(
-        self, network: Network, params: Any, embeds: Any, hint: Any = None, channels: Any = None
-    ) -> UNetCondition:
-        """Compute the UNet's condition from arrays `[2B, ...]`, uncond before cond, or `[B, ...]` without guidance."""
-        arrays = (None if x is None else jnp.asarray(x) for x in (embeds, hint, channels))
-        return condition(network, params, *(_split_guidance(x, len(self.start)) for x in arrays))
+    def condition_arguments(self) -> dict[str, jax.Array]:
+        """Return arguments of the UNet's `condition`, arrays `[B, ...]`."""
+        return {"image_embeds": jnp.asarray(self.cond)}
 
-    def finish(self, sample: jax.Array, tensors: Mapping[str, Any]) -> jax.Array:
+    def uncond_arguments(self) -> dict[str, jax.Array]:
+        """Return the same for the unconditional evaluation."""
+        return self.condition_arguments() | {"image_embeds": jnp.asarray(self.uncond)}
+
+    def current_blend(self) -> Blend | None:
+        """Return what holds a part of the sample to a picture; None for nothing."""
+        return None
+
+    def callback_tensors(self, guided: bool) -> dict[str, Any]:
+        """Return the embeddings as diffusers' callbacks see them, with guidance the negative ones first."""
+        assert self.uncond is not None or not guided
+        embeds = np.concatenate([self.uncond, self.cond]) if guided and self.uncond is not None else self.cond
+        return {"image_embeds": embeds, "negative_image_embeds": self.uncond}
+
+    def with_callback_tensors(self, changed: Mapping[str, Any]) -> Self:
+        """Return the inputs after a callback; its image_embeds are `[2B, D]`, negative ones first, or `[B, D]`."""
+        cond, uncond = self.cond, self.uncond
+        if "negative_image_embeds" in changed:
+            uncond = np.asarray(changed["negative_image_embeds"])
+        if "image_embeds" in changed:
+            halves = checks.callback_halves(changed["image_embeds"], "image_embeds", len(self.start))
+            cond, uncond = halves[0], uncond if halves[1] is None else halves[1]
+        return dataclasses.replace(self, cond=cond, uncond=uncond)
+
+    def finish(self, sample: jax.Array) -> jax.Array:
         """Return the final latents for the last sample of the loop."""
         return sample
 
@@ -144,7 +167,7 @@ class DecoderPipeline(Pipeline):
         """Raise CheckpointError for a UNet of another mode."""
         kind = unet_kind(unet, self.movq.config.latent_channels)
         if kind != self.REPOSITORY:
-            right = f"is one for {' or '.join(hub.KINDS[kind])}" if kind else "fits no pipeline"
+            right = f"is one for {' or '.join(class_names(kind))}" if kind else "fits no pipeline"
             raise CheckpointError(
                 f"the unet takes {unet.config.in_channels} channels with embedding type "
                 f"{unet.config.addition_embed_type!r}, which {type(self).__name__} cannot use; it {right}"
@@ -156,18 +179,17 @@ class DecoderPipeline(Pipeline):
 
     # Before the loop ----------------------------------------------------------------------------------------------
 
-    def _call(
-        self, image_embeds: Any, negative_image_embeds: Any, **arguments: Any
-    ) -> ImagePipelineOutput | tuple[Any]:
+    def _call(self, options: Options) -> ImagePipelineOutput | tuple[Any]:
         """Run a call: all checks first, then the loop."""
-        dim = self.unet.config.encoder_hid_dim
-        positive = checks.embeds(image_embeds, "image_embeds", dim)
-        request = self._request(len(positive), **arguments)
-        if negative_image_embeds is None and request.scale > 1:
+        given = vars(options)
+        dim, negative_embeds = self.unet.config.encoder_hid_dim, given["negative_image_embeds"]
+        positive = checks.embeds(given["image_embeds"], "image_embeds", dim)
+        request = self._request(options, len(positive))
+        if negative_embeds is None and request.guided:
             raise ValueError("negative_image_embeds is needed where guidance_scale is above 1")
         repeats, negative = request.batch // len(positive), None
-        if negative_image_embeds is not None:
-            negative = checks.embeds(negative_image_embeds, "negative_image_embeds", dim)
+        if negative_embeds is not None:
+            negative = checks.embeds(negative_embeds, "negative_image_embeds", dim)
             if len(negative) != len(positive):
                 raise ValueError(
                     f"negative_image_embeds has {len(negative)} embeddings, image_embeds has {len(positive)}; give "
@@ -176,57 +198,48 @@ class DecoderPipeline(Pipeline):
             negative = np.repeat(negative, repeats, axis=0)
         return self._generate(request, np.repeat(positive, repeats, axis=0), negative).result()
 
-    def _request(
-        self,
-        prompts: int,
-        *,
-        height: Any,
-        width: Any,
-        num_inference_steps: Any,
-        guidance_scale: Any,
-        num_images_per_prompt: Any,
-        generator: Generator,
-        output_type: Any,
-        return_dict: bool,
-        callback_on_step_end: Any,
-        callback_on_step_end_tensor_inputs: Any,
-        latents: Any = None,
-        strength: Any = None,
-        guidance_interval: Any = None,
-        paste_back: bool = False,
-        **pictures: Any,
-    ) -> DecoderRequest:
-        """Check the arguments of a call; `pictures` are those of image, mask_image and hint that this mode takes."""
-        h, w = self._latent_side(height, "height"), self._latent_side(width, "width")
-        checks.choice(output_type, "output_type", OUTPUT_TYPES)
+    def _request(self, options: Options, prompts: int) -> DecoderRequest:
+        """Check the options of a decoder's or a combined call, for a number of prompts or embeddings."""
+        given = vars(options)
+        h, w = self._latent_side(given["height"], "height"), self._latent_side(given["width"], "width")
+        output_type = checks.choice(given["output_type"], "output_type", OUTPUT_TYPES)
+        paste_back = given.get("paste_back", False)
         if paste_back and output_type == "latent":
             raise ValueError("paste_back works on pixels; it needs another output_type than 'latent'")
-        inputs = checks.callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        schedule = self._schedule(num_inference_steps, strength)
-        repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
-        factor, readers = self.movq.config.scale_factor, {"mask_image": images.masks, "hint": images.hints}
-        read = {}
-        for name, value in pictures.items():
-            array = readers.get(name, images.pictures)(value, name, factor * h, factor * w)
-            read[name] = checks.per_picture(array, name, prompts, repeats)
+        callback, callback_inputs = self._callback(given)
+        schedule = self._schedule(given["num_inference_steps"], given.get("strength"))
+        repeats = checks.count(given["num_images_per_prompt"], "num_images_per_prompt")
+        factor, pictures = self.movq.config.scale_factor, {}
+        for name, reader in _READERS.items():
+            if name in given:
+                array = reader(given[name], name, factor * h, factor * w)
+                pictures[name] = checks.per_picture(array, name, prompts, repeats)
+        # A combined call's latents are the prior's.
+        latents = given.get("latents") if isinstance(options, DecoderLatentsOption) else None
         return DecoderRequest(
             batch=prompts * repeats,
             h=h,
             w=w,
             schedule=schedule,
-            scale=checks.guidance(guidance_scale),
-            interval=checks.interval(guidance_interval, len(schedule)),
-            generator=generator,
+            scale=checks.guidance(given["guidance_scale"]),
+            interval=checks.interval(given["guidance_interval"], len(schedule)),
+            generator=given["generator"],
             output_type=output_type,
-            return_dict=return_dict,
-            callback=callback_on_step_end,
-            callback_inputs=inputs,
+            return_dict=given["return_dict"],
+            callback=callback,
+            callback_inputs=callback_inputs,
             latents=checks.latents(latents, (prompts * repeats, self.movq.config.latent_channels, h, w)),
-            image=read.get("image"),
-            repaint_mask=read.get("mask_image"),
-            hint=read.get("hint"),
+            image=pictures.get("image"),
+            repaint_mask=pictures.get("mask_image"),
+            hint=pictures.get("hint"),
             paste_back=paste_back,
         )
+
+    def _callback(self, given: Mapping[str, Any]) -> tuple[Callback | None, tuple[str, ...]]:
+        """Check the callback of a call, of the newer or the older form, and the names of the tensors that it sees."""
+        function, inputs = given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"]
+        function = checks.old_callback(given.get("callback"), given.get("callback_steps", 1), function)
+        return function, checks.callback(function, inputs, self._callback_tensor_inputs)
 
     def _latent_side(self, pixels: Any, name: str) -> int:
         """Return the latents along a side of `pixels`, rounded up so that the UNet can halve it often enough."""
@@ -245,13 +258,16 @@ class DecoderPipeline(Pipeline):
             )
         return schedule
 
-    def _inputs(self, request: DecoderRequest, noise: jax.Array) -> DecoderInputs:
+    def _inputs(
+        self, request: DecoderRequest, noise: jax.Array, cond: np.ndarray, uncond: np.ndarray | None
+    ) -> DecoderInputs:
         """Prepare the loop's inputs in this mode.
 
         Args:
             noise: the initial noise, standard normal, `[B, h, w, 4]`.
+            cond, uncond: image embeddings, `[B, D]`.
         """
-        return DecoderInputs(noise * request.schedule.init_noise_sigma, request.hint)
+        return DecoderInputs(noise * request.schedule.init_noise_sigma, cond, uncond, request.hint)
 
     def _encode(self, pictures: np.ndarray) -> jax.Array:
         """Encode pictures `[B, H, W, 3]` in -1..1 as latents `[B, h, w, 4]`, one at a time on each device.
@@ -283,16 +299,10 @@ class DecoderPipeline(Pipeline):
             noise = source.initial((request.batch, request.h, request.w, self.movq.config.latent_channels))[0]
         else:
             noise = jnp.asarray(request.latents.transpose(0, 2, 3, 1))
-        inputs = self._inputs(request, noise)
-        embeds = image_embeds
-        if request.scale > 1:  # as in the reference, the negative ones first
-            assert negative is not None
-            embeds = np.concatenate([negative, image_embeds])
-        tensors = {"image_embeds": embeds, "negative_image_embeds": negative} | inputs.tensors()
-        [sample] = self._denoise(
+        inputs = self._inputs(request, noise, image_embeds, negative)
+        [sample], inputs = self._denoise(
             self.unet,
-            lambda network, params, tensors, guided: [inputs.loop_inputs(network, params, tensors, guided)],
-            tensors,
+            inputs,
             request.schedule,
             [inputs.start],
             source,
@@ -301,20 +311,15 @@ class DecoderPipeline(Pipeline):
             request.callback_inputs,
             request.interval,
         )
-        latents = inputs.finish(sample, tensors)
+        latents = inputs.finish(sample)
         if request.output_type == "latent":
             return PendingImages(request, latents)
         network, params = Network.split(self.movq)
         return PendingImages(request, call(network, params, latents, method="decode_in_groups"))
 
 
-def _split_guidance(array: jax.Array | None, images: int) -> jax.Array | None:
-    """Reshape `[2B, ...]`, uncond before cond, to `[2, B, ...]`, and `[B, ...]` to `[1, B, ...]`."""
-    return None if array is None else array.reshape(-1, images, *array.shape[1:])
-
-
 def unet_kind(unet: UNet2DConditionModel, latent_channels: int) -> str | None:
-    """Return which of `hub.KINDS` a UNet is for, judged by its input channels and hint; None for none of them."""
+    """Return the repository whose modes a UNet is for, judged by its input channels and hint; None for none of them."""
     extra_channels = unet.config.in_channels - latent_channels
     kinds = {
         (0, False): hub.DECODER,

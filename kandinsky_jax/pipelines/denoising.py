@@ -1,9 +1,9 @@
 """How the host drives the denoising loop of `kandinsky_jax.diffusion`: slices, callbacks, meshes.
 
-A network reaches the loop as a `Network` (its structure, hashable) and its parameters (arrays). The loop asks two
-things of it: `module.condition(...)` once, and `module(sample, timestep, condition)` at every evaluation. It knows
-tables, not schedulers (see `kandinsky_jax.schedulers.table`), and its bounds are arguments of the compiled program:
-one program per network, shape and guidance on or off serves every prompt, seed, number of steps and scheduler.
+A network reaches the loop as a `Network` (its structure, hashable) and its parameters (arrays). Two things are asked of
+it: `module.condition(...)` once, and `module(sample, timestep, condition)` at every evaluation. The loop knows tables,
+not schedulers (see `kandinsky_jax.schedulers.table`), and its bounds are arguments of the compiled program: one program
+per network, shape and guidance on or off serves every prompt, seed, number of steps and scheduler.
 
 What a mode adds stays outside: its first latents, its further input channels (in the condition), its `Blend`.
 """
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,9 @@ from kandinsky_jax.diffusion import (
     initial_state,
     matmul_precision,
 )
+from kandinsky_jax.diffusion.calls import exchanges_guidance, own_condition
 from kandinsky_jax.diffusion.inpainting import Blend
+from kandinsky_jax.diffusion.network import PyTree
 from kandinsky_jax.diffusion.rng import GivenNoise, KeyNoise, Source
 from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, batch_specs, shard_batch, sharded
@@ -43,15 +45,29 @@ Noise = KeyNoise | GivenNoise
 
 
 class LoopInputs(NamedTuple):
-    """What one batch is denoised under."""
+    """What one batch is denoised under; the conditions are for `module(sample, timestep, condition)`."""
 
-    condition: Any  # for `module(sample, timestep, condition)`, arrays [G, B, ...], see `condition`
+    cond: PyTree  # arrays [B, ...], from `diffusion.calls.condition`
+    uncond: PyTree = None  # likewise; None where guidance is off
     blend: Blend | None = None
 
-    def map(self, function: Callable[..., Any]) -> LoopInputs:
-        """A function of each array and its axis of images, None where it has none, and whether axis G comes first."""
-        held = None if self.blend is None else self.blend.map(functools.partial(function, guidance_axis=False))
-        return LoopInputs(function(self.condition, 1, guidance_axis=True), held)
+    def map(self, function: Callable[[PyTree, int | None], PyTree]) -> LoopInputs:
+        """A function of each array and its axis of images, None where it has none."""
+        blend = None if self.blend is None else self.blend.map(function)
+        return LoopInputs(function(self.cond, 0), function(self.uncond, 0), blend)
+
+
+class Conditioning(Protocol):
+    """Conditioning of a loop, which a user's callback may change between two steps."""
+
+    def loop_inputs(self, network: Network, params: Params, guided: bool) -> Sequence[LoopInputs]:
+        """Compute the inputs of each batch; with uncond where guidance is on."""
+
+    def callback_tensors(self, guided: bool) -> dict[str, Any]:
+        """Return what a callback sees besides the latents, by diffusers' names and in PyTorch's order of axes."""
+
+    def with_callback_tensors(self, changed: Mapping[str, Any]) -> Self:
+        """Return the conditioning after a callback has changed some of the tensors."""
 
 
 @program(static_argnames="network", donate_argnames="state")
@@ -70,7 +86,7 @@ def denoise(
 
     Args:
         network, params: what predicts; `module(sample, timestep, condition)`.
-        loop_inputs: its condition has uncond and cond where `scale` is given, cond alone where it is None.
+        loop_inputs: with uncond where `scale` is given, without where it is None.
         table: float32, `[MAX_STEPS, ...]`.
         state: float32 `[STATE_SLOTS, B, ...]`; donated.
         noise: one of `kandinsky_jax.diffusion.rng`.
@@ -90,13 +106,10 @@ def denoise(
         *scalars: Any,
     ) -> jax.Array:
         scale, lo, hi = scalars
-        cond = jax.tree.map(lambda x: x[-1], loop_inputs.condition)
-        guider: Guider = NoGuidance()
-        uncond = None
-        if scale is not None and _guided(loop_inputs):
-            guider, uncond = ClassifierFreeGuidance(scale), jax.tree.map(lambda x: x[0], loop_inputs.condition)
-        elif scale is not None:
-            guider = _ExchangedGuidance(scale)
+        cond, uncond = loop_inputs.cond, loop_inputs.uncond
+        guider: Guider = NoGuidance() if scale is None else ClassifierFreeGuidance(scale)
+        if scale is not None and exchanges_guidance(mesh):
+            guider, cond, uncond = _ExchangedGuidance(scale), own_condition(cond, uncond), None
         with matmul_precision(params):
             done = diffusion.denoise(
                 network.bind(params),
@@ -112,8 +125,8 @@ def denoise(
             )
         return done.solver
 
-    divided, states = functools.partial(batch_specs, mesh), batch_specs(mesh, state, 1)
-    each = (REPLICATED, loop_inputs.map(divided), REPLICATED, states, noise.map(divided), *[REPLICATED] * 3)
+    specs, states = functools.partial(batch_specs, mesh), batch_specs(mesh, state, 1)
+    each = (REPLICATED, loop_inputs.map(specs), REPLICATED, states, noise.map(specs), *[REPLICATED] * 3)
     return sharded(mesh, local, each, states)(params, loop_inputs, table, state, noise, scale, lo, hi)
 
 
@@ -179,7 +192,7 @@ def sample(
         under, scale = inputs()
         guidance = jnp.float32(scale) if scale is not None and first <= done < last else None
         if guidance is None:
-            under = [_conditional(one) if _guided(one) else one for one in under]
+            under = [one._replace(uncond=None) for one in under]
         noises: list[Any] = [*source.steps(done, hi - done, schedule.draws_noise, shape, len(states))]
         if mesh is not None:
             under = [one.map(functools.partial(shard_batch, mesh, pictures=False)) for one in under]
@@ -215,17 +228,6 @@ def _put_like(network: Network, params: Params) -> Callable[[jax.Array, int], ja
     where = bound_to(jax.tree.leaves(params)[0])
     bound = isinstance(where, jax.sharding.SingleDeviceSharding)
     return lambda array, axis: jax.device_put(array, where) if bound else array
-
-
-def _guided(loop_inputs: LoopInputs) -> bool:
-    """Whether there are both uncond and cond."""
-    return len(jax.tree.leaves(loop_inputs.condition)[0]) == 2
-
-
-@jax.jit
-def _conditional(loop_inputs: LoopInputs) -> LoopInputs:
-    """The inputs without uncond."""
-    return loop_inputs._replace(condition=jax.tree.map(lambda x: x[1:], loop_inputs.condition))
 
 
 @functools.partial(jax.jit, static_argnames="images")

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from kandinsky_jax.diffusion.rng import Generator
-from kandinsky_jax.pipelines.base import Callback
+from kandinsky_jax.pipelines.options import (
+    EmbedsOutputOption,
+    GeneratorOption,
+    GuidanceScaleOption,
+    ImagesPerPromptOption,
+    NegativePromptOption,
+    PriorImageOption,
+    PriorStepsOption,
+    PromptOption,
+    ReturnDictOption,
+    StepEndOption,
+    StrengthOption,
+    takes,
+)
 from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky_jax.pipelines.prior import PriorPipeline
+
+
+@dataclass(frozen=True)
+class Emb2EmbOptions(
+    StepEndOption,
+    ReturnDictOption,
+    EmbedsOutputOption,
+    GuidanceScaleOption,
+    GeneratorOption,
+    PriorStepsOption,
+    ImagesPerPromptOption,
+    NegativePromptOption,
+    StrengthOption,
+    PriorImageOption,
+    PromptOption,
+):
+    """Options of `KandinskyV22PriorEmb2EmbPipeline`, from the last to the first."""
 
 
 class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
@@ -18,43 +47,13 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
         prior, image_encoder, text_encoder, tokenizer, scheduler, image_processor: as in diffusers.
     """
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        image: Any,
-        strength: float = 0.3,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
-        num_inference_steps: int = 25,
-        generator: Generator = None,
-        guidance_scale: float = 4.0,
-        output_type: str = "pt",
-        return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-    ) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
+    @takes(Emb2EmbOptions)
+    def __call__(self, options: Emb2EmbOptions) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
         """Generate image embeddings, starting from that of a picture.
 
-        Args:
-            image: one for all, one per prompt, or one per generated embedding: pictures (see `kandinsky_jax.images`),
-                image embeddings `[B, D]`, or `[B, 3, S, S]`, which goes into the vision tower as it is.
-            strength: the share of the steps that is run, above 0, at most 1.
-            the others: see `KandinskyV22PriorPipeline`. The embedding of a negative prompt starts from the picture's
-                too.
+        Returns:
+            image_embeds and negative_image_embeds, float32 `[B, D]`, as `KandinskyV22PriorPipeline` does.
         """
-        if image is None:
+        if options.image is None:
             raise TypeError("image is None; needed is a picture or an image embedding to start from")
-        return self._call(
-            prompt,
-            negative_prompt,
-            output_type,
-            return_dict,
-            image=image,
-            strength=strength,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            guidance_scale=guidance_scale,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        return self._call(options)

@@ -1,20 +1,41 @@
-"""Picture -> MoVQ latents, noised as far as `strength` says -> the rest of the decoder loop -> picture.
+"""Picture -> latents, noised as far as `strength` says -> the rest of the decoder's steps -> picture.
 
-SDEdit (Meng et al. 2021, arXiv 2108.01073). Reference: diffusers' KandinskyV22Img2ImgPipeline.
+Reference: diffusers' KandinskyV22Img2ImgPipeline and KandinskyV22Img2ImgCombinedPipeline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from kandinsky_jax.checkpoint import hub
-from kandinsky_jax.diffusion.rng import Generator
-from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, OldCallback
+from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import DecoderInputs, DecoderPipeline, DecoderRequest
+from kandinsky_jax.pipelines.options import (
+    CombinedPriorOption,
+    DecoderStepsOption,
+    GeneratorOption,
+    GuidanceIntervalOption,
+    GuidanceScaleOption,
+    ImageEmbedsOption,
+    ImageOption,
+    ImagesPerPromptOption,
+    NegativeImageEmbedsOption,
+    NegativePromptOption,
+    OldCallbackOption,
+    PictureOutputOption,
+    PriorLatentsOption,
+    PriorStepEndOption,
+    PromptOption,
+    ReturnDictOption,
+    SizeOption,
+    StepEndOption,
+    StrengthOption,
+    takes,
+)
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.schedulers.base import linear_combination
 
@@ -22,10 +43,32 @@ from kandinsky_jax.schedulers.base import linear_combination
 class Img2ImgBase(DecoderPipeline):
     """Base of the decoders that start from a picture's latents."""
 
-    def _inputs(self, request: DecoderRequest, noise: jax.Array) -> DecoderInputs:
+    def _inputs(
+        self, request: DecoderRequest, noise: jax.Array, cond: np.ndarray, uncond: np.ndarray | None
+    ) -> DecoderInputs:
         assert request.image is not None
-        picture = self._encode(request.image)
-        return DecoderInputs(linear_combination(request.schedule.levels[:1], picture, noise), request.hint)
+        start = linear_combination(request.schedule.levels[:1], self._encode(request.image), noise)
+        return DecoderInputs(start, cond, uncond, request.hint)
+
+
+@dataclass(frozen=True)
+class Img2ImgOptions(
+    OldCallbackOption,
+    GuidanceIntervalOption,
+    StepEndOption,
+    ReturnDictOption,
+    PictureOutputOption,
+    GeneratorOption,
+    ImagesPerPromptOption,
+    StrengthOption,
+    GuidanceScaleOption,
+    DecoderStepsOption,
+    SizeOption,
+    NegativeImageEmbedsOption,
+    ImageOption,
+    ImageEmbedsOption,
+):
+    """Options of `KandinskyV22Img2ImgPipeline`, from the last to the first."""
 
 
 class KandinskyV22Img2ImgPipeline(Img2ImgBase):
@@ -37,47 +80,51 @@ class KandinskyV22Img2ImgPipeline(Img2ImgBase):
 
     REPOSITORY: ClassVar[str] = hub.DECODER
 
-    def __call__(
-        self,
-        image_embeds: Any,
-        image: Any,
-        negative_image_embeds: Any,
-        height: int = 512,
-        width: int = 512,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        strength: float = 0.3,
-        num_images_per_prompt: int = 1,
-        generator: Generator = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        guidance_interval: tuple[float, float] | None = None,
-        callback: OldCallback | None = None,
-        callback_steps: int = 1,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    @takes(Img2ImgOptions)
+    def __call__(self, options: Img2ImgOptions) -> ImagePipelineOutput | tuple[Any]:
         """Generate variations of pictures.
 
-        Args:
-            image: one for all, one per embedding, or one per generated picture; see `kandinsky_jax.images`.
-            strength: the share of the steps that is run, above 0, at most 1; 1 keeps nothing of the picture.
-            the others: see `KandinskyV22Pipeline`.
+        Raises:
+            ValueError, TypeError: for wrong arguments, before anything is compiled.
         """
-        return self._call(
-            image_embeds,
-            negative_image_embeds,
-            image=image,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            strength=strength,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        return self._call(options)
+
+
+@dataclass(frozen=True)
+class Img2ImgCombinedOptions(
+    GuidanceIntervalOption,
+    StepEndOption,
+    PriorStepEndOption,
+    ReturnDictOption,
+    OldCallbackOption,
+    PictureOutputOption,
+    PriorLatentsOption,
+    GeneratorOption,
+    CombinedPriorOption,
+    SizeOption,
+    ImagesPerPromptOption,
+    StrengthOption,
+    GuidanceScaleOption,
+    DecoderStepsOption,
+    NegativePromptOption,
+    ImageOption,
+    PromptOption,
+):
+    """Options of `KandinskyV22Img2ImgCombinedPipeline`, from the last to the first."""
+
+
+class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
+    """Generates variations of pictures, guided by prompts. Components: see `CombinedPipeline`."""
+
+    REPOSITORY: ClassVar[str] = hub.DECODER
+    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22Img2ImgPipeline
+    OPTIONS = Img2ImgCombinedOptions
+
+    @takes(Img2ImgCombinedOptions)
+    def __call__(self, options: Img2ImgCombinedOptions) -> ImagePipelineOutput | tuple[Any]:
+        """Generate variations of pictures.
+
+        Raises:
+            ValueError, TypeError: for wrong arguments, before anything is compiled.
+        """
+        return self._start(options).result()

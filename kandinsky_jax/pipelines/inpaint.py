@@ -1,27 +1,49 @@
 """Picture and mask -> latents; every step sees the kept part, which is put back after it -> picture.
 
-Reference: diffusers' KandinskyV22InpaintPipeline.
+Reference: diffusers' KandinskyV22InpaintPipeline and KandinskyV22InpaintCombinedPipeline.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kandinsky_jax.checkpoint import hub
-from kandinsky_jax.diffusion import Network
 from kandinsky_jax.diffusion.inpainting import Blend, latent_repaint_mask
-from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, OldCallback
+from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import DecoderInputs, DecoderPipeline, DecoderRequest
-from kandinsky_jax.pipelines.denoising import LoopInputs
+from kandinsky_jax.pipelines.options import (
+    CombinedPriorOption,
+    DecoderLatentsOption,
+    DecoderStepsOption,
+    GeneratorOption,
+    GuidanceIntervalOption,
+    GuidanceScaleOption,
+    ImageEmbedsOption,
+    ImageOption,
+    ImagesPerPromptOption,
+    MaskImageOption,
+    NegativeImageEmbedsOption,
+    NegativePromptOption,
+    OldCallbackOption,
+    PasteBackOption,
+    PictureOutputOption,
+    PriorLatentsOption,
+    PriorStepEndOption,
+    PromptOption,
+    ReturnDictOption,
+    SizeOption,
+    StepEndOption,
+    takes,
+)
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.schedulers import MAX_STEPS
 
@@ -31,37 +53,70 @@ class InpaintInputs(DecoderInputs):
     """Inputs of an inpainting loop: the picture's latents, and which of them are kept."""
 
     blend: Blend
-    doubled: bool  # whether guidance doubles the batch of the tensors that a callback sees
+    kept: np.ndarray  # further channels of the UNet's input: latents of the kept part, keep mask; [B, h, w, 5]
+    kept_uncond: np.ndarray  # likewise for the unconditional evaluation, which a callback may change by itself
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        keep_mask = np.asarray(self.blend.keep).transpose(0, 3, 1, 2)  # [B, 1, h, w]
-        masked = np.asarray(self.blend.picture).transpose(0, 3, 1, 2) * keep_mask  # [B, 4, h, w]
-        repeats = (2 if self.doubled else 1, 1, 1, 1)
-        return {"masked_image": np.tile(masked, repeats), "mask_image": np.tile(keep_mask, repeats)}
+    def condition_arguments(self) -> dict[str, jax.Array]:
+        return super().condition_arguments() | {"channels": jnp.asarray(self.kept)}
 
-    def loop_inputs(self, network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> LoopInputs:
-        images, embeds = len(self.start), self.embeds(tensors, guided)
-        masked, keep_mask = (
-            checks.callback_tensor(tensors[name], name, images).astype(np.float32).transpose(0, 2, 3, 1)
-            for name in ("masked_image", "mask_image")
-        )
-        # A callback that turns guidance on or off may have resized the batch of some tensors and not of others.
-        channels = [np.tile(x, (2, 1, 1, 1))[-len(embeds) :] for x in (masked, keep_mask)]
-        condition = self.condition(network, params, embeds, channels=np.concatenate(channels, axis=-1))
-        return LoopInputs(condition, self._blend(keep_mask))
+    def uncond_arguments(self) -> dict[str, jax.Array]:
+        return super().uncond_arguments() | {"channels": jnp.asarray(self.kept_uncond)}
 
-    def finish(self, sample: jax.Array, tensors: Mapping[str, Any]) -> jax.Array:
+    def current_blend(self) -> Blend:
+        return self.blend
+
+    def callback_tensors(self, guided: bool) -> dict[str, Any]:
+        both = np.concatenate([self.kept_uncond, self.kept]) if guided else self.kept
+        both = both.transpose(0, 3, 1, 2)  # [2B, 5, h, w]
+        return super().callback_tensors(guided) | {"masked_image": both[:, :-1], "mask_image": both[:, -1:]}
+
+    def with_callback_tensors(self, changed: Mapping[str, Any]) -> Self:
+        new, kept, kept_uncond = super().with_callback_tensors(changed), self.kept, self.kept_uncond
+        for name, channels in (("masked_image", slice(0, -1)), ("mask_image", slice(-1, None))):
+            if name in changed:
+                cond, uncond = checks.callback_halves(changed[name], name, len(self.start))
+                kept = _with_channels(kept, channels, cond)
+                kept_uncond = _with_channels(kept_uncond, channels, cond if uncond is None else uncond)
+        blend = self.blend._replace(keep=jnp.asarray(kept_uncond[..., -1:]))
+        return dataclasses.replace(new, blend=blend, kept=kept, kept_uncond=kept_uncond)
+
+    def finish(self, sample: jax.Array) -> jax.Array:
         # The last step did this, but a callback may have changed the sample since.
-        keep_mask = np.asarray(tensors["mask_image"], np.float32).transpose(0, 2, 3, 1)
-        return _put_back(self._blend(keep_mask), np.int32(MAX_STEPS - 1), sample)
+        return _put_back(self.blend, np.int32(MAX_STEPS - 1), sample)
 
-    def _blend(self, keep_mask: np.ndarray) -> Blend:
-        return self.blend._replace(keep=jnp.asarray(keep_mask[: len(self.blend.keep)]))
+
+def _with_channels(array: np.ndarray, channels: slice, values: np.ndarray) -> np.ndarray:
+    """Return an array `[B, h, w, C]` with some channels replaced by values `[B, c, h, w]`."""
+    array = array.copy()
+    array[..., channels] = values.astype(np.float32).transpose(0, 2, 3, 1)
+    return array
 
 
 @jax.jit
 def _put_back(blend: Blend, row: jax.Array, sample: jax.Array) -> jax.Array:
     return blend(row, sample)
+
+
+@dataclass(frozen=True)
+class InpaintOptions(
+    OldCallbackOption,
+    GuidanceIntervalOption,
+    PasteBackOption,
+    StepEndOption,
+    ReturnDictOption,
+    PictureOutputOption,
+    DecoderLatentsOption,
+    GeneratorOption,
+    ImagesPerPromptOption,
+    GuidanceScaleOption,
+    DecoderStepsOption,
+    SizeOption,
+    NegativeImageEmbedsOption,
+    MaskImageOption,
+    ImageOption,
+    ImageEmbedsOption,
+):
+    """Options of `KandinskyV22InpaintPipeline`, from the last to the first."""
 
 
 class KandinskyV22InpaintPipeline(DecoderPipeline):
@@ -74,61 +129,18 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
     REPOSITORY: ClassVar[str] = hub.INPAINT
     _callback_tensor_inputs = (*DecoderPipeline._callback_tensor_inputs, "masked_image", "mask_image")
 
-    def __call__(
-        self,
-        image_embeds: Any,
-        image: Any,
-        mask_image: Any,
-        negative_image_embeds: Any,
-        height: int = 512,
-        width: int = 512,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        generator: Generator = None,
-        latents: Any = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
-        paste_back: bool = False,
-        guidance_interval: tuple[float, float] | None = None,
-        callback: OldCallback | None = None,
-        callback_steps: int = 1,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    @takes(InpaintOptions)
+    def __call__(self, options: InpaintOptions) -> ImagePipelineOutput | tuple[Any]:
         """Repaint the masked part of pictures.
 
-        Args:
-            image: one for all, one per embedding, or one per generated picture; see `kandinsky_jax.images`.
-            mask_image: one for all, or as many as pictures; white, 1 or true is repainted, and so are the latents next
-                to the mask's border.
-            callback_on_step_end_tensor_inputs: also masked_image and, as diffusers calls the keep mask (1 where the
-                picture is kept), mask_image.
-            paste_back: put the pixels of `image` back wherever the mask is black. Otherwise they are the result of
-                MoVQ's encoder and decoder.
-            the others: see `KandinskyV22Pipeline`.
+        Raises:
+            ValueError, TypeError: for wrong arguments, before anything is compiled.
         """
-        return self._call(
-            image_embeds,
-            negative_image_embeds,
-            image=image,
-            mask_image=mask_image,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=checks.old_callback(callback, callback_steps, callback_on_step_end),
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            paste_back=paste_back,
-        )
+        return self._call(options)
 
-    def _inputs(self, request: DecoderRequest, noise: jax.Array) -> InpaintInputs:
+    def _inputs(
+        self, request: DecoderRequest, noise: jax.Array, cond: np.ndarray, uncond: np.ndarray | None
+    ) -> InpaintInputs:
         assert request.image is not None
         assert request.repaint_mask is not None
         repaint_mask = latent_repaint_mask(request.repaint_mask, request.h, request.w)
@@ -138,13 +150,11 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
                 f"{self.movq.config.scale_factor} x {self.movq.config.scale_factor} pixels; widen them",
                 stacklevel=2,
             )
-        blend = Blend(
-            picture=self._encode(request.image),
-            noise=noise,
-            keep=jnp.asarray((~repaint_mask).astype(np.float32)[..., None]),
-            levels=jnp.asarray(self._levels(request)),
-        )
-        return InpaintInputs(start=noise * request.schedule.init_noise_sigma, blend=blend, doubled=request.scale > 1)
+        picture, keep = self._encode(request.image), (~repaint_mask).astype(np.float32)[..., None]
+        blend = Blend(picture, noise, jnp.asarray(keep), jnp.asarray(self._levels(request)))
+        kept = np.concatenate([np.asarray(picture) * keep, keep], axis=-1)
+        start = noise * request.schedule.init_noise_sigma
+        return InpaintInputs(start=start, cond=cond, uncond=uncond, blend=blend, kept=kept, kept_uncond=kept)
 
     def _levels(self, request: DecoderRequest) -> np.ndarray:
         """Return the kept part's signal and noise after each step: as the next step has them, clean after the last."""
@@ -152,3 +162,44 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
         later = request.schedule.levels[1:]
         levels[: len(later)] = later
         return levels
+
+
+@dataclass(frozen=True)
+class InpaintCombinedOptions(
+    OldCallbackOption,
+    GuidanceIntervalOption,
+    PasteBackOption,
+    StepEndOption,
+    PriorStepEndOption,
+    ReturnDictOption,
+    PictureOutputOption,
+    PriorLatentsOption,
+    GeneratorOption,
+    CombinedPriorOption,
+    SizeOption,
+    ImagesPerPromptOption,
+    GuidanceScaleOption,
+    DecoderStepsOption,
+    NegativePromptOption,
+    MaskImageOption,
+    ImageOption,
+    PromptOption,
+):
+    """Options of `KandinskyV22InpaintCombinedPipeline`, from the last to the first."""
+
+
+class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
+    """Inpaints pictures, guided by prompts. Components: see `CombinedPipeline`."""
+
+    REPOSITORY: ClassVar[str] = hub.INPAINT
+    DECODER: ClassVar[type[DecoderPipeline]] = KandinskyV22InpaintPipeline
+    OPTIONS = InpaintCombinedOptions
+
+    @takes(InpaintCombinedOptions)
+    def __call__(self, options: InpaintCombinedOptions) -> ImagePipelineOutput | tuple[Any]:
+        """Repaint the masked part of pictures.
+
+        Raises:
+            ValueError, TypeError: for wrong arguments, before anything is compiled.
+        """
+        return self._start(options).result()

@@ -40,6 +40,7 @@ from kandinsky_jax.models import NETWORKS, CLIPVisionModelWithProjection
 from kandinsky_jax.parallel.mesh import Mesh, default_mesh
 from kandinsky_jax.parallel.sharding import Rules
 from kandinsky_jax.pipelines.loading_arguments import Dtypes, without_diffusers_arguments
+from kandinsky_jax.pipelines.modes import class_names, repository_of
 from kandinsky_jax.schedulers import SCHEDULERS, Scheduler, scheduler_from_config
 from kandinsky_jax.schedulers.base import near
 
@@ -220,7 +221,7 @@ def _check_target(cls: type[PretrainedMixin], folder: Path, overwrite: bool | No
             folder.rmdir()
         return
     found = hub.pipeline_class(folder)
-    if overwrite is None and hub.kind(folder) != cls.REPOSITORY:
+    if overwrite is None and repository_of(found) != cls.REPOSITORY:
         raise FileExistsError(
             f"{folder} holds a {shorten(found)}; choose another folder, or overwrite=True to replace it by a "
             f"{cls.__name__}"
@@ -303,11 +304,11 @@ def component_names(cls: type) -> tuple[str, ...]:
 def _check_index(cls: type[PretrainedMixin], folder: Path, names: Sequence[str]) -> None:
     """Raise CheckpointError where a folder's model_index.json does not describe this pipeline."""
     found = hub.pipeline_class(folder)
-    if (kind := hub.kind(folder)) != cls.REPOSITORY:
-        right = f"load it with {' or '.join(hub.KINDS[kind])}, or " if kind else ""
+    if (kind := repository_of(found)) != cls.REPOSITORY:
+        right = f"load it with {' or '.join(class_names(kind))}, or " if kind else ""
         raise CheckpointError(
             f"{folder} holds a {shorten(found)}, which {cls.__name__} cannot use; {right}give {cls.__name__} a "
-            + " or ".join(hub.KINDS[cls.REPOSITORY])
+            + " or ".join(class_names(cls.REPOSITORY))
         )
     listed, faults = hub.components(folder), []
     for name in names:

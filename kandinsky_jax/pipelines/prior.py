@@ -5,6 +5,7 @@ Reference: diffusers' KandinskyV22PriorPipeline and KandinskyV22PriorEmb2EmbPipe
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -20,21 +21,27 @@ from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, tokenize
 from kandinsky_jax.common.arrays import to_numpy
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.compilation import program
-from kandinsky_jax.diffusion import Network
-from kandinsky_jax.diffusion.calls import call, condition, shard_guidance
+from kandinsky_jax.diffusion import Network, Params
+from kandinsky_jax.diffusion.calls import call, condition, shard_condition
 from kandinsky_jax.diffusion.rng import PRIOR, Generator, Source, noise_source
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
 from kandinsky_jax.models.prior import PriorCondition
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Callback, LazyComponent, Pipeline
+from kandinsky_jax.pipelines.base import LazyComponent, Pipeline, is_guided
 from kandinsky_jax.pipelines.denoising import LoopInputs
+from kandinsky_jax.pipelines.options import Callback, Options, PriorOptions
 from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky_jax.schedulers import Schedule, Scheduler
 from kandinsky_jax.schedulers.base import linear_combination
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
+
+
+# The fields of a `TextEncoding` as the prior's `condition` and as diffusers' callbacks call them.
+_ARGUMENTS = ("proj_embedding", "encoder_hidden_states", "attention_mask")
+_TENSORS = ("prompt_embeds", "text_encoder_hidden_states", "text_mask")
 
 
 class TextEncoding(NamedTuple):
@@ -68,6 +75,52 @@ class PriorRequest(NamedTuple):
     def batches(self) -> int:
         """Number of batches in the loop: negative prompts are a second one."""
         return 1 if self.negatives is None else 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorInputs:
+    """Conditioning of a prior's loop, see `Conditioning`: encoded texts, `[batches * images, ...]`."""
+
+    pipe: PriorPipeline
+    request: PriorRequest
+    cond: TextEncoding
+    uncond: TextEncoding | None  # None until guidance is on
+    ours: bool = True  # whether uncond is as encoded here, not a callback's
+
+    def loop_inputs(self, network: Network, params: Params, guided: bool) -> list[LoopInputs]:
+        """Compute the conditioning of each batch."""
+        request, uncond = self.request, None
+        if guided:
+            uncond = self.uncond or self.pipe._encode_uncond(request, self.pipe._encode_cond(request))
+        found = []
+        for start in range(0, request.batches * request.images, request.images):
+            cond_part, uncond_part = (
+                None if text is None else TextEncoding(*(x[start : start + request.images] for x in text))
+                for text in (self.cond, uncond)
+            )
+            assert cond_part is not None
+            empty = request.negatives is None and self.ours
+            found.append(self.pipe._condition(network, params, cond_part, uncond_part, empty))
+        return found
+
+    def callback_tensors(self, guided: bool) -> dict[str, Any]:
+        """Return the encoded texts by the reference's names; with guidance, uncond before cond."""
+        if not guided or self.uncond is None:
+            return dict(zip(_TENSORS, self.cond, strict=True))
+        both = [np.concatenate(pair) for pair in zip(self.uncond, self.cond, strict=True)]
+        return dict(zip(_TENSORS, both, strict=True))
+
+    def with_callback_tensors(self, changed: Mapping[str, Any]) -> PriorInputs:
+        """Return the inputs after a callback."""
+        cond, uncond, ours = self.cond._asdict(), None, self.ours
+        for field, name in zip(TextEncoding._fields, _TENSORS, strict=True):
+            if name not in changed:
+                continue
+            cond[field], other = checks.callback_halves(changed[name], name, len(cond[field]))
+            if other is not None:
+                known = self.uncond or self.pipe._encode_uncond(self.request, self.pipe._encode_cond(self.request))
+                uncond, ours = (uncond or known)._replace(**{field: other}), False
+        return PriorInputs(self.pipe, self.request, TextEncoding(**cond), uncond or self.uncond, ours)
 
 
 class PriorPipeline(Pipeline):
@@ -141,16 +194,18 @@ class PriorPipeline(Pipeline):
         items, numbers = checks.interpolation(images_and_prompts, weights)
         if not isinstance(negative_prompt, str):
             raise TypeError(f"negative_prompt must be a string, got {type(negative_prompt).__name__}")
-        shared = {
-            "num_images_per_prompt": num_images_per_prompt,
-            "num_inference_steps": num_inference_steps,
-            "generator": generator,
-            "latents": latents,
-            "guidance_scale": guidance_scale,
-        }
-        negative = self._request(negative_prompt, negative_prior_prompt, **shared)
+        shared = PriorOptions(
+            "",
+            negative_prior_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            latents=latents,
+            guidance_scale=guidance_scale,
+        )
+        negative = self._request(dataclasses.replace(shared, prompt=negative_prompt))
         parts: list[PriorRequest | np.ndarray | list[Image.Image]] = [
-            self._request(item, negative_prior_prompt, **shared)
+            self._request(dataclasses.replace(shared, prompt=item))
             if isinstance(item, str)
             else self._pictures(item, f"[{i}]")
             for i, item in enumerate(items)
@@ -174,44 +229,30 @@ class PriorPipeline(Pipeline):
 
     # Before the loop ----------------------------------------------------------------------------------------------
 
-    def _request(
-        self,
-        prompt: Any,
-        negative_prompt: Any,
-        *,
-        num_images_per_prompt: Any,
-        num_inference_steps: Any,
-        generator: Generator,
-        guidance_scale: Any,
-        latents: Any = None,
-        image: Any = None,
-        strength: Any = None,
-        callback_on_step_end: Any = None,
-        callback_on_step_end_tensor_inputs: Any = None,
-    ) -> PriorRequest:
-        """Check the arguments of a call."""
-        prompts = checks.texts(prompt, "prompt")
-        repeats = checks.count(num_images_per_prompt, "num_images_per_prompt")
-        negatives = checks.negative_texts(negative_prompt, prompts)
-        skipped = checks.skipped(strength, self.scheduler.steps(num_inference_steps))
-        schedule = self.scheduler.schedule(num_inference_steps, skipped)
-        pictures = None if image is None else self._pictures(image, "")
+    def _request(self, options: Options) -> PriorRequest:
+        """Check the options of a call."""
+        given = vars(options)
+        prompts = checks.texts(given["prompt"], "prompt")
+        repeats = checks.count(given["num_images_per_prompt"], "num_images_per_prompt")
+        negatives = checks.negative_texts(given["negative_prompt"], prompts)
+        steps = given["num_inference_steps"]
+        schedule = self.scheduler.schedule(steps, checks.skipped(given.get("strength"), self.scheduler.steps(steps)))
+        pictures = self._pictures(given["image"], "") if "image" in given else None
         if pictures is not None:
             checks.picture_count(len(pictures), "image", len(prompts), repeats)
         total = len(prompts + (negatives or [])) * repeats
+        callback, callback_inputs = given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"]
         return PriorRequest(
             prompts=prompts,
             negatives=negatives,
             repeats=repeats,
             schedule=schedule,
-            scale=checks.guidance(guidance_scale),
-            generator=generator,
-            latents=checks.latents(latents, (total, self.prior.config.embedding_dim)),
+            scale=checks.guidance(given["guidance_scale"]),
+            generator=given["generator"],
+            latents=checks.latents(given.get("latents"), (total, self.prior.config.embedding_dim)),
             image=pictures,
-            callback=callback_on_step_end,
-            callback_inputs=checks.callback(
-                callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-            ),
+            callback=callback,
+            callback_inputs=checks.callback(callback, callback_inputs, self._callback_tensor_inputs),
         )
 
     def _pictures(self, value: Any, which: str) -> np.ndarray | list[Image.Image]:
@@ -255,43 +296,23 @@ class PriorPipeline(Pipeline):
 
     # The loop -----------------------------------------------------------------------------------------------------
 
-    def _call(
-        self, prompt: Any, negative_prompt: Any, output_type: str, return_dict: bool, **arguments: Any
-    ) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
+    def _call(self, options: Options) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
         """Run a call: all checks first, then the loop."""
-        checks.choice(output_type, "output_type", ("pt", "np"))
-        result: tuple[Any, Any] = self._embed(self._request(prompt, negative_prompt, **arguments))
+        given = vars(options)
+        output_type = checks.choice(given["output_type"], "output_type", ("pt", "np"))
+        result: tuple[Any, Any] = self._embed(self._request(options))
         if output_type == "pt":
             result = (jnp.asarray(result[0]), jnp.asarray(result[1]))
-        return KandinskyPriorPipelineOutput(*result) if return_dict else result
+        return KandinskyPriorPipelineOutput(*result) if given["return_dict"] else result
 
     def _embed(self, request: PriorRequest) -> tuple[np.ndarray, np.ndarray]:
         """Generate image embeddings and negative ones, float32 `[images, D]`."""
         source = noise_source(request.generator, request.images, PRIOR)
-        tensors = self._encode_prompts(request.prompts, request.negatives, request.repeats, guided=request.scale > 1)
-        initial = dict(tensors)
-
-        def loop_inputs(network: Network, params: Any, tensors: Mapping[str, Any], guided: bool) -> list[LoopInputs]:
-            images = request.images * request.batches
-            arrays = {name: checks.callback_tensor(tensors[name], name, images) for name in initial}
-            # A callback may have replaced the empty prompt.
-            empty = request.negatives is None and all(tensors[name] is array for name, array in initial.items())
-            if not guided:
-                arrays = {name: x[-images:] for name, x in arrays.items()}
-            elif any(len(x) == images for x in arrays.values()):  # a callback has turned guidance on
-                both = self._encode_prompts(request.prompts, request.negatives, request.repeats, guided=True)
-                arrays = {
-                    name: np.concatenate([both[name][:images], x]) if len(x) == images else x
-                    for name, x in arrays.items()
-                }
-                empty = request.negatives is None
-            batches = [_batch_of(arrays, request.batches, i, request.images) for i in range(request.batches)]
-            return [LoopInputs(self._condition(network, params, evaluations, empty)) for evaluations in batches]
-
-        samples = self._denoise(
+        cond = self._encode_cond(request)
+        uncond = self._encode_uncond(request, cond) if is_guided(request.scale) else None
+        samples, _ = self._denoise(
             self.prior,
-            loop_inputs,
-            tensors,
+            PriorInputs(self, request, cond, uncond),
             request.schedule,
             self._initial_latents(request, source),
             source,
@@ -306,56 +327,48 @@ class PriorPipeline(Pipeline):
         return embeds[0], embeds[1]
 
     def _condition(
-        self, network: Network, params: Any, evaluations: Sequence[Sequence[jax.Array]], empty: bool
-    ) -> PriorCondition:
+        self, network: Network, params: Params, cond: TextEncoding, uncond: TextEncoding | None, empty: bool
+    ) -> LoopInputs:
         """Compute the conditioning of one batch.
 
         Args:
-            evaluations: arguments of the network's `condition`: of uncond and cond, or of cond alone where guidance is
-                off.
+            uncond: None where guidance is off.
             empty: uncond is the empty prompt, whose condition is a constant of the weights and computed once.
         """
 
-        def condition_of(arrays: Sequence[jax.Array]) -> PriorCondition:
-            return condition(network, params, *(x[None] for x in arrays))
+        def condition_of(text: TextEncoding) -> PriorCondition:
+            return condition(network, params, {name: jnp.asarray(x) for name, x in zip(_ARGUMENTS, text, strict=True)})[
+                0
+            ]
 
-        cond = condition_of(evaluations[-1])
-        if len(evaluations) == 1:
-            return cond
+        conditional = condition_of(cond)
+        if uncond is None:
+            return LoopInputs(conditional)
         if not empty:
-            return _joined(condition_of(evaluations[0]), cond)
+            return LoopInputs(conditional, condition_of(uncond))
         # Computed in this call's shapes, so that no program is compiled for it; and anew for other shapes, or its last
         # bits would depend on which batch came first.
-        shape = cond.visible.shape
+        shape = conditional.visible.shape
         one = self._constant(
-            "condition",
-            lambda: _first_example(condition_of(evaluations[0])),
-            self.prior,
-            self.text_encoder,
-            shape=shape,
+            "condition", lambda: _first_example(condition_of(uncond)), self.prior, self.text_encoder, shape=shape
         )
-        return _joined(shard_guidance(network, _repeated(one, images=cond.visible.shape[1])), cond)
+        return LoopInputs(conditional, shard_condition(network, _repeated(one, images=shape[0])))
 
     # Text ---------------------------------------------------------------------------------------------------------
 
-    def _encode_prompts(
-        self, prompts: list[str], negatives: list[str] | None, repeats: int, guided: bool
-    ) -> dict[str, np.ndarray]:
-        """Encode the tensors that condition the prior, by the reference's names and in its order.
+    def _encode_cond(self, request: PriorRequest) -> TextEncoding:
+        """Encode the prompts and then the negative prompts, each repeated for its images, `[batches * images, ...]`."""
+        parts = [self._encode(texts) for texts in (request.prompts, request.negatives) if texts is not None]
+        return TextEncoding(
+            *(np.repeat(np.concatenate(arrays), request.repeats, axis=0) for arrays in zip(*parts, strict=True))
+        )
 
-        Their first axis is [uncond, cond], or cond alone where guidance is off. Each of these is [prompts, negative
-        prompts], each repeated `repeats` times. With negative prompts, uncond is the negative prompts, twice.
-        """
-        cond = [self._encode(prompts)]
-        if negatives is not None:
-            cond.append(self._encode(negatives))
-        blocks = cond
-        if guided:
-            empty = self._constant("empty", lambda: self._encode([""]), self.text_encoder)
-            uncond = cond[1] if negatives is not None else TextEncoding(*(np.repeat(x, len(prompts), 0) for x in empty))
-            blocks = [uncond] * len(cond) + cond
-        arrays = [np.repeat(np.concatenate(parts), repeats, axis=0) for parts in zip(*blocks, strict=True)]
-        return dict(zip(("prompt_embeds", "text_encoder_hidden_states", "text_mask"), arrays, strict=True))
+    def _encode_uncond(self, request: PriorRequest, cond: TextEncoding) -> TextEncoding:
+        """Return what cond is guided away from: the negative prompts, for both batches, or the empty prompt."""
+        if request.negatives is not None:
+            return TextEncoding(*(np.concatenate([x[request.images :]] * 2) for x in cond))
+        empty = self._constant("empty", lambda: self._encode([""]), self.text_encoder)
+        return TextEncoding(*(np.repeat(x, request.images, axis=0) for x in empty))
 
     def _encode(self, texts: list[str]) -> TextEncoding:
         ids, mask = self._tokenize(texts)
@@ -403,22 +416,9 @@ def _weights(owner: Any) -> list[Any]:
 
 def _first_example(condition: PriorCondition) -> PriorCondition:
     """Return the first example; sliced on the host, where no program is compiled for every batch size."""
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:, :1]), condition)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:1]), condition)
 
 
 @program(static_argnames="images")
 def _repeated(condition: PriorCondition, images: int) -> PriorCondition:
-    return jax.tree.map(lambda x: jnp.repeat(x, images, axis=1), condition)
-
-
-@program()
-def _joined(first: PriorCondition, second: PriorCondition) -> PriorCondition:
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, second)
-
-
-def _batch_of(tensors: Mapping[str, np.ndarray], batches: int, index: int, images: int) -> list[list[jax.Array]]:
-    """Return one batch of the conditioning tensors, `[images, ...]` each: of uncond and cond, or of cond alone."""
-    arrays = [tensors[n] for n in ("prompt_embeds", "text_encoder_hidden_states", "text_mask")]
-    # The axes of each are: uncond and cond, batches, images.
-    chosen = [array.reshape(-1, batches, images, *array.shape[1:])[:, index] for array in arrays]
-    return [[jnp.asarray(array) for array in evaluation] for evaluation in zip(*chosen, strict=True)]
+    return jax.tree.map(lambda x: jnp.repeat(x, images, axis=0), condition)

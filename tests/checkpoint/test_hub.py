@@ -22,6 +22,7 @@ from kandinsky_jax import (
     KandinskyV22Pipeline,
 )
 from kandinsky_jax.checkpoint import WeightSelection, flat_params, hub
+from kandinsky_jax.pipelines.modes import repository_of
 from tests.conftest import SHAPES_MODEL
 
 FAMILY = [hub.PRIOR, hub.DECODER, hub.INPAINT, hub.CONTROLNET]
@@ -67,7 +68,7 @@ def test_embedded_model(member: str, monkeypatch, tmp_path):
     embedded = hub.EMBEDDED["tiny"] / member
     for name in ("tiny", f"tiny/{member}"):
         assert hub.resolve(name, member) == embedded
-    assert hub.kind(embedded) == member
+    assert repository_of(hub.pipeline_class(embedded)) == member
     assert all(hub.component_folder(embedded, part).is_dir() for part in hub.components(embedded))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()  # a folder of one's own goes before the embedded model

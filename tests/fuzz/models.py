@@ -23,6 +23,7 @@ from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.config import ConfigError
+from kandinsky_jax.pipelines.modes import repository_of
 from kandinsky_jax.schedulers import SCHEDULERS, SchedulerError, scheduler_from_config
 from tests.conftest import OFFICIAL, SHAPES_MODEL
 from tests.fuzz.harness import Reader, lasting_folder
@@ -56,7 +57,7 @@ def _index(folder: Path) -> list[Path]:
 def _read_index(folder: Path) -> None:
     hub.resolve(folder, hub.PRIOR)
     hub.components(folder)
-    hub.kind(folder)
+    repository_of(hub.pipeline_class(folder))
 
 
 def _readme(folder: Path) -> list[Path]:

@@ -87,9 +87,8 @@ def test_as_the_reference_with_its_scale_switched(ours, theirs, embeds, mode):
     assert np.abs(generated - full).max() * 255 > 10  # and it is another picture than with guidance all the way
 
 
-def test_where_every_step_is_guided_or_none_nothing_is_halved(ours, embeds, monkeypatch):
+def test_an_interval_of_all_steps_is_the_call_without_one(ours, embeds):
     pipe, rows = ours["KandinskyV22Pipeline"], [x[:1] for x in embeds]
-    monkeypatch.setattr(denoising, "_conditional", lambda loop_inputs: pytest.fail("halved"))
     full = pipe(*rows, generator=TorchGenerator(5), **DRAW).images
     assert np.array_equal(pipe(*rows, generator=TorchGenerator(5), guidance_interval=(0, 1), **DRAW).images, full)
     off = DRAW | {"guidance_scale": 1.0}
@@ -101,8 +100,7 @@ def test_slices_end_where_the_interval_does(ours, embeds, monkeypatch):
     seen, real = [], denoising.denoise
 
     def watched(network, params, loop_inputs, table, state, noise, scale, lo, hi):
-        rows = {len(leaf) for leaf in denoising.jax.tree.leaves(loop_inputs.condition)}
-        seen.append((int(lo), int(hi), scale is not None, *rows))
+        seen.append((int(lo), int(hi), scale is not None, loop_inputs.uncond is not None))
         return real(network, params, loop_inputs, table, state, noise, scale, lo, hi)
 
     monkeypatch.setattr(denoising, "denoise", watched)
@@ -114,8 +112,8 @@ def test_slices_end_where_the_interval_does(ours, embeds, monkeypatch):
         **DRAW | {"num_inference_steps": 30},
     )
     assert [lo for lo, *_ in seen[1:]] == [hi for _, hi, *_ in seen[:-1]]
-    under = {row: (guided, rows) for lo, hi, guided, rows in seen for row in range(lo, hi)}
-    assert under == {row: (True, 2) if 6 <= row < 24 else (False, 1) for row in range(30)}
+    under = {row: (guided, uncond) for lo, hi, guided, uncond in seen for row in range(lo, hi)}
+    assert under == {row: (True, True) if 6 <= row < 24 else (False, False) for row in range(30)}
     assert len(seen) < 20
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,7 @@ from kandinsky_jax import lora
 from kandinsky_jax.checkpoint import hub, lora_files
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call
-from kandinsky_jax.pipelines import (
-    KandinskyV22CombinedPipeline,
-    KandinskyV22ControlnetCombinedPipeline,
-    KandinskyV22InpaintCombinedPipeline,
-)
+from kandinsky_jax.pipelines.modes import modes_of, repository_of
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import TEXT_ARRAYS, Captioned, Reader, Skipped
@@ -55,16 +51,11 @@ class DiffusionTask(TrainingTask):
 
     _apart: dict[str, tuple[Network, Params]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    PIPELINES: ClassVar[dict[str, Any]] = {
-        hub.INPAINT: KandinskyV22InpaintCombinedPipeline,
-        hub.CONTROLNET: KandinskyV22ControlnetCombinedPipeline,
-    }
-
     @classmethod
     def load(cls, config: Config) -> Any:
-        kind = hub.kind(hub.resolve(config.model, hub.DECODER))
-        pipeline = cls.PIPELINES.get(str(kind), KandinskyV22CombinedPipeline)
-        return pipeline.from_pretrained(config.model, prior=config.prior, dtype="float32")
+        found = hub.pipeline_class(hub.resolve(config.model, hub.DECODER))
+        modes = modes_of(repository_of(found) or hub.DECODER) or modes_of(hub.DECODER)
+        return modes[0].combined_class.from_pretrained(config.model, prior=config.prior, dtype="float32")
 
     @property
     def of_prior(self) -> bool:

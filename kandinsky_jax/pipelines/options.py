@@ -1,0 +1,415 @@
+"""Options of the pipelines' calls. Each is written once here; the options of a call are composed of them.
+
+The fields of a dataclass come in the order of its bases from last to first. So the options of a call list their bases
+from the call's last argument to its first, and `takes` turns a method that takes such an object into one that takes the
+arguments, with their types, defaults and documentation:
+
+    @dataclass(frozen=True)
+    class BlurOptions(SeedOption, SizeOption, ImageOption):
+        \"\"\"Options of `BlurPipeline`.\"\"\"
+
+    class BlurPipeline(DecoderPipeline):
+        @takes(BlurOptions)
+        def __call__(self, options: BlurOptions) -> ImagePipelineOutput | tuple[Any]:
+            ...
+
+    pipe(image, height=128, generator=0)
+
+Names, order and defaults are those of diffusers' pipelines; ours come after them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+
+from kandinsky_jax.diffusion.rng import Generator
+
+Callback: TypeAlias = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]  # (pipe, step, timestep, tensors)
+OldCallback: TypeAlias = Callable[[int, int, Any], None]  # (step, timestep, latents)
+
+P = ParamSpec("P")
+OptionsT = TypeVar("OptionsT")
+ResultT = TypeVar("ResultT")
+
+
+class Options:
+    """Base of a call's options; their values are the user's, not checked yet."""
+
+
+# What to generate -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptOption(Options):
+    """What to generate.
+
+    Args:
+        prompt: one or more, at most 77 tokens each (longer ones are cut, with a warning).
+    """
+
+    prompt: str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class NegativePromptOption(Options):
+    """What to avoid.
+
+    Args:
+        negative_prompt: one for each prompt, or one string for all. The prior generates its embedding too, from which
+            the decoder is guided away.
+    """
+
+    negative_prompt: str | Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class ImageEmbedsOption(Options):
+    """What a decoder generates.
+
+    Args:
+        image_embeds: `[B, D]` or a list of such, from the prior.
+    """
+
+    image_embeds: object
+
+
+@dataclass(frozen=True)
+class NegativeImageEmbedsOption(Options):
+    """What a decoder avoids.
+
+    Args:
+        negative_image_embeds: as many as image_embeds, to be guided away from; None only where guidance is off.
+    """
+
+    negative_image_embeds: object
+
+
+@dataclass(frozen=True)
+class ImageOption(Options):
+    """The picture to start from.
+
+    Args:
+        image: one for all, one for each prompt or embedding, or one for each generated picture; see
+            `kandinsky_jax.images`.
+    """
+
+    image: object
+
+
+@dataclass(frozen=True)
+class PriorImageOption(Options):
+    """The picture whose embedding a prior starts from.
+
+    Args:
+        image: one for all, one per prompt, or one per generated embedding: pictures (see `kandinsky_jax.images`), image
+            embeddings `[B, D]`, or `[B, 3, S, S]`, which goes into the vision tower as it is. The embedding of a
+            negative prompt starts from it too.
+    """
+
+    image: object
+
+
+@dataclass(frozen=True)
+class MaskImageOption(Options):
+    """What to repaint.
+
+    Args:
+        mask_image: one for all, or as many as pictures; white, 1 or true is repainted, and so are the latents next to
+            the mask's border.
+    """
+
+    mask_image: object
+
+
+@dataclass(frozen=True)
+class HintOption(Options):
+    """The layout.
+
+    Args:
+        hint: `[3, H, W]` in 0..1, or a depth map of any size; see `kandinsky_jax.images.hints`. One for all, one for
+            each prompt or embedding, or one for each generated picture.
+    """
+
+    hint: object
+
+
+# How --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SizeOption(Options):
+    """Size of the pictures.
+
+    Args:
+        height, width: in pixels, at least 64; rounded up to a multiple of 64.
+    """
+
+    height: int = 512
+    width: int = 512
+
+
+@dataclass(frozen=True)
+class DecoderStepsOption(Options):
+    """Steps of the decoder.
+
+    Args:
+        num_inference_steps: of the decoder, at least 1.
+    """
+
+    num_inference_steps: int = 100
+
+
+@dataclass(frozen=True)
+class PriorStepsOption(Options):
+    """Steps of a prior.
+
+    Args:
+        num_inference_steps: of the prior, at least 2.
+    """
+
+    num_inference_steps: int = 25
+
+
+@dataclass(frozen=True)
+class GuidanceScaleOption(Options):
+    """Classifier-free guidance.
+
+    Args:
+        guidance_scale: guidance is on above 1.
+    """
+
+    guidance_scale: float = 4.0
+
+
+@dataclass(frozen=True)
+class CombinedPriorOption(Options):
+    """Settings of the prior in a combined call.
+
+    Args:
+        prior_guidance_scale, prior_num_inference_steps: the prior's own.
+    """
+
+    prior_guidance_scale: float = 4.0
+    prior_num_inference_steps: int = 25
+
+
+@dataclass(frozen=True)
+class StrengthOption(Options):
+    """How far to depart from the given picture.
+
+    Args:
+        strength: the share of the steps that is run, above 0, at most 1; 1 keeps nothing of the picture.
+    """
+
+    strength: float = 0.3
+
+
+@dataclass(frozen=True)
+class ImagesPerPromptOption(Options):
+    """Results per prompt.
+
+    Args:
+        num_images_per_prompt: results for each prompt or embedding, neighbours in the output.
+    """
+
+    num_images_per_prompt: int = 1
+
+
+@dataclass(frozen=True)
+class GeneratorOption(Options):
+    """Randomness.
+
+    Args:
+        generator: a seed, a key, or a `TorchGenerator` for PyTorch's numbers; see `diffusion.rng.noise_source`. In a
+            combined call, a `TorchGenerator` continues from the prior to the decoder.
+    """
+
+    generator: Generator = None
+
+
+@dataclass(frozen=True)
+class DecoderLatentsOption(Options):
+    """Initial noise of the decoder.
+
+    Args:
+        latents: `[B, 4, height/8, width/8]`.
+    """
+
+    latents: object = None
+
+
+@dataclass(frozen=True)
+class PriorLatentsOption(Options):
+    """Initial noise of the prior.
+
+    Args:
+        latents: initial noise of the prior, `[B, D]`; B doubles with negative prompts.
+    """
+
+    latents: object = None
+
+
+@dataclass(frozen=True)
+class PasteBackOption(Options):
+    """Pixels of the kept part.
+
+    Args:
+        paste_back: put the pixels of `image` back wherever the mask is black. Otherwise they are the result of MoVQ's
+            encoder and decoder.
+    """
+
+    paste_back: bool = False
+
+
+@dataclass(frozen=True)
+class GuidanceIntervalOption(Options):
+    """Guidance in some of the steps.
+
+    Args:
+        guidance_interval: apply guidance only between two fractions of this call's steps, such as (0.4, 1); a step
+            outside costs half as much. None, as (0, 1), is guidance at every step. Source: Kynkaanniemi et al. 2024
+            (arXiv 2404.07724).
+    """
+
+    guidance_interval: tuple[float, float] | None = None
+
+
+# Results ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PictureOutputOption(Options):
+    """Form of the pictures.
+
+    Args:
+        output_type: "pil", "np" (float32 `[B, H, W, 3]` in 0..1), "pt" (`[B, 3, H, W]` in 0..1) or "latent"
+            (`[B, 4, H/8, W/8]`).
+    """
+
+    output_type: str = "pil"
+
+
+@dataclass(frozen=True)
+class EmbedsOutputOption(Options):
+    """Form of the embeddings.
+
+    Args:
+        output_type: "pt" for JAX arrays, "np" for NumPy.
+    """
+
+    output_type: str = "pt"
+
+
+@dataclass(frozen=True)
+class ReturnDictOption(Options):
+    """Form of the result.
+
+    Args:
+        return_dict: False for a plain tuple.
+    """
+
+    return_dict: bool = True
+
+
+# Callbacks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepEndOption(Options):
+    """Callback after each step.
+
+    Args:
+        callback_on_step_end: `(pipe, step, timestep, tensors) -> tensors` after each step, on NumPy arrays.
+        callback_on_step_end_tensor_inputs: which tensors, of those in the pipeline's `_callback_tensor_inputs`. For
+            inpainting, mask_image is what diffusers calls the keep mask, 1 where the picture is kept.
+    """
+
+    callback_on_step_end: Callback | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",)
+
+
+@dataclass(frozen=True)
+class PriorStepEndOption(Options):
+    """Callback after each step of the prior in a combined call.
+
+    Args:
+        prior_callback_on_step_end, prior_callback_on_step_end_tensor_inputs: the same for the prior's steps.
+    """
+
+    prior_callback_on_step_end: Callback | None = None
+    prior_callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",)
+
+
+@dataclass(frozen=True)
+class OldCallbackOption(Options):
+    """diffusers' older form of the callback.
+
+    Args:
+        callback: `(step, timestep, latents)`, diffusers' older form, called every `callback_steps` steps.
+        callback_steps: see callback.
+    """
+
+    callback: OldCallback | None = None
+    callback_steps: int = 1
+
+
+@dataclass(frozen=True)
+class PriorOptions(
+    StepEndOption,
+    ReturnDictOption,
+    EmbedsOutputOption,
+    GuidanceScaleOption,
+    PriorLatentsOption,
+    GeneratorOption,
+    PriorStepsOption,
+    ImagesPerPromptOption,
+    NegativePromptOption,
+    PromptOption,
+):
+    """Options of `KandinskyV22PriorPipeline`, from the last to the first."""
+
+
+# From an object to arguments --------------------------------------------------------------------------------------
+
+
+def takes(
+    options: Callable[P, OptionsT],
+) -> Callable[[Callable[[Any, OptionsT], ResultT]], Callable[Concatenate[Any, P], ResultT]]:
+    """Decorate a method that takes one options object, to take the options as arguments.
+
+    Args:
+        options: a dataclass composed of this module's. Its signature and documentation become the method's.
+    """
+
+    def decorate(method: Callable[[Any, OptionsT], ResultT]) -> Callable[Concatenate[Any, P], ResultT]:
+        own, fields = inspect.signature(method), inspect.signature(options)
+        parameters = [next(iter(own.parameters.values())), *fields.parameters.values()]
+        signature = inspect.Signature(parameters, return_annotation=own.return_annotation)
+
+        @functools.wraps(method)
+        def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+            try:
+                signature.bind(self, *args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{type(self).__name__}.{method.__name__}: {error}") from None
+            return method(self, options(*args, **kwargs))
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__doc__ = _with_arguments(inspect.getdoc(method) or "", options)
+        return call
+
+    return decorate
+
+
+def _with_arguments(text: str, options: Any) -> str:
+    """Insert the documentation of the options after the first paragraph of a method's."""
+    summary, _, rest = text.partition("\n\n")
+    lines = [summary, "", "Args:"]
+    for group in reversed(options.__mro__):
+        if group is not options and issubclass(group, Options) and "\nArgs:\n" in (doc := inspect.getdoc(group) or ""):
+            lines.append(doc.partition("\nArgs:\n")[2].rstrip())
+    return "\n".join([*lines, rest.strip("\n")]).rstrip() + "\n"
