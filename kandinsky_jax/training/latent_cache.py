@@ -25,7 +25,7 @@ from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.storage import check_free_space, complete_or_absent
 from kandinsky_jax.training.data import Captioned, DataError, Reader, data_fingerprint
 from kandinsky_jax.training.run_record import weights_digest
-from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+from kandinsky_jax.training.tasks import DiffusionTask
 
 CHUNK = 32  # pictures that are encoded at once
 CACHE_VERSION = 2
@@ -154,7 +154,7 @@ def _create(folder: Path, rows: int, like: dict[str, np.ndarray]) -> dict[str, n
 
 def _mark(task: DiffusionTask, reader: Reader, items: Sequence[Captioned]) -> str:
     """Return a digest of the inputs: pictures (by name, caption, size and time), settings and weights."""
-    settings = (task.of_prior, reader.resolution, reader.length, reader.hints, reader.processor)
+    settings = (task.component == "prior", reader.resolution, reader.length, reader.hints, reader.processor)
     found = hashlib.sha256(repr(settings).encode())
     found.update(data_fingerprint(items, modified=True).encode())
     for name, module in sorted(task.encoders.items()):

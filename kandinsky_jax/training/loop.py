@@ -42,12 +42,8 @@ from kandinsky_jax.training.mesh import gathered, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.run_record import run_record
 from kandinsky_jax.training.step import Trainer, TrainState
-from kandinsky_jax.training.tasks.base import TrainingTask
-from kandinsky_jax.training.tasks.clip import CLIPTask
-from kandinsky_jax.training.tasks.diffusion import DiffusionTask
-from kandinsky_jax.training.tasks.movq import MoVQTask
+from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task
 
-TASKS: dict[Kind, type[TrainingTask]] = {Kind.MOVQ: MoVQTask, Kind.CLIP: CLIPTask}  # the others diffuse
 MOST_BAD = 10  # consecutive steps without a finite loss, after which training ends
 
 
@@ -73,14 +69,12 @@ class Run:
         self.accept_changes = accept_changes
         mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
         _check_batch(config, parts(mesh))
-        if config.precompute and kind in TASKS:
+        if config.precompute and kind in (Kind.MOVQ, Kind.CLIP):
             raise ValueError(f"precompute is of no use for {kind}: none of its networks is frozen")
-        task_class = TASKS.get(kind, DiffusionTask)
         _check_target(self.folder, lora.FILE if kind.startswith("lora-") else "model_index.json")
         found = listing(config.data, exclude=[self.folder], scratch=self.folder)
-        pipe = task_class.load(config) if pipe is None else pipe
-        pipe.set_progress_bar_config(disable=True)
-        self.task = task_class(pipe, kind, config)
+        self.task = make_task(kind, config, pipe)
+        self.task.pipe.set_progress_bar_config(disable=True)
         self.items: list[Captioned] = self.task.usable(found, found.skipped)
         self._skipped = found.skipped
         if not self.items:
@@ -98,10 +92,11 @@ class Run:
 
     def _precomputed(self) -> LatentCache:
         """Open the cache of encoded items, and drop items that could not be read."""
-        assert isinstance(self.task, DiffusionTask)
+        task = self.task.full if isinstance(self.task, LoraTask) else self.task
+        assert isinstance(task, DiffusionTask)
         with in_folder(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            reader, unreadable = open_latent_cache(self.folder / "encoded", self.task, self.items, self.quiet)
+            reader, unreadable = open_latent_cache(self.folder / "encoded", task, self.items, self.quiet)
             for name, fault in unreadable.items():
                 self._bad_data.report(fault, "before the first step", name)
         self.items = [self.items[i] for i in reader.which]

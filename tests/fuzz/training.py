@@ -25,11 +25,10 @@ from kandinsky_jax.training.config import Config, TrainingConfigError, load
 from kandinsky_jax.training.data import DataError, listing
 from kandinsky_jax.training.data import Reader as PictureReader
 from kandinsky_jax.training.errors import TrainingError
-from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.latent_cache import open_latent_cache
 from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.step import TrainState
-from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+from kandinsky_jax.training.tasks import PriorTask
 from tests.conftest import SHAPES_MODEL
 from tests.fuzz.harness import Reader, check_message, lasting_folder
 from tests.fuzz.jobs import PIXELS
@@ -173,13 +172,13 @@ def _forget(folder: Path) -> None:
 
 
 @functools.cache
-def _task() -> tuple[DiffusionTask, Path]:
+def _task() -> tuple[PriorTask, Path]:
     """A prior's task on a folder of pictures that outlives the trials."""
     data = lasting_folder() / "data"
     data.mkdir()
     _pairs(data)
     pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
-    return DiffusionTask(pipe, Kind.PRIOR, Config(model="tiny", data=str(data), output="o", resolution=64)), data
+    return PriorTask(pipe, Config(model="tiny", data=str(data), output="o", resolution=64)), data
 
 
 def _encoded(folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.losses import clip_loss, movq_loss
 from kandinsky_jax.training.step import OptimizerConfig
-from kandinsky_jax.training.tasks.diffusion import random_repaint_masks
+from kandinsky_jax.training.tasks.decoder import random_repaint_masks
 from tests import shapes
 from tests.conftest import SHAPES_MODEL, nchw, note, slow_and_campaign, worst
 from tests.training.test_training_loop import StopAfter

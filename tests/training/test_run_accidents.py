@@ -29,7 +29,7 @@ from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.run_record import FREE, checksums, describe_changes, record_changes, run_record
 from kandinsky_jax.training.step import OptimizerConfig, Trainer
-from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+from kandinsky_jax.training.tasks import PriorTask
 from tests.conftest import SHAPES_MODEL
 from tests.fuzz.harness import trials
 from tests.fuzz.training import ENCODED
@@ -219,7 +219,7 @@ def flip(path: Path) -> None:
 def test_stale_and_damaged_encoded_data_is_made_again(tmp_path, pipe):
     data, folder = fill(tmp_path / "data"), tmp_path / "out" / "encoded"
     folder.parent.mkdir()
-    task = DiffusionTask(pipe, Kind.PRIOR, config_of(data, tmp_path / "out", precompute=True))
+    task = PriorTask(pipe, config_of(data, tmp_path / "out", precompute=True))
 
     def arrays() -> dict[str, np.ndarray]:
         found, _ = open_latent_cache(folder, task, listing(data), quiet=True)

@@ -29,7 +29,7 @@ from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import FSDP_AXIS, make_training_mesh
 from kandinsky_jax.training.step import OptimizerConfig, Trainer
-from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+from kandinsky_jax.training.tasks import TrainingTask, make_task
 from tests.conftest import SHAPES_MODEL
 
 STEPS, BATCH = 10, 16
@@ -59,26 +59,27 @@ def batches() -> list[dict[str, np.ndarray]]:
     ]
 
 
-def given(batch: dict[str, np.ndarray], of_prior: bool) -> dict[str, np.ndarray]:
-    names = ("prompt_embeds", "text_encoder_hidden_states", "text_mask") if of_prior else ("latents",)
+def given(batch: dict[str, np.ndarray], task: TrainingTask) -> dict[str, np.ndarray]:
+    text = ("prompt_embeds", "text_encoder_hidden_states", "text_mask")
+    names = text if "prior" in task.modules else ("latents",)
     return {name: batch[name] for name in ("image_embeds", *names)}
 
 
-def trainer_of(task: DiffusionTask, mesh_name: str, rules=None) -> Trainer:
+def trainer_of(task: TrainingTask, mesh_name: str, rules=None) -> Trainer:
     mesh = make_training_mesh(*MESHES[mesh_name])
-    if rules is None and mesh is not None and not task.of_prior:  # whose leaves are too small for the default rules
-        shapes = {name: tuple(leaf.shape) for name, leaf in flat_params(task.module).items()}
+    if rules is None and mesh is not None and "unet" in task.modules:  # whose leaves are small for the default rules
+        shapes = {name: tuple(leaf.shape) for name, leaf in flat_params(task.modules["unet"]).items()}
         rules = largest_axis(mesh, shapes, 1 << 10, FSDP_AXIS)
     return Trainer(task.loss(), SETTINGS[task.kind], task.frozen(), mesh, rules)
 
 
-def curve(task: DiffusionTask, mesh_name: str, rules=None) -> dict:
+def curve(task: TrainingTask, mesh_name: str, rules=None) -> dict:
     """The losses, and how the largest leaf of each part of the state is divided."""
     trainer = trainer_of(task, mesh_name, rules)
     state = trainer.init(task.initial(jax.random.key(1)))
     losses = []
     for batch in batches():
-        state, metrics = trainer.step(state, given(batch, task.of_prior), jax.random.key(0))
+        state, metrics = trainer.step(state, given(batch, task), jax.random.key(0))
         losses.append(float(metrics["loss"]))
     parts = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema, "frozen": trainer.frozen}
     return {"losses": losses} | {name: share(part) for name, part in parts.items() if part is not None}
@@ -90,7 +91,7 @@ def share(tree) -> float:
     return sum(leaf.addressable_shards[0].data.size for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
 
-def resumed(task: DiffusionTask) -> list[float]:
+def resumed(task: TrainingTask) -> list[float]:
     """Half of the steps on one mesh, kept, and the others on another."""
     first, second = (trainer_of(task, name) for name in ("fsdp=8", "data=2,fsdp=4"))
     state, losses = first.init(task.initial(jax.random.key(1))), []
@@ -101,7 +102,7 @@ def resumed(task: DiffusionTask) -> list[float]:
                 keeper.wait_until_finished()
                 state = keeper.restore(Path(folder) / "state", second.init(task.initial(jax.random.key(2))))
         trainer = first if i < STEPS // 2 else second
-        state, metrics = trainer.step(state, given(batch, task.of_prior), jax.random.key(0))
+        state, metrics = trainer.step(state, given(batch, task), jax.random.key(0))
         losses.append(float(metrics["loss"]))
     return losses
 
@@ -109,7 +110,7 @@ def resumed(task: DiffusionTask) -> list[float]:
 def main(target: str, kind: Kind, meshes: list[str]) -> None:
     pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     pipe.shard(None)
-    task = DiffusionTask(pipe, kind, Config(model="", data="", output="", **OPTIONS))
+    task = make_task(kind, Config(model="", data="", output="", **OPTIONS), pipe)
     found: dict[str, dict] = {}
     for name in meshes:
         if name == "resumed":

@@ -30,7 +30,7 @@ from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import EXAMPLES, make_training_mesh, state_shardings
 from kandinsky_jax.training.step import OptimizerConfig, Trainer
-from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+from kandinsky_jax.training.tasks import LoraTask, TrainingTask, make_task
 from tpu_scripts.aot.aot_cost import CHIPS, costs
 from tpu_scripts.aot.aot_worker import OFFICIAL, Shape, first_line, mesh_of
 
@@ -66,10 +66,10 @@ def official() -> KandinskyV22CombinedPipeline:
     return KandinskyV22CombinedPipeline(scheduler=scheduler, **networks, **prior)
 
 
-def batch_of(task: DiffusionTask, rows: int, size: int, mesh: Any) -> dict[str, Shape]:
+def batch_of(task: TrainingTask, rows: int, size: int, mesh: Any) -> dict[str, Shape]:
     """An encoded batch."""
     wanted: dict[str, tuple[tuple[int, ...], Any]] = {"image_embeds": ((EMBED,), jnp.float32)}
-    if task.of_prior:
+    if "prior" in task.modules:
         wanted["prompt_embeds"] = ((EMBED,), jnp.float32)
         wanted["text_encoder_hidden_states"] = ((TEXT, EMBED), jnp.float32)
         wanted["text_mask"] = ((TEXT,), jnp.bool_)
@@ -94,12 +94,13 @@ def compiled(kind: Kind, job: dict[str, Any], mesh: Any) -> Any:
     config = Config(
         model="", data="", output="", train_batch_size=job["batch"] * mesh.size, snr_gamma=5.0, optimizer=settings
     )
-    task = DiffusionTask(official(), kind, config)
+    task: Any = make_task(kind, config, official())
     trainer = Trainer(task.loss(), settings, mesh=mesh)
-    params = Network.split(task.module)[1]
+    [module] = task.modules.values()
+    params = Network.split(module)[1]
     trained = jax.eval_shape(lambda p: task.initial_of(p, jax.random.key(0)), params)
     state = placed(trainer, jax.eval_shape(trainer._first, trained))
-    frozen = placed(trainer, params) if task.of_lora else None
+    frozen = placed(trainer, params) if isinstance(task, LoraTask) else None
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = Shape(key.shape, key.dtype, sharding=NamedSharding(mesh, REPLICATED))
     batch = batch_of(task, job["batch"] * mesh.size, job["size"], mesh)

@@ -94,14 +94,14 @@ def our_step(job: Job) -> Step:
     from kandinsky_jax.training.data import without_padding
     from kandinsky_jax.training.kinds import Kind
     from kandinsky_jax.training.step import OptimizerConfig, Trainer
-    from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+    from kandinsky_jax.training.tasks import make_task
 
     root = Path(job.models)
     pipe = KandinskyV22CombinedPipeline.from_pretrained(root / DECODER, prior=root / PRIOR, dtype="float32")
     optimizer = OptimizerConfig(ema_decay=job.ema, dtype=job.dtype)
     lora = LoraConfig(rank=job.rank)
     config = Config(model="", data="", output="", snr_gamma=job.snr_gamma, lora=lora, optimizer=optimizer)
-    task = DiffusionTask(pipe, Kind(job.kind), config)
+    task = make_task(Kind(job.kind), config, pipe)
     trainer = Trainer(task.loss(), optimizer, task.frozen())
     key = jax.random.key(0)
     state = trainer.init(task.initial(key))

@@ -1,1 +1,32 @@
-"""Training tasks, one file a network."""
+"""Training tasks, one file a network: encoding of batches, loss, sample pictures, and export of the result."""
+
+from __future__ import annotations
+
+from kandinsky_jax.pipelines import Pipeline
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.tasks.base import TrainingTask
+from kandinsky_jax.training.tasks.clip import CLIPTask
+from kandinsky_jax.training.tasks.decoder import DecoderTask
+from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+from kandinsky_jax.training.tasks.lora import LoraTask
+from kandinsky_jax.training.tasks.movq import MoVQTask
+from kandinsky_jax.training.tasks.prior import PriorTask
+
+__all__ = ["CLIPTask", "DecoderTask", "DiffusionTask", "LoraTask", "MoVQTask", "PriorTask", "TrainingTask", "make_task"]
+
+_FULL: dict[Kind, type[TrainingTask]] = {task.kind: task for task in (PriorTask, DecoderTask, MoVQTask, CLIPTask)}
+_LORA: dict[Kind, type[DiffusionTask]] = {Kind.LORA_PRIOR: PriorTask, Kind.LORA_DECODER: DecoderTask}
+
+
+def make_task(kind: Kind, config: Config, pipe: Pipeline | None = None) -> TrainingTask:
+    """Make the task of a kind of training.
+
+    Args:
+        pipe: the model, float32; None loads it.
+    """
+    if kind in _LORA:
+        pipe = DiffusionTask.load(config) if pipe is None else pipe
+        return LoraTask(pipe, config, _LORA[kind](pipe, config))
+    task = _FULL[kind]
+    return task(task.load(config) if pipe is None else pipe, config)

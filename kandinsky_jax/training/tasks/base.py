@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,15 @@ from PIL import Image
 from kandinsky_jax import lora
 from kandinsky_jax.checkpoint import flat_params, set_params
 from kandinsky_jax.diffusion import Params
+from kandinsky_jax.pipelines import Pipeline
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader, Skipped
 from kandinsky_jax.training.kinds import Kind
+
+# (trained parameters, encoded batch, key) -> loss, a float32 scalar; the key determines all randomness.
+Loss: TypeAlias = Callable[[Params, Mapping[str, jax.Array], jax.Array], jax.Array]
+# Likewise; the last argument is the frozen network's parameters.
+LoraLoss: TypeAlias = Callable[[lora.Lora, Mapping[str, jax.Array], jax.Array, Params], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -29,17 +35,17 @@ class TrainingTask(ABC):
 
     Args:
         pipe: the model, float32.
-        kind: which network is trained.
         config: settings of the run.
     """
 
-    pipe: Any
-    kind: Kind
+    kind: ClassVar[Kind]
+
+    pipe: Any  # a pipeline, whose components differ with the kind
     config: Config
 
     @classmethod
     @abstractmethod
-    def load(cls, config: Config) -> Any:
+    def load(cls, config: Config) -> Pipeline:
         """Load the pipeline to train, float32."""
 
     @property
@@ -68,11 +74,8 @@ class TrainingTask(ABC):
         """Encode a batch of the reader with the frozen networks; returns the batch of the loss."""
 
     @abstractmethod
-    def loss(self) -> Any:
-        """Return the loss, a function of (trained parameters, encoded batch, key); the key determines all randomness.
-
-        `frozen` arrays, if there are any, are a fourth argument.
-        """
+    def loss(self) -> Loss | LoraLoss:
+        """Return the loss; where there are `frozen` arrays, they are its fourth argument."""
 
     @abstractmethod
     def sample(self, items: Sequence[Captioned]) -> Image.Image | None:

@@ -13,11 +13,13 @@ import numpy as np
 
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call
-from kandinsky_jax.pipelines import KandinskyV22PriorPipeline
+from kandinsky_jax.pipelines import KandinskyV22PriorPipeline, Pipeline
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader
+from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import clip_loss
 from kandinsky_jax.training.tasks.base import (
+    Loss,
     TrainingTask,
     first_readable,
     reader_of,
@@ -32,8 +34,10 @@ CHUNK = 64
 class CLIPTask(TrainingTask):
     """Training of CLIP's two towers; of the prior only the statistics of image embeddings change."""
 
+    kind = Kind.CLIP
+
     @classmethod
-    def load(cls, config: Config) -> Any:
+    def load(cls, config: Config) -> Pipeline:
         return KandinskyV22PriorPipeline.from_pretrained(config.prior or config.model, dtype="float32")
 
     @property
@@ -55,7 +59,7 @@ class CLIPTask(TrainingTask):
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return {name: jnp.asarray(batch[name]) for name in ("input_ids", "clip_pixels")}
 
-    def loss(self) -> Any:
+    def loss(self) -> Loss:
         networks = {name: Network.split(module)[0] for name, module in self.modules.items()}
 
         def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:

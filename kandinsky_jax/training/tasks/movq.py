@@ -14,11 +14,13 @@ from PIL import Image
 from kandinsky_jax import images
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call
-from kandinsky_jax.pipelines import KandinskyV22Pipeline
+from kandinsky_jax.pipelines import KandinskyV22Pipeline, Pipeline
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader
+from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import movq_loss
 from kandinsky_jax.training.tasks.base import (
+    Loss,
     TrainingTask,
     contact_sheet,
     first_readable,
@@ -33,8 +35,10 @@ SHOWN = 8  # pictures of a contact sheet
 class MoVQTask(TrainingTask):
     """Training of a decoder's MoVQ; its UNet does not change."""
 
+    kind = Kind.MOVQ
+
     @classmethod
-    def load(cls, config: Config) -> Any:
+    def load(cls, config: Config) -> Pipeline:
         return KandinskyV22Pipeline.from_pretrained(config.model, dtype="float32")
 
     @property
@@ -53,7 +57,7 @@ class MoVQTask(TrainingTask):
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return {"pixels": to_movq_pixels(batch["pixels"])}
 
-    def loss(self) -> Any:
+    def loss(self) -> Loss:
         network, share = Network.split(self.pipe.movq)[0], self.config.quantized_share
 
         def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:

@@ -1,0 +1,89 @@
+"""Training of LoRA: low-rank changes of the network that another task would train fully."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from kandinsky_jax import lora
+from kandinsky_jax.checkpoint import lora_files
+from kandinsky_jax.diffusion import Network, Params
+from kandinsky_jax.pipelines import Pipeline
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.data import Captioned, Reader, Skipped
+from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.tasks.base import LoraLoss, TrainingTask
+from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+
+
+@dataclass(frozen=True)
+class LoraTask(TrainingTask):
+    """Training of low-rank changes (`kandinsky_jax.lora`) of a diffusion network, which is frozen.
+
+    Args:
+        full: the task that would train the network itself; its data, loss and samples are used.
+    """
+
+    full: DiffusionTask
+
+    @property
+    def kind(self) -> Kind:  # type: ignore[override]
+        return Kind(f"lora-{self.full.kind}")
+
+    @classmethod
+    def load(cls, config: Config) -> Pipeline:
+        return DiffusionTask.load(config)
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        return self.full.modules
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        return self.full.networks
+
+    def initial(self, key: jax.Array) -> lora.Lora:
+        return self.initial_of(Network.split(self.full.module)[1], key)
+
+    def initial_of(self, params: Params, key: jax.Array) -> lora.Lora:
+        """Return the initial changes, for a network with these parameters."""
+        return lora.init(params, self.config.lora, key)
+
+    def frozen(self) -> Params:
+        return Network.split(self.full.module)[1]
+
+    def weights(self, trained: lora.Lora) -> dict[str, Params]:
+        return {self.full.component: lora.merged(self.frozen(), trained, self.config.lora.scale)}
+
+    def reader(self) -> Reader:
+        return self.full.reader()
+
+    def usable(self, items: Sequence[Captioned], skipped: Skipped) -> list[Captioned]:
+        return self.full.usable(items, skipped)
+
+    def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        return self.full.encode(batch)
+
+    def loss(self) -> LoraLoss:
+        loss_of_params, config = self.full.loss(), self.config
+
+        def loss(trained: lora.Lora, batch: Mapping[str, jax.Array], key: jax.Array, frozen: Params) -> jax.Array:
+            params = lora.merged(frozen, trained, config.lora.scale)  # in float32
+            return loss_of_params(jax.tree.map(lambda x: x.astype(config.optimizer.dtype), params), batch, key)
+
+        return loss
+
+    def sample(self, items: Sequence[Captioned]) -> Image.Image:
+        return self.full.sample(items)
+
+    def export(self, target: Path, trained: lora.Lora, items: Sequence[Captioned]) -> None:
+        for left in target.glob(f".{lora.FILE}.*"):  # of a killed process
+            left.unlink(missing_ok=True)
+        changes = lora.layer_changes(trained, self.config.lora.scale)
+        lora_files.write(target, {self.full.component: changes})
