@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from kandinsky_jax.cli import batch, controlnet, generate, img2img, inpaint, mix, train, vary, verify
+from kandinsky_jax.cli.mode_command import command_of
 from kandinsky_jax.common.terminal import run
+from kandinsky_jax.pipelines.modes import MODES
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +40,9 @@ app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=img2img.EXAMPLE)(img2img.img2img)
 app.command(epilog=inpaint.EXAMPLE)(inpaint.inpaint)
 app.command(epilog=controlnet.EXAMPLE)(controlnet.controlnet)
+for mode in MODES.values():
+    if (mode.command or mode.name) not in ("generate", "img2img", "inpaint", "controlnet"):  # have files of their own
+        app.command(mode.name)(command_of(mode))
 app.command(epilog=mix.EXAMPLE)(mix.mix)
 app.command(epilog=vary.EXAMPLE)(vary.vary)
 app.command(epilog=batch.EXAMPLE)(batch.batch)

@@ -54,6 +54,7 @@ class DecoderRequest(NamedTuple):
     repaint_mask: np.ndarray | None  # bool [batch, H, W], true where the image is repainted
     hint: np.ndarray | None  # [batch, H, W, 3] in 0..1
     paste_back: bool
+    options: Options  # as given, for options that only one mode has
 
     @property
     def guided(self) -> bool:
@@ -233,6 +234,7 @@ class DecoderPipeline(Pipeline):
             repaint_mask=pictures.get("mask_image"),
             hint=pictures.get("hint"),
             paste_back=paste_back,
+            options=options,
         )
 
     def _callback(self, given: Mapping[str, Any]) -> tuple[Callback | None, tuple[str, ...]]:

@@ -28,10 +28,11 @@ class Mode:
         name: of the mode in batch jobs, and of the command.
         task: of the auto class that chooses it, as in diffusers.
         repository: name of the official repository whose UNet it needs.
-        module: the file of its classes in `kandinsky_jax.pipelines`.
+        module: the file of its classes in `kandinsky_jax.pipelines`, or a dotted name of one elsewhere.
         decoder, combined: names of its classes.
         pictures: arguments that are pictures, keys of `PICTURE_COLUMNS`.
         takes_strength: whether it starts from a picture, a part of the way.
+        command: of the command line; "" is one of the mode's name.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Mode:
     combined: str
     pictures: tuple[str, ...] = ()
     takes_strength: bool = False
+    command: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -60,7 +62,7 @@ class Mode:
 
     @property
     def _module(self) -> object:
-        return importlib.import_module(f"kandinsky_jax.pipelines.{self.module}")
+        return importlib.import_module(self.module if "." in self.module else f"kandinsky_jax.pipelines.{self.module}")
 
 
 _ENTRIES = (
@@ -109,6 +111,7 @@ _ENTRIES = (
         combined="KandinskyV22ControlnetImg2ImgCombinedPipeline",
         pictures=("image", "hint"),
         takes_strength=True,
+        command="controlnet",
     ),
 )
 MODES: dict[str, Mode] = {mode.name: mode for mode in _ENTRIES}

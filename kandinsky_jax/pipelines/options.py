@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
@@ -408,8 +409,25 @@ def takes(
 def _with_arguments(text: str, options: Any) -> str:
     """Insert the documentation of the options after the first paragraph of a method's."""
     summary, _, rest = text.partition("\n\n")
-    lines = [summary, "", "Args:"]
-    for group in reversed(options.__mro__):
-        if group is not options and issubclass(group, Options) and "\nArgs:\n" in (doc := inspect.getdoc(group) or ""):
-            lines.append(doc.partition("\nArgs:\n")[2].rstrip())
-    return "\n".join([*lines, rest.strip("\n")]).rstrip() + "\n"
+    return "\n".join([summary, "", "Args:", *_argument_blocks(options), rest.strip("\n")]).rstrip() + "\n"
+
+
+def _argument_blocks(options: Any) -> list[str]:
+    """Return the documentation of each group of options, in the order of the arguments."""
+    groups = [group for group in reversed(options.__mro__) if group is not options and issubclass(group, Options)]
+    docs = [inspect.getdoc(group) or "" for group in groups]
+    return [doc.partition("\nArgs:\n")[2].rstrip() for doc in docs if "\nArgs:\n" in doc]
+
+
+def option_docs(options: Any) -> dict[str, str]:
+    """Return the documentation of each option of a call, on one line.
+
+    Args:
+        options: a dataclass composed of this module's.
+    """
+    found: dict[str, str] = {}
+    for block in _argument_blocks(options):
+        for entry in re.split(r"\n(?=    \S)", block):
+            names, _, text = " ".join(entry.split()).partition(": ")
+            found |= dict.fromkeys(names.split(", "), text)
+    return found
