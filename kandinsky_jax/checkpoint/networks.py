@@ -243,7 +243,8 @@ class LazyNetwork:
         if self._mesh is not None:
             described = describe_network(self.cls, self.folder, mesh=self._mesh, rules=self._rules)
         stored, name = stored_bytes(self.folder, self.selection), f"{self.folder.parent.name}/{self.folder.name}"
-        with loading_bar(stored, name) as bar:
+        # Arrays, and no tracers, also where the first use is in a function that JAX traces.
+        with loading_bar(stored, name) as bar, jax.ensure_compile_time_eval():
             return load_network(described, self.folder, self.dtype, progress=bar, selection=self.selection)
 
 

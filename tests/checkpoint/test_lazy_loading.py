@@ -8,6 +8,8 @@ import shutil
 import warnings
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,14 @@ def test_the_loaded_tower_is_the_same(shapes_pipe):
     direct = checkpoint.flat_params(load_network(CLIPVisionModelWithProjection, TOWER, "float32"))
     assert params.keys() == direct.keys()
     assert all(params[name].dtype == np.float32 and np.array_equal(params[name], direct[name]) for name in direct)
+
+
+def test_a_tower_that_is_first_used_in_a_traced_function_is_loaded_for_good():
+    tower = networks.LazyNetwork(CLIPVisionModelWithProjection, TOWER)
+    side = tower.config.image_size
+    jax.jit(lambda x: tower.load()(x))(jnp.zeros((1, side, side, 3)))
+    leaf = tower.load().visual_projection.weight[...]
+    assert np.isfinite(np.asarray(leaf)).all()
 
 
 def test_another_tower_may_be_put_in_its_place(shapes_pipe):
