@@ -374,6 +374,44 @@ class PriorOptions(
     """Options of `KandinskyV22PriorPipeline`, from the last to the first."""
 
 
+# What several calls have in common, in the order of their arguments ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExtensionOptions(GuidanceIntervalOption):
+    """Options of every decoder and combined call that diffusers does not have; a new one goes here."""
+
+
+@dataclass(frozen=True)
+class DecoderStepOptions(GuidanceScaleOption, DecoderStepsOption, SizeOption):
+    """height, width, num_inference_steps, guidance_scale."""
+
+
+@dataclass(frozen=True)
+class DecoderNoiseOptions(DecoderLatentsOption, GeneratorOption, ImagesPerPromptOption):
+    """num_images_per_prompt, generator, latents."""
+
+
+@dataclass(frozen=True)
+class DecoderOutputOptions(StepEndOption, ReturnDictOption, PictureOutputOption):
+    """output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs."""
+
+
+@dataclass(frozen=True)
+class CombinedStepOptions(GuidanceScaleOption, DecoderStepsOption, NegativePromptOption):
+    """negative_prompt, num_inference_steps, guidance_scale."""
+
+
+@dataclass(frozen=True)
+class CombinedNoiseOptions(PriorLatentsOption, GeneratorOption, CombinedPriorOption, SizeOption, ImagesPerPromptOption):
+    """num_images_per_prompt, height, width, the prior's settings, generator, latents."""
+
+
+@dataclass(frozen=True)
+class CombinedOutputOptions(StepEndOption, PriorStepEndOption, ReturnDictOption, PictureOutputOption):
+    """output_type, return_dict, the callbacks of both stages."""
+
+
 # From an object to arguments --------------------------------------------------------------------------------------
 
 

@@ -12,23 +12,19 @@ from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline
 from kandinsky_jax.pipelines.options import (
-    CombinedPriorOption,
-    DecoderLatentsOption,
-    DecoderStepsOption,
-    GeneratorOption,
-    GuidanceIntervalOption,
-    GuidanceScaleOption,
+    CombinedNoiseOptions,
+    CombinedStepOptions,
+    DecoderNoiseOptions,
+    DecoderOutputOptions,
+    DecoderStepOptions,
+    ExtensionOptions,
     ImageEmbedsOption,
-    ImagesPerPromptOption,
     NegativeImageEmbedsOption,
-    NegativePromptOption,
     OldCallbackOption,
     PictureOutputOption,
-    PriorLatentsOption,
     PriorStepEndOption,
     PromptOption,
     ReturnDictOption,
-    SizeOption,
     StepEndOption,
     takes,
 )
@@ -38,16 +34,10 @@ from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 @dataclass(frozen=True)
 class DecoderOptions(
     OldCallbackOption,
-    GuidanceIntervalOption,
-    StepEndOption,
-    ReturnDictOption,
-    PictureOutputOption,
-    DecoderLatentsOption,
-    GeneratorOption,
-    ImagesPerPromptOption,
-    GuidanceScaleOption,
-    DecoderStepsOption,
-    SizeOption,
+    ExtensionOptions,
+    DecoderOutputOptions,
+    DecoderNoiseOptions,
+    DecoderStepOptions,
     NegativeImageEmbedsOption,
     ImageEmbedsOption,
 ):
@@ -75,20 +65,14 @@ class KandinskyV22Pipeline(DecoderPipeline):
 
 @dataclass(frozen=True)
 class CombinedOptions(
-    GuidanceIntervalOption,
+    ExtensionOptions,
     StepEndOption,
     PriorStepEndOption,
     ReturnDictOption,
     OldCallbackOption,
     PictureOutputOption,
-    PriorLatentsOption,
-    GeneratorOption,
-    CombinedPriorOption,
-    SizeOption,
-    ImagesPerPromptOption,
-    GuidanceScaleOption,
-    DecoderStepsOption,
-    NegativePromptOption,
+    CombinedNoiseOptions,
+    CombinedStepOptions,
     PromptOption,
 ):
     """Options of `KandinskyV22CombinedPipeline`, from the last to the first."""
