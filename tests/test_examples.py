@@ -1,0 +1,117 @@
+"""The programs in examples/ run as they are, show what they say, and stay short and within public names."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from kandinsky_jax import KandinskyV22CombinedPipeline, diffusion
+from tests.conftest import quick_and_slow
+
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+MAX_LINES = 20
+NAMES = ["snowman", "red apple", "red heart", "rocket", "penguin", "slice of pizza", "christmas tree", "skull", "tulip"]
+
+
+def taken_for(pipe, pictures: list[Image.Image]) -> list[str]:
+    """The names whose embeddings are nearest to the pictures', by the pipeline's own CLIP."""
+    pixels = np.concatenate([pipe.prior_image_processor(picture) for picture in pictures])
+    tokens = pipe.prior_tokenizer(NAMES, padding="max_length", return_tensors="np")
+    seen = np.asarray(jax.jit(pipe.prior_image_encoder)(pixels), np.float32)
+    said = np.asarray(jax.jit(pipe.prior_text_encoder)(tokens.input_ids).text_embeds, np.float32)
+    return [NAMES[i] for i in (seen @ (said / np.linalg.norm(said, axis=1, keepdims=True)).T).argmax(1)]
+
+
+def picture(name: str) -> Image.Image:
+    return Image.open(f"{name}.png").convert("RGB")
+
+
+def check_own_guider(made: dict, printed: str) -> None:
+    assert taken_for(made["pipe"], [picture("own_guider")]) == ["red apple"]
+    unguided = diffusion.sample(
+        made["pipe"].unet, made["noise"], made["cond"], None, made["schedule"], guider=diffusion.NoGuidance()
+    )
+    assert np.abs(made["latents"] - unguided).max() > 0.1
+
+
+def check_own_sampler(made: dict, printed: str) -> None:
+    ddim, own = map(float, re.findall(r"[\d.]+\d", printed.partition(":")[2]))
+    assert 0 < own < 0.75 * ddim
+
+
+def check_attention_maps(made: dict, printed: str) -> None:
+    assert picture("attention_maps").size == (128, 64)
+    assert taken_for(made["pipe"], [picture("attention_maps").crop((0, 0, 64, 64))]) == ["snowman"]
+    means = made["loop"].cache / 25
+    assert 0.1 < means.sum() < 1  # of each place's attention, the image tokens have the rest
+    assert means.max() > 1.2 * means.min() > 0
+    alone = diffusion.sample(
+        made["pipe"].unet, made["noise"], made["cond"], made["uncond"], made["schedule"], guider=made["guider"]
+    )
+    np.testing.assert_allclose(made["loop"].solver[0], alone, atol=1e-3)
+
+
+def check_swapped_block(made: dict, printed: str) -> None:
+    pipe, ordinary = made["pipe"], KandinskyV22CombinedPipeline.from_pretrained("tiny").unet
+    assert taken_for(pipe, [picture("swapped_block")]) == ["red apple"]
+    embeds = jnp.ones((1, ordinary.config.encoder_hid_dim))
+    swapped, own = (jax.jit(unet.condition)(embeds) for unet in (pipe.unet, ordinary))
+    for part, own_part in zip(
+        (*swapped.down_blocks, swapped.mid_block), (*own.down_blocks, own.mid_block), strict=True
+    ):
+        for (key, value), (own_key, own_value) in zip(part.attentions, own_part.attentions, strict=True):
+            np.testing.assert_array_equal(value, own_value)
+            np.testing.assert_allclose(key, 1.5 * own_key, rtol=1e-2)
+
+
+def check_guidance_grid(made: dict, printed: str) -> None:
+    grid = picture("guidance_grid")
+    assert grid.size == (5 * 64, 64)
+    found = taken_for(made["pipe"], [grid.crop((64 * i, 0, 64 * i + 64, 64)) for i in range(5)])
+    assert found[0] != "red apple"  # scale 0 is unconditional
+    assert set(found[1:]) == {"red apple"}
+
+
+def check_gradient_to_noise(made: dict, printed: str) -> None:
+    similarities = [float(value) for value in re.findall(r"similarity ([\d.]+)", printed)]
+    assert len(similarities) == 4
+    assert similarities == sorted(similarities)
+    assert similarities[-1] > similarities[0] + 0.01
+
+
+CHECKS = {
+    "attention_maps": check_attention_maps,
+    "gradient_to_noise": check_gradient_to_noise,
+    "guidance_grid": check_guidance_grid,
+    "own_guider": check_own_guider,
+    "own_sampler": check_own_sampler,
+    "swapped_block": check_swapped_block,
+}
+RUN = quick_and_slow((path.stem for path in EXAMPLES), "attention_maps", "swapped_block")
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_an_example_shows_what_it_says(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made = runpy.run_path(str(FOLDER / f"{name}.py"))
+    CHECKS[name](made, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_has_public_names_only(path):
+    text = path.read_text()
+    assert len([line for line in text.splitlines() if line.strip()]) <= MAX_LINES
+    words = set()
+    for node in ast.walk(ast.parse(text)):
+        for field in ("id", "attr", "arg", "name", "module"):
+            words |= set(str(getattr(node, field, None) or "").split("."))
+    assert not [word for word in words if word.startswith("_") and not word.endswith("__")]
