@@ -86,7 +86,7 @@ open("rows.jsonl", "w").write('{"prompt": "a circle", "image": "red.png"}')
 job = ["batch", "rows.jsonl", "-o", "out", "--mode", "reframe", "--batch", "1", "--quiet"]
 done = CliRunner().invoke(app, job + few)
 assert done.exit_code == 0 and "the job is complete" in done.output, done.output
-print(CliRunner().invoke(app, ["reframe", "--help"]).output.count("Pixels on each side that are repainted"))
+print(" ".join(CliRunner().invoke(app, ["reframe", "--help"]).output.replace("│", "").split()).count("--border"))
 """,
 }
 PRINTED = {"scheduler": "RenoiseScheduler", "mask_rule": "9", "unet_conditioning": "5.0", "mode": "1"}
