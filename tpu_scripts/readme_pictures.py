@@ -57,7 +57,7 @@ def draw_prompts() -> Image.Image:
 
 
 def draw_modes() -> Image.Image:
-    """What the README's block drew, each mode's picture below what it was given."""
+    """The results of the README's block, each mode's picture below its inputs."""
     made: dict[str, Any] = {}
     exec(compile(modes_block(), "README.md", "exec"), made)
     half = SIDE // 2

@@ -86,7 +86,7 @@ def build(
         variance_is_output: the network predicts the variance itself, not an interpolant.
         clip: bound of x0, in units of the sample.
         threshold: (quantile, largest bound) of dynamic thresholding, or None.
-        begin: rows to leave out, for a sample that is already partly drawn.
+        begin: rows to leave out, for a sample that is already partly denoised.
     Raises:
         SchedulerError: where a coefficient is not finite, or the table would be longer than `MAX_STEPS`.
     """

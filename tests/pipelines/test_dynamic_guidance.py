@@ -12,7 +12,7 @@ from tests.pipelines.test_compile import compilations
 from tests.pipelines.test_modes import for_reference, given
 
 PROMPTS = ["a red circle on a blue background", "yellow ring, black background"]
-DRAW = {"num_inference_steps": 6, "height": 64, "width": 64, "output_type": "np"}
+CALL = {"num_inference_steps": 6, "height": 64, "width": 64, "output_type": "np"}
 PRIOR = ("prompt_embeds", "text_encoder_hidden_states", "text_mask")
 CASES = {  # the first scale, and those that a callback sets, by the step after which it does
     "changed": (4.0, {1: 1.5, 3: 7.0}),
@@ -72,7 +72,7 @@ def test_decoders_follow_the_scale(ours, theirs, embeds, mode, case):
         guidance_scale=scale,
         generator=TorchGenerator(3),
         callback_on_step_end=ours_callback(scales, "guidance_scale" if mode else "_guidance_scale"),
-        **DRAW,
+        **CALL,
     ).images
     tensors = {k: torch.tensor(v) for k, v in rows.items()}
     expected = theirs[name](
@@ -86,10 +86,10 @@ def test_decoders_follow_the_scale(ours, theirs, embeds, mode, case):
             "image_embeds",
             *(["masked_image", "mask_image"] if mode else []),
         ],
-        **DRAW,
+        **CALL,
     ).images
     assert note(np.abs(generated - expected).max() * 255, "max |d|, of 255") <= 4
-    plain = ours[name](**rows, **pictures, guidance_scale=scale, generator=TorchGenerator(3), **DRAW).images
+    plain = ours[name](**rows, **pictures, guidance_scale=scale, generator=TorchGenerator(3), **CALL).images
     assert np.abs(generated - plain).max() * 255 > 10  # and it has an effect
 
 
@@ -133,7 +133,7 @@ def test_a_combined_pipeline_hands_its_callbacks_the_stage(ours, embeds):
         seen.append((stage.guidance_scale, stage.num_timesteps, stage.do_classifier_free_guidance))
         return tensors
 
-    call = DRAW | {"prior_num_inference_steps": 2, "num_inference_steps": 3, "guidance_scale": 4.0}
+    call = CALL | {"prior_num_inference_steps": 2, "num_inference_steps": 3, "guidance_scale": 4.0}
     changed = pipe(
         PROMPTS[0], generator=0, prior_callback_on_step_end=prior_callback, callback_on_step_end=callback, **call
     ).images
@@ -151,7 +151,7 @@ def test_halved_as_diffusers_documents_it(ours, embeds):
             tensors["image_embeds"] = np.split(tensors["image_embeds"], 2)[-1]
         return tensors
 
-    pipe, call = ours["KandinskyV22Pipeline"], {"guidance_scale": 4.0} | DRAW
+    pipe, call = ours["KandinskyV22Pipeline"], {"guidance_scale": 4.0} | CALL
     inputs = {"callback_on_step_end_tensor_inputs": ["latents", "image_embeds"]}
     halved = pipe(*embeds, callback_on_step_end=halving, generator=TorchGenerator(1), **inputs, **call).images
     alone = pipe(*embeds, callback_on_step_end=ours_callback({2: 0.0}), generator=TorchGenerator(1), **call).images
@@ -159,7 +159,7 @@ def test_halved_as_diffusers_documents_it(ours, embeds):
 
 
 def test_another_scale_compiles_nothing(ours, embeds):
-    pipe, call = ours["KandinskyV22Pipeline"], {"guidance_scale": 4.0, "generator": 1} | DRAW
+    pipe, call = ours["KandinskyV22Pipeline"], {"guidance_scale": 4.0, "generator": 1} | CALL
     pipe(*embeds, callback_on_step_end=ours_callback({2: 0.0}), **call)
     with compilations() as events:
         pipe(*embeds, callback_on_step_end=ours_callback({0: 3.0, 1: 2.5, 3: 1.0}), **call)
@@ -175,13 +175,13 @@ def test_another_scale_compiles_nothing(ours, embeds):
     ],
 )
 def test_what_cannot_be_followed_is_said(ours, embeds, value, negative, says):
-    pipe, call = ours["KandinskyV22Pipeline"], {"guidance_scale": 1.0, "generator": 1} | DRAW
+    pipe, call = ours["KandinskyV22Pipeline"], {"guidance_scale": 1.0, "generator": 1} | CALL
     with pytest.raises(ValueError, match=says):
         pipe(embeds[0], embeds[1] if negative else None, callback_on_step_end=ours_callback({0: value}), **call)
 
 
 def test_rows_that_fit_no_batch_are_refused(ours, embeds):
-    call = {"guidance_scale": 4.0, "generator": 1} | DRAW
+    call = {"guidance_scale": 4.0, "generator": 1} | CALL
     inputs = {"callback_on_step_end_tensor_inputs": ["image_embeds"]}
     wrong = {"callback_on_step_end": lambda *_: {"image_embeds": np.zeros((3, embeds[0].shape[1]))}}
     with pytest.raises(ValueError, match=r"image_embeds has shape .* its first axis must be 1, or 2 with guidance"):

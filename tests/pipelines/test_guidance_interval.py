@@ -17,7 +17,7 @@ from tests.pipelines.test_compile import compilations
 from tests.pipelines.test_modes import for_reference, given
 
 SIZE = {"height": 64, "width": 64, "output_type": "np"}
-DRAW = {"num_inference_steps": 6, "guidance_scale": 4.0} | SIZE
+CALL = {"num_inference_steps": 6, "guidance_scale": 4.0} | SIZE
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def embeds(ours):
 
 def test_one_program_more_for_all_intervals(ours, embeds):
     pipe, rows = ours["KandinskyV22Pipeline"], [x[:1] for x in embeds]
-    pipe(*rows, generator=TorchGenerator(0), **DRAW)
+    pipe(*rows, generator=TorchGenerator(0), **CALL)
     with compilations() as events:
-        pipe(*rows, generator=TorchGenerator(0), guidance_interval=(0.2, 0.8), **DRAW)
+        pipe(*rows, generator=TorchGenerator(0), guidance_interval=(0.2, 0.8), **CALL)
     assert len(events) <= 2  # the loop on conditional rows, and the taking of them
     with compilations() as events:
-        pipe(*rows, generator=TorchGenerator(1), guidance_interval=(0.5, 1.0), **DRAW)
-        pipe(*rows, generator=TorchGenerator(1), guidance_interval=(0, 0.1), **DRAW | {"num_inference_steps": 9})
+        pipe(*rows, generator=TorchGenerator(1), guidance_interval=(0.5, 1.0), **CALL)
+        pipe(*rows, generator=TorchGenerator(1), guidance_interval=(0, 0.1), **CALL | {"num_inference_steps": 9})
     assert not events
 
 
@@ -59,7 +59,7 @@ def switched(pipe, embeds, first: int, last: int, **arguments) -> np.ndarray:
         negative_image_embeds=torch.tensor(embeds[1]),
         callback_on_step_end=switch,
         callback_on_step_end_tensor_inputs=["latents", "image_embeds", *doubled],
-        **DRAW | {"guidance_scale": 1.0},
+        **CALL | {"guidance_scale": 1.0},
         **arguments,
     ).images
 
@@ -74,7 +74,7 @@ def test_as_the_reference_with_its_scale_switched(ours, theirs, embeds, mode):
         guidance_interval=(0.3, 0.7),  # of 6 steps the third and fourth
         generator=TorchGenerator(3),
         **pictures,
-        **DRAW,
+        **CALL,
     ).images
     generator = torch.Generator().manual_seed(3)
     expected = switched(theirs[name], rows, 2, 4, generator=generator, **for_reference(pictures))
@@ -82,16 +82,16 @@ def test_as_the_reference_with_its_scale_switched(ours, theirs, embeds, mode):
     assert note(difference.mean(), "mean |d|, of 255") <= 0.2
     assert note(difference.max(), "max |d|, of 255") <= 4
     full = ours[name](
-        image_embeds=rows[0], negative_image_embeds=rows[1], generator=TorchGenerator(3), **pictures, **DRAW
+        image_embeds=rows[0], negative_image_embeds=rows[1], generator=TorchGenerator(3), **pictures, **CALL
     ).images
     assert np.abs(generated - full).max() * 255 > 10  # and it is another picture than with guidance all the way
 
 
 def test_an_interval_of_all_steps_is_the_call_without_one(ours, embeds):
     pipe, rows = ours["KandinskyV22Pipeline"], [x[:1] for x in embeds]
-    full = pipe(*rows, generator=TorchGenerator(5), **DRAW).images
-    assert np.array_equal(pipe(*rows, generator=TorchGenerator(5), guidance_interval=(0, 1), **DRAW).images, full)
-    off = DRAW | {"guidance_scale": 1.0}
+    full = pipe(*rows, generator=TorchGenerator(5), **CALL).images
+    assert np.array_equal(pipe(*rows, generator=TorchGenerator(5), guidance_interval=(0, 1), **CALL).images, full)
+    off = CALL | {"guidance_scale": 1.0}
     plain = pipe(*rows, generator=TorchGenerator(5), **off).images
     assert np.array_equal(pipe(*rows, generator=TorchGenerator(5), guidance_interval=(0.2, 0.8), **off).images, plain)
 
@@ -109,7 +109,7 @@ def test_slices_end_where_the_interval_does(ours, embeds, monkeypatch):
         *(x[:1] for x in embeds),
         generator=TorchGenerator(0),
         guidance_interval=(0.2, 0.8),
-        **DRAW | {"num_inference_steps": 30},
+        **CALL | {"num_inference_steps": 30},
     )
     assert [lo for lo, *_ in seen[1:]] == [hi for _, hi, *_ in seen[:-1]]
     under = {row: (guided, uncond) for lo, hi, guided, uncond in seen for row in range(lo, hi)}
@@ -126,7 +126,7 @@ def test_a_callback_sees_the_rows_that_it_knows(ours, embeds):
         return dict(tensors) | changed
 
     tensors = ["latents", "image_embeds", "negative_image_embeds", "masked_image", "mask_image"]
-    call = {"guidance_interval": (0.3, 0.7)} | given("inpaint", 1, 64, 64) | DRAW
+    call = {"guidance_interval": (0.3, 0.7)} | given("inpaint", 1, 64, 64) | CALL
     rows = dict(zip(("image_embeds", "negative_image_embeds"), (x[:1] for x in embeds), strict=True))
     watching = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": tensors}
     changed = ours[name](**rows, **call, **watching, generator=TorchGenerator(1)).images
@@ -155,7 +155,7 @@ def test_a_callback_sees_the_rows_that_it_knows(ours, embeds):
 def test_bad_intervals(ours, value, says):
     pipe = ours["KandinskyV22CombinedPipeline"]
     with compilations() as events, pytest.raises(ValueError, match=says):
-        pipe("a red circle", guidance_interval=value, **DRAW | {"num_inference_steps": 4})
+        pipe("a red circle", guidance_interval=value, **CALL | {"num_inference_steps": 4})
     assert not events
 
 
@@ -172,7 +172,7 @@ def test_on_the_command_line(ours, tmp_path):
     done = invoke(["generate", "yellow ring", *short, "0.3,0.7"], tmp_path)
     assert done.exit_code == 0, done.output
     [expected] = ours["KandinskyV22CombinedPipeline"](
-        "yellow ring", guidance_interval=(0.3, 0.7), prior_num_inference_steps=4, generator=TorchGenerator(5), **DRAW
+        "yellow ring", guidance_interval=(0.3, 0.7), prior_num_inference_steps=4, generator=TorchGenerator(5), **CALL
     ).images
     with Image.open(tmp_path / "out.png") as picture:
         assert np.abs(np.asarray(picture) - expected * 255).max() <= 1

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow  # two minutes
 
 N, BATCH = 50, 25
 SIZE = {"height": shapes.SIDE, "width": shapes.SIDE, "output_type": "np"}
-DRAW = {"num_inference_steps": 25, "guidance_scale": 4.0} | SIZE
+CALL = {"num_inference_steps": 25, "guidance_scale": 4.0} | SIZE
 BATCHES = [slice(first, first + BATCH) for first in range(0, N, BATCH)]
 
 
@@ -63,7 +63,7 @@ def in_batches(pipe, embeds, **pictures) -> np.ndarray:
         own = {name: x[rows] for name, x in pictures.items() if isinstance(x, list)}
         settings = {name: x for name, x in pictures.items() if not isinstance(x, list)}
         embedded = dict(zip(("image_embeds", "negative_image_embeds"), (x[rows] for x in embeds), strict=True))
-        generated.append(pipe(**embedded, **own, **DRAW, **settings, generator=rows.start).images)
+        generated.append(pipe(**embedded, **own, **CALL, **settings, generator=rows.start).images)
     return np.concatenate(generated)
 
 
@@ -128,7 +128,7 @@ def test_controlnet(ours, theirs):
             *(torch.tensor(x[rows]) for x in embeds),
             hint=torch.tensor(np.stack(hints[rows])),
             generator=torch.Generator().manual_seed(rows.start),
-            **DRAW,
+            **CALL,
         ).images
         reference.append(pictures)
     scores = [

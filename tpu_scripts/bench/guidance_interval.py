@@ -50,17 +50,17 @@ def evaluations(interval: tuple[float, float] | None, steps: int) -> float:
     return (steps + last - first) / (2 * steps)
 
 
-def draw(
+def generate(
     pipe: KandinskyV22CombinedPipeline, embeds: list[Any], interval: tuple[float, float] | None, steps: int
 ) -> np.ndarray:
     """The pictures of all batches, float32 `[N, 64, 64, 3]` in 0..1."""
     guidance = {"guidance_scale": 1.0} if interval is None else {"guidance_scale": 4.0, "guidance_interval": interval}
     size = {"height": shapes.SIDE, "width": shapes.SIDE, "output_type": "np"}
-    drawn = [
+    generated = [
         pipe.decoder_pipe(*pair, num_inference_steps=steps, generator=seed, **guidance, **size).images
         for seed, pair in enumerate(embeds)
     ]
-    return np.concatenate(drawn)
+    return np.concatenate(generated)
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
     rows, full = [], None
     for interval in INTERVALS:
         began = time.perf_counter()
-        pictures = draw(pipe, embeds, interval, given.steps)
+        pictures = generate(pipe, embeds, interval, given.steps)
         full = pictures if full is None else full
         rates = shapes.rates(map(shapes.classify, pictures), [c.truth for c in captions])
         row = {

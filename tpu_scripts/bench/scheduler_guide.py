@@ -5,7 +5,7 @@
     python tpu_scripts/bench/scheduler_guide.py --model FOLDER --no-scorer --size 512 --captions 16   # official weights
 
 The same captions and the same first noise for every solver. Of each picture: how far it is from where DDIM in 1000
-steps ends (for solvers that draw no noise on the way), and whether it shows what was asked for, by the tests' scorer
+steps ends (for solvers that add no noise on the way), and whether it shows what was asked for, by the tests' scorer
 of drawings of shapes. Then, at 25 evaluations, the share of right pictures in image-to-image and inpainting.
 Writes scheduler-guide-DATE.json, .md and .png to tpu_scripts/results/.
 """
@@ -65,12 +65,12 @@ RESPACED = (
     "lms",
 )
 SETTINGS = (*NAMES, CONSISTENT, *(f"{name}-karras" for name in RESPACED))
-# What draws right at 25 evaluations and this guidance, where the plain form does not; see docs/schedulers.md.
+# What generates right at 25 evaluations and this guidance, where the plain form does not; see docs/schedulers.md.
 BETTER = {"ddim": CONSISTENT} | {
     name: f"{name}-karras" for name in ("dpm++3m", "deis", "dpm++2m-sde", "dpm++sde", "sa", "heun", "dpm2", "dpm2-a")
 }
 GUIDANCE = 4.0
-GENTLE, GENTLE_GUIDANCE = ("lms", "pndm", "plms", "lcm", "ipndm"), 2.0  # none of their forms does: drawn with less
+GENTLE, GENTLE_GUIDANCE = ("lms", "pndm", "plms", "lcm", "ipndm"), 2.0  # none of their forms does: less guidance
 LONG, FEW = ("ddpm", "ddim", "dpm++2m", "unipc", "euler", "heun"), 25  # the others stop at so many evaluations
 BASELINE, BASELINE_EVALUATIONS = "ddpm", 50
 
@@ -103,13 +103,13 @@ def share_right(pictures: np.ndarray, captions: list[shapes.Caption]) -> float:
 
 def in_batches(pipe: Any, embeds: tuple[np.ndarray, np.ndarray], size: int, **settings: Any) -> np.ndarray:
     """The decoder's pictures for embeddings `[N, D]`, float32 `[N, H, W, 3]` in 0..1, batch by batch."""
-    drawn = []
+    generated = []
     for first in range(0, len(embeds[0]), BATCH):
         rows = slice(first, first + BATCH)
         own = {name: value[rows] if isinstance(value, list) else value for name, value in settings.items()}
         own |= dict(zip(("image_embeds", "negative_image_embeds"), (x[rows] for x in embeds), strict=True))
         drawn.append(pipe(height=size, width=size, output_type="np", generator=first, **own).images)
-    return np.concatenate(drawn)
+    return np.concatenate(generated)
 
 
 class Modes:
@@ -160,12 +160,12 @@ def _next(value: str, options: tuple[str, ...], besides: str = "") -> str:
     return next(x for x in (options * 2)[options.index(value) + 1 :] if x != besides)
 
 
-def sweep(draw: Callable[..., np.ndarray], config: Any, given: argparse.Namespace, captions: Any) -> list[dict]:
+def sweep(generate: Callable[..., np.ndarray], config: Any, given: argparse.Namespace, captions: Any) -> list[dict]:
     """Every solver at every number of evaluations."""
     exact = None
     if given.reference:
         scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", use_clipped_model_output=True)
-        exact = draw(scheduler, EXACT_STEPS)
+        exact = generate(scheduler, EXACT_STEPS)
     rows = []
     for name in tqdm(given.names, unit="solver"):
         scheduler = scheduler_of(name, config)
@@ -174,7 +174,7 @@ def sweep(draw: Callable[..., np.ndarray], config: Any, given: argparse.Namespac
             if steps is None or (evaluations > FEW and name not in given.long):
                 continue
             schedule = scheduler.schedule(steps)
-            pictures = draw(scheduler, steps)
+            pictures = generate(scheduler, steps)
             noisy = bool(schedule.draws_noise.any())
             row = {"name": name, "steps": steps, "evaluations": len(schedule), "noisy": noisy}
             row["rms_255"] = None
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--long", nargs="+", default=LONG, metavar="NAME", help=f"of them, those that go beyond {FEW}")
     parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--size", type=int, default=shapes.SIDE, help="of a picture's side, in pixels")
-    parser.add_argument("--no-scorer", dest="scorer", action="store_false", help="the model draws other things")
+    parser.add_argument("--no-scorer", dest="scorer", action="store_false", help="the model generates other things")
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="no distances, no 1000 steps")
     parser.add_argument("--no-modes", dest="modes", action="store_false", help="text-to-image alone")
     parser.add_argument("--output", type=Path, help="without its ending; default: results/scheduler-guide-DATE")
@@ -282,7 +282,7 @@ def main() -> None:
         )
     )
 
-    def draw(scheduler: Scheduler, steps: int) -> np.ndarray:
+    def generate(scheduler: Scheduler, steps: int) -> np.ndarray:
         pipe.scheduler = scheduler
         return in_batches(pipe.decoder_pipe, embeds, given.size, num_inference_steps=steps)
 
@@ -293,7 +293,7 @@ def main() -> None:
         "captions": given.captions,
         "guidance_scale": GUIDANCE,
         "evaluations": list(given.evaluations),
-        "sweep": sweep(draw, config, given, captions),
+        "sweep": sweep(generate, config, given, captions),
         "modes": {},
     }
     output = given.output or RESULTS / f"scheduler-guide-{found['date']}"

@@ -2,7 +2,7 @@
 
     python tpu_scripts/train_tiny/evaluate.py build/emoji/data --model tiny
 
-draws every caption of common.txt's first 500 emoji (their names, see pictures.py) and looks for the training picture
+generates every caption of common.txt's first 500 emoji (their names, see pictures.py) and looks for the training picture
 nearest to each, in pixels and in MoVQ's latents, among all of them. Writes the shares that are right, the seconds a
 picture took, and which were mistaken for what, to tpu_scripts/results/emoji-DATE.json, and a contact sheet of the
 first ones to docs/emoji.png.
@@ -65,10 +65,10 @@ def common(there: Known, count: int) -> list[str]:
     return [code for code in lines if code in there.captions][:count]
 
 
-def draw(pipe: Any, prompts: list[str], **settings: Any) -> tuple[np.ndarray, float]:
+def generate(pipe: Any, prompts: list[str], **settings: Any) -> tuple[np.ndarray, float]:
     """Pictures uint8 `[N, 64, 64, 3]`, and the median of seconds per picture in a batch."""
     found, seconds = [], []
-    for start in tqdm(range(0, len(prompts), BATCH), desc="draw", unit="batch"):
+    for start in tqdm(range(0, len(prompts), BATCH), desc="generate", unit="batch"):
         some = prompts[start : start + BATCH]
         some += [some[-1]] * (BATCH - len(some))  # one shape, one program
         began = time.perf_counter()
@@ -79,9 +79,9 @@ def draw(pipe: Any, prompts: list[str], **settings: Any) -> tuple[np.ndarray, fl
     return np.concatenate(found)[: len(prompts)], float(np.median(seconds))
 
 
-def nearest(drawn: np.ndarray, there: np.ndarray) -> np.ndarray:
+def nearest(generated: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Of each row, the position of the nearest one; rows are flattened."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (drawn, there))
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (generated, there))
     return np.argmin((b**2).sum(1) - 2 * a @ b.T, axis=1)
 
 
@@ -95,19 +95,19 @@ def latents(pipe: Any, pixels: np.ndarray) -> np.ndarray:
     ]
 
 
-def sheet(drawn: np.ndarray, right: np.ndarray, across: int, down: int) -> Image.Image:
+def sheet(generated: np.ndarray, right: np.ndarray, across: int, down: int) -> Image.Image:
     """The first pictures; a red bar under those whose nearest training picture is another one."""
     whole = Image.new("RGB", (across * SIDE, down * (SIDE + 3)), "white")
-    for i in range(min(len(drawn), across * down)):
+    for i in range(min(len(generated), across * down)):
         x, y = i % across * SIDE, i // across * (SIDE + 3)
-        whole.paste(Image.fromarray(drawn[i]), (x, y))
+        whole.paste(Image.fromarray(generated[i]), (x, y))
         if not right[i]:
             whole.paste((220, 40, 40), (x + 8, y + SIDE, x + SIDE - 8, y + SIDE + 2))
     return whole
 
 
 def main() -> None:
-    """Draw, compare, print and write."""
+    """Generate, compare, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder that pictures.py has written")
     parser.add_argument("--model", default="tiny")
@@ -125,7 +125,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     settings = {name: getattr(arguments, name) for name in ("guidance_scale", "prior_guidance_scale")}
     settings["num_inference_steps"] = arguments.steps
-    drawn, seconds = draw(pipe, [text for _, text in rows], **settings)
+    generated, seconds = generate(pipe, [text for _, text in rows], **settings)
     wanted = np.array([there.codes.index(code) for code, _ in rows])
     first = np.array([text == there.names[i] for (_, text), i in zip(rows, wanted, strict=True)])
     found: dict[str, Any] = {
@@ -137,7 +137,7 @@ def main() -> None:
         **settings,
         "seconds_per_picture": round(seconds, 3),
     }
-    spaces = {"pixels": (drawn, there.pixels), "latents": (latents(pipe, drawn), latents(pipe, there.pixels))}
+    spaces = {"pixels": (generated, there.pixels), "latents": (latents(pipe, generated), latents(pipe, there.pixels))}
     taken = {space: nearest(*both) for space, both in spaces.items()}
     for space, which in taken.items():
         right = which == wanted
@@ -147,7 +147,7 @@ def main() -> None:
     target = arguments.output / "tpu_scripts" / "results" / f"emoji-{found['date']}.json"
     target.write_text(json.dumps(found, indent=1) + "\n")
     (arguments.output / "docs").mkdir(exist_ok=True)
-    sheet(drawn[first], (taken["pixels"] == wanted)[first], *SHEET).save(arguments.output / "docs" / "emoji.png")
+    sheet(generated[first], (taken["pixels"] == wanted)[first], *SHEET).save(arguments.output / "docs" / "emoji.png")
     print(json.dumps({name: value for name, value in found.items() if not name.endswith("mistaken")}), target)
 
 
