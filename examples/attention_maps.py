@@ -16,7 +16,7 @@ def model(sample, timestep, condition, cache):
 
 pipe = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
 cond, uncond = map(pipe.unet.condition, pipe.prior_pipe("snowman", generator=0, return_dict=False))
-[noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER).initial((1, 8, 8, 4))
+[noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER_STREAM).initial((1, 8, 8, 4))
 schedule = diffusion.solver_coefficients(kj.DDIMScheduler.from_config(pipe.scheduler.config).schedule(25))
 guider = diffusion.ClassifierFreeGuidance(2.0)
 loop = diffusion.initial_loop_state(noise, guider, cache=jnp.zeros(16))

@@ -9,7 +9,7 @@ from kandinsky_jax.utils import make_image_grid
 
 pipe = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
 cond, uncond = map(pipe.unet.condition, pipe.prior_pipe("red apple", generator=0, return_dict=False))
-[noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER).initial((1, 8, 8, 4))
+[noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER_STREAM).initial((1, 8, 8, 4))
 schedule = kj.DDIMScheduler.from_config(pipe.scheduler.config).schedule(25)
 
 

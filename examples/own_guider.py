@@ -21,7 +21,7 @@ class PerturbedAttentionGuidance(diffusion.NoGuidance):
 
 pipe = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
 cond = pipe.unet.condition(pipe.prior_pipe("red apple", guidance_scale=1.0, generator=0).image_embeds)
-[noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER).initial((1, 8, 8, 4))
+[noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER_STREAM).initial((1, 8, 8, 4))
 schedule = kj.DDIMScheduler.from_config(pipe.scheduler.config).schedule(25)
 latents = diffusion.sample(pipe.unet, noise, cond, None, schedule, guider=PerturbedAttentionGuidance())
 images.to_output(images.from_network(jax.jit(pipe.movq.decode)(latents)), "pil")[0].save("own_guider.png")

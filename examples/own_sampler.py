@@ -14,7 +14,7 @@ def step(coefficients, state, prediction, noise):
 
 pipe = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
 cond, uncond = map(pipe.unet.condition, pipe.prior_pipe("red heart", generator=0, return_dict=False))
-[noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER).initial((1, 8, 8, 4))
+[noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER_STREAM).initial((1, 8, 8, 4))
 few, many = (kj.DDIMScheduler.from_config(pipe.scheduler.config).schedule(steps) for steps in (20, 500))
 options = {"guider": diffusion.ClassifierFreeGuidance(2.0)}
 exact, ddim = (diffusion.sample(pipe.unet, noise, cond, uncond, schedule, **options) for schedule in (many, few))

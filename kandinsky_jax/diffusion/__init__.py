@@ -9,7 +9,7 @@ From a pipeline to a gradient:
     embeds, negative = pipe.prior_pipe("red heart", generator=0, return_dict=False)
     schedule = kj.DDIMScheduler.from_config(pipe.scheduler.config).schedule(8)
     unet, movq = pipe.unet, pipe.movq
-    [noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER).initial((1, 8, 8, 4))
+    [noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER_STREAM).initial((1, 8, 8, 4))
 
     def brightness(noise, scale):
         guider = diffusion.ClassifierFreeGuidance(scale)
@@ -44,7 +44,7 @@ from kandinsky_jax.diffusion.loop import (
     sample,
 )
 from kandinsky_jax.diffusion.network import Network, Params, matmul_precision
-from kandinsky_jax.diffusion.rng import DECODER, PRIOR, GivenNoise, KeyNoise, noise_source
+from kandinsky_jax.diffusion.rng import DECODER_STREAM, PRIOR_STREAM, GivenNoise, KeyNoise, noise_source
 from kandinsky_jax.diffusion.solver import (
     Prediction,
     SolverCoefficients,
@@ -60,8 +60,8 @@ from kandinsky_jax.diffusion.solver import (
 from kandinsky_jax.schedulers.table import Schedule
 
 __all__ = [
-    "DECODER",
-    "PRIOR",
+    "DECODER_STREAM",
+    "PRIOR_STREAM",
     "AfterStep",
     "ClassifierFreeGuidance",
     "Evaluation",

@@ -19,7 +19,7 @@ from flax import nnx
 
 from kandinsky_jax.diffusion.guidance import ClassifierFreeGuidance, Guider, Model, batch_evaluations, predict
 from kandinsky_jax.diffusion.network import PyTree, matmul_precision
-from kandinsky_jax.diffusion.rng import DECODER, noise_source
+from kandinsky_jax.diffusion.rng import DECODER_STREAM, noise_source
 from kandinsky_jax.diffusion.solver import (
     STATE_SLOTS,
     Prediction,
@@ -244,7 +244,7 @@ def _step_noise(rng: int | jax.Array | StepNoise | None, shape: tuple[int, ...],
             f"rng must be a seed, a jax.random.key or a function (index, shape) -> noise, got {type(rng).__name__}; "
             "numbers made before are GivenNoise(values, first=0)"
         )
-    [noise] = noise_source(rng, shape[0], DECODER).steps(0, steps, np.ones(steps, bool), shape)
+    [noise] = noise_source(rng, shape[0], DECODER_STREAM).steps(0, steps, np.ones(steps, bool), shape)
     return noise
 
 

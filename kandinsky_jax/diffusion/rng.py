@@ -24,7 +24,7 @@ import numpy as np
 from kandinsky_jax.common.errors import quote
 
 # What a key is folded with, so that no two uses of one image's key share numbers.
-PRIOR, DECODER = 0, 1
+PRIOR_STREAM, DECODER_STREAM = 0, 1
 
 
 class TorchGenerator:
@@ -163,7 +163,7 @@ class GivenNoise(NamedTuple):
 
 
 class KeySource:
-    """Per-image JAX keys, for one use (`PRIOR` or `DECODER`)."""
+    """Per-image JAX keys, for one use (`PRIOR_STREAM` or `DECODER_STREAM`)."""
 
     chunk = None  # any number of steps may be asked for at once
 
@@ -261,7 +261,7 @@ def noise_source(generator: Generator, images: int, use: int) -> Source:
             the whole batch, as in diffusers, which goes on from call to call), or a `torch.Generator`, see
             `from_torch`; a list of either kind, one per image; None for a fresh seed.
         images: how many.
-        use: `PRIOR` or `DECODER`; keys give each its own numbers, a `TorchGenerator` just goes on.
+        use: `PRIOR_STREAM` or `DECODER_STREAM`; keys give each its own numbers, a `TorchGenerator` just goes on.
     """
     if generator is None:
         generator = secrets.randbits(32)

@@ -28,7 +28,7 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.adapters import LoraLoader
 from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
 from kandinsky_jax.pipelines.components import as_component
-from kandinsky_jax.pipelines.denoising import Conditioning, sample
+from kandinsky_jax.pipelines.denoising import Conditioning, denoise_batches
 from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names
 from kandinsky_jax.pipelines.loading_arguments import without_diffusers_arguments
 from kandinsky_jax.pipelines.options import Callback
@@ -221,7 +221,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         Args:
             latents: each batch's first sample.
             guidance_scale: at the first step; a callback may change it.
-            guidance_interval: see `sample`.
+            guidance_interval: see `denoise_batches`.
         Returns:
             each batch's last sample, and the conditioning as callbacks have left it.
         """
@@ -261,7 +261,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
                 bar.update(done - bar.n)
                 return call_back(done, samples) if callback is not None else None
 
-            last = sample(
+            last = denoise_batches(
                 network,
                 params,
                 lambda: (inputs, scale if guided else None),

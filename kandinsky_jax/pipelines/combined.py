@@ -19,7 +19,7 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, PendingImages
 from kandinsky_jax.pipelines.loading import LoadOptions, describe
-from kandinsky_jax.pipelines.options import Options, PriorOptions
+from kandinsky_jax.pipelines.options import CallOptions, PriorOptions
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.schedulers import Scheduler
 
@@ -48,7 +48,7 @@ class CombinedPipeline(Pipeline):
     """
 
     DECODER: ClassVar[type[DecoderPipeline]]
-    OPTIONS: ClassVar[Callable[..., Options]]  # of a call
+    OPTIONS: ClassVar[Callable[..., CallOptions]]  # of a call
 
     prior_pipe: KandinskyV22PriorPipeline
     decoder_pipe: Any
@@ -147,7 +147,7 @@ class CombinedPipeline(Pipeline):
         """
         return self._start(self.OPTIONS(*args, **options))
 
-    def _start(self, options: Options) -> PendingImages:
+    def _start(self, options: CallOptions) -> PendingImages:
         given = vars(options)
         request = self.decoder_pipe._request(options, len(checks.texts(given["prompt"], "prompt")))
         prior = PriorOptions(

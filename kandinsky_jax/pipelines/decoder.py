@@ -20,14 +20,14 @@ from kandinsky_jax.checkpoint import CheckpointError, hub
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call, condition
 from kandinsky_jax.diffusion.inpainting import Blend
-from kandinsky_jax.diffusion.rng import DECODER, Generator, noise_source
+from kandinsky_jax.diffusion.rng import DECODER_STREAM, Generator, noise_source
 from kandinsky_jax.models import UNet2DConditionModel, VQModel
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Pipeline, is_guided
 from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.denoising import LoopInputs
 from kandinsky_jax.pipelines.modes import class_names
-from kandinsky_jax.pipelines.options import Callback, DecoderLatentsOption, Options
+from kandinsky_jax.pipelines.options import Callback, CallOptions, DecoderLatentsOption
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
 from kandinsky_jax.schedulers import Schedule, Scheduler
 
@@ -54,7 +54,7 @@ class DecoderRequest(NamedTuple):
     repaint_mask: np.ndarray | None  # bool [batch, H, W], true where the image is repainted
     hint: np.ndarray | None  # [batch, H, W, 3] in 0..1
     paste_back: bool
-    options: Options  # as given, for options that only one mode has
+    options: CallOptions  # as given, for options that only one mode has
 
     @property
     def guided(self) -> bool:
@@ -180,7 +180,7 @@ class DecoderPipeline(Pipeline):
 
     # Before the loop ----------------------------------------------------------------------------------------------
 
-    def _call(self, options: Options) -> ImagePipelineOutput | tuple[Any]:
+    def _call(self, options: CallOptions) -> ImagePipelineOutput | tuple[Any]:
         """Run a call: all checks first, then the loop."""
         given = vars(options)
         dim, negative_embeds = self.unet.config.encoder_hid_dim, given["negative_image_embeds"]
@@ -199,7 +199,7 @@ class DecoderPipeline(Pipeline):
             negative = np.repeat(negative, repeats, axis=0)
         return self._generate(request, np.repeat(positive, repeats, axis=0), negative).result()
 
-    def _request(self, options: Options, prompts: int) -> DecoderRequest:
+    def _request(self, options: CallOptions, prompts: int) -> DecoderRequest:
         """Check the options of a decoder's or a combined call, for a number of prompts or embeddings."""
         given = vars(options)
         h, w = self._latent_side(given["height"], "height"), self._latent_side(given["width"], "width")
@@ -296,7 +296,7 @@ class DecoderPipeline(Pipeline):
             image_embeds: one for each picture, `[B, D]`.
             negative: as many, needed where guidance is on.
         """
-        source = noise_source(request.generator, request.batch, DECODER)
+        source = noise_source(request.generator, request.batch, DECODER_STREAM)
         if request.latents is None:
             noise = source.initial((request.batch, request.h, request.w, self.movq.config.latent_channels))[0]
         else:

@@ -71,7 +71,7 @@ class Conditioning(Protocol):
 
 
 @program(static_argnames="network", donate_argnames="state")
-def denoise(
+def denoise_steps(
     network: Network,
     params: Params,
     loop_inputs: LoopInputs,
@@ -154,7 +154,7 @@ SLICE_SECONDS = 0.1  # how long the host lets the device run before it looks up:
 AfterSlice = Callable[[int, list[jax.Array]], list[jax.Array] | None]
 
 
-def sample(
+def denoise_batches(
     network: Network,
     params: Params,
     inputs: Callable[[], tuple[Sequence[LoopInputs], float | None]],
@@ -198,7 +198,7 @@ def sample(
             under = [one.map(functools.partial(shard_batch, mesh, pictures=False)) for one in under]
             noises = [noise.map(functools.partial(shard_batch, mesh)) for noise in noises]
         states = [
-            denoise(network, params, one, table, state, noise, guidance, np.int32(done), np.int32(hi))
+            denoise_steps(network, params, one, table, state, noise, guidance, np.int32(done), np.int32(hi))
             for one, state, noise in zip(under, states, noises, strict=True)
         ]
         if mesh is not None:

@@ -37,7 +37,7 @@ class Emb2EmbOptions(
     PriorImageOption,
     PromptOption,
 ):
-    """Options of `KandinskyV22PriorEmb2EmbPipeline`, from the last to the first."""
+    """CallOptions of `KandinskyV22PriorEmb2EmbPipeline`, from the last to the first."""
 
 
 class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):

@@ -103,7 +103,7 @@ class InpaintOptions(
     ImageOption,
     ImageEmbedsOption,
 ):
-    """Options of `KandinskyV22InpaintPipeline`, from the last to the first."""
+    """CallOptions of `KandinskyV22InpaintPipeline`, from the last to the first."""
 
 
 class KandinskyV22InpaintPipeline(DecoderPipeline):
@@ -163,7 +163,7 @@ class InpaintCombinedOptions(
     ImageOption,
     PromptOption,
 ):
-    """Options of `KandinskyV22InpaintCombinedPipeline`, from the last to the first."""
+    """CallOptions of `KandinskyV22InpaintCombinedPipeline`, from the last to the first."""
 
 
 class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):

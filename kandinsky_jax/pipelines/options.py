@@ -1,4 +1,4 @@
-"""Options of the pipelines' calls. Each is written once here; the options of a call are composed of them.
+"""CallOptions of the pipelines' calls. Each is written once here; the options of a call are composed of them.
 
 The fields of a dataclass come in the order of its bases from last to first. So the options of a call list their bases
 from the call's last argument to its first, and `takes` turns a method that takes such an object into one that takes the
@@ -6,7 +6,7 @@ arguments, with their types, defaults and documentation:
 
     @dataclass(frozen=True)
     class BlurOptions(SeedOption, SizeOption, ImageOption):
-        \"\"\"Options of `BlurPipeline`.\"\"\"
+        \"\"\"CallOptions of `BlurPipeline`.\"\"\"
 
     class BlurPipeline(DecoderPipeline):
         @takes(BlurOptions)
@@ -37,7 +37,7 @@ OptionsT = TypeVar("OptionsT")
 ResultT = TypeVar("ResultT")
 
 
-class Options:
+class CallOptions:
     """Base of a call's options; their values are the user's, not checked yet."""
 
 
@@ -45,7 +45,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class PromptOption(Options):
+class PromptOption(CallOptions):
     """What to generate.
 
     Args:
@@ -56,7 +56,7 @@ class PromptOption(Options):
 
 
 @dataclass(frozen=True)
-class NegativePromptOption(Options):
+class NegativePromptOption(CallOptions):
     """What to avoid.
 
     Args:
@@ -68,7 +68,7 @@ class NegativePromptOption(Options):
 
 
 @dataclass(frozen=True)
-class ImageEmbedsOption(Options):
+class ImageEmbedsOption(CallOptions):
     """What a decoder generates.
 
     Args:
@@ -79,7 +79,7 @@ class ImageEmbedsOption(Options):
 
 
 @dataclass(frozen=True)
-class NegativeImageEmbedsOption(Options):
+class NegativeImageEmbedsOption(CallOptions):
     """What a decoder avoids.
 
     Args:
@@ -90,7 +90,7 @@ class NegativeImageEmbedsOption(Options):
 
 
 @dataclass(frozen=True)
-class ImageOption(Options):
+class ImageOption(CallOptions):
     """The picture to start from.
 
     Args:
@@ -102,7 +102,7 @@ class ImageOption(Options):
 
 
 @dataclass(frozen=True)
-class PriorImageOption(Options):
+class PriorImageOption(CallOptions):
     """The picture whose embedding a prior starts from.
 
     Args:
@@ -115,7 +115,7 @@ class PriorImageOption(Options):
 
 
 @dataclass(frozen=True)
-class MaskImageOption(Options):
+class MaskImageOption(CallOptions):
     """What to repaint.
 
     Args:
@@ -127,7 +127,7 @@ class MaskImageOption(Options):
 
 
 @dataclass(frozen=True)
-class HintOption(Options):
+class HintOption(CallOptions):
     """The layout.
 
     Args:
@@ -142,7 +142,7 @@ class HintOption(Options):
 
 
 @dataclass(frozen=True)
-class SizeOption(Options):
+class SizeOption(CallOptions):
     """Size of the pictures.
 
     Args:
@@ -154,7 +154,7 @@ class SizeOption(Options):
 
 
 @dataclass(frozen=True)
-class DecoderStepsOption(Options):
+class DecoderStepsOption(CallOptions):
     """Steps of the decoder.
 
     Args:
@@ -165,7 +165,7 @@ class DecoderStepsOption(Options):
 
 
 @dataclass(frozen=True)
-class PriorStepsOption(Options):
+class PriorStepsOption(CallOptions):
     """Steps of a prior.
 
     Args:
@@ -176,7 +176,7 @@ class PriorStepsOption(Options):
 
 
 @dataclass(frozen=True)
-class GuidanceScaleOption(Options):
+class GuidanceScaleOption(CallOptions):
     """Classifier-free guidance.
 
     Args:
@@ -187,7 +187,7 @@ class GuidanceScaleOption(Options):
 
 
 @dataclass(frozen=True)
-class CombinedPriorOption(Options):
+class CombinedPriorOption(CallOptions):
     """Settings of the prior in a combined call.
 
     Args:
@@ -199,7 +199,7 @@ class CombinedPriorOption(Options):
 
 
 @dataclass(frozen=True)
-class StrengthOption(Options):
+class StrengthOption(CallOptions):
     """How far to depart from the given picture.
 
     Args:
@@ -210,7 +210,7 @@ class StrengthOption(Options):
 
 
 @dataclass(frozen=True)
-class ImagesPerPromptOption(Options):
+class ImagesPerPromptOption(CallOptions):
     """Results per prompt.
 
     Args:
@@ -221,7 +221,7 @@ class ImagesPerPromptOption(Options):
 
 
 @dataclass(frozen=True)
-class GeneratorOption(Options):
+class GeneratorOption(CallOptions):
     """Randomness.
 
     Args:
@@ -233,7 +233,7 @@ class GeneratorOption(Options):
 
 
 @dataclass(frozen=True)
-class DecoderLatentsOption(Options):
+class DecoderLatentsOption(CallOptions):
     """Initial noise of the decoder.
 
     Args:
@@ -244,7 +244,7 @@ class DecoderLatentsOption(Options):
 
 
 @dataclass(frozen=True)
-class PriorLatentsOption(Options):
+class PriorLatentsOption(CallOptions):
     """Initial noise of the prior.
 
     Args:
@@ -255,7 +255,7 @@ class PriorLatentsOption(Options):
 
 
 @dataclass(frozen=True)
-class PasteBackOption(Options):
+class PasteBackOption(CallOptions):
     """Pixels of the kept part.
 
     Args:
@@ -267,7 +267,7 @@ class PasteBackOption(Options):
 
 
 @dataclass(frozen=True)
-class GuidanceIntervalOption(Options):
+class GuidanceIntervalOption(CallOptions):
     """Guidance in some of the steps.
 
     Args:
@@ -283,7 +283,7 @@ class GuidanceIntervalOption(Options):
 
 
 @dataclass(frozen=True)
-class PictureOutputOption(Options):
+class PictureOutputOption(CallOptions):
     """Form of the pictures.
 
     Args:
@@ -295,7 +295,7 @@ class PictureOutputOption(Options):
 
 
 @dataclass(frozen=True)
-class EmbedsOutputOption(Options):
+class EmbedsOutputOption(CallOptions):
     """Form of the embeddings.
 
     Args:
@@ -306,7 +306,7 @@ class EmbedsOutputOption(Options):
 
 
 @dataclass(frozen=True)
-class ReturnDictOption(Options):
+class ReturnDictOption(CallOptions):
     """Form of the result.
 
     Args:
@@ -320,7 +320,7 @@ class ReturnDictOption(Options):
 
 
 @dataclass(frozen=True)
-class StepEndOption(Options):
+class StepEndOption(CallOptions):
     """Callback after each step.
 
     Args:
@@ -334,7 +334,7 @@ class StepEndOption(Options):
 
 
 @dataclass(frozen=True)
-class PriorStepEndOption(Options):
+class PriorStepEndOption(CallOptions):
     """Callback after each step of the prior in a combined call.
 
     Args:
@@ -346,7 +346,7 @@ class PriorStepEndOption(Options):
 
 
 @dataclass(frozen=True)
-class OldCallbackOption(Options):
+class OldCallbackOption(CallOptions):
     """diffusers' older form of the callback.
 
     Args:
@@ -371,7 +371,7 @@ class PriorOptions(
     NegativePromptOption,
     PromptOption,
 ):
-    """Options of `KandinskyV22PriorPipeline`, from the last to the first."""
+    """CallOptions of `KandinskyV22PriorPipeline`, from the last to the first."""
 
 
 # What several calls have in common, in the order of their arguments ----------------------------------------------
@@ -379,7 +379,7 @@ class PriorOptions(
 
 @dataclass(frozen=True)
 class ExtensionOptions(GuidanceIntervalOption):
-    """Options of every decoder and combined call that diffusers does not have; a new one goes here."""
+    """CallOptions of every decoder and combined call that diffusers does not have; a new one goes here."""
 
 
 @dataclass(frozen=True)
@@ -452,7 +452,7 @@ def _with_arguments(text: str, options: Any) -> str:
 
 def _argument_blocks(options: Any) -> list[str]:
     """Return the documentation of each group of options, in the order of the arguments."""
-    groups = [group for group in reversed(options.__mro__) if group is not options and issubclass(group, Options)]
+    groups = [group for group in reversed(options.__mro__) if group is not options and issubclass(group, CallOptions)]
     docs = [inspect.getdoc(group) or "" for group in groups]
     return [doc.partition("\nArgs:\n")[2].rstrip() for doc in docs if "\nArgs:\n" in doc]
 

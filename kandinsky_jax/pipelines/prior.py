@@ -23,14 +23,14 @@ from kandinsky_jax.common.errors import quote
 from kandinsky_jax.compilation import program
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call, condition, shard_condition
-from kandinsky_jax.diffusion.rng import PRIOR, Generator, Source, noise_source
+from kandinsky_jax.diffusion.rng import PRIOR_STREAM, Generator, Source, noise_source
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
 from kandinsky_jax.models.prior import PriorCondition
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import LazyComponent, Pipeline, is_guided
 from kandinsky_jax.pipelines.denoising import LoopInputs
-from kandinsky_jax.pipelines.options import Callback, Options, PriorOptions
+from kandinsky_jax.pipelines.options import Callback, CallOptions, PriorOptions
 from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
 from kandinsky_jax.schedulers import Schedule, Scheduler
 from kandinsky_jax.schedulers.base import linear_combination
@@ -220,7 +220,7 @@ class PriorPipeline(Pipeline):
             mixed += np.float32(weight) * embeds
         if negative_prompt == "" and negative_prior_prompt is None:
             # The reference generates an embedding of "" here and drops it, but its generator has advanced.
-            source = noise_source(generator, negative.images, PRIOR)
+            source = noise_source(generator, negative.images, PRIOR_STREAM)
             source.skip((latents is None) + int(negative.schedule.draws_noise.sum()), mixed.shape)
             negative_embeds = np.repeat(self._zero_embed(), negative.images, axis=0)
         else:
@@ -229,7 +229,7 @@ class PriorPipeline(Pipeline):
 
     # Before the loop ----------------------------------------------------------------------------------------------
 
-    def _request(self, options: Options) -> PriorRequest:
+    def _request(self, options: CallOptions) -> PriorRequest:
         """Check the options of a call."""
         given = vars(options)
         prompts = checks.texts(given["prompt"], "prompt")
@@ -296,7 +296,7 @@ class PriorPipeline(Pipeline):
 
     # The loop -----------------------------------------------------------------------------------------------------
 
-    def _call(self, options: Options) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
+    def _call(self, options: CallOptions) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
         """Run a call: all checks first, then the loop."""
         given = vars(options)
         output_type = checks.choice(given["output_type"], "output_type", ("pt", "np"))
@@ -307,7 +307,7 @@ class PriorPipeline(Pipeline):
 
     def _embed(self, request: PriorRequest) -> tuple[np.ndarray, np.ndarray]:
         """Generate image embeddings and negative ones, float32 `[images, D]`."""
-        source = noise_source(request.generator, request.images, PRIOR)
+        source = noise_source(request.generator, request.images, PRIOR_STREAM)
         cond = self._encode_cond(request)
         uncond = self._encode_uncond(request, cond) if is_guided(request.scale) else None
         samples, _ = self._denoise(

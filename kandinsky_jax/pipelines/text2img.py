@@ -41,7 +41,7 @@ class DecoderOptions(
     NegativeImageEmbedsOption,
     ImageEmbedsOption,
 ):
-    """Options of `KandinskyV22Pipeline`, from the last to the first."""
+    """CallOptions of `KandinskyV22Pipeline`, from the last to the first."""
 
 
 class KandinskyV22Pipeline(DecoderPipeline):
@@ -75,7 +75,7 @@ class CombinedOptions(
     CombinedStepOptions,
     PromptOption,
 ):
-    """Options of `KandinskyV22CombinedPipeline`, from the last to the first."""
+    """CallOptions of `KandinskyV22CombinedPipeline`, from the last to the first."""
 
 
 class KandinskyV22CombinedPipeline(CombinedPipeline):

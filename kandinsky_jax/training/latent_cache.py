@@ -27,7 +27,7 @@ from kandinsky_jax.training.data import Captioned, DataError, Reader, data_finge
 from kandinsky_jax.training.run_record import weights_digest
 from kandinsky_jax.training.tasks import DiffusionTask
 
-CHUNK = 32  # pictures that are encoded at once
+CACHED_AT_ONCE = 32  # pictures that are encoded at once
 CACHE_VERSION = 2
 READ_BYTES = 2**22
 MAX_ABOUT_BYTES = 2**30
@@ -86,14 +86,14 @@ def open_latent_cache(
     which: list[int] = []
     arrays: dict[str, np.memmap] = {}
     with complete_or_absent(folder, overwrite=True) as scratch:
-        for start in tqdm(range(0, len(items), CHUNK), desc="encode", unit="batch", disable=quiet):
-            read = {i: reader(items[i], rng) for i in range(start, min(start + CHUNK, len(items)))}
+        for start in tqdm(range(0, len(items), CACHED_AT_ONCE), desc="encode", unit="batch", disable=quiet):
+            read = {i: reader(items[i], rng) for i in range(start, min(start + CACHED_AT_ONCE, len(items)))}
             found = {i: row for i, row in read.items() if row is not None}
             if not found:
                 continue
             rows = list(found.values())
             # The last chunk is padded, so that one program is enough.
-            rows += [rows[-1]] * (min(CHUNK, len(items)) - len(rows))
+            rows += [rows[-1]] * (min(CACHED_AT_ONCE, len(items)) - len(rows))
             batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             values = {name: np.asarray(value) for name, value in task.encode(batch).items()}
             arrays = arrays or _create(scratch, len(items), values)

@@ -30,7 +30,9 @@ def sampled(segment=1, **others):
 def test_scan_and_dynamic_loop_agree_whatever_the_segment(segment):
     noise, cond, uncond = inputs()
     guider = diffusion.ClassifierFreeGuidance()
-    [noises] = diffusion.noise_source(KEY, len(noise), diffusion.DECODER).steps(0, STEPS, STOCHASTIC.draws_noise, SHAPE)
+    [noises] = diffusion.noise_source(KEY, len(noise), diffusion.DECODER_STREAM).steps(
+        0, STEPS, STOCHASTIC.draws_noise, SHAPE
+    )
     loop = diffusion.initial_loop_state(noise, guider)
     table = jax.tree.map(jnp.asarray, STOCHASTIC.table)  # padded
     for first, last in ((0, 3), (3, STEPS)):  # in two goes

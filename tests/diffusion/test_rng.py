@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from kandinsky_jax.diffusion.rng import DECODER, PRIOR, TorchGenerator, noise_source
+from kandinsky_jax.diffusion.rng import DECODER_STREAM, PRIOR_STREAM, TorchGenerator, noise_source
 
 SHAPE = (5, 3, 4)  # of one picture, NHWC
 STEPS = 4
@@ -18,7 +18,9 @@ STEPS = 4
 draw = jax.jit(lambda noise, step, shape: noise(step, shape), static_argnums=2)
 
 
-def noises(generator, images: int, use: int = DECODER, batches: int = 1, uses_noise=(True,) * STEPS) -> np.ndarray:
+def noises(
+    generator, images: int, use: int = DECODER_STREAM, batches: int = 1, uses_noise=(True,) * STEPS
+) -> np.ndarray:
     """All noise of a job: `[batches, 1 + STEPS, images, *SHAPE]`, the first latents and then each step."""
     source = noise_source(generator, images, use)
     shape = (images, *SHAPE)
@@ -74,7 +76,7 @@ def test_listed_torch_generators_give_the_noise_of_diffusers():
 
 def test_torch_generator_goes_on_from_call_to_call():
     generator, theirs = TorchGenerator(7), torch.Generator("cpu").manual_seed(7)
-    for use in (PRIOR, DECODER):
+    for use in (PRIOR_STREAM, DECODER_STREAM):
         got = np.asarray(noise_source(generator, 2, use).initial((2, 6))[0])
         np.testing.assert_allclose(got, torch.randn((2, 6), generator=theirs), rtol=0, atol=5e-7)
 
@@ -88,7 +90,7 @@ def test_an_image_is_the_same_in_any_batch():
 @pytest.mark.parametrize("make", [int, TorchGenerator, lambda seed: [TorchGenerator(seed), TorchGenerator(9)]])
 def test_slices_of_steps_do_not_change_the_noise(make):
     uses_noise, shape = np.array([True, False, False, True]), (2, *SHAPE)
-    source = noise_source(make(7), 2, DECODER)
+    source = noise_source(make(7), 2, DECODER_STREAM)
     source.initial(shape)
     whole = noises(make(7), 2, uses_noise=uses_noise)[0, 1:]
     for first, count in ((0, 1), (1, 2), (3, 1)):
@@ -99,7 +101,7 @@ def test_slices_of_steps_do_not_change_the_noise(make):
 
 def test_no_two_steps_share_noise():
     """Images, steps, batches and the two uses of one seed: all different, and standard normal."""
-    draws = np.concatenate([noises(7, 3, use, batches=2).reshape(-1, *SHAPE) for use in (PRIOR, DECODER)])
+    draws = np.concatenate([noises(7, 3, use, batches=2).reshape(-1, *SHAPE) for use in (PRIOR_STREAM, DECODER_STREAM)])
     assert len(np.unique(draws.reshape(len(draws), -1)[:, 0])) == len(draws) == 2 * 2 * (1 + STEPS) * 3
     assert abs(draws.mean()) < 0.05
     assert abs(draws.std() - 1) < 0.05
@@ -143,4 +145,4 @@ def test_no_generator_is_a_fresh_seed():
 )
 def test_bad_generators(generator, error, message):
     with pytest.raises(error, match=message):
-        noise_source(generator, 2, DECODER)
+        noise_source(generator, 2, DECODER_STREAM)

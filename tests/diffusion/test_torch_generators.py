@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kandinsky_jax import TorchGenerator
-from kandinsky_jax.diffusion.rng import DECODER, PRIOR, from_torch, noise_source
+from kandinsky_jax.diffusion.rng import DECODER_STREAM, PRIOR_STREAM, from_torch, noise_source
 
 
 def first(generator, images: int = 1) -> np.ndarray:
-    return np.asarray(noise_source(generator, images, DECODER).initial((images, 32))[0])
+    return np.asarray(noise_source(generator, images, DECODER_STREAM).initial((images, 32))[0])
 
 
 @pytest.mark.parametrize("seed", [0, 43, 2**32 + 5, -1])
@@ -29,7 +29,7 @@ def test_one_that_was_never_seeded_has_the_default_seed():
 def test_it_goes_on_from_call_to_call():
     """As from the prior to the decoder in diffusers; seeded again, it starts again."""
     generator, reference = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
-    for use in (PRIOR, DECODER):
+    for use in (PRIOR_STREAM, DECODER_STREAM):
         [ours] = noise_source(generator, 2, use).initial((2, 32))
         np.testing.assert_allclose(ours, torch.randn(2, 32, generator=reference), atol=1e-6)
     generator.manual_seed(7)
@@ -60,4 +60,4 @@ def test_a_used_one_is_refused():
 )
 def test_generators_of_other_libraries_are_refused(generator):
     with pytest.raises(TypeError, match=r"makes no images here; give a seed, such as int\(rng.integers"):
-        noise_source(generator, 1, PRIOR)
+        noise_source(generator, 1, PRIOR_STREAM)

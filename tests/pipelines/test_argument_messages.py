@@ -36,7 +36,7 @@ CHECKS = {
     "weights": lambda x: checks.interpolation(["a"], [x]),
     "latents": lambda x: checks.latents(x, (1, 4, 8, 8)),
     "embeds": lambda x: checks.embeds(x, "image_embeds", 64),
-    "generator": lambda x: rng.noise_source(x, 1, rng.PRIOR),
+    "generator": lambda x: rng.noise_source(x, 1, rng.PRIOR_STREAM),
     "torch generator": rng.TorchGenerator,
 }
 
@@ -58,8 +58,8 @@ def test_a_guidance_scale_may_be_an_array_without_axes(scale):
 
 def test_a_raw_key_of_another_shape_is_named():
     with pytest.raises(ValueError, match=r"raw key of shape \(3,\), needed is \[2\]"):
-        rng.noise_source(jnp.zeros(3, jnp.uint32), 1, rng.PRIOR)
-    assert rng.noise_source(jnp.zeros(2, jnp.uint32), 1, rng.PRIOR)
+        rng.noise_source(jnp.zeros(3, jnp.uint32), 1, rng.PRIOR_STREAM)
+    assert rng.noise_source(jnp.zeros(2, jnp.uint32), 1, rng.PRIOR_STREAM)
 
 
 @pytest.mark.parametrize("inputs", ["latents", 7, object()], ids=["name", "number", "object"])

@@ -1,4 +1,4 @@
-"""Options of calls: signatures, documentation and types follow from the dataclasses that they are written in."""
+"""CallOptions of calls: signatures, documentation and types follow from the dataclasses that they are written in."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_each_option_is_written_once():
     groups = [
         group
         for _, group in inspect.getmembers(options, inspect.isclass)
-        if issubclass(group, options.Options) and options.Options in group.__bases__
+        if issubclass(group, options.CallOptions) and options.CallOptions in group.__bases__
     ]
     names = Counter(field.name for group in groups for field in dataclasses.fields(group))
     twice = {name for name, count in names.items() if count > 1}

@@ -101,7 +101,7 @@ def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...]) ->
     state = placed(mesh, floats(STATE_SLOTS, *sample), 1)
     scalars = placed(mesh, (floats(), *[Shape((), jnp.int32)] * 2))
     arrays = (params, loop_inputs, placed(mesh, table), state, placed(mesh, noise, 0), *scalars)
-    return Program(denoising.denoise, (network, *arrays), {})
+    return Program(denoising.denoise_steps, (network, *arrays), {})
 
 
 def program(name: str, mesh: Mesh, batch: int, size: int) -> Program:

@@ -1,8 +1,8 @@
 """Overhead of a batch job: overlap on and off, one process and two, memory and open files over many rows.
 
-Pictures of the small model are quick to generate, so that the rest weighs more than it ever will with a large one. All runs
-generate the same job; they take turns, and medians are reported. "waited" is the share of the time in which the main thread
-was not generating, so that the device was idle.
+Pictures of the small model are quick to generate, so that the rest weighs more than it ever will with a large one. All
+runs generate the same job; they take turns, and medians are reported. "waited" is the share of the time in which the
+main thread was not generating, so that the device was idle.
 
 Writes tpu_scripts/results/batch-throughput-DATE.json.
 """

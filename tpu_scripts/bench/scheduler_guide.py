@@ -108,7 +108,7 @@ def in_batches(pipe: Any, embeds: tuple[np.ndarray, np.ndarray], size: int, **se
         rows = slice(first, first + BATCH)
         own = {name: value[rows] if isinstance(value, list) else value for name, value in settings.items()}
         own |= dict(zip(("image_embeds", "negative_image_embeds"), (x[rows] for x in embeds), strict=True))
-        drawn.append(pipe(height=size, width=size, output_type="np", generator=first, **own).images)
+        generated.append(pipe(height=size, width=size, output_type="np", generator=first, **own).images)
     return np.concatenate(generated)
 
 

@@ -2,10 +2,10 @@
 
     python tpu_scripts/train_tiny/evaluate.py build/emoji/data --model tiny
 
-generates every caption of common.txt's first 500 emoji (their names, see pictures.py) and looks for the training picture
-nearest to each, in pixels and in MoVQ's latents, among all of them. Writes the shares that are right, the seconds a
-picture took, and which were mistaken for what, to tpu_scripts/results/emoji-DATE.json, and a contact sheet of the
-first ones to docs/emoji.png.
+generates every caption of common.txt's first 500 emoji (their names, see pictures.py) and looks for the training
+picture nearest to each, in pixels and in MoVQ's latents, among all of them. Writes the shares that are right, the
+seconds a picture took, and which were mistaken for what, to tpu_scripts/results/emoji-DATE.json, and a contact sheet of
+the first ones to docs/emoji.png.
 """
 
 from __future__ import annotations

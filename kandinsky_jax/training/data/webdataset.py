@@ -25,7 +25,7 @@ from kandinsky_jax.training.data.items import (
     unread_suffixes,
 )
 
-BLOCK = tarfile.BLOCKSIZE
+TAR_BLOCK = tarfile.BLOCKSIZE
 COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -225,29 +225,29 @@ def _next(file: BinaryIO, name: str, position: int, size: int, reason: str, skip
             skipped.add(f"{name}: it has no end; it may be cut short after {size:,} bytes")
         return None
     file.seek(position)
-    if not any(block := file.read(BLOCK)):
+    if not any(block := file.read(TAR_BLOCK)):
         found = _first_that(lambda chunk: bool(chunk.strip(b"\0")), file, position)  # concatenated tars
         if found is None or _is_header(file, found):
             return found
         position = found
         file.seek(position)
-        block = file.read(BLOCK)
+        block = file.read(TAR_BLOCK)
     label = block[:100].split(b"\0")[0].decode("utf-8", "replace")
     what = f" ({shorten(label, 60)!r})" if label.isprintable() and label else ""
     skipped.add(f"{name}: the header at byte {position:,}{what} is damaged{f': {reason}' if reason else ''}")
-    following = _first_that(lambda chunk: b"ustar" in chunk, file, position + BLOCK)
+    following = _first_that(lambda chunk: b"ustar" in chunk, file, position + TAR_BLOCK)
     while following is not None and not _is_header(file, following):
-        following = _first_that(lambda chunk: b"ustar" in chunk, file, following + BLOCK)
+        following = _first_that(lambda chunk: b"ustar" in chunk, file, following + TAR_BLOCK)
     return following
 
 
 def _first_that(test: Callable[[bytes], bool], file: BinaryIO, position: int) -> int | None:
     """Find the first block from `position` on that passes a test, which is applied to many blocks at once first."""
     file.seek(position)
-    while chunk := file.read(2048 * BLOCK):
+    while chunk := file.read(2048 * TAR_BLOCK):
         if test(chunk):
-            for at in range(0, len(chunk), BLOCK):
-                if test(chunk[at : at + BLOCK]):
+            for at in range(0, len(chunk), TAR_BLOCK):
+                if test(chunk[at : at + TAR_BLOCK]):
                     return position + at
         position += len(chunk)
     return None
@@ -256,7 +256,7 @@ def _first_that(test: Callable[[bytes], bool], file: BinaryIO, position: int) ->
 def _is_header(file: BinaryIO, position: int) -> bool:
     file.seek(position)
     try:
-        tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+        tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
         return False
     return True
@@ -279,4 +279,4 @@ def _pieces(info: tarfile.TarInfo) -> list[tuple[int, int]]:
 
 
 def _blocks(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+    return -(-size // TAR_BLOCK) * TAR_BLOCK

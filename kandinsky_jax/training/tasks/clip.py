@@ -27,7 +27,7 @@ from kandinsky_jax.training.tasks.base import (
 
 # Radford et al. 2021, section 2.5: an initial temperature of 0.07.
 FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))
-CHUNK = 64
+ENCODED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class CLIPTask(TrainingTask):
         reader = self.reader()
         network, params = Network.split(self.pipe.image_encoder)
         found = []
-        for start in range(0, len(items), CHUNK):
-            if read := first_readable(reader, items[start : start + CHUNK], CHUNK):
+        for start in range(0, len(items), ENCODED_AT_ONCE):
+            if read := first_readable(reader, items[start : start + ENCODED_AT_ONCE], ENCODED_AT_ONCE):
                 pixels = np.stack([row["clip_pixels"] for row in read])
                 found.append(np.asarray(call(network, params, jnp.asarray(pixels))))
         return np.concatenate(found)
