@@ -85,7 +85,7 @@ def with_attention(network: N, function: AttentionFunction) -> N:
             part of a pipeline's compiled program: with the same function again, nothing is compiled anew.
     """
     copy = _copy(network)
-    for name, module in _named_modules(copy):
+    for name, module in list(_named_modules(copy)):
         if isinstance(module, AttentionLayer):
             module.attention_function, module.attention_name = function, name
     return copy
