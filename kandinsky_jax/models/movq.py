@@ -270,11 +270,31 @@ class VectorQuantizer(nnx.Module):
         self.embedding = embed(codes, dim, rngs)
 
     def __call__(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The nearest codes of `z [..., D]`: (codes `[..., D]`, their indices `[...]`)."""
+        """Look up the nearest codes.
+
+        Args:
+            z: `[..., D]`.
+        Returns:
+            codes `[..., D]`, and their indices `[...]`, int32. Gradients go to the codebook alone; see
+            `straight_through` for gradients to z.
+        """
         codebook = self.embedding.embedding[...]
         distance = jnp.sum(z**2, axis=-1, keepdims=True) - 2 * z @ codebook.T + jnp.sum(codebook**2, axis=-1)
         indices = jnp.argmin(distance, axis=-1)
         return codebook[indices], indices
+
+
+def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return codes whose gradient is that of what they were looked up for, as if nothing had been quantised.
+
+    Source: van den Oord et al. 2017 (arXiv 1711.00937), section 3.2; diffusers' VectorQuantizer.
+
+    Args:
+        z, codes: `[..., D]`.
+    Returns:
+        `[..., D]`, the codes but for rounding.
+    """
+    return z + jax.lax.stop_gradient(codes - z)
 
 
 class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
@@ -294,15 +314,21 @@ class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         """Pictures `[B, H, W, 3]` in -1..1, sides multiples of 8 -> latents `[B, H/8, W/8, 4]`, unscaled."""
         return self.quant_conv(self.encoder(pixels.astype(dtype_of(self))))
 
-    def decode(self, latents: jax.Array, force_not_quantize: bool = True) -> jax.Array:
-        """Latents `[B, h, w, 4]` -> pictures `[B, 8h, 8w, 3]`, about -1..1, not clamped.
+    def decode(self, latents: jax.Array, force_not_quantize: bool = True, through_codebook: bool = False) -> jax.Array:
+        """Decode latents.
 
         Args:
+            latents: `[B, h, w, 4]`.
             force_not_quantize: decode the latents as they are, as the pipelines do; False snaps them to the codebook.
+            through_codebook: where they are snapped, pass gradients to the latents unchanged (`straight_through`), and
+                none to the codebook. Otherwise they go to the codebook, and none to the latents.
+        Returns:
+            pictures `[B, 8h, 8w, 3]`, about -1..1, not clamped.
         """
         latents = latents.astype(dtype_of(self))
         if not force_not_quantize:
-            latents, _ = self.quantize(latents)
+            codes, _ = self.quantize(latents)
+            latents = straight_through(latents, codes) if through_codebook else codes
         # The spatial norms see the latents before post_quant_conv.
         return self.decoder(self.post_quant_conv(latents), latents)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kandinsky_jax.diffusion import Network, Params
+from kandinsky_jax.models.movq import straight_through
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 COMMITMENT = 0.25  # van den Oord et al. 2017, section 3.2
@@ -137,8 +138,8 @@ def movq_loss(
     module = network.bind(params)
     latents = module.encode(pixels)  # [B, h, w, 4]
     codes, _ = module.quantize(latents)
-    straight_through = latents + jax.lax.stop_gradient(codes - latents)
-    decoded = module.decode(jnp.where(quantized[:, None, None, None], straight_through, latents))
+    given = jnp.where(quantized[:, None, None, None], straight_through(latents, codes), latents)
+    decoded = module.decode(given)
     error = (decoded - pixels).astype(jnp.float32)
     differences = [codes - jax.lax.stop_gradient(latents), latents - jax.lax.stop_gradient(codes)]
     to_latents, to_codes = (jnp.square(part.astype(jnp.float32)).mean() for part in differences)
