@@ -20,15 +20,14 @@ from kandinsky_jax.batch import model_files
 from kandinsky_jax.batch.requests import MAX_IMAGES, MAX_SIDE, STRENGTH, check_pixels, text
 from kandinsky_jax.batch.rows import JobError, RowFile, parquet, scan
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS, Output
-from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.checkpoint import hub, recommended_settings
 from kandinsky_jax.checkpoint.networks import network_dtype
+from kandinsky_jax.checkpoint.recommended_settings import BY_OPTION, FALLBACK, RecommendedSettings
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten
 from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.pipelines import CombinedPipeline, checks
 from kandinsky_jax.pipelines.modes import MODES, PICTURE_COLUMNS, class_names, repository_of
 from kandinsky_jax.schedulers import Scheduler, scheduler_from_config, scheduler_named
-
-DEFAULTS: dict[str, Any] = {"steps": 50, "guidance_scale": 4.0, "prior_steps": 25, "prior_guidance_scale": 4.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +46,11 @@ class Job:
         batch: batch size on each device. A picture does not depend on the others or on the number of devices; its last
             bits may depend on the batch size.
         seed: default of row 0; that of each later row is one higher.
-        scheduler: by a short name; None is the model's own.
+        scheduler: by a short name; None is the one that the model recommends, or its own.
         dtype: of the networks; None is float32 on a CPU, else bfloat16.
         root: folder or URL of the rows' pictures; None is the folder of the job's file.
-        defaults: by column, for rows without a value.
+        defaults: by column, for rows without a value; those that are not given are the model's own, see
+            `checkpoint.recommended_settings`.
     """
 
     rows: str
@@ -96,11 +96,6 @@ class Job:
             with _listed(found):
                 parquet()
         return found
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Defaults for rows without a value."""
-        return DEFAULTS | {name: value for name, value in self.defaults.items() if value is not None}
 
     @property
     def folder(self) -> str:
@@ -188,6 +183,30 @@ class OpenJob:
         """Pipeline class of the mode."""
         return MODES[self.mode].combined_class
 
+    @functools.cached_property  # it reads the model's folder
+    def recommended(self) -> RecommendedSettings:
+        """Settings that the model recommends."""
+        return recommended_settings.read(model_files.folders(self.pipeline, self.model, self.job.prior)[0])
+
+    @property
+    def usual(self) -> dict[str, Any]:
+        """Defaults of the model, or the usual ones, by column."""
+        found = {}
+        for column, name in BY_OPTION.items():
+            own = getattr(self.recommended, name)
+            found[column] = getattr(FALLBACK, name) if own is None else own
+        return found
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Defaults for rows without a value: as given, else recommended by the model, else the usual ones."""
+        return self.usual | {name: value for name, value in self.job.defaults.items() if value is not None}
+
+    @property
+    def scheduler(self) -> str | None:
+        """Short name of the decoder's scheduler; None is the model's own."""
+        return self.job.scheduler or self.recommended.scheduler
+
     @property
     def shards(self) -> int:
         """Number of shards."""
@@ -210,9 +229,9 @@ class OpenJob:
             "rows_per_shard": job.rows_per_shard,
             "batch": job.batch,
             "seed": job.seed,
-            "scheduler": job.scheduler,
+            "scheduler": self.scheduler,
             "dtype": job.dtype,
-            "defaults": {name: job.settings[name] for name in sorted(job.settings)},
+            "defaults": {name: self.settings[name] for name in sorted(self.settings)},
             "versions": versions,
         }
 
@@ -239,16 +258,16 @@ class OpenJob:
                 f"{self.mode} cannot use; it needs a {needed}"
             ]
         decoder_scheduler = _scheduler(folder, "scheduler")
-        if self.job.scheduler is not None:
-            decoder_scheduler = scheduler_named(self.job.scheduler, decoder_scheduler.config)
+        if self.scheduler is not None:
+            decoder_scheduler = scheduler_named(self.scheduler, decoder_scheduler.config)
         prior_scheduler = _scheduler(prior[0], "scheduler") if prior else _scheduler(folder, "prior_scheduler")
         faults: list[str] = []
         for name, scheduler in (("steps", decoder_scheduler), ("prior_steps", prior_scheduler)):
             if self._may_be_unused(name):
                 continue
-            steps, strength = self.job.settings[name], None
+            steps, strength = self.settings[name], None
             if name == "steps" and mode.takes_strength and not self._may_be_unused("strength"):
-                strength = self.job.settings.get("strength", STRENGTH)
+                strength = self.settings.get("strength", STRENGTH)
             with _listed(faults, name):
                 scheduler.schedule(steps, checks.skipped(strength, scheduler.steps(steps)))
         return faults
@@ -256,8 +275,8 @@ class OpenJob:
     def _may_be_unused(self, name: str) -> bool:
         """Return whether rows may override a setting that has its default value."""
         by_row = self.rows.kind == "jsonl" or name in self.rows.columns
-        usual = DEFAULTS.get(name, STRENGTH)
-        return by_row and self.job.settings.get(name, usual) == usual
+        usual = self.usual.get(name, STRENGTH)
+        return by_row and self.settings.get(name, usual) == usual
 
 
 def _scheduler(folder: Path, name: str) -> Scheduler:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from kandinsky_jax import images
 from kandinsky_jax.batch.rows import ROW_COLUMNS, Raw, default_id
+from kandinsky_jax.checkpoint.recommended_settings import NO_SETTINGS, RecommendedSettings
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten, summarize
 from kandinsky_jax.diffusion.inpainting import latent_repaint_mask
 from kandinsky_jax.pipelines import CombinedPipeline, checks
@@ -103,6 +104,7 @@ class Checker:
         defaults: by column, for rows without a value.
         seed: default of row 0; that of each later row is one higher.
         taken: numbers of rows that repeat an identifier.
+        recommended: the model's own settings, for the size.
     """
 
     pipe: CombinedPipeline
@@ -111,6 +113,7 @@ class Checker:
     defaults: Mapping[str, Any]
     seed: int = 0
     taken: Set[int] = frozenset()
+    recommended: RecommendedSettings = NO_SETTINGS
     _schedulable: set[tuple[str, int, float | None]] = field(default_factory=set, repr=False)
 
     def check(self, raw: Raw) -> RowRequest:
@@ -154,7 +157,7 @@ class Checker:
     def _shape(self, row: _Row, image: Image.Image | None, negative: str | None) -> Shape:
         pipe, given = self.pipe, self.defaults
         native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
-        fitting = (native, native)
+        fitting = (self.recommended.height or native, self.recommended.width or native)
         if image is not None and not all(name in row.values or given.get(name) for name in ("height", "width")):
             fitting = row.checked("image", functools.partial(images.fitting_size, image, native), fitting)
         side = pipe.movq.config.scale_factor**2

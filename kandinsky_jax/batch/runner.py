@@ -131,7 +131,7 @@ def rehearsal(job: OpenJob) -> Callable[[Any], None]:
 
 
 def _checker(job: OpenJob, pipe: CombinedPipeline) -> Checker:
-    return Checker(pipe, job.mode, job.job.folder, job.job.settings, job.job.seed, job.rows.taken)
+    return Checker(pipe, job.mode, job.job.folder, job.settings, job.job.seed, job.rows.taken, job.recommended)
 
 
 def _bar(job: OpenJob, process: Process, left: list[int], quiet: bool) -> tqdm:
@@ -143,7 +143,7 @@ def _bar(job: OpenJob, process: Process, left: list[int], quiet: bool) -> tqdm:
 def _expected(job: OpenJob, shard: int) -> int:
     """Estimate the pictures of a shard before it is read."""
     size = job.job.rows_per_shard
-    return min(size, job.rows.count - shard * size) * job.job.settings.get("num_images", 1)
+    return min(size, job.rows.count - shard * size) * job.settings.get("num_images", 1)
 
 
 class _Stages:
@@ -262,7 +262,7 @@ class _Stages:
 
     def _constants(self) -> dict[str, Any]:
         job = self._job
-        facts = {"mode": job.mode, "model": job.model, "prior": job.job.prior, "scheduler": job.job.scheduler}
+        facts = {"mode": job.mode, "model": job.model, "prior": job.job.prior, "scheduler": job.scheduler}
         return facts | {"dtype": job.job.dtype, "batch": job.job.batch}
 
     def _write(self, shard: Shard) -> None:

@@ -32,7 +32,7 @@ _REVISIONS = {f"{OFFICIAL}/{CONTROLNET}": "refs/pr/5"}
 _COMPONENT = re.compile(r"[a-z][a-z0-9_]*")
 _REPOSITORY = re.compile(r"(?![.-])[\w.-]{1,96}/(?![.-])[\w.-]{1,96}")  # "./here" and "../there" are paths
 _SMALL_FILES = ("*.json", "*.txt", "params/**", ZERO_EMBED)
-_INDEX = ("model_index.json", "README.md", "kandinsky_jax_manifest.json")
+_INDEX = ("model_index.json", "README.md", "kandinsky_jax_manifest.json", "recommended_settings.json")
 
 MOST_WAITS = 6  # for a Hub that answers 429 or 5xx
 LONGEST_WAIT = 60.0  # seconds, of one of them

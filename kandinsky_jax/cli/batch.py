@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from kandinsky_jax.batch import Job, Process, Report, open_job, run, this_process
-from kandinsky_jax.batch.job import DEFAULTS
 from kandinsky_jax.batch.requests import STRENGTH
 from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.runner import rehearsal
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS
+from kandinsky_jax.checkpoint.recommended_settings import default_text
 from kandinsky_jax.common.errors import summarize
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.images import ENCODINGS
@@ -57,10 +57,16 @@ def batch(
         int | None, typer.Option(help="Pixels; default: that of the row's image, else the model's.")
     ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: as for the height.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = DEFAULTS["steps"],
-    prior_steps: Annotated[int, typer.Option(help="Denoising steps of the prior.")] = DEFAULTS["prior_steps"],
-    guidance_scale: Annotated[float, typer.Option(help="Of the decoder.")] = DEFAULTS["guidance_scale"],
-    prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior.")] = DEFAULTS["prior_guidance_scale"],
+    steps: Annotated[int | None, typer.Option(help=f"Denoising steps of the decoder; {default_text('steps')}.")] = None,
+    prior_steps: Annotated[
+        int | None, typer.Option(help=f"Denoising steps of the prior; {default_text('prior_steps')}.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help=f"Of the decoder; {default_text('guidance_scale')}.")
+    ] = None,
+    prior_guidance_scale: Annotated[
+        float | None, typer.Option(help=f"Of the prior; {default_text('prior_guidance_scale')}.")
+    ] = None,
     strength: Annotated[
         float, typer.Option(help="How far to depart from a row's image, above 0, at most 1.")
     ] = STRENGTH,
@@ -129,8 +135,8 @@ def batch(
         opened.begin()  # reports faults before a model is loaded
         pipe = opened.pipeline.from_pretrained(opened.model, prior=prior, dtype=dtype, warmup=rehearsal(opened))
         pipe.set_progress_bar_config(disable=True)
-        if scheduler is not None:
-            pipe.scheduler = scheduler_named(scheduler, pipe.scheduler.config)
+        if opened.scheduler is not None:
+            pipe.scheduler = scheduler_named(opened.scheduler, pipe.scheduler.config)
         report = run(opened, pipe, which, overlap=overlap, quiet=quiet, stop=stop)
     print(summary(report, which, output))
     if report.failed == opened.rows.count:

@@ -14,6 +14,7 @@ from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import (
     checks,
 )
+from kandinsky_jax.pipelines.modes import MODES
 
 EXAMPLE = 'Example: kandinsky-jax mix "dog face" cat.png --weights 0.6,0.4 -o mix.png --model tiny'
 
@@ -33,6 +34,8 @@ def mix(
     shares = [1 / len(items)] * len(items) if weights is None else numbers(weights, "--weights")
     checks.interpolation(mixed, shares)
 
+    completed = options.completed(MODES["generate"])
+
     def embed(pipe: Any, generator: Generator) -> Any:
         return pipe.prior_pipe.interpolate(
             mixed,
@@ -40,7 +43,7 @@ def mix(
             num_images_per_prompt=options.num_images,
             negative_prompt=options.negative_prompt or "",
             generator=generator,
-            **options.prior_settings(),
+            **completed.prior_settings(),
         )
 
-    generate_from_embeds(embed, options, [{"items": items, "weights": shares}] * options.num_images)
+    generate_from_embeds(embed, completed, [{"items": items, "weights": shares}] * options.num_images)

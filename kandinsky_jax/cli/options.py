@@ -15,7 +15,16 @@ import typer
 from PIL import Image
 
 from kandinsky_jax import images
+from kandinsky_jax.checkpoint import hub, recommended_settings
 from kandinsky_jax.checkpoint.hub import OFFICIAL
+from kandinsky_jax.checkpoint.recommended_settings import (
+    BY_OPTION,
+    FALLBACK,
+    USUAL_PRIOR_STEPS,
+    USUAL_STEPS,
+    RecommendedSettings,
+    default_text,
+)
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.diffusion.rng import Generator, TorchGenerator
@@ -57,8 +66,10 @@ class Options:
         int | None, typer.Option(help="Pixels; default: that of the given picture, else the model's.")
     ] = None
     width: Annotated[int | None, typer.Option(help="Pixels; default: as for the height.")] = None
-    steps: Annotated[int, typer.Option(help="Denoising steps of the decoder.")] = 50
-    prior_steps: Annotated[int, typer.Option(help="Denoising steps of the prior.")] = 25
+    steps: Annotated[int | None, typer.Option(help=f"Denoising steps of the decoder; {default_text('steps')}.")] = None
+    prior_steps: Annotated[
+        int | None, typer.Option(help=f"Denoising steps of the prior; {default_text('prior_steps')}.")
+    ] = None
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -67,12 +78,17 @@ class Options:
             "dpm++2m-karras; default: the model's own.",
         ),
     ] = None
-    guidance_scale: Annotated[float, typer.Option(help="Of the decoder; guidance is on above 1.")] = 4.0
+    guidance_scale: Annotated[
+        float | None, typer.Option(help=f"Of the decoder; guidance is on above 1; {default_text('guidance_scale')}.")
+    ] = None
     guidance_interval: Annotated[
         str | None,
         typer.Option(help="Guidance only in this part of the decoder's steps, such as 0.4,1; default: all."),
     ] = None
-    prior_guidance_scale: Annotated[float, typer.Option(help="Of the prior; guidance is on above 1.")] = 4.0
+    prior_guidance_scale: Annotated[
+        float | None,
+        typer.Option(help=f"Of the prior; guidance is on above 1; {default_text('prior_guidance_scale')}."),
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Default: a fresh one, which is printed.")] = None
     torch_noise: Annotated[
         bool,
@@ -111,37 +127,34 @@ class Options:
                 checks.side(side, name)
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed={self.seed} is not a seed; needed is an integer from 0 to 2**63 - 1")
-        checks.interval(self.interval(), max(self.steps, 1), "--guidance-interval")
+        checks.interval(self.interval(), max(self.steps_or_usual, 1), "--guidance-interval")
         self.devices()
         if self.scheduler is not None:
-            scheduler_named(self.scheduler, {}).steps(self.steps)
+            scheduler_named(self.scheduler, {}).steps(self.steps_or_usual)
 
-    def generate(self, mode: Mode, call: Callable[[Any, Generator], Any]) -> Any:
-        """Load a pipeline while compiling for `call`, and return the seed and the result of the call."""
-        if self.compilation_cache is not None:
-            set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)
-        seed = secrets.randbits(32) if self.seed is None else self.seed
+    @property
+    def steps_or_usual(self) -> int:
+        """The decoder's steps as given, else the usual number, for checks before the model is found."""
+        return USUAL_STEPS if self.steps is None else self.steps
 
-        def run_call(pipe: CombinedPipeline) -> Any:
-            if self.scheduler is not None:
-                pipe.scheduler = scheduler_named(self.scheduler, pipe.scheduler.config)
-            return call(pipe, self.generator(seed))
+    @property
+    def prior_steps_or_usual(self) -> int:
+        """The same of the prior."""
+        return USUAL_PRIOR_STEPS if self.prior_steps is None else self.prior_steps
 
-        pipe = mode.combined_class.from_pretrained(
-            self.model or f"{OFFICIAL}/{mode.repository}",
-            prior=self.prior,
-            dtype=self.dtype and self.dtype.value,
-            warmup=run_call,
-            mesh=self.devices(),
-        )
-        pipe.set_progress_bar_config(disable=self.quiet)
-        return seed, run_call(pipe)
+    def completed(self, mode: Mode) -> CompletedOptions:
+        """Find the model, and use its recommended settings where nothing is given.
 
-    def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:
-        """Return the size to generate: as given, else that of the given picture, else the model's."""
-        native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
-        height, width = (native, native) if picture is None else images.fitting_size(picture, native)
-        return {"height": self.height or height, "width": self.width or width}
+        Raises:
+            CheckpointError: for a model that does not exist, or recommended settings that are not valid.
+        """
+        folder = hub.resolve(self.model or f"{OFFICIAL}/{mode.repository}", mode.repository)
+        own, found = recommended_settings.read(folder), dict(vars(self))
+        for name, setting in BY_OPTION.items():
+            choices = (found[name], getattr(own, setting), getattr(FALLBACK, setting))
+            found[name] = next(value for value in choices if value is not None)
+        found["scheduler"] = self.scheduler or own.scheduler
+        return CompletedOptions(**found, folder=folder, mode=mode, recommended=own)
 
     def interval(self) -> list[float] | None:
         """Return the interval of guidance as numbers."""
@@ -162,6 +175,49 @@ class Options:
     def generator(self, seed: int) -> Generator:
         """Return the generator of a seed."""
         return TorchGenerator(seed) if self.torch_noise else seed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletedOptions(Options):
+    """Options without gaps: as given, else recommended by the model, else the usual ones."""
+
+    folder: Path  # of the model
+    mode: Mode
+    recommended: RecommendedSettings
+
+    def generate(self, call: Callable[[Any, Generator], Any]) -> Any:
+        """Load a pipeline while compiling for `call`, and return the seed and the result of the call."""
+        if self.compilation_cache is not None:
+            set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)
+        seed = secrets.randbits(32) if self.seed is None else self.seed
+
+        def run_call(pipe: CombinedPipeline) -> Any:
+            if self.scheduler is not None:
+                pipe.scheduler = scheduler_named(self.scheduler, pipe.scheduler.config)
+            return call(pipe, self.generator(seed))
+
+        pipe = self.mode.combined_class.from_pretrained(
+            self.folder, prior=self.prior, dtype=self.dtype and self.dtype.value, warmup=run_call, mesh=self.devices()
+        )
+        pipe.set_progress_bar_config(disable=self.quiet)
+        return seed, run_call(pipe)
+
+    def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:
+        """Return the size to generate: as given, else that of the given picture, else the model's."""
+        native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
+        if picture is None:
+            height, width = self.recommended.height or native, self.recommended.width or native
+        else:
+            height, width = images.fitting_size(picture, native)
+        return {"height": self.height or height, "width": self.width or width}
+
+    def decoder_settings(self) -> dict[str, Any]:
+        """Return the arguments of a decoder."""
+        return {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "guidance_interval": self.interval(),
+        }
 
     def prior_settings(self) -> dict[str, Any]:
         """Return the arguments of a prior."""

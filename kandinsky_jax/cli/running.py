@@ -9,12 +9,12 @@ from typing import Any
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.cli.options import Options
+from kandinsky_jax.cli.options import CompletedOptions, Options
 from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import (
     checks,
 )
-from kandinsky_jax.pipelines.modes import MODES, Mode
+from kandinsky_jax.pipelines.modes import Mode
 
 
 def read_pictures(
@@ -34,19 +34,18 @@ def file_names(files: dict[str, list[Path]]) -> dict[str, list[str]]:
 
 def generate_pictures(
     prompt: list[str],
-    options: Options,
+    given: Options,
     mode: Mode,
     files: dict[str, list[Path]],
     **settings: Any,
 ) -> None:
     """Load, generate and write, for commands that are one call of a combined pipeline."""
-    pictures, repeats = read_pictures(prompt, options, files), options.num_images
+    pictures, repeats = read_pictures(prompt, given, files), given.num_images
     first = next(iter(pictures.values()))[0] if pictures else None
+    options = given.completed(mode)
     settings |= {
         "negative_prompt": options.negative_prompt,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "guidance_interval": options.interval(),
+        **options.decoder_settings(),
         "prior_guidance_scale": options.prior_guidance_scale,
         "prior_num_inference_steps": options.prior_steps,
     }
@@ -55,26 +54,22 @@ def generate_pictures(
         settings.update(options.size(pipe, first))
         return pipe(prompt, num_images_per_prompt=repeats, generator=generator, **pictures, **settings).images
 
-    seed, generated = options.generate(mode, call)
+    seed, generated = options.generate(call)
     facts = settings | ({"files": file_names(files)} if files else {})
     write_pictures(generated, options, seed, [{"prompt": text, **facts} for text in prompt for _ in range(repeats)])
 
 
 def generate_from_embeds(
-    embed: Callable[[Any, Generator], Any], options: Options, about: Sequence[dict[str, Any]]
+    embed: Callable[[Any, Generator], Any], options: CompletedOptions, about: Sequence[dict[str, Any]]
 ) -> None:
     """Load, generate and write, for commands that compute image embeddings in their own way."""
-    settings: dict[str, Any] = {
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "guidance_interval": options.interval(),
-    }
+    settings = options.decoder_settings()
 
     def call(pipe: Any, generator: Generator) -> Any:
         settings.update(options.size(pipe, None))
         return pipe.decoder_pipe(**embed(pipe, generator), generator=generator, **settings).images
 
-    seed, generated = options.generate(MODES["generate"], call)
+    seed, generated = options.generate(call)
     shared = {"negative_prompt": options.negative_prompt, "prior": options.prior_settings(), **settings}
     write_pictures(generated, options, seed, [facts | shared for facts in about])
 

@@ -11,6 +11,7 @@ from kandinsky_jax.pipelines import (
     KandinskyV22PriorEmb2EmbPipeline,
     checks,
 )
+from kandinsky_jax.pipelines.modes import MODES
 
 EXAMPLE = 'Example: kandinsky-jax vary "blue heart" --image heart.png --strength 0.5 -o varied.png --model tiny'
 
@@ -18,8 +19,9 @@ EXAMPLE = 'Example: kandinsky-jax vary "blue heart" --image heart.png --strength
 @takes_options
 def vary(prompt: Prompt, image: ImagePaths, options: Options, strength: Strength = 0.3) -> None:
     """Generate variations of a picture by moving its image embedding towards a prompt."""
-    checks.strength(strength, options.prior_steps)
+    checks.strength(strength, options.prior_steps_or_usual)
     pictures = read_pictures(prompt, options, {"image": image})["image"]
+    completed = options.completed(MODES["generate"])
 
     def embed(pipe: Any, generator: Generator) -> Any:
         return KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)(
@@ -29,10 +31,10 @@ def vary(prompt: Prompt, image: ImagePaths, options: Options, strength: Strength
             negative_prompt=options.negative_prompt,
             num_images_per_prompt=options.num_images,
             generator=generator,
-            **options.prior_settings(),
+            **completed.prior_settings(),
         )
 
     facts = {"strength": strength, "files": file_names({"image": image})}
     generate_from_embeds(
-        embed, options, [{"prompt": text} | facts for text in prompt for _ in range(options.num_images)]
+        embed, completed, [{"prompt": text} | facts for text in prompt for _ in range(options.num_images)]
     )

@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from kandinsky_jax.checkpoint import (
     LazyNetwork,
     move_network,
+    recommended_settings,
 )
+from kandinsky_jax.checkpoint.recommended_settings import NO_SETTINGS, RecommendedSettings
 from kandinsky_jax.common.arrays import to_numpy
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
@@ -89,6 +91,15 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         pipe = super()._load(*arguments)
         pipe._name_or_path = str(stores[-1].folder)
         return pipe
+
+    @property
+    def recommended_settings(self) -> RecommendedSettings:
+        """Settings that the model's folder recommends; the pipeline itself keeps diffusers' defaults.
+
+        `pipe(prompt, **pipe.recommended_settings.arguments())` uses them.
+        """
+        folder = self._name_or_path
+        return NO_SETTINGS if folder is None else recommended_settings.read(folder)
 
     def _held(self) -> dict[str, Any]:
         """Return the components without loading lazy ones."""

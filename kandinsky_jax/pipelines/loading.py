@@ -22,6 +22,7 @@ from kandinsky_jax.checkpoint import (
     hub,
     load_network,
     loading_bar,
+    recommended_settings,
     save_network,
     stored_bytes,
     zero_embed,
@@ -63,6 +64,7 @@ class PretrainedMixin:
     REPOSITORY: ClassVar[str]
 
     if TYPE_CHECKING:  # of `Pipeline`
+        _name_or_path: str | None
 
         def _held(self) -> dict[str, Any]: ...
 
@@ -200,6 +202,8 @@ class PretrainedMixin:
                     part.save_pretrained(scratch / name)
                 index[name] = _index_entry(part)
             (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            if self._name_or_path is not None:
+                recommended_settings.copy(self._name_or_path, scratch)
             write_manifest(scratch)
             _keep_other_files(folder, scratch)
         note_saved(folder, own=False)

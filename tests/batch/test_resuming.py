@@ -112,7 +112,7 @@ CHANGES = {
     "steps was 1, now 2": {"defaults": {"steps": 2}},
     "height was not given, now 64": {"defaults": {"steps": 1, "height": 64}},
     "scheduler was not given, now 'ddim'": {"scheduler": "ddim"},
-    r"guidance_scale was 4\.0, now 2\.5\n  steps was 1, now 3": {"defaults": {"steps": 3, "guidance_scale": 2.5}},
+    r"guidance_scale was 2\.0, now 2\.5\n  steps was 1, now 3": {"defaults": {"steps": 3, "guidance_scale": 2.5}},
     "rows_per_shard was 256, now 7": {"rows_per_shard": 7},
     "the count of rows was 2, now 3": {"text": "a\nb\nc\n"},
     "the file of rows changed; the number of rows did not": {"text": "a\nc\n"},

@@ -133,7 +133,7 @@ def _job(form: str) -> Reader:
         settings = {"steps": 10, "prior_steps": 5}
         job = Job(str(folder / f"rows.{form}"), str(folder / "out"), str(SHAPES_MODEL), mode=mode, defaults=settings)
         opened = open_job(job)
-        checker = Checker(_pipe(), opened.mode, job.folder, job.settings, taken=opened.rows.taken)
+        checker = Checker(_pipe(), opened.mode, job.folder, opened.settings, taken=opened.rows.taken)
         for raw in opened.rows.read(0, opened.rows.count):
             try:
                 checker.check(raw)
