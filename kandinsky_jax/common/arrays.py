@@ -9,7 +9,7 @@ import numpy as np
 from kandinsky_jax.common.errors import shorten
 
 
-def to_numpy(value: Any, name: str) -> np.ndarray:
+def to_numpy(value: object, name: str) -> np.ndarray:
     """Convert to an array of real numbers; bfloat16 and similar dtypes, which NumPy lacks, become float32.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 
 class AttributeDict(dict[str, Any]):
@@ -13,7 +13,7 @@ class AttributeDict(dict[str, Any]):
             return self[name]
         raise AttributeError(f"the configuration has no {name!r}; it has {', '.join(map(str, self))}")
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(
             "a configuration is immutable: make another object with other fields, as "
             "Scheduler.from_config(scheduler.config, name=value) does, or take dict(config)"
@@ -22,5 +22,5 @@ class AttributeDict(dict[str, Any]):
     __setitem__ = __delitem__ = __setattr__ = __delattr__ = __ior__ = _refuse
     update = setdefault = pop = popitem = clear = _refuse
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Self], tuple[dict[str, Any]]]:
         return type(self), (dict(self),)

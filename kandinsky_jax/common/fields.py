@@ -7,13 +7,16 @@ import math
 import numbers
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kandinsky_jax.common.errors import quote
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Bounds = Mapping[str, tuple[float, float]]  # least and largest value of a field, or of each item of one that is a tuple
 
-_KINDS: dict[str, tuple[str, Any]] = {
+_KINDS: dict[str, tuple[str, type[Any]]] = {
     "bool": ("true or false", bool),
     "int": ("a whole number", numbers.Integral),
     "float": ("a number", numbers.Real),
@@ -23,7 +26,7 @@ _TUPLE = re.compile(r"tuple\[(\w+), \.\.\.\]")
 
 
 def field_faults(
-    config: Any, bounds: Bounds, skipped: Collection[str] = (), infinite: Collection[str] = ()
+    config: DataclassInstance, bounds: Bounds, skipped: Collection[str] = (), infinite: Collection[str] = ()
 ) -> list[str]:
     """List faults of the values of a dataclass's fields.
 

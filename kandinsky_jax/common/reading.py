@@ -11,7 +11,6 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from kandinsky_jax.common.errors import MAX_MESSAGE, shorten
 
@@ -71,7 +70,7 @@ def decode(data: bytes) -> str:
         raise ReadError(f"is not UTF-8 text: byte {data[error.start]:#04x} at {error.start}") from None
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str) -> object:
     """Parse JSON.
 
     Raises:
@@ -94,18 +93,18 @@ def parse_json(data: bytes | str) -> Any:
     raise ReadError(f"is not usable JSON: it is nested more than {MAX_DEPTH} deep")
 
 
-def _items(value: Any) -> Iterable[Any]:
+def _items(value: object) -> Iterable[object]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
 
 
-def read_json(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> Any:
+def read_json(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> object:
     """Read a JSON file; errors as in `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, limit))
 
 
-def read_json_object(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> dict[str, Any]:
+def read_json_object(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> dict[str, object]:
     """Read the object in a JSON file; errors as in `read_json`, and ReadError for any other value."""
     parsed = read_json(path, limit)
     if not isinstance(parsed, dict):

@@ -8,13 +8,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from kandinsky_jax.common import atomic, reading
 from kandinsky_jax.common.errors import CheckpointError
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """Read the object in a JSON file; CheckpointError if there is none."""
     try:
         return reading.read_json_object(path)
