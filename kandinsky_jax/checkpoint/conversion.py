@@ -6,11 +6,11 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
 from kandinsky_jax.checkpoint import (
@@ -38,7 +38,7 @@ def convert(
     target: str | os.PathLike[str],
     *,
     layout: Layout | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -100,7 +100,7 @@ def convert(
     return target
 
 
-def _target_bytes(cls: type[nnx.Module], folder: Path, stored: int, dtype: Any) -> int:
+def _target_bytes(cls: type[nnx.Module], folder: Path, stored: int, dtype: DTypeLike | None) -> int:
     """Estimate the bytes of a component in the target."""
     if dtype is None:
         return stored

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -21,6 +20,7 @@ from kandinsky_jax.checkpoint.tensor_files import PREFERRED, ZERO_EMBED, WeightS
 from kandinsky_jax.common.atomic import replace_file
 from kandinsky_jax.common.reading import ReadError, read_text
 from kandinsky_jax.common.storage import files_below, user_cache
+from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import abstract
 
 _GROUP = 1 << 25  # values that are read at once
@@ -30,7 +30,7 @@ _NOTE = re.compile(r"([0-9a-f]{64}) ([0-9a-f]{64})\n")
 
 
 def weights_fingerprint(
-    cls: type[nnx.Module], config: Any, folder: Path, selection: WeightSelection = PREFERRED
+    cls: type[nnx.Module], config: NetworkConfig, folder: Path, selection: WeightSelection = PREFERRED
 ) -> str:
     """Compute SHA-256 of all values of all tensors of a checked network, as 64 hexadecimal digits.
 
@@ -106,7 +106,7 @@ def _stored_files(folder: Path) -> list[Path]:
 
 def _identity(folder: Path, selection: WeightSelection, wanted: list[str]) -> str:
     """Return a key that changes whenever a file is written or replaced."""
-    parts: list[Any] = [selection, wanted]
+    parts: list[object] = [selection, wanted]
     for path in _stored_files(folder):
         stat = path.stat()
         parts.append(

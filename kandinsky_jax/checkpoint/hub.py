@@ -447,7 +447,7 @@ def find_prior(
     )
 
 
-def _front_matter(readme: Path) -> dict[str, Any]:
+def _front_matter(readme: Path) -> dict[str, object]:
     """Return the YAML metadata of a model card; empty if there is none that can be read."""
     from huggingface_hub import ModelCard
 

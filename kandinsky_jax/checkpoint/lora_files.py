@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
 
+import jax
 import numpy as np
 from safetensors import safe_open
 
@@ -49,7 +49,7 @@ class LoraTensors:
 
     source: str
     tensors: Mapping[str, tensor_files.Tensor]
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, object] | None = None
 
     def error(self, reason: object) -> CheckpointError:
         """Return an error that names the source, of bounded length."""
@@ -64,7 +64,7 @@ class _Layer:
     names: dict[str, str] = field(default_factory=dict)
 
 
-def layers_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def layers_of(params: Mapping[str, jax.Array]) -> dict[str, tuple[int, ...]]:
     """Return the layers of a network that LoRA can change, linear and convolutional, from `flat_params`."""
     return {
         name.rpartition(".")[0]: tensor_names.torch_shape(name, tuple(leaf.shape))
@@ -107,7 +107,7 @@ def choose(listed: Iterable[str], where: str) -> str:
     )
 
 
-def check_weight_name(name: Any) -> str:
+def check_weight_name(name: str) -> str:
     """Return the name of a file within a folder; ValueError for any other value."""
     parts = PurePath(name).parts if isinstance(name, str) and "\0" not in name else ()
     if not parts or ".." in parts or PurePath(name).is_absolute():
@@ -171,16 +171,17 @@ def open_file(path: Path) -> LoraTensors:
         raise
     except Exception as error:  # safetensors raises many kinds for invalid files
         raise CheckpointError(f"{shorten(str(path), 240)} cannot be read: {shorten(error, 200)}") from None
-    config = None
+    config: dict[str, object] | None = None
     if METADATA in header:
         try:
-            config = reading.parse_json(header[METADATA])
+            parsed = reading.parse_json(header[METADATA])
         except reading.ReadError as error:
             raise CheckpointError(
                 f"{shorten(str(path), 240)}: {METADATA} in its header {shorten(error, 160)}"
             ) from None
-        if not isinstance(config, dict):
+        if not isinstance(parsed, dict):
             raise CheckpointError(f"{shorten(str(path), 240)}: {METADATA} in its header is not a JSON object")
+        config = parsed
     elif path.stem == "adapter_model" and (path.parent / PEFT_CONFIG).exists():
         config = read_json(path.parent / PEFT_CONFIG)
     return LoraTensors(os.fspath(path), tensors, config)
@@ -191,12 +192,12 @@ def _header(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def from_dict(tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> LoraTensors:
+def from_dict(tensors: Mapping[str, object], config: Mapping[str, object] | None = None) -> LoraTensors:
     """Open arrays in memory, of NumPy, JAX or PyTorch, by the names that they would have in a file."""
     return LoraTensors("the dictionary of LoRA", {str(n): _in_memory(n, array) for n, array in tensors.items()}, config)
 
 
-def _in_memory(name: Any, array: Any) -> tensor_files.Tensor:
+def _in_memory(name: object, array: object) -> tensor_files.Tensor:
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise CheckpointError(f"the dictionary of LoRA holds {shorten(type(array), 80)} at {shorten(name, 80)}")
 
@@ -269,7 +270,11 @@ def _unsupported(unknown: Sequence[str], total: int) -> str:
 
 
 def _network_of(
-    opened: LoraTensors, component: str | None, underscored: bool, group: Mapping[str, _Layer], networks: Any
+    opened: LoraTensors,
+    component: str | None,
+    underscored: bool,
+    group: Mapping[str, _Layer],
+    networks: Mapping[str, Layers],
 ) -> str:
     """Return the network that a group of layers is for: the one in their names, or the one with most of them."""
     if component in ("unet", "prior"):
@@ -327,7 +332,7 @@ def _changes(
         raise opened.error(error) from None
 
 
-def _own_config(config: Mapping[str, Any] | None, component: str | None) -> Mapping[str, Any] | None:
+def _own_config(config: Mapping[str, object] | None, component: str | None) -> Mapping[str, object] | None:
     """Return the configuration of one network; its fields may begin with the network's name, as tensors do."""
     if config is None or component is None:
         return config
@@ -427,7 +432,7 @@ def write(
         raise ValueError(f"weight_name={quote(weight_name)} must end in .safetensors, the format that is written")
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
-    about: dict[str, Any] = {}
+    about: dict[str, object] = {}
     for component, changes in sorted(adapter.items()):
         for name, change in sorted(changes.items()):
             kernel = (1,) * (change.down.ndim - 2)
@@ -444,7 +449,7 @@ def write(
     return target
 
 
-def _describe(changes: Mapping[str, LayerChange]) -> dict[str, Any]:
+def _describe(changes: Mapping[str, LayerChange]) -> dict[str, object]:
     """Return peft's configuration of changes: the most frequent rank and alpha, and patterns for the others."""
     ranks = {name: change.rank for name, change in changes.items()}
     alphas = {name: _number(change.scale * change.rank) for name, change in changes.items()}

@@ -10,7 +10,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import regex
 
@@ -48,7 +47,7 @@ class Scaling:
         ScalingError: naming a field that is not supported or is invalid.
     """
 
-    def __init__(self, about: Mapping[str, Any]):
+    def __init__(self, about: Mapping[str, object]):
         kind = about.get("peft_type", "LORA")
         if kind != "LORA":
             raise ScalingError(f"is an adapter of peft's type {shorten(kind, 40)}, only LORA is supported")
@@ -92,7 +91,7 @@ class _Patterns:
     An expression has to match the end of a layer's name, from a dot on; the first one that does counts.
     """
 
-    def __init__(self, field: str, patterns: Any, check: Callable[[str, Any], float]):
+    def __init__(self, field: str, patterns: object, check: Callable[[str, object], float]):
         self._field = field
         if not isinstance(patterns, Mapping | None):
             raise ScalingError(f"has {field} = {shorten(patterns, 60)}, needed is an object")
@@ -121,7 +120,7 @@ class _Patterns:
         return found_value
 
 
-def _compile(field: str, key: Any) -> Any:
+def _compile(field: str, key: object) -> regex.Pattern:
     """Compile a key of a pattern as peft does, without constructs of unbounded time or memory."""
     if not isinstance(key, str) or len(key) > _PATTERN_LENGTH or _UNBOUNDED.search(key) or key.count("{") > 2:
         raise ScalingError(f"has {shorten(key, 60)} in {field}, which is not supported as a layer's name or pattern")
@@ -131,7 +130,7 @@ def _compile(field: str, key: Any) -> Any:
         raise ScalingError(f"has {shorten(key, 60)} in {field}, no regular expression: {error}") from None
 
 
-def check_alpha(field: str, value: Any) -> float:
+def check_alpha(field: str, value: object) -> float:
     """Return a finite number as a float, or raise ScalingError. As in peft, zero means no change."""
     try:
         if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
@@ -141,7 +140,7 @@ def check_alpha(field: str, value: Any) -> float:
     raise ScalingError(f"has {field} = {shorten(value, 60)}, needed is a finite number")
 
 
-def _rank(field: str, value: Any) -> int:
+def _rank(field: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ScalingError(f"has {field} = {shorten(value, 60)}, needed is a positive integer")
     return value

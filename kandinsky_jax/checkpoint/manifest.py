@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from kandinsky_jax.checkpoint import orbax, tokenizer
 from kandinsky_jax.checkpoint.tensor_files import WEIGHT_FILE, ZERO_EMBED
@@ -64,7 +64,7 @@ class _Expected:
     size: int = -1
 
 
-def write_manifest(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None = None) -> Path:
+def write_manifest(folder: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> Path:
     """Write the sizes and checksums of a model's files into its folder; hidden files and folders are left out.
 
     Args:
@@ -75,14 +75,14 @@ def write_manifest(folder: str | os.PathLike[str], progress: Callable[[int], Any
     return folder / MANIFEST
 
 
-def _entries(folder: Path, progress: Callable[[int], Any] | None = None) -> dict[str, dict[str, Any]]:
+def _entries(folder: Path, progress: Callable[[int], object] | None = None) -> dict[str, dict[str, object]]:
     return {
         name: {"bytes": path.stat().st_size, "sha256": _digest(path, "sha256", progress)}
         for name, path in _files(folder)
     }
 
 
-def _write(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def _write(path: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
     text = json.dumps({"format_version": MANIFEST_VERSION, "files": entries}, indent=1, sort_keys=True) + "\n"
     replace_file(path, text.encode())
 
@@ -95,7 +95,7 @@ def note_saved(folder: str | os.PathLike[str], own: bool = True) -> None:
         own: False where the folder's own manifest has just been written.
     """
     folder = Path(os.path.abspath(folder))
-    found: dict[str, dict[str, Any]] | None = None
+    found: dict[str, dict[str, object]] | None = None
     for parent in [folder, *list(folder.parents)[:_LEVELS]]:
         path, prefix = parent / MANIFEST, "" if parent == folder else f"{folder.relative_to(parent).as_posix()}/"
         if not path.is_file() or (parent == folder and not own):
@@ -108,7 +108,7 @@ def note_saved(folder: str | os.PathLike[str], own: bool = True) -> None:
         _write(path, others | {prefix + name: entry for name, entry in found.items()})
 
 
-def verify(folder: str | os.PathLike[str], progress: Callable[[int], Any] | None = None) -> list[FileReport]:
+def verify(folder: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> list[FileReport]:
     """Compare a folder's files with their known checksums; the reports are sorted by path.
 
     Args:
@@ -304,7 +304,7 @@ def _missing(name: str, expected: _Expected) -> FileReport:
     return FileReport(name, "missing", f"it is in the {expected.source}, {expected.size:,} bytes")
 
 
-def _compare(name: str, path: Path, expected: _Expected, progress: Callable[[int], Any] | None) -> FileReport:
+def _compare(name: str, path: Path, expected: _Expected, progress: Callable[[int], object] | None) -> FileReport:
     if not path.is_file():
         return FileReport(name, "missing", "it is a link to nothing")
     try:
@@ -324,7 +324,7 @@ def _compare(name: str, path: Path, expected: _Expected, progress: Callable[[int
 _TEXT = (".json", ".txt", ".md")
 
 
-def _digest(path: Path, kind: str, progress: Callable[[int], Any] | None) -> str:
+def _digest(path: Path, kind: str, progress: Callable[[int], object] | None) -> str:
     """Compute SHA-256 of a file, or its git SHA-1."""
     found = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
     if kind == "git":

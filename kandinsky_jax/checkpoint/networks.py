@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
 from kandinsky_jax.checkpoint import orbax, tensor_files, tensor_names
@@ -39,7 +40,7 @@ _LORA = re.compile(r"\.(base_layer|lora_[A-Za-z_]+|\w+_lora|ia3_l|hada_w\d_[ab]|
 class Progress(Protocol):
     """Protocol of the progress bars of `load_network` and `save_network`."""
 
-    def update(self, n: float | None = 1, /) -> Any: ...
+    def update(self, n: float | None = 1, /) -> object: ...
 
 
 def default_dtype() -> jnp.dtype:
@@ -68,7 +69,7 @@ def network_dtype(dtype: Any) -> jnp.dtype | None:
     return found
 
 
-def flat_params(module: nnx.Module) -> dict[str, Any]:
+def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
     """Return a network's parameters by their dotted Flax names."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
@@ -86,10 +87,10 @@ def set_params(module: nnx.Module, params: Mapping[str, jax.Array | jax.ShapeDty
 def describe_network(
     cls: type[nnx.Module],
     folder: str | os.PathLike[str],
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     rules: Rules = (),
-) -> Any:
+) -> nnx.Module:
     """Return the network in `folder` without its arrays; its parameters are `jax.ShapeDtypeStruct`s of `dtype`.
 
     The loaded network runs the programs that are compiled for this one, if `load_network` gets the same dtype.
@@ -98,7 +99,7 @@ def describe_network(
         mesh, rules: sharding of the parameters, see `kandinsky_jax.parallel.sharding`.
     """
     module, shapes = _expected(cls, Path(folder))
-    places: Mapping[str, Any] = parameter_shardings(mesh, shapes, rules)
+    places: Mapping[str, jax.sharding.Sharding | None] = parameter_shardings(mesh, shapes, rules)
     if mesh is None and _is_orbax(Path(folder)):
         places = dict.fromkeys(shapes, home())
     return set_params(
@@ -121,11 +122,11 @@ def move_network(module: nnx.Module, mesh: Mesh | None, rules: Rules = ()) -> No
 def load_network(
     cls: type[nnx.Module] | nnx.Module,
     folder: str | os.PathLike[str],
-    dtype: Any = None,
+    dtype: object = None,
     sharding: jax.sharding.Sharding | None = None,
     progress: Progress | None = None,
     selection: WeightSelection = PREFERRED,
-) -> Any:
+) -> nnx.Module:
     """Build the network in `folder`.
 
     Args:
@@ -193,7 +194,7 @@ class LazyNetwork:
         self,
         cls: type[nnx.Module],
         folder: str | os.PathLike[str],
-        dtype: Any = None,
+        dtype: object = None,
         mesh: Mesh | None = None,
         rules: Rules = (),
         selection: WeightSelection = PREFERRED,
@@ -204,7 +205,7 @@ class LazyNetwork:
         self.config: Any = check_network(cls, folder, selection)
         self.zero_embed: np.ndarray | None = None  # of a vision tower, once it is known
         self.lock = threading.RLock()
-        self._network: Any = None
+        self._network: nnx.Module | None = None
 
     @property
     def loaded(self) -> bool:
@@ -220,14 +221,14 @@ class LazyNetwork:
             else sum(x.size for x in leaves) * self.dtype.itemsize
         )
 
-    def load(self) -> Any:
+    def load(self) -> nnx.Module:
         """Read the network on the first call, and return it; it stays in memory."""
         with self.lock:
             if self._network is None:
                 self._network = self._read()
         return self._network
 
-    def read_once(self) -> Any:
+    def read_once(self) -> nnx.Module:
         """Return the network; if it is not loaded, read it without keeping it."""
         return self._network if self.loaded else self._read()
 
@@ -238,8 +239,8 @@ class LazyNetwork:
             if self._network is not None:
                 move_network(self._network, mesh, rules)
 
-    def _read(self) -> Any:
-        described: Any = self.cls
+    def _read(self) -> nnx.Module:
+        described: type[nnx.Module] | nnx.Module = self.cls
         if self._mesh is not None:
             described = describe_network(self.cls, self.folder, mesh=self._mesh, rules=self._rules)
         stored, name = stored_bytes(self.folder, self.selection), f"{self.folder.parent.name}/{self.folder.name}"
@@ -248,12 +249,12 @@ class LazyNetwork:
             return load_network(described, self.folder, self.dtype, progress=bar, selection=self.selection)
 
 
-def loading_bar(total: int, what: str) -> Any:
+def loading_bar(total: int, what: str) -> tqdm:
     """Return a progress bar over the bytes read, disabled below 1 GB."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {what}", disable=total < 1e9)
 
 
-def _expected(cls: type[nnx.Module], folder: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
+def _expected(cls: type[nnx.Module], folder: Path) -> tuple[nnx.Module, dict[str, tuple[int, ...]]]:
     """Build a network without arrays from the configuration in `folder`; return it and its parameters' shapes."""
     path = folder / "config.json"
     module = abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path)))
@@ -301,7 +302,9 @@ def _torch_faults(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, t
     return faults + _dtype_faults({name: t.dtype for name, t in tensors.items() if name in wanted}, WEIGHT_DTYPES)
 
 
-def _orbax_faults(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Any]) -> list[str]:
+def _orbax_faults(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, jax.ShapeDtypeStruct]
+) -> list[str]:
     """List faults of the arrays in an Orbax checkpoint that show before they are read."""
     faults = _differences(expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
     dtypes = {name: str(leaf.dtype) for name, leaf in stored.items() if name in expected}
@@ -352,7 +355,7 @@ def _not_finite(name: str, array: np.ndarray) -> list[str]:
 def _read_torch(
     folder: Path,
     expected: Mapping[str, tuple[int, ...]],
-    dtype: Any,
+    dtype: DTypeLike | None,
     places: Mapping[str, jax.sharding.Sharding | None],
     progress: Progress | None,
     selection: WeightSelection,
@@ -384,7 +387,7 @@ def _inexact(name: str, array: np.ndarray) -> list[str]:
     return [f"inexact: {name} has {lost} numbers of float64 that float32 does not hold; convert it"] if lost else []
 
 
-def _own(array: np.ndarray, dtype: Any) -> np.ndarray:
+def _own(array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
     # A private, contiguous copy: on a CPU, JAX may otherwise alias the memory-mapped file.
     with np.errstate(over="ignore", invalid="ignore"):  # reported by _not_finite
         own = np.float32 if array.dtype == np.float64 else array.dtype
@@ -394,7 +397,7 @@ def _own(array: np.ndarray, dtype: Any) -> np.ndarray:
 def _read_orbax(
     folder: Path,
     expected: Mapping[str, tuple[int, ...]],
-    dtype: Any,
+    dtype: DTypeLike | None,
     places: Mapping[str, jax.sharding.Sharding | None],
     progress: Progress | None,
 ) -> dict[str, jax.Array]:

@@ -44,7 +44,7 @@ def save(path: Path, params: Mapping[str, jax.Array]) -> None:
     )
 
 
-def list_arrays(path: Path) -> dict[str, Any]:
+def list_arrays(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """List the arrays of a checkpoint by name, each with `shape` and `dtype`.
 
     Raises:
@@ -58,7 +58,7 @@ def list_arrays(path: Path) -> dict[str, Any]:
             of_file(path, f"is damaged, {len(cut)} of its files are missing or cut short: {summarize(cut, 250)}")
         )
 
-    def listed(checkpointer: ocp.Checkpointer) -> dict[str, Any]:
+    def listed(checkpointer: ocp.Checkpointer) -> dict[str, jax.ShapeDtypeStruct]:
         if (arrays := checkpointer.metadata(path).item_metadata) is None:  # Orbax's way to say so
             raise CheckpointError("its list of arrays cannot be read")
         found = dict(arrays)
@@ -173,7 +173,7 @@ def _run(action: Callable[[ocp.Checkpointer], T], kind: type[Exception], message
         last_report = time.monotonic()
         return record.levelno < logging.ERROR
 
-    def unraisable(args: Any) -> None:
+    def unraisable(args: sys.UnraisableHookArgs) -> None:
         nonlocal last_report
         last_report = time.monotonic()
         if not asyncio.iscoroutine(args.object) and "Event loop is closed" not in str(args.exc_value):

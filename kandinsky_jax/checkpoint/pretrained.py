@@ -24,13 +24,13 @@ def load_component(
     name: str | os.PathLike[str],
     *,
     subfolder: str | None = None,
-    dtype: Any = None,
-    torch_dtype: Any = None,
+    dtype: object = None,
+    torch_dtype: object = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
     low_cpu_mem_usage: bool = True,
     **options: Any,
-) -> Any:
+) -> nnx.Module:
     """Load a network of this class.
 
     Args:
@@ -62,14 +62,14 @@ def save_component(
     safe_serialization: bool = True,
     variant: str | None = None,
     max_shard_size: int | str | None = None,
-    **arguments: Any,
+    **arguments: object,
 ) -> None:
     """Write a network into a folder, see `kandinsky_jax.save_network`; `arguments` of diffusers are refused."""
     check_saving_arguments(f"{type(network).__name__}.save_pretrained", safe_serialization, arguments)
     save_network(network, folder, layout, None, variant, max_shard_size)
 
 
-def save_component_config(network: nnx.Module, folder: str | os.PathLike[str], **arguments: Any) -> None:
+def save_component_config(network: nnx.Module, folder: str | os.PathLike[str], **arguments: object) -> None:
     """Write a network's configuration into a folder."""
     check_saving_arguments(f"{type(network).__name__}.save_config", True, arguments)
     save_config(network, Path(folder))

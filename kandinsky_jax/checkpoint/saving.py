@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +30,7 @@ INSTEAD = {
 }
 
 
-def check_saving_arguments(function: str, safe_serialization: Any, arguments: Mapping[str, Any]) -> None:
+def check_saving_arguments(function: str, safe_serialization: object, arguments: Mapping[str, object]) -> None:
     """Raise TypeError for arguments of diffusers' save_pretrained that are not supported, saying what to do instead."""
     if safe_serialization is not True:
         raise TypeError(
@@ -91,7 +90,7 @@ def save_network(
         progress.update(sum(leaf.nbytes for leaf in params.values()))
 
 
-def save_config(module: Any, folder: str | os.PathLike[str]) -> None:
+def save_config(module: nnx.Module, folder: str | os.PathLike[str]) -> None:
     """Write a network's `config.json` into `folder`, which is created if missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     module.to_json_file(Path(folder) / "config.json")

@@ -155,7 +155,8 @@ def shards(index: Path) -> list[Path]:
     """
     form = ".safetensors" if ".safetensors." in index.name else ".bin"
     try:
-        named = set(read_json(index)["weight_map"].values())
+        content: Any = read_json(index)  # whatever it is, the errors below tell
+        named = set(content["weight_map"].values())
     except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise CheckpointError(f"{index} is not an index of {form[1:]} files: {shorten(error)}") from None
     for shard in named:
@@ -247,7 +248,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises:
         OSError: where the disk is full, or the like.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize

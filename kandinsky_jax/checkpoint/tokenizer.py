@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -129,7 +129,7 @@ def check_tokenizer(tokenizer: CLIPTokenizer, tower: CLIPTextConfig) -> None:
 
 
 def _check_length(tokenizer: CLIPTokenizer) -> None:
-    length: Any = tokenizer.model_max_length
+    length: object = tokenizer.model_max_length
     if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1:
         raise CheckpointError(f"model_max_length must be a number of tokens, got {quote(length)}")
 

@@ -14,7 +14,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from kandinsky_jax.common.atomic import replace_file
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.reading import check_regular
 from kandinsky_jax.common.storage import user_cache
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.compilation import for_real
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.diffusion.calls import call
@@ -106,7 +106,9 @@ def _zeros(config: CLIPVisionConfig) -> jax.Array:
 def _compute(folder: Path, config: CLIPVisionConfig, selection: WeightSelection = PREFERRED) -> np.ndarray:
     """Compute the embedding in float32, one layer at a time."""
 
-    def run(module: nnx.Module, prefix: str, *args: Any, method: str = "__call__") -> np.ndarray:
+    def run(
+        module: nnx.Module, prefix: str, *args: jax.Array | np.ndarray | None, method: str = "__call__"
+    ) -> np.ndarray:
         network, shapes = Network.split(module)
         wanted, structure = _named(shapes, prefix)
         arrays = read_params(folder, wanted, selection)
@@ -125,7 +127,7 @@ def _compute(folder: Path, config: CLIPVisionConfig, selection: WeightSelection 
     return embed
 
 
-def _named(tree: Any, prefix: str) -> tuple[list[str], Any]:
+def _named(tree: PyTree, prefix: str) -> tuple[list[str], jax.tree_util.PyTreeDef]:
     """Return the leaves' dotted names, and the tree's structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     return [prefix + ".".join(str(key.key) for key in path) for path, _ in leaves], structure
