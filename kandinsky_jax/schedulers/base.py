@@ -43,7 +43,7 @@ _INTERNAL = ("extra", "unset")
 MAX_TRAIN_TIMESTEPS = 10_000  # the tables of the forward process are this long; the longest known is 4,000
 
 
-def _freeze(value: Any) -> Any:
+def _freeze(value: object) -> Any:
     """Convert lists to tuples, and arrays and numbers of NumPy, JAX or PyTorch to Python's."""
     if isinstance(value, list | tuple):
         return tuple(map(_freeze, value))
@@ -56,7 +56,7 @@ def _freeze(value: Any) -> Any:
     return tuple(map(_freeze, plain)) if isinstance(plain, list) else plain
 
 
-def near(name: Any, known: Iterable[str]) -> str:
+def near(name: object, known: Iterable[str]) -> str:
     """Suggest similar names, for the end of an error message."""
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=3)
@@ -70,9 +70,9 @@ class Scheduler(SchedulerMixin):
     Fields have the names and defaults of the diffusers class of the same name, and are given by name.
     """
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     # Other solvers' values, which configurations carry from one to the other, and what they are here.
-    SYNONYMS: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
+    SYNONYMS: ClassVar[Mapping[str, Mapping[object, object]]] = {}
 
     # The range of a number, where any other one is a mistake.
     BOUNDS: ClassVar[Bounds] = {
@@ -89,7 +89,7 @@ class Scheduler(SchedulerMixin):
     }
 
     num_train_timesteps: int = 1000
-    extra: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), kw_only=True, repr=False)
+    extra: tuple[tuple[str, object], ...] = dataclasses.field(default=(), kw_only=True, repr=False)
     unset: frozenset[str] | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -137,7 +137,7 @@ class Scheduler(SchedulerMixin):
         """Float64 `[num_train_timesteps]`, see `kandinsky_jax.schedulers.noise_schedule.cumulative_alphas`."""
         raise NotImplementedError
 
-    def _check_steps(self, steps: Any, least: int = 1, most: int = MAX_STEPS) -> int:
+    def _check_steps(self, steps: object, least: int = 1, most: int = MAX_STEPS) -> int:
         if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
             raise SchedulerError(f"num_inference_steps must be an integer, got {quote(steps)}")
         most = min(self.num_train_timesteps, most)
@@ -180,7 +180,7 @@ class Scheduler(SchedulerMixin):
         return AttributeDict(named)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **changes: Any) -> Any:
+    def from_config(cls, config: Mapping[str, object], return_unused_kwargs: bool = False, **changes: Any) -> Any:
         """Build this scheduler from any scheduler's configuration, as in diffusers; `changes` override fields.
 
         Fields of other schedulers are kept for them; one that no diffusers scheduler has warns. A field that is null is
@@ -263,7 +263,7 @@ class BetaScheduler(Scheduler):
     trained_betas: tuple[float, ...] | None = None
     prediction_type: str = "epsilon"
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace"),
         "prediction_type": ("epsilon", "sample", "v_prediction"),
         "timestep_spacing": SPACINGS,

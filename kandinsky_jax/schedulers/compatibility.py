@@ -71,7 +71,7 @@ class SchedulerMixin:
         """The timesteps of training, as in diffusers."""
         return self.num_train_timesteps
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         instead = INSTEAD.get(name) or (_TABLE if name.endswith("_update") else "")
         raise AttributeError(
             f"{type(self).__name__} has no {shorten(name, 80)!r}" + (f": {instead}" if instead else "")
@@ -124,9 +124,9 @@ class SchedulerMixin:
         except SchedulerError as error:
             raise SchedulerError(of_file(Path(name) / (subfolder or "") / cls.config_name, error)) from None
 
-    def _saved(self) -> dict[str, Any]:
+    def _saved(self) -> dict[str, object]:
         """The configuration as it is written to a file."""
-        named = {"_class_name": type(self).__name__}
+        named: dict[str, object] = {"_class_name": type(self).__name__}
         for name, value in self.config.items():
             if callable(value):
                 raise SchedulerError(f"{name} of {type(self).__name__} is a function, which no file can hold")
@@ -147,7 +147,7 @@ class SchedulerMixin:
         """Write the configuration to a file."""
         replace_file(Path(path), self.to_json_string().encode())
 
-    def save_pretrained(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **_: Any) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **_: object) -> None:
         """Write `scheduler_config.json`, for this library or diffusers, into `folder`, created if missing."""
         if push_to_hub:
             raise NotImplementedError(f"push_to_hub is not supported: {INSTEAD['push_to_hub']}")
@@ -156,7 +156,7 @@ class SchedulerMixin:
         replace_file(Path(folder) / self.config_name, text.encode())
         HOOKS["saved"](folder)
 
-    def save_config(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **_: Any) -> None:
+    def save_config(self, folder: str | os.PathLike[str], push_to_hub: bool = False, **_: object) -> None:
         """Alias, as in diffusers."""
         self.save_pretrained(folder, push_to_hub)
 

@@ -67,7 +67,7 @@ class DDPMScheduler(DiffusionScheduler):
 
     variance_type: str = "fixed_small"
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **DiffusionScheduler.CHOICES,
         "variance_type": (
             "fixed_small",
@@ -105,7 +105,7 @@ class UnCLIPScheduler(Scheduler):
     prediction_type: str = "epsilon"
     beta_schedule: str = "squaredcos_cap_v2"
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "variance_type": ("fixed_small_log", "learned_range"),
         "prediction_type": ("epsilon", "sample"),
         "beta_schedule": ("squaredcos_cap_v2",),

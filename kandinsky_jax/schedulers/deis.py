@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -25,13 +25,13 @@ class DEISMultistepScheduler(MultistepScheduler):
     steps_offset: int = 0
     use_dynamic_shifting: bool = False
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **MultistepScheduler.CHOICES,
         "solver_order": (1, 2, 3),
         "algorithm_type": ("deis",),
         "solver_type": ("logrho",),
     }
-    SYNONYMS: ClassVar[Mapping[str, Mapping[Any, Any]]] = {
+    SYNONYMS: ClassVar[Mapping[str, Mapping[object, object]]] = {
         "algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
         "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
     }

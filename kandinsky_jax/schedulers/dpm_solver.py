@@ -41,13 +41,13 @@ class DPMSolver(MultistepScheduler):
     variance_type: str | None = None
     use_dynamic_shifting: bool = False
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **MultistepScheduler.CHOICES,
         "solver_order": (1, 2, 3),
         "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
         "solver_type": ("midpoint", "heun"),
     }
-    SYNONYMS: ClassVar[Mapping[str, Mapping[Any, Any]]] = {
+    SYNONYMS: ClassVar[Mapping[str, Mapping[object, object]]] = {
         "algorithm_type": {"deis": "dpmsolver++"},
         "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
     }
@@ -175,7 +175,7 @@ class DPMSolverSinglestepScheduler(DPMSolver):
 
     lower_order_final: bool = False
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **DPMSolver.CHOICES,
         "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"),
     }

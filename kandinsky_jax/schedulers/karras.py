@@ -46,7 +46,7 @@ class EulerDiscreteScheduler(KarrasScheduler):
     final_sigmas_type: str = "zero"
     custom_sigmas: tuple[float, ...] | None = dataclasses.field(default=None, kw_only=True)
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **KarrasScheduler.CHOICES,
         "interpolation_type": ("linear", "log_linear"),
         "timestep_type": ("discrete", "continuous"),
@@ -102,7 +102,7 @@ class EulerAncestralDiscreteScheduler(KarrasScheduler):
 
     rescale_betas_zero_snr: bool = False
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **KarrasScheduler.CHOICES,
         "prediction_type": ("epsilon", "v_prediction"),
         **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (False,)),
@@ -223,7 +223,7 @@ class HeunDiscreteScheduler(SecondOrderScheduler):
 class KDPM2DiscreteScheduler(SecondOrderScheduler):
     """The midpoint rule in log(sigma): DPM-Solver-2 of arXiv 2206.00927."""
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **SecondOrderScheduler.CHOICES,
         "prediction_type": ("epsilon", "v_prediction"),
     }

@@ -65,7 +65,7 @@ SCHEDULERS: dict[str, type[Scheduler]] = {cls.__name__: cls for cls, _ in NAMES.
 }
 
 
-def scheduler_from_config(config: Mapping[str, Any], source: str = "scheduler_config.json") -> Scheduler:
+def scheduler_from_config(config: Mapping[str, object], source: str = "scheduler_config.json") -> Scheduler:
     """Build the scheduler that a `scheduler_config.json` names in `_class_name`."""
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
@@ -77,7 +77,7 @@ def scheduler_from_config(config: Mapping[str, Any], source: str = "scheduler_co
         raise SchedulerError(of_file(source, error)) from None
 
 
-def scheduler_named(name: str, config: Mapping[str, Any]) -> Scheduler:
+def scheduler_named(name: str, config: Mapping[str, object]) -> Scheduler:
     """Build the scheduler of a short name, such as "dpm++2m-karras", with the noise schedule of `config`."""
     stem, suffixes = name, []
     while stem not in NAMES and "-" in stem and stem.rsplit("-", 1)[1] in SUFFIXES:

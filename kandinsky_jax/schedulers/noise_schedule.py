@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -54,7 +53,7 @@ def _alpha_bar(steps: int, schedule: str) -> np.ndarray:
     return np.array([ALPHA_BARS[schedule](i / steps) for i in range(steps + 1)])
 
 
-def make_betas(schedule: str, start: float, end: float, steps: int, trained: Any = None) -> np.ndarray:
+def make_betas(schedule: str, start: float, end: float, steps: int, trained: object = None) -> np.ndarray:
     """The variances of the forward process by diffusers' names of schedules; float64 `[steps]`."""
     if trained is not None:
         return np.asarray(trained, np.float64)

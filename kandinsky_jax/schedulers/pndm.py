@@ -38,7 +38,7 @@ class PNDMScheduler(BetaScheduler):
     timestep_spacing: str = "leading"
     steps_offset: int = 0
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **BetaScheduler.CHOICES,
         "prediction_type": ("epsilon", "v_prediction"),
     }
@@ -120,7 +120,7 @@ class IPNDMScheduler(Scheduler):
 
     trained_betas: tuple[float, ...] | None = None
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {"trained_betas": (None,)}
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {"trained_betas": (None,)}
 
     def noise_levels(self, timesteps: np.ndarray) -> np.ndarray:
         angle = np.atleast_1d(timesteps) * np.pi / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class SASolverScheduler(MultistepScheduler):
     timestep_spacing: str = "linspace"
     steps_offset: int = 0
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **MultistepScheduler.CHOICES,
         "predictor_order": (1, 2, 3, 4),
         "corrector_order": (1, 2, 3, 4),

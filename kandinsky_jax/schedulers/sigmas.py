@@ -124,7 +124,7 @@ class MultistepScheduler(SigmaScheduler):
     # Flow matching is not what Kandinsky 2.2 was trained for.
     use_flow_sigmas: bool = False
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **BetaScheduler.CHOICES,
         "use_flow_sigmas": (False,),
         "use_dynamic_shifting": (False,),

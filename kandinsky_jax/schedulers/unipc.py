@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -35,13 +35,13 @@ class UniPCMultistepScheduler(MultistepScheduler):
     sigma_min: float | None = None
     sigma_max: float | None = None
 
-    CHOICES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    CHOICES: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **MultistepScheduler.CHOICES,
         "solver_order": (1, 2, 3),
         "solver_type": ("bh1", "bh2"),
         "solver_p": (None,),  # another scheduler as the predictor
     }
-    SYNONYMS: ClassVar[Mapping[str, Mapping[Any, Any]]] = {
+    SYNONYMS: ClassVar[Mapping[str, Mapping[object, object]]] = {
         "solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
     }
 
