@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from kandinsky_jax.common.storage import user_cache
+from kandinsky_jax.common.types import PyTree
 
 CACHE, OFF = "KANDINSKY_JAX_CACHE", "off"  # the environment's variable: a folder, or "off"
 MAX_CACHE_BYTES = 4 << 30  # of a folder
@@ -57,10 +58,10 @@ class _Rehearsal:
 
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool = pool
-        self._results: dict[Hashable, Any] = {}
-        self.jobs: list[Future[Any]] = []
+        self._results: dict[Hashable, PyTree] = {}
+        self.jobs: list[Future[jax.stages.Compiled]] = []
 
-    def compile(self, jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def compile(self, jitted: jax.stages.Wrapped, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> PyTree:
         """Start compiling a program, and return zeros in the shapes of its result."""
         leaves, tree = jax.tree.flatten((args, kwargs))
         places = [place for leaf in leaves if (place := bound_to(leaf)) is not None]
@@ -74,7 +75,7 @@ class _Rehearsal:
         return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), where), self._results[key])
 
 
-def bound_to(leaf: Any) -> jax.sharding.Sharding | None:
+def bound_to(leaf: object) -> jax.sharding.Sharding | None:
     """Return the sharding of a committed array or `ShapeDtypeStruct`, on which programs depend; None if uncommitted."""
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
@@ -90,7 +91,7 @@ _REHEARSAL: contextvars.ContextVar[_Rehearsal | None] = contextvars.ContextVar("
 
 
 @contextlib.contextmanager
-def compiling_ahead(call: Callable[[], Any]) -> Iterator[None]:
+def compiling_ahead(call: Callable[[], object]) -> Iterator[None]:
     """Compile the programs of `call` while the block runs.
 
     Args:
@@ -178,7 +179,7 @@ def use_compilation_cache() -> None:
         set_compilation_cache(choice)
 
 
-def _configured(name: str) -> Any:
+def _configured(name: str) -> object:
     return getattr(jax.config, name)
 
 

@@ -104,7 +104,7 @@ def rgb(image: Image.Image, name: str = "image") -> Image.Image:
         raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB; convert it first") from None
 
 
-def pictures(value: Any, name: str, height: int, width: int) -> np.ndarray:
+def pictures(value: object, name: str, height: int, width: int) -> np.ndarray:
     """Read pictures for MoVQ, float32 `[N, height, width, 3]` in -1..1."""
     found = []
     for which, item in _items(value, name, (3, 4, 1), unit):
@@ -117,7 +117,7 @@ def pictures(value: Any, name: str, height: int, width: int) -> np.ndarray:
     return np.stack(found).astype(np.float32)
 
 
-def masks(value: Any, name: str, height: int, width: int, warn: bool = True) -> np.ndarray:
+def masks(value: object, name: str, height: int, width: int, warn: bool = True) -> np.ndarray:
     """Read masks, bool `[N, height, width]`, true where the picture is repainted: where they are white, 1 or true.
 
     From the middle of the range on it is white. Whole numbers of which none is above 1 are 0 and 1.
@@ -164,7 +164,7 @@ def _mask_unit(array: np.ndarray, name: str) -> np.ndarray:
     return unit(array, name)
 
 
-def hints(value: Any, name: str, height: int, width: int) -> np.ndarray:
+def hints(value: object, name: str, height: int, width: int) -> np.ndarray:
     """Read depth hints, float32 `[N, height, width, 3]` in 0..1, bright where near.
 
     Ready ones are RGB pictures and arrays of three channels, which are taken as they are. A depth map is a picture of
@@ -189,7 +189,7 @@ def hints(value: Any, name: str, height: int, width: int) -> np.ndarray:
     return np.stack(found).clip(0, 1)
 
 
-def _freeze(value: Any) -> Any:
+def _freeze(value: object) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -205,7 +205,7 @@ def _depth(plane: np.ndarray, name: str) -> np.ndarray:
 
 
 def _items(
-    value: Any,
+    value: object,
     name: str,
     channels: tuple[int, ...],
     convert: Callable[[np.ndarray, str], np.ndarray] | None = None,
@@ -344,7 +344,7 @@ def to_output(pixels: np.ndarray, output_type: OutputType) -> Any:
 
 
 # By suffix: Pillow's format, and options for writing.
-ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
+ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
     "png": ("PNG", {}),
     "jpg": ("JPEG", {"quality": 95}),
     "jpeg": ("JPEG", {"quality": 95}),
@@ -365,7 +365,7 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"the folder {path.absolute().parent} is not writable")
 
 
-def write(path: Path, picture: Image.Image, about: dict[str, Any] | None = None) -> None:
+def write(path: Path, picture: Image.Image, about: dict[str, object] | None = None) -> None:
     """Write a picture atomically; a PNG also contains `about`, the settings that reproduce it."""
     info = PngInfo()
     if about is not None:
@@ -391,7 +391,7 @@ def encode(picture: Image.Image, ending: str) -> bytes:
 # CLIP's preprocessing ---------------------------------------------------------------------------------------------
 
 
-def embeddable(value: Any, name: str) -> list[Image.Image]:
+def embeddable(value: object, name: str) -> list[Image.Image]:
     """Read pictures for `CLIPImageProcessor`, which resizes and crops them."""
     found = []
     for _, item in _items(value, name, (3, 4, 1), unit):

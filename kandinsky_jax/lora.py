@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,11 +118,11 @@ def layer_changes(lora: Lora, scale: float) -> dict[str, LayerChange]:
     }
 
 
-def flat(params: Params) -> dict[str, Any]:
+def flat(params: Params) -> dict[str, jax.Array]:
     """Flatten a tree of parameters to dotted names."""
     return {".".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
 
 
-def _keys(name: str) -> list[Any]:
+def _keys(name: str) -> list[str | int]:
     """Split a dotted name into the keys of a tree; decimal parts are indices of lists."""
     return [int(part) if part.isdecimal() else part for part in name.split(".")]

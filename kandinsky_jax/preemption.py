@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 STOPPED = 143  # exit code of a process ended by SIGTERM, after which a scheduler restarts the job
 MARGIN = 3.0  # seconds to encode and write generated pictures
@@ -35,7 +34,7 @@ class Stop:
         """Whether the process has been asked to end."""
         return self._deadline is not None
 
-    def ask(self, *_: Any) -> None:
+    def ask(self, *_: object) -> None:
         """Ask the job to stop; further calls change nothing."""
         if self._deadline is None:
             self._deadline = time.monotonic() + self.grace

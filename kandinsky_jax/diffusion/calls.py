@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kandinsky_jax.common.types import Params, PyTree
 from kandinsky_jax.compilation import program
-from kandinsky_jax.diffusion.network import Network, Params, PyTree, matmul_precision
+from kandinsky_jax.diffusion.network import Network, matmul_precision
 from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, batch_specs, shard_batch, sharded
 
 Arrays = Mapping[str, jax.Array]
 
 
-def call(network: Network, params: Params, *args: Any, method: str = "__call__") -> Any:
+def call(network: Network, params: Params, *args: PyTree, method: str = "__call__") -> PyTree:
     """Run one method of a network on arrays `[B, ...]`, compiled once per structure and shapes."""
     if network.mesh is None:
         return _call(network, params, *args, method=method)
@@ -27,8 +27,8 @@ def call(network: Network, params: Params, *args: Any, method: str = "__call__")
 
 
 @program(static_argnames=("network", "method"))
-def _call(network: Network, params: Params, *args: Any, method: str) -> Any:
-    def local(params: Params, *args: Any) -> Any:
+def _call(network: Network, params: Params, *args: PyTree, method: str) -> PyTree:
+    def local(params: Params, *args: PyTree) -> PyTree:
         with matmul_precision(params):
             return getattr(network.bind(params), method)(*args)
 
@@ -38,7 +38,7 @@ def _call(network: Network, params: Params, *args: Any, method: str) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="images")
-def _first_rows(tree: Any, images: int) -> Any:
+def _first_rows(tree: PyTree, images: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[:images], tree)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from kandinsky_jax.diffusion.network import PyTree
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion.solver import Prediction, SolverCoefficients, per_image, prediction_from_output
 
 # model(sample [N, ...], timestep [N], condition, **options) -> output [N, ..., C or 2C]. A bound UNet or prior is one.

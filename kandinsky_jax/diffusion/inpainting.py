@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ class Blend(NamedTuple):
         signal, sigma = self.levels[row]
         return self.keep * (signal * self.picture + sigma * self.noise) + (1 - self.keep) * sample
 
-    def map(self, function: Callable[[Any, int | None], Any]) -> Blend:
+    def map(self, function: Callable[[jax.Array, int | None], jax.Array]) -> Blend:
         """A function of each array and its axis of images, None where it has none."""
         picture, noise, keep = (function(array, 0) for array in self[:3])
         return Blend(picture, noise, keep, function(self.levels, None))

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion.guidance import ClassifierFreeGuidance, Guider, Model, batch_evaluations, predict
-from kandinsky_jax.diffusion.network import PyTree, matmul_precision
+from kandinsky_jax.diffusion.network import matmul_precision
 from kandinsky_jax.diffusion.rng import DECODER_STREAM, noise_source
 from kandinsky_jax.diffusion.solver import (
     STATE_SLOTS,

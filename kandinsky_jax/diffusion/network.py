@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.common.types import Params
 from kandinsky_jax.parallel.mesh import DATA_AXIS, mesh_of
-
-PyTree: TypeAlias = Any  # nested containers of arrays, or None
-Params: TypeAlias = PyTree  # a nested dict of arrays
 
 
 class Network:
@@ -42,7 +39,7 @@ class Network:
         """Over how many devices the images of a batch are sharded."""
         return 1 if self.mesh is None else self.mesh.shape[DATA_AXIS]
 
-    def bind(self, params: Params) -> Any:
+    def bind(self, params: Params) -> nnx.Module:
         """Return the module with these parameters; they may be tracers, so a loss can be a function of them."""
         return nnx.merge(self.graphdef, params)
 

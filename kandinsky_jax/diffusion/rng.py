@@ -128,7 +128,7 @@ def from_torch(generator: Any) -> TorchGenerator:
     return ours
 
 
-def _is_torch(generator: Any) -> bool:
+def _is_torch(generator: object) -> bool:
     cls = type(generator)
     return cls.__name__ == "Generator" and cls.__module__.partition(".")[0] == "torch" and "torch" in sys.modules
 
@@ -142,7 +142,7 @@ class KeyNoise(NamedTuple):
         """The noise of one step, float32 `shape` = [B, ...]."""
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, row + 1), shape[1:]))(self.keys)
 
-    def map(self, function: Callable[[Any, int | None], Any]) -> KeyNoise:
+    def map(self, function: Callable[[jax.Array, int | None], jax.Array]) -> KeyNoise:
         """A function of each array and its axis of images, None where it has none."""
         return KeyNoise(function(self.keys, 0))
 
@@ -157,7 +157,7 @@ class GivenNoise(NamedTuple):
         """The noise of one step, float32 `shape` = [B, ...]."""
         return jax.lax.dynamic_index_in_dim(self.values, row - self.first, keepdims=False)
 
-    def map(self, function: Callable[[Any, int | None], Any]) -> GivenNoise:
+    def map(self, function: Callable[[jax.Array, int | None], jax.Array]) -> GivenNoise:
         """A function of each array and its axis of images, None where it has none."""
         return GivenNoise(function(self.values, 1), function(self.first, None))
 
@@ -302,7 +302,7 @@ def _keys_of(high: jax.Array, low: jax.Array, image: jax.Array) -> jax.Array:
     return jax.vmap(one)(high, low, image)
 
 
-def _key(generator: Any) -> jax.Array:
+def _key(generator: object) -> jax.Array:
     """A seed or a JAX key, typed or raw, as a typed key."""
     if isinstance(generator, int | np.integer) and not isinstance(generator, bool):
         if not 0 <= generator < 2**63:

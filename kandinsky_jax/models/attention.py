@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +51,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     return jax.lax.platform_dependent(q, k, v, default=default, **special) if special else default(q, k, v)
 
 
-def implementation(platform: str, q: Any, k: Any) -> Attention:
+def implementation(
+    platform: str, q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct
+) -> Attention:
     """Choose the implementation of attention without a mask, for arrays that lie whole on a device.
 
     Args:
@@ -99,7 +100,7 @@ def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None)
     return jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, HIDDEN), axis=-1)
 
 
-def logit_bytes(q: Any, k: Any) -> int:
+def logit_bytes(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Bytes of the float32 logits `[B, N, T, S]`."""
     batch, queries, heads, _ = q.shape
     return 4 * batch * heads * queries * k.shape[1]
@@ -120,7 +121,7 @@ def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return out.swapaxes(0, 1).reshape(batch, blocks * block, -1)[:, :queries]
 
 
-def cudnn_serves(q: Any) -> bool:
+def cudnn_serves(q: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether `cudnn` takes this shape and dtype, and it pays; the number of keys does not matter."""
     _, queries, _, dim = q.shape
     return q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= CUDNN_DIM and queries >= 64
@@ -179,7 +180,7 @@ def attend_after(
     return (old + new).swapaxes(1, 2).reshape(*q.shape[:1], q.shape[2], -1)
 
 
-def query_block(q: Any, k: Any) -> int:
+def query_block(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> int:
     """How many queries `flash` takes at a time; 0 where it does not serve a shape or dtype, or does not pay."""
     (_, queries, heads, dim), keys = q.shape, k.shape[1]
     wide = max(dim, LANES)
@@ -221,7 +222,7 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> 
     )(*(x.reshape(*x.shape[:2], width) for x in (q, k, v)))
 
 
-def _flash_kernel(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, *, dim: int) -> None:
+def _flash_kernel(q_ref: jax.Ref, k_ref: jax.Ref, v_ref: jax.Ref, out_ref: jax.Ref, *, dim: int) -> None:
     for start in range(0, q_ref.shape[-1], dim):  # head by head
         head = slice(start, start + dim)
         q, k, v = q_ref[0, :, head], k_ref[0, :, head], v_ref[0, :, head]
@@ -231,11 +232,13 @@ def _flash_kernel(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, *, dim: int)
         out_ref[0, :, head] = (out / weights.sum(axis=-1, keepdims=True)).astype(out_ref.dtype)
 
 
-def _flash_forward(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> tuple[jax.Array, Any]:
+def _flash_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     return flash(q, k, v, interpret), (q, k, v)
 
 
-def _flash_backward(interpret: bool, saved: Any, gradient: jax.Array) -> tuple[jax.Array, ...]:
+def _flash_backward(interpret: bool, saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
     return jax.vjp(plain, *saved)[1](gradient)  # training does not need its own kernel until it is measured
 
 

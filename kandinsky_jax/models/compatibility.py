@@ -26,10 +26,10 @@ PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "tpu": "tpu", "xla": "tp
 FOREIGN = ("cuda", "xla", "mps", "xpu", "npu", "hpu", "mlu")  # where there is no such device, another accelerator does
 DTYPES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-_warned: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 
 
-def warn_once(owner: Any, what: str, message: str, stacklevel: int = 3) -> None:
+def warn_once(owner: object, what: str, message: str, stacklevel: int = 3) -> None:
     """Warn once per object and subject."""
     seen = _warned.setdefault(owner, set())
     if what not in seen:
@@ -40,7 +40,7 @@ def warn_once(owner: Any, what: str, message: str, stacklevel: int = 3) -> None:
 def without_effect(name: str) -> Callable[..., None]:
     """Return a method that only warns once, for a member that saves memory or time in PyTorch."""
 
-    def method(self: Any, *_: Any, **__: Any) -> None:
+    def method(self: object, *_: object, **__: object) -> None:
         warn_once(
             self,
             name,
@@ -53,14 +53,14 @@ def without_effect(name: str) -> Callable[..., None]:
     return method
 
 
-def nothing_to_do(self: Any, *_: Any, **__: Any) -> None:
+def nothing_to_do(self: object, *_: object, **__: object) -> None:
     """Do nothing: there is nothing to undo."""
 
 
 def refused(name: str, instead: str) -> Any:
     """Return a method that raises NotImplementedError, saying what to write instead."""
 
-    def method(*_: Any, **__: Any) -> NoReturn:
+    def method(*_: object, **__: object) -> NoReturn:
         raise NotImplementedError(f"{name} is not supported: {instead}")
 
     method.__name__ = name
@@ -100,21 +100,21 @@ class Target(NamedTuple):
         return {device.platform for device in leaf.devices()} == {self.devices[0].platform}
 
 
-def _converted(leaf: jax.Array, dtype: Any) -> jax.Array:
+def _converted(leaf: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
     """Convert an array's dtype on the host, keeping its sharding, so that no program is compiled for every shape."""
     with np.errstate(over="ignore"):  # overflow of float16 gives infinity, as in PyTorch
         array = np.asarray(leaf).astype(dtype)
     return jax.device_put(array, in_memory(leaf.sharding, leaf.shape) if leaf.committed else None)
 
 
-def read_target(owner: Any, arguments: Sequence[Any], named: Mapping[str, Any]) -> Target:
+def read_target(owner: object, arguments: Sequence[object], named: Mapping[str, object]) -> Target:
     """Read the arguments of PyTorch's `to`: a device, a dtype or both, positional or by name.
 
     Raises:
         TypeError, ValueError: for other values; the message lists what is supported.
     """
-    devices: list[Any] = []
-    dtypes: list[Any] = []
+    devices: list[object] = []
+    dtypes: list[object] = []
     rest = dict(named)
     for name in ("non_blocking", "copy", "memory_format", "silence_dtype_warnings"):  # without effect on the result
         rest.pop(name, None)
@@ -131,7 +131,7 @@ def read_target(owner: Any, arguments: Sequence[Any], named: Mapping[str, Any]) 
     return _read_devices(owner, devices[0])._replace(dtype=dtype) if devices else Target(dtype=dtype)
 
 
-def _is_dtype(value: Any) -> bool:
+def _is_dtype(value: object) -> bool:
     if isinstance(value, str):
         return value in DTYPES or "float" in value or "int" in value
     return isinstance(value, np.dtype | type | jnp.dtype) or type(value).__name__ in ("dtype", "_ScalarMeta")
@@ -149,7 +149,7 @@ def read_dtype(value: Any) -> jnp.dtype:
     return found
 
 
-def _read_devices(owner: Any, value: Any) -> Target:
+def _read_devices(owner: object, value: object) -> Target:
     if isinstance(value, jax.Device):
         return Target([value], exact=True)
     text = f"cuda:{shorten(value)}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
@@ -249,17 +249,17 @@ class TorchModuleMixin:
         """Bytes of the parameters; there are no buffers."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
-    def to(self, *arguments: Any, **named: Any) -> Self:
+    def to(self, *arguments: object, **named: object) -> Self:
         """Move or convert the parameters, in place; see `kandinsky_jax.DiffusionPipeline.to`."""
         read_target(self, arguments, named).apply(self)
         return self
 
-    def train(self, mode: bool = True, **attributes: Any) -> Self:
+    def train(self, mode: bool = True, **attributes: object) -> Self:
         """As Flax's, which nothing here depends on. Returns the network."""
         (super().train if mode else super().eval)(**attributes)  # type: ignore[misc]
         return self
 
-    def eval(self, **attributes: Any) -> Self:
+    def eval(self, **attributes: object) -> Self:
         """As Flax's, which nothing here depends on. Returns the network."""
         return self.train(False, **attributes)
 

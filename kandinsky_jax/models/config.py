@@ -25,7 +25,7 @@ _SIZES = (1, 1 << 20)  # of a network's whole numbers: the official ones' larges
 _LAYERS: Bounds = dict.fromkeys(("num_layers", "num_hidden_layers", "layers_per_block"), (0, 1000))
 
 
-def _freeze(value: Any) -> Any:
+def _freeze(value: object) -> Any:
     return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 
@@ -40,7 +40,7 @@ class NetworkConfig(Mapping[str, Any]):
     inference (initialisers, dropout, bookkeeping).
     """
 
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    FIXED: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     IGNORED: ClassVar[frozenset[str]] = frozenset()
     CLASS_NAME: ClassVar[str] = ""
     BOUNDS: ClassVar[Bounds] = {}  # of numbers, beside `_SIZES`
@@ -75,7 +75,7 @@ class NetworkConfig(Mapping[str, Any]):
         return []
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
+    def from_dict(cls, raw: Mapping[str, object], source: str = "config.json") -> Self:
         """Build the configuration from a parsed `config.json`.
 
         Args:
@@ -107,7 +107,7 @@ class NetworkConfig(Mapping[str, Any]):
             of_file(source, f"describes a {cls.CLASS_NAME} that cannot be built here: {summarize(faults)}")
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the configuration as the reference writes it, for `json.dump`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fixed = {name: values[0] for name, values in self.FIXED.items()}

@@ -11,7 +11,6 @@ The figures are in `tpu_scripts/results/NOTES.md`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +91,7 @@ def cpu_method(x: jax.Array, kernel: jax.Array) -> Callable[[jax.Array, jax.Arra
 class Conv(nnx.Conv):
     """`nnx.Conv` whose 3x3 convolutions take the fastest way on a CPU."""
 
-    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, **kwargs: object) -> jax.Array:
         kernel, strides = self.kernel[...], self.strides
         if kernel.shape[:2] != (3, 3) or strides not in (1, (1, 1)) or self.padding not in (1, (1, 1)) or x.ndim != 4:
             return super().__call__(x, **kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
 
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.convolution import Conv
@@ -49,13 +50,15 @@ class Shapes:
 Rngs: TypeAlias = "nnx.Rngs | Shapes"
 
 
-def abstract(cls: type[nnx.Module], config: NetworkConfig) -> Any:
+def abstract(cls: type[nnx.Module], config: NetworkConfig) -> nnx.Module:
     """A network of `cls` whose parameters are shapes and dtypes, no arrays."""
     return cls(config, rngs=Shapes())
 
 
-def _shape_or(init: Callable[..., jax.Array]) -> Callable[..., Any]:
-    def make(key: jax.Array | None, shape: tuple[int, ...], dtype: Any = jnp.float32, **kwargs: Any) -> Any:
+def _shape_or(init: Callable[..., jax.Array]) -> Callable[..., jax.Array | jax.ShapeDtypeStruct]:
+    def make(
+        key: jax.Array | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, **kwargs: Any
+    ) -> jax.Array | jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype) if key is None else init(key, shape, dtype, **kwargs)
 
     return make
@@ -211,7 +214,13 @@ def layer_norm(channels: int, rngs: Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
 
 
 def conv(
-    cin: int, cout: int, rngs: Rngs, kernel: int = 3, stride: int = 1, padding: Any = None, bias: bool = True
+    cin: int,
+    cout: int,
+    rngs: Rngs,
+    kernel: int = 3,
+    stride: int = 1,
+    padding: Sequence[tuple[int, int]] | int | str | None = None,
+    bias: bool = True,
 ) -> Conv:
     """A convolution, by default with PyTorch's symmetric padding; Flax's SAME pads one-sidedly at stride 2."""
     return Conv(

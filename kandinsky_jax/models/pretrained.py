@@ -34,7 +34,7 @@ class PretrainedNetwork:
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], seed: int = 0, return_unused_kwargs: bool = False, **changes: Any
+        cls, config: Mapping[str, object], seed: int = 0, return_unused_kwargs: bool = False, **changes: Any
     ) -> Any:
         """Build a network of this class with random weights, float32.
 
@@ -60,15 +60,15 @@ class PretrainedNetwork:
         return cls(read, rngs=nnx.Rngs(seed))  # type: ignore[call-arg]
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: object) -> Self:
         """Load a network, see `kandinsky_jax.checkpoint.pretrained.load_component`."""
         return HOOKS["load"](cls, name, **options)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: object) -> None:
         """Write `config.json` and tensors, see `kandinsky_jax.checkpoint.pretrained.save_component`."""
         HOOKS["save"](self, folder, **options)
 
-    def save_config(self, folder: str | os.PathLike[str], **options: Any) -> None:
+    def save_config(self, folder: str | os.PathLike[str], **options: object) -> None:
         """Write `config.json`."""
         HOOKS["save_config"](self, folder, **options)
 

@@ -9,7 +9,6 @@ borders that convolutions need. The first two axes are manual (`jax.shard_map`),
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +55,7 @@ def default_mesh() -> Mesh | None:
     return make_mesh() if jax.local_device_count() > 1 else None
 
 
-def mesh_of(leaf: Any) -> Mesh | None:
+def mesh_of(leaf: object) -> Mesh | None:
     """Return the mesh of an array, or of a `ShapeDtypeStruct`; None for any other sharding."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == AXES:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.mesh import AXES, DATA_AXIS, GUIDANCE_AXIS, ROWS_AXIS
 
 REPLICATED = PartitionSpec()
@@ -92,7 +93,7 @@ def in_memory(place: Sharding | None, shape: Sequence[int]) -> Sharding | Format
         shape: of the parameter; kernels of convolutions, and nothing else, have four axes.
     """
     bound = home() if place is None else place
-    device: Any = next(iter(bound.device_set))
+    device: jax.Device = next(iter(bound.device_set))
     if device.platform not in KERNEL_PLATFORMS:
         return place
     return Format(KERNEL_ORDER, bound) if len(shape) == KERNEL_AXES else bound
@@ -101,7 +102,7 @@ def in_memory(place: Sharding | None, shape: Sequence[int]) -> Sharding | Format
 # Batches ----------------------------------------------------------------------------------------------------------
 
 
-def shard_batch(mesh: Mesh, tree: Any, axis: int | None = 0, pictures: bool = True) -> Any:
+def shard_batch(mesh: Mesh, tree: PyTree, axis: int | None = 0, pictures: bool = True) -> PyTree:
     """Shard arrays over a mesh; a batch that cannot be divided evenly is padded with its last example.
 
     Args:
@@ -109,7 +110,7 @@ def shard_batch(mesh: Mesh, tree: Any, axis: int | None = 0, pictures: bool = Tr
         pictures: whether arrays `[..., B, H, W, C]` are pictures, whose rows are sharded where divisible.
     """
 
-    def put(leaf: Any) -> Any:
+    def put(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         if axis is None:
             return leaf
         images, parts = leaf.shape[axis], mesh.shape[DATA_AXIS]
@@ -124,7 +125,7 @@ def shard_batch(mesh: Mesh, tree: Any, axis: int | None = 0, pictures: bool = Tr
     return jax.tree.map(put, tree)
 
 
-def _take(leaf: Any, indices: np.ndarray, axis: int) -> Any:
+def _take(leaf: jax.Array | np.ndarray, indices: np.ndarray, axis: int) -> jax.Array | np.ndarray:
     if isinstance(leaf, np.ndarray):
         return leaf[(slice(None),) * axis + (indices,)]
     return _take_on_device(leaf, indices, axis)
@@ -139,14 +140,14 @@ def _batch_spec(axis: int) -> PartitionSpec:
     return PartitionSpec(*[None] * axis, DATA_AXIS)
 
 
-def batch_specs(mesh: Mesh | None, tree: Any, axis: int | None = 0) -> Any:
+def batch_specs(mesh: Mesh | None, tree: PyTree, axis: int | None = 0) -> PyTree:
     """Return the partition specs over the manual axes of arrays from `shard_batch`, for `sharded`."""
     if mesh is None or axis is None:
         return REPLICATED
     return jax.tree.map(lambda leaf: _batch_spec(axis), tree)
 
 
-def sharded(mesh: Mesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def sharded(mesh: Mesh | None, function: Callable[..., Any], in_specs: PyTree, out_specs: PyTree) -> Callable[..., Any]:
     """Wrap a function of each device's shard as a function of whole arrays (`shard_map`); no-op without a mesh."""
     if mesh is None:
         return function

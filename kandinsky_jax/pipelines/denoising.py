@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kandinsky_jax import diffusion
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.compilation import bound_to, program
 from kandinsky_jax.diffusion import (
     ClassifierFreeGuidance,
@@ -35,7 +36,6 @@ from kandinsky_jax.diffusion import (
 )
 from kandinsky_jax.diffusion.calls import exchanges_guidance, own_condition
 from kandinsky_jax.diffusion.inpainting import Blend
-from kandinsky_jax.diffusion.network import PyTree
 from kandinsky_jax.diffusion.rng import GivenNoise, KeyNoise, Source
 from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, batch_specs, shard_batch, sharded
