@@ -17,7 +17,7 @@ import shutil
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import orbax.checkpoint as ocp
 
@@ -30,6 +30,7 @@ from kandinsky_jax.training.step import TrainState
 
 CHECKPOINT_VERSION = 2  # 1, without a record and checksums, is read as well
 MAX_PLACE_BYTES = 64 * 2**20
+Description: TypeAlias = dict[str, Any]  # of a checkpoint, whose fields `_place` has checked
 TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -51,7 +52,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         manager, self._manager = self._manager, None
         if manager is not None:
             try:
@@ -63,7 +64,7 @@ class Checkpoints:
 
     # Writing ------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, data: dict[str, object]) -> None:
         """Write a checkpoint asynchronously.
 
         Args:
@@ -98,7 +99,7 @@ class Checkpoints:
 
     # Reading ------------------------------------------------------------------------------------------------------
 
-    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, object]] | None:
         """Restore the newest intact state and its position in the data; None without a checkpoint.
 
         Newer damaged checkpoints are moved away with one warning. If one of them records the current settings, data and
@@ -113,7 +114,7 @@ class Checkpoints:
         damaged: list[Path] = []
         accepted = self.accept_changes
         for path in self._candidates():
-            place: dict[str, Any] = {}
+            place: Description = {}
             try:
                 place = self._place(path)
                 self._compare(path, place, accepted)
@@ -158,7 +159,7 @@ class Checkpoints:
         steps = [path for path in found if path.name.isascii() and path.name.isdigit() and path.is_dir()]
         return sorted(steps, key=lambda path: (len(path.name), path.name), reverse=True)
 
-    def _place(self, path: Path) -> dict[str, Any]:
+    def _place(self, path: Path) -> Description:
         """Read the JSON of a checkpoint.
 
         Raises:
@@ -188,7 +189,7 @@ class Checkpoints:
             raise CheckpointError("its description has no record of the run")
         return place
 
-    def _compare(self, path: Path, place: dict[str, Any], accepted: bool) -> None:
+    def _compare(self, path: Path, place: Description, accepted: bool) -> None:
         """Raise TrainingError for a checkpoint of another run."""
         if "run" in place:
             found = record_changes(place["run"], self.record)
@@ -202,7 +203,7 @@ class Checkpoints:
                 stacklevel=3,
             )
 
-    def _other(self, found: dict[str, tuple[Any, Any]]) -> TrainingError:
+    def _other(self, found: dict[str, tuple[object, object]]) -> TrainingError:
         if "kind" in found:
             before, now = found["kind"]
             return TrainingError(
@@ -218,7 +219,7 @@ class Checkpoints:
             f"{describe_changes(found)}; {advice}"
         )
 
-    def _state(self, path: Path, place: dict[str, Any], like: TrainState) -> TrainState:
+    def _state(self, path: Path, place: Description, like: TrainState) -> TrainState:
         """Restore the state of a checkpoint; CheckpointError if it is damaged."""
         restored = orbax.restore_tree(path / "state", like)
         if str(int(restored.step)) != path.name:
@@ -244,7 +245,7 @@ class Checkpoints:
         return aside
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, object]:
     try:
         return reading.read_json_object(path, MAX_PLACE_BYTES)
     except FileNotFoundError:
@@ -253,5 +254,5 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"its description {error}") from None
 
 
-def _checksum(place: dict[str, Any]) -> int:
+def _checksum(place: Description) -> int:
     return zlib.crc32(json.dumps(place, sort_keys=True).encode())

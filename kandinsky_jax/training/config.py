@@ -157,7 +157,7 @@ def load(path: str | Path) -> Config:
     return config
 
 
-def _build(cls: type[Any], raw: dict[str, Any], prefix: str, faults: list[str]) -> Any:
+def _build(cls: type[Any], raw: dict[str, object], prefix: str, faults: list[str]) -> Any:
     """Build a dataclass from a table; None if there are faults, which are added to `faults`."""
     before = len(faults)
     hints, given = typing.get_type_hints(cls), {}
@@ -178,7 +178,7 @@ def _build(cls: type[Any], raw: dict[str, Any], prefix: str, faults: list[str]) 
         return None
 
 
-def _value(kind: Any, value: Any, name: str, faults: list[str]) -> Any:
+def _value(kind: Any, value: object, name: str, faults: list[str]) -> object:
     """Convert a value to a field's type."""
     if isinstance(kind, types.UnionType):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))

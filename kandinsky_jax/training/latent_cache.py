@@ -111,7 +111,7 @@ def open_latent_cache(
     return LatentCache(folder, about), reader.unreadable
 
 
-def _about(path: Path, mark: str) -> dict[str, Any]:
+def _about(path: Path, mark: str) -> dict[str, object]:
     """Read about.json; StaleCacheError if it is damaged or of other inputs."""
     if not path.parent.exists():
         raise FileNotFoundError(path)
@@ -128,7 +128,7 @@ def _about(path: Path, mark: str) -> dict[str, Any]:
     return about
 
 
-def _digest(about: Mapping[str, Any]) -> str:
+def _digest(about: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 

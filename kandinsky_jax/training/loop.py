@@ -157,7 +157,7 @@ class Run:
     # Steps --------------------------------------------------------------------------------------------------------
 
     def _one(
-        self, state: TrainState, batch: dict[str, Any], done: int, began: float
+        self, state: TrainState, batch: dict[str, np.ndarray], done: int, began: float
     ) -> tuple[TrainState, dict[str, float]]:
         which = batch.pop("index")
         state, found = self.trainer.step(state, batch if self.config.precompute else self.task.encode(batch), self.key)
@@ -195,7 +195,7 @@ class Run:
 
     # Pictures and the result --------------------------------------------------------------------------------------
 
-    def _result(self, state: TrainState) -> Any:
+    def _result(self, state: TrainState) -> object:
         """Return the trained values: the average of the weights, if there is one."""
         return gathered(self.trainer.mesh, state.params if state.ema is None else state.ema)
 

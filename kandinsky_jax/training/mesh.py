@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath, tree_flatten_with_path
 
 from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.mesh import DATA_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, Rules, largest_axis, parameter_shardings
 
@@ -75,7 +75,7 @@ def parts(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS]
 
 
-def state_shardings(mesh: Mesh, tree: Any, rules: Rules | None = None) -> Any:
+def state_shardings(mesh: Mesh, tree: PyTree, rules: Rules | None = None) -> PyTree:
     """Return the sharding of each leaf of a state.
 
     A parameter and its optimizer state are sharded alike: a leaf is named by the dictionary keys of its path alone.
@@ -101,7 +101,7 @@ def _name(path: KeyPath) -> str:
     return ".".join(str(key.key) for key in path if isinstance(key, DictKey))
 
 
-def unsharded(mesh: Mesh | None, tree: Any) -> Any:
+def unsharded(mesh: Mesh | None, tree: PyTree) -> PyTree:
     """Constrain parameters within a program to be gathered on every device; no-op without a mesh.
 
     Otherwise XLA would shard products like the parameters, and exchange activations instead.
@@ -109,13 +109,13 @@ def unsharded(mesh: Mesh | None, tree: Any) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, REPLICATED))
 
 
-def shard_examples(mesh: Mesh | None, batch: Any) -> Any:
+def shard_examples(mesh: Mesh | None, batch: PyTree) -> PyTree:
     """Shard arrays whose first axis is examples over the devices; no-op without a mesh."""
     if mesh is None:
         return batch
     return jax.device_put(batch, NamedSharding(mesh, EXAMPLES))
 
 
-def gathered(mesh: Mesh | None, tree: Any) -> Any:
+def gathered(mesh: Mesh | None, tree: PyTree) -> PyTree:
     """Gather sharded arrays on JAX's default device; no-op without a mesh."""
     return tree if mesh is None else jax.device_put(jax.device_get(tree))

@@ -80,7 +80,7 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -119,7 +119,7 @@ class WandbRun:
         settings = wandb.Settings(silent=True, console="off", save_code=False, **waiting)
         return wandb.init(project=project, dir=str(folder), config=dataclasses.asdict(config), settings=settings, **how)
 
-    def log(self, values: Mapping[str, Any]) -> None:
+    def log(self, values: Mapping[str, object]) -> None:
         """Log numbers and pictures, including `step`."""
         if self._run is None:
             return

@@ -7,12 +7,13 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, data_fingerprint
 from kandinsky_jax.training.kinds import Kind
@@ -39,10 +40,10 @@ FREE = frozenset(
 # Settings that determine the structure of the state; a checkpoint with other ones cannot be used.
 STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "average of the weights"})
 
-Record = dict[str, Any]
+Record = dict[str, object]
 
 
-def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks: Mapping[str, Any]) -> Record:
+def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks: Mapping[str, nnx.Module]) -> Record:
     """Return the settings, data and weights that determine a run's result, as JSON values.
 
     Args:
@@ -66,13 +67,13 @@ def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks:
     }
 
 
-def record_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def record_changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Return differences, (before, now) by name; entries of one record only are not compared."""
     names = [name for name in now if name in before]
     return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
 
 
-def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+def describe_changes(changed: Mapping[str, tuple[object, object]]) -> str:
     """Describe changes briefly, such as "seed (0, now 1)"."""
     given = dict(changed)
     if "number of pictures" in given:
@@ -84,25 +85,25 @@ def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(parts) + (f" and {len(given) - 4} more" if len(given) > 4 else "")
 
 
-def weights_digest(params: Any) -> str:
+def weights_digest(params: PyTree) -> str:
     """Compute a digest of a tree of arrays: names, shapes and values."""
     return hashlib.sha256(repr(sorted(checksums(params).items())).encode()).hexdigest()[:16]
 
 
-def checksums(tree: Any) -> dict[str, int]:
+def checksums(tree: PyTree) -> dict[str, int]:
     """Compute CRC-32 of each leaf's bytes, dtype and shape, by path."""
     leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     with ThreadPoolExecutor() as pool:  # zlib releases the GIL
         return dict(zip((path for path, _ in leaves), pool.map(_checksum, (leaf for _, leaf in leaves)), strict=True))
 
 
-def _checksum(leaf: Any) -> int:
+def _checksum(leaf: jax.Array) -> int:
     array = np.asarray(leaf)
     kind = zlib.crc32(f"{array.dtype}{array.shape}".encode())
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, kind)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, object]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

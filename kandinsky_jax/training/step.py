@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.sharding import Rules
 from kandinsky_jax.training.malloc import keep_freed_memory
 from kandinsky_jax.training.mesh import EXAMPLES, shard_examples, state_shardings, unsharded
@@ -106,9 +107,9 @@ class TrainState(NamedTuple):
     """State of training."""
 
     step: jax.Array  # int32
-    params: Any  # trained parameters: of a network, or of its LoRA; float32
-    opt_state: Any
-    ema: Any  # as params, or None
+    params: PyTree  # trained parameters: of a network, or of its LoRA; float32
+    opt_state: PyTree
+    ema: PyTree  # as params, or None
 
 
 class Trainer:
@@ -127,7 +128,7 @@ class Trainer:
         self,
         loss: Loss,
         settings: OptimizerConfig,
-        frozen: Any = None,
+        frozen: PyTree = None,
         mesh: Mesh | None = None,
         rules: Rules | None = None,
     ):
@@ -136,7 +137,7 @@ class Trainer:
             frozen if mesh is None or frozen is None else jax.device_put(frozen, state_shardings(mesh, frozen, rules))
         )
 
-        def gathering(params: Any, batch: Any, key: jax.Array, *frozen: Any) -> jax.Array:
+        def gathering(params: PyTree, batch: PyTree, key: jax.Array, *frozen: PyTree) -> jax.Array:
             # Inside the rematerialised function, so that gathered parameters are not stored.
             return loss(unsharded(mesh, params), batch, key, *(unsharded(mesh, tree) for tree in frozen))
 
@@ -155,7 +156,7 @@ class Trainer:
         self.optimizer = optax.chain(clip, optax.masked(adam, _trained), optax.masked(optax.set_to_zero(), _statistics))
         self._program = jax.jit(self._step, donate_argnums=0)
 
-    def init(self, params: Any) -> TrainState:
+    def init(self, params: PyTree) -> TrainState:
         """Return the state before the first step; the parameters are copied to float32."""
         if self.mesh is None:
             return self._initial_state(params)
@@ -163,12 +164,12 @@ class Trainer:
         where = state_shardings(self.mesh, jax.eval_shape(self._initial_state, params), self.rules)
         return jax.jit(self._initial_state, out_shardings=where)(sharded)
 
-    def _initial_state(self, params: Any) -> TrainState:
+    def _initial_state(self, params: PyTree) -> TrainState:
         params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
         ema = None if self.settings.ema_decay is None else jax.tree.map(jnp.copy, params)
         return TrainState(jnp.int32(0), params, self.optimizer.init(params), ema)
 
-    def step(self, state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(self, state: TrainState, batch: PyTree, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """Do one step; the arrays of `state` are donated.
 
         Args:
@@ -181,17 +182,17 @@ class Trainer:
         with self.ambient():
             return self._program(state, shard_examples(self.mesh, batch), key, self.frozen)
 
-    def lower(self, state: Any, batch: Any, key: Any, frozen: Any = None) -> Any:
+    def lower(self, state: PyTree, batch: PyTree, key: PyTree, frozen: PyTree = None) -> jax.stages.Lowered:
         """Lower the step's program for these shapes and shardings, to analyse its cost."""
         with self.ambient():
             return self._program.lower(state, batch, key, frozen)
 
-    def ambient(self) -> contextlib.AbstractContextManager[Any]:
+    def ambient(self) -> contextlib.AbstractContextManager[object]:
         """Return a context that sets the mesh for tracing: attention depends on whether XLA shards it."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _step(
-        self, state: TrainState, batch: Any, key: jax.Array, frozen: Any
+        self, state: TrainState, batch: PyTree, key: jax.Array, frozen: PyTree
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, gradients = self._gradients(state.params, batch, jax.random.fold_in(key, state.step), frozen)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
@@ -211,15 +212,15 @@ class Trainer:
             done = jax.lax.with_sharding_constraint(done, state_shardings(self.mesh, done, self.rules))
         return done, metrics
 
-    def _gradients(self, params: Any, batch: Any, key: jax.Array, frozen: Any) -> tuple[jax.Array, Any]:
+    def _gradients(self, params: PyTree, batch: PyTree, key: jax.Array, frozen: PyTree) -> tuple[jax.Array, PyTree]:
         further = () if frozen is None else (frozen,)
         parts = self.settings.gradient_accumulation_steps
 
-        def of(part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        def of(part: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
             if self.mesh is not None:
                 part = jax.lax.with_sharding_constraint(part, NamedSharding(self.mesh, EXAMPLES))
 
-            def loss(params: Any) -> jax.Array:
+            def loss(params: PyTree) -> jax.Array:
                 # Outside the gathering, so that parameters are gathered in the dtype of computation.
                 computed = jax.tree.map(lambda leaf: leaf.astype(self.settings.dtype), params)
                 return self._loss(computed, part, key, *further)
@@ -234,7 +235,7 @@ class Trainer:
             return of(batch, key)
         split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
 
-        def add(total: Any, given: Any) -> tuple[Any, None]:
+        def add(total: PyTree, given: PyTree) -> tuple[PyTree, None]:
             return jax.tree.map(lambda a, b: a + b / parts, total, of(*given)), None
 
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
@@ -242,11 +243,11 @@ class Trainer:
         return total
 
 
-def _statistics(params: Any) -> Any:
+def _statistics(params: PyTree) -> PyTree:
     """Mark the leaves that the optimizer must not change."""
     paths = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict({path: path[-1] in STATISTICS for path in paths})
 
 
-def _trained(params: Any) -> Any:
+def _trained(params: PyTree) -> PyTree:
     return jax.tree.map(lambda fixed: not fixed, _statistics(params))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-from typing import Any
 
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import shorten
@@ -41,7 +40,7 @@ def clean(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").strip("\ufeff \t\r\n\f\v")
 
 
-def parse_json(data: bytes | str) -> dict[str, Any]:
+def parse_json(data: bytes | str) -> dict[str, object]:
     """Parse a JSON object in any of these encodings; ValueError for anything else."""
     try:
         parsed = reading.parse_json(decode(data) if isinstance(data, bytes) else data)
@@ -52,11 +51,11 @@ def parse_json(data: bytes | str) -> dict[str, Any]:
     return parsed
 
 
-def caption_of(about: dict[str, Any]) -> str:
+def caption_of(about: dict[str, object]) -> str:
     """Return the caption of an object: its `text`, `caption` or `prompt`; ValueError if there is none."""
     for key in CAPTION_KEYS:
-        if isinstance(about.get(key), str):
-            return clean(about[key])
+        if isinstance(caption := about.get(key), str):
+            return clean(caption)
     given = {key: about[key] for key in CAPTION_KEYS if key in about}
     if given:
         raise ValueError(f"its caption is not text: {shorten(given, 80)}")

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.captions import MARKS, caption_from, caption_of, decode, parse_json
@@ -151,7 +150,7 @@ def _lines(path: Path) -> Iterator[bytes | str]:
             yield b"a line of more than 1 MiB"  # not JSON, so it is reported
 
 
-def _of_row(row: dict[str, Any], folder: Path, used: set[Path]) -> Captioned:
+def _of_row(row: dict[str, object], folder: Path, used: set[Path]) -> Captioned:
     """Return the picture of one line; ValueError or OSError if it cannot be used."""
     text = caption_of(row) if any(key in row for key in ("text", "caption", "prompt")) else None
     given = row.get("file_name")
@@ -163,7 +162,7 @@ def _of_row(row: dict[str, Any], folder: Path, used: set[Path]) -> Captioned:
     return _item(str(given), text, files)
 
 
-def _inside(folder: Path, name: Any) -> Path:
+def _inside(folder: Path, name: object) -> Path:
     """Resolve a file named in metadata; ValueError if it is missing, or outside the folder."""
     if not isinstance(name, str):
         raise ValueError(f"a file's name must be a text, got {shorten(name, 60)}")

@@ -16,13 +16,17 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.captions import clean
 from kandinsky_jax.training.data.items import CAPTION_KEYS, MAX_PICTURE_BYTES, Captioned, Skipped
+
+if TYPE_CHECKING:  # part of the extra `train`
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 PICTURES_AT_ONCE = 16
 CAPTIONS_AT_ONCE = 4096
@@ -76,7 +80,7 @@ def read_parquet(path: Path, name: str, skipped: Skipped, scratch: Path | None =
             skipped.add(f"{name}: row group {group} cannot be read: {shorten(str(error), 120)}")
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> pq.ParquetFile:
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(
@@ -84,7 +88,7 @@ def _open(path: Path) -> Any:
     )
 
 
-def _check_bytes(kind: Any, column: str) -> None:
+def _check_bytes(kind: pa.DataType, column: str) -> None:
     import pyarrow
 
     if pyarrow.types.is_struct(kind):
@@ -95,14 +99,14 @@ def _check_bytes(kind: Any, column: str) -> None:
         raise ValueError(f"the column {column} must be bytes, is {shorten(kind, 60)}")
 
 
-def _bytes_of(file: Any, group: int, columns: tuple[str, ...]) -> int:
+def _bytes_of(file: pq.ParquetFile, group: int, columns: tuple[str, ...]) -> int:
     """Return the compressed size of some columns in a row group."""
     about = file.metadata.row_group(group)
     chunks = [about.column(i) for i in range(about.num_columns)]
     return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
-def _captions(file: Any, group: int, column: str) -> Iterator[Any]:
+def _captions(file: pq.ParquetFile, group: int, column: str) -> Iterator[object]:
     for batch in file.iter_batches(CAPTIONS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
         for value in batch.column(0):
             try:
@@ -180,7 +184,7 @@ class PictureReader:
                 return bytes(data)
         raise ValueError(f"the column {column} is empty")
 
-    def _rows(self, file: Any, group: int) -> Iterator[tuple[int, list[Any]]]:
+    def _rows(self, file: pq.ParquetFile, group: int) -> Iterator[tuple[int, list[bytes | None]]]:
         """Yield each row's number and the bytes of its columns, None for empty or too large cells."""
         import pyarrow
         import pyarrow.compute

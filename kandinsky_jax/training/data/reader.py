@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -152,10 +152,10 @@ class Batches:
         return without_padding(next(self._iterator))
 
     @property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Position of the next batch, as JSON values."""
         return self._iterator.get_state()
 
     @state.setter
-    def state(self, state: dict[str, Any]) -> None:
+    def state(self, state: dict[str, object]) -> None:
         self._iterator.set_state(state)

@@ -13,11 +13,14 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from PIL import Image
 
 from kandinsky_jax import lora
 from kandinsky_jax.checkpoint import flat_params, set_params
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Params
+from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.pipelines import Pipeline
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader, Skipped
@@ -50,18 +53,18 @@ class TrainingTask(ABC):
 
     @property
     @abstractmethod
-    def modules(self) -> dict[str, Any]:
+    def modules(self) -> dict[str, nnx.Module]:
         """The trained networks, by component name."""
 
     @abstractmethod
-    def initial(self, key: jax.Array) -> Any:
+    def initial(self, key: jax.Array) -> PyTree:
         """Return the initial values of the trained parameters."""
 
     @abstractmethod
-    def weights(self, trained: Any) -> dict[str, Params]:
+    def weights(self, trained: PyTree) -> dict[str, Params]:
         """Return the parameters of `modules` for trained values."""
 
-    def frozen(self) -> Any:
+    def frozen(self) -> PyTree:
         """Return frozen arrays that the loss also needs; None if there are none."""
         return None
 
@@ -82,11 +85,11 @@ class TrainingTask(ABC):
         """Generate a contact sheet of sample pictures with the weights in the pipeline."""
 
     @abstractmethod
-    def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
+    def export(self, target: Path, trained: PyTree, items: Sequence[Captioned]) -> None:
         """Write the result atomically; the weights are in the pipeline."""
 
     @contextmanager
-    def installed(self, trained: Any) -> Iterator[None]:
+    def installed(self, trained: PyTree) -> Iterator[None]:
         """Put trained values into the pipeline's networks while the block runs."""
         modules = self.modules
         before = {name: flat_params(module) for name, module in modules.items()}
@@ -99,7 +102,7 @@ class TrainingTask(ABC):
                 set_params(module, before[name])
 
     @property
-    def networks(self) -> dict[str, Any]:
+    def networks(self) -> dict[str, nnx.Module]:
         """All networks that affect the result."""
         return self.modules
 
@@ -113,7 +116,7 @@ def to_movq_pixels(pixels: np.ndarray) -> jax.Array:
     return jnp.asarray(pixels, jnp.float32) / 127.5 - 1
 
 
-def reader_of(config: Config, processor: Any = None, **options: Any) -> Reader:
+def reader_of(config: Config, processor: CLIPImageProcessor | None = None, **options: Any) -> Reader:
     """Make a reader with the configuration's resolution, flips and crops."""
     options |= {"random_flip": config.random_flip, "random_crop": config.random_crop}
     return Reader(config.resolution, processor, **options)

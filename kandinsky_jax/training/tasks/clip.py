@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call
 from kandinsky_jax.pipelines import KandinskyV22PriorPipeline, Pipeline
@@ -41,14 +42,14 @@ class CLIPTask(TrainingTask):
         return KandinskyV22PriorPipeline.from_pretrained(config.prior or config.model, dtype="float32")
 
     @property
-    def modules(self) -> dict[str, Any]:
+    def modules(self) -> dict[str, nnx.Module]:
         return {"text_encoder": self.pipe.text_encoder, "image_encoder": self.pipe.image_encoder}
 
-    def initial(self, key: jax.Array) -> Any:
+    def initial(self, key: jax.Array) -> PyTree:
         params = {name: Network.split(module)[1] for name, module in self.modules.items()}
         return params | {"logit_scale": jnp.float32(FIRST_LOGIT_SCALE)}
 
-    def weights(self, trained: Any) -> dict[str, Params]:
+    def weights(self, trained: PyTree) -> dict[str, Params]:
         return {name: trained[name] for name in self.modules}
 
     def reader(self) -> Reader:
@@ -62,7 +63,7 @@ class CLIPTask(TrainingTask):
     def loss(self) -> Loss:
         networks = {name: Network.split(module)[0] for name, module in self.modules.items()}
 
-        def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+        def loss(trained: PyTree, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
             return clip_loss(networks, trained, **batch)
 
         return loss
@@ -70,7 +71,7 @@ class CLIPTask(TrainingTask):
     def sample(self, items: Sequence[Captioned]) -> None:
         return None
 
-    def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
+    def export(self, target: Path, trained: PyTree, items: Sequence[Captioned]) -> None:
         embeds = self._embeds(items)
         prior = self.pipe.prior
         prior.clip_mean[...] = jnp.asarray(embeds.mean(0, keepdims=True), prior.clip_mean.dtype)

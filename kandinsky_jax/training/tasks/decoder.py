@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.diffusion import Network, Params
+from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.training.data import Captioned, Reader, Skipped
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import decoder_loss
@@ -35,15 +36,15 @@ class DecoderTask(DiffusionTask):
     component = "unet"
 
     @property
-    def module(self) -> Any:
+    def module(self) -> nnx.Module:
         return self.pipe.unet
 
     @property
-    def stage(self) -> Any:
+    def stage(self) -> Pipeline:
         return self.pipe.decoder_pipe
 
     @property
-    def encoders(self) -> dict[str, Any]:
+    def encoders(self) -> dict[str, nnx.Module]:
         return {"image_encoder": self.pipe.prior_image_encoder, "movq": self.pipe.movq}
 
     @property
@@ -88,7 +89,7 @@ class DecoderTask(DiffusionTask):
             masks = {"repaint_mask": random_repaint_masks(jax.random.fold_in(key, 3), *shape)}
         return decoder_loss(network, params, **batch, **masks, alphas_cumprod=alphas, snr_gamma=self.config.snr_gamma)
 
-    def sample_pictures(self, items: Sequence[Captioned], count: int) -> dict[str, Any]:
+    def sample_pictures(self, items: Sequence[Captioned], count: int) -> dict[str, np.ndarray | list[Image.Image]]:
         if not (self._inpaints or self._takes_hint):
             return {}
         found = first_readable(reader_of(self.config, hints=self._takes_hint), items, count)

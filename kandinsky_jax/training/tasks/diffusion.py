@@ -6,14 +6,16 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call
 from kandinsky_jax.pipelines import Pipeline
@@ -44,17 +46,17 @@ class DiffusionTask(TrainingTask):
 
     @property
     @abstractmethod
-    def module(self) -> Any:
+    def module(self) -> nnx.Module:
         """The trained network."""
 
     @property
     @abstractmethod
-    def stage(self) -> Any:
+    def stage(self) -> Pipeline:
         """The pipeline of the trained network's stage, which is exported."""
 
     @property
     @abstractmethod
-    def encoders(self) -> dict[str, Any]:
+    def encoders(self) -> dict[str, nnx.Module]:
         """The networks that `encode` runs."""
 
     @abstractmethod
@@ -76,24 +78,24 @@ class DiffusionTask(TrainingTask):
         """
 
     @property
-    def modules(self) -> dict[str, Any]:
+    def modules(self) -> dict[str, nnx.Module]:
         return {self.component: self.module}
 
     @property
-    def networks(self) -> dict[str, Any]:
+    def networks(self) -> dict[str, nnx.Module]:
         return self.modules | self.encoders
 
     def initial(self, key: jax.Array) -> Params:
         return self.initial_of(Network.split(self.module)[1], key)
 
-    def initial_of(self, params: Params, key: jax.Array) -> Any:
+    def initial_of(self, params: Params, key: jax.Array) -> PyTree:
         """Return the initial values of the trained parameters, for a network with these parameters."""
         return params
 
-    def weights(self, trained: Any) -> dict[str, Params]:
+    def weights(self, trained: PyTree) -> dict[str, Params]:
         return {self.component: trained}
 
-    def encoded_by(self, name: str, *args: jax.Array, method: str = "__call__") -> Any:
+    def encoded_by(self, name: str, *args: jax.Array, method: str = "__call__") -> PyTree:
         """Run a frozen network; it is split only once, because that takes 7 ms on the host."""
         if name not in self._split:
             self._split[name] = Network.split(getattr(self.pipe, name))
@@ -132,9 +134,9 @@ class DiffusionTask(TrainingTask):
         [generated] = self.pipe(prompts, generator=seeds, **self.sample_pictures(items, len(prompts)), **options)
         return contact_sheet([generated])
 
-    def sample_pictures(self, items: Sequence[Captioned], count: int) -> dict[str, Any]:
+    def sample_pictures(self, items: Sequence[Captioned], count: int) -> dict[str, np.ndarray | list[Image.Image]]:
         """Return the pictures that the pipeline needs for `count` sample pictures, by its arguments."""
         return {}
 
-    def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
+    def export(self, target: Path, trained: PyTree, items: Sequence[Captioned]) -> None:
         self.stage.save_pretrained(target, overwrite=True)

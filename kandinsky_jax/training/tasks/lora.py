@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from PIL import Image
 
 from kandinsky_jax import lora
@@ -41,11 +41,11 @@ class LoraTask(TrainingTask):
         return DiffusionTask.load(config)
 
     @property
-    def modules(self) -> dict[str, Any]:
+    def modules(self) -> dict[str, nnx.Module]:
         return self.full.modules
 
     @property
-    def networks(self) -> dict[str, Any]:
+    def networks(self) -> dict[str, nnx.Module]:
         return self.full.networks
 
     def initial(self, key: jax.Array) -> lora.Lora:

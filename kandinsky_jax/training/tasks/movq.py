@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from PIL import Image
 
 from kandinsky_jax import images
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call
 from kandinsky_jax.pipelines import KandinskyV22Pipeline, Pipeline
@@ -42,13 +43,13 @@ class MoVQTask(TrainingTask):
         return KandinskyV22Pipeline.from_pretrained(config.model, dtype="float32")
 
     @property
-    def modules(self) -> dict[str, Any]:
+    def modules(self) -> dict[str, nnx.Module]:
         return {"movq": self.pipe.movq}
 
-    def initial(self, key: jax.Array) -> Any:
+    def initial(self, key: jax.Array) -> PyTree:
         return Network.split(self.pipe.movq)[1]
 
-    def weights(self, trained: Any) -> dict[str, Params]:
+    def weights(self, trained: PyTree) -> dict[str, Params]:
         return {"movq": trained}
 
     def reader(self) -> Reader:
@@ -60,7 +61,7 @@ class MoVQTask(TrainingTask):
     def loss(self) -> Loss:
         network, share = Network.split(self.pipe.movq)[0], self.config.quantized_share
 
-        def loss(trained: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+        def loss(trained: PyTree, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
             pixels = batch["pixels"]
             return movq_loss(network, trained, pixels, jax.random.bernoulli(key, share, (len(pixels),)))
 
@@ -73,5 +74,5 @@ class MoVQTask(TrainingTask):
         decoded = images.from_network(call(network, params, latents, method="decode"))
         return contact_sheet([[Image.fromarray(x) for x in read], images.to_output(decoded, "pil")])
 
-    def export(self, target: Path, trained: Any, items: Sequence[Captioned]) -> None:
+    def export(self, target: Path, trained: PyTree, items: Sequence[Captioned]) -> None:
         self.pipe.save_pretrained(target, overwrite=True)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from kandinsky_jax.checkpoint.tokenizer import tokenize
 from kandinsky_jax.diffusion import Network, Params
+from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.training.data import Reader
 from kandinsky_jax.training.kinds import Kind
@@ -35,15 +36,15 @@ class PriorTask(DiffusionTask):
     component = "prior"
 
     @property
-    def module(self) -> Any:
+    def module(self) -> nnx.Module:
         return self.pipe.prior_prior
 
     @property
-    def stage(self) -> Any:
+    def stage(self) -> Pipeline:
         return self.pipe.prior_pipe
 
     @property
-    def encoders(self) -> dict[str, Any]:
+    def encoders(self) -> dict[str, nnx.Module]:
         return {"image_encoder": self.pipe.prior_image_encoder, "text_encoder": self.pipe.prior_text_encoder}
 
     def alphas_cumprod(self) -> np.ndarray:
