@@ -81,7 +81,7 @@ def read(folder: str | os.PathLike[str]) -> RecommendedSettings:
         given = quote(content.get("format_version"))
         faults.append(f"format_version is {given}, this release knows {FORMAT_VERSION}")
     names = [field.name for field in dataclasses.fields(RecommendedSettings)]
-    known = {name: content[name] for name in names if content.get(name) is not None}
+    known: dict[str, Any] = {name: content[name] for name in names if content.get(name) is not None}
     if unknown := [name for name in content if name not in (*names, "format_version")]:
         faults.append(f"{quote(unknown)} are not settings; there are {', '.join(names)}")
     faults += [fault for name, value in known.items() if (fault := _fault(name, value))]

@@ -31,7 +31,7 @@ from kandinsky_jax.pipelines.lora_weights import LayerWeights
 
 _TRAINED = (UNet2DConditionModel, PriorTransformer)
 
-Weight = float | Mapping[str, Any]  # of an adapter: one number, or one for each network by component name
+Weight = float | Mapping[str, object]  # of an adapter: one number, or one for each network by component name
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ class LoraLoader:
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Any],
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, object],
         adapter_name: str | None = None,
         weight: float = 1.0,
         *,
         weight_name: str | None = None,
         subfolder: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, object] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -390,7 +390,7 @@ class LoraLoader:
     # Networks and names -------------------------------------------------------------------------------------------
 
     def _networks(self) -> dict[str, nnx.Module]:
-        held: Mapping[str, Any] = self._held()  # type: ignore[attr-defined]
+        held: Mapping[str, object] = self._held()  # type: ignore[attr-defined]
         return {name: part for name, part in held.items() if isinstance(part, _TRAINED)}
 
     def _adapters(self) -> list[tuple[str, nnx.Module, Adapters]]:

@@ -15,7 +15,7 @@ CALLBACK_DEFAULT = ("latents",)
 LARGEST = 2**31 - 1  # count
 
 
-def texts(value: Any, name: str) -> list[str]:
+def texts(value: object, name: str) -> list[str]:
     """Return a prompt argument as a list of strings."""
     if isinstance(value, str):
         return [_text(value, name)]
@@ -40,7 +40,7 @@ def _text(value: str, name: str) -> str:
     return value
 
 
-def negative_texts(value: Any, prompts: Sequence[str]) -> list[str] | None:
+def negative_texts(value: object, prompts: Sequence[str]) -> list[str] | None:
     """Return negative prompts, one per prompt; a single string is used for all."""
     if value is None:
         return None
@@ -54,7 +54,7 @@ def negative_texts(value: Any, prompts: Sequence[str]) -> list[str] | None:
     return negatives
 
 
-def count(value: Any, name: str, least: int = 1) -> int:
+def count(value: object, name: str, least: int = 1) -> int:
     """Check a count, an integer of at least `least`."""
     if isinstance(value, int) and value > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}, got {quote(value)}")
@@ -63,7 +63,7 @@ def count(value: Any, name: str, least: int = 1) -> int:
     return int(value)
 
 
-def side(value: Any, name: str) -> int:
+def side(value: object, name: str) -> int:
     """Check a picture's height or width in pixels."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer number of pixels, got {quote(value)}")
@@ -74,7 +74,7 @@ def side(value: Any, name: str) -> int:
     return int(value)
 
 
-def guidance(value: Any, name: str = "guidance_scale") -> float:
+def guidance(value: object, name: str = "guidance_scale") -> float:
     """Check a guidance scale, a number or an array without axes; at 1 and below, guidance is off."""
     if hasattr(value, "__array__") and getattr(value, "ndim", 1) == 0:
         value = to_numpy(value, name).item()
@@ -94,7 +94,7 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def interval(value: Any, steps: int, name: str = "guidance_interval") -> tuple[int, int] | None:
+def interval(value: object, steps: int, name: str = "guidance_interval") -> tuple[int, int] | None:
     """Convert fractions of the steps, such as (0.4, 1), to the first step inside and the first one after."""
     if value is None:
         return None
@@ -110,7 +110,7 @@ def interval(value: Any, steps: int, name: str = "guidance_interval") -> tuple[i
     return first, last
 
 
-def strength(value: Any, steps: int) -> int:
+def strength(value: object, steps: int) -> int:
     """Return how many of a schedule's last steps are run at a strength: `int(steps * strength)`."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not 0 < value <= 1:
         raise ValueError(f"strength must be a number above 0 and at most 1, got {quote(value)}")
@@ -122,19 +122,19 @@ def strength(value: Any, steps: int) -> int:
     return done
 
 
-def skipped(value: Any, steps: int) -> int:
+def skipped(value: object, steps: int) -> int:
     """Return how many of a schedule's first steps a strength skips; None skips none."""
     return 0 if value is None else steps - strength(value, steps)
 
 
-def choice(value: Any, name: str, allowed: Sequence[str]) -> str:
+def choice(value: object, name: str, allowed: Sequence[str]) -> str:
     """Check that a value is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{name}={quote(value)} is not supported, only {', '.join(map(repr, allowed))}")
     return str(value)
 
 
-def callback(function: Any, inputs: Any, allowed: Sequence[str]) -> tuple[str, ...]:
+def callback(function: object, inputs: object, allowed: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the tensors that a callback asks for."""
     if function is not None and not callable(function):
         raise TypeError(f"callback_on_step_end must be callable, got {type(function).__name__}")
@@ -161,7 +161,7 @@ def old_callback(function: Any, every: Any, other: Any) -> Any:
         raise TypeError(f"callback must be callable, got {type(function).__name__}")
     every = count(every, "callback_steps")
 
-    def on_step_end(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(pipe: object, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
         if step % every == 0:
             function(step, timestep, tensors.get("latents"))
         return tensors
@@ -169,7 +169,7 @@ def old_callback(function: Any, every: Any, other: Any) -> Any:
     return on_step_end
 
 
-def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+def latents(value: object, shape: tuple[int, ...]) -> np.ndarray | None:
     """Check latents given by the user, in PyTorch's order of axes."""
     if value is None:
         return None
@@ -181,7 +181,7 @@ def latents(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     return array
 
 
-def callback_halves(value: Any, name: str, images: int) -> tuple[np.ndarray, np.ndarray | None]:
+def callback_halves(value: object, name: str, images: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Split a tensor that a callback returned into cond and uncond.
 
     Args:
@@ -198,7 +198,7 @@ def callback_halves(value: Any, name: str, images: int) -> tuple[np.ndarray, np.
     return array[-images:], array[:images] if len(array) == 2 * images else None
 
 
-def embeds(value: Any, name: str, dim: int) -> np.ndarray:
+def embeds(value: object, name: str, dim: int) -> np.ndarray:
     """Return image embeddings as float32 `[B, dim]`; a list is concatenated."""
     if isinstance(value, str):
         raise TypeError(

@@ -33,7 +33,7 @@ def _component(pipe: str, name: str) -> Any:
     def get(self: Any) -> Any:
         return getattr(getattr(self, pipe), name)
 
-    def put(self: Any, value: Any) -> None:
+    def put(self: object, value: object) -> None:
         setattr(getattr(self, pipe), name, value)
 
     return property(get, put)
@@ -134,13 +134,13 @@ class CombinedPipeline(Pipeline):
     def _held(self) -> dict[str, Any]:
         return self.decoder_pipe._held() | {f"prior_{k}": v for k, v in self.prior_pipe._held().items()}
 
-    def set_progress_bar_config(self, **config: Any) -> None:
+    def set_progress_bar_config(self, **config: object) -> None:
         """Arguments of `tqdm` for the progress bars; `disable=True` turns them off."""
         self.prior_pipe.set_progress_bar_config(**config)
         self.decoder_pipe.set_progress_bar_config(**config)
         self._progress_bar_config = config
 
-    def generate(self, *args: Any, **options: Any) -> PendingImages:
+    def generate(self, *args: object, **options: object) -> PendingImages:
         """Start generating without waiting for the decoder; arguments: those of a call.
 
         Everything is checked before the prior starts.

@@ -37,7 +37,7 @@ class DiffusionPipeline:
     hf_device_map: ClassVar[None] = None
 
     _held: Callable[[], dict[str, Any]]
-    _progress_bar_config: dict[str, Any]
+    _progress_bar_config: dict[str, object]
     _name_or_path: str | None = None
 
     @classmethod
@@ -53,12 +53,12 @@ class DiffusionPipeline:
         return pipeline_for(name, arguments)
 
     @classmethod
-    def download(cls, name: str | os.PathLike[str], **arguments: Any) -> Path:
+    def download(cls, name: str | os.PathLike[str], **arguments: object) -> Path:
         """Download a model without loading it, and return its folder. Arguments: see `checkpoint.hub.resolve`."""
         return hub.resolve(name, getattr(cls, "REPOSITORY", hub.DECODER), **arguments)
 
     @classmethod
-    def load_config(cls, name: str | os.PathLike[str], **arguments: Any) -> dict[str, Any]:
+    def load_config(cls, name: str | os.PathLike[str], **arguments: object) -> dict[str, object]:
         """Return a model's `model_index.json`, downloaded if needed. Arguments: see `download`."""
         return dict(read_json(cls.download(name, **arguments) / cls.config_name))
 
@@ -67,7 +67,7 @@ class DiffusionPipeline:
     @property
     def config(self) -> AttributeDict:
         """The content of `model_index.json`, [library, class] by component; also as attributes."""
-        found: dict[str, Any] = {"_class_name": type(self).__name__, "_name_or_path": self._name_or_path}
+        found: dict[str, object] = {"_class_name": type(self).__name__, "_name_or_path": self._name_or_path}
         for name, part in self._held().items():
             cls = part.cls if isinstance(part, LazyNetwork) else type(part)
             ours = issubclass(cls, nnx.Module) and not cls.__name__.startswith("CLIP")
@@ -81,7 +81,7 @@ class DiffusionPipeline:
         return self._name_or_path
 
     @property
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
         """Arguments of the constructor that are not components; always empty."""
         return {}
 
@@ -130,7 +130,7 @@ class DiffusionPipeline:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.to_json_file(Path(folder) / self.config_name)
 
-    def register_modules(self, **components: Any) -> None:
+    def register_modules(self, **components: object) -> None:
         """Replace components by name."""
         for name, part in components.items():
             if name not in self._held():
@@ -139,7 +139,7 @@ class DiffusionPipeline:
 
     # Devices and dtypes -------------------------------------------------------------------------------------------
 
-    def to(self, *arguments: Any, **named: Any) -> Self:
+    def to(self, *arguments: object, **named: object) -> Self:
         """Move the networks, which other pipelines may share, or convert their dtype; returns the pipeline.
 
         Args:
@@ -162,14 +162,14 @@ class DiffusionPipeline:
 
     # Progress and pictures ----------------------------------------------------------------------------------------
 
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+    def progress_bar(self, iterable: Iterable[object] | None = None, total: int | None = None) -> tqdm:
         """Return a `tqdm` bar over an iterable or of a given length, configured as the pipeline's own bars."""
         if (iterable is None) == (total is None):
             raise ValueError("give progress_bar an iterable or a total")
         return tqdm(iterable, total=total, **self._progress_bar_config)
 
     @staticmethod
-    def numpy_to_pil(images: Any) -> list[Image.Image]:
+    def numpy_to_pil(images: object) -> list[Image.Image]:
         """Convert `[B, H, W, C]` or `[H, W, C]` in 0..1 to PIL pictures."""
         pixels = (np.asarray(images, np.float32) * 255).round().clip(0, 255).astype(np.uint8)
         pixels = pixels[None] if pixels.ndim == 3 else pixels
@@ -210,7 +210,7 @@ class DiffusionPipeline:
     get_timesteps = refused("get_timesteps", "pipe.scheduler.schedule(num_inference_steps).timesteps has them")
 
 
-def _networks(pipe: DiffusionPipeline) -> list[Any]:
+def _networks(pipe: DiffusionPipeline) -> list[object]:
     return [part for part in pipe._held().values() if isinstance(part, nnx.Module)]
 
 
@@ -219,7 +219,7 @@ def _device_and_dtype(pipe: DiffusionPipeline) -> tuple[jax.Device, np.dtype]:
     return min(leaf.devices(), key=lambda device: device.id), np.dtype(leaf.dtype)
 
 
-def _described(part: Any) -> str:
+def _described(part: object) -> str:
     """Describe a component in one line."""
     if isinstance(part, LazyNetwork):
         state = "loaded" if part.loaded else "read when it is first needed"

@@ -12,7 +12,7 @@ from kandinsky_jax.pipelines.loading import expected_types
 from kandinsky_jax.schedulers import SCHEDULERS, Scheduler, SchedulerError, scheduler_from_config
 
 
-def as_component(owner: Any, name: str, value: Any) -> Any:
+def as_component(owner: object, name: str, value: object) -> Any:
     """Check a component of a pipeline, and convert it where needed.
 
     Args:
@@ -44,7 +44,7 @@ def as_component(owner: Any, name: str, value: Any) -> Any:
     )
 
 
-def _within_torch_compile(value: Any) -> list[Any]:
+def _within_torch_compile(value: object) -> list[object]:
     """Return the objects that a function made by `torch.compile` refers to."""
     inner = getattr(value, "_torchdynamo_orig_callable", None)
     return [inner, getattr(inner, "__self__", None)] + [
@@ -52,7 +52,7 @@ def _within_torch_compile(value: Any) -> list[Any]:
     ]
 
 
-def _named(value: Any, given: type) -> str:
+def _named(value: object, given: type) -> str:
     if isinstance(value, type):
         return f"the class {value.__module__}.{value.__name__}, not an instance"
     if value is None:
@@ -61,7 +61,7 @@ def _named(value: Any, given: type) -> str:
     return given.__name__ if plain else f"a {given.__module__}.{given.__name__}"
 
 
-def _instead(name: str, value: Any, wanted: str, library: str) -> str:
+def _instead(name: str, value: object, wanted: str, library: str) -> str:
     if wanted == "Scheduler":
         return f"; write pipe.{name} = kandinsky_jax.DDIMScheduler.from_config(pipe.{name}.config), or another class"
     if library in ("diffusers", "transformers", "torch") and not isinstance(value, type):
@@ -71,7 +71,7 @@ def _instead(name: str, value: Any, wanted: str, library: str) -> str:
     return ""
 
 
-def _scheduler(owner: Any, name: str, value: Any) -> Scheduler:
+def _scheduler(owner: object, name: str, value: object) -> Scheduler:
     """Convert a scheduler of diffusers."""
     cls = type(value) if not isinstance(value, type) else value
     if isinstance(value, type) or not hasattr(value, "config") or cls.__name__ not in SCHEDULERS:

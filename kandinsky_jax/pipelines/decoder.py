@@ -131,7 +131,7 @@ class PendingImages(NamedTuple):
         output = self._output()
         return ImagePipelineOutput(output) if self.request.return_dict else (output,)
 
-    def _output(self) -> Any:
+    def _output(self) -> object:
         request = self.request
         if request.output_type == "latent":
             return jnp.asarray(np.asarray(self.array).transpose(0, 3, 1, 2))
@@ -174,7 +174,7 @@ class DecoderPipeline(Pipeline):
                 f"{unet.config.addition_embed_type!r}, which {type(self).__name__} cannot use; it {right}"
             )
 
-    def _stand_ins(self, batch: int) -> dict[str, Any]:
+    def _stand_ins(self, batch: int) -> dict[str, object]:
         embeds = np.zeros((batch, self.unet.config.encoder_hid_dim), np.float32)
         return {"image_embeds": embeds, "negative_image_embeds": embeds}
 
@@ -237,13 +237,13 @@ class DecoderPipeline(Pipeline):
             options=options,
         )
 
-    def _callback(self, given: Mapping[str, Any]) -> tuple[Callback | None, tuple[str, ...]]:
+    def _callback(self, given: Mapping[str, object]) -> tuple[Callback | None, tuple[str, ...]]:
         """Check the callback of a call, of the newer or the older form, and the names of the tensors that it sees."""
         function, inputs = given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"]
         function = checks.old_callback(given.get("callback"), given.get("callback_steps", 1), function)
         return function, checks.callback(function, inputs, self._callback_tensor_inputs)
 
-    def _latent_side(self, pixels: Any, name: str) -> int:
+    def _latent_side(self, pixels: object, name: str) -> int:
         """Return the latents along a side of `pixels`, rounded up so that the UNet can halve it often enough."""
         factor = self.movq.config.scale_factor
         return -(-checks.side(pixels, name) // factor**2) * factor

@@ -138,7 +138,7 @@ class _ExchangedGuidance(NamedTuple):
     def init(self, sample: jax.Array) -> None:
         return None
 
-    def evaluations(self, cond: Any, uncond: None) -> Sequence[Evaluation]:
+    def evaluations(self, cond: PyTree, uncond: None) -> Sequence[Evaluation]:
         return [Evaluation(cond)]  # on the first device, this is the unconditional one
 
     def combine(

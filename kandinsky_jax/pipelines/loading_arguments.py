@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import jax.numpy as jnp
+
 from kandinsky_jax.checkpoint import default_dtype, network_dtype
 from kandinsky_jax.common.errors import shorten
 
@@ -50,7 +52,7 @@ _WITHOUT_EFFECT = frozenset({"low_cpu_mem_usage", "resume_download", "disable_mm
 _MAY_BE_OFF = frozenset(INSTEAD) - {"custom_revision"}
 
 
-def without_diffusers_arguments(arguments: Mapping[str, Any], function: str) -> dict[str, Any]:
+def without_diffusers_arguments(arguments: Mapping[str, object], function: str) -> dict[str, Any]:
     """Drop the arguments of diffusers that change nothing here.
 
     Raises:
@@ -70,11 +72,11 @@ def without_diffusers_arguments(arguments: Mapping[str, Any], function: str) -> 
 class Dtypes:
     """The dtype of each network of a pipeline."""
 
-    default: Any
-    by_name: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    default: jnp.dtype
+    by_name: Mapping[str, jnp.dtype] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read(cls, dtype: Any, torch_dtype: Any, components: Sequence[str]) -> Self:
+    def read(cls, dtype: object, torch_dtype: object, components: Sequence[str]) -> Self:
         """Read the arguments `dtype` and `torch_dtype` of a pipeline with these components."""
         if dtype is not None and torch_dtype is not None:
             raise TypeError("dtype and torch_dtype are two names of one argument: give one of them")
@@ -85,9 +87,9 @@ class Dtypes:
             raise ValueError(
                 f"dtype has no component {shorten(unknown)}; there are default, {shorten(', '.join(components), 250)}"
             )
-        chosen = {name: network_dtype(value) or default_dtype() for name, value in given.items()}
+        chosen: dict[str, Any] = {name: network_dtype(value) or default_dtype() for name, value in given.items()}
         return cls(chosen.pop("default", None) or default_dtype(), chosen)
 
-    def of(self, name: str) -> Any:
+    def of(self, name: str) -> jnp.dtype:
         """Return the dtype of a component, by its name in the constructor."""
         return self.by_name.get(name, self.default)

@@ -46,7 +46,7 @@ def number(what: str, value: Any) -> float:
     raise ValueError(f"{what} is {quote(value, 60)}, needed is a finite number that float32 holds")
 
 
-def of_network(component: str, given: Any, layers: Iterable[str]) -> LayerWeights:
+def of_network(component: str, given: object, layers: Iterable[str]) -> LayerWeights:
     """Convert a user's weight for one network to weights of its layers.
 
     Args:
@@ -71,7 +71,7 @@ def of_network(component: str, given: Any, layers: Iterable[str]) -> LayerWeight
     return {**weights, "": 1.0}
 
 
-def _blocks(component: str, given: Mapping[Any, Any], names: Sequence[str]) -> dict[str, float]:
+def _blocks(component: str, given: Mapping[object, object], names: Sequence[str]) -> dict[str, float]:
     """Return weights of a UNet's blocks, by prefixes of their attention layers' names."""
     counts: dict[str, dict[str, int]] = {"down": {}, "up": {}}
     for name in names:
@@ -96,7 +96,7 @@ def _blocks(component: str, given: Mapping[Any, Any], names: Sequence[str]) -> d
     return weights
 
 
-def _each(what: str, value: Any, count: int) -> list[float]:
+def _each(what: str, value: object, count: int) -> list[float]:
     """Return one weight for each attention layer of a block; a single one applies to all."""
     values = list(value) if isinstance(value, list | tuple) else [value]
     if len(values) not in (1, count):

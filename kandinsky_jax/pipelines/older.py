@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 
@@ -21,11 +21,11 @@ _OF_2_1 = (
 class _Kandinsky21Pipeline:
     """Placeholder of an unsupported class; its error names the class of 2.2 to use."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         _refuse(type(self).__name__)
 
     @classmethod
-    def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
+    def from_pretrained(cls, *_: object, **__: object) -> NoReturn:
         """Raise NotImplementedError."""
         _refuse(cls.__name__)
 
@@ -41,6 +41,6 @@ def _refuse(name: str) -> NoReturn:
     )
 
 
-def class_of_2_1(name: str) -> Any:
+def class_of_2_1(name: str) -> type | None:
     """Return the placeholder for a class of Kandinsky 2.1, None for any other name."""
     return type(name, (_Kandinsky21Pipeline,), {"__module__": __name__}) if name in _OF_2_1 else None

@@ -40,19 +40,19 @@ class BaseOutput(OrderedDict[str, Any]):
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         super().__setitem__(name, value)
         super().__setattr__(name, value)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in self and value is not None:
             super().__setitem__(name, value)
         super().__setattr__(name, value)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, name) for name in _fields(self))
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(f"items of a {type(self).__name__} cannot be removed or merged; dict(output) makes a copy")
 
     __delitem__ = pop = popitem = clear = update = setdefault = _refuse

@@ -164,12 +164,12 @@ class PriorPipeline(Pipeline):
 
     def interpolate(
         self,
-        images_and_prompts: Sequence[Any],
+        images_and_prompts: Sequence[object],
         weights: Sequence[float],
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
         generator: Generator = None,
-        latents: Any = None,
+        latents: object = None,
         negative_prior_prompt: str | None = None,
         negative_prompt: str = "",
         guidance_scale: float = 4.0,
@@ -255,7 +255,7 @@ class PriorPipeline(Pipeline):
             callback_inputs=checks.callback(callback, callback_inputs, self._callback_tensor_inputs),
         )
 
-    def _pictures(self, value: Any, which: str) -> np.ndarray | list[Image.Image]:
+    def _pictures(self, value: object, which: str) -> np.ndarray | list[Image.Image]:
         """Read image inputs: as embeddings `[N, D]`, as pixels for CLIP `[N, S, S, 3]`, or as pictures."""
         name, side = f"images_and_prompts{which}" if which else "image", self._held()["image_encoder"].config.image_size
         dim = self.prior.config.embedding_dim
@@ -389,7 +389,7 @@ class PriorPipeline(Pipeline):
                 )
         return tokenize(self.tokenizer, texts, length)
 
-    def get_zero_embed(self, batch_size: int = 1, device: Any = None) -> jax.Array:
+    def get_zero_embed(self, batch_size: int = 1, device: object = None) -> jax.Array:
         """Return the vision tower's embedding of zeros, `[batch_size, D]`: the default negative embedding."""
         return jnp.asarray(np.repeat(self._zero_embed(), checks.count(batch_size, "batch_size"), axis=0))
 
@@ -398,7 +398,7 @@ class PriorPipeline(Pipeline):
         tower = self._held()["image_encoder"]
         return self._constant("zero", lambda: zero_embed.of(tower), tower)
 
-    def _constant(self, name: str, compute: Callable[[], Any], *owners: Any, shape: tuple[int, ...] = ()) -> Any:
+    def _constant(self, name: str, compute: Callable[[], object], *owners: object, shape: tuple[int, ...] = ()) -> Any:
         """Cache a result that depends only on its owners' weights; computed anew when one changes, as LoRA does."""
         weights = [leaf for owner in owners for leaf in _weights(owner)]
         kept, kept_shape, result = self._constants.get(name, ([], (), None))
@@ -409,7 +409,7 @@ class PriorPipeline(Pipeline):
         return result
 
 
-def _weights(owner: Any) -> list[Any]:
+def _weights(owner: object) -> list[object]:
     """Return objects that change identity when a network's weights change: its arrays, or the unloaded network."""
     return [owner] if isinstance(owner, LazyNetwork) else list(flat_params(owner).values())
 
