@@ -157,7 +157,7 @@ class RemoteFiles:
         root: the folder's path in it.
     """
 
-    def __init__(self, fs: Any, root: str):
+    def __init__(self, fs: fsspec.AbstractFileSystem, root: str):
         self._fs, self._root = fs, root.rstrip("/")
         protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
         self._one_request = bool(protocols & ATOMIC_STORES)
@@ -199,7 +199,7 @@ class RemoteFiles:
             for path, size in ((self._path(name), size) for name, size in known.items())
         ]
 
-    def _part(self, span: tuple[str, int, int], part: Any) -> bytes:
+    def _part(self, span: tuple[str, int, int], part: bytes | Exception) -> bytes:
         path, start, stop = span
         if not isinstance(part, Exception):
             return bytes(part)
@@ -289,7 +289,7 @@ class RemoteFiles:
     def _path(self, *names: str) -> str:
         return posixpath.join(self._root, *filter(None, names))
 
-    def _fresh(self) -> Any:
+    def _fresh(self) -> fsspec.AbstractFileSystem:
         """Return the file system after clearing its cache of listings, since other processes write there too."""
         self._fs.invalidate_cache()
         return self._fs

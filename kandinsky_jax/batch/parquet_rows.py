@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from kandinsky_jax.batch.text_rows import STRIDE, Raw
 from kandinsky_jax.common.errors import shorten
+
+if TYPE_CHECKING:  # part of the extra `batch`
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 BATCH = 1 << 16  # rows whose ids are looked at together
 BUFFER = 1 << 20  # bytes of a column that are read at once
@@ -18,7 +22,7 @@ _WORD = 8
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
-def open_parquet(file: BinaryIO) -> Any:
+def open_parquet(file: BinaryIO) -> pq.ParquetFile:
     """Open a `ParquetFile` that reads its columns in pieces."""
     import pyarrow.parquet
 
@@ -37,8 +41,9 @@ class ParquetReader:
         meta = self._table.metadata
         self._begins = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
         self._group, self._next = -1, 0  # the row group that is being read, and the number of its next row
-        self._batches: Iterator[Any] = iter(())
-        self._batch, self._begin = None, 0  # the last batch, and the number of its first row
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: pa.RecordBatch | None = None
+        self._begin = 0  # the last batch, and the number of its first row
         self._damage: dict[int, tuple[int, str]] = {}  # by row group: the first row that cannot be read, and why
 
     def rows(self, first: int, count: int) -> Iterator[Raw]:
@@ -58,7 +63,7 @@ class ParquetReader:
                     yield Raw(number + i, {name: values[i] for name, values in columns.items()})
                 number += part.num_rows
 
-    def _part(self, group: int, number: int, end: int) -> Any:
+    def _part(self, group: int, number: int, end: int) -> pa.RecordBatch | None:
         """Return some rows from `number` on, at most to `end`; None if they are damaged."""
         for attempt in range(2):  # the second one repairs transmission errors
             if group in self._damage and number >= self._damage[group][0]:
@@ -96,7 +101,7 @@ def _is_damage(error: OSError) -> bool:
     return type(error) is OSError and error.errno is None
 
 
-def _values(column: Any) -> list[Any]:
+def _values(column: pa.Array) -> list[object]:
     """Convert a column to Python objects, the same with and without pandas."""
     if not _has_times(column.type):
         with contextlib.suppress(ValueError, OverflowError):  # text that is not UTF-8
@@ -104,7 +109,7 @@ def _values(column: Any) -> list[Any]:
     return [_value(scalar) for scalar in column]
 
 
-def _has_times(kind: Any) -> bool:
+def _has_times(kind: pa.DataType) -> bool:
     import pyarrow.types
 
     if pyarrow.types.is_dictionary(kind):
@@ -114,7 +119,7 @@ def _has_times(kind: Any) -> bool:
     return pyarrow.types.is_temporal(kind)
 
 
-def _value(scalar: Any) -> Any:
+def _value(scalar: pa.Scalar) -> object:
     """Convert a value, with times in ISO 8601 (pyarrow's conversion of nanoseconds needs pandas) and surrogates for
     bytes that are not UTF-8."""
     import pyarrow.types
@@ -135,7 +140,7 @@ def _value(scalar: Any) -> Any:
     return _time(scalar) if pyarrow.types.is_temporal(kind) else scalar.as_py()
 
 
-def _time(scalar: Any) -> Any:
+def _time(scalar: pa.Scalar) -> str:
     import pyarrow.types
 
     kind = scalar.type
@@ -174,7 +179,7 @@ def marks(file: BinaryIO) -> tuple[list[str], int, np.ndarray | None]:
     return columns, count, np.concatenate(found)
 
 
-def _marks(column: Any, number: int) -> np.ndarray:
+def _marks(column: pa.Array, number: int) -> np.ndarray:
     """Hash ids to 64 bits; a row without one has its number in nine digits as id."""
     import pyarrow
     import pyarrow.compute

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
+import types
 from array import array
 from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -84,7 +84,7 @@ class RowFile:
     starts: array = field(default_factory=lambda: array("q"))  # where every STRIDE-th row begins, in bytes
     newline: str = "\n"  # of a text file
     _reader: parquet_rows.ParquetReader | None = field(default=None, repr=False)  # keeps its position
-    _lock: Any = field(default_factory=threading.Lock, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def read(self, first: int, count: int) -> Iterator[Raw]:
         """Yield the rows first .. first + count - 1.
@@ -116,7 +116,7 @@ class RowFile:
         self._reader = reader  # only if all rows were consumed; otherwise the file is opened again
 
 
-def parquet() -> Any:
+def parquet() -> types.ModuleType:
     """Import pyarrow's Parquet module, an optional dependency."""
     try:
         import pyarrow.parquet

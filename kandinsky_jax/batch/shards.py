@@ -20,7 +20,7 @@ import re
 import tarfile
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from kandinsky_jax.batch.files import open_files
 from kandinsky_jax.batch.model_files import changed
@@ -39,7 +39,7 @@ class GeneratedImage(NamedTuple):
 
     key: str  # file name without suffix
     data: bytes  # the encoded picture
-    about: dict[str, Any]  # settings that reproduce it
+    about: dict[str, object]  # settings that reproduce it
     fault: str | None = None  # the reason if there is no picture
 
 
@@ -66,7 +66,7 @@ class Output:
         self._files = open_files(url)
         self._stale: set[str] = set()  # error files of an earlier run, for shards that are made again
 
-    def begin(self, identity: dict[str, Any], older_model: Callable[[], str] | None = None) -> None:
+    def begin(self, identity: dict[str, object], older_model: Callable[[], str] | None = None) -> None:
         """Start the job in this folder, or check that it was started here; safe against concurrent processes.
 
         Args:
@@ -91,7 +91,7 @@ class Output:
             raise JobError([f"{shorten(self.url, 240)}/job.json cannot be read: {shorten(reason, 200)}"]) from None
         self._compare(known, json.loads(text), older_model)
 
-    def _compare(self, data: bytes, identity: dict[str, Any], older_model: Callable[[], str] | None) -> None:
+    def _compare(self, data: bytes, identity: dict[str, object], older_model: Callable[[], str] | None) -> None:
         """Raise JobError where job.json is damaged, of a later version, or of another job."""
         try:
             known = reading.parse_json(data)
@@ -166,7 +166,7 @@ class Output:
         self._files.sweep(("", "errors", "manifest", "images", *pictures))
         self._stale = {name for name in self._files.sizes("errors") if not name.startswith(".")}
 
-    def write(self, shard: int, pictures: Sequence[GeneratedImage], errors: Sequence[dict[str, Any]]) -> bool:
+    def write(self, shard: int, pictures: Sequence[GeneratedImage], errors: Sequence[dict[str, object]]) -> bool:
         """Write a shard, which is complete when this returns.
 
         Returns:
@@ -213,7 +213,7 @@ class Output:
 _PARTS = {"defaults": "{}", "rows": "the {} of rows", "versions": "the version of {}"}
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _changes(before: dict[str, object], now: dict[str, object]) -> list[str]:
     """List the differences of two identities of a job, by setting."""
     faults = []
     for name in sorted(before.keys() | now.keys()):
@@ -235,7 +235,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _change(name: str, before: Any, now: Any) -> str:
+def _change(name: str, before: object, now: object) -> str:
     """Describe a setting's two values; long ones from where they differ."""
     old, new = ("not given" if value is None else quote(value, 2000) for value in (before, now))
     alike = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
@@ -247,7 +247,7 @@ def _change(name: str, before: Any, now: Any) -> str:
 # Content ----------------------------------------------------------------------------------------------------------
 
 
-def json_line(value: Any) -> bytes:
+def json_line(value: object) -> bytes:
     """Encode a value as a line of standard JSON, the same in every run.
 
     Numbers without a JSON form become text, "Infinity", "-Infinity" and "NaN", as in Protocol Buffers; other values
@@ -263,7 +263,7 @@ def json_line(value: Any) -> bytes:
     return (text + "\n").encode(errors="backslashreplace")  # unpaired surrogates, escaped as in JSON
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
@@ -271,11 +271,11 @@ def _finite(value: Any) -> Any:
     return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return _ADDRESS.sub("", str(value))
 
 
-def _error_line(error: dict[str, Any]) -> bytes:
+def _error_line(error: dict[str, object]) -> bytes:
     """Encode a line of errors.jsonl; the row's identifier may be any value."""
     name = error.get("id")
     short = isinstance(name, str) and len(name) <= 200
@@ -284,7 +284,7 @@ def _error_line(error: dict[str, Any]) -> bytes:
     return json_line(error | {"id": name, "error": _text(error["error"])})
 
 
-def _row_number(line: bytes) -> Any:
+def _row_number(line: bytes) -> object:
     """Return the row of a line of errors.jsonl; a row of several pictures may have several lines."""
     try:
         return json.loads(line)["row"]
@@ -329,5 +329,5 @@ def _write_manifest(file: BinaryIO, pictures: Sequence[tuple[str, GeneratedImage
     parquet().write_table(pyarrow.Table.from_pylist(rows, schema), file)
 
 
-def _utf8(value: Any) -> Any:
+def _utf8(value: object) -> object:
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value

@@ -11,13 +11,16 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.common.reading import ReadError
+
+if TYPE_CHECKING:  # csv names no type of its readers
+    from _csv import Reader
 
 BLOCK = 1 << 17  # bytes that are read at once
 MAX_LINE = 1 << 24  # bytes; the rest of a longer line is skipped, to bound memory
@@ -36,7 +39,7 @@ class Raw(NamedTuple):
     """A row as read: its values, or a fault."""
 
     number: int
-    values: dict[str, Any]
+    values: Mapping[str, object]
     fault: str | None = None
 
 
@@ -228,7 +231,7 @@ def _scan_csv(lines: Lines, default_id: Callable[[int], str]) -> Scan:
     return Scan(columns, starts, marks.array())
 
 
-def _csv_reader(lines: Iterator[str]) -> Any:
+def _csv_reader(lines: Iterator[str]) -> Reader:
     """Return a strict reader, which raises for an unterminated quote instead of joining rows.
 
     Spaces before a cell are skipped, so that a quoted cell may follow them.
@@ -285,7 +288,7 @@ class _Marks:
     def __len__(self) -> int:
         return self._count
 
-    def extend(self, names: list[Any]) -> None:
+    def extend(self, names: Sequence[object]) -> None:
         """Add the ids of the next rows, None or empty for rows without one."""
         if all(names) and {str}.issuperset(map(type, names)):  # the common case, twice as fast
             marks = list(map(hash, names))
@@ -297,7 +300,7 @@ class _Marks:
         self._parts.append(np.array(marks, np.int64))
         self._count += len(names)
 
-    def _other(self, name: Any, number: int) -> int:
+    def _other(self, name: object, number: int) -> int:
         return hash(self._default_id(number) if name is None or name == "" else str(name))
 
     def array(self) -> np.ndarray:
@@ -362,7 +365,7 @@ def _without_padding(cells: list[str], text: str) -> list[str]:
     return [cell if match[1] else cell.strip() for cell, match in zip(cells, found, strict=False)]
 
 
-def _header(reader: Any, lines: Lines) -> list[str]:
+def _header(reader: Reader, lines: Lines) -> list[str]:
     position = lines.start(0)
     try:
         return [name.strip() for name in next(reader, [])]
@@ -374,7 +377,7 @@ def _header(reader: Any, lines: Lines) -> list[str]:
 _decode = json.JSONDecoder().raw_decode  # twice as fast as json.loads for a short line
 
 
-def _json(line: str) -> tuple[dict[str, Any], str | None]:
+def _json(line: str) -> tuple[dict[str, object], str | None]:
     if fault := _too_long(line):
         return {}, fault
     line = line.strip()
@@ -389,7 +392,7 @@ def _json(line: str) -> tuple[dict[str, Any], str | None]:
     return parsed, None
 
 
-def _json_id(line: str) -> Any:
+def _json_id(line: str) -> object:
     """Return the id of a line, which is parsed only if it contains "id" or an escape sequence."""
     return _json(line)[0].get("id") if '"id"' in line or "\\u" in line else None
 

@@ -38,7 +38,7 @@ def command_of(mode: Mode) -> Callable[..., None]:
         files = {name: given.pop(PICTURE_COLUMNS[name]) for name in mode.pictures}
         generate_pictures(prompt, options, mode, files, **given)
 
-    def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    def parameter(name: str, annotation: object, default: object = inspect.Parameter.empty) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     parameters = [parameter("prompt", Prompt)]
