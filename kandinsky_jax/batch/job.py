@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def _default_faults(defaults: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _at_most(check: Callable[[Any, str], int], most: int) -> Callable[[Any, str], int]:
+def _at_most(check: Callable[[object, str], int], most: int) -> Callable[[object, str], int]:
     def checked(value: Any, name: str) -> int:
         if check(value, name) > most:
             raise ValueError(f"{name} must be at most {most}, got {quote(value)}")
@@ -136,7 +136,7 @@ def _at_most(check: Callable[[Any, str], int], most: int) -> Callable[[Any, str]
 
 
 # Checks of default values by column, independent of the model.
-_DEFAULT_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+_DEFAULT_CHECKS: dict[str, Callable[[object, str], object]] = {
     "negative_prompt": lambda value, _: text(value),
     "num_images": _at_most(checks.count, MAX_IMAGES),
     "height": _at_most(checks.side, MAX_SIDE),
@@ -157,7 +157,7 @@ def _check_folder(root: str) -> None:
 
 
 @contextlib.contextmanager
-def _listed(faults: list[str], name: str = "") -> Any:
+def _listed(faults: list[str], name: str = "") -> Iterator[None]:
     """Add errors raised in the block to `faults`, prefixed with the name of the setting."""
     try:
         yield
@@ -213,7 +213,7 @@ class OpenJob:
         return -(-self.rows.count // self.job.rows_per_shard)
 
     @functools.cached_property  # it reads the model's folder
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Everything that determines the result, which must be the same in every run of the job.
 
         Paths of the rows and the model are not part of it, nor are processes and devices.

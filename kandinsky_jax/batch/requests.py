@@ -47,7 +47,7 @@ class RowError(ValueError):
     def __init__(self, faults: Sequence[str]):
         super().__init__(summarize(faults, MAX_MESSAGE))
 
-    def record(self, raw: Raw) -> dict[str, Any]:
+    def record(self, raw: Raw) -> dict[str, object]:
         """Return the entry for errors.jsonl, always valid JSON and the same in every run."""
         name = raw.values.get("id")
         plain = name is None or (isinstance(name, str) and _ID.fullmatch(name)) or type(name) is int
@@ -81,10 +81,10 @@ class RowRequest:
     num_images: int
     shape: Shape
     files: dict[str, str]  # paths as the row has them
-    pictures: dict[str, Any]  # by the pipeline's argument names
-    metadata: Any
+    pictures: dict[str, Image.Image]  # by the pipeline's argument names
+    metadata: object
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, object]:
         """Return the settings that reproduce the row's pictures."""
         facts = {"id": self.id, "prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed}
         shape = {name: value for name, value in self.shape._asdict().items() if name != "negative"}
@@ -194,7 +194,7 @@ class Checker:
             scheduler.schedule(steps, checks.skipped(strength, scheduler.steps(steps)))
             self._schedulable.add((name, steps, strength))
 
-    def _pictures(self, row: _Row, read: dict[str, Image.Image], shape: Shape) -> dict[str, Any]:
+    def _pictures(self, row: _Row, read: dict[str, Image.Image], shape: Shape) -> dict[str, Image.Image]:
         """Resize pictures to the generated size, so that the pipelines do not resize them again."""
         size, found = (shape.height, shape.width), {}
         try:
@@ -240,7 +240,7 @@ def check_pixels(height: int, width: int, count: int) -> None:
 class _Row:
     """A row's values and faults."""
 
-    def __init__(self, values: dict[str, Any]):
+    def __init__(self, values: dict[str, object]):
         self.values, self.faults = values, []
         for name in _TEXTS:  # Parquet files of some writers have bytes for text
             if isinstance(value := values.get(name), bytes):
@@ -248,13 +248,13 @@ class _Row:
 
     faults: list[str]
 
-    def get(self, name: str, check: Callable[[Any], Any], default: Any) -> Any:
+    def get(self, name: str, check: Callable[[object], object], default: Any) -> Any:
         """Return a checked value, or the default."""
         if name not in self.values:
             return default
         return self.checked(name, lambda: check(self.values[name]), default)
 
-    def checked(self, name: str, check: Callable[[], Any], default: Any = None) -> Any:
+    def checked(self, name: str, check: Callable[[], object], default: Any = None) -> Any:
         """Return the result of a check; where it raises, note a fault of the column and return the default."""
         try:
             return check()
@@ -267,7 +267,7 @@ class _Row:
 # One value --------------------------------------------------------------------------------------------------------
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """Check a text that UTF-8 can encode; TypeError or ValueError for anything else."""
     if not isinstance(value, str):
         raise TypeError(f"must be text, got {quote(value)}")
@@ -284,14 +284,14 @@ def _prompt(value: Any) -> str:
     return value
 
 
-def _identifier(value: Any) -> str:
+def _identifier(value: object) -> str:
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else text(value)
     if not _ID.fullmatch(name):
         raise ValueError(f"may hold letters, digits, - and _, at most {MAX_KEY} of them; got {quote(name)}")
     return name
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     """Convert a number, or a text with one as in a CSV file."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(f"must be a number, got {quote(value)}")
@@ -301,7 +301,7 @@ def _number(value: Any) -> float:
         raise ValueError(f"must be a number, got {quote(value)}") from None
 
 
-def _whole(value: Any) -> int:
+def _whole(value: object) -> int:
     """Convert an integer; pandas stores columns with gaps as floats."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -312,32 +312,32 @@ def _whole(value: Any) -> int:
     return int(number)
 
 
-def _seed(value: Any) -> int:
+def _seed(value: object) -> int:
     seed = _whole(value)
     if not 0 <= seed < 2**63:
         raise ValueError(f"must be from 0 to 2**63 - 1, got {shorten(seed)}")
     return seed
 
 
-def _count(value: Any) -> int:
+def _count(value: object) -> int:
     count = _whole(value)
     if count > MAX_IMAGES:
         raise ValueError(f"must be at most {MAX_IMAGES}, got {shorten(count)}; use more rows")
     return checks.count(count, "num_images")
 
 
-def _side(value: Any, name: str) -> int:
+def _side(value: object, name: str) -> int:
     side = _whole(value)
     if side > MAX_SIDE:
         raise ValueError(f"must be at most {MAX_SIDE} pixels, got {shorten(side)}")
     return checks.side(side, name)
 
 
-def _guidance(value: Any, name: str) -> float:
+def _guidance(value: object, name: str) -> float:
     return checks.guidance(_number(value), name)
 
 
-def json_value(value: Any, depth: int = 0) -> Any:
+def json_value(value: object, depth: int = 0) -> object:
     """Convert metadata to JSON values.
 
     Values without a JSON form are written as in protobuf's JSON: NaN and infinities as strings, bytes in base64, times

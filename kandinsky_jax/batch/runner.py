@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -33,7 +33,11 @@ from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.diffusion.rng import image_keys
 from kandinsky_jax.pipelines import CombinedPipeline
+from kandinsky_jax.pipelines.decoder import PendingImages
 from kandinsky_jax.preemption import Stop
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ENCODERS = 4  # threads; Pillow releases the GIL while compressing
 AHEAD = 2  # shards that are read or written while one is generated
@@ -114,7 +118,7 @@ def run(
     return report
 
 
-def rehearsal(job: OpenJob) -> Callable[[Any], None]:
+def rehearsal(job: OpenJob) -> Callable[[CombinedPipeline], None]:
     """Return a function that calls a pipeline as the job will, with its first valid row, for `warmup`."""
 
     def call(pipe: CombinedPipeline) -> None:
@@ -161,7 +165,7 @@ class _Stages:
     def __enter__(self) -> _Stages:
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         for executor in (self._reader, self._encoders, self._writer):
             executor.shutdown(wait=True, cancel_futures=kind is not None)
 
@@ -235,7 +239,7 @@ class _Stages:
             bar.update(len(call))
         return True
 
-    def _encode(self, pending: Any, call: list[Unit]) -> list[GeneratedImage]:
+    def _encode(self, pending: PendingImages, call: list[Unit]) -> list[GeneratedImage]:
         try:
             pixels = np.asarray(pending.array)[: len(call)]  # [B, H, W, 3]
         finally:
@@ -246,7 +250,7 @@ class _Stages:
             for unit, picture in zip(call, pixels, strict=True)
         ]
 
-    def _encoded(self, unit: Unit, picture: np.ndarray, about: dict[str, Any]) -> GeneratedImage:
+    def _encoded(self, unit: Unit, picture: np.ndarray, about: dict[str, object]) -> GeneratedImage:
         """Encode a picture, or return the reason why it failed, so that the others are written."""
         if not np.isfinite(picture).all():
             return GeneratedImage(
@@ -260,7 +264,7 @@ class _Stages:
             reason = shorten(str(error) or type(error).__name__, 200)
             return GeneratedImage(unit.key, b"", about, f"picture {unit.image} cannot be written: {reason}")
 
-    def _constants(self) -> dict[str, Any]:
+    def _constants(self) -> dict[str, object]:
         job = self._job
         facts = {"mode": job.mode, "model": job.model, "prior": job.job.prior, "scheduler": job.scheduler}
         return facts | {"dtype": job.job.dtype, "batch": job.job.batch}
@@ -280,7 +284,7 @@ class _Stages:
         self._report.errors += len({error["row"] for error in shard.errors})
 
 
-def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, Any]:
+def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, object]:
     """Return the arguments of the pipeline's `generate` for one call, `batch` pictures on every device.
 
     An incomplete batch of a device is padded with its own last picture, so that it does not depend on other devices.
@@ -290,7 +294,7 @@ def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, Any]:
     units = [unit for group in groups for unit in group + [group[-1]] * (batch - len(group))]
     requests, shape = [unit.request for unit in units], units[0].request.shape
     keys = image_keys([request.seed for request in requests], [unit.image for unit in units])
-    optional: dict[str, Any] = {} if shape.strength is None else {"strength": shape.strength}
+    optional: dict[str, object] = {} if shape.strength is None else {"strength": shape.strength}
     for name in requests[0].pictures:
         optional[name] = [request.pictures[name] for request in requests]
     return optional | {
@@ -313,14 +317,14 @@ def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, Any]:
 class _Inline:
     """An executor that runs functions immediately in the calling thread."""
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*args))
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(function(*args, **kwargs))
         return future
 
-    def shutdown(self, **_: Any) -> None:
+    def shutdown(self, **_: object) -> None:
         pass
 
 
-def _executor(threads: int, overlap: bool) -> Any:
+def _executor(threads: int, overlap: bool) -> ThreadPoolExecutor | _Inline:
     return ThreadPoolExecutor(threads) if overlap else _Inline()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -98,7 +98,7 @@ def batch(
     A job that was stopped or killed continues when it is started again, with any number of processes, and ends with the
     same bytes. Rows that fail are reported in errors.jsonl; all others are generated. Columns of a job:
     """
-    defaults: dict[str, Any] = {
+    defaults: dict[str, object] = {
         "negative_prompt": negative_prompt,
         "num_images": num_images,
         "height": height,

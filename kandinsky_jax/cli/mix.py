@@ -12,6 +12,7 @@ from kandinsky_jax.cli.options import Options, numbers, takes_options
 from kandinsky_jax.cli.running import generate_from_embeds
 from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import (
+    CombinedPipeline,
     checks,
 )
 from kandinsky_jax.pipelines.modes import MODES
@@ -36,7 +37,7 @@ def mix(
 
     completed = options.completed(MODES["generate"])
 
-    def embed(pipe: Any, generator: Generator) -> Any:
+    def embed(pipe: CombinedPipeline, generator: Generator) -> Any:
         return pipe.prior_pipe.interpolate(
             mixed,
             shares,

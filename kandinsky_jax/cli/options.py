@@ -185,7 +185,7 @@ class CompletedOptions(Options):
     mode: Mode
     recommended: RecommendedSettings
 
-    def generate(self, call: Callable[[Any, Generator], Any]) -> Any:
+    def generate(self, call: Callable[[CombinedPipeline, Generator], Any]) -> Any:
         """Load a pipeline while compiling for `call`, and return the seed and the result of the call."""
         if self.compilation_cache is not None:
             set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)

@@ -12,6 +12,7 @@ from kandinsky_jax import images
 from kandinsky_jax.cli.options import CompletedOptions, Options
 from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import (
+    CombinedPipeline,
     checks,
 )
 from kandinsky_jax.pipelines.modes import Mode
@@ -60,12 +61,12 @@ def generate_pictures(
 
 
 def generate_from_embeds(
-    embed: Callable[[Any, Generator], Any], options: CompletedOptions, about: Sequence[dict[str, Any]]
+    embed: Callable[[CombinedPipeline, Generator], Any], options: CompletedOptions, about: Sequence[dict[str, object]]
 ) -> None:
     """Load, generate and write, for commands that compute image embeddings in their own way."""
     settings = options.decoder_settings()
 
-    def call(pipe: Any, generator: Generator) -> Any:
+    def call(pipe: CombinedPipeline, generator: Generator) -> Any:
         settings.update(options.size(pipe, None))
         return pipe.decoder_pipe(**embed(pipe, generator), generator=generator, **settings).images
 
@@ -75,7 +76,7 @@ def generate_from_embeds(
 
 
 def write_pictures(
-    pictures: Sequence[Image.Image], options: Options, seed: int, about: Sequence[dict[str, Any]]
+    pictures: Sequence[Image.Image], options: Options, seed: int, about: Sequence[dict[str, object]]
 ) -> None:
     """Write the pictures with the settings that reproduce them."""
     for i, (picture, facts) in enumerate(zip(pictures, about, strict=True)):

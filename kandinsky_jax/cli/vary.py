@@ -8,6 +8,7 @@ from kandinsky_jax.cli.options import ImagePaths, Options, Prompt, Strength, tak
 from kandinsky_jax.cli.running import file_names, generate_from_embeds, read_pictures
 from kandinsky_jax.diffusion.rng import Generator
 from kandinsky_jax.pipelines import (
+    CombinedPipeline,
     KandinskyV22PriorEmb2EmbPipeline,
     checks,
 )
@@ -23,7 +24,7 @@ def vary(prompt: Prompt, image: ImagePaths, options: Options, strength: Strength
     pictures = read_pictures(prompt, options, {"image": image})["image"]
     completed = options.completed(MODES["generate"])
 
-    def embed(pipe: Any, generator: Generator) -> Any:
+    def embed(pipe: CombinedPipeline, generator: Generator) -> Any:
         return KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)(
             prompt,
             pictures,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.common.errors import quote
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.models.attention import attend, attend_after, attention_weights
 
 KeyValue = tuple[jax.Array, jax.Array]
@@ -91,7 +92,7 @@ def with_attention(network: N, function: AttentionFunction) -> N:
     return copy
 
 
-def capture(function: Callable[P, R], names: str) -> Callable[P, tuple[R, dict[str, Any]]]:
+def capture(function: Callable[P, R], names: str) -> Callable[P, tuple[R, dict[str, PyTree]]]:
     """Wrap a network, or a method of one, so that it also returns what its modules compute.
 
     Args:
@@ -115,10 +116,10 @@ def capture(function: Callable[P, R], names: str) -> Callable[P, tuple[R, dict[s
     pattern = re.compile(names)
 
     @functools.wraps(getattr(network, method))
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, Any]]:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, PyTree]]:
         attention: Any = kwargs.pop("attention", None)
         copy = _copy(network) if attention is None else with_attention(network, attention)
-        captured: dict[str, Any] = {}
+        captured: dict[str, PyTree] = {}
         known = _install(copy, pattern, captured)
         output = getattr(copy, method)(*args, **kwargs)
         if not captured:
@@ -132,15 +133,15 @@ def capture(function: Callable[P, R], names: str) -> Callable[P, tuple[R, dict[s
 class _Recorded(nnx.Module):
     """Stands in a module's place and keeps what it returns."""
 
-    def __init__(self, module: nnx.Module, record: Callable[[Any], None]):
+    def __init__(self, module: nnx.Module, record: Callable[[PyTree], None]):
         self.module, self.record = module, record
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         output = self.module(*args, **kwargs)
         self.record(output)
         return output
 
-    def condition(self, *args: Any, **kwargs: Any) -> Any:
+    def condition(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         output = self.module.condition(*args, **kwargs)
         self.record(output)
         return output
@@ -151,7 +152,7 @@ class _Recorded(nnx.Module):
         return getattr(self.module, name)
 
 
-def _install(network: nnx.Module, pattern: re.Pattern[str], captured: dict[str, Any]) -> list[str]:
+def _install(network: nnx.Module, pattern: re.Pattern[str], captured: dict[str, PyTree]) -> list[str]:
     """Let the modules of matching names write to `captured`; return the names of all modules."""
     modules = dict(_named_modules(network))
     for name, module in modules.items():

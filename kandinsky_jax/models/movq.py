@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class MoVQConfig(NetworkConfig):
 
     CLASS_NAME: ClassVar[str] = "VQModel"
     IGNORED: ClassVar[frozenset[str]] = frozenset({"force_upcast"})
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    FIXED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "act_fn": ("silu", "swish"),
         "norm_type": ("spatial",),
         "mid_block_add_attention": (True,),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class PriorConfig(NetworkConfig):
     """Configuration of the prior, with diffusers' defaults."""
 
     CLASS_NAME: ClassVar[str] = "PriorTransformer"
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    FIXED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "time_embed_act_fn": ("silu",),
         "norm_in_type": (None,),
         "embedding_proj_norm_type": (None,),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.models.config import NetworkConfig, block_faults
@@ -32,7 +32,7 @@ class UNetConfig(NetworkConfig):
             "dropout",
         }
     )
-    FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    FIXED: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "act_fn": ("silu", "swish"),
         "center_input_sample": (False,),
         "class_embed_type": (None,),

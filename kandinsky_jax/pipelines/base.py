@@ -45,11 +45,11 @@ class LazyComponent:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, pipe: Any, owner: type | None = None) -> Any:
+    def __get__(self, pipe: object, owner: type | None = None) -> Any:
         part = self if pipe is None else vars(pipe)[self._name]
         return part.load() if isinstance(part, LazyNetwork) else part
 
-    def __set__(self, pipe: Any, part: Any) -> None:
+    def __set__(self, pipe: object, part: object) -> None:
         vars(pipe)[self._name] = part
 
 
@@ -63,15 +63,15 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
     PREFIX: ClassVar[str] = ""  # of its components' names within a combined pipeline
     STAGE: ClassVar[str] = ""  # label of the progress bar
 
-    def _register(self, **components: Any) -> None:
+    def _register(self, **components: object) -> None:
         use_compilation_cache()
         for name, component in components.items():
             setattr(self, name, component)
         self._component_names = tuple(components)
-        self._progress_bar_config: dict[str, Any] = {}
+        self._progress_bar_config: dict[str, object] = {}
         self._call_state: dict[str, Any] = {}  # of the current or last call
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute; a value that is not valid for a component is refused at once, see `as_component`."""
         super().__setattr__(name, as_component(self, name, value) if name in self._component_slots() else value)
 
@@ -106,7 +106,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         return {name: vars(self)[name] for name in self._component_names}
 
     @classmethod
-    def from_pipe(cls, *pipes: Pipeline, **components: Any) -> Self:
+    def from_pipe(cls, *pipes: Pipeline, **components: object) -> Self:
         """Build another pipeline from the same components; nothing is loaded and no array is copied.
 
         Args:
@@ -142,7 +142,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
 
     # Compiling ahead ----------------------------------------------------------------------------------------------
 
-    def warmup(self, height: int = 512, width: int = 512, batch: int = 1, **arguments: Any) -> None:
+    def warmup(self, height: int = 512, width: int = 512, batch: int = 1, **arguments: object) -> None:
         """Compile the programs of a call in threads, without running them; the call then compiles nothing.
 
         Args:
@@ -153,7 +153,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
                 `output_type="latent"`, a callback.
         """
         picture = Image.new("RGB", (64, 64))
-        defaults: dict[str, Any] = {"height": height, "width": width, "generator": 0, "prompt": [""] * batch}
+        defaults: dict[str, object] = {"height": height, "width": width, "generator": 0, "prompt": [""] * batch}
         defaults |= {"image": picture, "mask_image": Image.linear_gradient("L"), "hint": picture.convert("L")}
         defaults |= self._stand_ins(batch)
         # A second pipeline of the same components: pipelines cache results, and here these are zeros.
@@ -163,7 +163,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         with compiling_ahead(lambda: twin(**call | arguments)):
             pass
 
-    def _stand_ins(self, batch: int) -> dict[str, Any]:
+    def _stand_ins(self, batch: int) -> dict[str, object]:
         """Return placeholder arguments for `warmup` that depend on the components."""
         return {}
 
@@ -184,7 +184,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
 
     # Progress -----------------------------------------------------------------------------------------------------
 
-    def set_progress_bar_config(self, **config: Any) -> None:
+    def set_progress_bar_config(self, **config: object) -> None:
         """Arguments of `tqdm` for the progress bars; `disable=True` turns them off."""
         self._progress_bar_config = config
 
@@ -200,7 +200,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         return _of_a_call(self, "guidance_scale")
 
     @guidance_scale.setter
-    def guidance_scale(self, value: Any) -> None:
+    def guidance_scale(self, value: float) -> None:
         self._call_state["guidance_scale"] = checks.guidance(value)
 
     _guidance_scale = guidance_scale
@@ -303,7 +303,7 @@ def _join(samples: Sequence[jax.Array]) -> np.ndarray:
     return joined.transpose(0, 3, 1, 2) if joined.ndim == 4 else joined
 
 
-def _part(latents: Any, samples: Sequence[jax.Array]) -> list[jax.Array]:
+def _part(latents: object, samples: Sequence[jax.Array]) -> list[jax.Array]:
     """Split the latents that a callback returned into the samples of all batches."""
     array = np.asarray(latents, np.float32)
     if array.shape != _join(samples).shape:
@@ -313,7 +313,7 @@ def _part(latents: Any, samples: Sequence[jax.Array]) -> list[jax.Array]:
     return [jax.numpy.asarray(part) for part in np.split(array, len(samples))]
 
 
-def check_pipelines(function: str, pipes: Sequence[Any]) -> None:
+def check_pipelines(function: str, pipes: Sequence[Pipeline]) -> None:
     """Raise TypeError for arguments that are not pipelines of this package."""
     for pipe in pipes:
         if not isinstance(pipe, Pipeline):

@@ -45,7 +45,7 @@ from kandinsky_jax.pipelines.modes import class_names, repository_of
 from kandinsky_jax.schedulers import SCHEDULERS, Scheduler, scheduler_from_config
 from kandinsky_jax.schedulers.base import near
 
-Warmup = Mapping[str, Any] | Callable[[Any], Any]  # arguments of `warmup`, or a function that calls a pipeline
+Warmup = Mapping[str, object] | Callable[[Any], object]  # arguments of `warmup`, or a function that calls a pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,8 @@ class PretrainedMixin:
         cls,
         name: str | os.PathLike[str],
         *,
-        dtype: Any = None,
-        torch_dtype: Any = None,
+        dtype: object = None,
+        torch_dtype: object = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
         revision: str | None = None,
@@ -133,7 +133,7 @@ class PretrainedMixin:
 
     @classmethod
     def _open(
-        cls, name: str | os.PathLike[str], options: LoadOptions, components: Mapping[str, Any]
+        cls, name: str | os.PathLike[str], options: LoadOptions, components: Mapping[str, object]
     ) -> Sequence[_Store]:
         """Open the folders that make up the pipeline."""
         folder = hub.resolve(name, cls.REPOSITORY, **vars(options.hub))
@@ -190,7 +190,7 @@ class PretrainedMixin:
         parts = self._held()
         needed = sum(_component_bytes(part) for part in parts.values())
         with complete_or_absent(folder, needed, overwrite=overwrite is not False) as scratch:
-            index: dict[str, Any] = {"_class_name": type(self).__name__}
+            index: dict[str, object] = {"_class_name": type(self).__name__}
             for name, held in parts.items():
                 part = held.read_once() if isinstance(held, LazyNetwork) else held
                 if isinstance(part, nnx.Module):
@@ -208,7 +208,7 @@ class PretrainedMixin:
             _keep_other_files(folder, scratch)
         note_saved(folder, own=False)
 
-    def save_config(self, folder: str | os.PathLike[str], **arguments: Any) -> None:
+    def save_config(self, folder: str | os.PathLike[str], **arguments: object) -> None:
         """Write the pipeline's `model_index.json` into a folder, which is created if missing."""
         check_saving_arguments(f"{type(self).__name__}.save_config", True, arguments)
         held = {name: part.cls if isinstance(part, LazyNetwork) else part for name, part in self._held().items()}
@@ -253,7 +253,7 @@ def _link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _index_entry(part: Any) -> list[str]:
+def _index_entry(part: object) -> list[str]:
     """Return the entry of a component or class in `model_index.json`: library and class name."""
     cls = part if isinstance(part, type) else type(part)
     network_of_diffusers = issubclass(cls, nnx.Module) and not cls.__name__.startswith("CLIP")
@@ -293,7 +293,7 @@ def expected_types(name: str) -> tuple[type, ...]:
     return (CLIPTokenizer,)
 
 
-def _component_bytes(part: Any) -> int:
+def _component_bytes(part: object) -> int:
     """Return the bytes of a network's parameters, 0 for other components."""
     if isinstance(part, LazyNetwork):
         return part.nbytes
@@ -344,7 +344,7 @@ class _Store(NamedTuple):
     """An opened folder of a pipeline: small components are read, networks are described."""
 
     folder: Path
-    ready: dict[str, Any]  # components given or read, by the constructor's names
+    ready: dict[str, object]  # components given or read, by the constructor's names
     networks: dict[str, nnx.Module]  # networks still to be read, without their arrays
     folders: dict[str, Path]  # of these networks
     options: LoadOptions
@@ -352,7 +352,7 @@ class _Store(NamedTuple):
 
 
 def describe(
-    cls: type[PretrainedMixin], folder: Path, options: LoadOptions, given: Mapping[str, Any], prefix: str = ""
+    cls: type[PretrainedMixin], folder: Path, options: LoadOptions, given: Mapping[str, object], prefix: str = ""
 ) -> _Store:
     """Check and open a pipeline's folder.
 
@@ -400,7 +400,7 @@ def _check_variant(folder: Path, parts: Sequence[Path], selection: WeightSelecti
         raise CheckpointError(f"{folder} has no files of the variant {quote(selection.variant)}; {there}")
 
 
-def _read(store: _Store) -> dict[str, Any]:
+def _read(store: _Store) -> dict[str, object]:
     """Read a pipeline's networks, under a progress bar."""
     selection, dtypes = store.options.hub.selection, store.options.dtypes
     total = sum(stored_bytes(folder, selection) for folder in store.folders.values())
