@@ -210,7 +210,7 @@ def _items(
     channels: tuple[int, ...],
     convert: Callable[[np.ndarray, str], np.ndarray] | None = None,
     nesting: int = 0,
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[tuple[str, Image.Image | np.ndarray]]:
     """Yield the given pictures with their names: PIL pictures, or arrays `[H, W, channels]`.
 
     Args:

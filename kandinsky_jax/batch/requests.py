@@ -278,10 +278,11 @@ def text(value: object) -> str:
     return value
 
 
-def _prompt(value: Any) -> str:
-    if not text(value).strip():
+def _prompt(value: object) -> str:
+    prompt = text(value)
+    if not prompt.strip():
         raise ValueError("is empty")
-    return value
+    return prompt
 
 
 def _identifier(value: object) -> str:

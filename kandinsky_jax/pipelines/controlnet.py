@@ -7,7 +7,7 @@ combined pipelines for controlnets; these are modelled on its other combined pip
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.pipelines.combined import CombinedPipeline
@@ -34,7 +34,7 @@ from kandinsky_jax.pipelines.options import (
     StrengthOption,
     takes,
 )
-from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
+from kandinsky_jax.pipelines.outputs import ImageResult
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class KandinskyV22ControlnetPipeline(DecoderPipeline):
     REPOSITORY: ClassVar[str] = hub.CONTROLNET
 
     @takes(ControlnetOptions)
-    def __call__(self, options: ControlnetOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: ControlnetOptions) -> ImageResult:
         """Generate pictures with a layout.
 
         Raises:
@@ -101,7 +101,7 @@ class KandinskyV22ControlnetImg2ImgPipeline(Img2ImgBase):
     REPOSITORY: ClassVar[str] = hub.CONTROLNET
 
     @takes(ControlnetImg2ImgOptions)
-    def __call__(self, options: ControlnetImg2ImgOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: ControlnetImg2ImgOptions) -> ImageResult:
         """Generate variations of pictures with a layout.
 
         Raises:
@@ -131,7 +131,7 @@ class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
     OPTIONS = ControlnetCombinedOptions
 
     @takes(ControlnetCombinedOptions)
-    def __call__(self, options: ControlnetCombinedOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: ControlnetCombinedOptions) -> ImageResult:
         """Generate pictures with a layout.
 
         Raises:
@@ -163,7 +163,7 @@ class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):
     OPTIONS = ControlnetImg2ImgCombinedOptions
 
     @takes(ControlnetImg2ImgCombinedOptions)
-    def __call__(self, options: ControlnetImg2ImgCombinedOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: ControlnetImg2ImgCombinedOptions) -> ImageResult:
         """Generate variations of pictures with a layout.
 
         Raises:

@@ -17,6 +17,7 @@ import numpy as np
 
 from kandinsky_jax import images
 from kandinsky_jax.checkpoint import CheckpointError, hub
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call, condition
 from kandinsky_jax.diffusion.inpainting import Blend
@@ -28,7 +29,7 @@ from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.denoising import LoopInputs
 from kandinsky_jax.pipelines.modes import class_names
 from kandinsky_jax.pipelines.options import Callback, CallOptions, DecoderLatentsOption
-from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
+from kandinsky_jax.pipelines.outputs import ImagePipelineOutput, ImageResult
 from kandinsky_jax.schedulers import Schedule, Scheduler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -99,13 +100,13 @@ class DecoderInputs:
         """Return what holds a part of the sample to a picture; None for nothing."""
         return None
 
-    def callback_tensors(self, guided: bool) -> dict[str, Any]:
+    def callback_tensors(self, guided: bool) -> dict[str, PyTree]:
         """Return the embeddings as diffusers' callbacks see them, with guidance the negative ones first."""
         assert self.uncond is not None or not guided
         embeds = np.concatenate([self.uncond, self.cond]) if guided and self.uncond is not None else self.cond
         return {"image_embeds": embeds, "negative_image_embeds": self.uncond}
 
-    def with_callback_tensors(self, changed: Mapping[str, Any]) -> Self:
+    def with_callback_tensors(self, changed: Mapping[str, PyTree]) -> Self:
         """Return the inputs after a callback; its image_embeds are `[2B, D]`, negative ones first, or `[B, D]`."""
         cond, uncond = self.cond, self.uncond
         if "negative_image_embeds" in changed:
@@ -126,7 +127,7 @@ class PendingImages(NamedTuple):
     request: DecoderRequest
     array: jax.Array  # latents [B, h, w, 4] for the output type "latent", else decoded by MoVQ, [B, H, W, 3]
 
-    def result(self) -> ImagePipelineOutput | tuple[Any]:
+    def result(self) -> ImageResult:
         """Wait for the device and return the pictures in the requested form."""
         output = self._output()
         return ImagePipelineOutput(output) if self.request.return_dict else (output,)
@@ -180,7 +181,7 @@ class DecoderPipeline(Pipeline):
 
     # Before the loop ----------------------------------------------------------------------------------------------
 
-    def _call(self, options: CallOptions) -> ImagePipelineOutput | tuple[Any]:
+    def _call(self, options: CallOptions) -> ImageResult:
         """Run a call: all checks first, then the loop."""
         given = vars(options)
         dim, negative_embeds = self.unet.config.encoder_hid_dim, given["negative_image_embeds"]

@@ -63,10 +63,10 @@ class Conditioning(Protocol):
     def loop_inputs(self, network: Network, params: Params, guided: bool) -> Sequence[LoopInputs]:
         """Compute the inputs of each batch; with uncond where guidance is on."""
 
-    def callback_tensors(self, guided: bool) -> dict[str, Any]:
+    def callback_tensors(self, guided: bool) -> dict[str, PyTree]:
         """Return what a callback sees besides the latents, by diffusers' names and in PyTorch's order of axes."""
 
-    def with_callback_tensors(self, changed: Mapping[str, Any]) -> Self:
+    def with_callback_tensors(self, changed: Mapping[str, PyTree]) -> Self:
         """Return the conditioning after a callback has changed some of the tensors."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from kandinsky_jax.pipelines.options import (
     EmbedsOutputOption,
@@ -19,7 +18,7 @@ from kandinsky_jax.pipelines.options import (
     StrengthOption,
     takes,
 )
-from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
+from kandinsky_jax.pipelines.outputs import PriorResult
 from kandinsky_jax.pipelines.prior import PriorPipeline
 
 
@@ -48,7 +47,7 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):
     """
 
     @takes(Emb2EmbOptions)
-    def __call__(self, options: Emb2EmbOptions) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
+    def __call__(self, options: Emb2EmbOptions) -> PriorResult:
         """Generate image embeddings, starting from that of a picture.
 
         Returns:

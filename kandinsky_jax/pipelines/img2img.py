@@ -6,7 +6,7 @@ Reference: diffusers' KandinskyV22Img2ImgPipeline and KandinskyV22Img2ImgCombine
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ from kandinsky_jax.pipelines.options import (
     StrengthOption,
     takes,
 )
-from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
+from kandinsky_jax.pipelines.outputs import ImageResult
 from kandinsky_jax.schedulers.base import linear_combination
 
 
@@ -75,7 +75,7 @@ class KandinskyV22Img2ImgPipeline(Img2ImgBase):
     REPOSITORY: ClassVar[str] = hub.DECODER
 
     @takes(Img2ImgOptions)
-    def __call__(self, options: Img2ImgOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: Img2ImgOptions) -> ImageResult:
         """Generate variations of pictures.
 
         Raises:
@@ -109,7 +109,7 @@ class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):
     OPTIONS = Img2ImgCombinedOptions
 
     @takes(Img2ImgCombinedOptions)
-    def __call__(self, options: Img2ImgCombinedOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: Img2ImgCombinedOptions) -> ImageResult:
         """Generate variations of pictures.
 
         Raises:

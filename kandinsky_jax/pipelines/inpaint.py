@@ -9,13 +9,14 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion.inpainting import Blend, latent_repaint_mask
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.combined import CombinedPipeline
@@ -37,7 +38,7 @@ from kandinsky_jax.pipelines.options import (
     PromptOption,
     takes,
 )
-from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
+from kandinsky_jax.pipelines.outputs import ImageResult
 from kandinsky_jax.schedulers import MAX_STEPS
 
 
@@ -58,12 +59,12 @@ class InpaintInputs(DecoderInputs):
     def current_blend(self) -> Blend:
         return self.blend
 
-    def callback_tensors(self, guided: bool) -> dict[str, Any]:
+    def callback_tensors(self, guided: bool) -> dict[str, PyTree]:
         both = np.concatenate([self.kept_uncond, self.kept]) if guided else self.kept
         both = both.transpose(0, 3, 1, 2)  # [2B, 5, h, w]
         return super().callback_tensors(guided) | {"masked_image": both[:, :-1], "mask_image": both[:, -1:]}
 
-    def with_callback_tensors(self, changed: Mapping[str, Any]) -> Self:
+    def with_callback_tensors(self, changed: Mapping[str, PyTree]) -> Self:
         new, kept, kept_uncond = super().with_callback_tensors(changed), self.kept, self.kept_uncond
         for name, channels in (("masked_image", slice(0, -1)), ("mask_image", slice(-1, None))):
             if name in changed:
@@ -117,7 +118,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
     _callback_tensor_inputs = (*DecoderPipeline._callback_tensor_inputs, "masked_image", "mask_image")
 
     @takes(InpaintOptions)
-    def __call__(self, options: InpaintOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: InpaintOptions) -> ImageResult:
         """Repaint the masked part of pictures.
 
         Raises:
@@ -174,7 +175,7 @@ class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):
     OPTIONS = InpaintCombinedOptions
 
     @takes(InpaintCombinedOptions)
-    def __call__(self, options: InpaintCombinedOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: InpaintCombinedOptions) -> ImageResult:
         """Repaint the masked part of pictures.
 
         Raises:

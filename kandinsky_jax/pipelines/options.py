@@ -10,7 +10,7 @@ arguments, with their types, defaults and documentation:
 
     class BlurPipeline(DecoderPipeline):
         @takes(BlurOptions)
-        def __call__(self, options: BlurOptions) -> ImagePipelineOutput | tuple[Any]:
+        def __call__(self, options: BlurOptions) -> ImageResult:
             ...
 
     pipe(image, height=128, generator=0)

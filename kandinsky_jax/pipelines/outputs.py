@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import jax
+import numpy as np
+
+Embeds: TypeAlias = jax.Array | np.ndarray  # image embeddings [B, D]
 
 
 class BaseOutput(OrderedDict[str, Any]):
@@ -73,5 +76,10 @@ class ImagePipelineOutput(BaseOutput):
 class KandinskyPriorPipelineOutput(BaseOutput):
     """image_embeds, negative_image_embeds: `[B, D]`, as the decoders take them."""
 
-    image_embeds: Any
-    negative_image_embeds: Any
+    image_embeds: Embeds
+    negative_image_embeds: Embeds
+
+
+# What calls return, a tuple with `return_dict=False`.
+ImageResult: TypeAlias = ImagePipelineOutput | tuple[Any]
+PriorResult: TypeAlias = KandinskyPriorPipelineOutput | tuple[Embeds, Embeds]

@@ -20,6 +20,7 @@ from kandinsky_jax.checkpoint import LazyNetwork, flat_params, hub, zero_embed
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, tokenize
 from kandinsky_jax.common.arrays import to_numpy
 from kandinsky_jax.common.errors import quote
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.compilation import program
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call, condition, shard_condition
@@ -31,7 +32,7 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import LazyComponent, Pipeline, is_guided
 from kandinsky_jax.pipelines.denoising import LoopInputs
 from kandinsky_jax.pipelines.options import Callback, CallOptions, PriorOptions
-from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
+from kandinsky_jax.pipelines.outputs import Embeds, KandinskyPriorPipelineOutput, PriorResult
 from kandinsky_jax.schedulers import Schedule, Scheduler
 from kandinsky_jax.schedulers.base import linear_combination
 
@@ -103,14 +104,14 @@ class PriorInputs:
             found.append(self.pipe._condition(network, params, cond_part, uncond_part, empty))
         return found
 
-    def callback_tensors(self, guided: bool) -> dict[str, Any]:
+    def callback_tensors(self, guided: bool) -> dict[str, PyTree]:
         """Return the encoded texts by the reference's names; with guidance, uncond before cond."""
         if not guided or self.uncond is None:
             return dict(zip(_TENSORS, self.cond, strict=True))
         both = [np.concatenate(pair) for pair in zip(self.uncond, self.cond, strict=True)]
         return dict(zip(_TENSORS, both, strict=True))
 
-    def with_callback_tensors(self, changed: Mapping[str, Any]) -> PriorInputs:
+    def with_callback_tensors(self, changed: Mapping[str, PyTree]) -> PriorInputs:
         """Return the inputs after a callback."""
         cond, uncond, ours = self.cond._asdict(), None, self.ours
         for field, name in zip(TextEncoding._fields, _TENSORS, strict=True):
@@ -296,11 +297,11 @@ class PriorPipeline(Pipeline):
 
     # The loop -----------------------------------------------------------------------------------------------------
 
-    def _call(self, options: CallOptions) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
+    def _call(self, options: CallOptions) -> PriorResult:
         """Run a call: all checks first, then the loop."""
         given = vars(options)
         output_type = checks.choice(given["output_type"], "output_type", ("pt", "np"))
-        result: tuple[Any, Any] = self._embed(self._request(options))
+        result: tuple[Embeds, Embeds] = self._embed(self._request(options))
         if output_type == "pt":
             result = (jnp.asarray(result[0]), jnp.asarray(result[1]))
         return KandinskyPriorPipelineOutput(*result) if given["return_dict"] else result

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kandinsky_jax.pipelines.options import PriorOptions, takes
-from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
+from kandinsky_jax.pipelines.outputs import PriorResult
 from kandinsky_jax.pipelines.prior import PriorPipeline
 
 
@@ -17,7 +15,7 @@ class KandinskyV22PriorPipeline(PriorPipeline):
     """
 
     @takes(PriorOptions)
-    def __call__(self, options: PriorOptions) -> KandinskyPriorPipelineOutput | tuple[Any, Any]:
+    def __call__(self, options: PriorOptions) -> PriorResult:
         """Generate image embeddings.
 
         Returns:

@@ -6,7 +6,7 @@ Reference: diffusers' KandinskyV22Pipeline and KandinskyV22CombinedPipeline.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.pipelines.combined import CombinedPipeline
@@ -28,7 +28,7 @@ from kandinsky_jax.pipelines.options import (
     StepEndOption,
     takes,
 )
-from kandinsky_jax.pipelines.outputs import ImagePipelineOutput
+from kandinsky_jax.pipelines.outputs import ImageResult
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
     REPOSITORY: ClassVar[str] = hub.DECODER
 
     @takes(DecoderOptions)
-    def __call__(self, options: DecoderOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: DecoderOptions) -> ImageResult:
         """Generate pictures.
 
         Raises:
@@ -86,7 +86,7 @@ class KandinskyV22CombinedPipeline(CombinedPipeline):
     OPTIONS = CombinedOptions
 
     @takes(CombinedOptions)
-    def __call__(self, options: CombinedOptions) -> ImagePipelineOutput | tuple[Any]:
+    def __call__(self, options: CombinedOptions) -> ImageResult:
         """Generate pictures.
 
         Raises:

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -127,7 +127,7 @@ class PictureReader:
     def __init__(self, path: Path, columns: tuple[str, ...], scratch: Path | None = None):
         self._path, self._columns, self._scratch = path, columns, scratch
         self._lock = threading.Lock()
-        self._copy: Any = None
+        self._copy: IO[bytes] | None = None
         self._offsets: dict[int, np.ndarray | None] = {}  # by row group, [columns, rows, (offset, length)]
         self._faults: dict[int, str] = {}  # of row groups that could not be read completely
 
@@ -146,6 +146,7 @@ class PictureReader:
             offset, length = (int(x) for x in offsets[self._columns.index(column), row])
             if length < 0:
                 raise ValueError(self._faults.get(group, f"the column {column} is empty"))
+            assert self._copy is not None  # made with the first offsets
             self._copy.seek(offset)
             return self._copy.read(length)
 
