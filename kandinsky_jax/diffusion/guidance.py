@@ -71,7 +71,7 @@ class Guider(Protocol):
         """Combine the evaluations of one step.
 
         Args:
-            outputs: the network's, one `[B, ..., C or 2C]` per evaluation, in the network's dtype; see `split_output`.
+            outputs: the network's, one `[B, ..., C or 2C]` per evaluation, float32 (float64 stays); see `split_output`.
             sample: `[B, ..., C]`, float32, before `input_scale`.
             coefficients: the step's row, or one per image.
             state: from `init` or the step before.
@@ -203,6 +203,7 @@ def predict(
             output = function(batch, timestep, evaluation.condition, **options)
         else:
             output, cache = function(batch, timestep, evaluation.condition, cache=cache)
+        output = output.astype(jnp.promote_types(output.dtype, jnp.float32))  # once, before the evaluations part
         outputs.update(zip(members, jnp.split(output, len(members)), strict=True))
     prediction, state = guider.combine([outputs[i] for i in range(len(outputs))], sample, coefficients, state)
     return prediction, state, cache

@@ -159,7 +159,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
-    parser.add_argument("--checkout", type=Path, default=HERE.parent, help="whose code runs; default: this one's")
+    parser.add_argument("--checkout", type=Path, default=HERE.parents[1], help="whose code runs; default: this one's")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("record", help="run the cases and write their digests")
     one.add_argument("file", type=Path)
