@@ -96,7 +96,7 @@ CHECKS = {
     "own_sampler": check_own_sampler,
     "swapped_block": check_swapped_block,
 }
-RUN = quick_and_slow((path.stem for path in EXAMPLES), "attention_maps", "swapped_block")
+RUN = quick_and_slow((path.stem for path in EXAMPLES), "swapped_block")
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -60,6 +60,7 @@ class ReferenceWithoutAttention(torch.nn.Module):
         return hidden_states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [("down_blocks", 1), ("up_blocks", 0)])
 def test_a_replaced_attention_shifts_nothing_for_later_ones(place, inputs):
     blocks, index = place

@@ -142,6 +142,7 @@ class PerturbedAttentionGuidance:
         return diffusion.prediction_from_output(coefficients, sample, good + 2.0 * (good - bad)), state
 
 
+@pytest.mark.slow
 def test_a_guider_evaluates_with_ordinary_and_with_other_attention(unet, arrays):
     sample, _, embeds = arrays
     schedule = DDIMScheduler(clip_sample=False).schedule(2)
@@ -220,6 +221,7 @@ def test_attention_maps_are_the_references(captured, their_unet, arrays):
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_go_through_captured_values_and_out_of_a_scan(unet, arrays):
     sample, timestep, embeds = arrays
     name = "mid_block.attentions.0.weights"
