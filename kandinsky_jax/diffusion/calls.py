@@ -83,8 +83,8 @@ def _condition(
                 return jax.tree.map(lambda x: x[1], both), jax.tree.map(lambda x: x[0], both)
             joined = jax.tree.map(lambda *x: jnp.concatenate(x), uncond, cond)
             both = compute(**joined, **shared)  # [2B, ...]
-        halves = [jax.tree.map(lambda x, half=half: jnp.split(x, 2)[half], both) for half in (1, 0)]
-        return halves[0], halves[1]
+        images = len(next(iter(cond.values())))
+        return jax.tree.map(lambda x: x[images:], both), jax.tree.map(lambda x: x[:images], both)
 
     each = [batch_specs(network.mesh, tree) for tree in (cond, uncond, shared)]
     out = batch_specs(network.mesh, next(iter(cond.values())))

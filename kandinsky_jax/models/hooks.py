@@ -81,7 +81,7 @@ def with_attention(network: N, function: AttentionFunction) -> N:
     """Return a network with the same arrays whose attentions call a function of one's own.
 
     Args:
-        network: a UNet, a prior or a CLIP tower.
+        network: a UNet, a prior, MoVQ or a CLIP tower.
         function: see `AttentionFunction`. For the ordinary attention, it calls `kandinsky_jax.models.attend`. It is
             part of a pipeline's compiled program: with the same function again, nothing is compiled anew.
     """

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.common.errors import quote
-from kandinsky_jax.models.attention import attend
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig, block_faults
+from kandinsky_jax.models.hooks import AttentionLayer
 from kandinsky_jax.models.layers import GroupNorm, Rngs, conv, dtype_of, embed, linear, upsample_nearest
 from kandinsky_jax.models.pretrained import PretrainedNetwork
 
-EPS = 1e-6
+NORM_EPS = 1e-6
 GROUP_PIXELS = 1 << 20  # four pictures of 512 x 512
 SPATIAL_GROUPS = 32  # fixed in the reference's SpatialNorm, whatever norm_num_groups says
 
@@ -77,7 +77,7 @@ class SpatialNorm(nnx.Module):
     """GroupNorm whose scale and shift are read off the latents, resized to the hidden picture (equation 4)."""
 
     def __init__(self, dim: int, zq_dim: int, *, rngs: Rngs):
-        self.norm_layer = GroupNorm(dim, SPATIAL_GROUPS, EPS, rngs)
+        self.norm_layer = GroupNorm(dim, SPATIAL_GROUPS, NORM_EPS, rngs)
         self.conv_y = conv(zq_dim, dim, rngs, kernel=1)
         self.conv_b = conv(zq_dim, dim, rngs, kernel=1)
 
@@ -92,7 +92,7 @@ class PlainNorm(GroupNorm):
     """The encoder's GroupNorm, called like a SpatialNorm."""
 
     def __init__(self, dim: int, groups: int, *, rngs: Rngs):
-        super().__init__(dim, groups, EPS, rngs)
+        super().__init__(dim, groups, NORM_EPS, rngs)
 
     def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
         return super().__call__(x)
@@ -124,7 +124,7 @@ class ResnetBlock(nnx.Module):
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class PixelAttention(nnx.Module):
+class PixelAttention(AttentionLayer):
     """One-headed self-attention over all pixels."""
 
     def __init__(self, config: MoVQConfig, dim: int, spatial: bool, *, rngs: Rngs):
@@ -142,10 +142,10 @@ class PixelAttention(nnx.Module):
         norm = self.group_norm if zq is None else self.spatial_norm
         hidden = norm(x, zq).reshape(b, h * w, c)
         q, k, v = (proj(hidden)[:, :, None] for proj in (self.to_q, self.to_k, self.to_v))  # [B, hw, 1, C]
-        return x + self.to_out[0](attend(q, k, v)).reshape(b, h, w, c)
+        return x + self.to_out[0](self.attend(q, k, v)).reshape(b, h, w, c)
 
 
-class Conv(nnx.Module):
+class Resampler(nnx.Module):
     """A convolution one level down, as the reference names its resamplers' (`downsamplers.0.conv`)."""
 
     def __init__(self, dim: int, stride: int, *, rngs: Rngs):
@@ -179,8 +179,8 @@ class Block(nnx.Module):
         self.attentions = nnx.List(
             [PixelAttention(config, cout, spatial, rngs=rngs) for _ in range(layers * attention)]
         )
-        self.downsamplers = nnx.List([Conv(cout, 2, rngs=rngs) for _ in range(down)])
-        self.upsamplers = nnx.List([Conv(cout, 1, rngs=rngs) for _ in range(up)])
+        self.downsamplers = nnx.List([Resampler(cout, 2, rngs=rngs) for _ in range(down)])
+        self.upsamplers = nnx.List([Resampler(cout, 1, rngs=rngs) for _ in range(up)])
 
     def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
         for i, resnet in enumerate(self.resnets):
@@ -194,7 +194,7 @@ class Block(nnx.Module):
         return x
 
 
-class MidBlock(nnx.Module):
+class MoVQMidBlock(nnx.Module):
     def __init__(self, config: MoVQConfig, dim: int, spatial: bool, *, rngs: Rngs):
         self.resnets = nnx.List([ResnetBlock(config, dim, dim, spatial, rngs=rngs) for _ in range(2)])
         self.attentions = nnx.List([PixelAttention(config, dim, spatial, rngs=rngs)])
@@ -222,7 +222,7 @@ class Encoder(nnx.Module):
                 for i, kind in enumerate(config.down_block_types)
             ]
         )
-        self.mid_block = MidBlock(config, widths[-1], spatial=False, rngs=rngs)
+        self.mid_block = MoVQMidBlock(config, widths[-1], spatial=False, rngs=rngs)
         self.conv_norm_out = PlainNorm(widths[-1], config.norm_num_groups, rngs=rngs)
         self.conv_out = conv(widths[-1], config.latent_channels, rngs)
 
@@ -237,7 +237,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: MoVQConfig, *, rngs: Rngs):
         widths = config.block_out_channels[::-1]
         self.conv_in = conv(config.latent_channels, widths[0], rngs)
-        self.mid_block = MidBlock(config, widths[0], spatial=True, rngs=rngs)
+        self.mid_block = MoVQMidBlock(config, widths[0], spatial=True, rngs=rngs)
         self.up_blocks = nnx.List(
             [
                 Block(

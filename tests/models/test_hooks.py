@@ -266,6 +266,22 @@ def test_the_priors_states_and_a_towers(prior, text):
     assert list(found) == ["vision_model.encoder.layers.0.self_attn.weights"]
 
 
+def test_movqs_attention(shapes_pipe):
+    movq, latents, called = shapes_pipe.movq, jnp.zeros((1, 8, 8, 4)), []
+    _, found = jax.eval_shape(lambda: capture(movq.decode, r"decoder\.mid_block\.attentions\.0(\.weights)?")(latents))
+    weights = found["decoder.mid_block.attentions.0.weights"]
+    assert weights.shape[-2:] == (64, 64)  # of all places to all places
+    assert found["decoder.mid_block.attentions.0"].shape[:3] == (1, 8, 8)
+
+    def watched(query, key, value, mask, *, name):
+        called.append(name)
+        return attend(query, key, value, mask)
+
+    jax.eval_shape(with_attention(movq, watched).decode, latents)
+    assert "decoder.mid_block.attentions.0" in called
+    assert all(name.startswith("decoder.") for name in called)
+
+
 def test_an_ordinary_call_compiles_to_the_same_program_after_both(unet, arrays):
     sample, timestep, embeds = arrays
 
