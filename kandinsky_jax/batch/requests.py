@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import fsspec
 from PIL import Image
@@ -41,13 +41,21 @@ _ID = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY}}}")  # a dot would end a WebDatas
 _TEXTS = ("id", "prompt", "negative_prompt", "image", "mask", "hint")
 
 
+class ErrorRecord(TypedDict):
+    """A line of errors.jsonl."""
+
+    row: int
+    id: object
+    error: str
+
+
 class RowError(ValueError):
     """A row is invalid; the message lists all its faults."""
 
     def __init__(self, faults: Sequence[str]):
         super().__init__(summarize(faults, MAX_MESSAGE))
 
-    def record(self, raw: Raw) -> dict[str, object]:
+    def record(self, raw: Raw) -> ErrorRecord:
         """Return the entry for errors.jsonl, always valid JSON and the same in every run."""
         name = raw.values.get("id")
         plain = name is None or (isinstance(name, str) and _ID.fullmatch(name)) or type(name) is int

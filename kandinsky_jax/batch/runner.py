@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from kandinsky_jax import images
 from kandinsky_jax.batch.job import OpenJob
 from kandinsky_jax.batch.process import Process
-from kandinsky_jax.batch.requests import Checker, RowError, RowRequest, Shape
+from kandinsky_jax.batch.requests import Checker, ErrorRecord, RowError, RowRequest, Shape
 from kandinsky_jax.batch.shards import GeneratedImage, json_line
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.diffusion import Network
@@ -82,7 +82,7 @@ class Shard:
 
     number: int
     units: list[Unit]
-    errors: list[dict[str, Any]]
+    errors: list[ErrorRecord]
     calls: list[list[Unit]]
     images: list[Future[list[GeneratedImage]]] = field(default_factory=list)
     complete: bool = False  # whether another process has completed it
@@ -208,7 +208,7 @@ class _Stages:
             return Shard(number, [], [], [], complete=True)
         size = self._job.job.rows_per_shard
         requests: list[RowRequest] = []
-        errors: list[dict[str, Any]] = []
+        errors: list[ErrorRecord] = []
         for raw in self._job.rows.read(number * size, size):
             try:
                 requests.append(self._checker.check(raw))

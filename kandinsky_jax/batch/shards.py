@@ -19,7 +19,7 @@ import math
 import re
 import tarfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from kandinsky_jax.batch.files import open_files
@@ -166,7 +166,7 @@ class Output:
         self._files.sweep(("", "errors", "manifest", "images", *pictures))
         self._stale = {name for name in self._files.sizes("errors") if not name.startswith(".")}
 
-    def write(self, shard: int, pictures: Sequence[GeneratedImage], errors: Sequence[dict[str, object]]) -> bool:
+    def write(self, shard: int, pictures: Sequence[GeneratedImage], errors: Sequence[Mapping[str, object]]) -> bool:
         """Write a shard, which is complete when this returns.
 
         Returns:
@@ -275,13 +275,13 @@ def _text(value: object) -> str:
     return _ADDRESS.sub("", str(value))
 
 
-def _error_line(error: dict[str, object]) -> bytes:
+def _error_line(error: Mapping[str, object]) -> bytes:
     """Encode a line of errors.jsonl; the row's identifier may be any value."""
     name = error.get("id")
     short = isinstance(name, str) and len(name) <= 200
     if not (name is None or short or (isinstance(name, int) and abs(name) < 2**63)):
         name = shorten(name, 200)
-    return json_line(error | {"id": name, "error": _text(error["error"])})
+    return json_line({**error, "id": name, "error": _text(error["error"])})
 
 
 def _row_number(line: bytes) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from kandinsky_jax.pipelines import (
     checks,
 )
 from kandinsky_jax.pipelines.modes import MODES
+from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
 
 EXAMPLE = 'Example: kandinsky-jax mix "dog face" cat.png --weights 0.6,0.4 -o mix.png --model tiny'
 
@@ -37,7 +38,7 @@ def mix(
 
     completed = options.completed(MODES["generate"])
 
-    def embed(pipe: CombinedPipeline, generator: Generator) -> Any:
+    def embed(pipe: CombinedPipeline, generator: Generator) -> KandinskyPriorPipelineOutput:
         return pipe.prior_pipe.interpolate(
             mixed,
             shares,

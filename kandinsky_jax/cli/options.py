@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from PIL import Image
@@ -36,6 +36,8 @@ from kandinsky_jax.pipelines import (
 from kandinsky_jax.pipelines.modes import Mode
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from kandinsky_jax.schedulers.names import SUFFIXES
+
+T = TypeVar("T")
 
 
 class Dtype(StrEnum):
@@ -185,13 +187,13 @@ class CompletedOptions(Options):
     mode: Mode
     recommended: RecommendedSettings
 
-    def generate(self, call: Callable[[CombinedPipeline, Generator], Any]) -> Any:
+    def generate(self, call: Callable[[CombinedPipeline, Generator], T]) -> tuple[int, T]:
         """Load a pipeline while compiling for `call`, and return the seed and the result of the call."""
         if self.compilation_cache is not None:
             set_compilation_cache(None if self.compilation_cache == OFF else self.compilation_cache)
         seed = secrets.randbits(32) if self.seed is None else self.seed
 
-        def run_call(pipe: CombinedPipeline) -> Any:
+        def run_call(pipe: CombinedPipeline) -> T:
             if self.scheduler is not None:
                 pipe.scheduler = scheduler_named(self.scheduler, pipe.scheduler.config)
             return call(pipe, self.generator(seed))

@@ -66,7 +66,7 @@ def generate_from_embeds(
     """Load, generate and write, for commands that compute image embeddings in their own way."""
     settings = options.decoder_settings()
 
-    def call(pipe: CombinedPipeline, generator: Generator) -> Any:
+    def call(pipe: CombinedPipeline, generator: Generator) -> list[Image.Image]:
         settings.update(options.size(pipe, None))
         return pipe.decoder_pipe(**embed(pipe, generator), generator=generator, **settings).images
 

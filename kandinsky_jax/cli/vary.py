@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kandinsky_jax.cli.options import ImagePaths, Options, Prompt, Strength, takes_options
 from kandinsky_jax.cli.running import file_names, generate_from_embeds, read_pictures
 from kandinsky_jax.diffusion.rng import Generator
@@ -13,6 +11,7 @@ from kandinsky_jax.pipelines import (
     checks,
 )
 from kandinsky_jax.pipelines.modes import MODES
+from kandinsky_jax.pipelines.outputs import PriorResult
 
 EXAMPLE = 'Example: kandinsky-jax vary "blue heart" --image heart.png --strength 0.5 -o varied.png --model tiny'
 
@@ -24,7 +23,7 @@ def vary(prompt: Prompt, image: ImagePaths, options: Options, strength: Strength
     pictures = read_pictures(prompt, options, {"image": image})["image"]
     completed = options.completed(MODES["generate"])
 
-    def embed(pipe: CombinedPipeline, generator: Generator) -> Any:
+    def embed(pipe: CombinedPipeline, generator: Generator) -> PriorResult:
         return KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)(
             prompt,
             pictures,

@@ -22,5 +22,5 @@ class AttributeDict(dict[str, Any]):
     __setitem__ = __delitem__ = __setattr__ = __delattr__ = __ior__ = _refuse
     update = setdefault = pop = popitem = clear = _refuse
 
-    def __reduce__(self) -> tuple[type[Self], tuple[dict[str, Any]]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[dict[str, object]]]:
         return type(self), (dict(self),)

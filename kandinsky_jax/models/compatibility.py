@@ -57,7 +57,7 @@ def nothing_to_do(self: object, *_: object, **__: object) -> None:
     """Do nothing: there is nothing to undo."""
 
 
-def refused(name: str, instead: str) -> Any:
+def refused(name: str, instead: str) -> staticmethod[..., NoReturn]:
     """Return a method that raises NotImplementedError, saying what to write instead."""
 
     def method(*_: object, **__: object) -> NoReturn:
@@ -68,7 +68,7 @@ def refused(name: str, instead: str) -> Any:
     return staticmethod(method)
 
 
-def _by_the_pipeline(name: str, instead: str = "") -> Any:
+def _by_the_pipeline(name: str, instead: str = "") -> staticmethod[..., NoReturn]:
     """Return a method of diffusers' networks for LoRA, which pipelines handle here."""
     return refused(f"{name} of a network", f"LoRA is the pipeline's here; call pipe.{instead or name}(...)")
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from kandinsky_jax.common.arrays import to_numpy
 from kandinsky_jax.common.errors import quote, shorten
+from kandinsky_jax.common.types import PyTree
+from kandinsky_jax.pipelines.options import Callback
 
 CALLBACK_DEFAULT = ("latents",)
 LARGEST = 2**31 - 1  # count
@@ -146,7 +148,7 @@ def callback(function: object, inputs: object, allowed: Sequence[str]) -> tuple[
     return names
 
 
-def old_callback(function: Any, every: Any, other: Any) -> Any:
+def old_callback(function: object, every: object, other: Callback | None) -> Callback | None:
     """Wrap diffusers' older `callback(step, timestep, latents)` as a `callback_on_step_end`.
 
     Args:
@@ -161,7 +163,7 @@ def old_callback(function: Any, every: Any, other: Any) -> Any:
         raise TypeError(f"callback must be callable, got {type(function).__name__}")
     every = count(every, "callback_steps")
 
-    def on_step_end(pipe: object, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(pipe: object, step: int, timestep: int, tensors: dict[str, PyTree]) -> dict[str, PyTree]:
         if step % every == 0:
             function(step, timestep, tensors.get("latents"))
         return tensors

@@ -238,7 +238,7 @@ class DecoderPipeline(Pipeline):
             options=options,
         )
 
-    def _callback(self, given: Mapping[str, object]) -> tuple[Callback | None, tuple[str, ...]]:
+    def _callback(self, given: Mapping[str, Any]) -> tuple[Callback | None, tuple[str, ...]]:
         """Check the callback of a call, of the newer or the older form, and the names of the tensors that it sees."""
         function, inputs = given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"]
         function = checks.old_callback(given.get("callback"), given.get("callback_steps", 1), function)
@@ -249,7 +249,7 @@ class DecoderPipeline(Pipeline):
         factor = self.movq.config.scale_factor
         return -(-checks.side(pixels, name) // factor**2) * factor
 
-    def _schedule(self, num_inference_steps: Any, strength: Any) -> Schedule:
+    def _schedule(self, num_inference_steps: int, strength: float | None) -> Schedule:
         schedule = self.scheduler.schedule(
             num_inference_steps, checks.skipped(strength, self.scheduler.steps(num_inference_steps))
         )

@@ -193,7 +193,7 @@ def denoise_batches(
         guidance = jnp.float32(scale) if scale is not None and first <= done < last else None
         if guidance is None:
             under = [one._replace(uncond=None) for one in under]
-        noises: list[Any] = [*source.steps(done, hi - done, schedule.draws_noise, shape, len(states))]
+        noises: list[KeyNoise | GivenNoise] = [*source.steps(done, hi - done, schedule.draws_noise, shape, len(states))]
         if mesh is not None:
             under = [one.map(functools.partial(shard_batch, mesh, pictures=False)) for one in under]
             noises = [noise.map(functools.partial(shard_batch, mesh)) for noise in noises]

@@ -444,20 +444,21 @@ def takes(
     return decorate
 
 
-def _with_arguments(text: str, options: Any) -> str:
+def _with_arguments(text: str, options: Callable[..., object]) -> str:
     """Insert the documentation of the options after the first paragraph of a method's."""
     summary, _, rest = text.partition("\n\n")
     return "\n".join([summary, "", "Args:", *_argument_blocks(options), rest.strip("\n")]).rstrip() + "\n"
 
 
-def _argument_blocks(options: Any) -> list[str]:
+def _argument_blocks(options: Callable[..., object]) -> list[str]:
     """Return the documentation of each group of options, in the order of the arguments."""
+    assert isinstance(options, type)
     groups = [group for group in reversed(options.__mro__) if group is not options and issubclass(group, CallOptions)]
     docs = [inspect.getdoc(group) or "" for group in groups]
     return [doc.partition("\nArgs:\n")[2].rstrip() for doc in docs if "\nArgs:\n" in doc]
 
 
-def option_docs(options: Any) -> dict[str, str]:
+def option_docs(options: Callable[..., object]) -> dict[str, str]:
     """Return the documentation of each option of a call, on one line.
 
     Args:

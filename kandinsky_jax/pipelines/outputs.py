@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ class BaseOutput(OrderedDict[str, Any]):
             super().__setitem__(name, value)
         super().__setattr__(name, value)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
         return type(self), tuple(getattr(self, name) for name in _fields(self))
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:

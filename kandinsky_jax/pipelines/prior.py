@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ class PriorPipeline(Pipeline):
             image_processor=image_processor,
         )
         check_tokenizer(tokenizer, text_encoder.config)
-        self._constants: dict[str, tuple[list[Any], tuple[int, ...], Any]] = {}
+        self._constants: dict[str, tuple[list[object], tuple[int, ...], PyTree]] = {}
 
     def interpolate(
         self,
@@ -399,7 +399,9 @@ class PriorPipeline(Pipeline):
         tower = self._held()["image_encoder"]
         return self._constant("zero", lambda: zero_embed.of(tower), tower)
 
-    def _constant(self, name: str, compute: Callable[[], object], *owners: object, shape: tuple[int, ...] = ()) -> Any:
+    def _constant(
+        self, name: str, compute: Callable[[], object], *owners: object, shape: tuple[int, ...] = ()
+    ) -> PyTree:
         """Cache a result that depends only on its owners' weights; computed anew when one changes, as LoRA does."""
         weights = [leaf for owner in owners for leaf in _weights(owner)]
         kept, kept_shape, result = self._constants.get(name, ([], (), None))

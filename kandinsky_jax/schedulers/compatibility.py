@@ -83,12 +83,12 @@ class SchedulerMixin:
         return bool(self.compatibles)
 
     @property
-    def compatibles(self) -> list[type[Any]]:
+    def compatibles(self) -> list[type[SchedulerMixin]]:
         """The classes whose `from_config` takes this scheduler's configuration."""
         from kandinsky_jax.schedulers.base import BetaScheduler
         from kandinsky_jax.schedulers.names import SCHEDULERS
 
-        known = [cls for cls in SCHEDULERS.values() if issubclass(cls, BetaScheduler)]
+        known: list[type[SchedulerMixin]] = [cls for cls in SCHEDULERS.values() if issubclass(cls, BetaScheduler)]
         return known if isinstance(self, BetaScheduler) else []
 
     @classmethod

@@ -16,7 +16,7 @@ import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,9 @@ from kandinsky_jax.common import reading
 from kandinsky_jax.common.atomic import fill_file, replace_file
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.errors import TrainingError
+
+if TYPE_CHECKING:  # part of the extra `train`
+    from tensorboardX import SummaryWriter
 
 START_SECONDS, FINISH_SECONDS = 30, 60  # longest wait for a server, before the first step and after the last
 
@@ -150,7 +153,7 @@ def _run_id(folder: Path) -> str:
     return path.read_text()
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path) -> SummaryWriter | None:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
