@@ -177,7 +177,8 @@ def sample(
     Reverse mode keeps no activations of the network but recomputes each step's. With `segment=1` it keeps the state of
     every step and evaluates the network twice. With S steps to a segment it keeps `N / S + S` states and evaluates
     three times; the square root of N keeps fewest. That pays where a state is large, as with a feature cache: without
-    one it is a few times the sample, thousands of times less than a network's activations.
+    one it is a few times the sample, thousands of times less than a network's activations. Where S does not divide N,
+    segments are evened out, and up to one step for each is evaluated in vain.
     """
     coefficients = _checked(schedule, rng)
     _check_conditions(len(noise), cond, uncond)
@@ -204,20 +205,31 @@ def _scan(
     def one(loop: LoopState, row: tuple[jax.Array, SolverCoefficients]) -> tuple[LoopState, None]:
         return advance(*row, loop), None
 
-    @remat
-    def one_if(loop: LoopState, row: tuple[jax.Array, SolverCoefficients]) -> tuple[LoopState, None]:
-        return jax.lax.cond(row[0] < steps, lambda loop: advance(*row, loop), lambda loop: loop, loop), None
-
     rows = (jnp.arange(steps), coefficients)
     if segment == 1:
         return jax.lax.scan(one, loop, rows)[0]
-    # The last segment is filled up with steps that are skipped: a shorter one would compile the network twice.
+    # Segments of equal length, filled up with steps whose result is dropped: a shorter one would compile the network
+    # twice, and a `cond` would copy the network's parameters for reverse mode. They repeat the first step, so that what
+    # is dropped is finite.
     segments = -(-steps // segment)
-    whole = segments * segment
-    filled = (jnp.arange(whole), jax.tree.map(lambda x: x[jnp.minimum(jnp.arange(whole), steps - 1)], coefficients))
+    segment = -(-steps // segments)
+    first = loop
+
+    @remat
+    def one_if(loop: LoopState, row: tuple[jax.Array, tuple[jax.Array, SolverCoefficients]]) -> tuple[LoopState, None]:
+        wanted, own = row
+        done = advance(*own, _chosen(wanted, loop, first))
+        return _chosen(wanted, done, loop), None
+
+    index = jnp.arange(segments * segment)
+    filled = jax.tree.map(lambda x: x[jnp.where(index < steps, index, 0)], rows)
+    body, filled = (one, filled) if len(index) == steps else (one_if, (index < steps, filled))
     nested = jax.tree.map(lambda x: x.reshape(segments, segment, *x.shape[1:]), filled)
-    body = one if whole == steps else one_if
     return jax.lax.scan(remat(lambda loop, part: jax.lax.scan(body, loop, part)), loop, nested)[0]
+
+
+def _chosen(condition: jax.Array, this: LoopState, other: LoopState) -> LoopState:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), this, other)
 
 
 def _checked(schedule: Schedule | SolverCoefficients, rng: int | jax.Array | StepNoise | None) -> SolverCoefficients:

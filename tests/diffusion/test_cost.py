@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 
@@ -11,37 +12,74 @@ import pytest
 
 import kandinsky_jax
 from kandinsky_jax import diffusion
+from kandinsky_jax.schedulers import DDIMScheduler
 from tests.conftest import note
+from tests.diffusion.toy import inputs, network
 
 FEW, MANY = 5, 20
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def lowered():
-    """The gradient of a sample of `tiny` to its first noise, by number of steps, lowered."""
+    """Value and gradient of a sample of `tiny`, to its first noise and the guidance scale, by numbers of steps."""
     pipe = kandinsky_jax.KandinskyV22Pipeline.from_pretrained("tiny", dtype="float32")
     unet, scheduler = pipe.unet, kandinsky_jax.DDIMScheduler.from_config(pipe.scheduler.config)
     embeds = jnp.ones((2, 1, unet.config.encoder_hid_dim))
 
-    def of(steps: int):
+    def of(steps: int, segment: int = 1):
         schedule = scheduler.schedule(steps)
 
-        def loss(noise, embeds):
+        def loss(noise, scale, embeds):
             cond, uncond = unet.condition(embeds[0]), unet.condition(embeds[1])
-            return (diffusion.sample(unet, noise, cond, uncond, schedule) ** 2).mean()
+            guider = diffusion.ClassifierFreeGuidance(scale)
+            return (diffusion.sample(unet, noise, cond, uncond, schedule, guider=guider, segment=segment) ** 2).mean()
 
-        return jax.jit(jax.value_and_grad(loss)).lower(jnp.ones((1, 8, 8, 4)), embeds)
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        return gradient.lower(jnp.ones((1, 8, 8, 4)), jnp.float32(3), embeds)
 
     return of
 
 
+def memory(lowered) -> int:
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
 def test_memory_of_twenty_steps_is_at_most_twice_that_of_five(lowered):
-    few, many = (lowered(steps).compile().memory_analysis().temp_size_in_bytes for steps in (FEW, MANY))
+    """Whether or not the segments are full: no copy of the parameters for the steps that fill the last one up."""
+    few = memory(lowered(FEW))
     assert few > 0
-    assert note(many / few, f"memory of {MANY} steps over {FEW}") <= 2
+    for segment in (1, 5, 7):
+        many = memory(lowered(MANY, segment))
+        assert note(many / few, f"memory of {MANY} steps in segments of {segment} over {FEW}") <= 2
 
 
+@pytest.mark.parametrize("steps", [16, 64])
+def test_memory_of_a_large_state_grows_with_the_square_root_of_the_steps(steps):
+    """A feature cache of a megabyte: all states are kept with segments of one or of all steps, 2 sqrt(N) between."""
+    noise, cond, uncond = inputs()
+    schedule = DDIMScheduler().schedule(steps)
+
+    def caching(sample, timestep, condition, cache):
+        cache = jnp.sin(cache + sample.mean())
+        return network(sample, timestep, condition) * cache.mean(), cache
+
+    def kept(segment: int) -> float:
+        """Megabytes."""
+
+        def loss(noise, cache):
+            return diffusion.sample(caching, noise, cond, uncond, schedule, cache=cache, segment=segment).sum()
+
+        cache = jnp.ones((2, 128, 1024))
+        return memory(jax.jit(jax.grad(loss, argnums=(0, 1))).lower(noise, cache)) / 2**20
+
+    root = math.isqrt(steps)
+    assert note(kept(1) / steps, "memory of segments of one step over the states'") >= 1
+    assert note(kept(steps) / steps, "memory of one segment over the states'") >= 1
+    assert note(kept(root) / (2 * root), "memory of sqrt(N) segments over that of 2 sqrt(N) states") <= 1.5
+
+
+@pytest.mark.slow
 def test_twenty_steps_compile_within_one_and_a_half_times_the_time_of_five(lowered):
     """Medians of three in turns, without the compilation cache; tracing and lowering count."""
     seconds: dict[int, list[float]] = {FEW: [], MANY: []}
