@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.models.movq import straight_through
+from tests import shapes
 from tests.conftest import SHAPES_MODEL, nchw, note
 
 BOUND = 1e-3
@@ -65,3 +67,72 @@ def test_without_the_request_gradients_go_to_the_codebook_alone(shapes_pipe):
     np.testing.assert_array_equal(codes, codebook[indices])
     distance = ((latents[..., None, :] - codebook) ** 2).sum(-1)
     np.testing.assert_array_equal(indices, distance.argmin(-1))
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    drawn = np.stack([shapes.draw(caption, rng) for caption in shapes.captions(2)])
+    return np.asarray(drawn * 2 - 1, np.float32)
+
+
+def torch_codes(reference, latents: torch.Tensor) -> torch.Tensor:
+    """The nearest codes of `[B, D, h, w]`, by a bare lookup: diffusers' own always passes gradients through."""
+    codebook = reference.quantize.embedding.weight
+    examples = latents.permute(0, 2, 3, 1)
+    nearest = torch.cdist(examples.reshape(-1, examples.shape[-1]), codebook).argmin(1)
+    return codebook[nearest].view_as(examples).permute(0, 3, 1, 2)
+
+
+def slopes(ours, theirs, x: np.ndarray):
+    """Gradients of both functions' outputs, weighed alike, to one input: ours NHWC, and torch's NCHW."""
+    given = torch.tensor(nchw(x), requires_grad=True)
+    output = theirs(given)
+    weights = torch.tensor(nchw(normal(6, *output.permute(0, 2, 3, 1).shape)))
+    [expected] = torch.autograd.grad((output * weights).sum(), [given])
+    weights = jnp.asarray(weights.numpy().transpose(0, 2, 3, 1))
+    return jax.jit(jax.grad(lambda x: (ours(x) * weights).sum()))(jnp.asarray(x)), expected
+
+
+def test_gradient_of_codes_to_the_pictures(shapes_pipe, reference, pixels):
+    """Encode and quantise: straight through, with the code's own difference detached."""
+    movq = shapes_pipe.movq
+
+    def ours(x):
+        latents = movq.encode(x)
+        return straight_through(latents, movq.quantize(latents)[0])
+
+    def theirs(x):
+        latents = reference.encode(x).latents
+        return latents + (torch_codes(reference, latents) - latents).detach()
+
+    found, expected = slopes(ours, theirs, pixels)
+    assert np.isfinite(found).all()
+    assert note(relative(found, expected), "gradient of codes to pictures, relative") <= BOUND
+    bare = jax.jit(jax.grad(lambda x: movq.quantize(movq.encode(x))[0].sum()))(jnp.asarray(pixels))
+    assert not bare.any()
+
+
+def test_gradient_of_a_reconstruction_through_the_codebook(shapes_pipe, reference, pixels):
+    movq = shapes_pipe.movq
+    found, expected = slopes(
+        lambda x: movq.decode(movq.encode(x), force_not_quantize=False, through_codebook=True),
+        lambda x: reference.decode(reference.encode(x).latents, force_not_quantize=False).sample,
+        pixels,
+    )
+    assert np.isfinite(found).all()
+    assert note(relative(found, expected), "gradient of a reconstruction, relative") <= BOUND
+
+
+def test_decoding_by_codes_has_no_gradient_to_the_latents_unless_asked(shapes_pipe, reference):
+    latents, weights = normal(7, 1, 8, 8, 4), normal(8, 1, 64, 64, 3)
+
+    def loss(latents):
+        decoded = shapes_pipe.movq.decode(latents, force_not_quantize=False)
+        return (decoded * weights).sum(), decoded
+
+    (_, decoded), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(latents))
+    np.testing.assert_array_equal(gradient, np.zeros_like(latents))
+    codes = torch_codes(reference, torch.tensor(nchw(latents)))
+    expected = reference.decode(codes, force_not_quantize=True).sample
+    assert note(relative(decoded, expected), "pictures of codes, relative") <= 1e-4
