@@ -12,6 +12,7 @@ from flax import traverse_util
 
 import kandinsky_jax
 from kandinsky_jax import diffusion, lora
+from kandinsky_jax.checkpoint import tensor_names
 from tests.conftest import note
 
 pytestmark = pytest.mark.slow  # gradients of the whole UNet compile for ten seconds each
@@ -57,22 +58,27 @@ def our_loss(unet, schedule, negative, weights, rng=None):
     return loss, lora.flat(params)[WEIGHT]
 
 
+def their_loss(unet, scheduler, first, embeds, negative, weights, scale=SCALE) -> torch.Tensor:
+    """The same scalar through diffusers' loop; `first` is NCHW, and torch may want gradients to any tensor."""
+    scheduler.set_timesteps(STEPS)
+    latents = first * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        both = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
+        condition = {"image_embeds": torch.cat([torch.tensor(negative), embeds])}
+        output = unet(both, timestep, encoder_hidden_states=None, added_cond_kwargs=condition, return_dict=False)[0]
+        uncond, cond = output[:, :4].chunk(2)
+        latents = scheduler.step(uncond + scale * (cond - uncond), timestep, latents, return_dict=False)[0]
+    return (latents * torch.tensor(weights.transpose(0, 3, 1, 2))).sum()
+
+
 def their_gradients(unet, scheduler, noise, embeds, negative, weights):
     """Loss and gradients by torch's autograd, NHWC."""
-    scheduler.set_timesteps(STEPS)
     unet.requires_grad_(False)
     weight = unet.get_parameter(WEIGHT).requires_grad_(True)
     first, given, scale = (
         torch.tensor(x, requires_grad=True) for x in (noise.transpose(0, 3, 1, 2), embeds, np.float32(SCALE))
     )
-    latents = first * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        both = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
-        condition = {"image_embeds": torch.cat([torch.tensor(negative), given])}
-        output = unet(both, timestep, encoder_hidden_states=None, added_cond_kwargs=condition, return_dict=False)[0]
-        uncond, cond = output[:, :4].chunk(2)
-        latents = scheduler.step(uncond + scale * (cond - uncond), timestep, latents, return_dict=False)[0]
-    loss = (latents * torch.tensor(weights.transpose(0, 3, 1, 2))).sum()
+    loss = their_loss(unet, scheduler, first, given, negative, weights, scale)
     found = [x.numpy() for x in torch.autograd.grad(loss, [first, given, weight, scale])]
     weight.requires_grad_(False)
     return loss.item(), [found[0].transpose(0, 2, 3, 1), *found[1:]]
@@ -138,6 +144,101 @@ def test_gradients_to_lora_are_those_to_the_weight_it_changes(ours, given):
     for part in ("A", "B"):
         error = jnp.linalg.norm(found[part] - expected[part]) / jnp.linalg.norm(expected[part])
         assert note(error, f"gradient to LoRA's {part}, relative") <= BOUND
+
+
+def test_gradients_to_all_weights_and_to_lora_are_those_of_autograd(ours, theirs, given):
+    """LoRA on every attention at once; in torch B @ A is added to the weights by hand."""
+    noise, embeds, negative, weights = given
+    pipe, reference = ours["KandinskyV22Pipeline"], theirs["KandinskyV22Pipeline"]
+    schedule = kandinsky_jax.DDIMScheduler.from_config(pipe.scheduler.config).schedule(STEPS)
+    scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config)
+    network, params = diffusion.Network.split(pipe.unet)
+    scale = 0.5
+    changes = changed_attentions(params)
+
+    def loss(params, changes):
+        module = network.bind(lora.merged(params, changes, scale))
+        with diffusion.matmul_precision(params):
+            cond, uncond = module.condition(embeds), module.condition(negative)
+        guider = diffusion.ClassifierFreeGuidance(SCALE)
+        return (diffusion.sample(module, noise, cond, uncond, schedule, guider=guider) * weights).sum()
+
+    value, (to_params, to_changes) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, changes)
+
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in reference.unet.named_parameters()}
+    parts = {
+        (layer, part): torch.tensor(np.array(x), requires_grad=True)
+        for layer, pair in changes.items()
+        for part, x in pair.items()
+    }
+    added = {f"{layer}.weight": scale * parts[layer, "B"] @ parts[layer, "A"] for layer in changes}
+    merged = {name: leaf + added.get(name, 0) for name, leaf in leaves.items()}
+
+    def unet(*arguments, **named):
+        return torch.func.functional_call(reference.unet, merged, arguments, named)
+
+    first = torch.tensor(noise.transpose(0, 3, 1, 2))
+    expected = their_loss(unet, scheduler, first, torch.tensor(embeds), negative, weights)
+    expected.backward()
+    assert float(value) == pytest.approx(expected.item(), rel=1e-4)
+
+    own = {tensor_names.torch_name(name): (name, leaf) for name, leaf in lora.flat(to_params).items()}
+    assert own.keys() == leaves.keys()
+    as_torch = {name: tensor_names.to_torch(path, np.asarray(leaf)) for name, (path, leaf) in own.items()}
+    whole = np.sqrt(sum(float((leaf.grad**2).sum()) for leaf in leaves.values()))
+    for name, leaf in leaves.items():
+        assert np.isfinite(as_torch[name]).all()
+        difference = np.linalg.norm(as_torch[name] - leaf.grad.numpy())
+        # A bias before a norm has no gradient but rounding: the bound is also relative to the gradient of all weights.
+        if np.linalg.norm(leaf.grad) < 1e-6 * whole:
+            assert difference < 1e-6 * whole, name
+        else:
+            assert note(difference / np.linalg.norm(leaf.grad), "gradient to one of all weights, relative") <= BOUND, (
+                name
+            )
+    for (layer, part), leaf in parts.items():
+        found = np.asarray(to_changes[layer][part])
+        error = np.linalg.norm(found - leaf.grad.numpy()) / np.linalg.norm(leaf.grad)
+        assert note(error, f"gradient to LoRA's {part} of each layer beside torch's, relative") <= BOUND, layer
+
+
+def changed_attentions(params, seed: int = 4) -> lora.Lora:
+    """Changes of every attention, none of them zero."""
+    changes = lora.init(params, lora.LoraConfig(), jax.random.key(seed))
+    return {
+        layer: {"A": pair["A"], "B": jnp.asarray(0.02 * normal(seed + i, *pair["B"].shape))}
+        for i, (layer, pair) in enumerate(changes.items())
+    }
+
+
+def test_vmap_of_gradients_and_of_forward_mode_is_one_of_each(ours, given):
+    """Over noise, embedding, LoRA's changes and guidance scale together."""
+    noise, embeds, negative, weights = given
+    unet, config = ours["KandinskyV22Pipeline"].unet, ours["KandinskyV22Pipeline"].scheduler.config
+    schedule = kandinsky_jax.DDIMScheduler.from_config(config).schedule(2)
+    network, params = diffusion.Network.split(unet)
+
+    def loss(noise, embeds, changes, scale):
+        module = network.bind(lora.merged(params, changes))
+        cond, uncond = module.condition(embeds), module.condition(negative)
+        guider = diffusion.ClassifierFreeGuidance(scale)
+        return (diffusion.sample(module, noise, cond, uncond, schedule, guider=guider) * weights).sum()
+
+    def slopes(at):
+        direction = jax.tree.map(lambda x: 0.1 * x, at)
+        return jax.grad(lambda at: loss(*at))(at), jax.jvp(lambda at: loss(*at), (at,), (direction,))
+
+    examples = [
+        (jnp.asarray(noise), jnp.asarray(embeds), changed_attentions(params), jnp.float32(1.5)),
+        (jnp.asarray(normal(5, *SHAPE)), jnp.asarray(0.5 * embeds), changed_attentions(params, 90), jnp.float32(4.0)),
+    ]
+    one = jax.jit(slopes)
+    found = jax.jit(jax.vmap(slopes))(jax.tree.map(lambda *x: jnp.stack(x), *examples))
+    singles = jax.tree.map(lambda *x: np.stack(x), *map(one, examples))
+    for own, other in zip(jax.tree.leaves(found), jax.tree.leaves(singles), strict=True):
+        for i in range(len(examples)):
+            error = np.linalg.norm(own[i] - other[i]) / np.linalg.norm(other[i])
+            assert note(error, "vmap of gradients and jvp beside single calls, relative") <= BOUND
 
 
 def test_vmap_over_noise_conditions_and_parameters_is_one_sample_each(ours, given):
