@@ -8,11 +8,23 @@ import numpy as np
 import pytest
 
 from kandinsky_jax import diffusion
-from kandinsky_jax.schedulers import SCHEDULERS, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from tests.conftest import note
+from kandinsky_jax.schedulers import (
+    SCHEDULERS,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    Scheduler,
+)
+from tests.conftest import OFFICIAL, note, official_config
 from tests.diffusion.toy import SHAPE, assert_close, inputs, normal, row, with_variance
 
 THRESHOLD = {"thresholding": True, "sample_max_value": 2.0, "dynamic_thresholding_ratio": 0.9}
+# Options of one solver or two.
+OTHERS = [("eta", 1.0), ("use_clipped_model_output", True), ("predict_x0", False), ("solver_order", 3)]
+OFFICIAL_CONFIGS = [
+    official_config(folder.name, "scheduler") for folder in sorted(OFFICIAL.iterdir()) if folder.is_dir()
+]
+STEP = 1e-7  # of differences in float64
 COEFFICIENTS = {
     "ddim": row(DDIMScheduler(clip_sample=True).schedule(8), 3),
     "dpm++2m": row(DPMSolverMultistepScheduler().schedule(8), 3),
@@ -60,6 +72,37 @@ def test_an_output_for_an_x0_predicts_it():
     assert np.array_equal(diffusion.output_for_x0(clean, sample, x0), jnp.zeros(SHAPE))
 
 
+def variants(name: str) -> list[Scheduler]:
+    """A solver with each option that makes another kind of table, and from the official models' configurations."""
+    cls = SCHEDULERS[name]
+    defaults = {field.name: field.default for field in cls.fields()}
+    # Some forms cannot end at a sigma of zero.
+    ends = {"final_sigmas_type": "sigma_min"} if "final_sigmas_type" in defaults else {}
+    options: list[dict[str, object]] = [{}, *([ends] if ends else [])]
+    options += [{"clip_sample": on} for on in (True, False) if "clip_sample" in defaults]
+    options += [THRESHOLD] * ("thresholding" in defaults)
+    for field in ("variance_type", "prediction_type", "algorithm_type", "solver_type"):
+        known = cls.CHOICES.get(field, ()) if field in defaults else ()
+        options += [ends | {field: kind} for kind in known if kind is not None]
+    options += [{"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}] * (
+        "rescale_betas_zero_snr" in defaults
+    )
+    options += [{field: value} | ends for field, value in OTHERS if field in defaults]
+    official = [
+        config
+        for config in OFFICIAL_CONFIGS
+        if all(config.get(field, known[0]) in known for field, known in cls.CHOICES.items() if field in defaults)
+    ]
+    assert official
+    return [*(cls(**some) for some in options), *(cls.from_config(config) for config in official)]
+
+
+def rows(scheduler: Scheduler, count: int) -> diffusion.SolverCoefficients:
+    """The first and the last rows of a schedule of twelve steps, `count` in all."""
+    table = diffusion.solver_coefficients(scheduler.schedule(12))
+    return jax.tree.map(lambda x: jnp.concatenate([x[: count - count // 2], x[-(count // 2) :]]), table)
+
+
 @jax.jit
 def gradients(coefficients, noise, cond, uncond, scale):
     """Of a sample by six steps; also where the coefficients are differentiated, and where all are batched by vmap."""
@@ -70,27 +113,22 @@ def gradients(coefficients, noise, cond, uncond, scale):
         result = diffusion.sample(with_variance, noise, cond, uncond, coefficients, guider=guider, rng=key)
         return jnp.mean(result * jnp.arange(result.size).reshape(result.shape))
 
-    alone = jax.grad(loss, argnums=(0, 1, 2, 3))(noise, cond, scale, coefficients)
+    at = (noise, cond, scale, coefficients)
+    alone = jax.grad(loss, argnums=(0, 1, 2, 3))(*at)
+    forward = jax.jvp(loss, at, jax.tree.map(jnp.ones_like, at))[1]
     twice = jax.tree.map(lambda x: jnp.stack([x, x]), coefficients)
     batched = jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=(None, None, None, 0))(noise, cond, scale, twice)
-    return alone, batched
+    return alone, forward, batched
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_gradients_are_finite_for_every_solver(name):
-    fields = {field.name for field in SCHEDULERS[name].fields()}
-    variants = [{}]
-    variants += [THRESHOLD] * ("thresholding" in fields)
-    if "variance_type" in fields:
-        variants += [{"variance_type": kind} for kind in SCHEDULERS[name].CHOICES["variance_type"]]
-    for fields in variants:
-        schedule = SCHEDULERS[name](**fields).schedule(12)
-        last = jax.tree.map(lambda x: x[-6:], diffusion.solver_coefficients(schedule))
+def test_gradients_of_a_sample_are_finite_for_every_solver(name):
+    for scheduler in variants(name):
         noise, cond, uncond = inputs()
-        alone, batched = gradients(last, noise, cond, uncond, 3.0)
-        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((alone, batched))), (name, fields)
-        assert jnp.abs(alone[0]).max() > 0
-        assert jnp.abs(alone[2]) > 0
+        found = gradients(rows(scheduler, 6), noise, cond, uncond, jnp.float32(3.0))
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found)), scheduler
+        assert jnp.abs(found[0][0]).max() > 0, scheduler
+        assert jnp.abs(found[0][2]) > 0, scheduler
     assert gradients._cache_size() == 1
 
 
@@ -106,31 +144,43 @@ def test_gradients_are_finite_at_the_edges_of_a_branch(name):
         assert all(jnp.isfinite(leaf).all() for leaf in found)
 
 
-def test_gradients_agree_with_differences_in_float64():
-    with jax.enable_x64(True):
-        double = jax.tree.map(lambda x: np.asarray(x, np.float64), [*arrays(2), normal(7, *SHAPE)])
-        given = [jnp.asarray(x) for x in [*double, np.float64(3.0)]]
-        weights = jnp.asarray(np.random.default_rng(8).normal(size=(6, *SHAPE)))
+@jax.jit
+def slopes(coefficients, given, direction, weights):
+    """Slopes along a direction of one guided step by each of some rows, to the state's six slots, both outputs, the
+    variance, the noise and the scale: by reverse mode, by forward mode and by differences. And the gradients."""
 
-        @jax.jit
-        def guided_step(coefficients, state, uncond, variance, noise, cond, scale):
-            outputs = [jnp.concatenate([x, variance], axis=-1) for x in (uncond, cond)]
-            prediction, _ = diffusion.ClassifierFreeGuidance(scale).combine(outputs, state[0], coefficients, None)
-            return (weights * diffusion.solver_step(coefficients, state, prediction, noise)).sum()
+    def guided_step(own, state, uncond, cond, variance, noise, scale):
+        outputs = [jnp.concatenate([x, variance], axis=-1) for x in (uncond, cond)]
+        prediction, _ = diffusion.ClassifierFreeGuidance(scale).combine(outputs, state[0], own, None)
+        return (weights * diffusion.solver_step(own, state, prediction, noise)).sum()
 
-        for name, own in COEFFICIENTS.items():
-            own = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), own)
-            if name == "learned":
-                given[2] = given[2] ** 2  # a variance
-            for seed in range(3):
-                rng = np.random.default_rng(seed)
-                direction = [jnp.asarray(rng.normal(size=x.shape)) for x in given]
-                step = 1e-6
-                ahead, back = (
-                    guided_step(own, *(x + s * d for x, d in zip(given, direction, strict=True))) for s in (step, -step)
-                )
-                found = jax.grad(guided_step, argnums=tuple(range(1, 7)))(own, *given)
-                slope = sum(jnp.vdot(g, d) for g, d in zip(found, direction, strict=True))
-                difference = (ahead - back) / (2 * step)
-                error = note(abs(slope - difference) / abs(difference), "relative error of a slope, float64")
-                assert error <= 1e-4, (name, seed, float(slope), float(difference))
+    def of(own):
+        found = jax.grad(guided_step, argnums=tuple(range(1, 7)))(own, *given)
+        reverse = sum(jnp.vdot(g, d) for g, d in zip(found, direction, strict=True))
+        forward = jax.jvp(lambda *x: guided_step(own, *x), given, direction)[1]
+        ahead, back = (
+            guided_step(own, *(x + step * d for x, d in zip(given, direction, strict=True))) for step in (STEP, -STEP)
+        )
+        return reverse, forward, (ahead - back) / (2 * STEP), found
+
+    return jax.vmap(of)(coefficients)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_gradients_of_a_guided_step_agree_with_differences(name):
+    """Forward and reverse mode with each other, and in float64 with differences."""
+    for scheduler in variants(name):
+        variance = jnp.tanh(normal(5, *SHAPE))
+        if getattr(scheduler, "variance_type", None) == "learned":
+            variance = variance**2
+        given = (normal(3, 6, *SHAPE), *(normal(i, *SHAPE) for i in (4, 7)), variance, normal(6, *SHAPE), np.float32(3))
+        direction = tuple(normal(10 + i, *np.shape(x)) for i, x in enumerate(given))
+        arguments = (rows(scheduler, 12), given, direction, normal(8, 6, *SHAPE))
+        single = slopes(*arguments)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((single[:2], single[3]))), scheduler
+        with jax.enable_x64(True):
+            double = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), arguments)
+            reverse, forward, differences = (np.asarray(x) for x in slopes(*double)[:3])
+        for what, found in (("reverse", reverse), ("forward", forward)):
+            error = np.abs(found - differences) / np.abs(differences)
+            assert note(error.max(), f"relative error of a slope, {what} mode, float64") <= 1e-4, scheduler
