@@ -219,7 +219,8 @@ class OpenJob:
         Paths of the rows and the model are not part of it, nor are processes and devices.
         """
         versions = {name: importlib.metadata.version(name) for name in ("kandinsky_jax", "jax", "Pillow")}
-        job = self.job
+        job, own = self.job, self.recommended
+        size = [job.defaults.get("height") or own.height, job.defaults.get("width") or own.width]
         return {
             "rows": {"sha256": self.rows.sha256, "count": self.rows.count},
             "model": model_files.digests(self.pipeline, self.model, job.prior),
@@ -233,7 +234,7 @@ class OpenJob:
             "dtype": job.dtype,
             "defaults": {name: self.settings[name] for name in sorted(self.settings)},
             "versions": versions,
-        }
+        } | ({"size": size} if own.height or own.width else {})
 
     def begin(self) -> None:
         """Start the job in the output folder, or check that it was started there.

@@ -26,6 +26,7 @@ from kandinsky_jax.common.storage import files_below, read_json
 from kandinsky_jax.images import CLIPImageProcessor
 
 MANIFEST = "kandinsky_jax_manifest.json"
+INDEX_FILES = ("model_index.json", "recommended_settings.json")  # of a model's folder, read when it is loaded
 MANIFEST_VERSION = 1
 # Files of a component's folder that loading reads, besides tensors.
 COMPONENT_FILES = ("config.json", "scheduler_config.json", CLIPImageProcessor.FILE, *tokenizer.FILES)
@@ -131,7 +132,7 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[int], object] | N
         if (known := expected[name]) is not None:
             reports.append(_compare(name, path, known, progress))
         elif (root is not None and _is_read(name.removeprefix(root), components[root])) or (
-            roots and name == "model_index.json"  # makes one model of a family's folder
+            roots and name in INDEX_FILES  # make one model of a family's folder
         ):
             detail = "not in the manifest, but loading reads it: remove it, or --update if it belongs there"
             reports.append(FileReport(name, "unexpected", detail))
@@ -199,7 +200,7 @@ def _folders_of(listed: Iterable[str], root: str) -> set[str]:
 def _is_read(name: str, components: set[str]) -> bool:
     """Return whether loading a model reads the file with this path in the model's folder."""
     first, _, rest = name.partition("/")
-    if name == "model_index.json" or ("" in components and _is_read_in_component(name)):
+    if name in INDEX_FILES or ("" in components and _is_read_in_component(name)):
         return True
     return first in components and _is_read_in_component(rest)
 

@@ -6,20 +6,19 @@ The command line and batch jobs use them where the user says nothing; pipelines 
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from kandinsky_jax.common.errors import CheckpointError, quote
-from kandinsky_jax.common.reading import of_file
-from kandinsky_jax.common.storage import read_json
+from kandinsky_jax.common.reading import ReadError, of_file, read_json_object
 from kandinsky_jax.schedulers import NAMES, SchedulerError, scheduler_named
 
 FILE = "recommended_settings.json"
 FORMAT_VERSION = 1
 MAX_STEPS, MAX_SCALE, SIDES = 1000, 100.0, (64, 8192)
+MAX_BYTES = 1 << 16  # of the file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +72,17 @@ def read(folder: str | os.PathLike[str]) -> RecommendedSettings:
         CheckpointError: listing everything that is wrong with the file.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return NO_SETTINGS
-    content = read_json(path)
+    try:
+        content = read_json_object(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise CheckpointError(of_file(path, "is a link to nothing")) from None
+    except ReadError as error:
+        raise CheckpointError(of_file(path, error)) from None
     faults = []
-    if content.get("format_version") != FORMAT_VERSION:
-        given = quote(content.get("format_version"))
-        faults.append(f"format_version is {given}, this release knows {FORMAT_VERSION}")
+    if type(version := content.get("format_version")) is not int or version != FORMAT_VERSION:
+        faults.append(f"format_version is {quote(version)}, this release knows {FORMAT_VERSION}")
     names = [field.name for field in dataclasses.fields(RecommendedSettings)]
     known: dict[str, Any] = {name: content[name] for name in names if content.get(name) is not None}
     if unknown := [name for name in content if name not in (*names, "format_version")]:
@@ -102,12 +105,14 @@ def _fault(name: str, value: object) -> str | None:
     low, high = SIDES if name in ("height", "width") else (1, MAX_STEPS) if whole else (0.0, MAX_SCALE)
     kind = "a whole number" if whole else "a number"
     valid = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not valid or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+    if not valid or not low <= value <= high:  # type: ignore[operator]
         return f"{name} is {quote(value)}, needed is {kind} from {low} to {high}"
     return None
 
 
-def copy(source: str | os.PathLike[str], target: Path) -> None:
-    """Copy the file of one model's folder to another's, where there is one."""
-    if (path := Path(source) / FILE).is_file():
-        shutil.copyfile(path, target / FILE)
+def write(settings: RecommendedSettings, folder: Path) -> None:
+    """Write the file into a model's folder; nothing where no setting is recommended."""
+    found = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+    if found:
+        content = {"format_version": FORMAT_VERSION} | found
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")

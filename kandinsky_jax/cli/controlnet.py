@@ -33,6 +33,6 @@ def controlnet(
     if not image:
         generate_pictures(prompt, options, MODES["controlnet"], {"hint": hint})
         return
-    checks.strength(strength, options.steps_or_usual)
+    checks.strength(strength, options.steps_if_given)
     files = {"image": image, "hint": hint}
     generate_pictures(prompt, options, MODES["controlnet-img2img"], files, strength=strength)

@@ -15,5 +15,5 @@ EXAMPLE = 'Example: kandinsky-jax img2img "green heart" --image heart.png --stre
 @takes_options
 def img2img(prompt: Prompt, image: ImagePaths, options: Options, strength: Strength = 0.3) -> None:
     """Generate variations of pictures, guided by a prompt."""
-    checks.strength(strength, options.steps_or_usual)
+    checks.strength(strength, options.steps_if_given)
     generate_pictures(prompt, options, MODES["img2img"], {"image": image}, strength=strength)

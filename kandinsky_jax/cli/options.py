@@ -20,8 +20,6 @@ from kandinsky_jax.checkpoint.hub import OFFICIAL
 from kandinsky_jax.checkpoint.recommended_settings import (
     BY_OPTION,
     FALLBACK,
-    USUAL_PRIOR_STEPS,
-    USUAL_STEPS,
     RecommendedSettings,
     default_text,
 )
@@ -129,20 +127,22 @@ class Options:
                 checks.side(side, name)
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed={self.seed} is not a seed; needed is an integer from 0 to 2**63 - 1")
-        checks.interval(self.interval(), max(self.steps_or_usual, 1), "--guidance-interval")
+        checks.interval(self.interval(), max(self.steps_if_given, 1), "--guidance-interval")
         self.devices()
         if self.scheduler is not None:
-            scheduler_named(self.scheduler, {}).steps(self.steps_or_usual)
+            scheduler = scheduler_named(self.scheduler, {})
+            if self.steps is not None:
+                scheduler.steps(self.steps)
 
     @property
-    def steps_or_usual(self) -> int:
-        """The decoder's steps as given, else the usual number, for checks before the model is found."""
-        return USUAL_STEPS if self.steps is None else self.steps
+    def steps_if_given(self) -> int:
+        """The decoder's steps, else a number that fits every check, before the model is found."""
+        return checks.LARGEST if self.steps is None else self.steps
 
     @property
-    def prior_steps_or_usual(self) -> int:
+    def prior_steps_if_given(self) -> int:
         """The same of the prior."""
-        return USUAL_PRIOR_STEPS if self.prior_steps is None else self.prior_steps
+        return checks.LARGEST if self.prior_steps is None else self.prior_steps
 
     def completed(self, mode: Mode) -> CompletedOptions:
         """Find the model, and use its recommended settings where nothing is given.
@@ -150,13 +150,16 @@ class Options:
         Raises:
             CheckpointError: for a model that does not exist, or recommended settings that are not valid.
         """
-        folder = hub.resolve(self.model or f"{OFFICIAL}/{mode.repository}", mode.repository)
-        own, found = recommended_settings.read(folder), dict(vars(self))
+        with hub.hint_for_cached_files():
+            folder = hub.resolve(self.model or f"{OFFICIAL}/{mode.repository}", mode.repository)
+            own, found = recommended_settings.read(folder), dict(vars(self))
         for name, setting in BY_OPTION.items():
             choices = (found[name], getattr(own, setting), getattr(FALLBACK, setting))
             found[name] = next(value for value in choices if value is not None)
         found["scheduler"] = self.scheduler or own.scheduler
-        return CompletedOptions(**found, folder=folder, mode=mode, recommended=own)
+        completed = CompletedOptions(**found, folder=folder, mode=mode, recommended=own)
+        completed.check()  # now with the steps that are run
+        return completed
 
     def interval(self) -> list[float] | None:
         """Return the interval of guidance as numbers."""

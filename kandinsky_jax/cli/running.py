@@ -44,6 +44,8 @@ def generate_pictures(
     pictures, repeats = read_pictures(prompt, given, files), given.num_images
     first = next(iter(pictures.values()))[0] if pictures else None
     options = given.completed(mode)
+    if "strength" in settings:
+        checks.strength(settings["strength"], options.steps_if_given)
     settings |= {
         "negative_prompt": options.negative_prompt,
         **options.decoder_settings(),

@@ -19,9 +19,10 @@ EXAMPLE = 'Example: kandinsky-jax vary "blue heart" --image heart.png --strength
 @takes_options
 def vary(prompt: Prompt, image: ImagePaths, options: Options, strength: Strength = 0.3) -> None:
     """Generate variations of a picture by moving its image embedding towards a prompt."""
-    checks.strength(strength, options.prior_steps_or_usual)
+    checks.strength(strength, options.prior_steps_if_given)
     pictures = read_pictures(prompt, options, {"image": image})["image"]
     completed = options.completed(MODES["generate"])
+    checks.strength(strength, completed.prior_steps_if_given)
 
     def embed(pipe: CombinedPipeline, generator: Generator) -> PriorResult:
         return KandinskyV22PriorEmb2EmbPipeline.from_pipe(pipe)(

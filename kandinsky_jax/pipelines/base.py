@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from kandinsky_jax.checkpoint import (
+    CheckpointError,
     LazyNetwork,
     move_network,
     recommended_settings,
@@ -62,6 +63,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
     REPOSITORY: ClassVar[str]  # name of the official repository, and of the subfolder of a model family
     PREFIX: ClassVar[str] = ""  # of its components' names within a combined pipeline
     STAGE: ClassVar[str] = ""  # label of the progress bar
+    _recommended: RecommendedSettings | CheckpointError = NO_SETTINGS  # of the folder it was loaded from
 
     def _register(self, **components: object) -> None:
         use_compilation_cache()
@@ -90,6 +92,10 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         stores, *_ = arguments
         pipe = super()._load(*arguments)
         pipe._name_or_path = str(stores[-1].folder)
+        try:
+            pipe._recommended = recommended_settings.read(stores[-1].folder)
+        except CheckpointError as error:  # which is the business of those who ask for the settings
+            pipe._recommended = error
         return pipe
 
     @property
@@ -97,9 +103,13 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         """Settings that the model's folder recommends; the pipeline itself keeps diffusers' defaults.
 
         `pipe(prompt, **pipe.recommended_settings.arguments())` uses them.
+
+        Raises:
+            CheckpointError: where the folder's file is not valid.
         """
-        folder = self._name_or_path
-        return NO_SETTINGS if folder is None else recommended_settings.read(folder)
+        if isinstance(self._recommended, CheckpointError):
+            raise self._recommended
+        return self._recommended
 
     def _held(self) -> dict[str, Any]:
         """Return the components without loading lazy ones."""
@@ -138,6 +148,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         if pipes:
             new.set_progress_bar_config(**pipes[0]._progress_bar_config)
             new._name_or_path = pipes[0]._name_or_path
+            new._recommended = next((pipe._recommended for pipe in pipes if hasattr(pipe, "unet")), NO_SETTINGS)
         return new.to(*dtypes) if dtypes else new
 
     # Compiling ahead ----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from kandinsky_jax.checkpoint import (
     zero_embed,
 )
 from kandinsky_jax.checkpoint.manifest import MANIFEST, note_saved, write_manifest
+from kandinsky_jax.checkpoint.recommended_settings import RecommendedSettings
 from kandinsky_jax.checkpoint.saving import check_saving_arguments
 from kandinsky_jax.checkpoint.tensor_files import WeightSelection, stored_variants
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
@@ -64,7 +65,7 @@ class PretrainedMixin:
     REPOSITORY: ClassVar[str]
 
     if TYPE_CHECKING:  # of `Pipeline`
-        _name_or_path: str | None
+        _recommended: RecommendedSettings | CheckpointError
 
         def _held(self) -> dict[str, Any]: ...
 
@@ -202,8 +203,8 @@ class PretrainedMixin:
                     part.save_pretrained(scratch / name)
                 index[name] = _index_entry(part)
             (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-            if self._name_or_path is not None:
-                recommended_settings.copy(self._name_or_path, scratch)
+            if isinstance(self._recommended, RecommendedSettings):
+                recommended_settings.write(self._recommended, scratch)
             write_manifest(scratch)
             _keep_other_files(folder, scratch)
         note_saved(folder, own=False)
@@ -236,7 +237,7 @@ def _keep_other_files(folder: Path, scratch: Path) -> None:
     """Keep the files next to a pipeline that is replaced: hard-linked where the file system can, else copied."""
     if not (folder / "model_index.json").is_file():
         return
-    own = {"model_index.json", MANIFEST, *hub.components(folder)}
+    own = {"model_index.json", MANIFEST, recommended_settings.FILE, *hub.components(folder)}
     for path in folder.iterdir():
         if path.name in own or (scratch / path.name).exists():
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import kandinsky_jax
 from kandinsky_jax import CheckpointError
+from kandinsky_jax.batch import Job, JobError, open_job
 from kandinsky_jax.checkpoint import hub, recommended_settings
 from kandinsky_jax.checkpoint.conversion import convert
 from kandinsky_jax.checkpoint.recommended_settings import FILE, RecommendedSettings
@@ -106,6 +108,9 @@ def test_a_job_begun_with_other_settings_is_refused_in_one_sentence(model, tmp_p
         ('{"format_version": 1, "num_inference_steps": true}', "num_inference_steps is True"),
         ('{"format_version": 1, "scheduler": "fast"}', "scheduler is 'fast', needed is a short name such as ddpm"),
         ('{"format_version": 1, "height": 0, "width": 1e9}', "height is 0.*; width is 1000000000.0"),
+        ('{"format_version": 1, "guidance_scale": 1' + "0" * 400 + "}", "guidance_scale is 1000"),
+        ('{"format_version": true}', "format_version is True"),
+        (" " * 100_000, "65,?536|bytes"),
     ],
 )
 def test_what_is_wrong_with_the_file_is_said_at_once(tmp_path, content, message):
@@ -127,6 +132,63 @@ def test_a_damaged_file_spoils_no_pipeline_but_is_reported_by_commands(model, tm
     assert FILE in str(done.exception)
 
 
+def test_steps_of_the_model_count_in_checks(model, tmp_path):
+    """A model that recommends many steps may go a small part of the way."""
+    family = tmp_path / "family"
+    shutil.copytree(model.parent, family)
+    (family / hub.DECODER / FILE).write_text(json.dumps(OWN | {"num_inference_steps": 100}))
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    command = ["img2img", "a red ring", "-i", tmp_path / "red.png", "-o", tmp_path / "a.png", "--model"]
+    invoke(*command, family / hub.DECODER, "--strength", 0.015)
+    refused = CliRunner().invoke(app, [*map(str, command), str(model), "--strength", "0.015"])
+    assert "leaves no step to do" in str(refused.exception)
+
+
+def test_a_job_of_another_recommended_size_is_another_job(model, tmp_path):
+    family = tmp_path / "family"
+    shutil.copytree(model.parent, family)
+    (tmp_path / "rows.txt").write_text("a red ring\n")
+    job = Job(str(tmp_path / "rows.txt"), str(tmp_path / "out"), model=str(family / hub.DECODER))
+    open_job(job).begin()
+    open_job(job).begin()
+    (family / hub.DECODER / FILE).write_text(json.dumps(OWN | {"width": 64}))
+    with pytest.raises(JobError, match=r"\n  size was \[64, 128\], now \[64, 64\]$"):
+        open_job(job).begin()
+    given = open_job(dataclasses.replace(job, defaults={"height": 64, "width": 128}))
+    assert given.identity["size"] == [64, 128]
+
+
+def test_a_link_to_nothing_and_a_folder_are_reported(tmp_path):
+    (tmp_path / FILE).symlink_to("nowhere.json")
+    with pytest.raises(CheckpointError, match="is a link to nothing"):
+        recommended_settings.read(tmp_path)
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(CheckpointError, match=FILE):
+        recommended_settings.read(tmp_path)
+
+
+def test_settings_go_with_the_unet_and_do_not_stay_behind(model, tmp_path):
+    family = tmp_path / "family"
+    shutil.copytree(model.parent, family)
+    decoder = kandinsky_jax.KandinskyV22Pipeline.from_pretrained(family / hub.DECODER)
+    prior = kandinsky_jax.KandinskyV22PriorPipeline.from_pretrained(family / hub.PRIOR)
+    shutil.rmtree(family)
+    for pipes in ((prior, decoder), (decoder, prior)):
+        assert kandinsky_jax.KandinskyV22CombinedPipeline.from_pipe(*pipes).recommended_settings.width == 128
+    decoder.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / FILE).read_text()) == OWN
+    kandinsky_jax.KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / FILE).exists()
+
+
+def test_a_file_that_the_manifest_does_not_know_is_unexpected(model, tmp_path):
+    kandinsky_jax.KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL).save_pretrained(tmp_path / "saved")
+    invoke("verify", tmp_path / "saved")
+    (tmp_path / "saved" / FILE).write_text(json.dumps(OWN))
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "saved")]).exit_code == 1
+
+
 def test_saving_and_converting_keep_the_file(model, tmp_path):
     pipe = kandinsky_jax.KandinskyV22Pipeline.from_pretrained(model)
     pipe.save_pretrained(tmp_path / "saved")
@@ -140,4 +202,4 @@ def test_saving_and_converting_keep_the_file(model, tmp_path):
 def test_the_embedded_model_recommends_what_it_was_measured_best_with():
     for name in (hub.DECODER, hub.INPAINT, hub.CONTROLNET):
         own = recommended_settings.read(hub.resolve(f"tiny/{name}", name))
-        assert (own.guidance_scale, own.prior_guidance_scale, own.height, own.width) == (2.0, 1.0, 64, 64)
+        assert own == RecommendedSettings(guidance_scale=2.0, prior_guidance_scale=1.0)

@@ -221,7 +221,7 @@ def test_a_mix_has_the_given_proportions(folder, ours):
     [
         (["img2img", "x", "-i", "no.png"], "--image|image: there is no file no.png"),
         (["img2img", "x", "-i", "circle.png", "--strength", "0"], "strength must be a number above 0"),
-        (["img2img", "x", "-i", "circle.png", "--strength", "0.01"], "leaves no step to do"),
+        (["img2img", "x", "-i", "circle.png", "--strength", "0.01", "--steps", "50"], "leaves no step to do"),
         (["img2img", "x", "-i", "circle.png", "-i", "star.png"], "image has 2 pictures for 1 prompts"),
         (["img2img", "x", "-i", "notes.txt"], "notes.txt cannot be read as a picture"),
         (["inpaint", "x", "-i", "circle.png", "--mask", "no.png"], "there is no file no.png"),

@@ -15,10 +15,12 @@ from kandinsky_jax import (
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
 )
-from kandinsky_jax.checkpoint import hub, zero_embed
+from kandinsky_jax.checkpoint import hub, recommended_settings, zero_embed
 from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
 
 # The folder of a run's result, by the part of the family.
+# What evaluate.py found best.
+RECOMMENDED = recommended_settings.RecommendedSettings(guidance_scale=2.0, prior_guidance_scale=1.0)
 RESULTS = {
     hub.PRIOR: ("prior", KandinskyV22PriorPipeline),
     hub.DECODER: ("decoder", KandinskyV22Pipeline),
@@ -46,6 +48,8 @@ def main() -> None:
             zero_embed.store(target / "image_encoder", pipe.image_encoder.config)
         elif name != hub.DECODER:
             shutil.rmtree(target / "movq")
+        if name != hub.PRIOR:
+            recommended_settings.write(RECOMMENDED, target)
         (target / MANIFEST).unlink()  # of one of its own; the family has one
     (arguments.output / "NOTICE").write_text(NOTICE)
     write_manifest(arguments.output)
