@@ -412,7 +412,7 @@ def below(root: str, path: str) -> str:
     """
     parts = PurePosixPath(path.replace("\\", "/")).parts
     if "://" in path or "::" in path or not parts or parts[0].endswith(":") or parts[0] == "/" or ".." in parts:
-        raise ValueError(f"{quote(path)} leads out of the job's folder; needed is a path below it")
+        raise ValueError(f"{quote(path)} leads out of the job's folder; needed is a relative path below it")
     if "://" in root:
         return f"{root.rstrip('/')}/{'/'.join(parts)}"
     base = Path(root).resolve()

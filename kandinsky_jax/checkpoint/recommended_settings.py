@@ -82,7 +82,8 @@ def read(folder: str | os.PathLike[str]) -> RecommendedSettings:
         raise CheckpointError(of_file(path, error)) from None
     faults = []
     if type(version := content.get("format_version")) is not int or version != FORMAT_VERSION:
-        faults.append(f"format_version is {quote(version)}, this release knows {FORMAT_VERSION}")
+        given = "is missing" if version is None else f"is {quote(version)}"
+        faults.append(f"format_version {given}, this release knows {FORMAT_VERSION}")
     names = [field.name for field in dataclasses.fields(RecommendedSettings)]
     known: dict[str, Any] = {name: content[name] for name in names if content.get(name) is not None}
     if unknown := [name for name in content if name not in (*names, "format_version")]:

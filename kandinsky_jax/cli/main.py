@@ -42,7 +42,9 @@ app.command(epilog=inpaint.EXAMPLE)(inpaint.inpaint)
 app.command(epilog=controlnet.EXAMPLE)(controlnet.controlnet)
 for mode in MODES.values():
     if (mode.command or mode.name) not in ("generate", "img2img", "inpaint", "controlnet"):  # have files of their own
-        app.command(mode.name)(command_of(mode))
+        app.command(mode.name, epilog=f"Example: kandinsky-jax {mode.example}" if mode.example else None)(
+            command_of(mode)
+        )
 app.command(epilog=mix.EXAMPLE)(mix.mix)
 app.command(epilog=vary.EXAMPLE)(vary.vary)
 app.command(epilog=batch.EXAMPLE)(batch.batch)

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion.solver import Prediction, SolverCoefficients, per_image, prediction_from_output
 
@@ -205,5 +206,11 @@ def predict(
             output, cache = function(batch, timestep, evaluation.condition, cache=cache)
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))  # once, before the evaluations part
         outputs.update(zip(members, jnp.split(output, len(members)), strict=True))
-    prediction, state = guider.combine([outputs[i] for i in range(len(outputs))], sample, coefficients, state)
-    return prediction, state, cache
+    combined = guider.combine([outputs[i] for i in range(len(outputs))], sample, coefficients, state)
+    name = f"{type(guider).__name__}.combine"
+    if isinstance(combined, Prediction) or not (isinstance(combined, tuple) and len(combined) == 2):
+        raise TypeError(f"{name} must return a Prediction and the next state, returned {shorten(combined, 80)}")
+    before, now = (str(jax.tree.structure(tree)) for tree in (state, combined[1]))
+    if before != now:
+        raise TypeError(f"{name} must return a state of the structure of the one before, {before}; returned is {now}")
+    return *combined, cache

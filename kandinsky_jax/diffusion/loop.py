@@ -164,7 +164,8 @@ def sample(
             NamedTuple of arrays with at least the fields that `predict` and `prediction_from_output` read.
         guider: how evaluations become a prediction.
         rng: the noise of stochastic solvers. A seed or a `jax.random.key`: that of the decoder's pipelines for the
-            same `generator`, image by image. Or a function, see `StepNoise`. None for deterministic solvers.
+            same `generator`, image by image. Or a function, see `StepNoise`. None for deterministic solvers: a step
+            then gets zeros as noise.
         step: see `Step`; slot 0 of the state is the sample.
         after_step: changes the sample after each step.
         cache: the network's feature cache before the first step, see `predict`.
@@ -181,7 +182,7 @@ def sample(
     segments are evened out, and up to one step for each is evaluated in vain.
     """
     coefficients = _checked(schedule, rng)
-    _check_conditions(len(noise), cond, uncond)
+    _check_conditions(model, len(noise), cond, uncond)
     steps = len(jax.tree.leaves(coefficients)[0])
     if isinstance(segment, bool) or not isinstance(segment, int) or segment < 1:
         raise ValueError(f"segment must be an integer of at least 1, got {segment!r}")
@@ -240,8 +241,10 @@ def _checked(schedule: Schedule | SolverCoefficients, rng: int | jax.Array | Ste
     return solver_coefficients(schedule)
 
 
-def _check_conditions(images: int, *conditions: PyTree) -> None:
+def _check_conditions(model: Model, images: int, *conditions: PyTree) -> None:
     for name, condition in zip(("cond", "uncond"), conditions, strict=True):
+        if isinstance(condition, jax.Array | np.ndarray) and hasattr(model, "condition"):
+            raise TypeError(f"{name} is an array; give what the network makes of it, such as unet.condition(embeds)")
         if wrong := {leaf.shape for leaf in jax.tree.leaves(condition) if leaf.shape[:1] != (images,)}:
             raise ValueError(
                 f"{name} has an array of shape {min(wrong)} for a batch of {images}; its arrays must have shape "

@@ -103,7 +103,8 @@ def capture(function: Callable[P, R], names: str) -> Callable[P, tuple[R, dict[s
         a function of the same arguments that returns the output and a dictionary by name. A module's entry is what it
         returns: `[B, h, w, C]` of the UNet's ResNet blocks, attentions, middle block and up blocks; a list of these of
         a down block, one per layer and the last its output; `[B, 3, D]` of the prior's blocks. `.weights` are the
-        attention's weights `[B, heads, T, S]`, float32, see `AttentionFunction` for T and S.
+        attention's weights `[B, heads, T, S]`, float32, see `AttentionFunction` for T and S; they are those of the
+        ordinary attention, also where a function of one's own stands in its place.
         It is as fit for `jit`, `grad`, `vmap` and `scan` as the network.
     Raises:
         TypeError: for anything but a network or a method of one.

@@ -50,7 +50,7 @@ class ControlnetOptions(
     NegativeImageEmbedsOption,
     ImageEmbedsOption,
 ):
-    """CallOptions of `KandinskyV22ControlnetPipeline`, from the last to the first."""
+    """Options of `KandinskyV22ControlnetPipeline`, from the last to the first."""
 
 
 class KandinskyV22ControlnetPipeline(DecoderPipeline):
@@ -88,7 +88,7 @@ class ControlnetImg2ImgOptions(
     ImageOption,
     ImageEmbedsOption,
 ):
-    """CallOptions of `KandinskyV22ControlnetImg2ImgPipeline`, from the last to the first."""
+    """Options of `KandinskyV22ControlnetImg2ImgPipeline`, from the last to the first."""
 
 
 class KandinskyV22ControlnetImg2ImgPipeline(Img2ImgBase):
@@ -120,7 +120,7 @@ class ControlnetCombinedOptions(
     HintOption,
     PromptOption,
 ):
-    """CallOptions of `KandinskyV22ControlnetCombinedPipeline`, from the last to the first."""
+    """Options of `KandinskyV22ControlnetCombinedPipeline`, from the last to the first."""
 
 
 class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
@@ -152,7 +152,7 @@ class ControlnetImg2ImgCombinedOptions(
     ImageOption,
     PromptOption,
 ):
-    """CallOptions of `KandinskyV22ControlnetImg2ImgCombinedPipeline`, from the last to the first."""
+    """Options of `KandinskyV22ControlnetImg2ImgCombinedPipeline`, from the last to the first."""
 
 
 class KandinskyV22ControlnetImg2ImgCombinedPipeline(CombinedPipeline):

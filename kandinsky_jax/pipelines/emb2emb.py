@@ -36,7 +36,7 @@ class Emb2EmbOptions(
     PriorImageOption,
     PromptOption,
 ):
-    """CallOptions of `KandinskyV22PriorEmb2EmbPipeline`, from the last to the first."""
+    """Options of `KandinskyV22PriorEmb2EmbPipeline`, from the last to the first."""
 
 
 class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline):

@@ -62,7 +62,7 @@ class Img2ImgOptions(
     ImageOption,
     ImageEmbedsOption,
 ):
-    """CallOptions of `KandinskyV22Img2ImgPipeline`, from the last to the first."""
+    """Options of `KandinskyV22Img2ImgPipeline`, from the last to the first."""
 
 
 class KandinskyV22Img2ImgPipeline(Img2ImgBase):
@@ -98,7 +98,7 @@ class Img2ImgCombinedOptions(
     ImageOption,
     PromptOption,
 ):
-    """CallOptions of `KandinskyV22Img2ImgCombinedPipeline`, from the last to the first."""
+    """Options of `KandinskyV22Img2ImgCombinedPipeline`, from the last to the first."""
 
 
 class KandinskyV22Img2ImgCombinedPipeline(CombinedPipeline):

@@ -104,7 +104,7 @@ class InpaintOptions(
     ImageOption,
     ImageEmbedsOption,
 ):
-    """CallOptions of `KandinskyV22InpaintPipeline`, from the last to the first."""
+    """Options of `KandinskyV22InpaintPipeline`, from the last to the first."""
 
 
 class KandinskyV22InpaintPipeline(DecoderPipeline):
@@ -164,7 +164,7 @@ class InpaintCombinedOptions(
     ImageOption,
     PromptOption,
 ):
-    """CallOptions of `KandinskyV22InpaintCombinedPipeline`, from the last to the first."""
+    """Options of `KandinskyV22InpaintCombinedPipeline`, from the last to the first."""
 
 
 class KandinskyV22InpaintCombinedPipeline(CombinedPipeline):

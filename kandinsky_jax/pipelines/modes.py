@@ -33,6 +33,7 @@ class Mode:
         pictures: arguments that are pictures, keys of `PICTURE_COLUMNS`.
         takes_strength: whether it starts from a picture, a part of the way.
         command: of the command line; "" is one of the mode's name.
+        example: the command with its arguments, for its help.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Mode:
     pictures: tuple[str, ...] = ()
     takes_strength: bool = False
     command: str = ""
+    example: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:

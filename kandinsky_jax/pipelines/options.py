@@ -20,6 +20,7 @@ Names, order and defaults are those of diffusers' pipelines; ours come after the
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import re
@@ -371,7 +372,7 @@ class PriorOptions(
     NegativePromptOption,
     PromptOption,
 ):
-    """CallOptions of `KandinskyV22PriorPipeline`, from the last to the first."""
+    """Options of `KandinskyV22PriorPipeline`, from the last to the first."""
 
 
 # What several calls have in common, in the order of their arguments ----------------------------------------------
@@ -434,7 +435,10 @@ def takes(
             try:
                 signature.bind(self, *args, **kwargs)
             except TypeError as error:
-                raise TypeError(f"{type(self).__name__}.{method.__name__}: {error}") from None
+                unknown = next((name for name in kwargs if name not in signature.parameters), "")
+                close = difflib.get_close_matches(unknown, signature.parameters, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"{type(self).__name__}.{method.__name__}: {error}{hint}") from None
             return method(self, options(*args, **kwargs))
 
         call.__signature__ = signature  # type: ignore[attr-defined]

@@ -41,7 +41,7 @@ class DecoderOptions(
     NegativeImageEmbedsOption,
     ImageEmbedsOption,
 ):
-    """CallOptions of `KandinskyV22Pipeline`, from the last to the first."""
+    """Options of `KandinskyV22Pipeline`, from the last to the first."""
 
 
 class KandinskyV22Pipeline(DecoderPipeline):
@@ -75,7 +75,7 @@ class CombinedOptions(
     CombinedStepOptions,
     PromptOption,
 ):
-    """CallOptions of `KandinskyV22CombinedPipeline`, from the last to the first."""
+    """Options of `KandinskyV22CombinedPipeline`, from the last to the first."""
 
 
 class KandinskyV22CombinedPipeline(CombinedPipeline):

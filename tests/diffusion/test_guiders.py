@@ -151,3 +151,37 @@ def test_what_does_not_fit_is_said():
         diffusion.sample(network, noise, {"a": cond}, {"b": uncond}, SCHEDULE)
     with pytest.raises(ValueError, match=re.escape("cond has an array of shape (1, 3) for a batch of 2")):
         diffusion.sample(network, noise, cond[:1], uncond, SCHEDULE)
+
+
+class Returns(diffusion.NoGuidance):
+    """A guider with a state of one number, whose `combine` returns what the test wants."""
+
+    def init(self, sample):
+        return jnp.zeros(())
+
+    def combine(self, outputs, sample, coefficients, state):
+        prediction, _ = super().combine(outputs, sample, coefficients, None)
+        return self.result(prediction, state)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda prediction, state: prediction, "Own.combine must return a Prediction and the next state, returned"),
+        (lambda prediction, state: prediction.x0, "Own.combine must return a Prediction and the next state"),
+        (lambda prediction, state: (prediction, (state, state)), "a state of the structure of the one before"),
+    ],
+)
+def test_what_a_guider_returns_wrongly_is_said(result, message):
+    guider = type("Own", (Returns,), {"result": staticmethod(result)})()
+    schedule = DDIMScheduler().schedule(3)
+    noise, cond, _ = inputs()
+    with pytest.raises(TypeError, match=message):
+        diffusion.sample(network, noise, cond, None, schedule, guider=guider)
+
+
+def test_an_embedding_in_the_place_of_a_condition_is_said(shapes_pipe):
+    unet, noise = shapes_pipe.unet, jnp.zeros((1, 8, 8, 4))
+    embeds = jnp.zeros((1, unet.config.encoder_hid_dim))
+    with pytest.raises(TypeError, match=r"cond is an array; give what the network makes of it, such as unet.condition"):
+        diffusion.sample(unet, noise, embeds, embeds, DDIMScheduler().schedule(3))
