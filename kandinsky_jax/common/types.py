@@ -1,8 +1,22 @@
-"""Names of types that annotations share."""
+"""Names of types that annotations share.
+
+Annotations of arrays carry a dtype and a shape, such as `Float[Array, "B h w 4"]`. They are strings that nothing
+evaluates, so jaxtyping is no dependency; the tests import it first, and have every call checked (tests/conftest.py).
+"""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import sys
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from jax import Array
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from jaxtyping import Bool, Float, Int, Num
+else:
+    Bool = Float = Int = Num = Array
 
 PyTree: TypeAlias = Any  # nested containers of arrays, or None; type checkers cannot describe one
 Params: TypeAlias = PyTree  # a nested dict of arrays
+
+__all__ = ["Array", "Bool", "Float", "Int", "Num", "Params", "PyTree"]

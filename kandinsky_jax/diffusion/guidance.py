@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kandinsky_jax.common.errors import shorten
-from kandinsky_jax.common.types import PyTree
+from kandinsky_jax.common.types import Array, Float, PyTree
 from kandinsky_jax.diffusion.solver import Prediction, SolverCoefficients, per_image, prediction_from_output
 
 # model(sample [N, ...], timestep [N], condition, **options) -> output [N, ..., C or 2C]. A bound UNet or prior is one.
@@ -91,7 +91,11 @@ class NoGuidance(NamedTuple):
         return [Evaluation(cond)]
 
     def combine(
-        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: SolverCoefficients, state: None
+        self,
+        outputs: Sequence[jax.Array],
+        sample: Float[Array, "B *s C"],
+        coefficients: SolverCoefficients,
+        state: None,
     ) -> tuple[Prediction, None]:
         output, variance = split_output(outputs[0], sample.shape[-1])
         return prediction_from_output(coefficients, sample, output, variance), None
@@ -114,14 +118,18 @@ class ClassifierFreeGuidance(NamedTuple):
         return [Evaluation(uncond), Evaluation(cond)]
 
     def combine(
-        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: SolverCoefficients, state: None
+        self,
+        outputs: Sequence[jax.Array],
+        sample: Float[Array, "B *s C"],
+        coefficients: SolverCoefficients,
+        state: None,
     ) -> tuple[Prediction, None]:
         (uncond, _), (cond, variance) = (split_output(output, sample.shape[-1]) for output in outputs)
         guided = uncond + per_image(self.scale, sample.ndim) * (cond - uncond)
         return prediction_from_output(coefficients, sample, guided, variance), None
 
 
-def split_output(output: jax.Array, channels: int) -> tuple[jax.Array, jax.Array | None]:
+def split_output(output: Float[Array, "B *s D"], channels: int) -> tuple[jax.Array, jax.Array | None]:
     """Split a network's output into prediction and learned variance, in float32 (float64 stays).
 
     Args:
@@ -174,7 +182,7 @@ def predict(
     guider: Guider,
     calls: Sequence[NetworkCall],
     coefficients: SolverCoefficients,
-    sample: jax.Array,
+    sample: Float[Array, "B *s C"],
     state: PyTree = None,
     cache: PyTree = None,
 ) -> tuple[Prediction, PyTree, PyTree]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from kandinsky_jax.common.types import Array, Bool, Float, Int
+
 
 class Blend(NamedTuple):
     """Holds a part of the sample to a known picture (inpainting), as noisy as the sample is after each row."""
@@ -17,7 +19,7 @@ class Blend(NamedTuple):
     keep: jax.Array  # [B, h, w, 1], 1 where the picture is held
     levels: jax.Array  # [MAX_STEPS, 2] how much picture and how much noise there is after each row
 
-    def __call__(self, row: jax.Array, sample: jax.Array) -> jax.Array:
+    def __call__(self, row: Int[Array, ""], sample: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         """The sample `[B, h, w, C]` after a row, with its known part put back."""
         signal, sigma = self.levels[row]
         return self.keep * (signal * self.picture + sigma * self.noise) + (1 - self.keep) * sample
@@ -28,7 +30,7 @@ class Blend(NamedTuple):
         return Blend(picture, noise, keep, function(self.levels, None))
 
 
-def latent_repaint_mask(repaint_mask: np.ndarray, h: int, w: int) -> np.ndarray:
+def latent_repaint_mask(repaint_mask: Bool[np.ndarray, "B H W"], h: int, w: int) -> Bool[np.ndarray, "B {h} {w}"]:
     """Convert a mask of pixels to a mask of latents.
 
     As in the reference, the first of each latent's pixels decides, and a repainted latent includes six neighbours: up,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kandinsky_jax.common.types import PyTree
+from kandinsky_jax.common.types import Array, Float, PyTree
 from kandinsky_jax.diffusion.guidance import ClassifierFreeGuidance, Guider, Model, batch_evaluations, predict
 from kandinsky_jax.diffusion.network import matmul_precision
 from kandinsky_jax.diffusion.rng import DECODER_STREAM, noise_source
@@ -66,7 +66,9 @@ class LoopState(NamedTuple):
     cache: PyTree = None  # a feature cache of the network, see `predict`
 
 
-def initial_loop_state(noise: jax.Array, guider: Guider, cache: PyTree = None, slots: int = STATE_SLOTS) -> LoopState:
+def initial_loop_state(
+    noise: Float[Array, "B *s C"], guider: Guider, cache: PyTree = None, slots: int = STATE_SLOTS
+) -> LoopState:
     """Make the state before the first step.
 
     Args:
@@ -138,7 +140,7 @@ def denoise(
 
 def sample(
     model: Model,
-    noise: jax.Array,
+    noise: Float[Array, "B *s C"],
     cond: PyTree,
     uncond: PyTree,
     schedule: Schedule | SolverCoefficients,
@@ -149,7 +151,7 @@ def sample(
     after_step: AfterStep | None = None,
     cache: PyTree = None,
     segment: int = 1,
-) -> jax.Array:
+) -> Float[Array, "B *s C"]:
     """Sample by a whole schedule; differentiable, and fit for `jit`, `vmap`, `grad` and `jvp`.
 
     Args:

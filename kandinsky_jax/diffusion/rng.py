@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kandinsky_jax.common.errors import quote
+from kandinsky_jax.common.types import Array, Float, Int
 
 # What a key is folded with, so that no two uses of one image's key share numbers.
 PRIOR_STREAM, DECODER_STREAM = 0, 1
@@ -90,11 +91,11 @@ def _box_muller(uniform: np.ndarray) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
 
 
-# Any also stands for a `torch.Generator`.
+# The last but one stands for a `torch.Generator`.
 Generator = int | jax.Array | TorchGenerator | Sequence[int] | Sequence[TorchGenerator] | Any | None
 
 # The stream that goes on for a `torch.Generator`, and the generator's state since.
-_continued: weakref.WeakKeyDictionary[Any, tuple[TorchGenerator, bytes]] = weakref.WeakKeyDictionary()
+_continued: weakref.WeakKeyDictionary[object, tuple[TorchGenerator, bytes]] = weakref.WeakKeyDictionary()
 
 
 def from_torch(generator: Any) -> TorchGenerator:
@@ -138,7 +139,7 @@ class KeyNoise(NamedTuple):
 
     keys: jax.Array  # [B]
 
-    def __call__(self, row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def __call__(self, row: Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B *s"]:
         """The noise of one step, float32 `shape` = [B, ...]."""
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, row + 1), shape[1:]))(self.keys)
 
@@ -153,7 +154,7 @@ class GivenNoise(NamedTuple):
     values: jax.Array  # [steps, B, ...]
     first: jax.Array  # int
 
-    def __call__(self, row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def __call__(self, row: Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B *s"]:
         """The noise of one step, float32 `shape` = [B, ...]."""
         return jax.lax.dynamic_index_in_dim(self.values, row - self.first, keepdims=False)
 

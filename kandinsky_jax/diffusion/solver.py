@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from kandinsky_jax.common.types import Array, Float
 from kandinsky_jax.schedulers.table import STATE_SLOTS, Schedule, SolverCoefficients
 
 
@@ -42,7 +43,7 @@ def solver_coefficients(schedule: Schedule) -> SolverCoefficients:
     return jax.tree.map(lambda column: jnp.asarray(column[: len(schedule)]), schedule.table)
 
 
-def initial_state(sample: jax.Array, slots: int = STATE_SLOTS) -> jax.Array:
+def initial_state(sample: Float[Array, "*sample"], slots: int = STATE_SLOTS) -> Float[Array, "{slots} *sample"]:
     """Make a solver's first state from a sample.
 
     Args:
@@ -68,7 +69,9 @@ def per_image(values: ArrayLike, ndim: int) -> jax.Array:
     return values if values.ndim == 0 else values.reshape(-1, *[1] * (ndim - 1))
 
 
-def predict_x0(coefficients: SolverCoefficients, sample: jax.Array, output: jax.Array) -> jax.Array:
+def predict_x0(
+    coefficients: SolverCoefficients, sample: Float[Array, "*sample"], output: Float[Array, "*sample"]
+) -> Float[Array, "*sample"]:
     """Predict the clean sample from a network's output, before any clipping.
 
     Args:
@@ -82,7 +85,9 @@ def predict_x0(coefficients: SolverCoefficients, sample: jax.Array, output: jax.
     return of_sample * sample + of_output * output
 
 
-def output_for_x0(coefficients: SolverCoefficients, sample: jax.Array, x0: jax.Array) -> jax.Array:
+def output_for_x0(
+    coefficients: SolverCoefficients, sample: Float[Array, "*sample"], x0: Float[Array, "*sample"]
+) -> Float[Array, "*sample"]:
     """Return the network's output that would have predicted an x0: the inverse of `predict_x0`.
 
     For guiders that work on x0: change it, and go on with `prediction_from_output`. Where the output says nothing of
@@ -99,7 +104,7 @@ def output_for_x0(coefficients: SolverCoefficients, sample: jax.Array, x0: jax.A
     return jnp.where(some, (x0 - of_sample * sample) / jnp.where(some, of_output, 1), 0)
 
 
-def limit_x0(coefficients: SolverCoefficients, x0: jax.Array) -> jax.Array:
+def limit_x0(coefficients: SolverCoefficients, x0: Float[Array, "*sample"]) -> Float[Array, "*sample"]:
     """Clip a predicted x0 `[B, ..., C]` as the schedule asks: to +-clip, or by dynamic thresholding."""
     on, bound = coefficients.threshold[..., 0] > 0, per_image(coefficients.clip, x0.ndim)
 
@@ -113,7 +118,7 @@ def limit_x0(coefficients: SolverCoefficients, x0: jax.Array) -> jax.Array:
     return jax.lax.cond(jnp.any(on), thresholded, clipped, x0)
 
 
-def dynamic_threshold(x0: jax.Array, quantile: ArrayLike, largest: ArrayLike) -> jax.Array:
+def dynamic_threshold(x0: Float[Array, "*sample"], quantile: ArrayLike, largest: ArrayLike) -> Float[Array, "*sample"]:
     """Clip each image to a quantile of its absolute values, and divide by it.
 
     Source: Saharia et al. 2022 (arXiv 2205.11487), section 2.3.
@@ -135,7 +140,10 @@ def dynamic_threshold(x0: jax.Array, quantile: ArrayLike, largest: ArrayLike) ->
 
 
 def prediction_from_output(
-    coefficients: SolverCoefficients, sample: jax.Array, output: jax.Array, variance: jax.Array | None = None
+    coefficients: SolverCoefficients,
+    sample: Float[Array, "*sample"],
+    output: Float[Array, "*sample"],
+    variance: Float[Array, "*sample"] | None = None,
 ) -> Prediction:
     """Turn a network's output, guided or not, into predictions of x0 and eps.
 
@@ -150,7 +158,7 @@ def prediction_from_output(
     return Prediction(x0, of_sample * sample + of_x0 * x0 + of_output * output, variance)
 
 
-def noise_stddev(coefficients: SolverCoefficients, variance: jax.Array | None, ndim: int) -> jax.Array:
+def noise_stddev(coefficients: SolverCoefficients, variance: Float[Array, "*sample"] | None, ndim: int) -> jax.Array:
     """The factor of a step's noise beside the matrix's own: 1, or what a learned variance asks for.
 
     Args:
@@ -173,8 +181,11 @@ def noise_stddev(coefficients: SolverCoefficients, variance: jax.Array | None, n
 
 
 def solver_step(
-    coefficients: SolverCoefficients, state: jax.Array, prediction: Prediction, noise: jax.Array
-) -> jax.Array:
+    coefficients: SolverCoefficients,
+    state: Float[Array, "slots *sample"],
+    prediction: Prediction,
+    noise: Float[Array, "*#sample"],
+) -> Float[Array, "slots *sample"]:
     """Do one step of any linear solver.
 
     Args:

@@ -22,6 +22,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kandinsky_jax.common.types import Array, Bool, Float
+
 LANES = 128  # of a TPU's vector registers; the kernel's blocks are that wide, or one head where it is wider
 KEEP_BYTES = 12 * 2**20  # of the 16 MB of vector memory that a kernel gets by default
 LOGIT_BYTES = 6 * 2**20
@@ -33,7 +35,12 @@ CUDNN_CAPABILITY = 8.0  # Ampere, the first generation for which XLA has cuDNN's
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, "B T N*H"]:
     """Scaled dot-product attention, softmax in float32.
 
     Args:
@@ -52,7 +59,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
 
 
 def implementation(
-    platform: str, q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct
+    platform: str, q: Float[Array | jax.ShapeDtypeStruct, "B T N H"], k: Float[Array | jax.ShapeDtypeStruct, "B S N H"]
 ) -> Attention:
     """Choose the implementation of attention without a mask, for arrays that lie whole on a device.
 
@@ -73,7 +80,12 @@ def _divided_by_xla() -> bool:
     return any(mesh.shape[axis] > 1 for axis in set(mesh.axis_names) - set(mesh.manual_axes))
 
 
-def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def plain(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, "B T N*H"]:
     """`attend` by XLA, for every platform, dtype and shape."""
 
     def own_dtype(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -89,7 +101,9 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = Non
     return out.reshape(*out.shape[:-2], -1)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attention_weights(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], mask: Bool[Array, "..."] | None = None
+) -> Float[Array, "B N T S"]:
     """The weights of `attend`: the softmax over keys, float32 `[B, N, T, S]`.
 
     Args:
@@ -100,13 +114,17 @@ def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None)
     return jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, HIDDEN), axis=-1)
 
 
-def logit_bytes(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> int:
+def logit_bytes(
+    q: Float[Array | jax.ShapeDtypeStruct, "B T N H"], k: Float[Array | jax.ShapeDtypeStruct, "B S N H"]
+) -> int:
     """Bytes of the float32 logits `[B, N, T, S]`."""
     batch, queries, heads, _ = q.shape
     return 4 * batch * heads * queries * k.shape[1]
 
 
-def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def in_blocks(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]
+) -> Float[Array, "B T N*H"]:
     """`plain` without a mask, in blocks of queries whose logits take at most `BLOCK_BYTES`.
 
     A softmax is over all keys of a query, so blocks change no sum. The gradient computes each block's logits again
@@ -121,7 +139,7 @@ def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return out.swapaxes(0, 1).reshape(batch, blocks * block, -1)[:, :queries]
 
 
-def cudnn_serves(q: jax.Array | jax.ShapeDtypeStruct) -> bool:
+def cudnn_serves(q: Float[Array | jax.ShapeDtypeStruct, "B T N H"]) -> bool:
     """Whether `cudnn` takes this shape and dtype, and it pays; the number of keys does not matter."""
     _, queries, _, dim = q.shape
     return q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= CUDNN_DIM and queries >= 64
@@ -146,7 +164,9 @@ def has_cudnn() -> bool:
     return all(float(device.compute_capability) >= CUDNN_CAPABILITY for device in devices)
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def cudnn(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]
+) -> Float[Array, "B T N*H"]:
     """`attend` without a mask by cuDNN's fused kernel, where `cudnn_serves` and `has_cudnn` allow it.
 
     `jax.export` wants `DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax")` for programs that have it.
@@ -159,8 +179,12 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def attend_after(
-    q: jax.Array, past: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, mask: jax.Array
-) -> jax.Array:
+    q: Float[Array, "B T N H"],
+    past: tuple[jax.Array, jax.Array],
+    k: Float[Array, "B T2 N H"],
+    v: Float[Array, "B T2 N H"],
+    mask: Bool[Array, "..."],
+) -> Float[Array, "B T N*H"]:
     """`attend` of a few queries to keys and values that are kept, and then to new ones, without joining the two.
 
     Args:
@@ -180,7 +204,9 @@ def attend_after(
     return (old + new).swapaxes(1, 2).reshape(*q.shape[:1], q.shape[2], -1)
 
 
-def query_block(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> int:
+def query_block(
+    q: Float[Array | jax.ShapeDtypeStruct, "B T N H"], k: Float[Array | jax.ShapeDtypeStruct, "B S N H"]
+) -> int:
     """How many queries `flash` takes at a time; 0 where it does not serve a shape or dtype, or does not pay."""
     (_, queries, heads, dim), keys = q.shape, k.shape[1]
     wide = max(dim, LANES)
@@ -194,7 +220,9 @@ def query_block(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDty
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def flash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
+def flash(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"], interpret: bool = False
+) -> Float[Array, "B T N*H"]:
     """`attend` without a mask, as a TPU kernel, where `query_block` allows it; every key of a head is in vector memory.
 
     Args:

@@ -15,6 +15,7 @@ from flax import nnx
 
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.fields import Bounds
+from kandinsky_jax.common.types import Array, Bool, Float, Int
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.hooks import AttentionLayer
@@ -108,7 +109,7 @@ class CLIPAttention(AttentionLayer):
         self.v_proj = linear(dim, dim, rngs)
         self.out_proj = linear(dim, dim, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T D"], mask: Bool[Array, "#B #N #T #T"] | None) -> Float[Array, "B T D"]:
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(self.attend(q, k, v, mask))
 
@@ -119,7 +120,7 @@ class CLIPMLP(nnx.Module):
         self.fc1 = linear(dim, hidden, rngs)
         self.fc2 = linear(hidden, dim, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
 
 
@@ -131,7 +132,7 @@ class CLIPEncoderLayer(nnx.Module):
         self.mlp = CLIPMLP(dim, config.intermediate_size, config.hidden_act, rngs=rngs)
         self.layer_norm2 = layer_norm(dim, rngs, eps)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T D"], mask: Bool[Array, "#B #N #T #T"] | None) -> Float[Array, "B T D"]:
         x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -140,7 +141,9 @@ class CLIPEncoder(nnx.Module):
     def __init__(self, config: _CLIPConfig, *, rngs: Rngs):
         self.layers = nnx.List([CLIPEncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "#B #N #T #T"] | None = None
+    ) -> Float[Array, "B T D"]:
         for layer in self.layers:
             x = layer(x, mask)
         return x
@@ -151,7 +154,7 @@ class CLIPTextEmbeddings(nnx.Module):
         self.token_embedding = embed(config.vocab_size, config.hidden_size, rngs)
         self.position_embedding = embed(config.max_position_embeddings, config.hidden_size, rngs)
 
-    def __call__(self, input_ids: jax.Array) -> jax.Array:
+    def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
 
 
@@ -161,7 +164,7 @@ class CLIPTextTransformer(nnx.Module):
         self.encoder = CLIPEncoder(config, rngs=rngs)
         self.final_layer_norm = layer_norm(config.hidden_size, rngs, config.layer_norm_eps)
 
-    def __call__(self, input_ids: jax.Array) -> jax.Array:
+    def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         length = input_ids.shape[1]
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]  # [1, 1, T, T]
         return self.final_layer_norm(self.encoder(self.embeddings(input_ids), causal))
@@ -182,7 +185,7 @@ class CLIPTextModelWithProjection(TorchModuleMixin, PretrainedNetwork, nnx.Modul
         self.text_model = CLIPTextTransformer(config, rngs=rngs)
         self.text_projection = linear(config.hidden_size, config.projection_dim, rngs, bias=False)
 
-    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
+    def __call__(self, input_ids: Int[Array, "B T"]) -> CLIPTextOutput:
         """Encode token ids.
 
         Args:
@@ -211,7 +214,7 @@ class CLIPVisionEmbeddings(nnx.Module):
         )
         self.position_embedding = embed(positions, dim, rngs)
 
-    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+    def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
         patches = self.patch_embedding(pixel_values)  # [B, H/P, W/P, D]
         b, _, _, dim = patches.shape
         cls = jnp.broadcast_to(self.class_embedding[...], (b, 1, dim))
@@ -237,7 +240,7 @@ class CLIPVisionModelWithProjection(TorchModuleMixin, PretrainedNetwork, nnx.Mod
         self.vision_model = CLIPVisionTransformer(config, rngs=rngs)
         self.visual_projection = linear(config.hidden_size, config.projection_dim, rngs, bias=False)
 
-    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+    def __call__(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
         """Encode pictures.
 
         Args:
@@ -247,10 +250,10 @@ class CLIPVisionModelWithProjection(TorchModuleMixin, PretrainedNetwork, nnx.Mod
         """
         return self.head(self.vision_model.encoder(self.stem(pixel_values)))
 
-    def stem(self, pixel_values: jax.Array) -> jax.Array:
+    def stem(self, pixel_values: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
         """Compute the encoder's input: pictures -> tokens `[B, T, hidden_size]`."""
         return self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixel_values.astype(dtype_of(self))))
 
-    def head(self, hidden: jax.Array) -> jax.Array:
+    def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B P"]:
         """Compute the output of the encoder's tokens: image_embeds."""
         return self.visual_projection(self.vision_model.post_layernorm(hidden[:, 0]))

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.common.types import Array, Float
+
 # Lavin & Gray 2015 (arXiv 1509.09308), section 4.1: the transforms of inputs, kernels and outputs, as rows of weights.
 _INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
@@ -23,13 +25,13 @@ _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 _TILE = 4  # pixels of input along a tile's side, for 2 of output
 
 
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def convolve(x: Float[Array, "B h w C"], kernel: Float[Array, "kh kw C D"]) -> Float[Array, "B h w D"]:
     """The plain 3x3 convolution: `x [B, H, W, in]`, `kernel [3, 3, in, out]` -> `[B, H, W, out]`, zeros around it."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 @jax.jit  # so that layers of the same shape are traced once
-def gather(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def gather(x: Float[Array, "B h w C"], kernel: Float[Array, "kh kw C D"]) -> Float[Array, "B h w D"]:
     """`convolve` as one product of the nine taps side by side."""
     b, h, w, c = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -38,7 +40,7 @@ def gather(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def winograd(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B h w D"]:
     """`convolve` by F(2x2, 3x3), for even H and W."""
     b, h, w, c = x.shape
     # The kernel waits for the input. XLA would otherwise transform the kernels of all layers first, 1 GB of them in the
@@ -76,7 +78,9 @@ def _combine(rows: Sequence[Sequence[float]], terms: Sequence[jax.Array]) -> lis
     return sums
 
 
-def cpu_method(x: jax.Array, kernel: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def cpu_method(
+    x: Float[Array | jax.ShapeDtypeStruct, "B h w C"], kernel: Float[Array | jax.ShapeDtypeStruct, "3 3 C D"]
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """What is fastest on a CPU for these shapes; other dtypes than float32 are not measured, and keep XLA's."""
     b, h, w, cin = x.shape
     if x.dtype != jnp.float32 or kernel.dtype != jnp.float32:
@@ -91,7 +95,7 @@ def cpu_method(x: jax.Array, kernel: jax.Array) -> Callable[[jax.Array, jax.Arra
 class Conv(nnx.Conv):
     """`nnx.Conv` whose 3x3 convolutions take the fastest way on a CPU."""
 
-    def __call__(self, x: jax.Array, **kwargs: object) -> jax.Array:
+    def __call__(self, x: Float[Array, "*B h w C"], **kwargs: object) -> Float[Array, "*B h2 w2 D"]:
         kernel, strides = self.kernel[...], self.strides
         if kernel.shape[:2] != (3, 3) or strides not in (1, (1, 1)) or self.padding not in (1, (1, 1)) or x.ndim != 4:
             return super().__call__(x, **kwargs)

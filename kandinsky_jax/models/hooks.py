@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.common.errors import quote
-from kandinsky_jax.common.types import PyTree
+from kandinsky_jax.common.types import Array, Bool, Float, PyTree
 from kandinsky_jax.models.attention import attend, attend_after, attention_weights
 
 KeyValue = tuple[jax.Array, jax.Array]
@@ -33,8 +33,14 @@ class AttentionFunction(Protocol):
     """What may stand in the place of `kandinsky_jax.models.attend`."""
 
     def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, *, name: str
-    ) -> jax.Array:
+        self,
+        query: Float[Array, "B T heads head_dim"],
+        key: Float[Array, "B S heads head_dim"],
+        value: Float[Array, "B S heads head_dim"],
+        mask: Bool[Array, "..."] | None,
+        *,
+        name: str,
+    ) -> Float[Array, "B T heads*head_dim"]:
         """Attend.
 
         Args:
@@ -55,7 +61,13 @@ class AttentionLayer(nnx.Module):
     attention_name: str = ""
     record_weights: Callable[[jax.Array], None] | None = None
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def attend(
+        self,
+        query: Float[Array, "B T heads head_dim"],
+        key: Float[Array, "B S heads head_dim"],
+        value: Float[Array, "B S heads head_dim"],
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "B T heads*head_dim"]:
         """Attend by the layer's function; arguments and result as in `AttentionFunction`."""
         if self.record_weights is not None:
             self.record_weights(attention_weights(query, key, mask))
@@ -64,8 +76,13 @@ class AttentionLayer(nnx.Module):
         return self.attention_function(query, key, value, mask, name=self.attention_name)
 
     def attend_after(
-        self, query: jax.Array, past: KeyValue, key: jax.Array, value: jax.Array, mask: jax.Array
-    ) -> jax.Array:
+        self,
+        query: Float[Array, "B T heads head_dim"],
+        past: KeyValue,
+        key: Float[Array, "B T2 heads head_dim"],
+        value: Float[Array, "B T2 heads head_dim"],
+        mask: Bool[Array, "..."],
+    ) -> Float[Array, "B T heads*head_dim"]:
         """Attend to keys and values `[B, heads, S, head_dim]` that are kept, and then to new ones."""
         if self.attention_function is None and self.record_weights is None:
             return attend_after(query, past, key, value, mask)

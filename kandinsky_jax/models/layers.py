@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
+from kandinsky_jax.common.types import Array, Float, Num
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.convolution import Conv
 
@@ -57,7 +58,7 @@ def abstract(cls: type[nnx.Module], config: NetworkConfig) -> nnx.Module:
 
 def _shape_or(init: Callable[..., jax.Array]) -> Callable[..., jax.Array | jax.ShapeDtypeStruct]:
     def make(
-        key: jax.Array | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, **kwargs: Any
+        key: jax.Array | None, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, **kwargs: object
     ) -> jax.Array | jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype) if key is None else init(key, shape, dtype, **kwargs)
 
@@ -84,7 +85,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(_rows(rngs.params(), (cout, cin)))
         self.bias = nnx.Param(_zeros(rngs.params(), (cout,))) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*B cin"]) -> Float[Array, "*B cout"]:
         """x: `[..., in]`; `[..., out]`."""
         y = _product(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]
@@ -98,7 +99,7 @@ def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
 _product = jax.custom_jvp(_times)
 
 
-def _product_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+def _product_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     # JAX's own weight gradient sums over all leading axes at once. For that XLA's CPU compiler wants a transposed copy
     # of the output's gradient, and computes it again, in the wrong order of memory: a quarter of the prior's training
     # step. Of rows in one axis it does not.
@@ -153,7 +154,7 @@ class GroupNorm(nnx.GroupNorm):
     def __init__(self, channels: int, groups: int, eps: float, rngs: Rngs):
         super().__init__(channels, num_groups=groups, epsilon=eps, scale_init=_ones, bias_init=_zeros, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B *spatial C"]) -> Float[Array, "B *spatial C"]:
         scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
         whole = x.astype(jnp.float32)
         mean, variance = (self._once if x.dtype == jnp.bfloat16 else self._twice)(whole)
@@ -236,20 +237,20 @@ def conv(
     )
 
 
-def upsample_nearest(x: jax.Array) -> jax.Array:
+def upsample_nearest(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
     """Double both sides, `[B, H, W, C] -> [B, 2H, 2W, C]`, each pixel four times."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
-def downsample_mean(x: jax.Array) -> jax.Array:
+def downsample_mean(x: Float[Array, "B h w C"]) -> Float[Array, "B h//2 w//2 C"]:
     """Halve both sides, `[B, H, W, C] -> [B, H/2, W/2, C]`, the mean of each 2x2 square (an odd last row or column
     is dropped, as by the reference's average pooling)."""
     b, h, w, c = x.shape
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4), dtype=x.dtype)
 
 
-def timestep_embedding(timestep: jax.Array, dim: int) -> jax.Array:
+def timestep_embedding(timestep: Num[Array | np.ndarray, "B"], dim: int) -> Float[Array, "B dim"]:
     """Sinusoidal embedding, cosines first, of `timestep [B]` -> float32 `[B, dim]`.
 
     Reference: `diffusers.models.embeddings.Timesteps` with flip_sin_to_cos=True, freq_shift=0.
@@ -267,9 +268,9 @@ class TimestepEmbedding(nnx.Module):
         self.linear_1 = linear(channels, hidden, rngs)
         self.linear_2 = linear(hidden, out, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B C"]) -> Float[Array, "B D"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
-def split_heads(x: jax.Array, heads: int) -> jax.Array:
+def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T {heads} D//{heads}"]:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)  # [B, T, D] -> [B, T, N, D/N]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.common.errors import quote
+from kandinsky_jax.common.types import Array, Float, Int
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig, block_faults
 from kandinsky_jax.models.hooks import AttentionLayer
@@ -81,7 +82,7 @@ class SpatialNorm(nnx.Module):
         self.conv_y = conv(zq_dim, dim, rngs, kernel=1)
         self.conv_b = conv(zq_dim, dim, rngs, kernel=1)
 
-    def __call__(self, x: jax.Array, zq: jax.Array | None) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"], zq: Float[Array, "B h w zq"] | None) -> Float[Array, "B H W C"]:
         assert zq is not None
         # A 1x1 convolution commutes with nearest resizing: do it on the small picture, then resize.
         scale, shift = (_nearest(c(zq), x.shape[1], x.shape[2]) for c in (self.conv_y, self.conv_b))
@@ -94,7 +95,7 @@ class PlainNorm(GroupNorm):
     def __init__(self, dim: int, groups: int, *, rngs: Rngs):
         super().__init__(dim, groups, NORM_EPS, rngs)
 
-    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"], zq: jax.Array | None = None) -> Float[Array, "B H W C"]:
         return super().__call__(x)
 
 
@@ -118,7 +119,7 @@ class ResnetBlock(nnx.Module):
         self.conv2 = conv(cout, cout, rngs)
         self.conv_shortcut = conv(cin, cout, rngs, kernel=1) if cin != cout else None
 
-    def __call__(self, x: jax.Array, zq: jax.Array | None) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"], zq: Float[Array, "B h w zq"] | None) -> Float[Array, "B H W D"]:
         hidden = self.conv1(jax.nn.silu(self.norm1(x, zq)))
         hidden = self.conv2(jax.nn.silu(self.norm2(hidden, zq)))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -137,7 +138,7 @@ class PixelAttention(AttentionLayer):
         self.to_v = linear(dim, dim, rngs)
         self.to_out = nnx.List([linear(dim, dim, rngs)])
 
-    def __call__(self, x: jax.Array, zq: jax.Array | None) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W C"], zq: Float[Array, "B h w zq"] | None) -> Float[Array, "B H W C"]:
         b, h, w, c = x.shape
         norm = self.group_norm if zq is None else self.spatial_norm
         hidden = norm(x, zq).reshape(b, h * w, c)
@@ -182,7 +183,9 @@ class Block(nnx.Module):
         self.downsamplers = nnx.List([Resampler(cout, 2, rngs=rngs) for _ in range(down)])
         self.upsamplers = nnx.List([Resampler(cout, 1, rngs=rngs) for _ in range(up)])
 
-    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B H W C"], zq: Float[Array, "B h w zq"] | None = None
+    ) -> Float[Array, "B H2 W2 D"]:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, zq)
             if self.attentions:
@@ -199,7 +202,9 @@ class MoVQMidBlock(nnx.Module):
         self.resnets = nnx.List([ResnetBlock(config, dim, dim, spatial, rngs=rngs) for _ in range(2)])
         self.attentions = nnx.List([PixelAttention(config, dim, spatial, rngs=rngs)])
 
-    def __call__(self, x: jax.Array, zq: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B H W C"], zq: Float[Array, "B h w zq"] | None = None
+    ) -> Float[Array, "B H W C"]:
         return self.resnets[1](self.attentions[0](self.resnets[0](x, zq), zq), zq)
 
 
@@ -226,7 +231,7 @@ class Encoder(nnx.Module):
         self.conv_norm_out = PlainNorm(widths[-1], config.norm_num_groups, rngs=rngs)
         self.conv_out = conv(widths[-1], config.latent_channels, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w zq"]:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -256,7 +261,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = SpatialNorm(widths[-1], config.latent_channels, rngs=rngs)
         self.conv_out = conv(widths[-1], config.out_channels, rngs)
 
-    def __call__(self, x: jax.Array, zq: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w zq"], zq: Float[Array, "B h w zq"]) -> Float[Array, "B H W 3"]:
         x = self.mid_block(self.conv_in(x), zq)
         for block in self.up_blocks:
             x = block(x, zq)
@@ -269,7 +274,7 @@ class VectorQuantizer(nnx.Module):
     def __init__(self, codes: int, dim: int, *, rngs: Rngs):
         self.embedding = embed(codes, dim, rngs)
 
-    def __call__(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, z: Float[Array, "B h w C"]) -> tuple[Float[Array, "B h w C"], Int[Array, "B h w"]]:
         """Look up the nearest codes.
 
         Args:
@@ -284,7 +289,7 @@ class VectorQuantizer(nnx.Module):
         return codebook[indices], indices
 
 
-def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
+def straight_through(z: Float[Array, "*B C"], codes: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
     """Return codes whose gradient is that of what they were looked up for, as if nothing had been quantised.
 
     Source: van den Oord et al. 2017 (arXiv 1711.00937), section 3.2; diffusers' VectorQuantizer.
@@ -310,11 +315,13 @@ class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         self.post_quant_conv = conv(config.embed_dim, config.latent_channels, rngs, kernel=1)
         self.decoder = Decoder(config, rngs=rngs)
 
-    def encode(self, pixels: jax.Array) -> jax.Array:
+    def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         """Pictures `[B, H, W, 3]` in -1..1, sides multiples of 8 -> latents `[B, H/8, W/8, 4]`, unscaled."""
         return self.quant_conv(self.encoder(pixels.astype(dtype_of(self))))
 
-    def decode(self, latents: jax.Array, force_not_quantize: bool = True, through_codebook: bool = False) -> jax.Array:
+    def decode(
+        self, latents: Float[Array, "B h w C"], force_not_quantize: bool = True, through_codebook: bool = False
+    ) -> Float[Array, "B H W 3"]:
         """Decode latents.
 
         Args:
@@ -332,7 +339,7 @@ class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         # The spatial norms see the latents before post_quant_conv.
         return self.decoder(self.post_quant_conv(latents), latents)
 
-    def decode_in_groups(self, latents: jax.Array) -> jax.Array:
+    def decode_in_groups(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         """`decode`, on a GPU group by group: as many pictures at a time as divide the batch and have `GROUP_PIXELS`.
 
         Sixteen pictures of 512 x 512 at once take 5.4 GB for as long as it lasts, more than the UNet; by fours 1.4 GB,

@@ -15,8 +15,10 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from kandinsky_jax.common.types import Array, Bool, Float, Num
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.hooks import AttentionFunction, AttentionLayer, KeyValue, with_attention
@@ -66,7 +68,7 @@ class GELU(nnx.Module):
     def __init__(self, dim: int, hidden: int, *, rngs: Rngs):
         self.proj = linear(dim, hidden, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T hidden"]:
         return jax.nn.gelu(self.proj(x), approximate=False)
 
 
@@ -75,7 +77,7 @@ class FeedForward(nnx.Module):
         # Index 1 is the reference's dropout, which has no tensors.
         self.net = nnx.List([GELU(dim, 4 * dim, rngs=rngs), None, linear(4 * dim, dim, rngs)])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.net[2](self.net[0](x))
 
 
@@ -87,7 +89,7 @@ class SelfAttention(AttentionLayer):
         self.to_v = linear(dim, dim, rngs)
         self.to_out = nnx.List([linear(dim, dim, rngs)])
 
-    def condition(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
+    def condition(self, x: Float[Array, "B T D"], mask: Bool[Array, "#B #N #T #T"]) -> tuple[jax.Array, KeyValue]:
         """Attend among the text's tokens; also return their keys and values `[B, heads, T + 1, head_dim]`."""
         q, k, v = self._projected(x)
         return self.to_out[0](self.attend(q, k, v, mask)), (k.swapaxes(1, 2), v.swapaxes(1, 2))
@@ -168,9 +170,9 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
 
     def condition(
         self,
-        proj_embedding: jax.Array,
-        encoder_hidden_states: jax.Array,
-        attention_mask: jax.Array,
+        proj_embedding: Float[Array, "B P"],
+        encoder_hidden_states: Float[Array, "B T E"],
+        attention_mask: Bool[Array, "B T"],
         attention: AttentionFunction | None = None,
     ) -> PriorCondition:
         """Run the tokens that do not change between steps.
@@ -203,11 +205,11 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
 
     def __call__(
         self,
-        hidden_states: jax.Array,
-        timestep: jax.Array,
+        hidden_states: Float[Array, "B D"],
+        timestep: Num[Array | np.ndarray, "B"],
         condition: PriorCondition,
         attention: AttentionFunction | None = None,
-    ) -> jax.Array:
+    ) -> Float[Array, "B out"]:
         """Evaluate the network.
 
         Args:
@@ -234,6 +236,6 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             x = block(x, mask, part)
         return self.proj_to_clip_embeddings(self.norm_out(x)[:, -1])
 
-    def post_process_latents(self, latents: jax.Array) -> jax.Array:
+    def post_process_latents(self, latents: Float[Array, "B D"]) -> Float[Array, "B D"]:
         """Convert from the prior's normalised space to that of CLIP, `[B, clip_embed_dim]`."""
         return latents * self.clip_std[...] + self.clip_mean[...]

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from kandinsky_jax.common.types import Array, Float, Num
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.hooks import AttentionFunction, with_attention
 from kandinsky_jax.models.layers import (
@@ -53,7 +55,7 @@ class ImageProjection(nnx.Module):
         self.image_embeds = linear(image_embed_dim, IMAGE_TOKENS * cross_attention_dim, rngs)
         self.norm = layer_norm(cross_attention_dim, rngs)
 
-    def __call__(self, image_embeds: jax.Array) -> jax.Array:
+    def __call__(self, image_embeds: Float[Array, "B D"]) -> Float[Array, "B tokens C"]:
         tokens = self.image_embeds(image_embeds)
         return self.norm(tokens.reshape(tokens.shape[0], IMAGE_TOKENS, -1))  # [B, 32, cross_attention_dim]
 
@@ -70,10 +72,10 @@ class ImageTimeEmbedding(nnx.Module):
                 layers += [conv(cin, cout, rngs, stride=stride), None]  # odd indices are the reference's SiLU
             self.input_hint_block = nnx.List(layers[:-1])
 
-    def __call__(self, image_embeds: jax.Array) -> jax.Array:
+    def __call__(self, image_embeds: Float[Array, "B D"]) -> Float[Array, "B C"]:
         return self.image_norm(self.image_proj(image_embeds))
 
-    def encode_hint(self, hint: jax.Array) -> jax.Array:
+    def encode_hint(self, hint: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         x = self.input_hint_block[0](hint)
         for layer in self.input_hint_block[2::2]:
             x = layer(jax.nn.silu(x))
@@ -124,7 +126,10 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         self.conv_out = conv(widths[0], config.out_channels, rngs)
 
     def condition(
-        self, image_embeds: jax.Array, hint: jax.Array | None = None, channels: jax.Array | None = None
+        self,
+        image_embeds: Float[Array | np.ndarray, "B D"],
+        hint: Float[Array | np.ndarray, "b H W 3"] | None = None,
+        channels: Float[Array | np.ndarray, "b h w c"] | None = None,
     ) -> UNetCondition:
         """Compute everything that depends only on the conditioning.
 
@@ -136,10 +141,10 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         b is B, or half of it where guidance has doubled the embeddings.
         """
         dtype = dtype_of(self)
-        image_embeds = image_embeds.astype(dtype)
+        image_embeds = jnp.asarray(image_embeds, dtype)
         tokens = self.encoder_hid_proj(image_embeds)
         if hint is not None:
-            channels = self.add_embedding.encode_hint(hint.astype(dtype))
+            channels = self.add_embedding.encode_hint(jnp.asarray(hint, dtype))
         if channels is not None:
             channels = jnp.tile(channels.astype(dtype), (len(image_embeds) // len(channels), 1, 1, 1))  # [B, h, w, c]
         return UNetCondition(
@@ -152,11 +157,11 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
 
     def __call__(
         self,
-        sample: jax.Array,
-        timestep: jax.Array,
+        sample: Float[Array, "B h w C"],
+        timestep: Num[Array | np.ndarray, "B"],
         condition: UNetCondition,
         attention: AttentionFunction | None = None,
-    ) -> jax.Array:
+    ) -> Float[Array, "B h w out"]:
         """Evaluate the network.
 
         Args:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kandinsky_jax.common.types import Array, Float
 from kandinsky_jax.models.hooks import AttentionLayer, KeyValue
 from kandinsky_jax.models.layers import (
     GroupNorm,
@@ -49,7 +50,7 @@ class ResnetBlock2D(nnx.Module):
         self.conv2 = conv(cout, cout, rngs)
         self.conv_shortcut = conv(cin, cout, rngs, kernel=1) if cin != cout else None
 
-    def __call__(self, x: jax.Array, temb: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w C"], temb: Float[Array, "B temb"]) -> Float[Array, "B h2 w2 D"]:
         """x: `[B, h, w, cin]`; temb: `[B, time_dim]`, SiLU already applied."""
         resample = _RESAMPLE[self.resample]
         hidden = self.conv1(resample(jax.nn.silu(self.norm1(x))))
@@ -73,11 +74,11 @@ class SimpleCrossAttention(AttentionLayer):
         self.add_v_proj = linear(config.cross_attention_dim, inner, rngs)
         self.to_out = nnx.List([linear(inner, dim, rngs)])
 
-    def condition(self, tokens: jax.Array) -> KeyValue:
+    def condition(self, tokens: Float[Array, "B tokens dim"]) -> KeyValue:
         """Compute keys and values `[B, S, heads, head_dim]` of the image tokens `[B, S, cross_attention_dim]`."""
         return split_heads(self.add_k_proj(tokens), self.heads), split_heads(self.add_v_proj(tokens), self.heads)
 
-    def __call__(self, x: jax.Array, condition: KeyValue) -> jax.Array:
+    def __call__(self, x: Float[Array, "B h w C"], condition: KeyValue) -> Float[Array, "B h w C"]:
         """x: `[B, h, w, C]`; condition: from `condition`; `[B, h, w, C]`."""
         b, h, w, c = x.shape
         hidden = self.group_norm(x.reshape(b, h * w, c))  # [B, hw, C]
@@ -100,10 +101,12 @@ class DownBlock(nnx.Module):
             [ResnetBlock2D(config, cout, cout, resample="down", rngs=rngs) for _ in range(sample)]
         )
 
-    def condition(self, tokens: jax.Array) -> BlockCondition:
+    def condition(self, tokens: Float[Array, "B tokens dim"]) -> BlockCondition:
         return BlockCondition([attention.condition(tokens) for attention in self.attentions])
 
-    def __call__(self, x: jax.Array, temb: jax.Array, condition: BlockCondition) -> list[jax.Array]:
+    def __call__(
+        self, x: Float[Array, "B h w C"], temb: Float[Array, "B temb"], condition: BlockCondition
+    ) -> list[jax.Array]:
         """Run the block.
 
         Args:
@@ -133,10 +136,12 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([ResnetBlock2D(config, dim, dim, rngs=rngs) for _ in range(2)])
         self.attentions = nnx.List([SimpleCrossAttention(config, dim, rngs=rngs)])
 
-    def condition(self, tokens: jax.Array) -> BlockCondition:
+    def condition(self, tokens: Float[Array, "B tokens dim"]) -> BlockCondition:
         return BlockCondition([attention.condition(tokens) for attention in self.attentions])
 
-    def __call__(self, x: jax.Array, temb: jax.Array, condition: BlockCondition) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B h w C"], temb: Float[Array, "B temb"], condition: BlockCondition
+    ) -> Float[Array, "B h w C"]:
         x = self.attentions[0](self.resnets[0](x, temb), condition.attentions[0])
         return self.resnets[1](x, temb)
 
@@ -154,12 +159,16 @@ class UpBlock(nnx.Module):
         self.attentions = nnx.List([SimpleCrossAttention(config, cout, rngs=rngs) for _ in range(layers * cross)])
         self.upsamplers = nnx.List([ResnetBlock2D(config, cout, cout, resample="up", rngs=rngs) for _ in range(sample)])
 
-    def condition(self, tokens: jax.Array) -> BlockCondition:
+    def condition(self, tokens: Float[Array, "B tokens dim"]) -> BlockCondition:
         return BlockCondition([attention.condition(tokens) for attention in self.attentions])
 
     def __call__(
-        self, x: jax.Array, temb: jax.Array, condition: BlockCondition, skips: Sequence[jax.Array]
-    ) -> jax.Array:
+        self,
+        x: Float[Array, "B h w C"],
+        temb: Float[Array, "B temb"],
+        condition: BlockCondition,
+        skips: Sequence[jax.Array],
+    ) -> Float[Array, "B h2 w2 D"]:
         """Run the block.
 
         Args:

@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kandinsky_jax.common.types import Array, Bool, Float, Int, Num
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.models.movq import straight_through
 
@@ -23,8 +24,8 @@ MAX_LOGIT_SCALE = math.log(100)  # the largest logit scale, Radford et al. 2021,
 
 
 def min_snr_weights(
-    alphas_cumprod: jax.Array, timesteps: jax.Array, gamma: float, prediction_type: PredictionType
-) -> jax.Array:
+    alphas_cumprod: Float[Array, "T_train"], timesteps: Int[Array, "B"], gamma: float, prediction_type: PredictionType
+) -> Float[Array, "B"]:
     """Compute min-SNR weights of examples (Hang et al. 2023, arXiv 2303.09556, section 3.4).
 
     Args:
@@ -41,7 +42,12 @@ def min_snr_weights(
     return {"epsilon": least / snr, "sample": least, "v_prediction": least / (snr + 1)}[prediction_type]
 
 
-def diffuse(alphas_cumprod: jax.Array, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+def diffuse(
+    alphas_cumprod: Float[Array, "T_train"],
+    clean: Float[Array, "B *s"],
+    noise: Float[Array, "B *s"],
+    timesteps: Int[Array, "B"],
+) -> Float[Array, "B *s"]:
     """Apply the forward process at `timesteps [B]`; returns `[B, ...]` in the dtype of `clean`."""
     alpha = alphas_cumprod[timesteps].reshape(-1, *[1] * (clean.ndim - 1))
     return jnp.sqrt(alpha) * clean + jnp.sqrt(1 - alpha) * noise
@@ -55,16 +61,16 @@ def _mean(error: jax.Array, weights: jax.Array | None) -> jax.Array:
 def decoder_loss(
     network: Network,
     params: Params,
-    latents: jax.Array,
-    image_embeds: jax.Array,
-    noise: jax.Array,
-    timesteps: jax.Array,
-    alphas_cumprod: jax.Array,
-    hint: jax.Array | None = None,
-    repaint_mask: jax.Array | None = None,
+    latents: Float[Array, "B h w C"],
+    image_embeds: Float[Array, "B D"],
+    noise: Float[Array, "B h w C"],
+    timesteps: Int[Array, "B"],
+    alphas_cumprod: Float[Array, "T_train"],
+    hint: Float[Array, "B H W 3"] | None = None,
+    repaint_mask: Num[Array, "B h w 1"] | None = None,
     *,
     snr_gamma: float | None = None,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Compute the UNet's mean squared error in predicting the noise, a float32 scalar.
 
     Args:
@@ -92,16 +98,16 @@ def decoder_loss(
 def prior_loss(
     network: Network,
     params: Params,
-    image_embeds: jax.Array,
-    prompt_embeds: jax.Array,
-    text_encoder_hidden_states: jax.Array,
-    text_mask: jax.Array,
-    noise: jax.Array,
-    timesteps: jax.Array,
-    alphas_cumprod: jax.Array,
+    image_embeds: Float[Array, "B D"],
+    prompt_embeds: Float[Array, "B P"],
+    text_encoder_hidden_states: Float[Array, "B T E"],
+    text_mask: Bool[Array, "B T"],
+    noise: Float[Array, "B D"],
+    timesteps: Int[Array, "B"],
+    alphas_cumprod: Float[Array, "T_train"],
     *,
     snr_gamma: float | None = None,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Compute the prior's mean squared error in predicting the normalised image embedding, a float32 scalar.
 
     Args:
@@ -122,8 +128,13 @@ def prior_loss(
 
 
 def movq_loss(
-    network: Network, params: Params, pixels: jax.Array, quantized: jax.Array, *, commitment: float = COMMITMENT
-) -> jax.Array:
+    network: Network,
+    params: Params,
+    pixels: Float[Array, "B H W 3"],
+    quantized: Bool[Array, "B"],
+    *,
+    commitment: float = COMMITMENT,
+) -> Float[Array, ""]:
     """Compute MoVQ's reconstruction and codebook losses, a float32 scalar.
 
     The sum of the mean absolute and the mean squared error of pixels, and the codebook's two terms (van den Oord et al.
@@ -147,8 +158,11 @@ def movq_loss(
 
 
 def clip_loss(
-    networks: Mapping[str, Network], params: Mapping[str, Params], input_ids: jax.Array, clip_pixels: jax.Array
-) -> jax.Array:
+    networks: Mapping[str, Network],
+    params: Mapping[str, Params],
+    input_ids: Int[Array, "B T"],
+    clip_pixels: Float[Array, "B S S 3"],
+) -> Float[Array, ""]:
     """Compute the contrastive loss of pictures and captions, a float32 scalar (Radford et al. 2021, figure 3).
 
     Args:
