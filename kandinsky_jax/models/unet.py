@@ -157,7 +157,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
 
     def __call__(
         self,
-        sample: Float[Array, "B h w C"],
+        sample: Float[Array | np.ndarray, "B h w C"],
         timestep: Num[Array | np.ndarray, "B"],
         condition: UNetCondition,
         attention: AttentionFunction | None = None,
@@ -178,7 +178,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         dtype = dtype_of(self)
         time = timestep_embedding(timestep, self.config.block_out_channels[0]).astype(dtype)
         temb = jax.nn.silu(self.time_embedding(time) + condition.embedding)  # [B, time_dim]; every block starts so
-        x = sample.astype(dtype)
+        x = jnp.asarray(sample, dtype)
         if condition.channels is not None:
             x = jnp.concatenate([x, condition.channels], axis=-1)
         skips = [self.conv_in(x)]
