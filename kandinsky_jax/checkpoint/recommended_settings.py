@@ -26,7 +26,7 @@ class RecommendedSettings:
     """Settings of a combined call; None where the model recommends none.
 
     Args:
-        num_inference_steps, prior_num_inference_steps: of the decoder and the prior, 1..1000.
+        num_inference_steps, prior_num_inference_steps: of the decoder, 1..1000, and the prior, 2..1000.
         guidance_scale, prior_guidance_scale: of the decoder and the prior, 0..100.
         height, width: of the pictures in pixels, 64..8192.
         scheduler: a short name of the decoder's, see `kandinsky_jax.scheduler_named`.
@@ -103,7 +103,8 @@ def _fault(name: str, value: object) -> str | None:
             return f"scheduler is {quote(value)}, needed is a short name such as {', '.join(list(NAMES)[:3])}"
         return None
     whole = name not in ("guidance_scale", "prior_guidance_scale")
-    low, high = SIDES if name in ("height", "width") else (1, MAX_STEPS) if whole else (0.0, MAX_SCALE)
+    least = 2 if name == "prior_num_inference_steps" else 1
+    low, high = SIDES if name in ("height", "width") else (least, MAX_STEPS) if whole else (0.0, MAX_SCALE)
     kind = "a whole number" if whole else "a number"
     valid = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not valid or not low <= value <= high:  # type: ignore[operator]

@@ -186,6 +186,8 @@ def sample(
     coefficients = _checked(schedule, rng)
     _check_conditions(model, len(noise), cond, uncond)
     steps = len(jax.tree.leaves(coefficients)[0])
+    if steps < 1:
+        raise ValueError("the schedule has no steps; needed is at least one row of coefficients")
     if isinstance(segment, bool) or not isinstance(segment, int) or segment < 1:
         raise ValueError(f"segment must be an integer of at least 1, got {segment!r}")
     advance = _advance(model, cond, uncond, guider, step, _step_noise(rng, noise.shape, steps), after_step)

@@ -253,7 +253,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         state: dict[str, Any] = {"guidance_scale": scale, "num_timesteps": len(schedule)}
         self._call_state = state
         original = {} if callback is None else conditioning.callback_tensors(guided)
-        tensors = dict(original)
+        tensors, guided_at_first = dict(original), guided
 
         def call_back(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
             nonlocal inputs, scale, guided, given
@@ -273,7 +273,8 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
             guided = is_guided(scale)
             if new or before != guided:
                 tensors.update(new)
-                given = conditioning.with_callback_tensors({k: v for k, v in tensors.items() if v is not original[k]})
+                changes = {k: v for k, v in tensors.items() if v is not original[k]}
+                given = conditioning.with_callback_tensors(changes, guided_at_first)
                 inputs = given.loop_inputs(network, params, guided)
             return _part(changed["latents"], samples) if "latents" in changed else None
 

@@ -145,7 +145,12 @@ class CombinedPipeline(Pipeline):
 
         Everything is checked before the prior starts.
         """
-        return self._start(self.OPTIONS(*args, **options))
+        try:
+            given = self.OPTIONS(*args, **options)
+        except TypeError as error:
+            reason = str(error).partition("() ")[2] or error
+            raise TypeError(f"{type(self).__name__}.generate: {reason}") from None
+        return self._start(given)
 
     def _start(self, options: CallOptions) -> PendingImages:
         given = vars(options)

@@ -106,14 +106,18 @@ class DecoderInputs:
         embeds = np.concatenate([self.uncond, self.cond]) if guided and self.uncond is not None else self.cond
         return {"image_embeds": embeds, "negative_image_embeds": self.uncond}
 
-    def with_callback_tensors(self, changed: Mapping[str, PyTree]) -> Self:
+    def with_callback_tensors(self, changed: Mapping[str, PyTree], both: bool) -> Self:
         """Return the inputs after a callback; its image_embeds are `[2B, D]`, negative ones first, or `[B, D]`."""
-        cond, uncond = self.cond, self.uncond
-        if "negative_image_embeds" in changed:
-            uncond = np.asarray(changed["negative_image_embeds"])
+        cond, uncond, alone = self.cond, self.uncond, not both
         if "image_embeds" in changed:
-            halves = checks.callback_halves(changed["image_embeds"], "image_embeds", len(self.start))
-            cond, uncond = halves[0], uncond if halves[1] is None else halves[1]
+            cond, other = checks.callback_halves(changed["image_embeds"], "image_embeds", len(self.start))
+            alone, uncond = other is None, uncond if other is None else other
+        if alone and "negative_image_embeds" in changed:  # otherwise image_embeds has them, as in diffusers
+            uncond = np.asarray(changed["negative_image_embeds"])
+            if uncond.shape != cond.shape:
+                raise ValueError(
+                    f"the callback's negative_image_embeds has shape {uncond.shape}, needed is {cond.shape}"
+                )
         return dataclasses.replace(self, cond=cond, uncond=uncond)
 
     def finish(self, sample: jax.Array) -> jax.Array:

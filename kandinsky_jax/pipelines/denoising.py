@@ -66,8 +66,12 @@ class Conditioning(Protocol):
     def callback_tensors(self, guided: bool) -> dict[str, PyTree]:
         """Return what a callback sees besides the latents, by diffusers' names and in PyTorch's order of axes."""
 
-    def with_callback_tensors(self, changed: Mapping[str, PyTree]) -> Self:
-        """Return the conditioning after a callback has changed some of the tensors."""
+    def with_callback_tensors(self, changed: Mapping[str, PyTree], both: bool) -> Self:
+        """Return the conditioning after a callback has changed some of the tensors.
+
+        Args:
+            both: whether the tensors were of uncond and cond at first.
+        """
 
 
 @program(static_argnames="network", donate_argnames="state")

@@ -64,8 +64,8 @@ class InpaintInputs(DecoderInputs):
         both = both.transpose(0, 3, 1, 2)  # [2B, 5, h, w]
         return super().callback_tensors(guided) | {"masked_image": both[:, :-1], "mask_image": both[:, -1:]}
 
-    def with_callback_tensors(self, changed: Mapping[str, PyTree]) -> Self:
-        new, kept, kept_uncond = super().with_callback_tensors(changed), self.kept, self.kept_uncond
+    def with_callback_tensors(self, changed: Mapping[str, PyTree], both: bool) -> Self:
+        new, kept, kept_uncond = super().with_callback_tensors(changed, both), self.kept, self.kept_uncond
         for name, channels in (("masked_image", slice(0, -1)), ("mask_image", slice(-1, None))):
             if name in changed:
                 cond, uncond = checks.callback_halves(changed[name], name, len(self.start))

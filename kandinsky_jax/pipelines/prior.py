@@ -6,6 +6,7 @@ Reference: diffusers' KandinskyV22PriorPipeline and KandinskyV22PriorEmb2EmbPipe
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -111,7 +112,7 @@ class PriorInputs:
         both = [np.concatenate(pair) for pair in zip(self.uncond, self.cond, strict=True)]
         return dict(zip(_TENSORS, both, strict=True))
 
-    def with_callback_tensors(self, changed: Mapping[str, PyTree]) -> PriorInputs:
+    def with_callback_tensors(self, changed: Mapping[str, PyTree], both: bool) -> PriorInputs:
         """Return the inputs after a callback."""
         cond, uncond, ours = self.cond._asdict(), None, self.ours
         for field, name in zip(TextEncoding._fields, _TENSORS, strict=True):
@@ -414,7 +415,10 @@ class PriorPipeline(Pipeline):
 
 def _weights(owner: object) -> list[object]:
     """Return objects that change identity when a network's weights change: its arrays, or the unloaded network."""
-    return [owner] if isinstance(owner, LazyNetwork) else list(flat_params(owner).values())
+    if isinstance(owner, LazyNetwork):
+        return [owner]
+    params = flat_params(owner)
+    return [owner, *map(sys.intern, params), *params.values()]  # another module may share the arrays
 
 
 def _first_example(condition: PriorCondition) -> PriorCondition:

@@ -193,3 +193,22 @@ def test_before_a_call_there_is_no_scale(ours):
     assert not hasattr(fresh, "guidance_scale")
     with pytest.raises(AttributeError, match="after the pipeline has been called"):
         _ = fresh.num_timesteps
+
+
+def test_a_callbacks_negative_embedding_counts_where_image_embeds_has_none(ours):
+    """As in diffusers it is ignored where image_embeds has both; where it is used, its shape is checked."""
+    pipe, dim = ours["KandinskyV22Pipeline"], ours["KandinskyV22Pipeline"].unet.config.encoder_hid_dim
+    embeds, negative = np.ones((1, dim), np.float32), np.zeros((1, dim), np.float32)
+    call = CALL | {"generator": 1, "guidance_scale": 4.0}
+    names = ("latents", "image_embeds", "negative_image_embeds")
+
+    def run(returned):
+        changed = {"callback_on_step_end": lambda pipe, i, t, tensors: returned if i == 0 else {}}
+        return pipe(embeds, negative, **call, **changed, callback_on_step_end_tensor_inputs=names).images
+
+    plain = run({})
+    assert np.array_equal(run({"negative_image_embeds": np.ones((3, 2), np.float32)}), plain)
+    other = run({"image_embeds": embeds, "negative_image_embeds": 0.5 * embeds})
+    assert np.abs(other - plain).max() > 1e-3
+    with pytest.raises(ValueError, match=r"the callback's negative_image_embeds has shape \(3, 2\), needed is \(1, "):
+        run({"image_embeds": embeds, "negative_image_embeds": np.ones((3, 2), np.float32)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -24,6 +25,7 @@ from kandinsky_jax import (
     KandinskyV22PriorPipeline,
 )
 from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.models import attend, with_attention
 from tests.conftest import SHAPES_MODEL
 
 
@@ -146,3 +148,20 @@ def test_a_saved_combined_pipeline_serves_every_mode(shapes_pipe, tmp_path):
     prior = {k: v for k, v in shapes_pipe.components.items() if k.startswith("prior_")}
     assert type(AutoPipelineForText2Image.from_pretrained(tmp_path / "saved", **prior)) is KandinskyV22CombinedPipeline
     assert type(KandinskyV22Pipeline.from_pretrained(tmp_path / "saved")) is KandinskyV22Pipeline
+
+
+def test_a_network_with_another_attention_has_constants_of_its_own(shapes_pipe):
+    """The prior keeps the condition of the empty prompt and the embedding of zeros by module, not by arrays alone."""
+    prior = KandinskyV22PriorPipeline.from_pipe(shapes_pipe.prior_pipe)
+    before = prior("a red circle", num_inference_steps=3, generator=0).image_embeds
+
+    def softer(query, key, value, mask, *, name):
+        return attend(0.5 * query, key, value, mask)
+
+    plain, prior.prior = prior.prior, with_attention(prior.prior, softer)
+    other = prior("a red circle", num_inference_steps=3, generator=0).image_embeds
+    fresh = KandinskyV22PriorPipeline.from_pipe(prior)("a red circle", num_inference_steps=3, generator=0).image_embeds
+    np.testing.assert_array_equal(other, fresh)
+    assert np.abs(other - before).max() > 1e-4
+    prior.prior = plain
+    np.testing.assert_array_equal(prior("a red circle", num_inference_steps=3, generator=0).image_embeds, before)

@@ -257,7 +257,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.slow
 def test_encoded_once_is_encoded_at_every_step(folder, tmp_path, monkeypatch):
     """With `precompute` a run has the losses that it has without, reads no picture, and notices other settings."""
-    monkeypatch.setattr(encoded, "CHUNK", 4)  # the data is several, and the last one is not full
+    monkeypatch.setattr(encoded, "CACHED_AT_ONCE", 4)  # the data is several, and the last one is not full
     for name, precompute in (("each", False), ("once", True)):
         options = {"precompute": precompute, "condition_dropout": 0.3, "text_length": 24}
         Run(Kind.PRIOR, config_of(folder, tmp_path / name, **options), quiet=True).train()
@@ -367,7 +367,7 @@ def test_decoders_of_other_modes(folder, tmp_path, member):
     """Their own data, pictures on the way, and a result that diffusers loads."""
     options = {"validation_steps": 4, "validation_prompts": ("a red circle", "a star"), "precompute": True}
     run = Run(Kind.DECODER, config_of(folder, tmp_path, model=str(SHAPES_MODEL / member), **options), quiet=True)
-    before = flat_params(run.task.module)
+    before = flat_params(*run.task.modules.values())
     result = run.train()
     with Image.open(tmp_path / "samples" / "00000004.png") as sheet:
         assert sheet.size == (128, 64)

@@ -221,7 +221,7 @@ def test_a_run(pipe, folder, tmp_path, kind):
     steps = {"max_train_steps": 6, "learning_rate": 1e-2 if "lora" in kind else 1e-3, "ema_decay": 0.9}
     options = {"validation_steps": 3, "validation_prompts": ("a red circle", "a star"), "condition_dropout": 0.2}
     run = Run(kind, config_of(folder, tmp_path, optimizer=steps, snr_gamma=5.0, **options), pipe, quiet=True)
-    before = {name: np.asarray(leaf) for name, leaf in flat_params(run.task.module).items()}
+    before = {name: np.asarray(leaf) for name, leaf in flat_params(*run.task.modules.values()).items()}
     result = run.train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -230,7 +230,7 @@ def test_a_run(pipe, folder, tmp_path, kind):
     with Image.open(tmp_path / "samples" / "00000003.png") as sheet:
         assert sheet.size == (128, 64)
     assert list((tmp_path / "events").iterdir())
-    after = flat_params(run.task.module)
+    after = flat_params(*run.task.modules.values())
     assert all(np.array_equal(after[name], leaf) for name, leaf in before.items())  # restored after sampling
     if "lora" in kind:
         changed = load_file(result / lora.FILE)
