@@ -14,12 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import shape_checks
+from kandinsky_jax.checkpoint import hub
 from tests.xla_flags import QUICK_TO_COMPILE
-
-shape_checks.install()  # before the package is imported
-
-from kandinsky_jax.checkpoint import hub  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Each of the suite's processes has cores of its own: XLA's threads lose more by sharing them than they gain. A process
