@@ -9,9 +9,7 @@ import typer
 
 from kandinsky_jax.cli.options import Options, Prompt, Strength, takes_options
 from kandinsky_jax.cli.running import generate_pictures
-from kandinsky_jax.pipelines import (
-    checks,
-)
+from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.modes import MODES
 
 EXAMPLE = 'Example: kandinsky-jax controlnet "soccer ball" --hint depth.png -o ball.png --model tiny'

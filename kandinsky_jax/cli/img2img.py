@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from kandinsky_jax.cli.options import ImagePaths, Options, Prompt, Strength, takes_options
 from kandinsky_jax.cli.running import generate_pictures
-from kandinsky_jax.pipelines import (
-    checks,
-)
+from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.modes import MODES
 
 EXAMPLE = 'Example: kandinsky-jax img2img "green heart" --image heart.png --strength 0.6 -o green.png --model tiny'

@@ -40,11 +40,11 @@ app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=img2img.EXAMPLE)(img2img.img2img)
 app.command(epilog=inpaint.EXAMPLE)(inpaint.inpaint)
 app.command(epilog=controlnet.EXAMPLE)(controlnet.controlnet)
+_WITH_FILES = {info.callback.__name__ for info in app.registered_commands if info.callback is not None}
 for mode in MODES.values():
-    if (mode.command or mode.name) not in ("generate", "img2img", "inpaint", "controlnet"):  # have files of their own
-        app.command(mode.name, epilog=f"Example: kandinsky-jax {mode.example}" if mode.example else None)(
-            command_of(mode)
-        )
+    if (mode.command or mode.name) not in _WITH_FILES:
+        example = f"Example: kandinsky-jax {mode.example}" if mode.example else None
+        app.command(mode.name, epilog=example)(command_of(mode))
 app.command(epilog=mix.EXAMPLE)(mix.mix)
 app.command(epilog=vary.EXAMPLE)(vary.vary)
 app.command(epilog=batch.EXAMPLE)(batch.batch)

@@ -11,10 +11,7 @@ from kandinsky_jax import images
 from kandinsky_jax.cli.options import Options, numbers, takes_options
 from kandinsky_jax.cli.running import generate_from_embeds
 from kandinsky_jax.diffusion.rng import Generator
-from kandinsky_jax.pipelines import (
-    CombinedPipeline,
-    checks,
-)
+from kandinsky_jax.pipelines import CombinedPipeline, checks
 from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.pipelines.outputs import KandinskyPriorPipelineOutput
 

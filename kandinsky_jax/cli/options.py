@@ -27,10 +27,7 @@ from kandinsky_jax.common.errors import quote
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.diffusion.rng import Generator, TorchGenerator
 from kandinsky_jax.parallel.mesh import Mesh, make_mesh
-from kandinsky_jax.pipelines import (
-    CombinedPipeline,
-    checks,
-)
+from kandinsky_jax.pipelines import CombinedPipeline, checks
 from kandinsky_jax.pipelines.modes import Mode
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from kandinsky_jax.schedulers.names import SUFFIXES

@@ -11,10 +11,7 @@ from PIL import Image
 from kandinsky_jax import images
 from kandinsky_jax.cli.options import CompletedOptions, Options
 from kandinsky_jax.diffusion.rng import Generator
-from kandinsky_jax.pipelines import (
-    CombinedPipeline,
-    checks,
-)
+from kandinsky_jax.pipelines import CombinedPipeline, checks
 from kandinsky_jax.pipelines.modes import Mode
 
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 from kandinsky_jax.cli.options import ImagePaths, Options, Prompt, Strength, takes_options
 from kandinsky_jax.cli.running import file_names, generate_from_embeds, read_pictures
 from kandinsky_jax.diffusion.rng import Generator
-from kandinsky_jax.pipelines import (
-    CombinedPipeline,
-    KandinskyV22PriorEmb2EmbPipeline,
-    checks,
-)
+from kandinsky_jax.pipelines import CombinedPipeline, KandinskyV22PriorEmb2EmbPipeline, checks
 from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.pipelines.outputs import PriorResult
 

@@ -6,19 +6,13 @@ evaluates, so jaxtyping is no dependency at run time; mypy reads them.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
-import numpy as np
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Float, Int, Num
-elif "jaxtyping" in sys.modules:
-    from jaxtyping import Bool, Float, Int, Num
-
-    Array = jax.Array | np.ndarray  # JAX takes NumPy's arrays wherever it takes its own
 else:
     Array = Bool = Float = Int = Num = jax.Array
 

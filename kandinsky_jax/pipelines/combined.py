@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -19,7 +20,7 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, PendingImages
 from kandinsky_jax.pipelines.loading import LoadOptions, describe
-from kandinsky_jax.pipelines.options import CallOptions, PriorOptions
+from kandinsky_jax.pipelines.options import CallOptions, PriorOptions, check_arguments
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.schedulers import Scheduler
 
@@ -145,12 +146,8 @@ class CombinedPipeline(Pipeline):
 
         Everything is checked before the prior starts.
         """
-        try:
-            given = self.OPTIONS(*args, **options)
-        except TypeError as error:
-            reason = str(error).partition("() ")[2] or error
-            raise TypeError(f"{type(self).__name__}.generate: {reason}") from None
-        return self._start(given)
+        check_arguments(f"{type(self).__name__}.generate", inspect.signature(self.OPTIONS), args, options)
+        return self._start(self.OPTIONS(*args, **options))
 
     def _start(self, options: CallOptions) -> PendingImages:
         given = vars(options)

@@ -24,7 +24,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
@@ -428,24 +428,32 @@ def takes(
     def decorate(method: Callable[[Any, OptionsT], ResultT]) -> Callable[Concatenate[Any, P], ResultT]:
         own, fields = inspect.signature(method), inspect.signature(options)
         parameters = [next(iter(own.parameters.values())), *fields.parameters.values()]
-        signature = inspect.Signature(parameters, return_annotation=own.return_annotation)
 
         @functools.wraps(method)
         def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
-            try:
-                signature.bind(self, *args, **kwargs)
-            except TypeError as error:
-                unknown = next((name for name in kwargs if name not in signature.parameters), "")
-                close = difflib.get_close_matches(unknown, signature.parameters, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise TypeError(f"{type(self).__name__}.{method.__name__}: {error}{hint}") from None
+            check_arguments(f"{type(self).__name__}.{method.__name__}", fields, args, kwargs)
             return method(self, options(*args, **kwargs))
 
-        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            parameters, return_annotation=own.return_annotation
+        )
         call.__doc__ = _with_arguments(inspect.getdoc(method) or "", options)
         return call
 
     return decorate
+
+
+def check_arguments(
+    function: str, signature: inspect.Signature, args: Sequence[object], kwargs: Mapping[str, object]
+) -> None:
+    """Raise TypeError, in the name of a function, for arguments that its options do not take."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        unknown = next((name for name in kwargs if name not in signature.parameters), "")
+        close = difflib.get_close_matches(unknown, signature.parameters, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"{function}: {error}{hint}") from None
 
 
 def _with_arguments(text: str, options: Callable[..., object]) -> str:

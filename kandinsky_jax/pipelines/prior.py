@@ -6,7 +6,6 @@ Reference: diffusers' KandinskyV22PriorPipeline and KandinskyV22PriorEmb2EmbPipe
 from __future__ import annotations
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -162,7 +161,7 @@ class PriorPipeline(Pipeline):
             image_processor=image_processor,
         )
         check_tokenizer(tokenizer, text_encoder.config)
-        self._constants: dict[str, tuple[list[object], tuple[int, ...], PyTree]] = {}
+        self._constants: dict[str, tuple[list[tuple[str, object]], tuple[int, ...], PyTree]] = {}
 
     def interpolate(
         self,
@@ -404,21 +403,22 @@ class PriorPipeline(Pipeline):
         self, name: str, compute: Callable[[], object], *owners: object, shape: tuple[int, ...] = ()
     ) -> PyTree:
         """Cache a result that depends only on its owners' weights; computed anew when one changes, as LoRA does."""
-        weights = [leaf for owner in owners for leaf in _weights(owner)]
+        parts = [part for owner in owners for part in _parts(owner)]
         kept, kept_shape, result = self._constants.get(name, ([], (), None))
-        same_weights = len(kept) == len(weights) and all(a is b for a, b in zip(kept, weights, strict=True))
-        if kept_shape != shape or not same_weights:
+        same = [own for own, _ in kept] == [own for own, _ in parts]
+        same = same and all(a is b for (_, a), (_, b) in zip(kept, parts, strict=True))
+        if kept_shape != shape or not same:
             result = compute()
-            self._constants[name] = (weights, shape, result)
+            self._constants[name] = (parts, shape, result)
         return result
 
 
-def _weights(owner: object) -> list[object]:
-    """Return objects that change identity when a network's weights change: its arrays, or the unloaded network."""
-    if isinstance(owner, LazyNetwork):
-        return [owner]
-    params = flat_params(owner)
-    return [owner, *map(sys.intern, params), *params.values()]  # another module may share the arrays
+def _parts(owner: object) -> list[tuple[str, object]]:
+    """Return a network and its arrays by name, whose identity changes when it is loaded, replaced or changed.
+
+    The network is one of them, because another one may share its arrays, with another attention.
+    """
+    return [("", owner)] + ([] if isinstance(owner, LazyNetwork) else list(flat_params(owner).items()))
 
 
 def _first_example(condition: PriorCondition) -> PriorCondition:

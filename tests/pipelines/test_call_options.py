@@ -49,6 +49,11 @@ def test_wrong_arguments_name_the_pipeline_and_the_argument():
         pipe([], [], [], mask=1)
     with pytest.raises(TypeError, match=r"'num_inference_step'; did you mean 'num_inference_steps'\?"):
         pipe([], [], [], num_inference_step=1)
+    combined = object.__new__(kandinsky_jax.KandinskyV22CombinedPipeline)
+    with pytest.raises(
+        TypeError, match=r"KandinskyV22CombinedPipeline\.generate: missing a required argument: 'prompt'"
+    ):
+        combined.generate()
     with pytest.raises(TypeError, match="missing a required argument: 'image'"):
         pipe([])
 
