@@ -28,6 +28,7 @@ from kandinsky_jax.common.errors import MAX_MESSAGE, CheckpointError, shorten, s
 from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.layers import abstract
+from kandinsky_jax.models.structure import structure
 from kandinsky_jax.parallel.mesh import Mesh
 from kandinsky_jax.parallel.sharding import Rules, home, in_memory, parameter_shardings
 
@@ -70,18 +71,31 @@ def network_dtype(dtype: Any) -> jnp.dtype | None:
 
 
 def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
-    """Return a network's parameters by their dotted Flax names."""
+    """Return a network's parameters by their dotted Flax names, in Flax's order."""
+    if (params := _params(module)) is not None:
+        return {name: param.get_value() for name, param in params}
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def set_params(module: nnx.Module, params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> nnx.Module:
     """Set a network's parameters by their dotted Flax names, and return the network."""
-    state = nnx.state(module, nnx.Param)
-    paths = [path for path, _ in nnx.to_flat_state(state)]
-    flat = {path: params[".".join(map(str, path))] for path in paths}
-    nnx.update(module, nnx.from_flat_state(flat))
+    if (known := _params(module)) is not None:
+        for name, param in known:
+            param.set_value(params[name])
+        return module
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))]
+    nnx.update(module, nnx.from_flat_state({path: params[".".join(map(str, path))] for path in paths}))
     return module
+
+
+def _params(module: nnx.Module) -> list[tuple[str, nnx.Param]] | None:
+    """Return the parameters of a plain network (see `structure`), in Flax's order; None of others."""
+    found = structure(module)
+    if not found.plain:
+        return None
+    params = [item for item in found.variables.items() if isinstance(item[1], nnx.Param)]
+    return sorted(params, key=lambda item: [int(part) if part.isdecimal() else part for part in item[0].split(".")])
 
 
 def describe_network(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,6 +59,8 @@ WEIGHT_FILE = re.compile(
     rf"(?P<stem>{'|'.join(STEMS)})(\.(?P<variant>[\w-]+?))?(-\d+-of-\d+(\.(?P<variant2>[\w-]+))?)?"
     r"\.(?P<format>safetensors|bin)(\.(?P<variant3>[\w-]+)(?=\.index))?(\.index(\.(?P<variant4>[\w-]+))?\.json)?"
 )
+
+MAPPED_BYTES = 64 << 20  # of a file, at most, besides one tensor
 
 ZERO_EMBED = "zero_embed.safetensors"  # in a vision tower's folder, see `kandinsky_jax.checkpoint.zero_embed`
 
@@ -176,15 +180,32 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
             f"{path} ({size}) is truncated or no safetensors file: {shorten(error)}. Fetch it again."
         ) from None
 
-    def reader(name: str) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            # Opened for each tensor: an open file keeps everything read from it mapped into memory.
-            with safe_open(path, framework="numpy") as file:
-                return file.get_tensor(name)
+    file = _SafetensorsFile(path)
+    return {name: Tensor(shape, functools.partial(file.read, name), dtype) for name, (shape, dtype) in found.items()}
 
-        return read
 
-    return {name: Tensor(shape, reader(name), dtype) for name, (shape, dtype) in found.items()}
+class _SafetensorsFile(threading.local):
+    """A file that tensors are read from one by one; each thread opens it for itself.
+
+    An open file keeps everything read from it mapped into memory, so it is opened anew after `MAPPED_BYTES`: not for
+    each tensor, because opening reads the names of all. It is opened anew, too, when it is not as it was:
+    reading on where it was cut would end the process.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: safe_open | None = None
+        self._bytes = 0  # read since it was opened
+        self._state: tuple[int, ...] = ()  # of the file when it was opened
+
+    def read(self, name: str) -> np.ndarray:
+        about = self._path.stat()
+        state = (about.st_ino, about.st_size, about.st_mtime_ns)
+        if self._file is None or self._bytes >= MAPPED_BYTES or state != self._state:
+            self._file, self._bytes, self._state = safe_open(self._path, framework="numpy"), 0, state
+        array: np.ndarray = self._file.get_tensor(name)
+        self._bytes += array.nbytes
+        return array
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:

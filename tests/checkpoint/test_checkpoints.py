@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
@@ -29,9 +30,9 @@ from kandinsky_jax import (
     load_network,
     save_network,
 )
-from kandinsky_jax.checkpoint import flat_params, hub
+from kandinsky_jax.checkpoint import flat_params, hub, tensor_files
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, VQModel
-from tests.conftest import SHAPES_MODEL
+from tests.conftest import SHAPES_MODEL, quick_and_slow
 
 TEXT_ENCODER = SHAPES_MODEL / hub.PRIOR / "text_encoder"  # the smallest network
 WEIGHTS = "model.safetensors"
@@ -236,6 +237,33 @@ def test_truncated_safetensors(folder: Path, keep: float):
         load_text_encoder(folder)
 
 
+def mapped_bytes() -> int:
+    """Bytes of files that are mapped into this process's memory."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_has_been_read_of_a_file_does_not_stay_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "MAPPED_BYTES", 8 << 20)
+    arrays = {f"{i}": np.full(1 << 20, i, np.float32) for i in range(16)}  # 64 MiB
+    save_file(arrays, tmp_path / "all.safetensors")
+    before, most = mapped_bytes(), 0
+    for name, tensor in tensor_files.open_tensors(tmp_path / "all.safetensors").items():
+        np.testing.assert_array_equal(tensor.read(), arrays[name])
+        most = max(most, mapped_bytes())
+    assert most - before < 32 << 20
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
+    save_file({f"{i}": np.zeros(1000, np.float32) for i in range(50)}, tmp_path / "all.safetensors")
+    tensors = tensor_files.open_tensors(tmp_path / "all.safetensors")
+    tensors["0"].read()
+    os.truncate(tmp_path / "all.safetensors", 100_000)
+    with pytest.raises(SafetensorError):
+        tensors["30"].read()
+
+
 def test_git_lfs_pointer_in_place_of_the_tensors(folder: Path):
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 340000\n")
     with pytest.raises(CheckpointError, match=r"model.safetensors \(\d+ bytes\) is truncated or no safetensors file"):
@@ -246,7 +274,7 @@ def orbax_files(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "params").rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("damage", ["delete", "cut", "empty"])
+@pytest.mark.parametrize("damage", quick_and_slow(("delete", "cut", "empty"), "cut"))
 def test_damaged_orbax_checkpoint_is_refused_or_read_right(damage: str, text_encoder, orbax, tmp_path, capfd):
     def spoil(folder: Path, files: list[str]) -> Path:
         shutil.copytree(orbax, folder)

@@ -1,0 +1,97 @@
+"""The variables of a network, found in a fraction of the time that Flax takes.
+
+Flax walks over graphs of any objects. A network is a tree of modules, whose attributes are modules, variables and
+constants; every call of a pipeline looks for the parameters of up to five. What is no such tree is left to Flax.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from flax import nnx
+
+
+@dataclass
+class Structure:
+    """What a network consists of.
+
+    Attributes:
+        variables: by dotted names, in the order of the attributes.
+        others: the values of all other attributes, modules included, and the variables' types.
+        plain: whether this is all: no variable or module in two places, nothing else that holds arrays or an owner.
+    """
+
+    variables: dict[str, nnx.Variable] = field(default_factory=dict)
+    others: list[object] = field(default_factory=list)
+    plain: bool = True
+
+
+def structure(module: nnx.Module) -> Structure:
+    """Walk over a network and the modules within it."""
+    found = Structure()
+    _walk(module, "", found, {id(module)})
+    return found
+
+
+class Identities:
+    """Objects to recognise later, by weak references where they can have one: they may refer to their network."""
+
+    def __init__(self, values: Iterable[object]):
+        self._values = [weakref.ref(value) if _kind_of(value) in (_WEAK, _MODULE) else value for value in values]
+
+    def are(self, values: list[object]) -> bool:
+        """Return whether these are the same objects in the same order."""
+        return len(values) == len(self._values) and all(
+            kept is value or (type(kept) is weakref.ref and kept() is value)
+            for kept, value in zip(self._values, values, strict=True)
+        )
+
+
+_MODULE, _VARIABLE, _OTHER, _WEAK, _STRONG = range(5)
+# Other nodes and containers; and methods, which may be those of the network's owner and would keep it.
+_LEFT_TO_FLAX = (nnx.Pytree, jax.Array, np.ndarray, list, dict, set, types.MethodType, functools.partial)
+_kinds: dict[type, int] = {}  # isinstance is slow for Flax's classes, and a UNet has thousands of attributes
+
+
+def _walk(module: nnx.Module, prefix: str, found: Structure, seen: set[int]) -> None:
+    for name, value in list(vars(module).items()):  # a copy, in case another thread adds one
+        kind = _kind_of(value)
+        found.others.append(type(value) if kind == _VARIABLE else value)
+        if kind in (_MODULE, _VARIABLE):
+            if id(value) in seen:
+                found.plain = False
+                continue
+            seen.add(id(value))
+        if kind == _VARIABLE:
+            found.variables[prefix + name] = value
+        elif kind == _MODULE:
+            _walk(value, f"{prefix}{name}.", found, seen)
+        elif kind == _OTHER:
+            found.plain = False
+
+
+def _kind_of(value: object) -> int:
+    kind = _kinds.get(type(value))
+    if kind is None:
+        kind = _kinds[type(value)] = _new_kind(value)
+    return kind
+
+
+def _new_kind(value: object) -> int:
+    if isinstance(value, nnx.Module):
+        return _MODULE
+    if isinstance(value, nnx.Variable):
+        return _VARIABLE
+    if isinstance(value, _LEFT_TO_FLAX):
+        return _OTHER
+    try:
+        weakref.ref(value)
+    except TypeError:
+        return _STRONG
+    return _WEAK
