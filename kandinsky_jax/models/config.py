@@ -115,7 +115,7 @@ class NetworkConfig(Mapping[str, Any]):
         return {"_class_name": self.CLASS_NAME, **listed} if self.CLASS_NAME else listed
 
 
-def block_faults(config: Any) -> list[str]:
+def block_faults(config: NetworkConfig) -> list[str]:
     """List faults of down_block_types, up_block_types (`DOWN`, `UP` are the known ones) and block_out_channels."""
     faults = []
     for field, allowed in (("down_block_types", config.DOWN), ("up_block_types", config.UP)):

@@ -20,7 +20,7 @@ from kandinsky_jax.models import UNet2DConditionModel
 from kandinsky_jax.parallel.mesh import mesh_of
 from kandinsky_jax.pipelines.base import Pipeline, check_pipelines
 from kandinsky_jax.pipelines.combined import CombinedPipeline
-from kandinsky_jax.pipelines.decoder import unet_kind
+from kandinsky_jax.pipelines.decoder import DecoderPipeline, unet_kind
 from kandinsky_jax.pipelines.modes import MODES, class_names, pipeline_named, repository_of
 
 
@@ -68,7 +68,7 @@ class _AutoPipeline:
         )
 
     @classmethod
-    def from_pipe(cls, *pipes: Pipeline, **components: Any) -> Pipeline:
+    def from_pipe(cls, *pipes: Pipeline, **components: Any) -> DecoderPipeline | CombinedPipeline:
         """Build the pipeline for this task from the components of others, see `Pipeline.from_pipe`.
 
         A decoder gives a decoder; a combined pipeline, or a decoder and a prior, give a combined pipeline. A task that
@@ -94,7 +94,7 @@ class _AutoPipeline:
         return (combined if whole else combined.DECODER).from_pipe(*pipes, **components)
 
     @classmethod
-    def _sibling_unet(cls, pipe: Any) -> UNet2DConditionModel:
+    def _sibling_unet(cls, pipe: DecoderPipeline | CombinedPipeline) -> UNet2DConditionModel:
         """Load the UNet for this task from the folder next to the one that a pipeline was loaded from.
 
         Raises:

@@ -21,6 +21,7 @@ from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, PendingImages
 from kandinsky_jax.pipelines.loading import LoadOptions, describe
 from kandinsky_jax.pipelines.options import CallOptions, PriorOptions, check_arguments
+from kandinsky_jax.pipelines.outputs import ImageResult
 from kandinsky_jax.pipelines.text2emb import KandinskyV22PriorPipeline
 from kandinsky_jax.schedulers import Scheduler
 
@@ -53,6 +54,7 @@ class CombinedPipeline(Pipeline):
 
     prior_pipe: KandinskyV22PriorPipeline
     decoder_pipe: Any
+    __call__: Callable[..., ImageResult]  # of each class, with its own options
 
     unet = _component("decoder_pipe", "unet")
     scheduler = _component("decoder_pipe", "scheduler")

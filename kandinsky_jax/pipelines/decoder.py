@@ -7,7 +7,7 @@ and MoVQ's decoding are implemented here for all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -159,6 +159,7 @@ class DecoderPipeline(Pipeline):
     unet: UNet2DConditionModel
     scheduler: Scheduler
     movq: VQModel
+    __call__: Callable[..., ImageResult]  # of each class, with its own options
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: Scheduler, movq: VQModel):
         self._register(unet=unet, scheduler=scheduler, movq=movq)

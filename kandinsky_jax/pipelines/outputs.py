@@ -80,6 +80,7 @@ class KandinskyPriorPipelineOutput(BaseOutput):
     negative_image_embeds: Embeds
 
 
-# What calls return, a tuple with `return_dict=False`.
-ImageResult: TypeAlias = ImagePipelineOutput | tuple[Any]
-PriorResult: TypeAlias = KandinskyPriorPipelineOutput | tuple[Embeds, Embeds]
+# What calls return, a tuple with `return_dict=False`. Type checkers accept `pipe(...).images` and `pipe(...)[0]`, and
+# refuse `pipe(...).image`.
+ImageResult: TypeAlias = ImagePipelineOutput | Any
+PriorResult: TypeAlias = KandinskyPriorPipelineOutput | Any
