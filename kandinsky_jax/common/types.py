@@ -1,18 +1,24 @@
 """Names of types that annotations share.
 
 Annotations of arrays carry a dtype and a shape, such as `Float[Array, "B h w 4"]`. They are strings that nothing
-evaluates, so jaxtyping is no dependency at run time; mypy reads them.
+evaluates, so jaxtyping is no dependency; the tests import it first, and have every call checked (tests/conftest.py).
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
+import numpy as np
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Float, Int, Num
+elif "jaxtyping" in sys.modules:
+    from jaxtyping import Bool, Float, Int, Num
+
+    Array = jax.Array | np.ndarray  # JAX takes NumPy's arrays wherever it takes its own
 else:
     Array = Bool = Float = Int = Num = jax.Array
 

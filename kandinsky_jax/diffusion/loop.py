@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.types import Array, Float, PyTree
 from kandinsky_jax.diffusion.guidance import ClassifierFreeGuidance, Guider, Model, batch_evaluations, predict
 from kandinsky_jax.diffusion.network import matmul_precision
@@ -128,8 +129,10 @@ def denoise(
         first, last: int, may be arrays; no part of the compiled program.
         step_noise: the noise of each step, None for none.
     Returns:
-        the state after step last - 1. There is no reverse-mode gradient; `sample` has one.
+        the state after step last - 1. There is no reverse-mode gradient where a bound is traced; `sample` has one.
     """
+    if isinstance(coefficients, Schedule):
+        raise TypeError("coefficients is a Schedule; give solver_coefficients(schedule), or its table as JAX arrays")
     advance = _advance(model, cond, uncond, guider, step, step_noise, after_step)
 
     def body(index: jax.Array, loop: LoopState) -> LoopState:
@@ -183,8 +186,11 @@ def sample(
     one it is a few times the sample, thousands of times less than a network's activations. Where S does not divide N,
     segments are evened out, and up to one step for each is evaluated in vain.
     """
+    if noise.ndim < 1 or not len(noise):
+        raise ValueError(f"noise has the shape {noise.shape}; needed is [B, ..., C] with at least one image")
     coefficients = _checked(schedule, rng)
     _check_conditions(model, len(noise), cond, uncond)
+    _check_guider(guider)
     steps = len(jax.tree.leaves(coefficients)[0])
     if steps < 1:
         raise ValueError("the schedule has no steps; needed is at least one row of coefficients")
@@ -238,8 +244,12 @@ def _chosen(condition: jax.Array, this: LoopState, other: LoopState) -> LoopStat
 
 
 def _checked(schedule: Schedule | SolverCoefficients, rng: int | jax.Array | StepNoise | None) -> SolverCoefficients:
-    if not isinstance(schedule, Schedule):
+    if isinstance(schedule, tuple):  # coefficients, the solvers' or others
         return schedule
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule must be what scheduler.schedule(steps) returns, or coefficients, got {type(schedule).__name__}"
+        )
     if rng is None and schedule.draws_noise.any():
         raise ValueError("this schedule adds noise at its steps; give rng=jax.random.key(seed), or a function")
     return solver_coefficients(schedule)
@@ -254,6 +264,14 @@ def _check_conditions(model: Model, images: int, *conditions: PyTree) -> None:
                 f"{name} has an array of shape {min(wrong)} for a batch of {images}; its arrays must have shape "
                 f"[{images}, ...]"
             )
+
+
+def _check_guider(guider: Guider) -> None:
+    if isinstance(guider, type) or not all(hasattr(guider, name) for name in ("evaluations", "combine", "init")):
+        raise TypeError(
+            "guider must be an object with the methods of `Guider`, such as ClassifierFreeGuidance(4.0), got "
+            f"{quote(guider)}"
+        )
 
 
 def _step_noise(rng: int | jax.Array | StepNoise | None, shape: tuple[int, ...], steps: int) -> StepNoise | None:

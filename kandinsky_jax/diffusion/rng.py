@@ -328,6 +328,8 @@ def _key(generator: object) -> jax.Array:
             "makes no images here; give a seed, such as int(rng.integers(2**32))"
         )
     what = f"an array of {generator.dtype}" if isinstance(generator, jax.Array) else type(generator).__name__
+    if isinstance(generator, jax.Array) and jnp.issubdtype(generator.dtype, jnp.integer):
+        what += "; make keys of seeds first: jax.vmap(jax.random.key)(seeds)"
     raise TypeError(
         f"generator must be an int, a jax.random.key, a TorchGenerator, a torch.Generator, a list of such, or None, "
         f"got {what}"

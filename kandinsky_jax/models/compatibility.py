@@ -37,15 +37,19 @@ def warn_once(owner: object, what: str, message: str, stacklevel: int = 3) -> No
         warnings.warn(message, stacklevel=stacklevel)
 
 
-def without_effect(name: str) -> Callable[..., None]:
-    """Return a method that only warns once, for a member that saves memory or time in PyTorch."""
+def without_effect(name: str, instead: str = "") -> Callable[..., None]:
+    """Return a method that only warns once, for a member that saves memory or time in PyTorch.
+
+    Args:
+        instead: what to write for what else the member can do.
+    """
 
     def method(self: object, *_: object, **__: object) -> None:
         warn_once(
             self,
             name,
             f"{type(self).__name__}.{name}() has no effect here: XLA plans memory and attention by itself; to use less "
-            "memory, load with dtype='bfloat16', or shard with mesh= and shard_rules=",
+            f"memory, load with dtype='bfloat16', or shard with mesh= and shard_rules={instead and f'; {instead}'}",
         )
 
     method.__name__ = name
@@ -310,7 +314,7 @@ class TorchModuleMixin:
     fuse_qkv_projections = without_effect("fuse_qkv_projections")
     gradient_checkpointing_enable = without_effect("gradient_checkpointing_enable")
     set_attention_slice = without_effect("set_attention_slice")
-    set_attn_processor = without_effect("set_attn_processor")
+    set_attn_processor = without_effect("set_attn_processor", _XLA)
     set_default_attn_processor = without_effect("set_default_attn_processor")
     set_use_memory_efficient_attention_xformers = without_effect("set_use_memory_efficient_attention_xformers")
     set_use_npu_flash_attention = without_effect("set_use_npu_flash_attention")

@@ -131,7 +131,10 @@ def capture(function: Callable[P, R], names: str) -> Callable[P, tuple[R, dict[s
     if not isinstance(network, nnx.Module):
         raise TypeError(f"capture takes a network or a method of one, got {quote(function)}")
     method = "__call__" if network is function else function.__name__
-    pattern = re.compile(names)
+    try:
+        pattern = re.compile(names)
+    except re.error as error:
+        raise ValueError(f"{quote(names)} is not a regular expression: {error}") from None
 
     @functools.wraps(getattr(network, method))
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, PyTree]]:

@@ -181,6 +181,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         x = jnp.asarray(sample, dtype)
         if condition.channels is not None:
             x = jnp.concatenate([x, condition.channels], axis=-1)
+        self._check_shape(sample.shape, x.shape)
         skips = [self.conv_in(x)]
         for down_block, part in zip(self.down_blocks, condition.down_blocks, strict=True):
             skips += down_block(skips[-1], temb, part)
@@ -190,3 +191,14 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             x = up_block(x, temb, part, skips[-taken:])
             skips = skips[:-taken]
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def _check_shape(self, sample: tuple[int, ...], x: tuple[int, ...]) -> None:
+        """Raise ValueError for a sample that does not fit, with its shape and that with the condition's channels."""
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        if len(x) == 4 and x[3] == self.config.in_channels and x[1] % factor == 0 and x[2] % factor == 0:
+            return
+        channels = self.config.in_channels - (x[-1] - sample[-1])
+        raise ValueError(
+            f"sample has the shape {list(sample)}; needed is [B, h, w, {channels}], channels last, h and w multiples "
+            f"of {factor}"
+        )

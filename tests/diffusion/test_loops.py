@@ -12,7 +12,7 @@ import pytest
 
 from kandinsky_jax import diffusion
 from kandinsky_jax.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from tests.conftest import note
+from tests.conftest import note, quick_and_slow
 from tests.diffusion.toy import SHAPE, assert_close, inputs, network, normal, with_variance
 
 STEPS = 7
@@ -26,7 +26,7 @@ def sampled(segment=1, **others):
     return diffusion.sample(with_variance, *inputs(), STOCHASTIC, **arguments)
 
 
-@pytest.mark.parametrize("segment", [1, 3, 100])
+@pytest.mark.parametrize("segment", quick_and_slow((1, 3, 100), 3))
 def test_scan_and_dynamic_loop_agree_whatever_the_segment(segment):
     noise, cond, uncond = inputs()
     guider = diffusion.ClassifierFreeGuidance()
@@ -60,6 +60,7 @@ def test_one_program_of_the_dynamic_loop_serves_every_number_of_steps():
     assert run._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_segment():
     noise, cond, uncond = inputs()
     weights = normal(9, *SHAPE)
@@ -158,5 +159,17 @@ def test_what_does_not_fit_is_said():
     for wrong in (0, True, 2.0):
         with pytest.raises(ValueError, match="segment must be an integer of at least 1"):
             sampled(wrong)
+    with pytest.raises(ValueError, match=r"noise has the shape \(0, .*at least one image"):
+        diffusion.sample(with_variance, *(x[:0] for x in inputs()), SCHEDULE)
+    with pytest.raises(TypeError, match=r"make keys of seeds first: jax\.vmap\(jax\.random\.key\)\(seeds\)"):
+        jax.vmap(lambda seed: sampled(rng=seed))(jnp.arange(2))
+    for wrong in (DDIMScheduler(), 10):
+        with pytest.raises(TypeError, match=r"schedule must be what scheduler\.schedule\(steps\) returns"):
+            diffusion.sample(with_variance, *inputs(), wrong)
+    for wrong in (3.0, diffusion.ClassifierFreeGuidance):
+        with pytest.raises(TypeError, match=r"guider must be an object with the methods of `Guider`"):
+            sampled(guider=wrong)
+    with pytest.raises(TypeError, match=r"coefficients is a Schedule; give solver_coefficients\(schedule\)"):
+        diffusion.denoise(with_variance, None, None, None, SCHEDULE, 0, 1, guider=diffusion.NoGuidance())
     with pytest.raises(TypeError, match="rng must be a seed"):
         sampled(rng="3")

@@ -75,6 +75,7 @@ class ReferenceIdentity:
         return hidden_states + out.transpose(1, 2).reshape(batch, channels, *sides)
 
 
+@pytest.mark.slow
 def test_an_attention_function_in_a_chosen_block_beside_the_reference(unet, their_unet, arrays):
     sample, timestep, embeds = arrays
 
@@ -113,6 +114,7 @@ def test_the_function_is_called_once_by_each_attention_with_its_name(unet, prior
     assert not any(plain for *_, plain in calls)
 
 
+@pytest.mark.slow
 def test_the_priors_ordinary_attention_by_a_function(prior, text):
     embed, timestep = jnp.ones((2, prior.config.embedding_dim)), jnp.array([700, 30])
 
@@ -243,6 +245,7 @@ def test_gradients_go_through_captured_values_and_out_of_a_scan(unet, arrays):
     assert change == pytest.approx(0.01 * float(jnp.linalg.norm(gradient)), rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_priors_states_and_a_towers(prior, text):
     embed, timestep = jnp.ones((2, prior.config.embedding_dim)), jnp.array([700, 30])
     _, of_text = jax.eval_shape(lambda: capture(prior.condition, r"transformer_blocks\.0\.attn1\.weights")(*text))
@@ -282,6 +285,7 @@ def test_movqs_attention(shapes_pipe):
     assert all(name.startswith("decoder.") for name in called)
 
 
+@pytest.mark.slow
 def test_an_ordinary_call_compiles_to_the_same_program_after_both(unet, arrays):
     sample, timestep, embeds = arrays
 
@@ -307,9 +311,18 @@ def test_weights_are_those_of_attention():
         np.testing.assert_allclose(out, attend(q, k, v, visible), atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(4, 8, 8), (8, 8, 3), (7, 9, 4)])
+def test_a_sample_of_another_shape_is_refused_in_one_sentence(unet, arrays, shape):
+    _, timestep, embeds = arrays
+    with pytest.raises(ValueError, match=r"needed is \[B, h, w, 4\], channels last, h and w multiples of 4"):
+        jax.eval_shape(lambda: unet(jnp.zeros((len(timestep), *shape)), timestep, unet.condition(embeds)))
+
+
 def test_what_cannot_be_captured_is_said(unet, arrays):
     sample, timestep, embeds = arrays
     with pytest.raises(ValueError, match=r"'down_block' matches no module that is called; names are such as"):
         jax.eval_shape(lambda: capture(unet, "down_block")(sample, timestep, unet.condition(embeds)))
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression: missing \)"):
+        capture(unet, "(")
     with pytest.raises(TypeError, match="capture takes a network or a method of one"):
         capture(jnp.sin, ".*")
