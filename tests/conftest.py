@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from kandinsky_jax.checkpoint import hub
+from tests import shape_checks
 from tests.xla_flags import QUICK_TO_COMPILE
+
+shape_checks.install()  # before the package is imported
+
+from kandinsky_jax.checkpoint import hub  # noqa: E402
+from kandinsky_jax.compilation import set_compilation_cache  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Each of the suite's processes has cores of its own: XLA's threads lose more by sharing them than they gain. A process
@@ -29,10 +33,11 @@ if _OF_THE_SUITE and hasattr(os, "sched_setaffinity"):
 torch.set_num_threads(1)
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")  # see docs/gpu.md
 
-# What one process of the run has compiled, the command line's processes need not compile again.
+# What one process has compiled, the others of this run and of later ones need not compile again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _CACHE = tempfile.TemporaryDirectory(prefix="kandinsky-jax-tests-", ignore_cleanup_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    _CACHE = Path(__file__).parents[1] / ".cache" / "compiled"
+    set_compilation_cache(_CACHE)  # removes what a killed process has left
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
@@ -71,7 +76,10 @@ def slow_and_campaign(values: Iterable[Any], *slow: Any) -> list[Any]:
 def _marked(values: Iterable[Any], chosen: tuple[Any, ...], mark: Any, other: Any) -> list[Any]:
     values = list(values)
     assert set(chosen) < set(values)
-    return [pytest.param(value, marks=mark if value in chosen else other) for value in values]
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=mark if value in chosen else other)
+        for value in values
+    ]
 
 
 def pytest_configure(config: pytest.Config) -> None:

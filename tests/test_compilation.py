@@ -180,6 +180,7 @@ def test_the_folder_does_not_grow_for_ever(tmp_path, monkeypatch):
     assert [path.name for path in entries(tmp_path)] == ["2-cache", "3-cache"]
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_in_normal_use(tmp_path):
     """Not in the run that fills the cache, nor in the one that uses it."""
     program = """

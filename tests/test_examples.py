@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from kandinsky_jax import KandinskyV22CombinedPipeline, diffusion
-from tests.conftest import quick_and_slow
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -96,14 +95,14 @@ CHECKS = {
     "own_sampler": check_own_sampler,
     "swapped_block": check_swapped_block,
 }
-RUN = quick_and_slow((path.stem for path in EXAMPLES), "swapped_block")
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_an_example_shows_what_it_says(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_shows_what_it_says(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    made = runpy.run_path(str(FOLDER / f"{name}.py"))
-    CHECKS[name](made, capsys.readouterr().out)
+    made = runpy.run_path(str(path))
+    CHECKS[path.stem](made, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -354,6 +354,7 @@ def test_a_picture_that_is_not_finite_is_an_error_of_its_row(rows, shapes_pipe, 
     }
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_job_and_loses_nothing(whole, rows, shapes_pipe, tmp_path, monkeypatch):
     job = job_of(tmp_path, rows)
     real, calls = type(job.output).write, []
@@ -393,7 +394,7 @@ class StopAt(Stop):
             self.ask()
 
 
-@pytest.mark.parametrize(("grace", "shards"), [(1000.0, [1, 2]), (0.0, [0, 1])])
+@pytest.mark.parametrize(("grace", "shards"), [(1000.0, [1, 2]), pytest.param(0.0, [0, 1], marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_shard_or_leaves_it(whole, rows, shapes_pipe, tmp_path, grace, shards):
     """With time for it, the shard in hand is finished; without, it is left, and nothing of it remains."""
     for calls, expected in zip((1, 4), shards, strict=True):
@@ -449,6 +450,7 @@ def test_the_help_and_bad_settings(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_memory_does_not_hold_what_is_written(rows, shapes_pipe, tmp_path, monkeypatch):
     """No more than a few shards are in flight, however slow the disk."""
     running, most = 0, 0

@@ -16,6 +16,7 @@ import pytest
 from kandinsky_jax.batch.shards import GeneratedImage, Output
 from tests.batch.store import FAULTS, object_store
 from tests.batch.test_jobs import PROMPTS, contents, job_of, run_job
+from tests.conftest import quick_and_slow
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def faulty_job(store, tmp_path: Path, count: int, form: str, seed: int, share: f
     assert objects(url) == whole
 
 
-@pytest.mark.parametrize("form", ["webdataset", "folder"])
+@pytest.mark.parametrize("form", quick_and_slow(("webdataset", "folder"), "webdataset"))
 def test_shards_arrive_whole_and_once(healthy, tmp_path, form):
     faulty_job(healthy, tmp_path, 6, form, seed=3, share=0.25)
     assert sum(healthy.faults.values()) > 5
@@ -93,7 +94,7 @@ def test_200_shards_arrive_whole_and_once(healthy, tmp_path, seed):
     print(json.dumps({"shards": 200, "seed": seed, "faults": dict(healthy.faults)}))
 
 
-@pytest.mark.parametrize("fault", ["503", "429", "dropped", "cut"])
+@pytest.mark.parametrize("fault", quick_and_slow(("503", "429", "dropped", "cut"), "cut"))
 def test_an_upload_that_fails_publishes_nothing(healthy, fault):
     """Nor does the collection of what was left of it, when the store is well again."""
     url = f"gs://bucket/failed-{fault}"

@@ -238,12 +238,9 @@ def run_until(pattern: str, target: Path, *options: str) -> int:
 
 @pytest.mark.parametrize(
     ("pattern", "overwrite"),
-    [
-        ("movq/params*/*", True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("*", False), ("unet/config.json", False))),
-        pytest.param("unet/config.json", True, marks=pytest.mark.slow),
-    ],
+    [("movq/params*/*", True), ("*", False), ("unet/config.json", False), ("unet/config.json", True)],
 )
+@pytest.mark.slow
 def test_killed_conversion_leaves_nothing_half_done(pattern: str, overwrite: bool, tmp_path):
     target = tmp_path / "target"
     if overwrite:
@@ -326,12 +323,9 @@ def test_too_little_room_is_found_before_anything_is_written(overwrite: bool, tm
 
 @pytest.mark.parametrize(
     ("layout", "most", "component"),
-    [
-        ("orbax", 30_000, "movq"),
-        pytest.param("orbax", 2_000, "movq", marks=pytest.mark.slow),
-        pytest.param("diffusers", 2_500_000, "unet", marks=pytest.mark.slow),
-    ],
+    [("orbax", 30_000, "movq"), ("orbax", 2_000, "movq"), ("diffusers", 2_500_000, "unet")],
 )
+@pytest.mark.slow
 def test_disk_that_is_full_in_the_middle(layout: str, most: int, component: str, tmp_path):
     # A file that may not grow further fails as one on a full disk does.
     limited = (

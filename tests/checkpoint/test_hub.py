@@ -23,7 +23,7 @@ from kandinsky_jax import (
 )
 from kandinsky_jax.checkpoint import WeightSelection, flat_params, hub
 from kandinsky_jax.pipelines.modes import repository_of
-from tests.conftest import SHAPES_MODEL
+from tests.conftest import SHAPES_MODEL, quick_and_slow
 
 FAMILY = [hub.PRIOR, hub.DECODER, hub.INPAINT, hub.CONTROLNET]
 
@@ -291,7 +291,7 @@ def saved(shapes_pipe, tmp_path_factory) -> dict[str, Path]:
     return {layout: root / layout for layout in ("diffusers", "orbax")}
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "orbax"])
+@pytest.mark.parametrize("layout", quick_and_slow(("diffusers", "orbax"), "orbax"))
 def test_saved_pipeline_is_the_same(layout: str, saved, shapes_pipe):
     assert len(list(saved[layout].rglob("params"))) == (5 if layout == "orbax" else 0)
     assert_same_pipeline(KandinskyV22CombinedPipeline.from_pretrained(saved[layout], dtype="float32"), shapes_pipe)

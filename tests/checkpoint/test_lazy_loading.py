@@ -322,6 +322,7 @@ def test_saved_and_converted_copies_have_it(tmp_path, reads):
         assert np.array_equal(load_prior(tmp_path / "saved")._zero_embed(), load_prior()._zero_embed())
 
 
+@pytest.mark.slow
 def test_a_conversion_computes_what_is_not_there(folder, tmp_path, cache):
     (folder / "image_encoder" / tensor_files.ZERO_EMBED).unlink()
     for dtype, tolerance in ((None, 1e-5), ("bfloat16", 0.05)):

@@ -38,6 +38,7 @@ def test_only_on_gpus():
     assert sharding.in_memory(None, (3, 3, 4, 8)) is None
 
 
+@pytest.mark.slow
 def test_networks_keep_their_numbers(as_on_gpus, monkeypatch, tmp_path):
     """Read from safetensors and from Orbax, cast, and moved to a mesh and back."""
     unet = load_network(UNet2DConditionModel, DECODER / "unet", "float32")
@@ -73,6 +74,7 @@ def test_lora_keeps_the_order(as_on_gpus):
     assert in_order(pipe.unet)
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_and_compiled_once(as_on_gpus, monkeypatch):
     latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
     turned = Network.split(load_network(VQModel, DECODER / "movq", "float32"))

@@ -12,7 +12,7 @@ import torch
 import kandinsky_jax
 from kandinsky_jax import CheckpointError, CLIPTextModelWithProjection, PriorTransformer
 from kandinsky_jax.checkpoint import flat_params, hub
-from tests.conftest import SHAPES_MODEL
+from tests.conftest import SHAPES_MODEL, quick_and_slow
 
 PRIOR = SHAPES_MODEL / hub.PRIOR
 
@@ -59,7 +59,7 @@ def test_a_scheduler_of_a_model(tmp_path):
     assert kandinsky_jax.DDPMScheduler.from_pretrained(tmp_path) == scheduler
 
 
-@pytest.mark.parametrize("name", ["prior", "text_encoder", "image_encoder"])
+@pytest.mark.parametrize("name", quick_and_slow(("prior", "text_encoder", "image_encoder"), "text_encoder"))
 def test_a_network_of_random_weights(name, tmp_path):
     cls = {"prior": PriorTransformer, "text_encoder": CLIPTextModelWithProjection}.get(name)
     cls = cls or kandinsky_jax.CLIPVisionModelWithProjection

@@ -45,6 +45,7 @@ def model(tmp_path_factory) -> Path:
     return folder / hub.DECODER
 
 
+@pytest.mark.slow
 def test_a_command_uses_them_where_nothing_is_said(model, tmp_path):
     invoke("generate", "a red ring", "--model", model, "--seed", 1, "-o", tmp_path / "own.png")
     facts = facts_of(tmp_path / "own.png")
@@ -68,6 +69,7 @@ def test_pipelines_keep_the_defaults_of_diffusers(model):
     assert plain.recommended_settings == RecommendedSettings()
 
 
+@pytest.mark.slow
 def test_a_batch_job_uses_them_where_neither_row_nor_job_says_anything(model, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a red ring"}\n{"prompt": "a blue star", "guidance_scale": 2.5}\n')
     job = ["batch", tmp_path / "rows.jsonl", "-o", tmp_path / "out", "--model", model, "--batch", 1]
@@ -81,6 +83,7 @@ def test_a_batch_job_uses_them_where_neither_row_nor_job_says_anything(model, tm
     assert made == [(1.5, 1.0, 64, 128), (2.5, 1.0, 64, 128)]
 
 
+@pytest.mark.slow
 def test_a_job_begun_with_other_settings_is_refused_in_one_sentence(model, tmp_path):
     (tmp_path / "rows.txt").write_text("a red ring\n")
     job = ["batch", tmp_path / "rows.txt", "-o", tmp_path / "out", "--model", model, "--batch", 1, "--quiet"]
@@ -132,6 +135,7 @@ def test_a_damaged_file_spoils_no_pipeline_but_is_reported_by_commands(model, tm
     assert FILE in str(done.exception)
 
 
+@pytest.mark.slow
 def test_steps_of_the_model_count_in_checks(model, tmp_path):
     """A model that recommends many steps may go a small part of the way."""
     family = tmp_path / "family"
@@ -189,6 +193,7 @@ def test_a_file_that_the_manifest_does_not_know_is_unexpected(model, tmp_path):
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "saved")]).exit_code == 1
 
 
+@pytest.mark.slow
 def test_saving_and_converting_keep_the_file(model, tmp_path):
     pipe = kandinsky_jax.KandinskyV22Pipeline.from_pretrained(model)
     pipe.save_pretrained(tmp_path / "saved")

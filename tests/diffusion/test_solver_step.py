@@ -121,6 +121,7 @@ def gradients(coefficients, noise, cond, uncond, scale):
     return alone, forward, batched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_gradients_of_a_sample_are_finite_for_every_solver(name):
     for scheduler in variants(name):

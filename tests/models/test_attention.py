@@ -28,8 +28,10 @@ def qkv(queries: int, keys: int, heads: int, dim: int):
 
 @pytest.mark.parametrize(
     ("queries", "keys", "heads", "dim"),
-    [(64, 97, 2, 64), (200, 37, 4, 32)],
-    ids=["two heads a block", "a ragged last block"],
+    [
+        pytest.param(64, 97, 2, 64, id="two heads a block", marks=pytest.mark.slow),
+        pytest.param(200, 37, 4, 32, id="a ragged last block"),
+    ],
 )
 def test_the_kernel_is_attention(queries, keys, heads, dim, monkeypatch):
     if queries == 200:  # several blocks of queries, the last one not full
@@ -193,6 +195,7 @@ def test_the_gradient_of_blocks_keeps_no_logits():
     assert 2 * 96 not in logits
 
 
+@pytest.mark.slow
 def test_a_gradient_through_attend_on_a_cpu():
     q, k, v = qkv(64, 96, 2, 64)
     gradient = jax.grad(lambda q: attention.attend(q, k, v).astype(jnp.float32).sum())(q)

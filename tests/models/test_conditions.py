@@ -89,6 +89,7 @@ class OwnBlock(nnx.Module):
         return x + condition["shift"][:, None, None]
 
 
+@pytest.mark.slow
 def test_a_replaced_block_has_a_condition_of_its_own(inputs):
     unet = UNet2DConditionModel.from_pretrained(UNET, dtype="float32")
     before = unet.condition(inputs[0][2])

@@ -92,6 +92,7 @@ def test_other_convolutions_are_flax_own(settings):
     np.testing.assert_array_equal(layer(x), nnx.Conv.__call__(layer, x))
 
 
+@pytest.mark.slow
 def test_winograd_has_the_convolutions_gradient():
     x, kernel = (jnp.asarray(a, jnp.float32) for a in inputs(1, 4, 4, 8, 8))
     ours, plain = (

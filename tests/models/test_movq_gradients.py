@@ -31,7 +31,7 @@ def relative(found, expected: torch.Tensor) -> float:
     return float(np.linalg.norm(nchw(found) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_decoders_gradient_to_the_latents(shapes_pipe, reference, quantized):
     """diffusers passes gradients straight through its codebook; ours does on request."""
     latents, weights = normal(0, 1, 8, 8, 4), normal(1, 1, 64, 64, 3)
@@ -48,6 +48,7 @@ def test_decoders_gradient_to_the_latents(shapes_pipe, reference, quantized):
     assert note(error, "gradient of the decoder, relative") <= BOUND
 
 
+@pytest.mark.slow
 def test_encoders_gradient_to_the_pictures(shapes_pipe, reference):
     pixels, weights = normal(2, 1, 64, 64, 3), normal(3, 1, 8, 8, 4)
     given = torch.tensor(nchw(pixels), requires_grad=True)
@@ -94,6 +95,7 @@ def slopes(ours, theirs, x: np.ndarray):
     return jax.jit(jax.grad(lambda x: (ours(x) * weights).sum()))(jnp.asarray(x)), expected
 
 
+@pytest.mark.slow
 def test_gradient_of_codes_to_the_pictures(shapes_pipe, reference, pixels):
     """Encode and quantise: straight through, with the code's own difference detached."""
     movq = shapes_pipe.movq
@@ -113,6 +115,7 @@ def test_gradient_of_codes_to_the_pictures(shapes_pipe, reference, pixels):
     assert not bare.any()
 
 
+@pytest.mark.slow
 def test_gradient_of_a_reconstruction_through_the_codebook(shapes_pipe, reference, pixels):
     movq = shapes_pipe.movq
     found, expected = slopes(
@@ -124,6 +127,7 @@ def test_gradient_of_a_reconstruction_through_the_codebook(shapes_pipe, referenc
     assert note(relative(found, expected), "gradient of a reconstruction, relative") <= BOUND
 
 
+@pytest.mark.slow
 def test_decoding_by_codes_has_no_gradient_to_the_latents_unless_asked(shapes_pipe, reference):
     latents, weights = normal(7, 1, 8, 8, 4), normal(8, 1, 64, 64, 3)
 

@@ -26,6 +26,7 @@ def test_groups_keep_the_order_of_the_batch():
     )
 
 
+@pytest.mark.slow
 def test_pictures_in_groups_are_those_of_one_batch(monkeypatch):
     monkeypatch.setattr(movq, "GROUP_PIXELS", 2 * 16 * 16)
     network, params = Network.split(load_network(VQModel, SHAPES_MODEL / hub.DECODER / "movq", "float32"))

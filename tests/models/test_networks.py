@@ -172,7 +172,14 @@ def jitted(module: nnx.Module, *args: Any, method: str = "__call__") -> Any:
 
 
 # Block lists whose programs take long to compile: in the slow suite.
-LONG = ("3 blocks, 9 channels", "4 blocks", "3 blocks, no codebook width")
+LONG = (
+    "3 blocks, 9 channels",
+    "4 blocks",
+    "3 blocks, no codebook width",
+    "2 blocks of 3 layers",
+    "2 blocks",
+    "wide heads",
+)
 
 
 def cases(configs: dict[str, dict[str, Any]]) -> Any:
@@ -299,6 +306,7 @@ def test_export_loads_in_the_reference(kind, config, tmp_path):
     assert meaning(again) == meaning(reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "config"), SOME_OF_EACH[2:8], ids=[kind for kind, _ in SOME_OF_EACH[2:8]])
 def test_orbax_round_trip(kind, config, tmp_path):
     _, ours = twins(kind, config, tmp_path / "theirs")

@@ -150,6 +150,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_same_calls_as_diffusers_networks(pipe, unet, folders):
     before, twin = weights_of(pipe.unet), copy.deepcopy(unet)
     for method, *arguments in CALLS:
@@ -251,6 +252,7 @@ def test_arguments_that_cannot_be(pipe, tmp_path):
     assert all(np.array_equal(now[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_hub_repository_in_the_cache(pipe, folders, tmp_path):
     """Its usual file, one by name, and peft's with its configuration."""
     source = tmp_path / "source"
@@ -270,6 +272,7 @@ def test_a_hub_repository_in_the_cache(pipe, folders, tmp_path):
         pipe.load_lora_weights("owner/absent", **options)
 
 
+@pytest.mark.slow
 def test_fused_weights_stay_when_adapters_are_unloaded(folders, unet):
     pipe = KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     before, twin = weights_of(pipe.unet), copy.deepcopy(unet)

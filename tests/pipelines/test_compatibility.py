@@ -141,6 +141,7 @@ def test_networks_take_what_modules_of_torch_take(pipe):
             pipe.movq.enable_tiling()
             assert pipe.unet.requires_grad_(False) is pipe.unet
     assert len(seen) == 3
+    assert sum("with_attention(network, function)" in str(warning.message) for warning in seen) == 1
     reference = diffusers.UNet2DConditionModel.from_pretrained(SHAPES_MODEL / hub.DECODER / "unet")
     assert pipe.unet.num_parameters() == reference.num_parameters()
     assert pipe.unet.device == jax.devices()[0]

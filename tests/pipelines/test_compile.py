@@ -83,6 +83,7 @@ def test_nothing_compiles_for_another_torch_seed(shapes_pipe):
     assert not events
 
 
+@pytest.mark.slow
 def test_a_twin_network_shares_the_programs():
     """Programs belong to a network's structure, not to the object: what `from_pipe` and reloading rely on."""
     # Both are new: a pipeline that has been called and then lost its programs would not compute its constants again.
@@ -114,8 +115,8 @@ def pictures(i: int, batch: int) -> dict[str, list]:
     [
         ("KandinskyV22Img2ImgCombinedPipeline", ["image"]),
         pytest.param("KandinskyV22InpaintCombinedPipeline", ["image", "mask_image"], marks=pytest.mark.slow),
-        ("KandinskyV22ControlnetCombinedPipeline", ["hint"]),
-        ("KandinskyV22ControlnetImg2ImgCombinedPipeline", ["image", "hint"]),
+        pytest.param("KandinskyV22ControlnetCombinedPipeline", ["hint"], marks=pytest.mark.slow),
+        pytest.param("KandinskyV22ControlnetImg2ImgCombinedPipeline", ["image", "hint"], marks=pytest.mark.slow),
     ],
 )
 def test_nothing_compiles_after_a_modes_first_call(ours, name, takes, batch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kandinsky_jax import TorchGenerator
-from tests.conftest import note, worst
+from tests.conftest import note, quick_and_slow, worst
 from tests.pipelines.test_compile import compilations
 from tests.pipelines.test_modes import for_reference, given
 
@@ -60,7 +60,7 @@ def ours_callback(scales, name="guidance_scale"):
     return callback
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick_and_slow(CASES, "off and on"))
 @pytest.mark.parametrize("mode", ["", pytest.param("Inpaint", marks=pytest.mark.slow)])
 def test_decoders_follow_the_scale(ours, theirs, embeds, mode, case):
     scale, scales = CASES[case]
@@ -158,6 +158,7 @@ def test_halved_as_diffusers_documents_it(ours, embeds):
     np.testing.assert_allclose(halved, alone, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_scale_compiles_nothing(ours, embeds):
     pipe, call = ours["KandinskyV22Pipeline"], {"guidance_scale": 4.0, "generator": 1} | CALL
     pipe(*embeds, callback_on_step_end=ours_callback({2: 0.0}), **call)

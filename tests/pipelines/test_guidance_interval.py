@@ -28,6 +28,7 @@ def embeds(ours):
     )
 
 
+@pytest.mark.slow
 def test_one_program_more_for_all_intervals(ours, embeds):
     pipe, rows = ours["KandinskyV22Pipeline"], [x[:1] for x in embeds]
     pipe(*rows, generator=TorchGenerator(0), **CALL)
@@ -117,6 +118,7 @@ def test_slices_end_where_the_interval_does(ours, embeds, monkeypatch):
     assert len(seen) < 20
 
 
+@pytest.mark.slow
 def test_a_callback_sees_the_rows_that_it_knows(ours, embeds):
     shapes, name = [], "KandinskyV22InpaintPipeline"
 
@@ -166,6 +168,7 @@ def test_interval_in_steps():
     assert checks.interval(np.array([0.0, 1.0]), 7) == (0, 7)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(ours, tmp_path):
     short = "-q --steps 6 --prior-steps 4 --seed 5 --torch-noise -o out.png --guidance-interval".split()
     short = ["-m", str(SHAPES_MODEL), *short]

@@ -50,6 +50,7 @@ def test_captions_are_within_the_grammar():
     ]
 
 
+@pytest.mark.slow
 def test_scorer_is_right_on_true_pictures():
     asked = shapes.captions(300, seed=1)
     rng = np.random.default_rng(1)

@@ -18,7 +18,7 @@ from PIL import Image
 import kandinsky_jax
 from kandinsky_jax import TorchGenerator
 from tests import shapes
-from tests.conftest import TABLE, note, worst
+from tests.conftest import TABLE, note, quick_and_slow, worst
 
 PROMPTS = ["a red circle on a blue background", "large yellow star, black background", "a purple ring on white"]
 NEGATIVES = ["green", "a small square", "gray"]
@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[int, int, bool, int, int]] = {
 }
 # Batches and other sizes are programs of their own in every mode: not in the quick suite.
 QUICK = ("batch 1", "negative prompt")
-QUICK_FIRST = [pytest.param(v, marks=() if v in QUICK else pytest.mark.slow) for v in VARIANTS]
+QUICK_FIRST = quick_and_slow(VARIANTS, *QUICK)
 MODES = {
     "text2img": "KandinskyV22Pipeline",
     "img2img": "KandinskyV22Img2ImgPipeline",
@@ -44,12 +44,9 @@ MODES = {
     "controlnet": "KandinskyV22ControlnetPipeline",
     "controlnet img2img": "KandinskyV22ControlnetImg2ImgPipeline",
 }
-# Two variants of the first mode, and of the others one, in the quick suite.
-QUICK_MODES = [
-    pytest.param(mode, *v.values, marks=pytest.mark.slow if v.marks or (mode != "text2img" and i) else ())
-    for mode in MODES
-    for i, v in enumerate(QUICK_FIRST)
-]
+# Two variants of the first mode, and one of two others, in the quick suite.
+IN_QUICK = {("text2img", "batch 1"), ("text2img", "negative prompt"), ("img2img", "batch 1"), ("inpaint", "batch 1")}
+QUICK_MODES = quick_and_slow(((mode, variant) for mode in MODES for variant in VARIANTS), *IN_QUICK)
 
 
 def picture(i: int) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 
 from kandinsky_jax import DDIMScheduler, DDPMScheduler, TorchGenerator
 from kandinsky_jax.pipelines import checks
-from tests.conftest import note, official_config, worst
+from tests.conftest import note, official_config, quick_and_slow, worst
 from tests.pipelines.test_modes import MODES, PROMPTS, extra, for_reference, generators, given, picture
 
 SIZE = {"height": 64, "width": 64, "output_type": "np"}
@@ -57,7 +57,7 @@ def test_guidance_off_and_two_images(ours, theirs, embeds, mode):
 
 
 @pytest.mark.parametrize("mode", ["inpaint", "img2img"])
-@pytest.mark.parametrize("kind", ["official DDPM", "DDIM"])
+@pytest.mark.parametrize("kind", quick_and_slow(("official DDPM", "DDIM"), "DDIM"))
 def test_other_schedulers(ours, theirs, embeds, mode, kind):
     """Starts and blends follow the scheduler: the official configuration, and a deterministic one."""
     config = official_config("kandinsky-2-2-decoder", "scheduler")
@@ -144,7 +144,7 @@ def test_img2img_callback_counts_the_steps_that_are_done(ours, embeds):
 
 
 @pytest.mark.filterwarnings("ignore:.*callback:FutureWarning")
-@pytest.mark.parametrize("mode", ["Controlnet", ""])
+@pytest.mark.parametrize("mode", quick_and_slow(("Controlnet", ""), ""))
 def test_the_older_callback(ours, theirs, embeds, mode):
     """`callback(step, timestep, latents)` every so many steps, which the reference still takes."""
     seen: dict[str, list] = {"ours": [], "theirs": []}

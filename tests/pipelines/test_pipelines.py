@@ -134,6 +134,7 @@ def test_other_schedulers(shapes_pipe, reference, kind):
         decoder_pipe.scheduler, shapes_pipe.scheduler = kept
 
 
+@pytest.mark.slow
 def test_latents_given(shapes_pipe, reference):
     """The user's latents, in PyTorch's order of axes, for both stages."""
     prior_pipe, decoder_pipe = reference

@@ -150,6 +150,7 @@ def test_a_saved_combined_pipeline_serves_every_mode(shapes_pipe, tmp_path):
     assert type(KandinskyV22Pipeline.from_pretrained(tmp_path / "saved")) is KandinskyV22Pipeline
 
 
+@pytest.mark.slow
 def test_a_network_with_another_attention_has_constants_of_its_own(shapes_pipe):
     """The prior keeps the condition of the empty prompt and the embedding of zeros by module, not by arrays alone."""
     prior = KandinskyV22PriorPipeline.from_pipe(shapes_pipe.prior_pipe)

@@ -74,6 +74,7 @@ def test_nothing_compiles_after_a_warmup(ours, name, warm, given):
     assert not events
 
 
+@pytest.mark.slow
 def test_the_picture_is_the_same_after_a_warmup(shapes_pipe):
     """The zeros of a rehearsal are not taken for results."""
     expected = shapes_pipe("a red circle", generator=3, output_type="np", **SIZE, **STEPS).images
@@ -98,6 +99,7 @@ def test_loading_compiles_meanwhile(ours, tmp_path, layout):
     assert not events
 
 
+@pytest.mark.slow
 def test_a_call_of_ones_own_is_rehearsed_while_loading():
     seen = []
 

@@ -151,7 +151,10 @@ def test_components_that_are_not_there(cls, name, subfolder, error, says):
             load(name, subfolder=subfolder)
 
 
-@pytest.mark.parametrize("cls", [kandinsky_jax.DDPMScheduler, kandinsky_jax.UNet2DConditionModel])
+@pytest.mark.parametrize(
+    "cls",
+    [kandinsky_jax.DDPMScheduler, pytest.param(kandinsky_jax.UNet2DConditionModel, marks=pytest.mark.slow)],
+)
 def test_arguments_without_use_come_back(cls):
     where = {"subfolder": "scheduler" if "Scheduler" in cls.__name__ else "unet"}
     config, unused = cls.load_config(DECODER, **where, return_unused_kwargs=True, colour="red")

@@ -92,6 +92,7 @@ def test_as_many_evaluations_as_asked(guide):
     assert guide.steps_for(scheduler_named("heun", config), 10, strength=0.5) == 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["euler", "dpm++2m"])
 def test_the_kept_part_is_as_noisy_as_the_sample(modes, name):
     """Also where the sample is scaled up: the picture, and the first noise times the next evaluation's sigma."""

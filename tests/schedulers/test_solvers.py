@@ -179,6 +179,7 @@ ALL = [
 ]
 # The first configuration of each, at every number of steps.
 ALL += [(n, c, s) for name in CASES for n, c, _ in [next(x for x in ALL if x[0] == name)] for s in STEPS[1:]]
+ALL = [case if i % 3 == 0 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(ALL)]
 
 
 @pytest.mark.parametrize(("name", "config", "steps"), ALL, ids=described)

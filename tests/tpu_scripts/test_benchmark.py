@@ -61,6 +61,7 @@ def test_it_runs_on_the_small_model(tmp_path):
     assert f"| {profile['kernels'][0]['kernel'][:80]} |" in text
 
 
+@pytest.mark.slow
 def test_help_has_an_example():
     done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
     assert "python tpu_scripts/bench/benchmark.py --models tiny" in done.stdout
@@ -127,6 +128,7 @@ def test_a_job_that_fails_leaves_the_process_to_the_next(tmp_path):
     assert "nothing" in missed["why"]
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_answer_or_dies(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(

@@ -35,6 +35,7 @@ def test_help_has_an_example():
     assert "python tpu_scripts/bench/train_benchmark.py --kinds lora-prior" in run("--help").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -77,6 +77,7 @@ def test_without_a_project_nothing_is_started(tmp_path, monkeypatch):
     assert (picture.width, picture.height) == (64, 32)
 
 
+@pytest.mark.slow
 def test_weights_and_biases_offline(tmp_path, offline):
     measure(tmp_path, "kandinsky")
     measure(tmp_path, "kandinsky")  # a run that goes on

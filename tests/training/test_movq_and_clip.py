@@ -160,6 +160,7 @@ def test_a_sharper_scale_than_100_is_100():
     assert at[0] != pytest.approx(at[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_rows_of_padding_may_be_left_out_of_the_prior(shapes_pipe):
     """Of 77 text rows the last 53 are padding: without them, the same prediction."""
     rng = np.random.default_rng(0)

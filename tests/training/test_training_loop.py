@@ -266,6 +266,7 @@ def test_padding_that_no_caption_needs_is_left_out(pipe, folder, tmp_path):
         np.testing.assert_allclose(short, full, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
 def test_freed_memory_is_kept():
     """A large block that was freed: the process stays as large as it was; without the function it does not."""
