@@ -40,10 +40,10 @@ def structure(module: nnx.Module) -> Structure:
 
 
 class Identities:
-    """Objects to recognise later, by weak references where they can have one: they may refer to their network."""
+    """Objects to recognise later; modules by weak references, so that a replaced one's arrays are freed."""
 
     def __init__(self, values: Iterable[object]):
-        self._values = [weakref.ref(value) if _kind_of(value) in (_WEAK, _MODULE) else value for value in values]
+        self._values = [weakref.ref(value) if _kind_of(value) == _MODULE else value for value in values]
 
     def are(self, values: list[object]) -> bool:
         """Return whether these are the same objects in the same order."""
@@ -53,7 +53,7 @@ class Identities:
         )
 
 
-_MODULE, _VARIABLE, _OTHER, _WEAK, _STRONG = range(5)
+_MODULE, _VARIABLE, _OTHER, _CONSTANT = range(4)
 # Other nodes and containers; and methods, which may be those of the network's owner and would keep it.
 _LEFT_TO_FLAX = (nnx.Pytree, jax.Array, np.ndarray, list, dict, set, types.MethodType, functools.partial)
 _kinds: dict[type, int] = {}  # isinstance is slow for Flax's classes, and a UNet has thousands of attributes
@@ -88,10 +88,4 @@ def _new_kind(value: object) -> int:
         return _MODULE
     if isinstance(value, nnx.Variable):
         return _VARIABLE
-    if isinstance(value, _LEFT_TO_FLAX):
-        return _OTHER
-    try:
-        weakref.ref(value)
-    except TypeError:
-        return _STRONG
-    return _WEAK
+    return _OTHER if isinstance(value, _LEFT_TO_FLAX) else _CONSTANT

@@ -17,7 +17,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
@@ -30,7 +29,7 @@ from kandinsky_jax import (
     load_network,
     save_network,
 )
-from kandinsky_jax.checkpoint import flat_params, hub, tensor_files
+from kandinsky_jax.checkpoint import flat_params, hub
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, VQModel
 from tests.conftest import SHAPES_MODEL, quick_and_slow
 
@@ -235,33 +234,6 @@ def test_truncated_safetensors(folder: Path, keep: float):
     os.truncate(folder / WEIGHTS, int(size * keep) if isinstance(keep, float) else keep % size)
     with pytest.raises(CheckpointError, match="is truncated or no safetensors file"):
         load_text_encoder(folder)
-
-
-def mapped_bytes() -> int:
-    """Bytes of files that are mapped into this process's memory."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
-    return int(line.split()[1]) * 1024
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_what_has_been_read_of_a_file_does_not_stay_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "MAPPED_BYTES", 8 << 20)
-    arrays = {f"{i}": np.full(1 << 20, i, np.float32) for i in range(16)}  # 64 MiB
-    save_file(arrays, tmp_path / "all.safetensors")
-    before, most = mapped_bytes(), 0
-    for name, tensor in tensor_files.open_tensors(tmp_path / "all.safetensors").items():
-        np.testing.assert_array_equal(tensor.read(), arrays[name])
-        most = max(most, mapped_bytes())
-    assert most - before < 32 << 20
-
-
-def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
-    save_file({f"{i}": np.zeros(1000, np.float32) for i in range(50)}, tmp_path / "all.safetensors")
-    tensors = tensor_files.open_tensors(tmp_path / "all.safetensors")
-    tensors["0"].read()
-    os.truncate(tmp_path / "all.safetensors", 100_000)
-    with pytest.raises(SafetensorError):
-        tensors["30"].read()
 
 
 def test_git_lfs_pointer_in_place_of_the_tensors(folder: Path):

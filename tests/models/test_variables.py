@@ -140,6 +140,15 @@ def test_a_copy_with_another_attention_is_another_network():
     assert assert_split_as_by_flax(with_attention(module, lambda name, q, k, v, *rest: v)) != before
 
 
+def test_a_block_that_was_replaced_is_not_kept():
+    module = load("unet")
+    Network.split(module)
+    gone = weakref.ref(module.mid_block)
+    module.mid_block = load("unet").mid_block
+    gc.collect()
+    assert gone() is None
+
+
 def test_what_was_split_is_not_kept():
     module = load("text_encoder")
     module.mine = module.eval  # refers to the network itself
