@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from kandinsky_jax.common.errors import shorten
@@ -18,6 +19,11 @@ def to_numpy(value: object, name: str) -> np.ndarray:
     Raises:
         TypeError: where it is not an array of real numbers.
     """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} is traced by jit, vmap or grad, which a pipeline's call is not made for; "
+            "kandinsky_jax.diffusion.sample is"
+        )
     try:
         if isinstance(value, list | tuple) and any(hasattr(item, "__array__") for item in value):
             value = [to_numpy(item, name) for item in value]

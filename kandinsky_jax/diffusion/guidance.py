@@ -153,8 +153,16 @@ def batch_evaluations(evaluations: Sequence[Evaluation]) -> tuple[NetworkCall, .
     """Join the conditions of evaluations that share a call; done once, before a loop.
 
     Raises:
-        ValueError: where conditions that share a call differ in structure.
+        TypeError: for anything but a sequence of `Evaluation`.
+        ValueError: where there is none, or conditions that share a call differ in structure.
     """
+    if not isinstance(evaluations, list | tuple) or not all(isinstance(item, Evaluation) for item in evaluations):
+        raise TypeError(
+            "a guider's evaluations must be a list of Evaluation, such as [Evaluation(uncond), Evaluation(cond)], got "
+            f"{type(evaluations).__name__}"
+        )
+    if not evaluations:
+        raise ValueError("a guider's evaluations are an empty list; needed is at least one Evaluation")
     groups: list[list[int]] = []
     for i, evaluation in enumerate(evaluations):
         group = next((group for group in groups if evaluations[group[0]].shares_call(evaluation)), None)
@@ -215,10 +223,28 @@ def predict(
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))  # once, before the evaluations part
         outputs.update(zip(members, jnp.split(output, len(members)), strict=True))
     combined = guider.combine([outputs[i] for i in range(len(outputs))], sample, coefficients, state)
-    name = f"{type(guider).__name__}.combine"
-    if isinstance(combined, Prediction) or not (isinstance(combined, tuple) and len(combined) == 2):
-        raise TypeError(f"{name} must return a Prediction and the next state, returned {shorten(combined, 80)}")
-    before, now = (str(jax.tree.structure(tree)) for tree in (state, combined[1]))
-    if before != now:
-        raise TypeError(f"{name} must return a state of the structure of the one before, {before}; returned is {now}")
+    _check_combined(f"{type(guider).__name__}.combine", combined, sample, state)
     return *combined, cache
+
+
+def _check_combined(name: str, combined: object, sample: jax.Array, state: PyTree) -> None:
+    """Raise TypeError for what no guider may return."""
+    if not (isinstance(combined, tuple) and len(combined) == 2 and isinstance(combined[0], Prediction)):
+        raise TypeError(f"{name} must return a Prediction and the next state, returned {shorten(combined, 80)}")
+    for field, value in zip(Prediction._fields, combined[0], strict=True):
+        if value is not None and jnp.shape(value) != sample.shape:
+            raise TypeError(
+                f"{name} must return a Prediction of the sample's shape {list(sample.shape)}, returned {field} of "
+                f"shape {list(jnp.shape(value))}; split_output takes a network's output apart"
+            )
+    before, now = (_described(tree) for tree in (state, combined[1]))
+    if before != now:
+        raise TypeError(
+            f"{name} must return a state of the structure and shapes of the one before, {shorten(before, 80)}; "
+            f"returned is {shorten(now, 80)}"
+        )
+
+
+def _described(tree: PyTree) -> str:
+    """A pytree's structure, with the shapes in the places of its arrays."""
+    return str(jax.tree.map(lambda leaf: list(jnp.shape(leaf)), tree))

@@ -36,13 +36,26 @@ _CFG = ClassifierFreeGuidance()
 
 
 class Step(Protocol):
-    """A solver's step, such as `solver_step`."""
+    """A solver's step, such as `solver_step`.
+
+    The state's slots are samples: the first is what the network sees next, the others are the step's own memory, zeros
+    before the first step (a multistep solver keeps earlier predictions there). A step that keeps nothing returns
+    `state.at[0].set(sample)`.
+    """
 
     def __call__(
         self, coefficients: SolverCoefficients, state: jax.Array, prediction: Prediction, noise: jax.Array, /
     ) -> jax.Array:
-        """Return the next state `[slots, B, ..., C]` from the state, a prediction of its sample, and `[B, ..., C]`
-        standard normal noise."""
+        """Do a step.
+
+        Args:
+            coefficients: the step's row of the schedule, or one per image; see `SolverCoefficients`.
+            state: `[slots, B, ..., C]`, float32 (float64 where the first sample is).
+            prediction: of the state's first slot, from the guider.
+            noise: standard normal, `[B, ..., C]`; zeros where the loop has no noise.
+        Returns:
+            the next state, of the shape of the one before.
+        """
 
 
 class StepNoise(Protocol):
@@ -98,11 +111,20 @@ def _advance(
         prediction, guider_state, cache = predict(model, guider, calls, coefficients, sample, loop.guider, loop.cache)
         noise = jnp.zeros_like(sample) if step_noise is None else step_noise(index, sample.shape)
         solver = step(coefficients, loop.solver, prediction, noise.astype(sample.dtype))
+        _check_same("step", "state", solver, loop.solver)
         if after_step is not None:
-            solver = solver.at[0].set(after_step(index, solver[0]))
+            changed = after_step(index, solver[0])
+            _check_same("after_step", "sample", changed, sample)
+            solver = solver.at[0].set(changed)
         return LoopState(solver, guider_state, cache)
 
     return advance
+
+
+def _check_same(function: str, what: str, returned: object, before: jax.Array) -> None:
+    if not isinstance(returned, jax.Array | np.ndarray) or returned.shape != before.shape:
+        now = f"one of shape {list(returned.shape)}" if hasattr(returned, "shape") else type(returned).__name__
+        raise TypeError(f"{function} must return the next {what}, of shape {list(before.shape)}; returned is {now}")
 
 
 def denoise(
@@ -133,6 +155,10 @@ def denoise(
     """
     if isinstance(coefficients, Schedule):
         raise TypeError("coefficients is a Schedule; give solver_coefficients(schedule), or its table as JAX arrays")
+    _check_guider(guider)
+    rows = len(jax.tree.leaves(coefficients)[0])
+    if all(isinstance(bound, int) for bound in (first, last)) and not 0 <= first <= last <= rows:
+        raise ValueError(f"first={first} and last={last} are no steps of {rows} rows of coefficients")
     advance = _advance(model, cond, uncond, guider, step, step_noise, after_step)
 
     def body(index: jax.Array, loop: LoopState) -> LoopState:
@@ -261,7 +287,7 @@ def _check_conditions(model: Model, images: int, *conditions: PyTree) -> None:
             raise TypeError(f"{name} is an array; give what the network makes of it, such as unet.condition(embeds)")
         if wrong := {leaf.shape for leaf in jax.tree.leaves(condition) if leaf.shape[:1] != (images,)}:
             raise ValueError(
-                f"{name} has an array of shape {min(wrong)} for a batch of {images}; its arrays must have shape "
+                f"noise [B, ..., C] has a batch of {images}, {name} an array of shape {list(min(wrong))}; needed is "
                 f"[{images}, ...]"
             )
 

@@ -163,6 +163,13 @@ class GivenNoise(NamedTuple):
         return GivenNoise(function(self.values, 1), function(self.first, None))
 
 
+def _check_images(shape: tuple[int, ...], images: int) -> None:
+    if shape[:1] != (images,):
+        raise ValueError(
+            f"shape is {list(shape)}; needed is [{images}, ...], since the noise source is for {images} images"
+        )
+
+
 class KeySource:
     """Per-image JAX keys, for one use (`PRIOR_STREAM` or `DECODER_STREAM`)."""
 
@@ -173,6 +180,7 @@ class KeySource:
 
     def initial(self, shape: tuple[int, ...], batches: int = 1) -> list[jax.Array]:
         """The first latents of each batch, float32 `shape` = [B, ...]."""
+        _check_images(shape, len(self._keys))
         return [_initial(noise, shape) for noise in self._batches(batches)]
 
     def steps(
@@ -239,6 +247,7 @@ class TorchSource:
         if len(self._generators) == 1:
             rows = _draw_nchw(self._generators[0], (batches * images, *rest))
         else:
+            _check_images(shape, len(self._generators))
             rows = np.concatenate([_draw_nchw(g, (1, *rest)) for _ in range(batches) for g in self._generators])
         return rows.reshape(batches, *shape)
 
@@ -264,6 +273,8 @@ def noise_source(generator: Generator, images: int, use: int) -> Source:
         images: how many.
         use: `PRIOR_STREAM` or `DECODER_STREAM`; keys give each its own numbers, a `TorchGenerator` just goes on.
     """
+    if use not in (PRIOR_STREAM, DECODER_STREAM):
+        raise ValueError(f"use must be PRIOR_STREAM or DECODER_STREAM of kandinsky_jax.diffusion, got {quote(use)}")
     if generator is None:
         generator = secrets.randbits(32)
     if _is_torch(generator):

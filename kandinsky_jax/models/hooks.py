@@ -73,7 +73,14 @@ class AttentionLayer(nnx.Module):
             self.record_weights(attention_weights(query, key, mask))
         if self.attention_function is None:
             return attend(query, key, value, mask)
-        return self.attention_function(query, key, value, mask, name=self.attention_name)
+        attended = self.attention_function(query, key, value, mask, name=self.attention_name)
+        needed = [*query.shape[:2], query.shape[2] * query.shape[3]]
+        if list(jnp.shape(attended)) != needed:
+            raise ValueError(
+                f"the attention function returned the shape {list(jnp.shape(attended))} in {self.attention_name}; "
+                f"needed is [B, T, heads * head_dim], {needed}"
+            )
+        return attended
 
     def attend_after(
         self,
@@ -94,14 +101,17 @@ class AttentionLayer(nnx.Module):
         return attend_after(query, past, key, value, mask)
 
 
-def with_attention(network: N, function: AttentionFunction) -> N:
+def with_attention(network: N, function: AttentionFunction | None) -> N:
     """Return a network with the same arrays whose attentions call a function of one's own.
 
     Args:
         network: a UNet, a prior, MoVQ or a CLIP tower.
         function: see `AttentionFunction`. For the ordinary attention, it calls `kandinsky_jax.models.attend`. It is
-            part of a pipeline's compiled program: with the same function again, nothing is compiled anew.
+            part of a pipeline's compiled program: with the same function again, nothing is compiled anew. None is the
+            ordinary attention again.
     """
+    if function is not None and not callable(function):
+        raise TypeError(f"function must be a function such as kandinsky_jax.models.attend, got {quote(function)}")
     copy = _copy(network)
     for name, module in list(_named_modules(copy)):
         if isinstance(module, AttentionLayer):
@@ -124,12 +134,14 @@ def capture(function: Callable[P, R], names: str) -> Callable[P, tuple[R, dict[s
         ordinary attention, also where a function of one's own stands in its place.
         It is as fit for `jit`, `grad`, `vmap` and `scan` as the network.
     Raises:
-        TypeError: for anything but a network or a method of one.
+        TypeError: for anything but a network or a method of one, or for several names instead of one expression.
         ValueError: when called, where no module of such a name is called.
     """
     network: Any = getattr(function, "__self__", function)
     if not isinstance(network, nnx.Module):
         raise TypeError(f"capture takes a network or a method of one, got {quote(function)}")
+    if not isinstance(names, str):
+        raise TypeError(f"names must be one regular expression, such as 'mid_block|up_blocks.*', got {quote(names)}")
     method = "__call__" if network is function else function.__name__
     try:
         pattern = re.compile(names)

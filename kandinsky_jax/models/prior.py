@@ -15,10 +15,10 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from kandinsky_jax.common.types import Array, Bool, Float, Num
+from kandinsky_jax.common.types import Array, Bool, Float
+from kandinsky_jax.models.checks import Timestep, check_condition, check_shape, timesteps
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.hooks import AttentionFunction, AttentionLayer, KeyValue, with_attention
@@ -181,13 +181,16 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             proj_embedding: the pooled text embedding, `[B, embedding_proj_dim]`.
             encoder_hidden_states: the text tower's hidden states, `[B, num_embeddings, embedding_dim]`; tokens at the
                 end that are padding in the whole batch may be left out, since they are masked.
-            attention_mask: bool `[B, num_embeddings]`, False at padding.
+            attention_mask: bool `[B, T]`, T of the hidden states, False at padding.
             attention: in the place of the ordinary attention of all blocks.
         """
         if attention is not None:
             network = with_attention(self, attention)
             return network.condition(proj_embedding, encoder_hidden_states, attention_mask)
-        dtype = dtype_of(self)
+        config, dtype = self.config, dtype_of(self)
+        check_shape("proj_embedding", proj_embedding.shape, "B", config.embedding_proj_dim or config.embedding_dim)
+        check_shape("encoder_hidden_states", encoder_hidden_states.shape, "B", "T", config.embedding_dim)
+        check_shape("attention_mask", attention_mask.shape, *encoder_hidden_states.shape[:2])
         text = self.encoder_hidden_states_proj(encoder_hidden_states.astype(dtype))  # [B, T, D]
         pooled = self.embedding_proj(proj_embedding.astype(dtype))[:, None]  # [B, 1, D]
         x = jnp.concatenate([text, pooled], axis=1)
@@ -206,7 +209,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     def __call__(
         self,
         hidden_states: Float[Array, "B D"],
-        timestep: Num[Array | np.ndarray, "B"],
+        timestep: Timestep,
         condition: PriorCondition,
         attention: AttentionFunction | None = None,
     ) -> Float[Array, "B out"]:
@@ -214,7 +217,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
 
         Args:
             hidden_states: the noisy image embedding, `[B, embedding_dim]`.
-            timestep: `[B]`, 0 .. num_train_timesteps - 1.
+            timestep: one, or one per image `[B]`, 0 .. num_train_timesteps - 1.
             condition: of the same batch, from `condition`.
             attention: in the place of the ordinary attention of all blocks.
         Returns:
@@ -223,6 +226,9 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         if attention is not None:
             return with_attention(self, attention)(hidden_states, timestep, condition)
         config, dtype = self.config, dtype_of(self)
+        check_shape("hidden_states", hidden_states.shape, "B", config.embedding_dim)
+        check_condition(condition, PriorCondition, len(hidden_states), "prior.condition(...)")
+        timestep = timesteps(timestep, len(hidden_states))
         inner = config.num_attention_heads * config.attention_head_dim
         time = self.time_embedding(timestep_embedding(timestep, inner).astype(dtype))[:, None]
         noisy = self.proj_in(hidden_states.astype(dtype))[:, None]

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kandinsky_jax.common.types import Array, Float, Num
+from kandinsky_jax.common.types import Array, Float
+from kandinsky_jax.models.checks import Timestep, check_condition, check_shape, timesteps
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.hooks import AttentionFunction, with_attention
 from kandinsky_jax.models.layers import (
@@ -141,11 +142,16 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         b is B, or half of it where guidance has doubled the embeddings.
         """
         dtype = dtype_of(self)
+        check_shape("image_embeds", image_embeds.shape, "B", self.config.encoder_hid_dim)
         image_embeds = jnp.asarray(image_embeds, dtype)
         tokens = self.encoder_hid_proj(image_embeds)
         if hint is not None:
             channels = self.add_embedding.encode_hint(jnp.asarray(hint, dtype))
         if channels is not None:
+            if len(image_embeds) not in (len(channels), 2 * len(channels)):
+                raise ValueError(
+                    f"hint or channels are of a batch of {len(channels)}, image_embeds of {len(image_embeds)}"
+                )
             channels = jnp.tile(channels.astype(dtype), (len(image_embeds) // len(channels), 1, 1, 1))  # [B, h, w, c]
         return UNetCondition(
             embedding=self.add_embedding(image_embeds),
@@ -158,7 +164,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     def __call__(
         self,
         sample: Float[Array | np.ndarray, "B h w C"],
-        timestep: Num[Array | np.ndarray, "B"],
+        timestep: Timestep,
         condition: UNetCondition,
         attention: AttentionFunction | None = None,
     ) -> Float[Array, "B h w out"]:
@@ -167,7 +173,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         Args:
             sample: noisy latents, `[B, h, w, in_channels]` less the condition's further channels; h and w multiples of
                 2 ** (number of downsamplings).
-            timestep: `[B]`, 0 .. num_train_timesteps - 1.
+            timestep: one, or one per image `[B]`, 0 .. num_train_timesteps - 1.
             condition: of the same batch, from `condition`.
             attention: in the place of the ordinary attention of all blocks.
         Returns:
@@ -175,7 +181,8 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         """
         if attention is not None:
             return with_attention(self, attention)(sample, timestep, condition)
-        dtype = dtype_of(self)
+        check_condition(condition, UNetCondition, len(sample), "unet.condition(image_embeds)")
+        dtype, timestep = dtype_of(self), timesteps(timestep, len(sample))
         time = timestep_embedding(timestep, self.config.block_out_channels[0]).astype(dtype)
         temb = jax.nn.silu(self.time_embedding(time) + condition.embedding)  # [B, time_dim]; every block starts so
         x = jnp.asarray(sample, dtype)

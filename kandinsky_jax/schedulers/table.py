@@ -28,17 +28,29 @@ BASIS = np.eye(STATE_SLOTS + 3)
 
 
 class SolverCoefficients(NamedTuple):
-    """The coefficients of each evaluation of the network, padded to `MAX_STEPS`; rows first."""
+    """The coefficients of each evaluation of the network, rows first; a schedule's table is padded to `MAX_STEPS`.
 
-    timestep: np.ndarray  # [N] what the network is told
-    input_scale: np.ndarray  # [N] the sample is multiplied by this for the network
-    x0_from: np.ndarray  # [N, 2] x0 = a * sample + b * output
-    eps_from: np.ndarray  # [N, 3] eps = a * sample + b * x0 (clipped) + c * output
-    log_variance: np.ndarray  # [N, 2] bounds for a learned share in -1..1; z gets exp(half of the result)
-    variance_is_output: np.ndarray  # [N] 1 where the network's second half is the variance itself
-    clip: np.ndarray  # [N] x0 is clipped to +-clip; infinite for none
-    threshold: np.ndarray  # [N, 3] on (1 or 0), quantile, largest bound of dynamic thresholding
-    matrix: np.ndarray  # [N, STATE_SLOTS, STATE_SLOTS + 3]
+    Args:
+        timestep: `[N]`, what the network is told.
+        input_scale: `[N]`; the sample is multiplied by this for the network.
+        x0_from: `[N, 2]`: x0 = a * sample + b * output.
+        eps_from: `[N, 3]`: eps = a * sample + b * x0 (clipped) + c * output.
+        log_variance: `[N, 2]`, bounds for a learned share in -1..1; z gets exp(half of the result).
+        variance_is_output: `[N]`, 1 where the network's second half is the variance itself.
+        clip: `[N]`; x0 is clipped to +-clip, infinite for none.
+        threshold: `[N, 3]`: on (1 or 0), quantile, largest bound of dynamic thresholding.
+        matrix: `[N, STATE_SLOTS, STATE_SLOTS + 3]`: state' = matrix @ [state, x0, eps, z].
+    """
+
+    timestep: np.ndarray
+    input_scale: np.ndarray
+    x0_from: np.ndarray
+    eps_from: np.ndarray
+    log_variance: np.ndarray
+    variance_is_output: np.ndarray
+    clip: np.ndarray
+    threshold: np.ndarray
+    matrix: np.ndarray
 
 
 @dataclass(frozen=True)

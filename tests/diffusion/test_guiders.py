@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_said():
         diffusion.sample(network, noise, cond, None, SCHEDULE)
     with pytest.raises(ValueError, match="differ in structure"):
         diffusion.sample(network, noise, {"a": cond}, {"b": uncond}, SCHEDULE)
-    with pytest.raises(ValueError, match=re.escape("cond has an array of shape (1, 3) for a batch of 2")):
+    with pytest.raises(ValueError, match=re.escape("has a batch of 2, cond an array of shape [1, 3]")):
         diffusion.sample(network, noise, cond[:1], uncond, SCHEDULE)
 
 
@@ -169,7 +169,16 @@ class Returns(diffusion.NoGuidance):
     [
         (lambda prediction, state: prediction, "Own.combine must return a Prediction and the next state, returned"),
         (lambda prediction, state: prediction.x0, "Own.combine must return a Prediction and the next state"),
-        (lambda prediction, state: (prediction, (state, state)), "a state of the structure of the one before"),
+        (lambda prediction, state: (prediction.x0, state), "Own.combine must return a Prediction and the next state"),
+        (
+            lambda prediction, state: (prediction, (state, state)),
+            "a state of the structure and shapes of the one before",
+        ),
+        (lambda prediction, state: (prediction, state[None]), r"the one before, \[\]; returned is \[1\]"),
+        (
+            lambda prediction, state: (prediction._replace(eps=state), state),
+            r"returned eps of shape \[\]; split_output",
+        ),
     ],
 )
 def test_what_a_guider_returns_wrongly_is_said(result, message):
@@ -178,6 +187,19 @@ def test_what_a_guider_returns_wrongly_is_said(result, message):
     noise, cond, _ = inputs()
     with pytest.raises(TypeError, match=message):
         diffusion.sample(network, noise, cond, None, schedule, guider=guider)
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "error", "message"),
+    [
+        (jnp.zeros((2, 3)), TypeError, r"must be a list of Evaluation, such as .*, got ArrayImpl"),
+        ([jnp.zeros((2, 3))], TypeError, "must be a list of Evaluation"),
+        ([], ValueError, "needed is at least one Evaluation"),
+    ],
+)
+def test_evaluations_of_another_kind_are_said(evaluations, error, message):
+    with pytest.raises(error, match=message):
+        diffusion.batch_evaluations(evaluations)
 
 
 def test_an_embedding_in_the_place_of_a_condition_is_said(shapes_pipe):

@@ -171,5 +171,14 @@ def test_what_does_not_fit_is_said():
             sampled(guider=wrong)
     with pytest.raises(TypeError, match=r"coefficients is a Schedule; give solver_coefficients\(schedule\)"):
         diffusion.denoise(with_variance, None, None, None, SCHEDULE, 0, 1, guider=diffusion.NoGuidance())
+    guider = diffusion.NoGuidance()
+    loop, table = diffusion.initial_loop_state(inputs()[0], guider), diffusion.solver_coefficients(SCHEDULE)
+    for bounds in ((-1, 2), (2, 1), (0, STEPS + 1)):
+        with pytest.raises(ValueError, match=f"first={bounds[0]} and last={bounds[1]} are no steps of {STEPS} rows"):
+            diffusion.denoise(with_variance, loop, inputs()[1], None, table, *bounds, guider=guider)
+    with pytest.raises(TypeError, match=r"step must return the next state, of shape \[6, .*; returned is one of shape"):
+        sampled(step=lambda coefficients, state, prediction, noise: prediction.x0)
+    with pytest.raises(TypeError, match=r"after_step must return the next sample, .*; returned is NoneType"):
+        sampled(after_step=lambda index, sample: None)
     with pytest.raises(TypeError, match="rng must be a seed"):
         sampled(rng="3")

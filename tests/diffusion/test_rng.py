@@ -146,3 +146,11 @@ def test_no_generator_is_a_fresh_seed():
 def test_bad_generators(generator, error, message):
     with pytest.raises(error, match=message):
         noise_source(generator, 2, DECODER_STREAM)
+
+
+def test_what_a_noise_source_does_not_take():
+    for generator in (0, [TorchGenerator(0), TorchGenerator(1)]):
+        with pytest.raises(ValueError, match=r"shape is \[3, 8\]; needed is \[2, ...\]"):
+            noise_source(generator, 2, DECODER_STREAM).initial((3, 8))
+    with pytest.raises(ValueError, match=r"use must be PRIOR_STREAM or DECODER_STREAM .*, got 'decoder'"):
+        noise_source(0, 2, "decoder")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -100,11 +102,24 @@ def test_a_replaced_block_has_a_condition_of_its_own(inputs):
     assert np.isfinite(evaluate(unet, *inputs[0])).all()
 
 
-def test_the_condition_is_nested_as_the_blocks_are(inputs):
-    unet, prior = (
+@pytest.fixture(scope="module")
+def networks():
+    """A UNet and a prior."""
+    return (
         UNet2DConditionModel.from_pretrained(UNET, dtype="float32"),
         PriorTransformer.from_pretrained(PRIOR, dtype="float32"),
     )
+
+
+def text_of(prior):
+    """What the prior's `condition` takes."""
+    config = prior.config
+    states = jnp.ones((2, config.num_embeddings, config.embedding_dim))
+    return jnp.ones((2, config.embedding_dim)), states, jnp.ones((2, config.num_embeddings), bool)
+
+
+def test_the_condition_is_nested_as_the_blocks_are(networks, inputs):
+    unet, prior = networks
     condition = jax.eval_shape(unet.condition, inputs[0][2])
     for blocks in ("down_blocks", "up_blocks"):
         parts = getattr(condition, blocks)
@@ -112,10 +127,48 @@ def test_the_condition_is_nested_as_the_blocks_are(inputs):
     heads = unet.config.block_out_channels[-1] // unet.config.attention_head_dim
     key, value = condition.mid_block.attentions[0]
     assert key.shape == value.shape == (2, 32, heads, unet.config.attention_head_dim)
-    text = jax.eval_shape(
-        prior.condition,
-        jnp.zeros((2, prior.config.embedding_dim)),
-        jnp.zeros((2, prior.config.num_embeddings, prior.config.embedding_dim)),
-        jnp.ones((2, prior.config.num_embeddings), bool),
-    )
+    text = jax.eval_shape(prior.condition, *text_of(prior))
     assert len(text.transformer_blocks) == prior.config.num_layers
+
+
+def test_one_timestep_serves_the_whole_batch(networks, inputs):
+    unet, prior = networks
+    sample, _, embeds = inputs[0]
+    noisy = jnp.ones((2, prior.config.embedding_dim))
+
+    @jax.jit
+    def outputs(one, each):
+        condition, text = unet.condition(embeds), prior.condition(*text_of(prior))
+        return [(unet(sample, t, condition), prior(noisy, t, text)) for t in (one, each, 30)]
+
+    first, *others = outputs(jnp.float32(30), jnp.array([30, 30]))
+    for other in others:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), first, other)
+
+
+def test_arguments_that_do_not_fit_are_said(networks, inputs):
+    unet, prior = networks
+    sample, timestep, embeds = inputs[0]
+    pooled, states, mask = text_of(prior)
+    noisy = jnp.ones((2, prior.config.embedding_dim))
+    condition = jax.eval_shape(unet.condition, embeds)
+    text = jax.eval_shape(prior.condition, pooled, states, mask)
+
+    def refused(function, *args, message, error=ValueError, **kwargs):
+        with pytest.raises(error, match=message):
+            jax.eval_shape(function, *args, **kwargs)
+
+    refused(
+        unet, sample, jnp.ones(3), condition, message=r"timestep has the shape \[3\]; needed is one number, or \[2\]"
+    )
+    refused(unet, sample, timestep, embeds, error=TypeError, message=r"what unet.condition\(image_embeds\) returns")
+    refused(
+        unet, sample[:1], timestep[:1], condition, message="condition is of a batch of 2, the sample of a batch of 1"
+    )
+    refused(unet.condition, embeds[:, :3], message=r"image_embeds has the shape \[2, 3\]; needed is \[B, 64\]")
+    refused(unet.condition, embeds, channels=jnp.ones((3, 8, 8, 5)), message="of a batch of 3, image_embeds of 2")
+    refused(prior, noisy, timestep, condition, error=TypeError, message=r"what prior.condition\(...\) returns")
+    refused(prior, noisy[:1], timestep[:1], text, message="condition is of a batch of 2, the sample of a batch of 1")
+    refused(prior, noisy[:, :3], timestep, text, message=r"hidden_states has the shape \[2, 3\]; needed is \[B, ")
+    refused(prior.condition, pooled[:, :3], states, mask, message=r"proj_embedding has the shape \[2, 3\]")
+    refused(prior.condition, pooled, states[..., :3], mask, message="encoder_hidden_states has the shape")

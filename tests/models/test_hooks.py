@@ -318,11 +318,24 @@ def test_a_sample_of_another_shape_is_refused_in_one_sentence(unet, arrays, shap
         jax.eval_shape(lambda: unet(jnp.zeros((len(timestep), *shape)), timestep, unet.condition(embeds)))
 
 
+def test_an_attention_function_of_another_kind_is_said(unet, arrays):
+    sample, timestep, embeds = arrays
+    condition = unet.condition(embeds)
+    with pytest.raises(ValueError, match=r"in down_blocks.1.attentions.0; needed is \[B, T, heads \* head_dim\]"):
+        jax.eval_shape(lambda: with_attention(unet, lambda q, k, v, mask, *, name: q)(sample, timestep, condition))
+    with pytest.raises(TypeError, match=r"function must be a function such as .*, got 'flash'"):
+        with_attention(unet, "flash")
+    plain = with_attention(with_attention(unet, identity), None)
+    np.testing.assert_array_equal(plain(sample, timestep, condition), unet(sample, timestep, condition))
+
+
 def test_what_cannot_be_captured_is_said(unet, arrays):
     sample, timestep, embeds = arrays
     with pytest.raises(ValueError, match=r"'down_block' matches no module that is called; names are such as"):
         jax.eval_shape(lambda: capture(unet, "down_block")(sample, timestep, unet.condition(embeds)))
     with pytest.raises(ValueError, match=r"'\(' is not a regular expression: missing \)"):
         capture(unet, "(")
+    with pytest.raises(TypeError, match=r"names must be one regular expression, such as .*, got \['mid_block'\]"):
+        capture(unet, ["mid_block"])
     with pytest.raises(TypeError, match="capture takes a network or a method of one"):
         capture(jnp.sin, ".*")

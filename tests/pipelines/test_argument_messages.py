@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,3 +89,9 @@ def test_from_pipe_takes_pipelines_only(name, value):
 def test_half_a_surrogate_pair_is_no_text(given):
     with pytest.raises(ValueError, match=r"^prompt(\[1\])? is not text: character [02] is '\\ud"):
         checks.texts(given, "prompt")
+
+
+@pytest.mark.parametrize("name", ["guidance", "latents", "embeds"])
+def test_a_traced_array_points_to_the_public_core(name):
+    with pytest.raises(TypeError, match=r"is traced by jit, vmap or grad, .*; kandinsky_jax.diffusion.sample is"):
+        jax.vmap(CHECKS[name])(jnp.ones(2))

@@ -46,6 +46,8 @@ def test_wrong_arguments_name_the_pipeline_and_the_argument():
     pipe = object.__new__(kandinsky_jax.KandinskyV22Img2ImgPipeline)
     with pytest.raises(TypeError, match=r"Img2ImgPipeline\.__call__: got an unexpected keyword argument 'mask'"):
         pipe([], [], [], mask=1)
+    with pytest.raises(TypeError, match=r"'steps'; did you mean 'num_inference_steps'\?"):
+        pipe([], [], [], steps=1)
     with pytest.raises(TypeError, match=r"'num_inference_step'; did you mean 'num_inference_steps'\?"):
         pipe([], [], [], num_inference_step=1)
     combined = object.__new__(kandinsky_jax.KandinskyV22CombinedPipeline)
