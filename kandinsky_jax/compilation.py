@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 import os
 import stat
 import warnings
@@ -195,16 +196,19 @@ def _private(folder: Path) -> Path:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove truncated entries, which JAX would fail on and never replace, and above `MAX_CACHE_BYTES` the least
-    recently used ones."""
-    checked = folder / "checked"  # its time is that of the last entry that was checked
+    """Remove what JAX would fail on and never replace, and above `MAX_CACHE_BYTES` the least recently used entries.
+
+    Such entries are truncated, or from a time when another decompression was installed.
+    """
+    decompress = _decompression()
+    checked = folder / f"checked-{decompress.__module__}"  # its time is that of the last entry that was checked
     last = checked.stat().st_mtime if checked.exists() else 0.0
     checked.touch()
     total = 0
     newest_first = sorted(((path, path.stat()) for path in folder.glob("*-cache")), key=_last_used, reverse=True)
     for path, about in newest_first:
         total += about.st_size
-        if total > MAX_CACHE_BYTES or (about.st_mtime >= last and not _whole(path)):
+        if total > MAX_CACHE_BYTES or (about.st_mtime >= last and not _readable(path, decompress)):
             path.unlink(missing_ok=True)
 
 
@@ -212,13 +216,17 @@ def _last_used(entry: tuple[Path, os.stat_result]) -> float:
     return max(entry[1].st_atime, entry[1].st_mtime)
 
 
-def _whole(entry: Path) -> bool:
-    """Return whether an entry is complete, by the checksum of JAX's default compression."""
-    data = entry.read_bytes()
-    if data[:4] == b"\x28\xb5\x2f\xfd":  # zstd, if that is installed: not checked
-        return True
+def _decompression() -> Callable[[bytes], bytes]:
+    """Return the decompression that JAX uses here: zstd where Python has it or zstandard is installed, else zlib."""
+    for name in ("compression.zstd", "zstandard"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name).decompress
+    return zlib.decompress
+
+
+def _readable(entry: Path, decompress: Callable[[bytes], bytes]) -> bool:
     try:
-        zlib.decompress(data)
-    except zlib.error:
+        decompress(entry.read_bytes())
+    except Exception:  # each of the libraries has a class of its own
         return False
     return True

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import zstandard
 
 from kandinsky_jax import compilation, set_compilation_cache
 from kandinsky_jax.compilation import use_compilation_cache
@@ -168,14 +169,28 @@ def test_a_damaged_entry_is_compiled_again_and_replaced(tmp_path, damage):
     assert any(path.exists() for path in whole)
 
 
+def test_what_jax_could_not_read_is_removed(tmp_path):
+    """Truncated entries, and those packed by zlib before zstandard was installed, also where zlib had checked them."""
+    whole = zstandard.compress(bytes(range(256)) * 10)
+    for name, data in {
+        "whole": whole,
+        "zlib": zlib.compress(b"x"),
+        **{str(n): whole[:n] for n in range(len(whole))},
+    }.items():
+        (tmp_path / f"{name}-cache").write_bytes(data)
+    (tmp_path / "checked-zlib").touch()
+    set_compilation_cache(tmp_path)
+    assert [path.name for path in entries(tmp_path)] == ["whole-cache"]
+
+
 def test_the_folder_does_not_grow_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 2500)
     for i in range(4):
         path = tmp_path / f"{i}-cache"
-        data = zlib.compress(b"x")
+        data = zstandard.compress(b"x")
         path.write_bytes(data + b"\0" * (1000 - len(data)))
         os.utime(path, (i, i))
-    (tmp_path / "checked").touch()
+    (tmp_path / "checked-zstandard").touch()
     set_compilation_cache(tmp_path)
     assert [path.name for path in entries(tmp_path)] == ["2-cache", "3-cache"]
 
