@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import shape_checks
+from tests import campaign_record, shape_checks
 from tests.xla_flags import QUICK_TO_COMPILE
 
 shape_checks.install()  # before the package is imported
@@ -91,6 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
 
 
+BEGAN = time.monotonic()
 FIGURES: dict[tuple[str, str], list[float]] = {}
 TABLE: dict[str, dict[str, str]] = {}  # mode -> variant -> mean and max difference of pixels, of 255
 
@@ -119,8 +121,11 @@ def pytest_testnodedown(node) -> None:
         TABLE.setdefault(mode, {}).update(row)
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    """Print the figures that the README quotes, as measured in this run."""
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Print the figures that the README quotes, as measured in this run; a campaign's are kept as well."""
+    if config.getoption("markexpr") == "campaign" and not config.getoption("collectonly"):
+        path = campaign_record.record(terminalreporter.stats, FIGURES, time.monotonic() - BEGAN)
+        terminalreporter.write_line(f"recorded in {path}")
     if FIGURES:
         terminalreporter.section("measured")
     for (test, what), figures in FIGURES.items():
