@@ -15,10 +15,16 @@ DOCS = Path(__file__).parents[1] / "docs"
 def test_inside_a_network():
     made: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "inside_a_network.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "inside_a_network.md", "exec"), made)
     assert np.asarray(made["image"]).std() > 10
     assert made["output"].shape == (1, 8, 8, 8)
     assert 0 < made["of_uncond"] < 1
     assert 0 < made["of_cond"] < 1
+    gradient, changes = made["gradient"], made["changes"]
+    assert gradient.keys() == changes.keys()
+    for name, part in gradient.items():
+        assert np.isfinite(part["B"]).all(), name
+    assert max(np.abs(part["B"]).max() for part in gradient.values()) > 1e-4
+    assert not any(np.asarray(part["A"]).any() for part in gradient.values())  # B is zero to begin with
