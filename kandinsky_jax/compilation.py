@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib
 import os
 import stat
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Hashable, Iterator
@@ -28,8 +28,17 @@ from jax.experimental.compilation_cache import compilation_cache
 from kandinsky_jax.common.storage import user_cache
 from kandinsky_jax.common.types import PyTree
 
+try:
+    import zstandard  # JAX packs compiled programs by it where it is installed
+except ImportError:
+    zstandard = None  # type: ignore[assignment]
+
 CACHE, OFF = "KANDINSKY_JAX_CACHE", "off"  # the environment's variable: a folder, or "off"
 MAX_CACHE_BYTES = 4 << 30  # of a folder
+WRITING_SECONDS = 60.0  # an entry younger than that may be incomplete because it is being written
+CHUNK_BYTES = 1 << 20
+BROKEN = (zlib.error,) if zstandard is None else (zlib.error, zstandard.ZstdError)
+ZSTD = b"\x28\xb5\x2f\xfd"  # how a frame of zstandard begins
 MIN_SECONDS = 0.05  # programs that compile faster are not cached
 JAX_MIN_SECONDS = 1.0  # JAX's default, which means that the user has not set it
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -153,8 +162,7 @@ def set_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
     if folder is not None:
         try:
             usable = _private(Path(folder).expanduser().absolute())
-            with contextlib.suppress(FileNotFoundError):  # another process tidies up too
-                _tidy(usable)
+            _tidy(usable)
         except (OSError, RuntimeError) as error:  # without a home, `expanduser` has a RuntimeError
             warnings.warn(f"compiled programs are not cached: {error}", stacklevel=2)
     jax.config.update("jax_compilation_cache_dir", None if usable is None else str(usable))
@@ -196,37 +204,42 @@ def _private(folder: Path) -> Path:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what JAX would fail on and never replace, and above `MAX_CACHE_BYTES` the least recently used entries.
-
-    Such entries are truncated, or from a time when another decompression was installed.
-    """
-    decompress = _decompression()
-    checked = folder / f"checked-{decompress.__module__}"  # its time is that of the last entry that was checked
-    last = checked.stat().st_mtime if checked.exists() else 0.0
-    checked.touch()
+    """Remove truncated entries, which JAX would fail on and never replace, and above `MAX_CACHE_BYTES` the least
+    recently used ones."""
+    marker = folder / "checked"  # entries that were written before its time have been checked
+    checked = marker.stat().st_mtime if marker.exists() else 0.0
+    complete = time.time() - WRITING_SECONDS
     total = 0
-    newest_first = sorted(((path, path.stat()) for path in folder.glob("*-cache")), key=_last_used, reverse=True)
-    for path, about in newest_first:
+    for path, about in sorted(_entries(folder), key=_last_used, reverse=True):
         total += about.st_size
-        if total > MAX_CACHE_BYTES or (about.st_mtime >= last and not _readable(path, decompress)):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process tidies up too
+            if total > MAX_CACHE_BYTES or (checked <= about.st_mtime < complete and not _whole(path)):
+                path.unlink()
+    marker.touch()
+    os.utime(marker, (complete, complete))
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):
+            yield path, path.stat()
 
 
 def _last_used(entry: tuple[Path, os.stat_result]) -> float:
     return max(entry[1].st_atime, entry[1].st_mtime)
 
 
-def _decompression() -> Callable[[bytes], bytes]:
-    """Return the decompression that JAX uses here: zstd where Python has it or zstandard is installed, else zlib."""
-    for name in ("compression.zstd", "zstandard"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name).decompress
-    return zlib.decompress
-
-
-def _readable(entry: Path, decompress: Callable[[bytes], bytes]) -> bool:
-    try:
-        decompress(entry.read_bytes())
-    except Exception:  # each of the libraries has a class of its own
-        return False
-    return True
+def _whole(entry: Path) -> bool:
+    """Return whether an entry can be decompressed to its end."""
+    with entry.open("rb") as file:
+        zstd = file.read(len(ZSTD)) == ZSTD
+        if zstd and zstandard is None:
+            return True  # for another environment, whose JAX looks for it by another name
+        file.seek(0)
+        stream = zstandard.ZstdDecompressor().decompressobj() if zstd else zlib.decompressobj()
+        try:
+            while not stream.eof and (part := file.read(CHUNK_BYTES)):
+                stream.decompress(part)
+        except BROKEN:
+            return False
+        return bool(stream.eof)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from kandinsky_jax.common.atomic import replace_file
 
 RESULTS = Path(__file__).parents[1] / "tpu_scripts" / "results"
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "diffusers", "torch", "pyarrow")
@@ -34,7 +37,7 @@ def record(
     path = folder / f"campaign-{today}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     tests = {
-        report.nodeid: {"outcome": outcome, "seconds": round(report.duration, 1)}
+        report.nodeid: {"outcome": outcome, "seconds": round(getattr(report, "duration", 0.0), 1)}
         for outcome in ("passed", "skipped", "failed", "error")  # a worse outcome of a test replaces a better one
         for report in stats.get(outcome, ())
         if outcome != "passed" or report.when == "call"
@@ -51,9 +54,10 @@ def record(
         "tests": dict(sorted({**before.get("tests", {}), **tests}.items())),
         "measured": dict(sorted({**before.get("measured", {}), **measured}.items())),
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
     return path
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")
+def _short(value: float) -> float | None:
+    """Three digits; None, which JSON has, for what is not finite."""
+    return float(f"{value:.3g}") if math.isfinite(value) else None

@@ -123,7 +123,7 @@ def pytest_testnodedown(node) -> None:
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Print the figures that the README quotes, as measured in this run; a campaign's are kept as well."""
-    if config.getoption("markexpr") == "campaign" and not config.getoption("collectonly"):
+    if config.getoption("markexpr") == "campaign" and not config.getoption("collectonly") and terminalreporter.stats:
         path = campaign_record.record(terminalreporter.stats, FIGURES, time.monotonic() - BEGAN)
         terminalreporter.write_line(f"recorded in {path}")
     if FIGURES:

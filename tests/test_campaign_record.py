@@ -14,11 +14,14 @@ def report(name: str, when: str = "call") -> SimpleNamespace:
 
 def test_parts_are_added_to_the_days_record(tmp_path):
     first = {"passed": [report("a", "setup"), report("a"), report("b")], "error": [report("b", "teardown")]}
-    record(first, {("test", "error"): [0.5, 1.23456, 0.7]}, 61.4, tmp_path)
-    path = record({"failed": [report("a")], "passed": [report("c")]}, {}, 5, tmp_path)
+    record(first, {("test", "error"): [0.5, 1.23456, 0.7], ("test", "lost"): [float("nan")]}, 61.4, tmp_path)
+    uncollected = SimpleNamespace(nodeid="tests/d.py", when="collect")
+    path = record({"failed": [report("a")], "passed": [report("c")], "error": [uncollected]}, {}, 5, tmp_path)
     found = json.loads(path.read_text())
     outcomes = {name: test["outcome"] for name, test in found["tests"].items()}
+    assert outcomes.pop("tests/d.py") == "error"
     assert outcomes == {"tests/a.py::test": "failed", "tests/b.py::test": "error", "tests/c.py::test": "passed"}
     assert found["tests"]["tests/c.py::test"]["seconds"] == 1.3
-    assert found["measured"] == {"test: error": {"worst": 1.23, "median": 0.7, "of": 3}}
+    assert found["measured"]["test: error"] == {"worst": 1.23, "median": 0.7, "of": 3}
+    assert found["measured"]["test: lost"]["worst"] is None
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

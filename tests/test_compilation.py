@@ -6,11 +6,13 @@ import os
 import stat
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import zstandard
 
@@ -147,10 +149,11 @@ def test_a_folder_of_somebody_else_is_not_used(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x78\x9cnothing", "half"])
-def test_a_damaged_entry_is_compiled_again_and_replaced(tmp_path, damage):
+def test_a_damaged_entry_is_compiled_again_and_replaced(tmp_path, monkeypatch, damage):
     def run() -> float:
         return float(jax.jit(lambda x: jnp.cos(x) * 5.5)(jnp.float32(0)))
 
+    monkeypatch.setattr(compilation, "WRITING_SECONDS", 0.0)
     set_compilation_cache(tmp_path)
     jax.config.update(SECONDS, 0.0)
     run()
@@ -169,18 +172,30 @@ def test_a_damaged_entry_is_compiled_again_and_replaced(tmp_path, damage):
     assert any(path.exists() for path in whole)
 
 
-def test_what_jax_could_not_read_is_removed(tmp_path):
-    """Truncated entries, and those packed by zlib before zstandard was installed, also where zlib had checked them."""
-    whole = zstandard.compress(bytes(range(256)) * 10)
-    for name, data in {
-        "whole": whole,
-        "zlib": zlib.compress(b"x"),
-        **{str(n): whole[:n] for n in range(len(whole))},
-    }.items():
-        (tmp_path / f"{name}-cache").write_bytes(data)
-    (tmp_path / "checked-zlib").touch()
+def written(path: Path, data: bytes, seconds_ago: float) -> None:
+    path.write_bytes(data)
+    os.utime(path, (time.time() - seconds_ago,) * 2)
+
+
+@pytest.mark.parametrize("compress", [zlib.compress, zstandard.compress], ids=["zlib", "zstandard"])
+def test_truncated_entries_are_removed_once_nobody_can_be_writing_them(tmp_path, compress):
+    whole = compress(np.random.default_rng(0).bytes(300))
+    written(tmp_path / "whole-cache", whole, 100)
+    for length in range(len(whole)):
+        written(tmp_path / f"{length}-cache", whole[:length], 100)
+    written(tmp_path / "young-cache", whole[:50], 1)
+    set_compilation_cache(tmp_path)
+    assert [path.name for path in entries(tmp_path)] == ["whole-cache", "young-cache"]
+    written(tmp_path / "young-cache", whole[:50], compilation.WRITING_SECONDS)  # a minute later
     set_compilation_cache(tmp_path)
     assert [path.name for path in entries(tmp_path)] == ["whole-cache"]
+
+
+def test_an_entry_that_vanishes_hides_no_other(tmp_path):
+    (tmp_path / "a-cache").symlink_to(tmp_path / "nowhere")
+    written(tmp_path / "b-cache", b"half", 100)
+    set_compilation_cache(tmp_path)
+    assert not (tmp_path / "b-cache").exists()
 
 
 def test_the_folder_does_not_grow_for_ever(tmp_path, monkeypatch):
@@ -190,7 +205,7 @@ def test_the_folder_does_not_grow_for_ever(tmp_path, monkeypatch):
         data = zstandard.compress(b"x")
         path.write_bytes(data + b"\0" * (1000 - len(data)))
         os.utime(path, (i, i))
-    (tmp_path / "checked-zstandard").touch()
+    (tmp_path / "checked").touch()
     set_compilation_cache(tmp_path)
     assert [path.name for path in entries(tmp_path)] == ["2-cache", "3-cache"]
 

@@ -156,7 +156,7 @@ def batch_evaluations(evaluations: Sequence[Evaluation]) -> tuple[NetworkCall, .
         TypeError: for anything but a sequence of `Evaluation`.
         ValueError: where there is none, or conditions that share a call differ in structure.
     """
-    if not isinstance(evaluations, list | tuple) or not all(isinstance(item, Evaluation) for item in evaluations):
+    if not isinstance(evaluations, Sequence) or not all(isinstance(item, Evaluation) for item in evaluations):
         raise TypeError(
             "a guider's evaluations must be a list of Evaluation, such as [Evaluation(uncond), Evaluation(cond)], got "
             f"{type(evaluations).__name__}"
@@ -227,24 +227,28 @@ def predict(
     return *combined, cache
 
 
-def _check_combined(name: str, combined: object, sample: jax.Array, state: PyTree) -> None:
+def _check_combined(name: str, combined: PyTree, sample: jax.Array, state: PyTree) -> None:
     """Raise TypeError for what no guider may return."""
-    if not (isinstance(combined, tuple) and len(combined) == 2 and isinstance(combined[0], Prediction)):
+    pair = isinstance(combined, tuple) and not isinstance(combined, Prediction) and len(combined) == 2
+    if not pair or isinstance(combined[0], jax.Array):
         raise TypeError(f"{name} must return a Prediction and the next state, returned {shorten(combined, 80)}")
-    for field, value in zip(Prediction._fields, combined[0], strict=True):
-        if value is not None and jnp.shape(value) != sample.shape:
+    prediction, following = combined
+    for field in ("x0", "eps"):
+        shape = jnp.shape(getattr(prediction, field, sample))  # a step of one's own may take other fields
+        if shape != sample.shape:
             raise TypeError(
                 f"{name} must return a Prediction of the sample's shape {list(sample.shape)}, returned {field} of "
-                f"shape {list(jnp.shape(value))}; split_output takes a network's output apart"
+                f"shape {list(shape)}; split_output takes a network's output apart"
             )
-    before, now = (_described(tree) for tree in (state, combined[1]))
-    if before != now:
+    before, now = jax.tree.structure(state), jax.tree.structure(following)
+    if len({before, now}) > 1:
         raise TypeError(
-            f"{name} must return a state of the structure and shapes of the one before, {shorten(before, 80)}; "
-            f"returned is {shorten(now, 80)}"
+            f"{name} must return a state of the structure of the one before, {shorten(str(before), 80)}; returned is "
+            f"{shorten(str(now), 80)}"
         )
-
-
-def _described(tree: PyTree) -> str:
-    """A pytree's structure, with the shapes in the places of its arrays."""
-    return str(jax.tree.map(lambda leaf: list(jnp.shape(leaf)), tree))
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(following), strict=True):
+        if jnp.shape(old) != jnp.shape(new):
+            raise TypeError(
+                f"{name} must return a state of the shapes of the one before; state{jax.tree_util.keystr(path)} had "
+                f"{list(jnp.shape(old))}, returned is {list(jnp.shape(new))}"
+            )

@@ -21,7 +21,7 @@ from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.types import Array, Float, PyTree
 from kandinsky_jax.diffusion.guidance import ClassifierFreeGuidance, Guider, Model, batch_evaluations, predict
 from kandinsky_jax.diffusion.network import matmul_precision
-from kandinsky_jax.diffusion.rng import DECODER_STREAM, noise_source
+from kandinsky_jax.diffusion.rng import DECODER_STREAM, GivenNoise, noise_source
 from kandinsky_jax.diffusion.solver import (
     STATE_SLOTS,
     Prediction,
@@ -110,12 +110,13 @@ def _advance(
         sample = loop.solver[0]
         prediction, guider_state, cache = predict(model, guider, calls, coefficients, sample, loop.guider, loop.cache)
         noise = jnp.zeros_like(sample) if step_noise is None else step_noise(index, sample.shape)
+        _check_same("step_noise", "noise", noise, sample)
         solver = step(coefficients, loop.solver, prediction, noise.astype(sample.dtype))
-        _check_same("step", "state", solver, loop.solver)
+        _check_same("step", "next state", solver, loop.solver)
         if after_step is not None:
             changed = after_step(index, solver[0])
-            _check_same("after_step", "sample", changed, sample)
-            solver = solver.at[0].set(changed)
+            _check_same("after_step", "next sample", changed, sample)
+            solver = jnp.asarray(solver).at[0].set(changed)
         return LoopState(solver, guider_state, cache)
 
     return advance
@@ -124,7 +125,7 @@ def _advance(
 def _check_same(function: str, what: str, returned: object, before: jax.Array) -> None:
     if not isinstance(returned, jax.Array | np.ndarray) or returned.shape != before.shape:
         now = f"one of shape {list(returned.shape)}" if hasattr(returned, "shape") else type(returned).__name__
-        raise TypeError(f"{function} must return the next {what}, of shape {list(before.shape)}; returned is {now}")
+        raise TypeError(f"{function} must return the {what}, of shape {list(before.shape)}; returned is {now}")
 
 
 def denoise(
@@ -156,8 +157,8 @@ def denoise(
     if isinstance(coefficients, Schedule):
         raise TypeError("coefficients is a Schedule; give solver_coefficients(schedule), or its table as JAX arrays")
     _check_guider(guider)
-    rows = len(jax.tree.leaves(coefficients)[0])
-    if all(isinstance(bound, int) for bound in (first, last)) and not 0 <= first <= last <= rows:
+    rows = _rows(coefficients)
+    if all(isinstance(bound, int | np.integer) for bound in (first, last)) and not 0 <= first <= last <= rows:
         raise ValueError(f"first={first} and last={last} are no steps of {rows} rows of coefficients")
     advance = _advance(model, cond, uncond, guider, step, step_noise, after_step)
 
@@ -217,9 +218,7 @@ def sample(
     coefficients = _checked(schedule, rng)
     _check_conditions(model, len(noise), cond, uncond)
     _check_guider(guider)
-    steps = len(jax.tree.leaves(coefficients)[0])
-    if steps < 1:
-        raise ValueError("the schedule has no steps; needed is at least one row of coefficients")
+    steps = _rows(coefficients)
     if isinstance(segment, bool) or not isinstance(segment, int) or segment < 1:
         raise ValueError(f"segment must be an integer of at least 1, got {segment!r}")
     advance = _advance(model, cond, uncond, guider, step, _step_noise(rng, noise.shape, steps), after_step)
@@ -269,6 +268,14 @@ def _chosen(condition: jax.Array, this: LoopState, other: LoopState) -> LoopStat
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), this, other)
 
 
+def _rows(coefficients: SolverCoefficients) -> int:
+    """The rows that all coefficients have."""
+    rows = {len(column) for column in jax.tree.leaves(coefficients)}
+    if len(rows) != 1 or rows == {0}:
+        raise ValueError(f"the coefficients have {sorted(rows)} rows; needed is at least one, the same number in each")
+    return rows.pop()
+
+
 def _checked(schedule: Schedule | SolverCoefficients, rng: int | jax.Array | StepNoise | None) -> SolverCoefficients:
     if isinstance(schedule, tuple):  # coefficients, the solvers' or others
         return schedule
@@ -301,6 +308,10 @@ def _check_guider(guider: Guider) -> None:
 
 
 def _step_noise(rng: int | jax.Array | StepNoise | None, shape: tuple[int, ...], steps: int) -> StepNoise | None:
+    if isinstance(rng, GivenNoise) and isinstance(rng.first, int) and (rng.first or len(rng.values) < steps):
+        raise ValueError(
+            f"rng is GivenNoise of {len(rng.values)} steps from {rng.first} on; needed are {steps} steps from 0 on"
+        )
     if rng is None or callable(rng):
         return rng
     if not isinstance(rng, int | jax.Array):

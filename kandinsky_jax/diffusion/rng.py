@@ -164,7 +164,7 @@ class GivenNoise(NamedTuple):
 
 
 def _check_images(shape: tuple[int, ...], images: int) -> None:
-    if shape[:1] != (images,):
+    if tuple(shape[:1]) != (images,):
         raise ValueError(
             f"shape is {list(shape)}; needed is [{images}, ...], since the noise source is for {images} images"
         )
@@ -181,7 +181,7 @@ class KeySource:
     def initial(self, shape: tuple[int, ...], batches: int = 1) -> list[jax.Array]:
         """The first latents of each batch, float32 `shape` = [B, ...]."""
         _check_images(shape, len(self._keys))
-        return [_initial(noise, shape) for noise in self._batches(batches)]
+        return [_initial(noise, tuple(shape)) for noise in self._batches(batches)]
 
     def steps(
         self, first: int, count: int, drawn: np.ndarray, shape: tuple[int, ...], batches: int = 1
@@ -216,8 +216,8 @@ class TorchSource:
 
     chunk = 16  # steps of noise handed to the device at once
 
-    def __init__(self, generators: Sequence[TorchGenerator]):
-        self._generators = generators
+    def __init__(self, generators: Sequence[TorchGenerator], images: int):
+        self._generators, self._images = generators, images
 
     def initial(self, shape: tuple[int, ...], batches: int = 1) -> list[jax.Array]:
         """The first latents of each batch, float32 `shape` = [B, ...]."""
@@ -243,11 +243,11 @@ class TorchSource:
             self._draw(shape, 1)
 
     def _draw(self, shape: tuple[int, ...], batches: int) -> np.ndarray:
+        _check_images(shape, self._images)
         images, *rest = shape
         if len(self._generators) == 1:
             rows = _draw_nchw(self._generators[0], (batches * images, *rest))
         else:
-            _check_images(shape, len(self._generators))
             rows = np.concatenate([_draw_nchw(g, (1, *rest)) for _ in range(batches) for g in self._generators])
         return rows.reshape(batches, *shape)
 
@@ -273,20 +273,20 @@ def noise_source(generator: Generator, images: int, use: int) -> Source:
         images: how many.
         use: `PRIOR_STREAM` or `DECODER_STREAM`; keys give each its own numbers, a `TorchGenerator` just goes on.
     """
-    if use not in (PRIOR_STREAM, DECODER_STREAM):
+    if not isinstance(use, jax.Array) and use not in (PRIOR_STREAM, DECODER_STREAM):
         raise ValueError(f"use must be PRIOR_STREAM or DECODER_STREAM of kandinsky_jax.diffusion, got {quote(use)}")
     if generator is None:
         generator = secrets.randbits(32)
     if _is_torch(generator):
         generator = from_torch(generator)
     if isinstance(generator, TorchGenerator):
-        return TorchSource([generator])
+        return TorchSource([generator], images)
     if isinstance(generator, list | tuple):
         if len(generator) != images:
             raise ValueError(f"generator lists {len(generator)} items for {images} images; one per image is needed")
         generator = [from_torch(g) if _is_torch(g) else g for g in generator]
         if all(isinstance(g, TorchGenerator) for g in generator):
-            return TorchSource(generator)
+            return TorchSource(generator, images)
         # Each image is drawn as the first of a job of its own.
         return KeySource(jnp.concatenate([_image_keys(_key(g), 1) for g in generator]), use)
     key = _key(generator)

@@ -66,6 +66,8 @@ def per_image(values: ArrayLike, ndim: int) -> jax.Array:
         `[]` or `[B, 1, ...]`.
     """
     values = jnp.asarray(values)
+    if values.ndim > 1:
+        raise ValueError(f"values have the shape {list(values.shape)}; needed is one number, or one per image [B]")
     return values if values.ndim == 0 else values.reshape(-1, *[1] * (ndim - 1))
 
 

@@ -119,7 +119,7 @@ def with_attention(network: N, function: AttentionFunction | None) -> N:
     return copy
 
 
-def capture(function: Callable[P, R], names: str) -> Callable[P, tuple[R, dict[str, PyTree]]]:
+def capture(function: Callable[P, R], names: str | re.Pattern[str]) -> Callable[P, tuple[R, dict[str, PyTree]]]:
     """Wrap a network, or a method of one, so that it also returns what its modules compute.
 
     Args:
@@ -140,7 +140,7 @@ def capture(function: Callable[P, R], names: str) -> Callable[P, tuple[R, dict[s
     network: Any = getattr(function, "__self__", function)
     if not isinstance(network, nnx.Module):
         raise TypeError(f"capture takes a network or a method of one, got {quote(function)}")
-    if not isinstance(names, str):
+    if not isinstance(names, str | re.Pattern):
         raise TypeError(f"names must be one regular expression, such as 'mid_block|up_blocks.*', got {quote(names)}")
     method = "__call__" if network is function else function.__name__
     try:

@@ -188,9 +188,12 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             network = with_attention(self, attention)
             return network.condition(proj_embedding, encoder_hidden_states, attention_mask)
         config, dtype = self.config, dtype_of(self)
-        check_shape("proj_embedding", proj_embedding.shape, "B", config.embedding_proj_dim or config.embedding_dim)
         check_shape("encoder_hidden_states", encoder_hidden_states.shape, "B", "T", config.embedding_dim)
-        check_shape("attention_mask", attention_mask.shape, *encoder_hidden_states.shape[:2])
+        images, tokens, _ = encoder_hidden_states.shape
+        check_shape("proj_embedding", proj_embedding.shape, images, config.embedding_proj_dim or config.embedding_dim)
+        check_shape("attention_mask", attention_mask.shape, "B", tokens)
+        if tokens > config.num_embeddings:
+            raise ValueError(f"encoder_hidden_states has {tokens} tokens; needed are at most {config.num_embeddings}")
         text = self.encoder_hidden_states_proj(encoder_hidden_states.astype(dtype))  # [B, T, D]
         pooled = self.embedding_proj(proj_embedding.astype(dtype))[:, None]  # [B, 1, D]
         x = jnp.concatenate([text, pooled], axis=1)
@@ -227,7 +230,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             return with_attention(self, attention)(hidden_states, timestep, condition)
         config, dtype = self.config, dtype_of(self)
         check_shape("hidden_states", hidden_states.shape, "B", config.embedding_dim)
-        check_condition(condition, PriorCondition, len(hidden_states), "prior.condition(...)")
+        check_condition(condition, PriorCondition, "visible", len(hidden_states), "prior.condition(...)")
         timestep = timesteps(timestep, len(hidden_states))
         inner = config.num_attention_heads * config.attention_head_dim
         time = self.time_embedding(timestep_embedding(timestep, inner).astype(dtype))[:, None]

@@ -139,18 +139,27 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             hint: for an "image_hint" UNet, `[b, H, W, 3]` in 0..1, H and W eight times the latents' sides.
             channels: for an inpainting UNet, latents of the kept part and the keep mask, `[b, h, w, 5]`.
 
-        b is B, or half of it where guidance has doubled the embeddings.
+        b is B, or a divisor of it, such as half where guidance has doubled the embeddings.
+
+        Raises:
+            ValueError: where a shape does not fit, or there is a hint for a UNet that takes none.
         """
         dtype = dtype_of(self)
-        check_shape("image_embeds", image_embeds.shape, "B", self.config.encoder_hid_dim)
+        check_shape("image_embeds", np.shape(image_embeds), "B", self.config.encoder_hid_dim)
         image_embeds = jnp.asarray(image_embeds, dtype)
         tokens = self.encoder_hid_proj(image_embeds)
         if hint is not None:
+            check_shape("hint", np.shape(hint), "b", "H", "W", 3)
+            if not self.config.takes_hint:
+                raise ValueError(
+                    "hint is given, but this UNet takes none; a hinted UNet's addition_embed_type is image_hint"
+                )
             channels = self.add_embedding.encode_hint(jnp.asarray(hint, dtype))
         if channels is not None:
-            if len(image_embeds) not in (len(channels), 2 * len(channels)):
+            if len(image_embeds) % len(channels):
                 raise ValueError(
-                    f"hint or channels are of a batch of {len(channels)}, image_embeds of {len(image_embeds)}"
+                    f"hint or channels are of a batch of {len(channels)}; needed is that of image_embeds, "
+                    f"{len(image_embeds)}, or a divisor of it"
                 )
             channels = jnp.tile(channels.astype(dtype), (len(image_embeds) // len(channels), 1, 1, 1))  # [B, h, w, c]
         return UNetCondition(
@@ -181,7 +190,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         """
         if attention is not None:
             return with_attention(self, attention)(sample, timestep, condition)
-        check_condition(condition, UNetCondition, len(sample), "unet.condition(image_embeds)")
+        check_condition(condition, UNetCondition, "embedding", len(sample), "unet.condition(image_embeds)")
         dtype, timestep = dtype_of(self), timesteps(timestep, len(sample))
         time = timestep_embedding(timestep, self.config.block_out_channels[0]).astype(dtype)
         temb = jax.nn.silu(self.time_embedding(time) + condition.embedding)  # [B, time_dim]; every block starts so

@@ -452,7 +452,7 @@ def check_arguments(
     except TypeError as error:
         unknown = next((name for name in kwargs if name not in signature.parameters), "")
         close = difflib.get_close_matches(unknown, signature.parameters, 1)
-        close = close or [name for name in signature.parameters if unknown and unknown in name]
+        close = close or [name for name in signature.parameters if unknown in name.split("_")]
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise TypeError(f"{function}: {error}{hint}") from None
 

@@ -172,9 +172,12 @@ class Returns(diffusion.NoGuidance):
         (lambda prediction, state: (prediction.x0, state), "Own.combine must return a Prediction and the next state"),
         (
             lambda prediction, state: (prediction, (state, state)),
-            "a state of the structure and shapes of the one before",
+            "a state of the structure of the one before",
         ),
-        (lambda prediction, state: (prediction, state[None]), r"the one before, \[\]; returned is \[1\]"),
+        (
+            lambda prediction, state: (prediction, state[None]),
+            r"the shapes of the one before; state had \[\], returned is \[1\]",
+        ),
         (
             lambda prediction, state: (prediction._replace(eps=state), state),
             r"returned eps of shape \[\]; split_output",
@@ -207,3 +210,37 @@ def test_an_embedding_in_the_place_of_a_condition_is_said(shapes_pipe):
     embeds = jnp.zeros((1, unet.config.encoder_hid_dim))
     with pytest.raises(TypeError, match=r"cond is an array; give what the network makes of it, such as unet.condition"):
         diffusion.sample(unet, noise, embeds, embeds, DDIMScheduler().schedule(3))
+
+
+@jax.tree_util.register_pytree_node_class
+class Momentum:
+    """A state of one's own, which wants an array."""
+
+    def __init__(self, value):
+        assert hasattr(value, "dtype")
+        self.value = value
+
+    def tree_flatten(self):
+        return [self.value], None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        made = object.__new__(cls)
+        [made.value] = leaves
+        return made
+
+
+class WithMomentum(diffusion.NoGuidance):
+    def init(self, sample):
+        return {"of x0": Momentum(jnp.zeros_like(sample)), "count": 0}
+
+    def combine(self, outputs, sample, coefficients, state):
+        prediction, _ = super().combine(outputs, sample, coefficients, None)
+        mean = Momentum(0.9 * state["of x0"].value + 0.1 * prediction.x0)
+        return prediction, {"of x0": mean, "count": state["count"] + 1}
+
+
+def test_a_state_may_have_classes_of_its_own():
+    noise, cond, _ = inputs()
+    found = diffusion.sample(network, noise, cond, None, SCHEDULE, guider=WithMomentum())
+    assert_close(found, diffusion.sample(network, noise, cond, None, SCHEDULE, guider=diffusion.NoGuidance()))

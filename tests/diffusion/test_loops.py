@@ -173,12 +173,23 @@ def test_what_does_not_fit_is_said():
         diffusion.denoise(with_variance, None, None, None, SCHEDULE, 0, 1, guider=diffusion.NoGuidance())
     guider = diffusion.NoGuidance()
     loop, table = diffusion.initial_loop_state(inputs()[0], guider), diffusion.solver_coefficients(SCHEDULE)
-    for bounds in ((-1, 2), (2, 1), (0, STEPS + 1)):
+    for bounds in ((-1, 2), (2, 1), (0, STEPS + 1), (np.int64(0), np.int64(STEPS + 1))):
         with pytest.raises(ValueError, match=f"first={bounds[0]} and last={bounds[1]} are no steps of {STEPS} rows"):
             diffusion.denoise(with_variance, loop, inputs()[1], None, table, *bounds, guider=guider)
     with pytest.raises(TypeError, match=r"step must return the next state, of shape \[6, .*; returned is one of shape"):
         sampled(step=lambda coefficients, state, prediction, noise: prediction.x0)
     with pytest.raises(TypeError, match=r"after_step must return the next sample, .*; returned is NoneType"):
         sampled(after_step=lambda index, sample: None)
+    one_key = diffusion.KeyNoise(jax.random.split(jax.random.key(0), 1))
+    with pytest.raises(
+        TypeError, match=r"step_noise must return the noise, of shape \[2, .*; returned is one of shape \[1"
+    ):
+        sampled(rng=one_key)
+    with pytest.raises(ValueError, match=f"GivenNoise of 1 steps from 0 on; needed are {STEPS} steps from 0 on"):
+        sampled(rng=diffusion.GivenNoise(inputs()[0][None], 0))
+    with pytest.raises(ValueError, match=r"the coefficients have \[1, "):
+        diffusion.sample(with_variance, *inputs(), table._replace(matrix=table.matrix[:1]))
+    with pytest.raises(ValueError, match=r"values have the shape \[2, 3\]; needed is one number, or one per image"):
+        sampled(guider=diffusion.ClassifierFreeGuidance(jnp.ones((2, 3))))
     with pytest.raises(TypeError, match="rng must be a seed"):
         sampled(rng="3")

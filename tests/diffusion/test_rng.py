@@ -149,8 +149,9 @@ def test_bad_generators(generator, error, message):
 
 
 def test_what_a_noise_source_does_not_take():
-    for generator in (0, [TorchGenerator(0), TorchGenerator(1)]):
+    for generator in (0, TorchGenerator(0), [TorchGenerator(0), TorchGenerator(1)]):
         with pytest.raises(ValueError, match=r"shape is \[3, 8\]; needed is \[2, ...\]"):
             noise_source(generator, 2, DECODER_STREAM).initial((3, 8))
+        assert noise_source(generator, 2, DECODER_STREAM).initial([2, 8])[0].shape == (2, 8)
     with pytest.raises(ValueError, match=r"use must be PRIOR_STREAM or DECODER_STREAM .*, got 'decoder'"):
         noise_source(0, 2, "decoder")

@@ -166,9 +166,23 @@ def test_arguments_that_do_not_fit_are_said(networks, inputs):
         unet, sample[:1], timestep[:1], condition, message="condition is of a batch of 2, the sample of a batch of 1"
     )
     refused(unet.condition, embeds[:, :3], message=r"image_embeds has the shape \[2, 3\]; needed is \[B, 64\]")
-    refused(unet.condition, embeds, channels=jnp.ones((3, 8, 8, 5)), message="of a batch of 3, image_embeds of 2")
+    refused(
+        unet.condition, embeds, channels=jnp.ones((3, 8, 8, 5)), message="of a batch of 3; needed is that of image_em"
+    )
+    refused(unet.condition, embeds, jnp.ones((2, 64, 64, 3)), message="hint is given, but this UNet takes none")
     refused(prior, noisy, timestep, condition, error=TypeError, message=r"what prior.condition\(...\) returns")
-    refused(prior, noisy[:1], timestep[:1], text, message="condition is of a batch of 2, the sample of a batch of 1")
+    refused(prior, jnp.ones((3, noisy.shape[1])), 5, text, message="condition is of a batch of 2, the sample of .* 3")
     refused(prior, noisy[:, :3], timestep, text, message=r"hidden_states has the shape \[2, 3\]; needed is \[B, ")
     refused(prior.condition, pooled[:, :3], states, mask, message=r"proj_embedding has the shape \[2, 3\]")
     refused(prior.condition, pooled, states[..., :3], mask, message="encoder_hidden_states has the shape")
+    more, all_visible = jnp.concatenate([states, states], 1), jnp.concatenate([mask, mask], 1)
+    refused(prior.condition, pooled, more, all_visible, message="has 154 tokens; needed are at most 77")
+
+
+def test_a_condition_of_one_image_serves_all_where_its_blocks_can(networks):
+    prior = networks[1]
+    pooled, states, mask = text_of(prior)
+    noisy = jnp.linspace(-1, 1, 2 * prior.config.embedding_dim).reshape(2, -1)
+    one = prior.condition(pooled[:1], states[:1], mask[:1])
+    each = prior.condition(pooled, states, mask)
+    np.testing.assert_allclose(prior(noisy, 5, one), prior(noisy, 5, each), atol=1e-5)

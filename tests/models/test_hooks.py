@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -337,5 +339,7 @@ def test_what_cannot_be_captured_is_said(unet, arrays):
         capture(unet, "(")
     with pytest.raises(TypeError, match=r"names must be one regular expression, such as .*, got \['mid_block'\]"):
         capture(unet, ["mid_block"])
+    compiled = capture(unet, re.compile("mid_block"))
+    assert list(jax.eval_shape(lambda: compiled(sample, timestep, unet.condition(embeds)))[1]) == ["mid_block"]
     with pytest.raises(TypeError, match="capture takes a network or a method of one"):
         capture(jnp.sin, ".*")
