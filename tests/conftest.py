@@ -123,7 +123,8 @@ def pytest_testnodedown(node) -> None:
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Print the figures that the README quotes, as measured in this run; a campaign's are kept as well."""
-    if config.getoption("markexpr") == "campaign" and not config.getoption("collectonly") and terminalreporter.stats:
+    of_a_worker = hasattr(config, "workerinput")
+    if config.getoption("markexpr") == "campaign" and not of_a_worker and not config.getoption("collectonly"):
         path = campaign_record.record(terminalreporter.stats, FIGURES, time.monotonic() - BEGAN)
         terminalreporter.write_line(f"recorded in {path}")
     if FIGURES:
