@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests import campaign_record, shape_checks
+from tests import shape_checks
 from tests.xla_flags import QUICK_TO_COMPILE
 
 shape_checks.install()  # before the package is imported
 
 from kandinsky_jax.checkpoint import hub  # noqa: E402
 from kandinsky_jax.compilation import set_compilation_cache  # noqa: E402
+from tests import campaign_record  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Each of the suite's processes has cores of its own: XLA's threads lose more by sharing them than they gain. A process
