@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from kandinsky_jax.common.errors import quote
+from kandinsky_jax.common.errors import quote, summarize
 from kandinsky_jax.diffusion import Params
 
 # Layers that the reference's LoRA scripts change: queries, keys, values and output of every attention, and in the UNet
@@ -39,6 +39,10 @@ class LoraConfig:
     rank: int = 4
     alpha: float | None = None
     pattern: str = ATTENTION
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     @property
     def scale(self) -> float:
@@ -102,8 +106,14 @@ def layer_delta(pair: Mapping[str, jax.Array], scale: float | jax.Array) -> jax.
 
 
 def merged(params: Params, lora: Lora, scale: float | jax.Array = 1.0) -> Params:
-    """Return parameters with the changes added in float32, in the parameters' dtype."""
+    """Return parameters with the changes added in float32, in the parameters' dtype.
+
+    Raises:
+        ValueError: for changes of layers that the parameters do not have.
+    """
     weights = flat(params)
+    if unknown := [name for name in lora if f"{name}.weight" not in weights]:
+        raise ValueError(f"the parameters have no layers {summarize(unknown)}, which LoRA changes")
     for name, pair in lora.items():
         weight = weights[f"{name}.weight"]
         weights[f"{name}.weight"] = (weight.astype(jnp.float32) + layer_delta(pair, scale)).astype(weight.dtype)

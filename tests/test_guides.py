@@ -15,13 +15,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 def test_inside_a_network():
     made: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "inside_a_network.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(block, "inside_a_network.md", "exec"), made)
     assert np.asarray(made["image"]).std() > 10
     assert made["output"].shape == (1, 8, 8, 8)
     assert 0 < made["of_uncond"] < 1
     assert 0 < made["of_cond"] < 1
+    expected = made["pipe"].prior_pipe("red apple", generator=0, output_type="np", return_dict=False)[0]
+    np.testing.assert_allclose(made["image_embeds"], expected, atol=1e-4)
     gradient, changes = made["gradient"], made["changes"]
     assert gradient.keys() == changes.keys()
     for name, part in gradient.items():

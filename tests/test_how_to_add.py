@@ -115,3 +115,9 @@ def test_the_page_shows_every_patch():
     page = (ROOT / "docs" / "how_to_add.md").read_text()
     assert sorted(path.stem for path in PATCHES.glob("*.patch")) == sorted(MOST_FILES)
     assert all(f"(how_to_add/{name}.patch)" in page for name in MOST_FILES)
+
+
+@pytest.mark.parametrize("name", MOST_FILES)
+def test_a_patch_still_applies(name):
+    """Quick, so that it is seen where the file is changed; what the patch does is a slow test."""
+    subprocess.run(["git", "apply", "--check", PATCHES / f"{name}.patch"], cwd=ROOT, check=True)

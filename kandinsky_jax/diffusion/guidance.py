@@ -159,7 +159,7 @@ def batch_evaluations(evaluations: Sequence[Evaluation]) -> tuple[NetworkCall, .
     if not isinstance(evaluations, Sequence) or not all(isinstance(item, Evaluation) for item in evaluations):
         raise TypeError(
             "a guider's evaluations must be a list of Evaluation, such as [Evaluation(uncond), Evaluation(cond)], got "
-            f"{type(evaluations).__name__}"
+            f"{shorten(evaluations, 80)}"
         )
     if not evaluations:
         raise ValueError("a guider's evaluations are an empty list; needed is at least one Evaluation")
@@ -220,6 +220,11 @@ def predict(
             output = function(batch, timestep, evaluation.condition, **options)
         else:
             output, cache = function(batch, timestep, evaluation.condition, cache=cache)
+        if not isinstance(output, jax.Array):
+            raise TypeError(
+                f"the model returned a {type(output).__name__}, needed is an array; what it computes besides leaves "
+                "the loop by a cache, see predict"
+            )
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))  # once, before the evaluations part
         outputs.update(zip(members, jnp.split(output, len(members)), strict=True))
     combined = guider.combine([outputs[i] for i in range(len(outputs))], sample, coefficients, state)

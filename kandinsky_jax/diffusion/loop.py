@@ -196,8 +196,8 @@ def sample(
             NamedTuple of arrays with at least the fields that `predict` and `prediction_from_output` read.
         guider: how evaluations become a prediction.
         rng: the noise of stochastic solvers. A seed or a `jax.random.key`: that of the decoder's pipelines for the
-            same `generator`, image by image. Or a function, see `StepNoise`. None for deterministic solvers: a step
-            then gets zeros as noise.
+            same `generator`, image by image. Or a function, see `StepNoise`; that of the prior's pipelines is from
+            `noise_source(..., PRIOR_STREAM).steps`. None for deterministic solvers: a step then gets zeros as noise.
         step: see `Step`; slot 0 of the state is the sample.
         after_step: changes the sample after each step.
         cache: the network's feature cache before the first step, see `predict`.
@@ -218,6 +218,8 @@ def sample(
     coefficients = _checked(schedule, rng)
     _check_conditions(model, len(noise), cond, uncond)
     _check_guider(guider)
+    if not callable(step):
+        raise TypeError(f"step must be a function such as solver_step, got {quote(step)}")
     steps = _rows(coefficients)
     if isinstance(segment, bool) or not isinstance(segment, int) or segment < 1:
         raise ValueError(f"segment must be an integer of at least 1, got {segment!r}")
@@ -300,10 +302,12 @@ def _check_conditions(model: Model, images: int, *conditions: PyTree) -> None:
 
 
 def _check_guider(guider: Guider) -> None:
-    if isinstance(guider, type) or not all(hasattr(guider, name) for name in ("evaluations", "combine", "init")):
+    missing = [name for name in ("init", "evaluations", "combine") if not hasattr(guider, name)]
+    if isinstance(guider, type) or missing:
+        without = f" without {', '.join(missing)}" if missing else ""
         raise TypeError(
             "guider must be an object with the methods of `Guider`, such as ClassifierFreeGuidance(4.0), got "
-            f"{quote(guider)}"
+            f"{quote(guider)}{without}"
         )
 
 

@@ -59,8 +59,17 @@ class Network:
         return 1 if self.mesh is None else self.mesh.shape[DATA_AXIS]
 
     def bind(self, params: Params) -> nnx.Module:
-        """Return the module with these parameters; they may be tracers, so a loss can be a function of them."""
-        return nnx.merge(self.graphdef, params)
+        """Return the module with these parameters; they may be tracers, so a loss can be a function of them.
+
+        Raises:
+            ValueError: for parameters of another structure.
+        """
+        try:
+            return nnx.merge(self.graphdef, params)
+        except ValueError as error:
+            raise ValueError(
+                f"these are not the parameters of this network, as Network.split gives them: {error}"
+            ) from None
 
     def __hash__(self) -> int:
         return self._hash

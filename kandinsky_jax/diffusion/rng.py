@@ -186,7 +186,15 @@ class KeySource:
     def steps(
         self, first: int, count: int, drawn: np.ndarray, shape: tuple[int, ...], batches: int = 1
     ) -> list[KeyNoise]:
-        """The noise of the steps first .. first + count - 1, for each batch."""
+        """Make the noise of the steps first .. first + count - 1 (evaluations, by their rows of the schedule).
+
+        Args:
+            drawn: bool `[evaluations]`, the schedule's `draws_noise`; keys do not need it.
+            shape: of the sample, `[B, ...]`.
+            batches: how often the program runs with this batch, such as 2 in a prior with negative prompts.
+        Returns:
+            a `StepNoise` for each batch.
+        """
         return self._batches(batches)
 
     def skip(self, draws: int, shape: tuple[int, ...]) -> None:

@@ -40,6 +40,8 @@ def solver_coefficients(schedule: Schedule) -> SolverCoefficients:
     Returns:
         float32 fields `[N, ...]`, N evaluations of the network (two per step of second-order solvers).
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be what scheduler.schedule(steps) returns, got {type(schedule).__name__}")
     return jax.tree.map(lambda column: jnp.asarray(column[: len(schedule)]), schedule.table)
 
 
@@ -144,7 +146,7 @@ def dynamic_threshold(x0: Float[Array, "*sample"], quantile: ArrayLike, largest:
 def prediction_from_output(
     coefficients: SolverCoefficients,
     sample: Float[Array, "*sample"],
-    output: Float[Array, "*sample"],
+    output: Float[Array, "*output"],
     variance: Float[Array, "*sample"] | None = None,
 ) -> Prediction:
     """Turn a network's output, guided or not, into predictions of x0 and eps.
@@ -155,6 +157,11 @@ def prediction_from_output(
         output: `[B, ..., C]`, float32.
         variance: the network's second half of channels `[B, ..., C]`, if it has one.
     """
+    if output.shape != sample.shape:
+        raise ValueError(
+            f"the output has the shape {list(output.shape)}, the sample {list(sample.shape)}; needed is the same, with "
+            "the learned variance split off (split_output) and a guidance scale for each image or one for all"
+        )
     x0 = limit_x0(coefficients, predict_x0(coefficients, sample, output))
     of_sample, of_x0, of_output = (per_image(coefficients.eps_from[..., i], sample.ndim) for i in range(3))
     return Prediction(x0, of_sample * sample + of_x0 * x0 + of_output * output, variance)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.types import Array, Float, Int
+from kandinsky_jax.models.checks import check_shape
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig, block_faults
 from kandinsky_jax.models.hooks import AttentionLayer
@@ -317,6 +318,7 @@ class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
 
     def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         """Pictures `[B, H, W, 3]` in -1..1, sides multiples of 8 -> latents `[B, H/8, W/8, 4]`, unscaled."""
+        check_shape("pixels", pixels.shape, "B", "H", "W", self.config.in_channels)
         return self.quant_conv(self.encoder(pixels.astype(dtype_of(self))))
 
     def decode(
@@ -332,6 +334,7 @@ class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         Returns:
             pictures `[B, 8h, 8w, 3]`, about -1..1, not clamped.
         """
+        check_shape("latents", latents.shape, "B", "h", "w", self.config.latent_channels)
         latents = latents.astype(dtype_of(self))
         if not force_not_quantize:
             codes, _ = self.quantize(latents)

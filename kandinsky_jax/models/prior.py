@@ -15,9 +15,10 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from kandinsky_jax.common.types import Array, Bool, Float
+from kandinsky_jax.common.types import Array, Bool, Float, Num
 from kandinsky_jax.models.checks import Timestep, check_condition, check_shape, timesteps
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig
@@ -172,7 +173,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         self,
         proj_embedding: Float[Array, "B P"],
         encoder_hidden_states: Float[Array, "B T E"],
-        attention_mask: Bool[Array, "B T"],
+        attention_mask: Num[Array | np.ndarray, "b T"] | Bool[Array | np.ndarray, "b T"],
         attention: AttentionFunction | None = None,
     ) -> PriorCondition:
         """Run the tokens that do not change between steps.
@@ -181,7 +182,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             proj_embedding: the pooled text embedding, `[B, embedding_proj_dim]`.
             encoder_hidden_states: the text tower's hidden states, `[B, num_embeddings, embedding_dim]`; tokens at the
                 end that are padding in the whole batch may be left out, since they are masked.
-            attention_mask: bool `[B, T]`, T of the hidden states, False at padding.
+            attention_mask: `[B, T]`, T of the hidden states, False or 0 at padding; `[1, T]` for all.
             attention: in the place of the ordinary attention of all blocks.
         """
         if attention is not None:
@@ -201,7 +202,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         positions = self.positional_embedding[...]
         pooled_at = self.config.num_embeddings
         x = x + jnp.concatenate([positions[:, : rows - 1], positions[:, pooled_at : pooled_at + 1]], axis=1)
-        visible = jnp.pad(attention_mask, ((0, 0), (0, 1)), constant_values=True)  # [B, T + 1]
+        visible = jnp.pad(jnp.asarray(attention_mask, bool), ((0, 0), (0, 1)), constant_values=True)  # [B, T + 1]
         mask = jnp.tril(jnp.ones((rows, rows), bool)) & visible[:, None, None]  # [B, 1, T + 1, T + 1]
         parts = []
         for block in self.transformer_blocks:

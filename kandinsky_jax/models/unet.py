@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
 from kandinsky_jax.common.types import Array, Float
 from kandinsky_jax.models.checks import Timestep, check_condition, check_shape, timesteps
@@ -144,23 +145,13 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         Raises:
             ValueError: where a shape does not fit, or there is a hint for a UNet that takes none.
         """
+        self._check_arguments(image_embeds, hint, channels)
         dtype = dtype_of(self)
-        check_shape("image_embeds", np.shape(image_embeds), "B", self.config.encoder_hid_dim)
         image_embeds = jnp.asarray(image_embeds, dtype)
         tokens = self.encoder_hid_proj(image_embeds)
         if hint is not None:
-            check_shape("hint", np.shape(hint), "b", "H", "W", 3)
-            if not self.config.takes_hint:
-                raise ValueError(
-                    "hint is given, but this UNet takes none; a hinted UNet's addition_embed_type is image_hint"
-                )
             channels = self.add_embedding.encode_hint(jnp.asarray(hint, dtype))
         if channels is not None:
-            if len(image_embeds) % len(channels):
-                raise ValueError(
-                    f"hint or channels are of a batch of {len(channels)}; needed is that of image_embeds, "
-                    f"{len(image_embeds)}, or a divisor of it"
-                )
             channels = jnp.tile(channels.astype(dtype), (len(image_embeds) // len(channels), 1, 1, 1))  # [B, h, w, c]
         return UNetCondition(
             embedding=self.add_embedding(image_embeds),
@@ -169,6 +160,26 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             up_blocks=[block.condition(tokens) for block in self.up_blocks],
             channels=channels,
         )
+
+    def _check_arguments(
+        self, image_embeds: ArrayLike, hint: jax.Array | np.ndarray | None, channels: jax.Array | np.ndarray | None
+    ) -> None:
+        """Raise ValueError for what `condition` cannot take."""
+        config, shape = self.config, np.shape(image_embeds)
+        check_shape("image_embeds", shape, "B", config.encoder_hid_dim)
+        if hint is not None and not config.takes_hint:
+            raise ValueError("hint is given, but this UNet takes none; its addition_embed_type is not image_hint")
+        for name, given, axes in (("hint", hint, ("b", "H", "W", 3)), ("channels", channels, ("b", "h", "w", "c"))):
+            if given is None:
+                continue
+            check_shape(name, given.shape, *axes)
+            if shape[0] % len(given):
+                raise ValueError(f"{name} is of a batch of {len(given)}; needed is {shape[0]}, or a divisor of it")
+        if channels is not None and channels.shape[-1] >= config.in_channels:
+            raise ValueError(
+                f"channels has {channels.shape[-1]} of them, but this UNet takes {config.in_channels} with the "
+                "sample's; an inpainting UNet takes 5 besides, one for text none"
+            )
 
     def __call__(
         self,
@@ -190,6 +201,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         """
         if attention is not None:
             return with_attention(self, attention)(sample, timestep, condition)
+        check_shape("sample", np.shape(sample), "B", "h", "w", "C")
         check_condition(condition, UNetCondition, "embedding", len(sample), "unet.condition(image_embeds)")
         dtype, timestep = dtype_of(self), timesteps(timestep, len(sample))
         time = timestep_embedding(timestep, self.config.block_out_channels[0]).astype(dtype)

@@ -55,13 +55,23 @@ class SolverCoefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A scheduler's answer for a number of steps: the table for the device, and what the host must know."""
+    """A scheduler's answer for a number of steps: the table for the device, and what the host must know.
+
+    Args:
+        table: the coefficients, padded to `MAX_STEPS` rows.
+        timesteps: `[evaluations]`, as diffusers' `scheduler.timesteps`.
+        draws_noise: bool `[evaluations]`, whether the reference draws random numbers at this one.
+        levels: float64 `[evaluations, 2]`, the factors of signal and noise in the sample that each one takes; for
+            schedulers with sigmas these are 1 and sigma.
+        learned_variance: whether the network's second half of channels is used.
+        init_noise_sigma: what the first noise is multiplied by.
+    """
 
     table: SolverCoefficients
-    timesteps: np.ndarray  # [evaluations], as diffusers' scheduler.timesteps
-    draws_noise: np.ndarray  # bool [evaluations], whether the reference draws random numbers at this one
-    levels: np.ndarray  # float64 [evaluations, 2] how much signal and noise the sample has that each one takes
-    learned_variance: bool  # whether the network's second half of channels is used
+    timesteps: np.ndarray
+    draws_noise: np.ndarray
+    levels: np.ndarray
+    learned_variance: bool
     init_noise_sigma: float = 1.0
 
     def __len__(self) -> int:

@@ -192,10 +192,23 @@ def test_what_a_guider_returns_wrongly_is_said(result, message):
         diffusion.sample(network, noise, cond, None, schedule, guider=guider)
 
 
+def test_an_output_that_does_not_fit_is_said():
+    noise, cond, uncond = inputs()
+    doubled = jnp.concatenate([noise, noise], -1)
+    with pytest.raises(ValueError, match=r"has the shape \[2, 4, 4, 6\], the sample \[2, 4, 4, 3\]; .*split_output"):
+        diffusion.prediction_from_output(row(SCHEDULE, 0), noise, doubled)
+    guider = diffusion.ClassifierFreeGuidance(jnp.ones(3))
+    with pytest.raises(
+        ValueError, match=r"output has the shape \[3, .* a guidance scale for each image or one for all"
+    ):
+        diffusion.sample(network, noise[:1], cond[:1], uncond[:1], SCHEDULE, guider=guider)
+
+
 @pytest.mark.parametrize(
     ("evaluations", "error", "message"),
     [
-        (jnp.zeros((2, 3)), TypeError, r"must be a list of Evaluation, such as .*, got ArrayImpl"),
+        ([{"a": 1}], TypeError, r"must be a list of Evaluation, such as .*, got \[\{'a': 1\}\]"),
+        (jnp.zeros((2, 3)), TypeError, r"must be a list of Evaluation, such as .*, got Array\("),
         ([jnp.zeros((2, 3))], TypeError, "must be a list of Evaluation"),
         ([], ValueError, "needed is at least one Evaluation"),
     ],

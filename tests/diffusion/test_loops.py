@@ -180,6 +180,12 @@ def test_what_does_not_fit_is_said():
         sampled(step=lambda coefficients, state, prediction, noise: prediction.x0)
     with pytest.raises(TypeError, match=r"after_step must return the next sample, .*; returned is NoneType"):
         sampled(after_step=lambda index, sample: None)
+    with pytest.raises(TypeError, match="step must be a function such as solver_step, got 'euler'"):
+        sampled(step="euler")
+    with pytest.raises(TypeError, match=r"schedule must be what .*, got DDIMScheduler"):
+        diffusion.solver_coefficients(DDIMScheduler())
+    with pytest.raises(TypeError, match=r"the model returned a tuple, needed is an array; .* by a cache, see predict"):
+        diffusion.sample(lambda *args: (with_variance(*args), 1), *inputs(), SCHEDULE)
     one_key = diffusion.KeyNoise(jax.random.split(jax.random.key(0), 1))
     with pytest.raises(
         TypeError, match=r"step_noise must return the noise, of shape \[2, .*; returned is one of shape \[1"

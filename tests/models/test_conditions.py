@@ -167,7 +167,10 @@ def test_arguments_that_do_not_fit_are_said(networks, inputs):
     )
     refused(unet.condition, embeds[:, :3], message=r"image_embeds has the shape \[2, 3\]; needed is \[B, 64\]")
     refused(
-        unet.condition, embeds, channels=jnp.ones((3, 8, 8, 5)), message="of a batch of 3; needed is that of image_em"
+        unet.condition, embeds, channels=jnp.ones((3, 8, 8, 2)), message="is of a batch of 3; needed is 2, or a div"
+    )
+    refused(
+        unet.condition, embeds, channels=jnp.ones((2, 8, 8, 5)), message="channels has 5 of them, but this UNet tak"
     )
     refused(unet.condition, embeds, jnp.ones((2, 64, 64, 3)), message="hint is given, but this UNet takes none")
     refused(prior, noisy, timestep, condition, error=TypeError, message=r"what prior.condition\(...\) returns")
@@ -186,3 +189,5 @@ def test_a_condition_of_one_image_serves_all_where_its_blocks_can(networks):
     one = prior.condition(pooled[:1], states[:1], mask[:1])
     each = prior.condition(pooled, states, mask)
     np.testing.assert_allclose(prior(noisy, 5, one), prior(noisy, 5, each), atol=1e-5)
+    of_integers = prior.condition(pooled, states, np.asarray(mask, np.int64))  # as a tokenizer gives them
+    jax.tree.map(np.testing.assert_array_equal, of_integers, each)

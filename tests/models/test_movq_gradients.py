@@ -140,3 +140,8 @@ def test_decoding_by_codes_has_no_gradient_to_the_latents_unless_asked(shapes_pi
     codes = torch_codes(reference, torch.tensor(nchw(latents)))
     expected = reference.decode(codes, force_not_quantize=True).sample
     assert note(relative(decoded, expected), "pictures of codes, relative") <= 1e-4
+
+
+def test_latents_of_another_layout_are_said(shapes_pipe):
+    with pytest.raises(ValueError, match=r"latents has the shape \[1, 4, 8, 8\]; needed is \[B, h, w, 4\]"):
+        shapes_pipe.movq.decode(jnp.zeros((1, 4, 8, 8)))

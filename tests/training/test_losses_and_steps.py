@@ -308,6 +308,17 @@ def test_patterns_that_match_no_layer(shapes_pipe):
         lora.init(Network.split(shapes_pipe.unet)[1], LoraConfig(pattern="nothing"), jax.random.key(0))
 
 
+def test_changes_and_parameters_of_another_network(shapes_pipe):
+    network, params = Network.split(shapes_pipe.unet)
+    pair = {"A": jnp.ones((2, 3)), "B": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match=r"the parameters have no layers up\.1, which LoRA changes"):
+        lora.merged(params, {"up.1": pair})
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        LoraConfig(rank=0)
+    with pytest.raises(ValueError, match=r"not the parameters of this network, as Network\.split gives them"):
+        network.bind(Network.split(shapes_pipe.prior_prior)[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
