@@ -40,10 +40,6 @@ class LoraConfig:
     alpha: float | None = None
     pattern: str = ATTENTION
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-
     @property
     def scale(self) -> float:
         """Factor of the changes."""
@@ -83,8 +79,10 @@ def init(params: Params, config: LoraConfig, key: jax.Array) -> Lora:
     """Initialise changes, which are zero at first: A normal with deviation 1 / rank, B zero (peft's "gaussian").
 
     Raises:
-        ValueError: for a pattern that matches no linear layer.
+        ValueError: for a rank of less than 1, or a pattern that matches no linear layer.
     """
+    if config.rank < 1:
+        raise ValueError(f"rank must be at least 1, got {config.rank}")
     weights = {name.removesuffix(".weight"): leaf for name, leaf in flat(params).items() if name.endswith(".weight")}
     layers = {name: leaf for name, leaf in weights.items() if leaf.ndim == 2 and re.search(config.pattern, name)}
     if not layers:

@@ -314,7 +314,7 @@ def test_changes_and_parameters_of_another_network(shapes_pipe):
     with pytest.raises(ValueError, match=r"the parameters have no layers up\.1, which LoRA changes"):
         lora.merged(params, {"up.1": pair})
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        LoraConfig(rank=0)
+        lora.init(params, LoraConfig(rank=0), jax.random.key(0))
     with pytest.raises(ValueError, match=r"not the parameters of this network, as Network\.split gives them"):
         network.bind(Network.split(shapes_pipe.prior_prior)[1])
 
