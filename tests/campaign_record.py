@@ -24,7 +24,7 @@ def record(
     figures: Mapping[tuple[str, str], Sequence[float]],
     seconds: float,
     folder: Path = RESULTS,
-) -> Path:
+) -> Path | None:
     """Add a run's tests and figures to today's file, in which a later run of a part replaces that part.
 
     Args:
@@ -32,6 +32,8 @@ def record(
         figures: measured, by test and what they are.
         seconds: that the whole run took.
         folder: where the file is.
+    Returns:
+        the file; None where no test was run, and nothing is written.
     """
     today = datetime.date.today().isoformat()
     path = folder / f"campaign-{today}.json"
@@ -42,6 +44,8 @@ def record(
         for report in stats.get(outcome, ())
         if outcome != "passed" or report.when == "call"
     }
+    if not tests:
+        return None
     measured = {
         f"{test}: {what}": {"worst": _short(max(values)), "median": _short(np.median(values)), "of": len(values)}
         for (test, what), values in figures.items()

@@ -127,7 +127,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     of_a_worker = hasattr(config, "workerinput")
     if config.getoption("markexpr") == "campaign" and not of_a_worker and not config.getoption("collectonly"):
         path = campaign_record.record(terminalreporter.stats, FIGURES, time.monotonic() - BEGAN)
-        terminalreporter.write_line(f"recorded in {path}")
+        terminalreporter.write_line(f"recorded in {path}" if path else "nothing recorded")
     if FIGURES:
         terminalreporter.section("measured")
     for (test, what), figures in FIGURES.items():

@@ -25,3 +25,8 @@ def test_parts_are_added_to_the_days_record(tmp_path):
     assert found["measured"]["test: error"] == {"worst": 1.23, "median": 0.7, "of": 3}
     assert found["measured"]["test: lost"]["worst"] is None
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_run_of_no_test_leaves_no_record(tmp_path):
+    assert record({"deselected": [report("a")]}, {}, 1, tmp_path) is None
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import Array, Float, PyTree
@@ -220,7 +221,7 @@ def predict(
             output = function(batch, timestep, evaluation.condition, **options)
         else:
             output, cache = function(batch, timestep, evaluation.condition, cache=cache)
-        if not isinstance(output, jax.Array):
+        if not isinstance(output, jax.Array | np.ndarray):
             raise TypeError(
                 f"the model returned a {type(output).__name__}, needed is an array; what it computes besides leaves "
                 "the loop by a cache, see predict"

@@ -74,11 +74,11 @@ class AttentionLayer(nnx.Module):
         if self.attention_function is None:
             return attend(query, key, value, mask)
         attended = self.attention_function(query, key, value, mask, name=self.attention_name)
-        needed = [*query.shape[:2], query.shape[2] * query.shape[3]]
-        if list(jnp.shape(attended)) != needed:
+        shape, needed = list(jnp.shape(attended)), [*query.shape[:2], query.shape[2] * query.shape[3]]
+        if shape != needed:
             raise ValueError(
-                f"the attention function returned the shape {list(jnp.shape(attended))} in {self.attention_name}; "
-                f"needed is [B, T, heads * head_dim], {needed}"
+                f"the attention function returned the shape {shape} in {self.attention_name}; needed is "
+                f"[B, T, heads * head_dim], {needed}"
             )
         return attended
 

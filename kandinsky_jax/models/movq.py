@@ -316,7 +316,7 @@ class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         self.post_quant_conv = conv(config.embed_dim, config.latent_channels, rngs, kernel=1)
         self.decoder = Decoder(config, rngs=rngs)
 
-    def encode(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+    def encode(self, pixels: Float[Array, "B H W C_in"]) -> Float[Array, "B h w C"]:
         """Pictures `[B, H, W, 3]` in -1..1, sides multiples of 8 -> latents `[B, H/8, W/8, 4]`, unscaled."""
         check_shape("pixels", pixels.shape, "B", "H", "W", self.config.in_channels)
         return self.quant_conv(self.encoder(pixels.astype(dtype_of(self))))

@@ -200,7 +200,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         x = jnp.concatenate([text, pooled], axis=1)
         rows = x.shape[1]
         positions = self.positional_embedding[...]
-        pooled_at = self.config.num_embeddings
+        pooled_at = config.num_embeddings
         x = x + jnp.concatenate([positions[:, : rows - 1], positions[:, pooled_at : pooled_at + 1]], axis=1)
         visible = jnp.pad(jnp.asarray(attention_mask, bool), ((0, 0), (0, 1)), constant_values=True)  # [B, T + 1]
         mask = jnp.tril(jnp.ones((rows, rows), bool)) & visible[:, None, None]  # [B, 1, T + 1, T + 1]

@@ -145,7 +145,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         Raises:
             ValueError: where a shape does not fit, or there is a hint for a UNet that takes none.
         """
-        self._check_arguments(image_embeds, hint, channels)
+        self._check_conditioning(image_embeds, hint, channels)
         dtype = dtype_of(self)
         image_embeds = jnp.asarray(image_embeds, dtype)
         tokens = self.encoder_hid_proj(image_embeds)
@@ -161,7 +161,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             channels=channels,
         )
 
-    def _check_arguments(
+    def _check_conditioning(
         self, image_embeds: ArrayLike, hint: jax.Array | np.ndarray | None, channels: jax.Array | np.ndarray | None
     ) -> None:
         """Raise ValueError for what `condition` cannot take."""
@@ -209,7 +209,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         x = jnp.asarray(sample, dtype)
         if condition.channels is not None:
             x = jnp.concatenate([x, condition.channels], axis=-1)
-        self._check_shape(sample.shape, x.shape)
+        self._check_sample(sample.shape, x.shape)
         skips = [self.conv_in(x)]
         for down_block, part in zip(self.down_blocks, condition.down_blocks, strict=True):
             skips += down_block(skips[-1], temb, part)
@@ -220,10 +220,10 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             skips = skips[:-taken]
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
-    def _check_shape(self, sample: tuple[int, ...], x: tuple[int, ...]) -> None:
+    def _check_sample(self, sample: tuple[int, ...], x: tuple[int, ...]) -> None:
         """Raise ValueError for a sample that does not fit, with its shape and that with the condition's channels."""
         factor = 2 ** (len(self.config.block_out_channels) - 1)
-        if len(x) == 4 and x[3] == self.config.in_channels and x[1] % factor == 0 and x[2] % factor == 0:
+        if x[3] == self.config.in_channels and x[1] % factor == 0 and x[2] % factor == 0:
             return
         channels = self.config.in_channels - (x[-1] - sample[-1])
         raise ValueError(

@@ -31,7 +31,7 @@ class SolverCoefficients(NamedTuple):
     """The coefficients of each evaluation of the network, rows first; a schedule's table is padded to `MAX_STEPS`.
 
     Args:
-        timestep: `[N]`, what the network is told.
+        timestep: `[N]`, the network's second argument.
         input_scale: `[N]`; the sample is multiplied by this for the network.
         x0_from: `[N, 2]`: x0 = a * sample + b * output.
         eps_from: `[N, 3]`: eps = a * sample + b * x0 (clipped) + c * output.
@@ -61,8 +61,8 @@ class Schedule:
         table: the coefficients, padded to `MAX_STEPS` rows.
         timesteps: `[evaluations]`, as diffusers' `scheduler.timesteps`.
         draws_noise: bool `[evaluations]`, whether the reference draws random numbers at this one.
-        levels: float64 `[evaluations, 2]`, the factors of signal and noise in the sample that each one takes; for
-            schedulers with sigmas these are 1 and sigma.
+        levels: float64 `[evaluations, 2]`, the factors of signal and noise in the sample that each one takes;
+            1 and sigma where the sample is not scaled down, as in Euler's schedulers.
         learned_variance: whether the network's second half of channels is used.
         init_noise_sigma: what the first noise is multiplied by.
     """

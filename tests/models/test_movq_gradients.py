@@ -142,6 +142,8 @@ def test_decoding_by_codes_has_no_gradient_to_the_latents_unless_asked(shapes_pi
     assert note(relative(decoded, expected), "pictures of codes, relative") <= 1e-4
 
 
-def test_latents_of_another_layout_are_said(shapes_pipe):
+def test_pictures_and_latents_of_another_layout_are_said(shapes_pipe):
     with pytest.raises(ValueError, match=r"latents has the shape \[1, 4, 8, 8\]; needed is \[B, h, w, 4\]"):
         shapes_pipe.movq.decode(jnp.zeros((1, 4, 8, 8)))
+    with pytest.raises(ValueError, match=r"pixels has the shape \[1, 3, 64, 64\]; needed is \[B, H, W, 3\]"):
+        shapes_pipe.movq.encode(jnp.zeros((1, 3, 64, 64)))
