@@ -26,12 +26,12 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax import images
 from kandinsky_jax.batch.job import OpenJob
-from kandinsky_jax.batch.process import Process
 from kandinsky_jax.batch.requests import Checker, ErrorRecord, RowError, RowRequest, Shape
 from kandinsky_jax.batch.shards import GeneratedImage, json_line
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.diffusion.rng import image_keys
+from kandinsky_jax.parallel.process import Process
 from kandinsky_jax.pipelines import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import PendingImages
 from kandinsky_jax.preemption import Stop

@@ -95,11 +95,14 @@ def restore_tree(path: Path, target: T) -> T:
     read_json(path / "_METADATA")
     if cut := _cut_short(path):
         raise CheckpointError(f"{path} is damaged, {len(cut)} of its files are missing or cut short: {cut[0]}")
-    return _run(
-        lambda checkpointer: checkpointer.restore(path, args=ocp.args.StandardRestore(target)),
-        CheckpointError,
-        f"{path} is damaged or of another structure",
-    )
+
+    def action(_: ocp.Checkpointer) -> T:
+        # Without a checkpointer, which waits for all processes: one that fails here does not come.
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=CONCURRENT_GB)
+        restored: T = handler.restore(path, args=ocp.args.StandardRestore(target))
+        return restored
+
+    return _run(action, CheckpointError, f"{path} is damaged or of another structure")
 
 
 def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kandinsky_jax.common.terminal import TRACEBACK
+from kandinsky_jax.common.terminal import report
 from kandinsky_jax.preemption import STOPPED, Stop
 from kandinsky_jax.training.kinds import Kind
 
@@ -26,25 +25,42 @@ def train(
             "--accept-changes", help="Continue from checkpoints of other settings, data or weights, with the new ones."
         ),
     ] = False,
+    process: Annotated[
+        int | None, typer.Option(help="Number of this process, from 0; default: from the launcher.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="Number of processes; default: from the launcher.")] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Train on all hosts, in each of which this command is started.")
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Of process 0; implies --distributed; default: from the launcher."),
+    ] = None,
 ) -> None:
     """Train on captioned pictures.
 
     Continues from the last checkpoint when it is started again. diffusers can load the result too.
     """
-    from kandinsky_jax.training.config import load  # takes a second to import
-    from kandinsky_jax.training.errors import TrainingError
-    from kandinsky_jax.training.loop import Run
+    if not distributed and coordinator is None and process is None and processes is None:
+        sys.exit(_train(kind, config, quiet, accept_changes))
+    from kandinsky_jax.parallel.liveness import end_now, joined
 
     try:
+        with joined(process, processes, coordinator):
+            code = _train(kind, config, quiet, accept_changes)
+    except BaseException as error:
+        end_now(report(error))
+    sys.exit(code)
+
+
+def _train(kind: Kind, config: Path, quiet: bool, accept_changes: bool) -> int:
+    """Train, print the folder of the result, and return the exit code."""
+    from kandinsky_jax.training.config import load  # takes a second to import
+    from kandinsky_jax.training.loop import Run
+
+    with Stop().listening() as stop:
         run = Run(kind, load(config), quiet=quiet, accept_changes=accept_changes)
-        with Stop().listening() as stop:
-            result = run.train(stop=stop)
-    except TrainingError as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    if result is None:
-        print(f"stopped; start it again to continue: {config}")
-        sys.exit(STOPPED)
-    print(result)
+        result = run.train(stop=stop)
+    if run.hosts.first:
+        print(f"stopped; start it again to continue: {config}" if result is None else result, flush=True)
+    return STOPPED if result is None else 0

@@ -46,3 +46,7 @@ def summarize(faults: Sequence[str], limit: int = MAX_MESSAGE - 100, separator: 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used."""
+
+
+class RunError(RuntimeError):
+    """A long run cannot continue; the message tells its user why, and what to do."""

@@ -5,31 +5,41 @@
                                    and checksums of the state and of this JSON
     OUT/damaged_checkpoints/       unreadable checkpoints newer than the one that was restored
 
+All processes of a run write and read their parts of a checkpoint, in a folder that they share. Process 0 alone looks at
+the folder and at the JSON, and tells the others what it found.
+
 Orbax itself does not notice a flipped bit in the weights, and writes no checkpoint of a step below that of an existing
 folder, whatever the folder contains.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
 
 from kandinsky_jax.checkpoint import orbax
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import CheckpointError, shorten, summarize
+from kandinsky_jax.parallel.hosts import Hosts
+from kandinsky_jax.training.checksums import checksums, sharded_checksums
 from kandinsky_jax.training.errors import TrainingError
-from kandinsky_jax.training.run_record import STRUCTURE, Record, checksums, describe_changes, record_changes
+from kandinsky_jax.training.mesh import whole
+from kandinsky_jax.training.run_record import STRUCTURE, Record, describe_changes, record_changes
 from kandinsky_jax.training.step import TrainState
 
-CHECKPOINT_VERSION = 2  # 1, without a record and checksums, is read as well
+CHECKPOINT_VERSION = 3  # 2, with CRC-32 of whole arrays, and 1, without a record and checksums, are read as well
 MAX_PLACE_BYTES = 64 * 2**20
+T = TypeVar("T")
 Description: TypeAlias = dict[str, Any]  # of a checkpoint, whose fields `_place` has checked
 TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -41,11 +51,15 @@ class Checkpoints:
         folder: of the run, "OUT".
         record: identity of the run.
         limit: number of checkpoints to keep.
+        hosts: the processes of the run.
         accept_changes: whether to restore a checkpoint of other settings, data or weights.
     """
 
-    def __init__(self, folder: Path, record: Record, limit: int, *, accept_changes: bool = False):
+    def __init__(
+        self, folder: Path, record: Record, limit: int, *, hosts: Hosts | None = None, accept_changes: bool = False
+    ):
         self.folder, self.record, self.limit, self.accept_changes = folder, record, limit, accept_changes
+        self.hosts = Hosts() if hosts is None else hosts
         self._path = (folder / "checkpoints").absolute()
         self._manager: ocp.CheckpointManager | None = None
 
@@ -75,7 +89,7 @@ class Checkpoints:
             TrainingError: if this one or the previous one could not be written.
         """
         place = {"format_version": CHECKPOINT_VERSION, "step": step, "data": data, "kind": self.record["kind"]}
-        place |= {"run": self.record, "state": checksums(state)}
+        place |= {"run": self.record, "state": sharded_checksums(state, self.hosts)}
         place["checksum"] = _checksum(place)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), place=ocp.args.JsonSave(place))
         try:
@@ -116,7 +130,7 @@ class Checkpoints:
         for path in self._candidates():
             place: Description = {}
             try:
-                place = self._place(path)
+                place = self._from_first(functools.partial(self._place, path))
                 self._compare(path, place, accepted)
                 restored = self._state(path, place, state)
             except TrainingError as error:
@@ -132,12 +146,13 @@ class Checkpoints:
                 damaged.append(path)
                 continue
             if faults:
-                aside = self._moved_aside(damaged)
-                warnings.warn(
-                    f"{self._path}: damaged checkpoints are not used, training continues from step {path.name}; they "
-                    f"are in {aside.name}: {summarize(faults, 200)}",
-                    stacklevel=2,
-                )
+                aside = Path(self._from_first(lambda: str(self._moved_aside(damaged))))
+                if self.hosts.first:
+                    warnings.warn(
+                        f"{self._path}: damaged checkpoints are not used, training continues from step {path.name}; "
+                        f"they are in {aside.name}: {summarize(faults, 200)}",
+                        stacklevel=2,
+                    )
             return restored, place["data"]
         if faults:
             raise TrainingError(
@@ -145,8 +160,14 @@ class Checkpoints:
             )
         return None
 
+    def _from_first(self, function: Callable[[], T]) -> T:
+        return self.hosts.from_first(function, (CheckpointError, TrainingError, OSError))
+
     def _candidates(self) -> list[Path]:
         """Return folders of steps, newest first; temporary ones of killed writers are removed."""
+        return [self._path / name for name in self._from_first(self._steps)]
+
+    def _steps(self) -> list[str]:
         try:
             if not self._path.exists():
                 return []
@@ -156,8 +177,8 @@ class Checkpoints:
         for path in found:
             if TEMPORARY in path.name:
                 shutil.rmtree(path, ignore_errors=True)
-        steps = [path for path in found if path.name.isascii() and path.name.isdigit() and path.is_dir()]
-        return sorted(steps, key=lambda path: (len(path.name), path.name), reverse=True)
+        steps = [path.name for path in found if path.name.isascii() and path.name.isdigit() and path.is_dir()]
+        return sorted(steps, key=lambda name: (len(name), name), reverse=True)
 
     def _place(self, path: Path) -> Description:
         """Read the JSON of a checkpoint.
@@ -220,14 +241,27 @@ class Checkpoints:
         )
 
     def _state(self, path: Path, place: Description, like: TrainState) -> TrainState:
-        """Restore the state of a checkpoint; CheckpointError if it is damaged."""
-        restored = orbax.restore_tree(path / "state", like)
+        """Restore the state of a checkpoint; CheckpointError in every process if one finds it damaged."""
+        fault, restored = "", like
+        try:
+            restored = orbax.restore_tree(path / "state", like)
+        except CheckpointError as error:
+            fault = str(error)
+        for index, found in enumerate(self.hosts.exchange(fault)):
+            if found:
+                raise CheckpointError(fault or f"{self.hosts.describe(index)}: {found}")
         if str(int(restored.step)) != path.name:
             raise CheckpointError(f"its state is of step {int(restored.step)}")
-        if "state" in place and (found := checksums(restored)) != place["state"]:
-            wrong = [name for name in found if place["state"].get(name) != found[name]] or ["the list of arrays"]
+        if "state" in place and (sums := self._checksums(place, restored)) != place["state"]:
+            wrong = [name for name in sums if place["state"].get(name) != sums[name]] or ["the list of arrays"]
             raise CheckpointError(f"{len(wrong)} of its arrays are damaged, such as {shorten(wrong[0], 60)}")
         return restored
+
+    def _checksums(self, place: Description, state: TrainState) -> dict[str, Any]:
+        """Compute the checksums that a checkpoint of this version has."""
+        if place["format_version"] < CHECKPOINT_VERSION:
+            return checksums(jax.tree.map(whole, state))
+        return sharded_checksums(state, self.hosts)
 
     def _moved_aside(self, damaged: list[Path]) -> Path:
         aside = self.folder / "damaged_checkpoints"

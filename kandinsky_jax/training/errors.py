@@ -1,5 +1,7 @@
 """Errors of training, other than those of data and configuration."""
 
+from kandinsky_jax.common.errors import RunError
 
-class TrainingError(RuntimeError):
+
+class TrainingError(RunError):
     """Training cannot continue; existing checkpoints stay."""

@@ -4,6 +4,9 @@ A run that was killed continues from its last checkpoint and ends with the weigh
 consists of the weights, the optimizer, the step (which determines all noise) and the position in the data. A checkpoint
 of other settings, data or weights is refused (see `run_record`).
 
+On many hosts each process runs this loop, reads its examples of every batch, and writes its part of the checkpoints.
+Process 0 writes everything else. Before each step they agree whether to take it (see `Agreement`).
+
     OUT/checkpoints/STEP/    the state, and the position in the data (see `checkpoints`)
     OUT/metrics.jsonl        one line a step: loss, gradient_norm, learning_rate, images_per_second
     OUT/events/, OUT/wandb/  the same for TensorBoard, and for Weights & Biases (see `metrics`)
@@ -15,13 +18,14 @@ of other settings, data or weights is refused (see `run_record`).
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,21 +34,32 @@ from tqdm.auto import tqdm
 from kandinsky_jax import images, lora
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.types import PyTree
+from kandinsky_jax.parallel.hosts import Hosts
 from kandinsky_jax.preemption import Stop
 from kandinsky_jax.training.bad_data import BadData
 from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.data import Batches, Captioned, DataError, listing
+from kandinsky_jax.training.data import Batches, Captioned, DataError, listing, tokens_needed, without_padding
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.latent_cache import LatentCache, open_latent_cache
-from kandinsky_jax.training.mesh import gathered, make_training_mesh, parts
-from kandinsky_jax.training.metrics import Metrics
-from kandinsky_jax.training.run_record import run_record
+from kandinsky_jax.training.mesh import gathered, local_examples, make_training_mesh, parts
+from kandinsky_jax.training.metrics import Metrics, NoMetrics
+from kandinsky_jax.training.run_record import check_same_run, run_record
 from kandinsky_jax.training.step import Trainer, TrainState
 from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task
 
 MOST_BAD = 10  # consecutive steps without a finite loss, after which training ends
+
+
+class Agreement(NamedTuple):
+    """What all processes agree on before a step."""
+
+    tokens: int  # of the longest caption of the whole batch, see `tokens_needed`
+    stop: bool  # whether a process was asked to stop
+    without_data: int | None  # a process that can read no picture any more
+    faults: bool  # whether there is unused data to report
 
 
 class Run:
@@ -54,6 +69,7 @@ class Run:
         kind: which network is trained.
         config: see `Config`.
         pipe: the model, float32; None loads it.
+        hosts: the processes that train together; None is all that `jax.distributed` has connected.
         quiet: no progress bars.
         accept_changes: continue from checkpoints of other settings, data or weights.
     Raises:
@@ -63,12 +79,22 @@ class Run:
     """
 
     def __init__(
-        self, kind: Kind, config: Config, pipe: Any = None, *, quiet: bool = False, accept_changes: bool = False
+        self,
+        kind: Kind,
+        config: Config,
+        pipe: Any = None,
+        *,
+        hosts: Hosts | None = None,
+        quiet: bool = False,
+        accept_changes: bool = False,
     ):
-        self.config, self.folder, self.quiet = config, Path(config.output), quiet
+        self.hosts = Hosts.here() if hosts is None else hosts
+        self.config, self.folder, self.quiet = config, Path(config.output), quiet or not self.hosts.first
         self.accept_changes = accept_changes
         mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
         _check_batch(config, parts(mesh))
+        if self.hosts.count > 1 and mesh is None:
+            raise ValueError(f"a mesh of one device cannot be shared by {self.hosts.count} processes")
         if config.precompute and kind in (Kind.MOVQ, Kind.CLIP):
             raise ValueError(f"precompute is of no use for {kind}: none of its networks is frozen")
         _check_target(self.folder, lora.FILE if kind.startswith("lora-") else "model_index.json")
@@ -82,13 +108,15 @@ class Run:
         self.trainer = Trainer(self.task.loss(), config.optimizer, self.task.frozen(), mesh)
         self.key, self._first_key = jax.random.split(jax.random.key(config.seed))
         self._bad_in_a_row = 0
+        self._reported = 0  # of `reader.unreadable`
         self._bad_data = BadData(self.folder / "bad_data.txt")
         self.reader: Any = self.task.reader()
         rows: Any = self.items
         if config.precompute:
             self.reader = self._precomputed()
             rows = range(len(self.items))
-        self.batches = Batches(rows, self.reader, config.train_batch_size, config.seed, config.data)
+        examples = local_examples(mesh, config.train_batch_size)
+        self.batches = Batches(rows, self.reader, config.train_batch_size, config.seed, config.data, examples)
 
     def _precomputed(self) -> LatentCache:
         """Open the cache of encoded items, and drop items that could not be read."""
@@ -122,24 +150,30 @@ class Run:
         state = self.trainer.init(self.task.initial(self._first_key))
         networks = {name: flat_params(module) for name, module in self.task.networks.items()}
         record = run_record(self.task.kind, config, self.items, networks)
+        check_same_run(self.hosts, record)
         checkpoints = Checkpoints(
-            self.folder, record, config.checkpoints_total_limit, accept_changes=self.accept_changes
+            self.folder, record, config.checkpoints_total_limit, hosts=self.hosts, accept_changes=self.accept_changes
         )
-        with checkpoints, Metrics(self.folder, config) as metrics:
+        with checkpoints, Metrics(self.folder, config) if self.hosts.first else NoMetrics() as metrics:
             if (found := checkpoints.restore(state)) is not None:
                 state, self.batches.state = found
             done = saved = int(state.step)
             metrics.forget_after(done)
             with tqdm(total=last, initial=done, desc=self.task.kind, unit="step", disable=self.quiet) as bar:
                 bar.set_postfix_str("compiling the first step")
-                while done < last and not stop.asked:
-                    began = time.perf_counter()
-                    try:
-                        batch = next(self.batches)
-                    except DataError:
+                while done < last:
+                    began, position = time.perf_counter(), self.batches.state
+                    batch, failure = self._read()
+                    agreed = self._agree(batch, stop)
+                    if agreed.faults:
+                        self._report_unreadable(f"step {done}")
+                    if agreed.stop or agreed.without_data is not None:
                         if done > saved:
-                            checkpoints.save(done, state, self.batches.state)
-                        raise
+                            checkpoints.save(done, state, position)
+                        if agreed.stop:
+                            return None
+                        raise failure or self._without_data(agreed)
+                    batch = without_padding(batch, agreed.tokens)
                     state, values = self._one(state, batch, done, began)
                     done += 1
                     metrics.write(done, values)
@@ -150,11 +184,27 @@ class Run:
                         saved = done
                     if config.validation_steps and (done % config.validation_steps == 0 or done == last):
                         self._sample(state, done, metrics)
-            if done < last and done > saved:
-                checkpoints.save(done, state, self.batches.state)
-        return state if done >= last else None
+        return state
 
     # Steps --------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> tuple[dict[str, np.ndarray], DataError | None]:
+        """Read this process's examples of the next batch; an empty batch and the error if none can be read."""
+        try:
+            return next(self.batches), None
+        except DataError as error:
+            return {}, error
+
+    def _agree(self, batch: dict[str, np.ndarray], stop: Stop) -> Agreement:
+        """Agree with the other processes on the next step."""
+        mine = [tokens_needed(batch), stop.asked, not batch, len(self.reader.unreadable) > self._reported]
+        tokens, stops, without_data, faults = self.hosts.gather(mine).T
+        lacking = int(without_data.argmax()) if without_data.any() else None
+        return Agreement(int(tokens.max()), bool(stops.any()), lacking, bool(faults.any()))
+
+    def _without_data(self, agreed: Agreement) -> TrainingError:
+        assert agreed.without_data is not None
+        return TrainingError(f"{self.hosts.describe(agreed.without_data)} can read no picture of {self.config.data}")
 
     def _one(
         self, state: TrainState, batch: dict[str, np.ndarray], done: int, began: float
@@ -164,16 +214,16 @@ class Run:
         metrics = {name: float(value) for name, value in found.items()}
         self._judge(metrics["loss"], done, which)
         metrics["learning_rate"] = float(self.config.optimizer.rate()(done))
-        metrics["images_per_second"] = len(which) / (time.perf_counter() - began)
+        metrics["images_per_second"] = self.config.train_batch_size / (time.perf_counter() - began)
         return state, metrics
 
     def _judge(self, loss: float, done: int, which: np.ndarray) -> None:
-        """Log bad data and losses that are not finite; such a step has changed nothing."""
-        for name, fault in list(self.reader.unreadable.items()):
-            self._bad_data.report(fault, f"step {done}", name)
+        """Log losses that are not finite; such a step has changed nothing."""
         self._bad_in_a_row = 0 if math.isfinite(loss) else self._bad_in_a_row + 1
         if self._bad_in_a_row:
-            self._bad_data.report(f"loss {loss} of " + ", ".join(self.items[i].name for i in which), f"step {done}")
+            names = self.hosts.exchange(", ".join(self.items[i].name for i in which))
+            if self.hosts.first:
+                self._bad_data.report(f"loss {loss} of " + ", ".join(names), f"step {done}")
         if self._bad_in_a_row >= MOST_BAD:
             raise TrainingError(
                 f"the loss was not finite in {MOST_BAD} steps, up to step {done}; the pictures are named in "
@@ -181,9 +231,18 @@ class Run:
                 "--accept-changes: it continues from the last checkpoint"
             )
 
+    def _report_unreadable(self, when: str) -> None:
+        """Log pictures that any process could not read since the last report."""
+        found = list(self.reader.unreadable.items())
+        new, self._reported = found[self._reported :], len(found)
+        for text in self.hosts.exchange(json.dumps(new)):
+            for name, fault in json.loads(text):
+                if self.hosts.first:
+                    self._bad_data.report(fault, when, name)
+
     def _report_skipped(self) -> None:
         """Report unused data: the first faults in a warning, all of them in the log."""
-        if not self._skipped.count:
+        if not self._skipped.count or not self.hosts.first:
             return
         for fault in self._skipped.faults:
             self._bad_data.report(fault, "not used")
@@ -195,12 +254,16 @@ class Run:
 
     # Pictures and the result --------------------------------------------------------------------------------------
 
-    def _result(self, state: TrainState) -> object:
-        """Return the trained values: the average of the weights, if there is one."""
+    def _result(self, state: TrainState) -> PyTree:
+        """Return the trained values: the average of the weights, if there is one. Collective."""
         return gathered(self.trainer.mesh, state.params if state.ema is None else state.ema)
 
-    def _sample(self, state: TrainState, done: int, metrics: Metrics) -> None:
-        with self.task.installed(self._result(state)):
+    def _sample(self, state: TrainState, done: int, metrics: Metrics | NoMetrics) -> None:
+        """Write sample pictures, in process 0, while the others wait at the next step."""
+        trained = self._result(state)
+        if not self.hosts.first:
+            return
+        with self.task.installed(trained):
             sheet = self.task.sample(self.items)
         if sheet is not None:
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -209,10 +272,12 @@ class Run:
             metrics.picture(done, sheet)
 
     def export(self, state: TrainState) -> Path:
-        """Write the result atomically, and return its folder."""
+        """Write the result atomically, in process 0, and return its folder. Collective."""
         target, trained = self.folder / "model", self._result(state)
-        with self.task.installed(trained):
-            self.task.export(target, trained, self.items)
+        if self.hosts.first:
+            with self.task.installed(trained):
+                self.task.export(target, trained, self.items)
+        self.hosts.gather([0])  # the result is there when any process returns
         return target
 
 
@@ -243,11 +308,6 @@ def _check_target(folder: Path, replaceable: str) -> None:
 
 def _check_batch(config: Config, devices: int) -> None:
     """Raise ValueError if a batch cannot be sharded."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"this process is one of {jax.process_count()}, and a run is of one process with all of its devices; over "
-            "several, drive kandinsky_jax.training.step.Trainer yourself"
-        )
     accumulated = config.optimizer.gradient_accumulation_steps
     if config.train_batch_size % (devices * accumulated):
         raise ValueError(

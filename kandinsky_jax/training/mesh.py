@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath, tree_flatten_with_path
 
@@ -109,13 +110,70 @@ def unsharded(mesh: Mesh | None, tree: PyTree) -> PyTree:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, REPLICATED))
 
 
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Put arrays that every process has as a whole where `shardings` says."""
+
+    def of(leaf: jax.Array | np.ndarray, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable:
+            return jax.device_put(leaf, where)
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    return jax.tree.map(of, tree, shardings)
+
+
+def local_examples(mesh: Mesh | None, batch: int) -> np.ndarray:
+    """Return which examples of a batch lie on devices of this process, int64, ascending.
+
+    Raises:
+        ValueError: if no device of this process is in the mesh.
+    """
+    if mesh is None:
+        return np.arange(batch)
+    indices = NamedSharding(mesh, EXAMPLES).addressable_devices_indices_map((batch,))
+    if not indices:
+        raise ValueError(
+            f"none of the devices of process {jax.process_index()} is in the mesh of {mesh.size}; use all "
+            f"{jax.device_count()} devices, or start fewer processes"
+        )
+    return np.sort(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
+
+
 def shard_examples(mesh: Mesh | None, batch: PyTree) -> PyTree:
-    """Shard arrays whose first axis is examples over the devices; no-op without a mesh."""
+    """Shard arrays whose first axis is examples over the devices; no-op without a mesh.
+
+    Args:
+        batch: the examples of this process, see `local_examples`.
+    """
     if mesh is None:
         return batch
-    return jax.device_put(batch, NamedSharding(mesh, EXAMPLES))
+    where = NamedSharding(mesh, EXAMPLES)
+    if where.is_fully_addressable:
+        return jax.device_put(batch, where)
+
+    def of(leaf: jax.Array | np.ndarray) -> jax.Array:
+        mine = np.asarray(leaf)
+        examples = len(mine) * mesh.size // len(where.addressable_devices)
+        which = local_examples(mesh, examples)
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(examples)
+            first = int(np.searchsorted(which, start))
+            return mine[first : first + stop - start]
+
+        return jax.make_array_from_callback((examples, *mine.shape[1:]), where, shard)
+
+    return jax.tree.map(of, batch)
+
+
+def whole(leaf: jax.Array) -> np.ndarray:
+    """Return an array, of which other processes may have shards, on the host. Collective."""
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def gathered(mesh: Mesh | None, tree: PyTree) -> PyTree:
-    """Gather sharded arrays on JAX's default device; no-op without a mesh."""
-    return tree if mesh is None else jax.device_put(jax.device_get(tree))
+    """Gather sharded arrays on JAX's default device; no-op without a mesh. Collective."""
+    return tree if mesh is None else jax.device_put(jax.tree.map(whole, tree))

@@ -90,6 +90,25 @@ class Metrics:
             self._wandb.close(failed=kind is not None)
 
 
+class NoMetrics:
+    """Stands for `Metrics` in the processes that write none."""
+
+    def forget_after(self, step: int) -> None:
+        """Do nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class WandbRun:
     """A run of Weights & Biases without prompts or long waits, whose failures are warnings.
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import zlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-import jax
-import numpy as np
 from flax import nnx
 
-from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.errors import shorten, summarize
 from kandinsky_jax.common.types import PyTree
+from kandinsky_jax.parallel.hosts import Hosts
+from kandinsky_jax.training.checksums import checksums
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, data_fingerprint
+from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.kinds import Kind
 
 # Settings that may change between starts: they affect neither the result nor the random numbers. Paths may change
@@ -67,6 +67,21 @@ def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks:
     }
 
 
+def check_same_run(hosts: Hosts, record: Record) -> None:
+    """Raise TrainingError in every process where one has other settings, data or weights than process 0."""
+    first, *others = (json.loads(text) for text in hosts.exchange(json.dumps(record)))
+    faults = [
+        f"{hosts.describe(index)} differs in {describe_changes(found)}"
+        for index, other in enumerate(others, 1)
+        if (found := record_changes(first, other))
+    ]
+    if faults:
+        raise TrainingError(
+            f"all processes must train with the same settings, data and weights; beside {hosts.describe(0)}: "
+            + summarize(faults, 300)
+        )
+
+
 def record_changes(before: Mapping[str, object], now: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Return differences, (before, now) by name; entries of one record only are not compared."""
     names = [name for name in now if name in before]
@@ -88,19 +103,6 @@ def describe_changes(changed: Mapping[str, tuple[object, object]]) -> str:
 def weights_digest(params: PyTree) -> str:
     """Compute a digest of a tree of arrays: names, shapes and values."""
     return hashlib.sha256(repr(sorted(checksums(params).items())).encode()).hexdigest()[:16]
-
-
-def checksums(tree: PyTree) -> dict[str, int]:
-    """Compute CRC-32 of each leaf's bytes, dtype and shape, by path."""
-    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    with ThreadPoolExecutor() as pool:  # zlib releases the GIL
-        return dict(zip((path for path, _ in leaves), pool.map(_checksum, (leaf for _, leaf in leaves)), strict=True))
-
-
-def _checksum(leaf: jax.Array) -> int:
-    array = np.asarray(leaf)
-    kind = zlib.crc32(f"{array.dtype}{array.shape}".encode())
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, kind)
 
 
 def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, object]]:

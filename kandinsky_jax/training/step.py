@@ -22,7 +22,7 @@ from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.sharding import Rules
 from kandinsky_jax.training.malloc import keep_freed_memory
-from kandinsky_jax.training.mesh import EXAMPLES, shard_examples, state_shardings, unsharded
+from kandinsky_jax.training.mesh import EXAMPLES, put, shard_examples, state_shardings, unsharded
 
 # (trained parameters, batch, key) -> a float32 scalar; with `frozen`, (trained parameters, batch, key, frozen)
 Loss = Callable[..., jax.Array]
@@ -133,9 +133,7 @@ class Trainer:
         rules: Rules | None = None,
     ):
         self.settings, self.mesh, self.rules = settings, mesh, rules
-        self.frozen = (
-            frozen if mesh is None or frozen is None else jax.device_put(frozen, state_shardings(mesh, frozen, rules))
-        )
+        self.frozen = frozen if mesh is None or frozen is None else put(frozen, state_shardings(mesh, frozen, rules))
 
         def gathering(params: PyTree, batch: PyTree, key: jax.Array, *frozen: PyTree) -> jax.Array:
             # Inside the rematerialised function, so that gathered parameters are not stored.
@@ -160,7 +158,7 @@ class Trainer:
         """Return the state before the first step; the parameters are copied to float32."""
         if self.mesh is None:
             return self._initial_state(params)
-        sharded = jax.device_put(params, state_shardings(self.mesh, params, self.rules))
+        sharded = put(params, state_shardings(self.mesh, params, self.rules))
         where = state_shardings(self.mesh, jax.eval_shape(self._initial_state, params), self.rules)
         return jax.jit(self._initial_state, out_shardings=where)(sharded)
 
@@ -174,8 +172,8 @@ class Trainer:
 
         Args:
             state: from `init`, or from the previous step.
-            batch: arrays whose first axis is examples.
-            key: the same for every step.
+            batch: arrays whose first axis is examples; with several processes, those of this one (`local_examples`).
+            key: the same for every step and process.
         Returns:
             the next state, and the metrics "loss" and "gradient_norm", float32 scalars.
         """

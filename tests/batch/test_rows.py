@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from kandinsky_jax.batch.job import Job, open_job
-from kandinsky_jax.batch.process import VARIABLES, Process, this_process
 from kandinsky_jax.batch.requests import below
 from kandinsky_jax.batch.rows import STRIDE, JobError, scan
+from kandinsky_jax.parallel.process import VARIABLES, Process, this_process
 from kandinsky_jax.preemption import Stop
 
 COUNT = 2 * STRIDE + 7

@@ -14,8 +14,8 @@ import pytest
 import typer.main
 import yaml
 
-from kandinsky_jax.batch.process import VARIABLES
 from kandinsky_jax.cli import app
+from kandinsky_jax.parallel.process import VARIABLES
 
 ROOT = Path(__file__).parents[2]
 PODS = ROOT / "tpu_scripts" / "pods"

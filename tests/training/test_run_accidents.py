@@ -20,6 +20,7 @@ from kandinsky_jax import KandinskyV22CombinedPipeline, lora
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.training.bad_data import MAX_LINES, BadData
 from kandinsky_jax.training.checkpoints import Checkpoints
+from kandinsky_jax.training.checksums import checksums
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, DataError, data_fingerprint, listing
 from kandinsky_jax.training.errors import TrainingError
@@ -27,7 +28,7 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.latent_cache import open_latent_cache
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.metrics import Metrics
-from kandinsky_jax.training.run_record import FREE, checksums, describe_changes, record_changes, run_record
+from kandinsky_jax.training.run_record import FREE, describe_changes, record_changes, run_record
 from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from kandinsky_jax.training.tasks import PriorTask
 from tests.conftest import SHAPES_MODEL

@@ -2,7 +2,14 @@
 
 from kandinsky_jax.training.data.items import Captioned, DataError, Listing, Skipped, data_fingerprint
 from kandinsky_jax.training.data.listing import listing
-from kandinsky_jax.training.data.reader import FEWEST_TOKENS, TEXT_ARRAYS, Batches, Reader, without_padding
+from kandinsky_jax.training.data.reader import (
+    FEWEST_TOKENS,
+    TEXT_ARRAYS,
+    Batches,
+    Reader,
+    tokens_needed,
+    without_padding,
+)
 
 __all__ = [
     "FEWEST_TOKENS",
@@ -15,5 +22,6 @@ __all__ = [
     "Skipped",
     "data_fingerprint",
     "listing",
+    "tokens_needed",
     "without_padding",
 ]

@@ -6,7 +6,7 @@ The order is that of grain: a shuffle by seed and epoch, so that its state is a 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -99,23 +99,33 @@ class Reader:
         return left, top, left + side, top + side
 
 
-def without_padding(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Drop text positions that are padding in all captions of a batch, to which no other position attends.
+def tokens_needed(batch: Mapping[str, np.ndarray]) -> int:
+    """Return the tokens of the longest caption of a batch, rounded up to a power of two; 0 for a batch without text.
 
-    Captions are short, and the towers and the prior would spend half of their work or more on padding. The length is
-    rounded up to a power of two, or is the full length, so that four programs are enough.
+    Rounded, so that four programs are enough.
     """
     if "text_mask" not in batch:
-        return batch
+        return 0
     longest = int(batch["text_mask"].sum(axis=1).max())
-    length = max(FEWEST_TOKENS, 1 << (longest - 1).bit_length())
+    return max(FEWEST_TOKENS, 1 << (longest - 1).bit_length())
+
+
+def without_padding(batch: dict[str, np.ndarray], tokens: int | None = None) -> dict[str, np.ndarray]:
+    """Drop text positions that are padding in all captions of a batch, to which no other position attends.
+
+    Captions are short, and the towers and the prior would spend half of their work or more on padding.
+
+    Args:
+        tokens: length to keep, of all processes' parts of a batch; None is that of `tokens_needed`.
+    """
+    length = tokens_needed(batch) if tokens is None else tokens
     return batch | {name: batch[name][:, :length] for name in TEXT_ARRAYS if name in batch}
 
 
 class Batches:
     """Infinite iterator over batches, epoch after epoch, resumable by `state`; `index` refers to `items`.
 
-    Text is cut to the longest caption of each batch (`without_padding`).
+    The order depends on the seed alone: several processes take their examples of each batch from the same order.
 
     Args:
         items: from `listing`.
@@ -123,11 +133,20 @@ class Batches:
         batch: batch size; an unreadable picture is replaced by the previous one in the order.
         seed: of the order, and of flips and crops.
         where: path of the data, for errors.
+        examples: which examples of each batch this process reads, ascending; None is all of them.
     Raises:
         DataError: from `next`, if no picture can be read.
     """
 
-    def __init__(self, items: Sequence[Captioned], reader: Reader, batch: int, seed: int, where: str = "the data"):
+    def __init__(
+        self,
+        items: Sequence[Captioned],
+        reader: Reader,
+        batch: int,
+        seed: int,
+        where: str = "the data",
+        examples: np.ndarray | None = None,
+    ):
         import grain
 
         if len(items) < 1:
@@ -142,14 +161,22 @@ class Batches:
 
         # Not an infinite `repeat()`: its length, sys.maxsize, overflows for a batch size of one.
         order = grain.MapDataset.source(range(len(items))).seed(seed).shuffle().repeat(MAX_ITEMS // len(items))
+        read = order.random_map(arrays)
+        size = batch
+        if examples is not None and len(examples) < batch:
+            size = len(examples)
+            mine = [int(example) for example in examples]
+            positions = grain.MapDataset.range(len(order) // batch * size)
+            whole = read  # read at positions in the order of all processes
+            read = positions.map(lambda position: whole[position // size * batch + mine[position % size]])
         options = grain.ReadOptions(num_threads=PREFETCHED, prefetch_buffer_size=PREFETCHED)
-        self._iterator = iter(order.random_map(arrays).batch(batch).to_iter_dataset(options))
+        self._iterator = iter(read.batch(size).to_iter_dataset(options))
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return without_padding(next(self._iterator))
+        return next(self._iterator)
 
     @property
     def state(self) -> dict[str, object]:

@@ -1,0 +1,235 @@
+"""Joining the processes of many hosts, and noticing when one of them dies.
+
+Each process writes a heartbeat to the key-value store of JAX's coordination service, which runs in process 0, and reads
+those of the others. A process that is silent for `SILENT_SECONDS`, or that reports an error, ends all others, with a
+message that names it. Their main threads may wait in a collective that will never end, so a thread ends the process.
+
+If process 0 dies, the service dies with it, and JAX aborts the other processes at once (a C++ check); a handler of
+SIGABRT then names process 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from kandinsky_jax.common.errors import RunError, shorten
+from kandinsky_jax.parallel.hosts import Hosts
+from kandinsky_jax.parallel.process import initialize
+
+PERIOD = 2.0  # seconds between heartbeats
+SILENT_SECONDS = 30.0  # silence of a process after which it counts as dead
+SILENT_AFTER_ERROR = 10.0  # the same where a collective has failed already
+JAX_SECONDS = 50  # after which JAX itself ends all processes, if this module has not
+REPORT_SECONDS = 6.0  # for this process to report its own error, after another one did
+FAILED = 1  # exit code
+ADVICE = "this process ends too. Start all of them again to continue from the last checkpoint"
+_PREFIX = "kandinsky_jax/"
+
+
+class HostLost(RunError):
+    """Another process of this program has died, or has ended with an error."""
+
+
+@contextlib.contextmanager
+def joined(index: int | None = None, count: int | None = None, coordinator: str | None = None) -> Iterator[Hosts]:
+    """Join the processes of one program while the block runs, see `kandinsky_jax.parallel.process.initialize`.
+
+    After an error the process must be ended by `end_now`, because JAX would wait for the others at exit.
+
+    Raises:
+        HostLost: if the block failed because another process died.
+        ValueError: see `initialize`.
+    """
+    initialize(index, count, coordinator, JAX_SECONDS)
+    hosts = Hosts.here()
+    watch = Watch(hosts)
+    watch.start()
+    try:
+        yield hosts
+        hosts.gather([0])  # nobody leaves before all have come here
+    except BaseException as error:
+        if (lost := watch.reason_of(error)) is not None:
+            raise HostLost(lost) from error
+        raise
+    watch.close()
+    jax.distributed.shutdown()
+
+
+def end_now(code: int = FAILED) -> None:
+    """End the process without waiting for threads or other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class Watch:
+    """Heartbeats of this process, and a watch over those of the others.
+
+    Args:
+        hosts: the processes of this program.
+    """
+
+    def __init__(self, hosts: Hosts):
+        self._hosts = hosts
+        self._closed = threading.Event()
+        self._changed = dict.fromkeys(range(hosts.count), time.monotonic())  # when a heartbeat was last a new one
+        self._contact = time.monotonic()  # of the coordination service
+        self._ended: dict[int, str] = {}  # reasons of processes that ended with an error
+        self._failing = False  # whether the main thread is ending with an error
+        self._silent = SILENT_SECONDS
+        self._abort_handler: object = None
+
+    def start(self) -> None:
+        """Start the watch; without effect for a single process."""
+        if self._hosts.count == 1:
+            return
+        self._name_process_0_on_abort()
+        for target in (self._beat, self._watch):
+            threading.Thread(target=target, name=f"liveness{target.__name__}", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop the watch, before all processes leave."""
+        self._closed.set()
+        if self._abort_handler is not None:
+            ctypes.CDLL(None).signal(signal.SIGABRT, None)
+
+    def reason_of(self, error: BaseException) -> str | None:
+        """Return which other process is the reason for an error of this one; None if it is this process's own.
+
+        An error of a collective says only that another process is gone, so the watch is asked, which may take some
+        seconds. Any other error is reported to the other processes.
+        """
+        if self._hosts.count == 1:
+            return None
+        self._failing = True
+        if _of_a_collective(error):
+            self._silent = SILENT_AFTER_ERROR
+            deadline = time.monotonic() + SILENT_SECONDS + 2 * PERIOD
+            while time.monotonic() < deadline:
+                if (lost := self._lost()) is not None:
+                    return lost
+                time.sleep(PERIOD / 4)
+        elif not self._ended:
+            self._report(f"{type(error).__name__}: {shorten(error, 300)}")
+        return None
+
+    # Threads ------------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Write heartbeats, and read those of the others."""
+        client, number, seen = _client(), 0, dict[int, str]()
+        while not self._closed.wait(PERIOD):
+            number += 1
+            try:
+                client.key_value_set(f"{_PREFIX}alive/{self._hosts.index}", str(number), allow_overwrite=True)
+                alive = _read(client, "alive/")
+                self._ended |= _read(client, "ended/")
+            except jax.errors.JaxRuntimeError:
+                continue  # the service does not answer, see `_contact`
+            self._contact = time.monotonic()
+            for index, beat in alive.items():
+                if seen.get(index) != beat:
+                    seen[index] = beat
+                    self._changed[index] = time.monotonic()
+
+    def _watch(self) -> None:
+        """End the process when another one is lost."""
+        noticed: float | None = None
+        while not self._closed.wait(PERIOD / 2):
+            if (lost := self._lost()) is None:
+                continue
+            noticed = time.monotonic() if noticed is None else noticed
+            waited = time.monotonic() - noticed
+            # This process may be about to report an error of its own.
+            if waited < REPORT_SECONDS and (self._failing or self._ended):
+                continue
+            _say(lost)
+            end_now()
+
+    def _lost(self) -> str | None:
+        """Describe a process that is dead or has ended with an error; None if there is none."""
+        now, me = time.monotonic(), self._hosts.index
+        for index, reason in self._ended.items():
+            if index != me:
+                return f"{self._hosts.describe(index)} has ended: {reason}"
+        if now - self._contact > self._silent:
+            return self._silence(0, now - self._contact) if me else None
+        silent = {index: now - then for index, then in self._changed.items() if index != me}
+        longest = max(silent, key=lambda index: silent[index])
+        return self._silence(longest, silent[longest]) if silent[longest] > self._silent else None
+
+    def _silence(self, index: int, seconds: float) -> str:
+        return f"{self._hosts.describe(index)} has died or cannot be reached, silent for {seconds:.0f} s; {ADVICE}"
+
+    def _report(self, reason: str) -> None:
+        """Tell the other processes why this one ends."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _client().key_value_set(f"{_PREFIX}ended/{self._hosts.index}", reason, allow_overwrite=True)
+
+    def _name_process_0_on_abort(self) -> None:
+        """Name process 0 when JAX aborts this process because the coordination service is gone."""
+        if self._hosts.first or not sys.platform.startswith("linux"):
+            return
+
+        def handler(number: int) -> None:
+            if self._closed.is_set():
+                return
+            if (lost := self._lost()) is None and not _reachable():
+                lost = f"{self._hosts.describe(0)}, which coordinates the run, has died or cannot be reached; {ADVICE}"
+            if lost is not None:
+                _say(lost)
+                end_now()
+
+        self._abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._abort_handler)
+
+
+def _client() -> Any:
+    """Return the client of JAX's coordination service, which has no public name; Orbax uses it likewise."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _reachable() -> bool:
+    """Return whether the coordination service accepts connections."""
+    from jax._src import distributed
+
+    host, _, port = (distributed.global_state.coordinator_address or "").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _read(client: Any, folder: str) -> dict[int, str]:
+    entries = client.key_value_dir_get(_PREFIX + folder)
+    return {int(key.rpartition("/")[2]): value for key, value in entries}
+
+
+def _of_a_collective(error: BaseException | None) -> bool:
+    """Return whether an error is, or follows from, one of JAX's runtime, as when another process is gone."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"\nerror: {text}\n")
+    sys.stderr.flush()
