@@ -13,7 +13,8 @@ import numpy as np
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.hosts import Hosts
 
-MIXING = 0x9E3779B1  # an odd multiplier whose bits are well spread (Knuth's multiplicative hashing)
+SPREAD = 0x9E3779B1  # an odd factor whose bits are well spread (Knuth's multiplicative hashing)
+MIXING = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))  # of MurmurHash3's finalizer, a bijection of 32 bits
 
 
 def checksums(tree: PyTree) -> dict[str, int]:
@@ -26,9 +27,8 @@ def checksums(tree: PyTree) -> dict[str, int]:
 def sharded_checksums(tree: PyTree, hosts: Hosts) -> dict[str, str]:
     """Compute a checksum of each leaf where its shards are, by path; collective.
 
-    It is a sum modulo 2**32 of the elements' bits, each with an odd factor that depends on its position in the whole
-    array. So it is the same for every sharding, any single changed element changes it, and any other damage does with a
-    probability of 1 - 2**-32. Each process adds up the shards of its devices, and processes exchange sums only.
+    It is a sum modulo 2**32 of a hash of each element and its position in the whole array. So it is the same for every
+    sharding; any single changed element changes it, and any other damage does with a probability of 1 - 2**-32. Each process adds up the shards of its devices, and processes exchange sums only.
 
     Returns:
         dtype, shape and sum, such as "float32[4, 2]:0badcafe".
@@ -51,13 +51,13 @@ def _sums_of_shards(leaf: jax.Array) -> list[jax.Array]:
         if shard.replica_id == 0:
             starts = [index.indices(side)[0] for index, side in zip(shard.index, leaf.shape, strict=True)]
             offset = sum(start * stride for start, stride in zip(starts, strides, strict=True))
-            sums.append(_weighted_sum(shard.data, np.uint32(offset % 2**32), tuple(strides)))
+            sums.append(_sum_of_hashes(shard.data, np.uint32(offset % 2**32), tuple(strides)))
     return sums
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _weighted_sum(data: jax.Array, offset: jax.Array, strides: tuple[int, ...]) -> jax.Array:
-    """Return the sum of a shard's bits, weighted by position; uint32.
+def _sum_of_hashes(data: jax.Array, offset: jax.Array, strides: tuple[int, ...]) -> jax.Array:
+    """Return the sum of the hashes of a shard's elements, uint32.
 
     Args:
         data: the shard.
@@ -69,9 +69,10 @@ def _weighted_sum(data: jax.Array, offset: jax.Array, strides: tuple[int, ...]) 
     position = jnp.full(data.shape, offset, jnp.uint32)
     for axis, stride in enumerate(strides):
         position += jax.lax.broadcasted_iota(jnp.uint32, data.shape, axis) * jnp.uint32(stride % 2**32)
-    mixed = (position + 1) * jnp.uint32(MIXING)
-    weight = (mixed ^ (mixed >> 15)) * jnp.uint32(2) + 1  # odd, so that it has an inverse modulo 2**32
-    return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
+    mixed = bits.astype(jnp.uint32) + (position + 1) * jnp.uint32(SPREAD)
+    for shift, factor in MIXING:
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def _named(tree: PyTree) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from kandinsky_jax.training.checkpoints import Checkpoints
+from kandinsky_jax.training.checksums import checksums
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.step import OptimizerConfig, Trainer, TrainState
 
@@ -237,10 +239,24 @@ def test_checkpoints_of_the_first_version_are_read(run):
         restored_step(run, RECORD | {"kind": "movq"})
 
 
+def test_checkpoints_of_the_second_version_are_read_and_verified(run):
+    """As this project wrote them before runs on many hosts: with CRC-32 of whole arrays."""
+    for step in (9, 10):
+        path = run / "checkpoints" / f"{step}" / "place" / "metadata"
+        place = json.loads(path.read_text()) | {"format_version": 2, "state": checksums(after(step))}
+        del place["checksum"]
+        place["checksum"] = zlib.crc32(json.dumps(place, sort_keys=True).encode())
+        path.write_text(json.dumps(place))
+    assert restored_step(run) == 10
+    flip(largest(run / "checkpoints" / "10"))
+    with pytest.warns(UserWarning, match="damaged checkpoints are not used, training continues from step 9"):
+        assert restored_step(run) == 9
+
+
 def test_checkpoints_of_a_newer_version_are_refused(run):
-    edit(run / "checkpoints" / "10" / "place" / "metadata", format_version=3)
+    edit(run / "checkpoints" / "10" / "place" / "metadata", format_version=4)
     with pytest.raises(
-        TrainingError, match="is of format version 3, this version of kandinsky_jax reads those up to 2"
+        TrainingError, match="is of format version 4, this version of kandinsky_jax reads those up to 3"
     ):
         restored_step(run)
 
