@@ -67,6 +67,15 @@ def gpu_machine(session: nox.Session) -> None:
     test(session, *GPU_MACHINE)
 
 
+@nox.session(python="3.12")
+def pods(session: nox.Session) -> None:
+    """Files for pods, by SkyPilot, XPK and, with `--jobset-crd FILE`, JobSet's schema; not of the matrix."""
+    session.chdir(ROOT)
+    session.install("skypilot>=0.14.1", "xpk>=1.16", "jsonschema", "pyyaml")
+    script = "tpu_scripts/pods/check_published.py"
+    session.run("python", script, *session.posargs, env={"SKYPILOT_DISABLE_USAGE_COLLECTION": "1"})
+
+
 def lower_bounds() -> list[str]:
     """The dependencies at run time and in tests, each pinned to its `>=`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

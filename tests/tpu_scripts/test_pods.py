@@ -13,92 +13,253 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from jax._src.clusters.cloud_tpu_cluster import GkeTpuCluster
 
 from kandinsky_jax.cli import app
 from kandinsky_jax.parallel.process import VARIABLES
+from kandinsky_jax.preemption import STOPPED
+from kandinsky_jax.training.config import load
+from kandinsky_jax.training.kinds import Kind
 
 ROOT = Path(__file__).parents[2]
 PODS = ROOT / "tpu_scripts" / "pods"
-CHIPS = {"2x2": (4, 1), "2x4": (8, 1), "4x4": (4, 4)}  # of a host, and hosts, by topology of v5e
+GUIDES = ("README.md", "batch.md", "training.md")
+SLICES = {  # accelerator and topology of GKE: chips of a host, hosts
+    ("tpu-v5-lite-podslice", "2x2"): (4, 1),
+    ("tpu-v5-lite-podslice", "2x4"): (8, 1),
+    ("tpu-v5-lite-podslice", "4x4"): (4, 4),
+    ("tpu7x", "2x2x2"): (4, 2),
+}
+TRAINING = ("train_jobset.yaml", "train_jobset_flex.yaml", "train_jobset_slices.yaml")
+SPOT_SECONDS = 15  # what GKE leaves pods of a spot node, unless the node pool says more
 
 
-def options_of_batch() -> set[str]:
-    command = typer.main.get_command(app).commands["batch"]
-    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+def options_of(command: str) -> set[str]:
+    parameters = typer.main.get_command(app).commands[command].params
+    return {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
-def jobs() -> list[tuple[str, dict]]:
-    indexed = yaml.safe_load((PODS / "indexed_job.yaml").read_text())
-    jobset = yaml.safe_load((PODS / "jobset.yaml").read_text())
-    return [("indexed", indexed["spec"]), ("jobset", jobset["spec"]["replicatedJobs"][0]["template"]["spec"])]
+def manifest(name: str) -> dict:
+    return yaml.safe_load((PODS / name).read_text())
 
 
-@pytest.mark.parametrize(("name", "job"), jobs(), ids=lambda x: x if isinstance(x, str) else "")
-def test_a_manifest_agrees_with_itself_and_the_program(name, job):
+def job_of(found: dict) -> dict:
+    if found["kind"] == "Job":
+        return found["spec"]
+    [replicated] = found["spec"]["replicatedJobs"]
+    return replicated["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", ["indexed_job.yaml", "jobset.yaml", *TRAINING])
+def test_a_manifest_agrees_with_itself_and_the_program(name):
+    job = job_of(manifest(name))
     pod = job["template"]["spec"]
     [container] = pod["containers"]
-    arguments = container["args"]
-    assert arguments[0] == "batch"
-    assert {word.split("=")[0] for word in arguments if word.startswith("-")} <= options_of_batch()
-    [grace] = [float(word.split("=")[1]) for word in arguments if word.startswith("--grace=")]
-    assert grace < pod["terminationGracePeriodSeconds"] <= 25  # what a spot node has
+    command, *arguments = container["args"]
+    assert {word.split("=")[0] for word in arguments if word.startswith("-")} <= options_of(command)
     assert job["completions"] == job["parallelism"]
     assert job["completionMode"] == "Indexed"
     assert pod["restartPolicy"] == "Never"
-    chips, hosts = CHIPS[pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]]
-    assert container["resources"]["limits"]["google.com/tpu"] == chips
-    assert {volume["name"] for volume in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    if name == "indexed":
+    selector = pod["nodeSelector"]
+    place = (selector["cloud.google.com/gke-tpu-accelerator"], selector["cloud.google.com/gke-tpu-topology"])
+    chips, hosts = SLICES[place]
+    resources = container["resources"]
+    assert resources["limits"] == resources["requests"] == {"google.com/tpu": chips}
+    mounts = {volume["name"] for volume in container.get("volumeMounts", ())}
+    assert mounts == {volume["name"] for volume in pod.get("volumes", ())}
+    if name == "indexed_job.yaml":
         assert hosts == 1
         [(_, total)] = [pair for pair in VARIABLES if pair[0] == "JOB_COMPLETION_INDEX"]
         values = {variable["name"]: variable["value"] for variable in container["env"]}
         assert values[total] == str(job["completions"])
-        assert 143 in job["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"]
     else:
         assert job["completions"] == hosts
         assert "--distributed" in arguments
+        assert pod.get("hostNetwork", False) == (pod.get("dnsPolicy") == "ClusterFirstWithHostNet")
+    if command == "batch":
+        [grace] = [float(word.split("=")[1]) for word in arguments if word.startswith("--grace=")]
+        assert grace < pod["terminationGracePeriodSeconds"] <= SPOT_SECONDS
 
 
-def test_the_commands_of_the_guide_and_the_script_exist():
-    texts = [
-        (PODS / "README.md").read_text(),
-        (PODS / "queued_resources.sh").read_text(),
-        (ROOT / "README.md").read_text(),
-    ]
-    calls = [call for text in texts for call in re.findall(r"kandinsky-jax batch ([^`\n]*(?:\\\n[^`\n]*)*)", text)]
-    assert len(calls) >= 4
-    for call in calls:
-        assert set(re.findall(r"(?<!\S)--[a-z-]+", call)) <= options_of_batch() | {"--help"}, call
+def test_a_preempted_batch_job_has_not_failed():
+    rules = job_of(manifest("indexed_job.yaml"))["podFailurePolicy"]["rules"]
+    assert {rule["action"] for rule in rules} == {"Ignore"}
+    assert [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule] == [[STOPPED]]
 
 
-def test_the_script_for_queued_resources(tmp_path):
-    """With a stand-in for gcloud: it asks for a slice, runs the job, asks again after a preemption, and tidies up."""
-    log, states = tmp_path / "log", tmp_path / "states"
-    states.write_text("\nWAITING\nACTIVE\nSUSPENDED\n\nACTIVE\n")
-    gcloud = tmp_path / "gcloud"
-    gcloud.write_text(
-        f"""#!/usr/bin/env bash
+@pytest.mark.parametrize("name", TRAINING)
+def test_one_lost_host_of_a_training_restarts_all_and_a_checkpoint_is_no_failure(name):
+    found = manifest(name)
+    job = job_of(found)
+    assert job["backoffLimit"] == 0  # one failed pod fails the slice, and JobSet restarts all slices
+    by_code, by_condition = job["podFailurePolicy"]["rules"]
+    [container] = job["template"]["spec"]["containers"]
+    assert by_code["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [STOPPED]}
+    assert by_condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert {by_code["action"], by_condition["action"]} == {"FailJob"}
+    policy = found["spec"]["failurePolicy"]
+    [rule] = policy["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert 0 < policy["maxRestarts"] <= 100
+    kind = container["args"][1]
+    assert kind in set(Kind)
+    assert container["args"][2].endswith(".toml")
+
+
+def test_the_manifests_for_training_differ_in_the_machines_alone():
+    one, flex, slices = (manifest(name) for name in TRAINING)
+    assert slices["spec"]["replicatedJobs"][0]["replicas"] == 2
+    assert len({found["metadata"]["name"] for found in (one, flex, slices)}) == 3
+    policies = [(found["spec"]["failurePolicy"], job_of(found)["podFailurePolicy"]) for found in (one, flex, slices)]
+    assert policies[0] == policies[1] == policies[2]
+    arguments = [job_of(found)["template"]["spec"]["containers"][0]["args"] for found in (one, flex, slices)]
+    assert arguments[0] == arguments[1] == arguments[2]
+
+
+def test_jax_numbers_the_hosts_of_all_slices(monkeypatch):
+    """By the variables that GKE sets in pods of a JobSet, and at a port that the manifest opens."""
+    found = manifest("train_jobset_slices.yaml")
+    slices = found["spec"]["replicatedJobs"][0]["replicas"]
+    hosts = job_of(found)["completions"]
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", ",".join(["localhost"] * hosts))
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "localhost")
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", str(slices))
+    numbers = []
+    for number in range(slices):
+        for host in range(hosts):
+            monkeypatch.setenv("MEGASCALE_SLICE_ID", str(number))
+            monkeypatch.setenv("TPU_WORKER_ID", str(host))
+            numbers.append(GkeTpuCluster.get_process_id())
+    assert numbers == list(range(slices * hosts))
+    assert GkeTpuCluster.get_process_count() == slices * hosts
+    address = GkeTpuCluster.get_coordinator_address(10, None)
+    [container] = job_of(found)["template"]["spec"]["containers"]
+    assert int(address.rpartition(":")[2]) in [port["containerPort"] for port in container["ports"]]
+
+
+def test_skypilot_restarts_after_a_checkpoint_and_hands_signals_on():
+    task = manifest("train_skypilot.yaml")
+    assert task["resources"]["use_spot"] is True
+    recovery = task["resources"]["job_recovery"]
+    assert recovery["recover_on_exit_codes"] == [STOPPED]
+    assert recovery["max_restarts_on_errors"] > 0
+    *_, last = task["run"].splitlines()
+    assert re.fullmatch(r'exec \S+/kandinsky-jax train "\$KIND" "\$CONFIG" --distributed --quiet', last)
+    assert set(re.findall(r"\$([A-Z]+)", task["run"] + task["setup"])) == set(task["envs"])
+    assert task["envs"]["KIND"] in set(Kind)
+    program = last.split()[1]
+    assert f"venv --quiet --clear --python 3.12 {Path(program).parents[1]}\n" in task["setup"]
+
+
+def test_the_commands_of_the_guides_and_the_files_exist():
+    texts = [path.read_text() for path in sorted(PODS.iterdir()) if path.suffix in (".md", ".sh", ".yaml")]
+    texts.append((ROOT / "README.md").read_text())
+    pattern = r"kandinsky-jax (batch|train) ([^`\n]*(?:\\\n[^`\n]*)*)"
+    calls = [call for text in texts for call in re.findall(pattern, text)]
+    for command, least in (("batch", 4), ("train", 8)):
+        found = [words for name, words in calls if name == command]
+        assert len(found) >= least
+        for words in found:
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", words)) <= options_of(command) | {"--help"}, words
+    kinds = [words.split()[0] for name, words in calls if name == "train"]
+    assert set(kinds) <= {*Kind, '"$KIND"', "--distributed"}, kinds
+
+
+def test_links_of_the_guides_lead_somewhere():
+    for name in GUIDES:
+        text = (PODS / name).read_text()
+        for target in re.findall(r"\]\((?!https?:)([^)]+)", text):
+            file, _, anchor = target.partition("#")
+            page = PODS / file if file else PODS / name
+            assert page.exists(), f"{name} links to {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in headings}
+
+
+def test_the_table_of_files_is_complete():
+    text = (PODS / "README.md").read_text()
+    assert [path.name for path in PODS.iterdir() if f"({path.name})" not in text and path.is_file()] == ["README.md"]
+
+
+def test_the_configurations_of_the_guide_are_valid(tmp_path):
+    text = (PODS / "training.md").read_text()
+    [tried] = re.findall(r"<<'TOML'\n(.*?)TOML\n", text, re.DOTALL)
+    [cloud] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    for content in (tried, cloud):
+        (tmp_path / "train.toml").write_text(content)
+        config = load(tmp_path / "train.toml")
+    assert config.train_batch_size % 32 == 0  # chips of the largest manifest
+    assert {config.model[:5], config.prior[:5], config.data[:5], config.output[:5]} == {"gs://"}
+
+
+GCLOUD = """#!/usr/bin/env bash
 echo "$@" >> {log}
 case "$*" in
     *describe*) head -n 1 {states}; sed -i 1d {states} ;;
     *"tpu-vm ssh"*"pip install"*) : ;;
-    *"tpu-vm ssh"*) [ "$(grep -c 'kandinsky-jax batch' {log})" -ge 2 ] ;;
+    *"tpu-vm ssh"*) [ "$(grep -c '/kandinsky-jax ' {log})" -ge {succeeds} ] ;;
 esac
 """
-    )
-    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+
+
+def run_script(folder: Path, states: str, succeeds: int, *words: str, **variables: str):
+    """Run the script with a stand-in for gcloud that has these states, and whose n-th run of the program succeeds."""
+    (folder / "states").write_text(states)
+    (folder / "gcloud").write_text(GCLOUD.format(log=folder / "log", states=folder / "states", succeeds=succeeds))
+    (folder / "sleep").write_text("#!/bin/sh\n")
     for name in ("gcloud", "sleep"):
-        (tmp_path / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROJECT": "p", "ZONE": "z"}
-    command = [PODS / "queued_resources.sh", "gs://b/a b.jsonl", "--output", "gs://b/out"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        (folder / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PROJECT": "p", "ZONE": "z"} | variables
+    done = subprocess.run(
+        [PODS / "queued_resources.sh", *words], env=environment, capture_output=True, text=True, timeout=60
+    )
+    lines = (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
+    return done, lines
+
+
+CALLS = {
+    "batch": ("gs://b/a b.jsonl", "--output", "gs://b/out"),
+    "train": ("lora-decoder", "gs://b/a b.toml", "--accept-changes"),
+}
+
+
+@pytest.mark.parametrize("command", CALLS)
+def test_the_script_for_queued_resources(tmp_path, command):
+    """It asks for a slice, runs the program, asks again after a preemption, and tidies up."""
+    states = "\nWAITING\nACTIVE\nSUSPENDED\n\nACTIVE\n"
+    done, lines = run_script(tmp_path, states, 2, command, *CALLS[command], ACCOUNT="a@p")
     assert done.returncode == 0, done.stderr
-    lines = log.read_text().splitlines()
-    assert sum("queued-resources create" in line for line in lines) == 2
-    runs = [line for line in lines if "kandinsky-jax batch" in line and "pip install" not in line]
+    created = [line for line in lines if "queued-resources create" in line]
+    assert len(created) == 2
+    assert all("--spot" in line and "--service-account=a@p" in line for line in created)
+    installed = [line for line in lines if "kandinsky-jax[" in line]
+    assert len(installed) == 2
+    assert ("[tpu,batch,train]" in installed[0]) == (command == "train")
+    runs = [line for line in lines if "/kandinsky-jax " in line]
     assert len(runs) == 2
-    assert r"gs://b/a\ b.jsonl --output gs://b/out" in runs[0]
+    quoted = " ".join(CALLS[command]).replace("a b", r"a\ b")
+    assert f"kandinsky-jax {command} {quoted} --distributed" in runs[0]
+    assert set(re.findall(r"(?<!\S)--[a-z-]+", runs[0].split("kandinsky-jax")[1])) <= options_of(command)
     assert "delete" in lines[-1]
+
+
+def test_the_script_gives_up_where_no_preemption_is_the_cause(tmp_path):
+    done, lines = run_script(tmp_path, "ACTIVE\n" * 10, 100, "train", "prior", "gs://b/a.toml", TRIES="3")
+    assert done.returncode == 1
+    assert "ended early 3 times" in done.stderr
+    assert sum("/kandinsky-jax " in line for line in lines) == 3
+    assert "delete" in lines[-1]
+
+
+@pytest.mark.parametrize("words", [(), ("gs://b/prompts.jsonl",)])
+def test_the_script_says_how_it_is_called(tmp_path, words):
+    done, lines = run_script(tmp_path, "", 1, *words)
+    assert done.returncode == 2
+    assert "queued_resources.sh train" in done.stdout
+    assert "set -" not in done.stdout
+    assert lines == []
 
 
 def test_the_image_is_built_of_what_there_is():
@@ -106,6 +267,7 @@ def test_the_image_is_built_of_what_there_is():
     for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
         assert all((ROOT / name).exists() for name in line.split())
     assert 'ENTRYPOINT ["kandinsky-jax"]' in text
+    assert set(re.search(r'"\.\[(.*)\]"', text)[1].split(",")) == {"tpu", "batch", "train"}
 
 
 @pytest.mark.slow
