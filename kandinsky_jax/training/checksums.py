@@ -28,7 +28,8 @@ def sharded_checksums(tree: PyTree, hosts: Hosts) -> dict[str, str]:
     """Compute a checksum of each leaf where its shards are, by path; collective.
 
     It is a sum modulo 2**32 of a hash of each element and its position in the whole array. So it is the same for every
-    sharding; any single changed element changes it, and any other damage does with a probability of 1 - 2**-32. Each process adds up the shards of its devices, and processes exchange sums only.
+    sharding; any single changed element changes it, and any other damage does with a probability of 1 - 2**-32. Each
+    process adds up the shards of its devices, and processes exchange sums only.
 
     Returns:
         dtype, shape and sum, such as "float32[4, 2]:0badcafe".

@@ -124,9 +124,10 @@ class Run:
         assert isinstance(task, DiffusionTask)
         with in_folder(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            reader, unreadable = open_latent_cache(self.folder / "encoded", task, self.items, self.quiet)
+            reader, unreadable = open_latent_cache(self.folder / "encoded", task, self.items, self.quiet, self.hosts)
             for name, fault in unreadable.items():
-                self._bad_data.report(fault, "before the first step", name)
+                if self.hosts.first:
+                    self._bad_data.report(fault, "before the first step", name)
         self.items = [self.items[i] for i in reader.which]
         return reader
 

@@ -184,7 +184,7 @@ def _task() -> tuple[PriorTask, Path]:
 def _encoded(folder: Path) -> list[Path]:
     task, data = _task()
     open_latent_cache(folder / "encoded", task, listing(data), quiet=True)
-    return list((folder / "encoded").iterdir())
+    return [path for path in (folder / "encoded").rglob("*") if path.is_file()]
 
 
 def _read_encoded(folder: Path) -> None:
@@ -192,7 +192,7 @@ def _read_encoded(folder: Path) -> None:
     task, data = _task()
     items, rng = listing(data), np.random.default_rng(0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*all pictures are encoded again", UserWarning)
+        warnings.filterwarnings("ignore", ".*their pictures are encoded again", UserWarning)
         found, _ = open_latent_cache(folder / "encoded", task, items, quiet=True)
     whole, _ = open_latent_cache(data.with_name("whole"), task, items, quiet=True)
     for i in range(len(items)):

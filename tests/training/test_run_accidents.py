@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from kandinsky_jax import KandinskyV22CombinedPipeline, lora
 from kandinsky_jax.lora import LoraConfig
+from kandinsky_jax.training import latent_cache
 from kandinsky_jax.training.bad_data import MAX_LINES, BadData
 from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.checksums import checksums
@@ -217,38 +218,58 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_stale_and_damaged_encoded_data_is_made_again(tmp_path, pipe):
+def test_stale_and_damaged_encoded_data_is_made_again(tmp_path, pipe, monkeypatch):
+    """Of several parts, only the damaged one; all of them where the inputs are others."""
+    monkeypatch.setattr(latent_cache, "PART_ITEMS", 3)
     data, folder = fill(tmp_path / "data"), tmp_path / "out" / "encoded"
     folder.parent.mkdir()
     task = PriorTask(pipe, config_of(data, tmp_path / "out", precompute=True))
+    parts = [folder / f"{number:05d}" for number in range(-(-COUNT // 3))]
+    assert len(parts) > 2
 
     def arrays() -> dict[str, np.ndarray]:
         found, _ = open_latent_cache(folder, task, listing(data), quiet=True)
+        assert found.which == list(range(COUNT))
         rows = [found(i, np.random.default_rng(0)) for i in range(COUNT)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def times() -> list[int]:
+        return [(part / "about.json").stat().st_mtime_ns for part in parts]
+
+    folder.mkdir()
+    (folder / "image_embeds.npy").write_bytes(b"of an older version")
     first = arrays()
-    before = (folder / "about.json").stat().st_mtime_ns
+    assert sorted(folder.iterdir()) == parts
+    before = times()
     arrays()
-    assert (folder / "about.json").stat().st_mtime_ns == before  # used as it is
-    old = {"mark": "0" * 64, "which": list(range(COUNT))}
-    (folder / "foreign.npy").write_bytes(b"no array")
+    assert times() == before  # used as it is
+    old = {"mark": "0" * 64, "which": list(range(3))}
+    (parts[1] / "foreign.npy").write_bytes(b"no array")
     assert arrays().keys() == first.keys()
+    one = r"1 of \d parts are not used, their pictures are encoded again: 00001: .*"
     for damage, says in (
-        (lambda: flip(folder / "image_embeds.npy"), r"image_embeds\.npy is damaged"),
-        (lambda: (folder / "image_embeds.npy").unlink(), r"image_embeds\.npy is missing"),
-        (lambda: (folder / "text_mask.npy").write_bytes(b""), r"text_mask\.npy is damaged"),
-        (lambda: (folder / "about.json").write_text("{"), r"about\.json is damaged"),
-        (lambda: (folder / "about.json").unlink(), r"about\.json is damaged or missing"),
-        (lambda: flip(folder / "about.json"), r"about\.json is damaged"),
-        (lambda: (folder / "about.json").write_text(json.dumps(old)), "another format version"),
-        (lambda: (shutil.rmtree(folder), folder.write_text("a file")), "damaged or missing"),
-        (lambda: os.utime(data / "0.png", ns=(1, 1)), "made of other pictures"),
+        (lambda: flip(parts[1] / "image_embeds.npy"), one + r"image_embeds\.npy is damaged"),
+        (lambda: (parts[1] / "image_embeds.npy").unlink(), one + r"image_embeds\.npy is missing"),
+        (lambda: (parts[1] / "text_mask.npy").write_bytes(b""), one + r"text_mask\.npy is damaged"),
+        (lambda: (parts[1] / "about.json").write_text("{"), one + r"about\.json is damaged"),
+        (lambda: (parts[1] / "about.json").unlink(), one + r"about\.json is damaged or missing"),
+        (lambda: flip(parts[1] / "about.json"), one + r"about\.json is damaged"),
+        (lambda: (parts[1] / "about.json").write_text(json.dumps(old)), one + "another format version"),
+        (lambda: (shutil.rmtree(parts[1]), parts[1].write_text("a file")), one + "damaged or missing"),
+        (lambda: os.utime(data / "0.png", ns=(1, 1)), r"(\d) of \1 parts are not used.*made of other pictures"),
     ):
+        before = times()
         damage()
-        with pytest.warns(UserWarning, match=f"is not used, all pictures are encoded again: .*{says}"):
+        with pytest.warns(UserWarning, match=says):
             found = arrays()
         assert all(np.array_equal(found[name], array) for name, array in first.items())
+        assert [a == b for a, b in zip(times(), before, strict=True)].count(True) == ("00001" in says) * (
+            len(parts) - 1
+        )
+    shutil.rmtree(parts[1])  # as a killed process leaves it
+    before = times()[:1]
+    assert all(np.array_equal(found[name], array) for found in [arrays()] for name, array in first.items())
+    assert times()[:1] == before
     Image.new("RGB", (64, 64), "red").save(data / "0.png")
     with pytest.warns(UserWarning, match="made of other pictures"):
         assert not np.array_equal(arrays()["image_embeds"], first["image_embeds"])
