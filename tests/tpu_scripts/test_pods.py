@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import typer.main
 import yaml
 from jax._src.clusters.cloud_tpu_cluster import GkeTpuCluster
+from PIL import Image
 
 from kandinsky_jax.cli import app
 from kandinsky_jax.parallel.process import VARIABLES
@@ -268,6 +270,32 @@ def test_the_image_is_built_of_what_there_is():
         assert all((ROOT / name).exists() for name in line.split())
     assert 'ENTRYPOINT ["kandinsky-jax"]' in text
     assert set(re.search(r'"\.\[(.*)\]"', text)[1].split(",")) == {"tpu", "batch", "train"}
+
+
+@pytest.mark.slow
+def test_the_first_step_of_the_guide_for_training_runs_as_printed(tmp_path):
+    [block, *_] = re.findall(r"```bash\n(.*?)```", (PODS / "training.md").read_text(), re.DOTALL)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    installing, *lines = block.replace(":8476", f":{port}").splitlines()
+    assert installing == 'pip install -e ".[train]"'
+    (tmp_path / "pictures").mkdir()
+    for number in range(8):
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+        (tmp_path / "pictures" / f"{number}.txt").write_text("red")
+    done = subprocess.run(
+        ["bash", "-euc", "\n".join(lines)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert (tmp_path / "try" / "model" / "pytorch_lora_weights.safetensors").exists()
 
 
 @pytest.mark.slow

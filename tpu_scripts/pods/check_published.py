@@ -99,7 +99,7 @@ def check_xpk() -> dict[str, object]:
     assert (policy["action"], policy["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
     assert {STOPPED, FAILED} <= set(policy["onExitCodes"]["values"])  # for all others XPK gives up
     shell, flag, script = pod["containers"][0]["command"]
-    seconds = exit_after_sigterm([shell, flag, script])
+    seconds = [exit_after_sigterm([shell, flag, script], delay) for delay in (0.0, 1.5, 3.0, 4.5)]
     return {"version": importlib.metadata.version("xpk"), "seconds from SIGTERM to the exit with 143": seconds}
 
 
@@ -109,8 +109,15 @@ def run_quietly(words: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def exit_after_sigterm(command: list[str]) -> float:
-    """Run a shell with a stand-in for the program, send it SIGTERM, and check that its code comes back."""
+def exit_after_sigterm(command: list[str], delay: float) -> float:
+    """Run a shell with a stand-in for the program, send it SIGTERM, and check that the program's code comes back.
+
+    Args:
+        command: the shell's.
+        delay: seconds from the program's start to the signal.
+    Returns:
+        seconds from the signal to the end of the shell; the program ends at once.
+    """
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "kandinsky-jax"
         program.write_text(PROGRAM.format(python=sys.executable, code=STOPPED))
@@ -120,6 +127,7 @@ def exit_after_sigterm(command: list[str]) -> float:
             assert running.stdout is not None
             while "started" not in running.stdout.readline():
                 assert running.poll() is None
+            time.sleep(delay)
             start = time.monotonic()
             running.send_signal(signal.SIGTERM)
             running.communicate(timeout=50)
