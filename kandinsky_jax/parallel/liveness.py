@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -32,8 +33,11 @@ SILENT_SECONDS = 30.0  # silence of a process after which it counts as dead
 SILENT_AFTER_ERROR = 10.0  # the same where a collective has failed already
 JAX_SECONDS = 50  # after which JAX itself ends all processes, if this module has not
 REPORT_SECONDS = 6.0  # for this process to report its own error, after another one did
+LINGER_SECONDS = 3 * PERIOD  # of process 0 after an error, so that the others learn of it before the service is gone
 FAILED = 1  # exit code
 ADVICE = "this process ends too. Start all of them again to continue from the last checkpoint"
+# Of an error of the runtime that JAX raises as a ValueError, or Orbax as one of its own.
+_STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _PREFIX = "kandinsky_jax/"
 
 
@@ -59,7 +63,10 @@ def joined(index: int | None = None, count: int | None = None, coordinator: str 
         yield hosts
         hosts.gather([0])  # nobody leaves before all have come here
     except BaseException as error:
-        if (lost := watch.reason_of(error)) is not None:
+        lost = watch.reason_of(error)
+        if hosts.first and hosts.count > 1:
+            time.sleep(LINGER_SECONDS)
+        if lost is not None:
             raise HostLost(lost) from error
         raise
     watch.close()
@@ -150,9 +157,10 @@ class Watch:
             if (lost := self._lost()) is None:
                 continue
             noticed = time.monotonic() if noticed is None else noticed
-            waited = time.monotonic() - noticed
             # This process may be about to report an error of its own.
-            if waited < REPORT_SECONDS and (self._failing or self._ended):
+            patience = REPORT_SECONDS if self._failing or self._ended else 0.0
+            patience += LINGER_SECONDS if self._hosts.first else 0.0
+            if time.monotonic() - noticed < patience:
                 continue
             _say(lost)
             end_now()
@@ -224,7 +232,7 @@ def _of_a_collective(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

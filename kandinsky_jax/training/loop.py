@@ -8,6 +8,7 @@ On many hosts each process runs this loop, reads its examples of every batch, an
 Process 0 writes everything else. Before each step they agree whether to take it (see `Agreement`).
 
     OUT/checkpoints/STEP/    the state, and the position in the data (see `checkpoints`)
+    OUT/layout.json          processes, mesh, and bytes of weights and optimizer state in each process
     OUT/metrics.jsonl        one line a step: loss, gradient_norm, learning_rate, images_per_second
     OUT/events/, OUT/wandb/  the same for TensorBoard, and for Weights & Biases (see `metrics`)
     OUT/samples/STEP.png     the validation prompts
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax import images, lora
 from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax.common.atomic import replace_file
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.hosts import Hosts
@@ -44,7 +47,7 @@ from kandinsky_jax.training.data import Batches, Captioned, DataError, listing, 
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.latent_cache import LatentCache, open_latent_cache
-from kandinsky_jax.training.mesh import gathered, local_examples, make_training_mesh, parts
+from kandinsky_jax.training.mesh import check_shared, gathered, local_examples, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics, NoMetrics
 from kandinsky_jax.training.run_record import check_same_run, run_record
 from kandinsky_jax.training.step import Trainer, TrainState
@@ -93,8 +96,7 @@ class Run:
         self.accept_changes = accept_changes
         mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
         _check_batch(config, parts(mesh))
-        if self.hosts.count > 1 and mesh is None:
-            raise ValueError(f"a mesh of one device cannot be shared by {self.hosts.count} processes")
+        check_shared(mesh)
         if config.precompute and kind in (Kind.MOVQ, Kind.CLIP):
             raise ValueError(f"precompute is of no use for {kind}: none of its networks is frozen")
         _check_target(self.folder, lora.FILE if kind.startswith("lora-") else "model_index.json")
@@ -105,7 +107,9 @@ class Run:
         self._skipped = found.skipped
         if not self.items:
             raise DataError(config.data, found.skipped.faults)
-        self.trainer = Trainer(self.task.loss(), config.optimizer, self.task.frozen(), mesh)
+        self.trainer = Trainer(
+            self.task.loss(), config.optimizer, self.task.frozen(), mesh, min_size=config.mesh.fsdp_min_size
+        )
         self.key, self._first_key = jax.random.split(jax.random.key(config.seed))
         self._bad_in_a_row = 0
         self._reported = 0  # of `reader.unreadable`
@@ -152,6 +156,7 @@ class Run:
         networks = {name: flat_params(module) for name, module in self.task.networks.items()}
         record = run_record(self.task.kind, config, self.items, networks)
         check_same_run(self.hosts, record)
+        self._write_layout(state)
         checkpoints = Checkpoints(
             self.folder, record, config.checkpoints_total_limit, hosts=self.hosts, accept_changes=self.accept_changes
         )
@@ -186,6 +191,19 @@ class Run:
                     if config.validation_steps and (done % config.validation_steps == 0 or done == last):
                         self._sample(state, done, metrics)
         return state
+
+    def _write_layout(self, state: TrainState) -> None:
+        """Write OUT/layout.json: processes, mesh, and the bytes of the state on each process's devices."""
+        kept = [state, self.trainer.frozen]
+        mine = sum(shard.data.nbytes for leaf in jax.tree.leaves(kept) for shard in leaf.addressable_shards)
+        about = json.dumps({"host": socket.gethostname(), "devices": jax.local_device_count(), "state_bytes": mine})
+        processes = [json.loads(text) for text in self.hosts.exchange(about)]
+        if not self.hosts.first:
+            return
+        mesh = self.trainer.mesh
+        whole = {"mesh": None if mesh is None else dict(mesh.shape), "processes": processes}
+        whole["state_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+        replace_file(self.folder / "layout.json", (json.dumps(whole, indent=2) + "\n").encode())
 
     # Steps --------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from kandinsky_jax.parallel.mesh import DATA_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, Rules, largest_axis, parameter_shardings
 
 FSDP_AXIS = "fsdp"
+FSDP_MIN_SIZE = 1 << 16
 EXAMPLES = PartitionSpec((DATA_AXIS, FSDP_AXIS))  # of arrays whose first axis is examples
 
 
@@ -33,16 +34,18 @@ class MeshConfig:
     Args:
         data: number of replicas of the weights, each sharded over `fsdp`; absent is as many as there are devices for.
         fsdp: number of shards of the weights.
+        fsdp_min_size: elements of the smallest array that is sharded; smaller ones are replicated.
     """
 
     data: int | None = None
     fsdp: int = 1
+    fsdp_min_size: int = FSDP_MIN_SIZE
 
     def __post_init__(self) -> None:
         if faults := [
             f"{name} must be at least 1, got {shorten(value)}"
-            for name, value in (("data", self.data), ("fsdp", self.fsdp))
-            if value is not None and not 1 <= value <= 2**20
+            for name, value in (("data", self.data), ("fsdp", self.fsdp), ("fsdp_min_size", self.fsdp_min_size))
+            if value is not None and not 1 <= value <= 2**31
         ]:
             raise ValueError("\n".join(faults))
 
@@ -76,7 +79,7 @@ def parts(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS]
 
 
-def state_shardings(mesh: Mesh, tree: PyTree, rules: Rules | None = None) -> PyTree:
+def state_shardings(mesh: Mesh, tree: PyTree, rules: Rules | None = None, min_size: int = FSDP_MIN_SIZE) -> PyTree:
     """Return the sharding of each leaf of a state.
 
     A parameter and its optimizer state are sharded alike: a leaf is named by the dictionary keys of its path alone.
@@ -85,14 +88,15 @@ def state_shardings(mesh: Mesh, tree: PyTree, rules: Rules | None = None) -> PyT
     Args:
         tree: arrays, or shapes.
         rules: (pattern, PartitionSpec) pairs over dotted names, see `parallel.sharding.Rules`, that may name the
-            axis `fsdp`; None shards every large leaf along its largest divisible axis.
+            axis `fsdp`; None shards every leaf of at least `min_size` elements along its largest divisible axis.
+        min_size: see `rules`.
     Raises:
         ValueError: listing all rules that cannot be followed.
     """
     leaves, structure = tree_flatten_with_path(tree)
     shapes = {_name(path): tuple(leaf.shape) for path, leaf in leaves}
     shapes.pop("", None)
-    rules = largest_axis(mesh, shapes, axis=FSDP_AXIS) if rules is None else rules
+    rules = largest_axis(mesh, shapes, min_size, FSDP_AXIS) if rules is None else rules
     found = parameter_shardings(mesh, shapes, rules, axis=FSDP_AXIS)
     found[""] = NamedSharding(mesh, REPLICATED)
     return jax.tree.unflatten(structure, [found[_name(path)] for path, _ in leaves])
@@ -122,20 +126,21 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(of, tree, shardings)
 
 
-def local_examples(mesh: Mesh | None, batch: int) -> np.ndarray:
-    """Return which examples of a batch lie on devices of this process, int64, ascending.
+def check_shared(mesh: Mesh | None) -> None:
+    """Raise ValueError, in every process, unless the mesh has all devices of all processes."""
+    size = 1 if mesh is None else mesh.size
+    if jax.process_count() > 1 and size != jax.device_count():
+        raise ValueError(
+            f"a mesh of {size} devices leaves some of {jax.process_count()} processes without: they have "
+            f"{jax.device_count()} in all, and {DATA_AXIS} * {FSDP_AXIS} must be that number"
+        )
 
-    Raises:
-        ValueError: if no device of this process is in the mesh.
-    """
+
+def local_examples(mesh: Mesh | None, batch: int) -> np.ndarray:
+    """Return which examples of a batch lie on devices of this process, int64, ascending."""
     if mesh is None:
         return np.arange(batch)
     indices = NamedSharding(mesh, EXAMPLES).addressable_devices_indices_map((batch,))
-    if not indices:
-        raise ValueError(
-            f"none of the devices of process {jax.process_index()} is in the mesh of {mesh.size}; use all "
-            f"{jax.device_count()} devices, or start fewer processes"
-        )
     return np.sort(np.concatenate([np.arange(batch)[index] for index in indices.values()]))
 
 

@@ -33,6 +33,7 @@ FREE = frozenset(
         "wandb_project",
         "mesh.data",
         "mesh.fsdp",
+        "mesh.fsdp_min_size",
         "optimizer.max_train_steps",
         "optimizer.remat",
     }

@@ -22,7 +22,7 @@ from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.sharding import Rules
 from kandinsky_jax.training.malloc import keep_freed_memory
-from kandinsky_jax.training.mesh import EXAMPLES, put, shard_examples, state_shardings, unsharded
+from kandinsky_jax.training.mesh import EXAMPLES, FSDP_MIN_SIZE, put, shard_examples, state_shardings, unsharded
 
 # (trained parameters, batch, key) -> a float32 scalar; with `frozen`, (trained parameters, batch, key, frozen)
 Loss = Callable[..., jax.Array]
@@ -121,7 +121,8 @@ class Trainer:
         frozen: frozen arrays that the loss also needs, such as the weights under a LoRA. They are an argument of the
             compiled program; arrays in a closure would be compiled into it as constants.
         mesh: the devices to train on, see `kandinsky_jax.training.mesh`; None is the device of the parameters.
-        rules: sharding of trained parameters over the mesh's `fsdp`, see `kandinsky_jax.training.mesh.state_shardings`.
+        rules, min_size: sharding of trained parameters over the mesh's `fsdp`, see
+            `kandinsky_jax.training.mesh.state_shardings`.
     """
 
     def __init__(
@@ -131,9 +132,10 @@ class Trainer:
         frozen: PyTree = None,
         mesh: Mesh | None = None,
         rules: Rules | None = None,
+        min_size: int = FSDP_MIN_SIZE,
     ):
-        self.settings, self.mesh, self.rules = settings, mesh, rules
-        self.frozen = frozen if mesh is None or frozen is None else put(frozen, state_shardings(mesh, frozen, rules))
+        self.settings, self.mesh, self.rules, self.min_size = settings, mesh, rules, min_size
+        self.frozen = frozen if mesh is None or frozen is None else put(frozen, self.shardings(frozen))
 
         def gathering(params: PyTree, batch: PyTree, key: jax.Array, *frozen: PyTree) -> jax.Array:
             # Inside the rematerialised function, so that gathered parameters are not stored.
@@ -154,12 +156,17 @@ class Trainer:
         self.optimizer = optax.chain(clip, optax.masked(adam, _trained), optax.masked(optax.set_to_zero(), _statistics))
         self._program = jax.jit(self._step, donate_argnums=0)
 
+    def shardings(self, tree: PyTree) -> PyTree:
+        """Return where the leaves of a state, or of frozen arrays, lie on the mesh."""
+        assert self.mesh is not None
+        return state_shardings(self.mesh, tree, self.rules, self.min_size)
+
     def init(self, params: PyTree) -> TrainState:
         """Return the state before the first step; the parameters are copied to float32."""
         if self.mesh is None:
             return self._initial_state(params)
-        sharded = put(params, state_shardings(self.mesh, params, self.rules))
-        where = state_shardings(self.mesh, jax.eval_shape(self._initial_state, params), self.rules)
+        sharded = put(params, self.shardings(params))
+        where = self.shardings(jax.eval_shape(self._initial_state, params))
         return jax.jit(self._initial_state, out_shardings=where)(sharded)
 
     def _initial_state(self, params: PyTree) -> TrainState:
@@ -207,7 +214,7 @@ class Trainer:
         kept = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
         done = TrainState(state.step + 1, *kept)
         if self.mesh is not None:
-            done = jax.lax.with_sharding_constraint(done, state_shardings(self.mesh, done, self.rules))
+            done = jax.lax.with_sharding_constraint(done, self.shardings(done))
         return done, metrics
 
     def _gradients(self, params: PyTree, batch: PyTree, key: jax.Array, frozen: PyTree) -> tuple[jax.Array, PyTree]:
@@ -225,7 +232,7 @@ class Trainer:
 
             value, gradients = jax.value_and_grad(loss)(params)
             if self.mesh is not None:  # each device keeps its shard
-                where = state_shardings(self.mesh, params, self.rules)
+                where = self.shardings(params)
                 gradients = jax.lax.with_sharding_constraint(gradients, where)
             return value, gradients
 
