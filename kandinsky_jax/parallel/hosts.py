@@ -19,6 +19,11 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 
 
+def describe(index: int, count: int, name: str) -> str:
+    """Describe a process for messages, such as "process 2 of 4 (host-c)"."""
+    return f"process {index} of {count}" + (f" ({name})" if name else "")
+
+
 @dataclasses.dataclass(frozen=True)
 class Hosts:
     """The processes of this program.
@@ -48,8 +53,7 @@ class Hosts:
 
     def describe(self, index: int) -> str:
         """Describe a process for messages, such as "process 2 of 4 (host-c)"."""
-        name = self.names[index] if index < len(self.names) else ""
-        return f"process {index} of {self.count}" + (f" ({name})" if name else "")
+        return describe(index, self.count, self.names[index])
 
     def gather(self, values: Sequence[int]) -> np.ndarray:
         """Gather a few numbers of each process, 0 .. 2**31 - 1; returns int32 `[count, N]`."""

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 from kandinsky_jax.common.errors import RunError, shorten
-from kandinsky_jax.parallel.hosts import Hosts
+from kandinsky_jax.parallel.hosts import Hosts, describe
 from kandinsky_jax.parallel.process import initialize
 
 PERIOD = 2.0  # seconds between heartbeats
@@ -56,15 +56,15 @@ def joined(index: int | None = None, count: int | None = None, coordinator: str 
         ValueError: see `initialize`.
     """
     initialize(index, count, coordinator, JAX_SECONDS)
-    hosts = Hosts.here()
-    watch = Watch(hosts)
+    watch = Watch(jax.process_index(), jax.process_count())
     watch.start()
     try:
+        hosts = Hosts.here()
         yield hosts
         hosts.gather([0])  # nobody leaves before all have come here
     except BaseException as error:
         lost = watch.reason_of(error)
-        if hosts.first and hosts.count > 1:
+        if watch.index == 0 and watch.count > 1:
             time.sleep(LINGER_SECONDS)
         if lost is not None:
             raise HostLost(lost) from error
@@ -84,13 +84,14 @@ class Watch:
     """Heartbeats of this process, and a watch over those of the others.
 
     Args:
-        hosts: the processes of this program.
+        index, count: number of this process, and of all.
     """
 
-    def __init__(self, hosts: Hosts):
-        self._hosts = hosts
+    def __init__(self, index: int, count: int):
+        self.index, self.count = index, count
+        self._names: dict[int, str] = {}  # host names, which heartbeats tell
         self._closed = threading.Event()
-        self._changed = dict.fromkeys(range(hosts.count), time.monotonic())  # when a heartbeat was last a new one
+        self._changed = dict.fromkeys(range(count), time.monotonic())  # when a heartbeat was last a new one
         self._contact = time.monotonic()  # of the coordination service
         self._ended: dict[int, str] = {}  # reasons of processes that ended with an error
         self._failing = False  # whether the main thread is ending with an error
@@ -99,7 +100,7 @@ class Watch:
 
     def start(self) -> None:
         """Start the watch; without effect for a single process."""
-        if self._hosts.count == 1:
+        if self.count == 1:
             return
         self._name_process_0_on_abort()
         for target in (self._beat, self._watch):
@@ -117,7 +118,7 @@ class Watch:
         An error of a collective says only that another process is gone, so the watch is asked, which may take some
         seconds. Any other error is reported to the other processes.
         """
-        if self._hosts.count == 1:
+        if self.count == 1:
             return None
         self._failing = True
         if _of_a_collective(error):
@@ -135,11 +136,11 @@ class Watch:
 
     def _beat(self) -> None:
         """Write heartbeats, and read those of the others."""
-        client, number, seen = _client(), 0, dict[int, str]()
-        while not self._closed.wait(PERIOD):
+        client, name, number, seen = _client(), socket.gethostname(), 0, dict[int, str]()
+        while not self._closed.wait(PERIOD if number else 0):
             number += 1
             try:
-                client.key_value_set(f"{_PREFIX}alive/{self._hosts.index}", str(number), allow_overwrite=True)
+                client.key_value_set(f"{_PREFIX}alive/{self.index}", f"{number} {name}", allow_overwrite=True)
                 alive = _read(client, "alive/")
                 self._ended |= _read(client, "ended/")
             except jax.errors.JaxRuntimeError:
@@ -147,7 +148,7 @@ class Watch:
             self._contact = time.monotonic()
             for index, beat in alive.items():
                 if seen.get(index) != beat:
-                    seen[index] = beat
+                    seen[index], self._names[index] = beat, beat.partition(" ")[2]
                     self._changed[index] = time.monotonic()
 
     def _watch(self) -> None:
@@ -159,7 +160,7 @@ class Watch:
             noticed = time.monotonic() if noticed is None else noticed
             # This process may be about to report an error of its own.
             patience = REPORT_SECONDS if self._failing or self._ended else 0.0
-            patience += LINGER_SECONDS if self._hosts.first else 0.0
+            patience += LINGER_SECONDS if self.index == 0 else 0.0
             if time.monotonic() - noticed < patience:
                 continue
             _say(lost)
@@ -167,34 +168,37 @@ class Watch:
 
     def _lost(self) -> str | None:
         """Describe a process that is dead or has ended with an error; None if there is none."""
-        now, me = time.monotonic(), self._hosts.index
+        now, me = time.monotonic(), self.index
         for index, reason in self._ended.items():
             if index != me:
-                return f"{self._hosts.describe(index)} has ended: {reason}"
+                return f"{self._describe(index)} has ended: {reason}"
         if now - self._contact > self._silent:
             return self._silence(0, now - self._contact) if me else None
         silent = {index: now - then for index, then in self._changed.items() if index != me}
         longest = max(silent, key=lambda index: silent[index])
         return self._silence(longest, silent[longest]) if silent[longest] > self._silent else None
 
+    def _describe(self, index: int) -> str:
+        return describe(index, self.count, self._names.get(index, ""))
+
     def _silence(self, index: int, seconds: float) -> str:
-        return f"{self._hosts.describe(index)} has died or cannot be reached, silent for {seconds:.0f} s; {ADVICE}"
+        return f"{self._describe(index)} has died or cannot be reached, silent for {seconds:.0f} s; {ADVICE}"
 
     def _report(self, reason: str) -> None:
         """Tell the other processes why this one ends."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _client().key_value_set(f"{_PREFIX}ended/{self._hosts.index}", reason, allow_overwrite=True)
+            _client().key_value_set(f"{_PREFIX}ended/{self.index}", reason, allow_overwrite=True)
 
     def _name_process_0_on_abort(self) -> None:
         """Name process 0 when JAX aborts this process because the coordination service is gone."""
-        if self._hosts.first or not sys.platform.startswith("linux"):
+        if self.index == 0 or not sys.platform.startswith("linux"):
             return
 
         def handler(number: int) -> None:
             if self._closed.is_set():
                 return
             if (lost := self._lost()) is None and not _reachable():
-                lost = f"{self._hosts.describe(0)}, which coordinates the run, has died or cannot be reached; {ADVICE}"
+                lost = f"{self._describe(0)}, which coordinates the run, has died or cannot be reached; {ADVICE}"
             if lost is not None:
                 _say(lost)
                 end_now()

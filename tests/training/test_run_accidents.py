@@ -102,6 +102,7 @@ FREELY = {
     "validation_steps": 5,
     "wandb_project": "w",
     "mesh.data": 1,
+    "mesh.fsdp_min_size": 1,
     "mesh.fsdp": 1,
     "optimizer.max_train_steps": 99,
     "optimizer.remat": True,
