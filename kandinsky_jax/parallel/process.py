@@ -72,6 +72,7 @@ def initialize(
         if not host or not port.isdecimal():
             raise ValueError(f"the coordinator must be HOST:PORT, such as 10.0.0.1:8476, got {coordinator[:80]!r}")
         bind = coordinator if host in LOOPBACK else None  # otherwise JAX listens on all addresses
+    if coordinator is not None or index is not None or count is not None:
         given = _given(index, count)
         index, count = (given.index, given.count) if given is not None else (index, count)
     jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM, which we handle

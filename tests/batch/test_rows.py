@@ -13,7 +13,6 @@ import pytest
 from kandinsky_jax.batch.job import Job, open_job
 from kandinsky_jax.batch.requests import below
 from kandinsky_jax.batch.rows import STRIDE, JobError, scan
-from kandinsky_jax.parallel.process import VARIABLES, Process, this_process
 from kandinsky_jax.preemption import Stop
 
 COUNT = 2 * STRIDE + 7
@@ -203,36 +202,7 @@ def test_paths_stay_below_their_folder(tmp_path):
             below(root, path)
 
 
-# Which process, and when to stop ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bare(monkeypatch):
-    for pair in (*VARIABLES, ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES")):
-        for name in pair:
-            monkeypatch.delenv(name, raising=False)
-    return monkeypatch
-
-
-def test_a_launcher_says_which_process_this_is(bare):
-    assert this_process() == Process(0, 1)
-    bare.setenv("TPU_WORKER_ID", "1")
-    bare.setenv("TPU_WORKER_HOSTNAMES", "a,b,c")
-    assert this_process() == Process(1, 3)
-    bare.setenv("SLURM_PROCID", "2")
-    bare.setenv("SLURM_NTASKS", "4")
-    assert this_process() == Process(2, 4)
-    bare.setenv("JOB_COMPLETION_INDEX", "5")
-    with pytest.raises(ValueError, match="JOB_COMPLETION_INDEX=5, but not how many; set JOB_COMPLETIONS"):
-        this_process()
-    bare.setenv("JOB_COMPLETIONS", "8")
-    assert this_process() == Process(5, 8)
-    assert this_process(1, 2) == Process(1, 2)
-    for numbers in ((2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="there is no process"):
-            this_process(*numbers)
-    with pytest.raises(ValueError, match="or neither"):
-        this_process(1)
+# When to stop ---------------------------------------------------------------------------------------------------
 
 
 def test_a_shard_is_finished_where_there_is_time():

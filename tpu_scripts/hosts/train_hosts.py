@@ -82,14 +82,14 @@ def write_data(folder: Path, count: int = 40) -> None:
 
 
 def write_config(
-    path: Path, data: Path, output: Path, steps: int, every: int, fsdp: int = 2, **further: object
+    path: Path, data: Path, output: Path, steps: int, every: int, fsdp: int = 2, epsilon: float = 1e-8
 ) -> Path:
     """Write the configuration of a run with dropout, flips and an average of the weights, so that all is compared."""
     options: dict[str, object] = {"model": str(MODEL), "data": str(data), "output": str(output), "resolution": 64}
     options |= {"train_batch_size": 16, "checkpointing_steps": every, "condition_dropout": 0.3, "random_flip": True}
-    options |= further
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
     lines += ["[optimizer]", f"max_train_steps = {steps}", "learning_rate = 1e-3", "ema_decay = 0.9"]
+    lines += [f"adam_epsilon = {epsilon}"]
     lines += ["[mesh]", f"fsdp = {fsdp}", "fsdp_min_size = 1024"]
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -200,12 +200,19 @@ def layout_of(output: Path) -> dict[str, Any]:
 # Commands ---------------------------------------------------------------------------------------------------------
 
 
-def agree(folder: Path, kind: str, layouts: Sequence[Layout], steps: int, fsdp: int = 2) -> dict[str, Any]:
-    """Compare runs in several layouts with one in the first."""
+def agree(
+    folder: Path, kind: str, layouts: Sequence[Layout], steps: int, fsdp: int = 2, epsilon: float = 1e-8
+) -> dict[str, Any]:
+    """Compare runs in several layouts with each other.
+
+    Args:
+        epsilon: of AdamW, which divides each gradient by its own size plus this number. With the default of 1e-8 a
+            gradient that is all rounding errors moves a weight as far as any other, so sums in another order show.
+    """
     outputs = []
     for layout in layouts:
         output = folder / f"{kind}-{layout}"
-        config = write_config(folder / f"{kind}-{layout}.toml", folder / "data", output, steps, steps, fsdp)
+        config = write_config(folder / f"{kind}-{layout}.toml", folder / "data", output, steps, steps, fsdp, epsilon)
         finished(layout, kind, config, folder / "logs", folder / "cache")
         outputs.append(output)
     found: dict[str, Any] = {}
@@ -311,6 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--every", type=int, default=2, help="steps between checkpoints while killing")
     parser.add_argument("--fsdp", type=int, default=2, help="shards of the weights in agree, default 2")
+    parser.add_argument("--epsilon", type=float, default=1e-8, help="of AdamW in agree, default 1e-8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "tpu_scripts" / "results")
     given = parser.parse_args(argv)
@@ -319,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for kind in given.kinds:
             if given.command == "agree":
-                found = agree(folder, kind, given.layouts, given.steps, given.fsdp)
+                found = agree(folder, kind, given.layouts, given.steps, given.fsdp, given.epsilon)
             elif given.command == "kill":
                 found = kill(folder, kind, given.layout, given.kills, given.steps, given.every, given.seed)
             elif given.command == "stop":
@@ -328,7 +336,11 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 found = resume(folder, kind, given.layouts, given.steps)
             where = given.layout if given.command in ("kill", "stop") else "-".join(map(str, given.layouts))
-            add(given.output, f"{given.command} {kind} {where}", {"steps": given.steps, **found})
+            options = {"steps": given.steps, "fsdp": given.fsdp, "epsilon": given.epsilon}
+            name = f"{given.command} {kind} {where}"
+            if given.command == "agree":
+                name += f" fsdp={given.fsdp} epsilon={given.epsilon}"
+            add(given.output, name, {**options, **found})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,0 +1,143 @@
+"""Training on many hosts, which processes stand for: small versions of tpu_scripts/hosts/train_hosts.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kandinsky_jax.training.data import Batches
+from kandinsky_jax.training.kinds import Kind
+from tests.conftest import note, slow_and_campaign
+from tpu_scripts.hosts import train_hosts
+from tpu_scripts.hosts.train_hosts import Layout
+
+EPSILON = 1e-3  # of AdamW: with 1e-8, rounding errors of near-zero gradients move weights as far as real ones
+
+
+@pytest.fixture
+def folder(tmp_path):
+    train_hosts.write_data(tmp_path / "data")
+    return tmp_path
+
+
+def check_agreement(found: dict, epsilon: float) -> None:
+    """Several processes are bit-equal among themselves, and one process sums in another order."""
+    layouts = list(found)
+    for layout in layouts[1:]:
+        for other in layouts[: layouts.index(layout)]:
+            difference = found[layout][f"difference from {other}"]
+            alone = other.startswith("1x")
+            assert note(difference["losses"], f"losses, {'to one process' if alone else 'among several'}") < 1e-6
+            if not alone:
+                assert difference["equal_bits"], (layout, other)
+            elif epsilon == EPSILON:
+                assert note(difference["weights"], f"weights with epsilon={epsilon}, to one process") < 1e-6
+            else:
+                note(difference["weights"], f"weights with epsilon={epsilon}, to one process")
+
+
+@pytest.mark.parametrize("kind", slow_and_campaign(Kind, Kind.PRIOR))
+def test_hosts_train_as_one(folder, kind, request):
+    """Losses and weights of one process and of several; the state is really divided."""
+    whole = request.node.get_closest_marker("campaign") is not None
+    layouts = [Layout(1, 8), Layout(2, 4), Layout(4, 2)] if whole else [Layout(1, 4), Layout(2, 2)]
+    fsdp = layouts[0].devices
+    found = train_hosts.agree(folder, str(kind), layouts, 20 if whole else 5, fsdp, EPSILON)
+    check_agreement(found, EPSILON)
+    for layout in layouts:
+        shares = found[str(layout)]["share_of_state_in_each_process"]
+        assert len(shares) == layout.processes
+        for share in shares:  # small arrays lie everywhere
+            assert 1 / layout.processes <= note(share, f"share of the state in a process of {layout}")
+            assert share < 1 / layout.processes + 0.25
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", Kind)
+def test_hosts_train_as_one_with_the_default_epsilon(folder, kind):
+    layouts = [Layout(1, 8), Layout(2, 4), Layout(4, 2)]
+    check_agreement(train_hosts.agree(folder, str(kind), layouts, 20), 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kills", "steps"),
+    [
+        pytest.param(Layout(2, 1), 3, 24, marks=pytest.mark.slow),
+        pytest.param(Layout(4, 2), 20, 80, marks=pytest.mark.campaign),
+    ],
+    ids=str,
+)
+def test_a_killed_host_ends_the_others_and_changes_nothing(folder, layout, kills, steps):
+    found = train_hosts.kill(folder, "lora-prior", layout, kills, steps, 2, seed=1)
+    assert len(found["kills"]) == kills
+    assert note(found["slowest"], "seconds until all had ended") < 60
+
+
+@pytest.mark.parametrize("processes", slow_and_campaign([2, 4], 2))
+def test_sigterm_of_one_host_stops_all_with_one_checkpoint(folder, processes):
+    layout = Layout(processes, 2)
+    found = train_hosts.stop(folder, "lora-decoder", layout, 12, layout.processes - 1)
+    assert note(found["seconds"], "seconds until all had ended") < 60
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param([Layout(2, 2), Layout(1, 4)], marks=pytest.mark.slow),
+        pytest.param([Layout(4, 2), Layout(2, 4), Layout(1, 8)], marks=pytest.mark.campaign),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_other_hosts(folder, layouts):
+    found = train_hosts.resume(folder, "prior", layouts, 12)
+    assert note(found["losses"], "losses") < 1e-6
+
+
+# Data -------------------------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """A reader of numbers, with something random, one of which cannot be read."""
+
+    def __init__(self) -> None:
+        self.unreadable: dict[str, str] = {}
+
+    def __call__(self, item: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
+        return None if item == 4 else {"item": np.asarray(item), "random": rng.random()}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_host_reads_its_part_of_one_order(seed):
+    """Whatever the number of hosts, and where it changes, also with examples that are no neighbours."""
+    rng = np.random.default_rng(seed)
+    items, batch = list(range(int(rng.integers(5, 40)))), int(rng.choice([4, 8, 12]))
+    whole = Batches(items, Numbers(), batch, seed)  # type: ignore[arg-type]
+    wanted = [next(whole) for _ in range(3 * len(items) // batch + 3)]
+    state, step = {"next_index": 0}, 0
+    while step < len(wanted):
+        hosts = int(rng.choice([1, 2, 4]))
+        order = rng.permutation(batch) if rng.random() < 0.5 else np.arange(batch)
+        parts = [np.sort(part) for part in np.split(order, hosts)]
+        readers = [Batches(items, Numbers(), batch, seed, examples=part) for part in parts]  # type: ignore[arg-type]
+        for reader in readers:
+            reader.state = state
+        for _ in range(min(int(rng.integers(1, 4)), len(wanted) - step)):
+            for reader, part in zip(readers, parts, strict=True):
+                found = next(reader)
+                for name, array in wanted[step].items():
+                    np.testing.assert_array_equal(found[name], array[part])
+            step += 1
+        states = [reader.state for reader in readers]
+        assert all(each == states[0] for each in states)
+        state = states[0]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_no_example_is_missing_or_there_twice_in_an_epoch(hosts):
+    items, batch, epochs = list(range(100, 124)), 8, 4
+    parts = np.split(np.arange(batch), hosts)
+    readers = [Batches(items, Numbers(), batch, 0, examples=part) for part in parts]  # type: ignore[arg-type]
+    seen = np.concatenate([next(reader)["item"] for _ in range(epochs * len(items) // batch) for reader in readers])
+    orders = seen.reshape(epochs, len(items))
+    assert all(sorted(order) == items for order in orders)
+    assert len({tuple(order) for order in orders}) == epochs
