@@ -1,4 +1,4 @@
-"""Check the SkyPilot file, XPK's command and the JobSets by the programs and the schema that others publish.
+"""Check the SkyPilot file, the guide's commands and the JobSets by the programs and the schema that others publish.
 
     nox --session pods                                # installs SkyPilot and XPK, half a gigabyte
     nox --session pods -- --jobset-crd FILE           # JobSet's whole schema as well, of 0.8 MB; from
@@ -70,25 +70,40 @@ def check_skypilot() -> dict[str, object]:
                 refused += 1
             else:
                 raise AssertionError(f"SkyPilot takes {bad!r}")
-    return {"version": importlib.metadata.version("skypilot"), "broken copies refused": refused}
+    return {
+        "version": importlib.metadata.version("skypilot"),
+        "commands of the guide": check_sky_commands(),
+        "broken copies refused": refused,
+    }
 
 
-def guide_command(start: str) -> list[str]:
-    """Find a command of the guide, as words, with values for its variables."""
-    text = (PODS / "training.md").read_text()
-    [line] = re.findall(rf"^({re.escape(start)} (?:[^\n]*\\\n)*[^\n]*)$", text, re.MULTILINE)
+def guide_commands(start: str) -> list[list[str]]:
+    """Find the commands of the guide that start so, as words, with values for their variables."""
+    text = (PODS / "training.md").read_text().replace("\\\n", " ")
     values = {"PROJECT": "project", "ZONE": "us-west4-a", "REGISTRY": "registry", "BUCKET": "bucket"}
-    return shlex.split(re.sub(r"\$(\w+)", lambda found: values[found[1]], line.replace("\\\n", " ")))
+    commands = [part for line in text.splitlines() for part in line.split(" && ") if part.startswith(start)]
+    return [shlex.split(re.sub(r"\$(\w+)", lambda found: values[found[1]], command)) for command in commands]
+
+
+def check_sky_commands() -> int:
+    """Check that SkyPilot knows the guide's subcommands and options, and return how many commands these are."""
+    commands = guide_commands("sky ")
+    for words in commands:
+        done = subprocess.run([*words[:3], "--help"], capture_output=True, text=True, check=True)
+        known = set(re.findall(r"(?<!\S)--?[a-z-]+", done.stdout))
+        assert {word.partition("=")[0] for word in words if word.startswith("-")} <= known, words
+    return len(commands)
 
 
 def check_xpk() -> dict[str, object]:
     """Let XPK make the manifest of the guide's command, and run the shell that it puts around the program."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made.yaml"
-        options = ["--dry-run", "--skip-validation", f"--output-manifest-file={made}"]
-        run_quietly([*guide_command("xpk workload create"), *options])
+        commands = guide_commands("xpk ")
+        for words in commands:
+            made_here = [f"--output-manifest-file={made}"] if words[1:3] == ["workload", "create"] else []
+            run_quietly([*words, "--dry-run", "--skip-validation", *made_here])
         job_set = yaml.safe_load(made.read_text())
-        run_quietly([*guide_command("xpk cluster create"), "--dry-run", "--skip-validation"])
     job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert job["completions"] == 4
     pod = job["template"]["spec"]
@@ -100,7 +115,11 @@ def check_xpk() -> dict[str, object]:
     assert {STOPPED, FAILED} <= set(policy["onExitCodes"]["values"])  # for all others XPK gives up
     shell, flag, script = pod["containers"][0]["command"]
     seconds = [exit_after_sigterm([shell, flag, script], delay) for delay in (0.0, 1.5, 3.0, 4.5)]
-    return {"version": importlib.metadata.version("xpk"), "seconds from SIGTERM to the exit with 143": seconds}
+    return {
+        "version": importlib.metadata.version("xpk"),
+        "commands of the guide": len(commands),
+        "seconds from SIGTERM to the exit with 143": seconds,
+    }
 
 
 def run_quietly(words: list[str]) -> None:
