@@ -193,7 +193,8 @@ def test_the_configurations_of_the_guide_are_valid(tmp_path):
         (tmp_path / "train.toml").write_text(content)
         config = load(tmp_path / "train.toml")
     assert config.train_batch_size % 32 == 0  # chips of the largest manifest
-    assert {config.model[:5], config.prior[:5], config.data[:5], config.output[:5]} == {"gs://"}
+    assert config.data.startswith("gs://")
+    assert config.output.startswith("gs://")
 
 
 GCLOUD = """#!/usr/bin/env bash
