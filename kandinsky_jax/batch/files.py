@@ -17,36 +17,21 @@ import inspect
 import io
 import os
 import posixpath
-import random
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from kandinsky_jax.common import atomic, reading
 from kandinsky_jax.common.atomic import PARTIAL, Fill
-from kandinsky_jax.common.errors import shorten
-
-T = TypeVar("T")
+from kandinsky_jax.common.remote import tried
 
 # Stores where one request publishes a whole object. Elsewhere (SFTP, HDFS, SMB) a scratch name is used.
 ATOMIC_STORES = {"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "oss", "oci", "ocilake", "memory"}
-WAITS = (1.0, 4.0, 10.0)  # seconds between tries; most file systems repeat requests themselves too
-PERMANENT = (  # errors for which a request is not repeated
-    FileExistsError,
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-    ValueError,
-    TypeError,
-    NotImplementedError,
-    ImportError,
-)
 
 
 class Files(Protocol):
@@ -167,7 +152,7 @@ class RemoteFiles:
     def sizes(self, folder: str) -> dict[str, int | None]:
         path = self._path(folder)
         try:
-            entries = self._tried(path, lambda: self._fresh().ls(path, detail=True))
+            entries = tried(path, lambda: self._fresh().ls(path, detail=True))
         except FileNotFoundError:
             return {}
         found = {}
@@ -179,12 +164,12 @@ class RemoteFiles:
 
     def size(self, name: str) -> int | None:
         path = self._path(name)
-        info = self._tried(path, lambda: self._info(path))
+        info = tried(path, lambda: self._info(path))
         return None if info is None or info["type"] == "directory" else int(info["size"] or 0)
 
     def read(self, name: str) -> bytes:
         path = self._path(name)
-        return self._tried(path, lambda: self._fs.cat_file(path))
+        return tried(path, lambda: self._fs.cat_file(path))
 
     def ends(self, known: dict[str, int], head: int, tail: int) -> list[tuple[bytes, bytes]]:
         spans = [(self._path(name), 0, min(head, size)) for name, size in known.items() if size]
@@ -204,7 +189,7 @@ class RemoteFiles:
         if not isinstance(part, Exception):
             return bytes(part)
         try:
-            return self._tried(path, lambda: self._fs.cat_file(path, start=start, end=stop))
+            return tried(path, lambda: self._fs.cat_file(path, start=start, end=stop))
         except FileNotFoundError:
             return b""
 
@@ -214,7 +199,7 @@ class RemoteFiles:
         data = memory.getvalue()
         del memory
         try:
-            return self._tried(path, lambda: self._send(path, data, overwrite))
+            return tried(path, lambda: self._send(path, data, overwrite))
         except FileNotFoundError:
             raise OSError(errno.ENOENT, "could not be written: there is no such bucket or folder", path) from None
 
@@ -270,7 +255,7 @@ class RemoteFiles:
     def remove(self, name: str) -> None:
         path = self._path(name)
         with contextlib.suppress(FileNotFoundError):
-            self._tried(path, lambda: self._fs.rm_file(path))
+            tried(path, lambda: self._fs.rm_file(path))
 
     def sweep(self, folders: Sequence[str]) -> None:
         """Remove old scratch files; there are none where one request publishes an object."""
@@ -293,22 +278,3 @@ class RemoteFiles:
         """Return the file system after clearing its cache of listings, since other processes write there too."""
         self._fs.invalidate_cache()
         return self._fs
-
-    def _tried(self, path: str, request: Callable[[], T]) -> T:
-        """Return the result of a request, repeated after temporary failures.
-
-        Raises:
-            FileNotFoundError, FileExistsError: as raised by the file system.
-            OSError: for all other errors, with the path.
-        """
-        for wait in (*WAITS, None):
-            try:
-                return request()
-            except (FileNotFoundError, FileExistsError):
-                raise
-            except Exception as error:  # file systems raise many kinds
-                if wait is None or isinstance(error, PERMANENT):
-                    reason = shorten(str(error) or type(error).__name__, 200)
-                    raise OSError(getattr(error, "errno", None) or errno.EIO, reason, path) from error
-                time.sleep(wait * random.uniform(0.5, 1.5))
-        raise AssertionError("not reached")

@@ -8,12 +8,19 @@ from collections.abc import Sequence
 MAX_MESSAGE = 450  # characters of a message; a path of ordinary length before it keeps the whole under 500
 
 _ADDRESS = re.compile(r"(?: object)? at 0x[0-9a-fA-F]+")
+_USER = re.compile(r"(?<=://)[^\s/]*@")
+_QUERY = re.compile(r"(://[^\s?'\"]*\?)[^\s'\"]+")
+
+
+def hide_secrets(text: str) -> str:
+    """Replace users, passwords and queries in URLs by `***`; a query may be a signature."""
+    return _QUERY.sub(r"\1***", _USER.sub("***@", text)) if "://" in text else text
 
 
 def shorten(value: object, limit: int = 120) -> str:
     """Return printable text of a value on one line, at most `limit` characters; "..." marks omissions.
 
-    Addresses in memory, which differ between equal runs, are left out.
+    Addresses in memory, which differ between equal runs, are left out, and secrets in URLs (see `hide_secrets`).
 
     Args:
         value: a string or an exception as its text, anything else by its `repr`.
@@ -22,7 +29,7 @@ def shorten(value: object, limit: int = 120) -> str:
         text = str(value) if isinstance(value, str | BaseException) else repr(value)
     except (ValueError, RecursionError):  # an integer of more than 4,300 digits, or deep nesting
         text = f"a {type(value).__name__} too large to show"
-    text = _ADDRESS.sub("", text[: 20 * limit])
+    text = hide_secrets(_ADDRESS.sub("", text[: 20 * limit]))
     text = " ".join(text[: 10 * limit].split()) + ("..." if len(text) > 10 * limit else "")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -185,16 +185,16 @@ def quick_retries(factor: float = 0.01) -> Iterator[None]:
 
     import gcsfs.retry
 
-    from kandinsky_jax.batch import files
+    from kandinsky_jax.common import remote
 
     async def sleep(seconds: float) -> None:
         await asyncio.sleep(seconds * factor)
 
-    waits = files.WAITS
+    waits = remote.WAITS
     gcsfs.retry.asyncio = types.SimpleNamespace(sleep=sleep)
-    files.WAITS = tuple(wait * factor for wait in waits)
+    remote.WAITS = tuple(wait * factor for wait in waits)
     try:
         yield
     finally:
         gcsfs.retry.asyncio = asyncio
-        files.WAITS = waits
+        remote.WAITS = waits
