@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kandinsky_jax.common.errors import hide_secrets
 from kandinsky_jax.common.terminal import report
 from kandinsky_jax.preemption import STOPPED, Stop
 from kandinsky_jax.training.kinds import Kind
@@ -17,7 +17,9 @@ EXAMPLE = "Example: kandinsky-jax train lora-decoder lora.toml"
 
 def train(
     kind: Annotated[Kind, typer.Argument(help="What is trained.")],
-    config: Annotated[Path, typer.Argument(help="A TOML file; its fields are in kandinsky_jax/training/config.py.")],
+    config: Annotated[
+        str, typer.Argument(help="A TOML file or its URL; its fields are in kandinsky_jax/training/config.py.")
+    ],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     accept_changes: Annotated[
         bool,
@@ -53,7 +55,7 @@ def train(
     sys.exit(code)
 
 
-def _train(kind: Kind, config: Path, quiet: bool, accept_changes: bool) -> int:
+def _train(kind: Kind, config: str, quiet: bool, accept_changes: bool) -> int:
     """Train, print the folder of the result, and return the exit code."""
     from kandinsky_jax.training.config import load  # takes a second to import
     from kandinsky_jax.training.loop import Run
@@ -62,5 +64,5 @@ def _train(kind: Kind, config: Path, quiet: bool, accept_changes: bool) -> int:
         run = Run(kind, load(config), quiet=quiet, accept_changes=accept_changes)
         result = run.train(stop=stop)
     if run.hosts.first:
-        print(f"stopped; start it again to continue: {config}" if result is None else result, flush=True)
+        print(f"stopped; start it again to continue: {hide_secrets(config)}" if result is None else result, flush=True)
     return STOPPED if result is None else 0

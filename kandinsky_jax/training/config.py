@@ -13,6 +13,7 @@ from typing import Any
 
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import quote, shorten, summarize
+from kandinsky_jax.common.remote import is_url, read_bytes
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.schedulers.base import near
 from kandinsky_jax.training.mesh import MeshConfig
@@ -41,7 +42,8 @@ class Config:
     Args:
         model: "tiny", a folder, or a Hub repository, of the decoder; its prior is found as in the pipelines.
         prior: folder or Hub repository of the prior, if it is not found.
-        data: a folder with metadata.jsonl, WebDataset tars, Parquet, or pictures with a .txt each.
+        data: a folder with metadata.jsonl, WebDataset tars, Parquet, or pictures with a .txt each; a path or an
+            fsspec URL such as `gs://bucket/photos`.
         output: folder for checkpoints, metrics and the result.
         resolution: of the pictures, a multiple of 64.
         train_batch_size: examples of a step, over all its accumulation parts.
@@ -87,6 +89,9 @@ class Config:
 
     def __post_init__(self) -> None:
         faults = []
+        for name, where in (("model", self.model), ("prior", self.prior)):
+            if where is not None and is_url(where):
+                faults.append(f"{name} must be a folder or a Hub repository, got the URL {shorten(where, 80)}")
         for name, most in (
             ("resolution", MAX_RESOLUTION),
             ("train_batch_size", MAX_BATCH),
@@ -137,13 +142,14 @@ def _lora_faults(config: LoraConfig) -> list[str]:
 
 
 def load(path: str | Path) -> Config:
-    """Read a configuration.
+    """Read a configuration from a path or an fsspec URL.
 
     Raises:
         TrainingConfigError: listing everything that is wrong with it.
     """
     try:
-        raw = tomllib.loads(reading.read_text(path, MAX_CONFIG_BYTES))
+        read = read_bytes if is_url(path) else reading.read_bytes
+        raw = tomllib.loads(reading.decode(read(str(path), MAX_CONFIG_BYTES)))
     except FileNotFoundError:
         raise TrainingConfigError(str(path), ["there is no such file"]) from None
     except RecursionError:

@@ -36,7 +36,7 @@ class Captioned(NamedTuple):
         read: returns the bytes of the picture's file.
         hint: returns the bytes of its depth map, if it has one.
         size: bytes of both files; in a Parquet file, of the row group's column.
-        modified: modification time of the file in nanoseconds.
+        modified: modification time of the file in nanoseconds; for a remote file without one, a digest of its version.
     """
 
     name: str
@@ -59,6 +59,11 @@ class Skipped:
         self.count += 1
         if len(self.faults) < MAX_KEPT:
             self.faults.append(shorten(fault, 300))
+
+    def merge(self, other: Skipped) -> None:
+        """Add what another record has."""
+        self.count += other.count
+        self.faults += other.faults[: MAX_KEPT - len(self.faults)]
 
     def summary(self, limit: int = 200) -> str:
         """Return the first faults in about `limit` characters, and the number of others."""

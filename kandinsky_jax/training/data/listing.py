@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.captions import MARKS, caption_from, caption_of, decode, parse_json
+from kandinsky_jax.training.data.files import DataFile, Folder, in_order, open_folder
 from kandinsky_jax.training.data.items import (
     MAX_CAPTION_BYTES,
     MAX_PICTURE_BYTES,
@@ -23,11 +23,14 @@ from kandinsky_jax.training.data.parquet import read_parquet
 from kandinsky_jax.training.data.webdataset import read_tar
 
 METADATA_FILE = "metadata.jsonl"
+ARCHIVES_AT_ONCE = 16  # of remote ones
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 ARCHIVES = (".zip", ".7z", ".rar", ".arrow", ".feather", ".tfrecord", ".h5", ".lmdb", ".mdb")
 
 
-def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scratch: Path | None = None) -> Listing:
+def listing(
+    path: str | os.PathLike[str], *, exclude: Sequence[str | os.PathLike[str]] = (), scratch: Path | None = None
+) -> Listing:
     """List the captioned pictures of a folder and its subfolders, or of one .tar or .parquet file.
 
     All of these may be mixed: `metadata.jsonl` (`file_name`, and `text`, `caption` or `prompt`), WebDataset
@@ -37,8 +40,8 @@ def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scrat
     hidden, and skipped.
 
     Args:
-        path: the folder or file.
-        exclude: folders to skip, such as that of the results.
+        path: the folder or file, a local path or an fsspec URL such as `gs://bucket/photos`.
+        exclude: folders to skip, such as that of the results; paths or URLs.
         scratch: a folder for temporary files (see `kandinsky_jax.training.data.parquet`).
     Returns:
         the usable pictures, and in `skipped` unused data: pictures without a caption, captions without a picture,
@@ -46,29 +49,20 @@ def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scrat
     Raises:
         DataError: if there is no usable picture.
     """
-    path, skipped = Path(path), Skipped()
+    skipped = Skipped()
     try:
-        files = list(_files(path, [folder.resolve() for folder in exclude], skipped))
+        folder = open_folder(path)
+        files = list(folder.files(exclude, skipped))
     except (OSError, ValueError) as error:
-        raise DataError(str(path), [shorten(str(error))]) from None
-    used: set[Path] = set()
+        raise DataError(os.fspath(path), [shorten(getattr(error, "strerror", None) or str(error))]) from None
+    used: set[PurePosixPath] = set()
     found: list[Captioned] = []
     for file in files:
-        if file.name == METADATA_FILE:
-            found += _of_metadata(file, path, used, skipped)
-    for file in files:
-        if file.suffix.lower() == ".tar":
-            found += read_tar(file, _name(file, path), skipped)
-        elif file.name.lower().endswith(COMPRESSED_SUFFIXES):
-            skipped.add(f"{_name(file, path)}: a compressed tar is not read; decompress it")
-        elif file.suffix.lower() in ARCHIVES:
-            skipped.add(f"{_name(file, path)}: files of this kind are not read; unpack it, or write tars or Parquet")
-        elif file.name == "metadata.csv":
-            skipped.add(f"{_name(file, path)}: is not read; needed is {METADATA_FILE}")
-    for file in files:
-        if file.suffix.lower() == ".parquet":
-            found += read_parquet(file, _name(file, path), skipped, scratch)
-    found += _of_pairs(files, used, path, skipped)
+        if file.name.name == METADATA_FILE:
+            found += _of_metadata(file, folder, used, skipped)
+    found += _of_archives([file for file in files if file.name.suffix.lower() != ".parquet"], folder, skipped)
+    found += _of_archives([file for file in files if file.name.suffix.lower() == ".parquet"], folder, skipped, scratch)
+    found += _of_pairs(files, used, folder, skipped)
     items = []
     for item in found:
         if item.text.strip():
@@ -79,61 +73,57 @@ def listing(path: str | os.PathLike[str], *, exclude: Sequence[Path] = (), scrat
         nothing = (
             f"there is no picture in it; looked for {METADATA_FILE}, .tar, .parquet, and pictures with a .txt each"
         )
-        raise DataError(str(path), skipped.faults or [nothing])
+        raise DataError(os.fspath(path), skipped.faults or [nothing])
     return Listing(items, skipped)
 
 
-def _files(path: Path, exclude: Sequence[Path], skipped: Skipped) -> Iterator[Path]:
-    """Yield the files of a folder and then of its subfolders, sorted by name; or a single file."""
-    if not path.exists():
-        raise ValueError("it does not exist")
-    if path.is_file():
-        yield path
-        return
-    visited: set[Path] = set(exclude)
+def _of_archives(
+    files: Sequence[DataFile], folder: Folder, skipped: Skipped, scratch: Path | None = None
+) -> Iterator[Captioned]:
+    """Yield the captioned pictures of all tars and Parquet files; several remote ones are read at once."""
 
-    def denied(error: OSError) -> None:
-        skipped.add(f"{error.filename}: {error.strerror}")
+    def read(file: DataFile) -> tuple[list[Captioned], Skipped]:
+        own = Skipped()
+        return list(_of_archive(file, own, scratch)), own
 
-    for folder, below, names in os.walk(path, onerror=denied, followlinks=True):
-        real = Path(folder).resolve()
-        if real in visited and Path(folder) != path:  # a link to a parent folder, or an excluded folder
-            below.clear()
-            continue
-        visited.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for file in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
-            if file.is_file():
-                yield file
-            else:  # reading a pipe or a device may block
-                skipped.add(f"{_name(file, path)}: it is not a regular file, or a link to nothing")
+    for found, own in in_order(read, files, min(folder.threads, ARCHIVES_AT_ONCE)):
+        skipped.merge(own)
+        yield from found
 
 
-def _name(file: Path, base: Path) -> str:
-    """Return a file's name relative to the listed folder, for messages."""
-    return file.name if file == base else file.relative_to(base).as_posix()
+def _of_archive(file: DataFile, skipped: Skipped, scratch: Path | None) -> Iterator[Captioned]:
+    suffix = file.name.suffix.lower()
+    if suffix == ".tar":
+        yield from read_tar(file, skipped)
+    elif suffix == ".parquet":
+        yield from read_parquet(file, skipped, scratch)
+    elif file.name.name.lower().endswith(COMPRESSED_SUFFIXES):
+        skipped.add(f"{file.name}: a compressed tar is not read; decompress it")
+    elif suffix in ARCHIVES:
+        skipped.add(f"{file.name}: files of this kind are not read; unpack it, or write tars or Parquet")
+    elif file.name.name == "metadata.csv":
+        skipped.add(f"{file.name}: is not read; needed is {METADATA_FILE}")
 
 
 # metadata.jsonl ---------------------------------------------------------------------------------------------------
 
 
-def _of_metadata(path: Path, base: Path, used: set[Path], skipped: Skipped) -> Iterator[Captioned]:
-    name = _name(path, base)
+def _of_metadata(file: DataFile, folder: Folder, used: set[PurePosixPath], skipped: Skipped) -> Iterator[Captioned]:
     try:
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(_lines(file), 1):
             if not line.strip():
                 continue
             try:
-                yield _of_row(parse_json(line), path.parent, used)
+                yield _of_row(parse_json(line), folder, file.name.parent, used)
             except (ValueError, OSError) as error:
-                skipped.add(f"{name}, line {number}: {error}")
+                skipped.add(f"{file.name}, line {number}: {error}")
     except (ValueError, OSError) as error:
-        skipped.add(f"{name}: {error}")
+        skipped.add(f"{file.name}: {error}")
 
 
-def _lines(path: Path) -> Iterator[bytes | str]:
+def _lines(metadata: DataFile) -> Iterator[bytes | str]:
     """Yield the lines of a file, split at line feeds only, since JSON may contain characters such as U+2028."""
-    with path.open("rb") as file:
+    with metadata.open() as file:
         start = file.read(4)
         mark = next((mark for mark, _ in MARKS if start.startswith(mark)), b"")
         if mark and mark != MARKS[0][0]:  # UTF-16 or UTF-32
@@ -150,77 +140,88 @@ def _lines(path: Path) -> Iterator[bytes | str]:
             yield b"a line of more than 1 MiB"  # not JSON, so it is reported
 
 
-def _of_row(row: dict[str, object], folder: Path, used: set[Path]) -> Captioned:
+def _of_row(row: dict[str, object], folder: Folder, below: PurePosixPath, used: set[PurePosixPath]) -> Captioned:
     """Return the picture of one line; ValueError or OSError if it cannot be used."""
     text = caption_of(row) if any(key in row for key in ("text", "caption", "prompt")) else None
     given = row.get("file_name")
     if text is None or given is None:
         raise ValueError("needed are file_name and text")
     names = [given] + ([row["hint_file_name"]] if row.get("hint_file_name") is not None else [])
-    files = [_inside(folder, name) for name in names]
-    used.update(files)
+    files = [_inside(folder, below, name) for name in names]
+    used.update(file.name for file in files)
     return _item(str(given), text, files)
 
 
-def _inside(folder: Path, name: object) -> Path:
-    """Resolve a file named in metadata; ValueError if it is missing, or outside the folder."""
+def _inside(folder: Folder, below: PurePosixPath, name: object) -> DataFile:
+    """Find a file named in metadata; ValueError if it is missing, or outside the folder of the metadata.
+
+    Args:
+        below: the folder of the metadata, relative to `folder`.
+    """
     if not isinstance(name, str):
         raise ValueError(f"a file's name must be a text, got {shorten(name, 60)}")
     parts = os.path.normpath(name)
     if os.path.isabs(parts) or parts.split(os.sep)[0] == os.pardir:
         raise ValueError(f"{shorten(name)!r} leads out of the folder")
-    file = folder / parts
-    try:
-        there = file.is_file()
-    except (OSError, ValueError):  # too long, or with invalid characters
-        there = False
-    if not there:
+    if (file := folder.find(below / Path(parts).as_posix())) is None:
         raise ValueError(f"{shorten(name)}: there is no such file")
     return file
 
 
-def _item(name: str, text: str, files: Sequence[Path]) -> Captioned:
+def _item(name: str, text: str, files: Sequence[DataFile]) -> Captioned:
     stats = [file.stat() for file in files]
-    size, modified = sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+    size, modified = sum(size for size, _ in stats), max(modified for _, modified in stats)
     if size > MAX_PICTURE_BYTES:
         raise ValueError(f"{name} has {size:,} bytes, at most {MAX_PICTURE_BYTES:,} are read")
-    read = [partial(Path.read_bytes, file) for file in files]
+    read = [file.read for file in files]
     return Captioned(name, text, read[0], read[1] if len(read) > 1 else None, size, modified)
 
 
 # Pictures with a caption file each --------------------------------------------------------------------------------
 
 
-def _of_pairs(files: Sequence[Path], used: set[Path], base: Path, skipped: Skipped) -> Iterator[Captioned]:
+def _of_pairs(
+    files: Sequence[DataFile], used: set[PurePosixPath], folder: Folder, skipped: Skipped
+) -> Iterator[Captioned]:
     """Yield pictures with a .txt or .json of the same name, except those in `used`, which have captions."""
-    pictures = {file for file in files if file.suffix.lower() in picture_suffixes()}
-    stems = {file.with_suffix("") for file in pictures}
-    hints: dict[Path, Path] = {}  # by the name of their picture, without its suffix
-    for file in sorted(pictures):
-        of = file.with_suffix("")
+    pictures = {file.name: file for file in files if file.name.suffix.lower() in picture_suffixes()}
+    stems = {name.with_suffix("") for name in pictures}
+    hints: dict[PurePosixPath, DataFile] = {}  # by the name of their picture, without its suffix
+    for name in sorted(pictures):
+        of = name.with_suffix("")
         if of.suffix.lower() == ".hint" and of.with_suffix("") in stems:
-            hints[of.with_suffix("")] = file
-    captions = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".json"}
-    captions |= {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
-    apart = used | set(hints.values())
+            hints[of.with_suffix("")] = pictures[name]
+    captions = {file.name.with_suffix(""): file for file in files if file.name.suffix.lower() == ".json"}
+    captions |= {file.name.with_suffix(""): file for file in files if file.name.suffix.lower() == ".txt"}
+    apart = used | {hint.name for hint in hints.values()}
+    stems_to_read = {name.with_suffix("") for name in pictures if name not in apart}
+    to_read = [caption for stem, caption in captions.items() if stem in stems_to_read]
+    texts = dict(zip([file.name for file in to_read], in_order(_caption_in, to_read, folder.threads), strict=True))
     for file in files:
-        stem, name, suffix = file.with_suffix(""), _name(file, base), file.suffix.lower()
-        if file in pictures and file not in apart:
+        stem, suffix = file.name.with_suffix(""), file.name.suffix.lower()
+        if file.name in pictures and file.name not in apart:
             if (caption := captions.get(stem)) is None:
-                skipped.add(f"{name}: there is no caption; needed is {METADATA_FILE} or {stem.name}.txt")
+                skipped.add(f"{file.name}: there is no caption; needed is {METADATA_FILE} or {stem.name}.txt")
                 continue
+            text = texts[caption.name]
             try:
-                text = _caption_in(caption)
-                yield _item(name, text, [file, hints[stem]] if stem in hints else [file])
+                if isinstance(text, Exception):
+                    raise text
+                yield _item(str(file.name), text, [file, hints[stem]] if stem in hints else [file])
             except (ValueError, OSError) as error:
-                skipped.add(f"{name}: {caption.name}: {error}")
+                skipped.add(f"{file.name}: {caption.name.name}: {error}")
         elif suffix in unread_suffixes():
-            skipped.add(f"{name}: pictures of this format are not read; convert it to PNG or JPEG")
+            skipped.add(f"{file.name}: pictures of this format are not read; convert it to PNG or JPEG")
         elif suffix == ".txt" and stem not in stems:
-            skipped.add(f"{name}: there is no picture of this name")
+            skipped.add(f"{file.name}: there is no picture of this name")
 
 
-def _caption_in(file: Path) -> str:
-    if file.stat().st_size > MAX_CAPTION_BYTES:
-        raise ValueError(f"a caption of {file.stat().st_size:,} bytes is too long")
-    return caption_from(file.read_bytes(), file.suffix.lower())
+def _caption_in(file: DataFile) -> str | Exception:
+    """Return the caption in a file, or the error of reading it."""
+    try:
+        size, _ = file.stat()
+        if size > MAX_CAPTION_BYTES:
+            raise ValueError(f"a caption of {size:,} bytes is too long")
+        return caption_from(file.read(), file.name.suffix.lower())
+    except (ValueError, OSError) as error:
+        return error

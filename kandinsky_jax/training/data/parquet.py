@@ -22,6 +22,7 @@ import numpy as np
 
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.captions import clean
+from kandinsky_jax.training.data.files import DataFile
 from kandinsky_jax.training.data.items import CAPTION_KEYS, MAX_PICTURE_BYTES, Captioned, Skipped
 
 if TYPE_CHECKING:  # part of the extra `train`
@@ -30,25 +31,24 @@ if TYPE_CHECKING:  # part of the extra `train`
 
 PICTURES_AT_ONCE = 16
 CAPTIONS_AT_ONCE = 4096
-BUFFER_BYTES = 2**20
 
 
-def read_parquet(path: Path, name: str, skipped: Skipped, scratch: Path | None = None) -> Iterator[Captioned]:
+def read_parquet(file: DataFile, skipped: Skipped, scratch: Path | None = None) -> Iterator[Captioned]:
     """Yield the captioned pictures of a Parquet file, reading only its index and captions.
 
     Args:
-        path: the file.
-        name: of the file, for names and faults.
+        file: the file.
         skipped: collects unused data.
         scratch: a folder for temporary files; None, or a missing one, is the system's. The files are unnamed and
             removed with the process.
     """
+    name = str(file.name)
     if importlib.util.find_spec("pyarrow") is None:
         skipped.add(f"{name}: Parquet needs pyarrow; pip install pyarrow")
         return
     try:
-        file = _open(path)
-        names = set(file.schema_arrow.names)
+        parquet = _open(file)
+        names = set(parquet.schema_arrow.names)
         text = next((key for key in CAPTION_KEYS if key in names), None)
         if "image" not in names or text is None:
             missing = " and ".join(key for key in ("image", "text") if key not in names)
@@ -56,9 +56,9 @@ def read_parquet(path: Path, name: str, skipped: Skipped, scratch: Path | None =
             return
         columns = tuple(column for column in ("image", "hint") if column in names)
         for column in columns:
-            _check_bytes(file.schema_arrow.field(column).type, column)
-        pictures, modified = PictureReader(path, columns, scratch), path.stat().st_mtime_ns
-        groups = file.metadata.num_row_groups
+            _check_bytes(parquet.schema_arrow.field(column).type, column)
+        pictures, (_, modified) = PictureReader(file, columns, scratch), file.stat()
+        groups = parquet.metadata.num_row_groups
     except Exception as error:  # damaged files raise many kinds besides pyarrow's errors
         skipped.add(f"{name}: it cannot be read: {shorten(str(error), 120)}")
         return
@@ -66,9 +66,9 @@ def read_parquet(path: Path, name: str, skipped: Skipped, scratch: Path | None =
     for group in range(groups):
         first = number
         try:
-            number += file.metadata.row_group(group).num_rows
-            size = _bytes_of(file, group, columns)
-            captions = _captions(file, group, text)
+            number += parquet.metadata.row_group(group).num_rows
+            size = _bytes_of(parquet, group, columns)
+            captions = _captions(parquet, group, text)
             for row, caption in enumerate(captions):
                 full = f"{name}, row {first + row}"
                 if not isinstance(caption, str):
@@ -80,11 +80,15 @@ def read_parquet(path: Path, name: str, skipped: Skipped, scratch: Path | None =
             skipped.add(f"{name}: row group {group} cannot be read: {shorten(str(error), 120)}")
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _open(file: DataFile) -> pq.ParquetFile:
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(
-        path, memory_map=False, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
+        file.source(),
+        memory_map=False,
+        pre_buffer=False,
+        buffer_size=file.request_bytes,
+        page_checksum_verification=True,
     )
 
 
@@ -119,13 +123,13 @@ class PictureReader:
     """Random access to the pictures of a Parquet file, from any thread.
 
     Args:
-        path: the file.
+        file: the file.
         columns: those with pictures.
         scratch: a folder for temporary files; None is the system's.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], scratch: Path | None = None):
-        self._path, self._columns, self._scratch = path, columns, scratch
+    def __init__(self, file: DataFile, columns: tuple[str, ...], scratch: Path | None = None):
+        self._file, self._columns, self._scratch = file, columns, scratch
         self._lock = threading.Lock()
         self._copy: IO[bytes] | None = None
         self._offsets: dict[int, np.ndarray | None] = {}  # by row group, [columns, rows, (offset, length)]
@@ -152,13 +156,13 @@ class PictureReader:
 
     def _copied(self, group: int) -> np.ndarray | None:
         """Copy a row group to the temporary file; return None if the disk is too small."""
-        file = _open(self._path)
-        about = file.metadata.row_group(group)
+        parquet = _open(self._file)
+        about = parquet.metadata.row_group(group)
         needed = sum(about.column(i).total_uncompressed_size for i in range(about.num_columns))
         scratch = self._scratch if self._scratch is not None and self._scratch.is_dir() else tempfile.gettempdir()
         if shutil.disk_usage(scratch).free < 2 * needed:
             warnings.warn(
-                f"{self._path}: the disk has no space for {needed:,} bytes of a copy, so each picture takes a pass "
+                f"{self._file}: the disk has no space for {needed:,} bytes of a copy, so each picture takes a pass "
                 "over its row group; free some space, or write smaller row groups",
                 stacklevel=2,
             )
@@ -169,7 +173,7 @@ class PictureReader:
         self._copy.seek(0, 2)
         offset, offsets = self._copy.tell(), np.full((len(self._columns), about.num_rows, 2), -1, np.int64)
         try:
-            for row, values in self._rows(file, group):
+            for row, values in self._rows(parquet, group):
                 for which, data in enumerate(values):
                     if data is not None:
                         self._copy.write(data)
@@ -180,7 +184,7 @@ class PictureReader:
         return offsets
 
     def _streamed(self, column: str, group: int, row: int) -> bytes:
-        for number, values in self._rows(_open(self._path), group):
+        for number, values in self._rows(_open(self._file), group):
             if number == row and (data := values[self._columns.index(column)]) is not None:
                 return bytes(data)
         raise ValueError(f"the column {column} is empty")

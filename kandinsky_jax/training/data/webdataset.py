@@ -11,11 +11,11 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.captions import caption_from
+from kandinsky_jax.training.data.files import DataFile
 from kandinsky_jax.training.data.items import (
     MAX_CAPTION_BYTES,
     MAX_PICTURE_BYTES,
@@ -66,15 +66,17 @@ class Member:
         """Whether it may hold a caption."""
         return self.suffix in (".txt", ".json")
 
-    def read(self, path: Path) -> bytes:
+    def read(self, tar: DataFile) -> bytes:
         """Read its bytes; OSError if the tar is truncated."""
-        with path.open("rb") as file:
-            return self.read_from(file)
+        return self._whole(tar.read_range(self.info.offset_data, _stored(self.info)))
 
     def read_from(self, file: BinaryIO) -> bytes:
         """Read its bytes from the tar's open file."""
         file.seek(self.info.offset_data)
-        data = file.read(_stored(self.info))
+        return self._whole(file.read(_stored(self.info)))
+
+    def _whole(self, data: bytes) -> bytes:
+        """Return its bytes from the stored ones; a sparse file's holes are not stored."""
         if len(data) != _stored(self.info):
             raise OSError(f"{self.name} is cut short, {len(data):,} of {self.info.size:,} bytes")
         if not self.info.issparse():
@@ -93,30 +95,58 @@ class Sample:
     members: dict[str, Member] = field(default_factory=dict)  # by their endings
 
 
-def read_tar(path: Path, name: str, skipped: Skipped) -> Iterator[Captioned]:
+def read_tar(tar: DataFile, skipped: Skipped) -> Iterator[Captioned]:
     """Yield the captioned pictures of a tar, in the order of its members.
 
     A picture's caption is the .txt, or else the .json, of the same name; for the first picture of a sample it may be
     that of the sample. Its depth map is `KEY.hint.png`.
 
     Args:
-        path: the tar.
-        name: of the tar, for names and faults.
+        tar: the tar, of which the headers and captions are read in one pass.
         skipped: collects unused data.
     """
+    name, captions = str(tar.name), Captions()
     try:
-        with path.open("rb") as file:
-            members = list(_regular(list(_members(file, name, skipped)), name, skipped))
-            modified = os.fstat(file.fileno()).st_mtime_ns
-            for sample in _samples(members):
-                yield from _of_sample(sample, path, file, name, modified, skipped)
+        with tar.open() as file:
+            found = []
+            for info in _members(file, name, skipped):
+                found.append(info)
+                captions.read(info, file)
+            for sample in _samples(list(_regular(found, name, skipped))):
+                yield from _of_sample(sample, tar, captions, skipped)
     except OSError as error:
         skipped.add(f"{name}: {error.strerror or error}")
 
 
-def _of_sample(
-    sample: Sample, path: Path, file: BinaryIO, tar: str, modified: int, skipped: Skipped
-) -> Iterator[Captioned]:
+class Captions:
+    """Captions of a tar, read when their headers are, so that a remote tar takes one pass."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, str | Exception] = {}  # by the position of the member
+
+    def read(self, info: tarfile.TarInfo, file: BinaryIO) -> None:
+        """Read a member if it may hold a caption."""
+        member = Member(info.name, info)
+        if info.isreg() and member.is_caption and info.size <= MAX_CAPTION_BYTES:
+            self._found[info.offset] = _caption_in(member, file)
+
+    def of(self, member: Member) -> str:
+        """Return the caption in a member; the error of reading it is raised."""
+        caption = self._found[member.info.offset]
+        if isinstance(caption, Exception):
+            raise caption
+        return caption
+
+
+def _caption_in(member: Member, file: BinaryIO) -> str | Exception:
+    try:
+        return caption_from(member.read_from(file), member.suffix)
+    except (ValueError, OSError, tarfile.TarError) as error:
+        return error
+
+
+def _of_sample(sample: Sample, archive: DataFile, texts: Captions, skipped: Skipped) -> Iterator[Captioned]:
+    tar, (_, modified) = str(archive.name), archive.stat()
     members = list(sample.members.values())
     pictures = sorted((member for member in members if member.is_picture), key=lambda member: "." in member.ending)
     captions = sorted((member for member in members if member.is_caption), key=lambda member: member.suffix != ".txt")
@@ -143,12 +173,12 @@ def _of_sample(
             for member, most in ((picture, MAX_PICTURE_BYTES), (caption, MAX_CAPTION_BYTES)):
                 if member.info.size > most:
                     raise ValueError(f"{member.name} has {member.info.size:,} bytes, at most {most:,} are read")
-            text = caption_from(caption.read_from(file), caption.suffix)
+            text = texts.of(caption)
         except (ValueError, OSError, tarfile.TarError) as error:
             skipped.add(f"{full}: {'' if caption.name in str(error) else f'{caption.name}: '}{error}")
             continue
         size = picture.info.size + sum(member.info.size for member in hints[:1])
-        read: list[Callable[[], bytes]] = [partial(member.read, path) for member in (picture, *hints[:1])]
+        read: list[Callable[[], bytes]] = [partial(member.read, archive) for member in (picture, *hints[:1])]
         yield Captioned(full, text, read[0], read[1] if hints else None, size, modified)
 
 
