@@ -78,7 +78,7 @@ def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def set_params(module: nnx.Module, params: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> nnx.Module:
+def set_params(module: nnx.Module, params: Mapping[str, jax.Array | np.ndarray | jax.ShapeDtypeStruct]) -> nnx.Module:
     """Set a network's parameters by their dotted Flax names, and return the network."""
     if (known := _params(module)) is not None:
         for name, param in known:

@@ -60,8 +60,8 @@ def _train(kind: Kind, config: str, quiet: bool, accept_changes: bool) -> int:
     from kandinsky_jax.training.config import load  # takes a second to import
     from kandinsky_jax.training.loop import Run
 
+    run = Run(kind, load(config), quiet=quiet, accept_changes=accept_changes)
     with Stop().listening() as stop:
-        run = Run(kind, load(config), quiet=quiet, accept_changes=accept_changes)
         result = run.train(stop=stop)
     if run.hosts.first:
         print(f"stopped; start it again to continue: {hide_secrets(config)}" if result is None else result, flush=True)

@@ -49,7 +49,7 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.latent_cache import LatentCache, open_latent_cache
 from kandinsky_jax.training.mesh import check_shared, gathered, local_examples, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics, NoMetrics
-from kandinsky_jax.training.run_record import check_same_run, run_record
+from kandinsky_jax.training.run_record import Record, check_same_run, run_record
 from kandinsky_jax.training.step import Trainer, TrainState
 from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task
 
@@ -102,6 +102,7 @@ class Run:
         _check_target(self.folder, lora.FILE if kind.startswith("lora-") else "model_index.json")
         found = listing(config.data, exclude=[self.folder], scratch=self.folder)
         self.task = make_task(kind, config, pipe)
+        self._loaded = pipe is None
         self.task.pipe.set_progress_bar_config(disable=True)
         self.items: list[Captioned] = self.task.usable(found, found.skipped)
         self._skipped = found.skipped
@@ -153,9 +154,8 @@ class Run:
         """Return the state after the last step, or None if a signal stopped the run."""
         config, last = self.config, self.config.optimizer.max_train_steps
         state = self.trainer.init(self.task.initial(self._first_key))
-        networks = {name: flat_params(module) for name, module in self.task.networks.items()}
-        record = run_record(self.task.kind, config, self.items, networks)
-        check_same_run(self.hosts, record)
+        record = self._record()
+        self._offload()
         self._write_layout(state)
         checkpoints = Checkpoints(
             self.folder, record, config.checkpoints_total_limit, hosts=self.hosts, accept_changes=self.accept_changes
@@ -191,6 +191,21 @@ class Run:
                     if config.validation_steps and (done % config.validation_steps == 0 or done == last):
                         self._sample(state, done, metrics)
         return state
+
+    def _record(self) -> Record:
+        """Return the identity of this run, which is the same in all processes."""
+        networks = {name: flat_params(module) for name, module in self.task.networks.items()}
+        record = run_record(self.task.kind, self.config, self.items, networks)
+        check_same_run(self.hosts, record)
+        return record
+
+    def _offload(self) -> None:
+        """Leave the devices to the state: keep networks that no step runs on the host, for samples and the result.
+
+        Not those of a pipeline that somebody else uses too.
+        """
+        if self._loaded:
+            self.task.offload(self.task.networks if self.config.precompute else self.task.modules)
 
     def _write_layout(self, state: TrainState) -> None:
         """Write OUT/layout.json: processes, mesh, and the bytes of the state on each process's devices."""
@@ -274,8 +289,9 @@ class Run:
     # Pictures and the result --------------------------------------------------------------------------------------
 
     def _result(self, state: TrainState) -> PyTree:
-        """Return the trained values: the average of the weights, if there is one. Collective."""
-        return gathered(self.trainer.mesh, state.params if state.ema is None else state.ema)
+        """Return the trained values in process 0: the average of the weights, if there is one. Collective."""
+        trained = state.params if state.ema is None else state.ema
+        return gathered(self.trainer.mesh, trained, keep=self.hosts.first)
 
     def _sample(self, state: TrainState, done: int, metrics: Metrics | NoMetrics) -> None:
         """Write sample pictures, in process 0, while the others wait at the next step."""

@@ -179,6 +179,17 @@ def whole(leaf: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
-def gathered(mesh: Mesh | None, tree: PyTree) -> PyTree:
-    """Gather sharded arrays on JAX's default device; no-op without a mesh. Collective."""
-    return tree if mesh is None else jax.device_put(jax.tree.map(whole, tree))
+def gathered(mesh: Mesh | None, tree: PyTree, keep: bool = True) -> PyTree:
+    """Gather sharded arrays, one by one, on JAX's default device; no-op without a mesh. Collective.
+
+    Args:
+        keep: whether this process wants them; the others, which take part, get None for each.
+    """
+    if mesh is None:
+        return tree
+
+    def of(leaf: jax.Array) -> jax.Array | None:
+        array = whole(leaf)
+        return jax.device_put(array) if keep else None
+
+    return jax.tree.map(of, tree)

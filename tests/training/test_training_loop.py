@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 from pathlib import Path
 
 import diffusers
@@ -264,6 +265,27 @@ def test_padding_that_no_caption_needs_is_left_out(pipe, folder, tmp_path):
     for key in map(jax.random.key, range(3)):
         short, full = (loss(params, run.task.encode(each), key) for each in (batch, padded))
         np.testing.assert_allclose(short, full, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precompute", [True, False])
+def test_networks_that_no_step_runs_leave_the_devices(folder, tmp_path, precompute):
+    """Of a pipeline that the run has loaded; then sample pictures and the result are made as before."""
+    results = []
+    for own in (True, False):
+        output = tmp_path / f"{own}"
+        options = {"precompute": precompute, "validation_steps": 2, "optimizer": {"max_train_steps": 2}}
+        pipe = None if own else KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
+        run = Run(Kind.PRIOR, config_of(folder, output, **options), pipe, quiet=True)
+        alive = {name: weakref.ref(next(iter(flat_params(net).values()))) for name, net in run.task.networks.items()}
+        result = run.train()
+        gone = {name for name, ref in alive.items() if ref() is None}
+        moved = set() if not own else set(alive) if precompute else {"prior"}
+        assert gone == moved
+        results.append((next(result.glob("prior/*.safetensors")).read_bytes(), (output / "samples").iterdir()))
+    assert results[0][0] == results[1][0]
+    [[first], [second]] = ([path.read_bytes() for path in samples] for _, samples in results)
+    assert first == second
 
 
 @pytest.mark.slow

@@ -101,6 +101,11 @@ class TrainingTask(ABC):
             for name, module in modules.items():
                 set_params(module, before[name])
 
+    def offload(self, networks: Mapping[str, nnx.Module]) -> None:
+        """Move parameters of networks from their devices to the host; a call of such a network copies them back."""
+        for module in networks.values():
+            set_params(module, {name: np.array(value) for name, value in flat_params(module).items()})
+
     @property
     def networks(self) -> dict[str, nnx.Module]:
         """All networks that affect the result."""

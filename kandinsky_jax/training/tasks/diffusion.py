@@ -95,6 +95,10 @@ class DiffusionTask(TrainingTask):
     def weights(self, trained: PyTree) -> dict[str, Params]:
         return {self.component: trained}
 
+    def offload(self, networks: Mapping[str, nnx.Module]) -> None:
+        self._split.clear()
+        super().offload(networks)
+
     def encoded_by(self, name: str, *args: jax.Array, method: str = "__call__") -> PyTree:
         """Run a frozen network; it is split only once, because that takes 7 ms on the host."""
         if name not in self._split:

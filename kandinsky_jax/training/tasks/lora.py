@@ -48,6 +48,9 @@ class LoraTask(TrainingTask):
     def networks(self) -> dict[str, nnx.Module]:
         return self.full.networks
 
+    def offload(self, networks: Mapping[str, nnx.Module]) -> None:
+        self.full.offload(networks)
+
     def initial(self, key: jax.Array) -> lora.Lora:
         return self.initial_of(Network.split(self.full.module)[1], key)
 
