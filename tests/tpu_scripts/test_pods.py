@@ -273,25 +273,92 @@ def test_the_image_is_built_of_what_there_is():
     assert set(re.search(r'"\.\[(.*)\]"', text)[1].split(",")) == {"tpu", "batch", "train"}
 
 
+TWO_HOSTS = """#!/usr/bin/env bash
+case "$*" in
+    *describe*) echo ACTIVE ;;
+    *"tpu-vm ssh"*"pip install"*) : ;;
+    *"tpu-vm ssh"*)
+        last="${{!#}}"
+        for i in 0 1; do
+            KANDINSKY_JAX_PROCESS=$i bash -c "${{last#--command=}}" &
+            hosts[$i]=$!
+        done
+        if ! [ -e codes ]; then
+            steps() {{ cat out/metrics.jsonl 2>/dev/null | wc -l; }}
+            until [ "$(steps)" -ge 3 ] || ! kill -0 "${{hosts[1]}}"; do {sleep} 0.1; done
+            kill -TERM "${{hosts[1]}}"
+        fi
+        for host in "${{hosts[@]}}"; do code=0; wait "$host" || code=$?; echo "$code" >> codes; done
+        exit "$code" ;;
+esac
+"""
+
+
+@pytest.mark.slow
+def test_the_script_for_queued_resources_completes_a_training_after_one_host_had_to_stop(tmp_path):
+    """With a stand-in for gcloud that runs the command in two processes; the first time, one of them gets SIGTERM."""
+    make_pictures(tmp_path / "pictures")
+    (tmp_path / "train.toml").write_text(
+        'model = "tiny"\ndata = "pictures"\noutput = "out"\nresolution = 64\ntrain_batch_size = 8\n'
+        "[optimizer]\nmax_train_steps = 60\n"
+    )
+    (tmp_path / "kandinsky" / "bin").mkdir(parents=True)
+    program = tmp_path / "kandinsky" / "bin" / "kandinsky-jax"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m kandinsky_jax.cli "$@"\n')
+    (tmp_path / "gcloud").write_text(TWO_HOSTS.format(sleep=shutil.which("sleep")))
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for path in (program, tmp_path / "gcloud", tmp_path / "sleep"):
+        path.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PROJECT": "p",
+        "ZONE": "z",
+        "KANDINSKY_JAX_PROCESSES": "2",
+        "KANDINSKY_JAX_COORDINATOR": f"localhost:{free_port()}",
+    }
+    done = subprocess.run(
+        [PODS / "queued_resources.sh", "train", "lora-decoder", "train.toml"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "codes").read_text().split() == [str(STOPPED), str(STOPPED), "0", "0"]
+    assert done.stderr.count("ended early; going on") == 1
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 61))
+    assert "stopped" in done.stdout
+
+
+def make_pictures(folder: Path) -> None:
+    folder.mkdir()
+    for number in range(8):
+        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("red")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 @pytest.mark.slow
 def test_the_first_step_of_the_guide_for_training_runs_as_printed(tmp_path):
     [block, *_] = re.findall(r"```bash\n(.*?)```", (PODS / "training.md").read_text(), re.DOTALL)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    installing, *lines = block.replace(":8476", f":{port}").splitlines()
+    installing, *lines = block.replace(":8476", f":{free_port()}").splitlines()
     assert installing == 'pip install -e ".[train]"'
-    (tmp_path / "pictures").mkdir()
-    for number in range(8):
-        Image.new("RGB", (64, 64), (30 * number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
-        (tmp_path / "pictures" / f"{number}.txt").write_text("red")
+    make_pictures(tmp_path / "pictures")
     done = subprocess.run(
         ["bash", "-euc", "\n".join(lines)],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
