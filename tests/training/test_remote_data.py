@@ -201,6 +201,25 @@ def test_a_random_tree_is_read_from_a_faulty_store(healthy, tmp_path):
     assert set(healthy.faults) == set(FAULTS)
 
 
+@pytest.mark.parametrize("fault", ["503", "dropped"])
+def test_requests_are_repeated_after_gcsfs_gives_up(healthy, fault):
+    """More faults in a row than gcsfs alone takes."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as file:
+        for name, data in (("a.png", PNG), ("a.txt", b"a")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    put(healthy, "repeated.tar", tar.getvalue())
+    faults = iter([fault] * 14)
+    healthy.fault = lambda method, path: next(faults, None)
+    [item] = listing("gs://bucket/repeated.tar")
+    assert next(faults, None) is None
+    faults = iter([fault] * 14)
+    assert item.read() == PNG
+    assert next(faults, None) is None
+
+
 def test_threads_read_what_one_thread_reads(healthy, tmp_path):
     """As grain's threads do, which share the file system and the Parquet files."""
     local = random_tree(3, tmp_path / "data")
