@@ -375,6 +375,15 @@ def test_a_picture_that_is_gone_costs_itself(healthy):
     assert "No such file or directory: 'bucket/gone/a.png'" in reader.unreadable["a.png"]
 
 
+def test_a_signed_url_names_nothing_by_its_query(healthy, tmp_path):
+    """Over HTTP, from the store's own links."""
+    tar_of(tmp_path / "t.tar", {"a.png": PNG, "a.txt": b"a"})
+    put(healthy, "signed.tar", (tmp_path / "t.tar").read_bytes())
+    [item] = listing(f"http://{healthy.host}/download/storage/v1/b/bucket/o/signed.tar?alt=media&signature=secret")
+    assert item.name == "signed.tar/a.png"
+    assert item.read() == PNG
+
+
 def test_secrets_in_urls_are_hidden():
     for text, hidden in (
         ("ftp://me:p@ss@host/a b", "ftp://***@host/a b"),

@@ -319,6 +319,8 @@ class RemoteFolder:
 
     def files(self, exclude: Sequence[str | os.PathLike[str]], skipped: Skipped) -> Iterator[RemoteFile]:
         if self._single is not None:
+            if self._infos[self._single].get("size") is None:
+                raise ValueError("its server does not say its size")
             yield self._file(self._single)
             return
         excluded = tuple(f"{name}/" for name in map(self._excluded, exclude) if name)
@@ -348,7 +350,8 @@ class RemoteFolder:
 
     def _file(self, name: str) -> RemoteFile:
         info = self._infos[name]
-        return RemoteFile(PurePosixPath(name), self._fs, info["name"], int(info["size"] or 0), _modified(info))
+        shown = name.partition("?")[0] if is_url(info["name"]) else name  # HTTP's paths are URLs; a query may be secret
+        return RemoteFile(PurePosixPath(shown), self._fs, info["name"], int(info["size"] or 0), _modified(info))
 
     def _excluded(self, path: str | os.PathLike[str]) -> str | None:
         """Return the name of an excluded folder; None if it is not below this folder."""
