@@ -19,10 +19,12 @@ import numpy as np
 
 from kandinsky_jax.common.errors import MAX_MESSAGE, CheckpointError, shorten, summarize
 from kandinsky_jax.common.reading import of_file
+from kandinsky_jax.common.remote import is_url
 from kandinsky_jax.common.storage import read_json
 
 if TYPE_CHECKING:  # importing Orbax takes a second or two, and most models are read from safetensors
     import orbax.checkpoint as ocp
+    from etils import epath
 
 FOLDER = "params"  # of a component, instead of diffusers' tensor file
 
@@ -82,19 +84,25 @@ def restore(path: Path, target: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
     )
 
 
-def restore_tree(path: Path, target: T) -> T:
+def restore_tree(path: Path | epath.Path, target: T) -> T:
     """Restore a checkpoint of any tree of arrays, with the shapes, dtypes and shardings of `target`.
+
+    Each process reads its shards and waits for no other.
+
+    Args:
+        path: a folder, also in an object store.
 
     Raises:
         CheckpointError: where it is damaged, or of another structure or other shapes.
     """
     import orbax.checkpoint as ocp
 
-    path = path.absolute()
-    _check_files(path)
-    read_json(path / "_METADATA")
-    if cut := _cut_short(path):
-        raise CheckpointError(f"{path} is damaged, {len(cut)} of its files are missing or cut short: {cut[0]}")
+    if not is_url(str(path)):
+        path = local = Path(path).absolute()
+        _check_files(local)
+        read_json(local / "_METADATA")
+        if cut := _cut_short(local):
+            raise CheckpointError(f"{path} is damaged, {len(cut)} of its files are missing or cut short: {cut[0]}")
 
     def action(_: ocp.Checkpointer) -> T:
         # Without a checkpointer, which waits for all processes: one that fails here does not come.

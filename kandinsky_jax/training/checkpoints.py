@@ -14,10 +14,10 @@ folder, whatever the folder contains.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable
@@ -26,14 +26,17 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from kandinsky_jax.checkpoint import orbax
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import CheckpointError, shorten, summarize
+from kandinsky_jax.common.remote import is_url, read_bytes
 from kandinsky_jax.parallel.hosts import Hosts
 from kandinsky_jax.training.checksums import checksums, sharded_checksums
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.mesh import whole
+from kandinsky_jax.training.run_folder import CHECKPOINTS
 from kandinsky_jax.training.run_record import STRUCTURE, Record, describe_changes, record_changes
 from kandinsky_jax.training.step import TrainState
 
@@ -56,11 +59,19 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, record: Record, limit: int, *, hosts: Hosts | None = None, accept_changes: bool = False
+        self,
+        folder: Path | epath.Path,
+        record: Record,
+        limit: int,
+        *,
+        hosts: Hosts | None = None,
+        accept_changes: bool = False,
     ):
-        self.folder, self.record, self.limit, self.accept_changes = folder, record, limit, accept_changes
+        self.folder, self.record, self.limit = epath.Path(folder), record, limit
+        self.accept_changes = accept_changes
         self.hosts = Hosts() if hosts is None else hosts
-        self._path = (folder / "checkpoints").absolute()
+        here = self.folder if is_url(str(folder)) else epath.Path(Path(folder).absolute())
+        self._path = here / CHECKPOINTS
         self._manager: ocp.CheckpointManager | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -125,7 +136,7 @@ class Checkpoints:
             TrainingError: if no checkpoint can be read, or the newest one is of another run or a newer version.
         """
         faults: list[str] = []
-        damaged: list[Path] = []
+        damaged: list[epath.Path] = []
         accepted = self.accept_changes
         for path in self._candidates():
             place: Description = {}
@@ -146,11 +157,11 @@ class Checkpoints:
                 damaged.append(path)
                 continue
             if faults:
-                aside = Path(self._from_first(lambda: str(self._moved_aside(damaged))))
+                aside = self._from_first(lambda: self._moved_aside(damaged))
                 if self.hosts.first:
                     warnings.warn(
                         f"{self._path}: damaged checkpoints are not used, training continues from step {path.name}; "
-                        f"they are in {aside.name}: {summarize(faults, 200)}",
+                        f"they are in {aside}: {summarize(faults, 200)}",
                         stacklevel=2,
                     )
             return restored, place["data"]
@@ -163,7 +174,7 @@ class Checkpoints:
     def _from_first(self, function: Callable[[], T]) -> T:
         return self.hosts.from_first(function, (CheckpointError, TrainingError, OSError))
 
-    def _candidates(self) -> list[Path]:
+    def _candidates(self) -> list[epath.Path]:
         """Return folders of steps, newest first; temporary ones of killed writers are removed."""
         return [self._path / name for name in self._from_first(self._steps)]
 
@@ -174,13 +185,19 @@ class Checkpoints:
             found = list(self._path.iterdir())
         except OSError as error:
             raise TrainingError(f"{self._path} cannot be read: {error.strerror}") from None
-        for path in found:
-            if TEMPORARY in path.name:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in [path for path in found if self._is_unfinished(path)]:
+            found.remove(path)
+            with contextlib.suppress(OSError):
+                path.rmtree()
         steps = [path.name for path in found if path.name.isascii() and path.name.isdigit() and path.is_dir()]
         return sorted(steps, key=lambda name: (len(name), name), reverse=True)
 
-    def _place(self, path: Path) -> Description:
+    def _is_unfinished(self, path: epath.Path) -> bool:
+        """Return whether a killed writer has left this; in an object store a marker is absent then."""
+        remote = is_url(str(path)) and path.name.isdigit()
+        return TEMPORARY in path.name or (remote and not ocp.utils.is_checkpoint_finalized(path))
+
+    def _place(self, path: epath.Path) -> Description:
         """Read the JSON of a checkpoint.
 
         Raises:
@@ -210,7 +227,7 @@ class Checkpoints:
             raise CheckpointError("its description has no record of the run")
         return place
 
-    def _compare(self, path: Path, place: Description, accepted: bool) -> None:
+    def _compare(self, path: epath.Path, place: Description, accepted: bool) -> None:
         """Raise TrainingError for a checkpoint of another run."""
         if "run" in place:
             found = record_changes(place["run"], self.record)
@@ -240,7 +257,7 @@ class Checkpoints:
             f"{describe_changes(found)}; {advice}"
         )
 
-    def _state(self, path: Path, place: Description, like: TrainState) -> TrainState:
+    def _state(self, path: epath.Path, place: Description, like: TrainState) -> TrainState:
         """Restore the state of a checkpoint; CheckpointError in every process if one finds it damaged."""
         fault, restored = "", like
         try:
@@ -263,24 +280,29 @@ class Checkpoints:
             return checksums(jax.tree.map(whole, state))
         return sharded_checksums(state, self.hosts)
 
-    def _moved_aside(self, damaged: list[Path]) -> Path:
+    def _moved_aside(self, damaged: list[epath.Path]) -> str:
         aside = self.folder / "damaged_checkpoints"
         try:
             aside.mkdir(exist_ok=True)
             for path in damaged:
                 if (target := aside / path.name).exists():
-                    shutil.rmtree(target)
+                    target.rmtree()
                 path.rename(target)
         except OSError as error:
             raise TrainingError(
                 f"{aside}: damaged checkpoints cannot be moved there ({error.strerror}); remove "
                 f"{', '.join(shorten(path.name, 24) for path in damaged[:5])} from {self._path}"
             ) from None
-        return aside
+        return aside.name
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _read_json(path: epath.Path) -> dict[str, object]:
     try:
+        if is_url(str(path)):
+            parsed = reading.parse_json(read_bytes(str(path), MAX_PLACE_BYTES))
+            if not isinstance(parsed, dict):
+                raise reading.ReadError("is no JSON object")
+            return parsed
         return reading.read_json_object(path, MAX_PLACE_BYTES)
     except FileNotFoundError:
         raise CheckpointError("its description is missing") from None

@@ -44,7 +44,7 @@ class Config:
         prior: folder or Hub repository of the prior, if it is not found.
         data: a folder with metadata.jsonl, WebDataset tars, Parquet, or pictures with a .txt each; a path or an
             fsspec URL such as `gs://bucket/photos`.
-        output: folder for checkpoints, metrics and the result.
+        output: folder for checkpoints, metrics and the result; a path that all hosts share, or a `gs://` URL.
         resolution: of the pictures, a multiple of 64.
         train_batch_size: examples of a step, over all its accumulation parts.
         seed: of the order of the data, timesteps, noise and dropout.
@@ -92,6 +92,8 @@ class Config:
         for name, where in (("model", self.model), ("prior", self.prior)):
             if where is not None and is_url(where):
                 faults.append(f"{name} must be a folder or a Hub repository, got the URL {shorten(where, 80)}")
+        if is_url(self.output) and not self.output.startswith("gs://"):
+            faults.append(f"output must be a folder or a gs:// URL, got {shorten(self.output, 80)}")
         for name, most in (
             ("resolution", MAX_RESOLUTION),
             ("train_batch_size", MAX_BATCH),

@@ -28,6 +28,7 @@ from kandinsky_jax.common.errors import shorten, summarize
 from kandinsky_jax.common.storage import check_free_space, complete_or_absent
 from kandinsky_jax.parallel.hosts import Hosts
 from kandinsky_jax.training.data import Captioned, DataError, Reader, data_fingerprint
+from kandinsky_jax.training.run_folder import ENCODED, RunFolder
 from kandinsky_jax.training.run_record import weights_digest
 from kandinsky_jax.training.tasks import DiffusionTask
 
@@ -66,14 +67,18 @@ class LatentCache:
 
 
 def open_latent_cache(
-    folder: Path, task: DiffusionTask, items: Sequence[Captioned], quiet: bool = False, hosts: Hosts | None = None
+    run_folder: RunFolder,
+    task: DiffusionTask,
+    items: Sequence[Captioned],
+    quiet: bool = False,
+    hosts: Hosts | None = None,
 ) -> tuple[LatentCache, dict[str, str]]:
-    """Open the cache in `folder`, encoding first what is missing, damaged, or made from other inputs. Collective.
+    """Open the cache in a run's folder, encoding first what is missing, damaged, or made from other inputs. Collective.
 
     The inputs are data, weights and settings; a picture is identified by name, caption, size and modification time.
 
     Args:
-        folder: one that all processes share.
+        run_folder: which all processes share; at a URL, parts are published, and copied by each process.
         hosts: the processes of the run; each verifies and encodes its part of the parts.
     Returns:
         the encoded items, and the reasons why others could not be read, by name.
@@ -84,18 +89,26 @@ def open_latent_cache(
     hosts = Hosts() if hosts is None else hosts
     reader = task.reader()
     mark = _mark(task, reader, items)
+    folder = run_folder.path / ENCODED
     numbers = range(-(-len(items) // PART_ITEMS))
-    if hosts.first:
+    if hosts.first or run_folder.remote:
         _clear(folder, len(numbers))
     hosts.gather([0])
-    missing = _missing_parts(folder, mark, numbers[hosts.index :: hosts.count])
+    mine = numbers[hosts.index :: hosts.count]
+    for number in mine:
+        run_folder.bring_folder(f"{ENCODED}/{_name(number)}", ABOUT)
+    missing = _missing_parts(folder, mark, mine)
     encoder = _Encoder(task, reader, items, mark)
     with tqdm(total=sum(len(encoder.items_of(n)) for n in missing), desc="encode", unit="item", disable=quiet) as bar:
         for done, number in enumerate(missing):
             needed = sum(len(encoder.items_of(other)) for other in missing[done:])
-            encoder.write(_part(folder, number), number, needed, bar)
+            encoder.write(folder / _name(number), number, needed, bar)
+            run_folder.publish_folder(f"{ENCODED}/{_name(number)}", ABOUT)
     hosts.gather([0])  # all parts are there
-    parts = [(path, about) for path in (_part(folder, number) for number in numbers) for about in [_about(path, mark)]]
+    parts = []
+    for number in numbers:
+        run_folder.bring_folder(f"{ENCODED}/{_name(number)}", ABOUT)
+        parts.append((folder / _name(number), _about(folder / _name(number), mark)))
     unreadable = {name: fault for _, about in parts for name, fault in about["unreadable"].items()}
     if not any(about["which"] for _, about in parts):
         raise DataError(task.config.data, list(unreadable.values()))
@@ -114,15 +127,15 @@ def _clear(folder: Path, parts: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}"
+def _name(number: int) -> str:
+    return f"{number:05d}"
 
 
 def _missing_parts(folder: Path, mark: str, numbers: Sequence[int]) -> list[int]:
     """Return the parts that have to be encoded, with one warning for those that are there and cannot be used."""
     missing, faults = [], []
     for number in numbers:
-        path = _part(folder, number)
+        path = folder / _name(number)
         try:
             for name, expected in _about(path, mark)["files"].items():
                 if _checksum(path / f"{name}.npy") != expected:

@@ -31,12 +31,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm.auto import tqdm
 
 from kandinsky_jax import images, lora
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.common.atomic import replace_file
-from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.errors import hide_secrets, shorten
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.hosts import Hosts
 from kandinsky_jax.preemption import Stop
@@ -49,6 +50,7 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.latent_cache import LatentCache, open_latent_cache
 from kandinsky_jax.training.mesh import check_shared, gathered, local_examples, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics, NoMetrics
+from kandinsky_jax.training.run_folder import MODEL, RunFolder
 from kandinsky_jax.training.run_record import Record, check_same_run, run_record
 from kandinsky_jax.training.step import Trainer, TrainState
 from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task
@@ -92,15 +94,18 @@ class Run:
         accept_changes: bool = False,
     ):
         self.hosts = Hosts.here() if hosts is None else hosts
-        self.config, self.folder, self.quiet = config, Path(config.output), quiet or not self.hosts.first
-        self.accept_changes = accept_changes
+        self.config, self.quiet, self.accept_changes = config, quiet or not self.hosts.first, accept_changes
+        self.run_folder = RunFolder(config.output, self.hosts.first)
+        self.folder = self.run_folder.path
         mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
         _check_batch(config, parts(mesh))
         check_shared(mesh)
         if config.precompute and kind in (Kind.MOVQ, Kind.CLIP):
             raise ValueError(f"precompute is of no use for {kind}: none of its networks is frozen")
-        _check_target(self.folder, lora.FILE if kind.startswith("lora-") else "model_index.json")
-        found = listing(config.data, exclude=[self.folder], scratch=self.folder)
+        self._mark = lora.FILE if kind.startswith("lora-") else "model_index.json"
+        with in_folder(self.run_folder):
+            self.run_folder.check_target(self._mark)
+        found = listing(config.data, exclude=[config.output], scratch=self.folder)
         self.task = make_task(kind, config, pipe)
         self._loaded = pipe is None
         self.task.pipe.set_progress_bar_config(disable=True)
@@ -127,16 +132,16 @@ class Run:
         """Open the cache of encoded items, and drop items that could not be read."""
         task = self.task.full if isinstance(self.task, LoraTask) else self.task
         assert isinstance(task, DiffusionTask)
-        with in_folder(self.folder):
+        with in_folder(self.run_folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            reader, unreadable = open_latent_cache(self.folder / "encoded", task, self.items, self.quiet, self.hosts)
+            reader, unreadable = open_latent_cache(self.run_folder, task, self.items, self.quiet, self.hosts)
             for name, fault in unreadable.items():
                 if self.hosts.first:
                     self._bad_data.report(fault, "before the first step", name)
         self.items = [self.items[i] for i in reader.which]
         return reader
 
-    def train(self, *, stop: Stop | None = None) -> Path | None:
+    def train(self, *, stop: Stop | None = None) -> Path | epath.Path | None:
         """Train to the end; return the folder of the result, or None if a signal stopped the run.
 
         Raises:
@@ -144,10 +149,13 @@ class Run:
             TrainingError: if the loss stays not finite, checkpoints are of another run or cannot be read, or a file
                 cannot be written.
         """
-        with in_folder(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with in_folder(self.run_folder):
+            self.run_folder.begin()
             self._report_skipped()
-            state = self._trained(stop or Stop())
+            try:
+                state = self._trained(stop or Stop())
+            finally:
+                self.run_folder.publish()
             return None if state is None else self.export(state)
 
     def _trained(self, stop: Stop) -> TrainState | None:
@@ -158,7 +166,11 @@ class Run:
         self._offload()
         self._write_layout(state)
         checkpoints = Checkpoints(
-            self.folder, record, config.checkpoints_total_limit, hosts=self.hosts, accept_changes=self.accept_changes
+            self.run_folder.whole,
+            record,
+            config.checkpoints_total_limit,
+            hosts=self.hosts,
+            accept_changes=self.accept_changes,
         )
         with checkpoints, Metrics(self.folder, config) if self.hosts.first else NoMetrics() as metrics:
             if (found := checkpoints.restore(state)) is not None:
@@ -175,7 +187,7 @@ class Run:
                         self._report_unreadable(f"step {done}")
                     if agreed.stop or agreed.without_data is not None:
                         if done > saved:
-                            checkpoints.save(done, state, position)
+                            self._save(checkpoints, done, state, position)
                         if agreed.stop:
                             return None
                         raise failure or self._without_data(agreed)
@@ -186,11 +198,16 @@ class Run:
                     bar.set_postfix(loss=f"{values['loss']:.4f}", images_s=f"{values['images_per_second']:.1f}")
                     bar.update()
                     if done % config.checkpointing_steps == 0 or done == last:
-                        checkpoints.save(done, state, self.batches.state)
+                        self._save(checkpoints, done, state, self.batches.state)
                         saved = done
                     if config.validation_steps and (done % config.validation_steps == 0 or done == last):
                         self._sample(state, done, metrics)
         return state
+
+    def _save(self, checkpoints: Checkpoints, done: int, state: TrainState, position: dict[str, object]) -> None:
+        """Write a checkpoint, after the metrics of the steps before it."""
+        self.run_folder.publish()
+        checkpoints.save(done, state, position)
 
     def _record(self) -> Record:
         """Return the identity of this run, which is the same in all processes."""
@@ -238,7 +255,9 @@ class Run:
 
     def _without_data(self, agreed: Agreement) -> TrainingError:
         assert agreed.without_data is not None
-        return TrainingError(f"{self.hosts.describe(agreed.without_data)} can read no picture of {self.config.data}")
+        return TrainingError(
+            f"{self.hosts.describe(agreed.without_data)} can read no picture of {hide_secrets(self.config.data)}"
+        )
 
     def _one(
         self, state: TrainState, batch: dict[str, np.ndarray], done: int, began: float
@@ -260,9 +279,9 @@ class Run:
                 self._bad_data.report(f"loss {loss} of " + ", ".join(names), f"step {done}")
         if self._bad_in_a_row >= MOST_BAD:
             raise TrainingError(
-                f"the loss was not finite in {MOST_BAD} steps, up to step {done}; the pictures are named in "
-                f"{self.folder / 'bad_data.txt'}. Lower the learning rate, or take them out, and start again with "
-                "--accept-changes: it continues from the last checkpoint"
+                f"the loss was not finite in {MOST_BAD} steps, up to step {done}; see "
+                f"{self.run_folder.below('bad_data.txt')} for the pictures. Lower the learning rate, or take them out, "
+                "and start again with --accept-changes: it continues from the last checkpoint"
             )
 
     def _report_unreadable(self, when: str) -> None:
@@ -281,8 +300,8 @@ class Run:
         for fault in self._skipped.faults:
             self._bad_data.report(fault, "not used")
         warnings.warn(
-            f"{self.config.data}: {len(self.items)} pictures are used, not used are {self._skipped.count} files or "
-            f"rows (see {self.folder / 'bad_data.txt'}): {self._skipped.summary()}",
+            f"{hide_secrets(self.config.data)}: {len(self.items)} pictures are used, not used are {self._skipped.count} files or "
+            f"rows (see {self.run_folder.below('bad_data.txt')}): {self._skipped.summary()}",
             stacklevel=3,
         )
 
@@ -306,39 +325,28 @@ class Run:
             images.write(self.folder / "samples" / f"{done:08d}.png", sheet, about)
             metrics.picture(done, sheet)
 
-    def export(self, state: TrainState) -> Path:
+    def export(self, state: TrainState) -> Path | epath.Path:
         """Write the result atomically, in process 0, and return its folder. Collective."""
-        target, trained = self.folder / "model", self._result(state)
+        target, trained = self.folder / MODEL, self._result(state)
         if self.hosts.first:
             with self.task.installed(trained):
                 self.task.export(target, trained, self.items)
+            self.run_folder.publish_folder(MODEL, self._mark)
         self.hosts.gather([0])  # the result is there when any process returns
-        return target
+        return self.run_folder.whole / MODEL if self.run_folder.remote else target
 
 
 @contextmanager
-def in_folder(folder: Path) -> Iterator[None]:
+def in_folder(folder: RunFolder) -> Iterator[None]:
     """Convert errors of the file system to TrainingError."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or shorten(str(error), 150)
         raise TrainingError(
-            f"{shorten(error.filename or folder, 250)}: {reason}. Start again when that is solved; training continues "
-            "from the last checkpoint"
+            f"{shorten(error.filename or str(folder), 250)}: {reason}. Start again when that is solved; training "
+            "continues from the last checkpoint"
         ) from error
-
-
-def _check_target(folder: Path, replaceable: str) -> None:
-    """Raise TrainingError if the result could not be written into its folder, before training."""
-    target = folder / "model"
-    if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder} is not a folder; choose another output")
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / replaceable).is_file())):
-        raise TrainingError(
-            f"{target} exists and is not a result of such a run (it has no {replaceable}), so it is not replaced; move "
-            "it away, or choose another output folder"
-        )
 
 
 def _check_batch(config: Config, devices: int) -> None:

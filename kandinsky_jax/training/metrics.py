@@ -23,6 +23,7 @@ from PIL import Image
 
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.atomic import fill_file, replace_file
+from kandinsky_jax.common.errors import hide_secrets
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.errors import TrainingError
 
@@ -139,7 +140,7 @@ class WandbRun:
     def _start(self, wandb: Any, folder: Path, project: str, config: Config, **how: str) -> Any:
         waiting = {"init_timeout": START_SECONDS, "finish_timeout": FINISH_SECONDS}
         settings = wandb.Settings(silent=True, console="off", save_code=False, **waiting)
-        return wandb.init(project=project, dir=str(folder), config=dataclasses.asdict(config), settings=settings, **how)
+        return wandb.init(project=project, dir=str(folder), config=_public(config), settings=settings, **how)
 
     def log(self, values: Mapping[str, object]) -> None:
         """Log numbers and pictures, including `step`."""
@@ -162,6 +163,12 @@ class WandbRun:
     def _fail(self, error: object) -> None:
         self._run = None
         warnings.warn(f"Weights & Biases: {error}", stacklevel=3)
+
+
+def _public(config: Config) -> dict[str, object]:
+    """Return a configuration without secrets in URLs."""
+    found = dataclasses.asdict(config)
+    return {name: hide_secrets(value) if isinstance(value, str) else value for name, value in found.items()}
 
 
 def _run_id(folder: Path) -> str:

@@ -27,6 +27,7 @@ from kandinsky_jax.training.data import Reader as PictureReader
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.latent_cache import open_latent_cache
 from kandinsky_jax.training.metrics import Metrics
+from kandinsky_jax.training.run_folder import RunFolder
 from kandinsky_jax.training.step import TrainState
 from kandinsky_jax.training.tasks import PriorTask
 from tests.conftest import SHAPES_MODEL
@@ -183,7 +184,7 @@ def _task() -> tuple[PriorTask, Path]:
 
 def _encoded(folder: Path) -> list[Path]:
     task, data = _task()
-    open_latent_cache(folder / "encoded", task, listing(data), quiet=True)
+    open_latent_cache(RunFolder(str(folder)), task, listing(data), quiet=True)
     return [path for path in (folder / "encoded").rglob("*") if path.is_file()]
 
 
@@ -193,8 +194,8 @@ def _read_encoded(folder: Path) -> None:
     items, rng = listing(data), np.random.default_rng(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*their pictures are encoded again", UserWarning)
-        found, _ = open_latent_cache(folder / "encoded", task, items, quiet=True)
-    whole, _ = open_latent_cache(data.with_name("whole"), task, items, quiet=True)
+        found, _ = open_latent_cache(RunFolder(str(folder)), task, items, quiet=True)
+    whole, _ = open_latent_cache(RunFolder(str(data.with_name("whole"))), task, items, quiet=True)
     for i in range(len(items)):
         for name, array in whole(i, rng).items():
             assert np.array_equal(found(i, rng)[name], array)

@@ -29,6 +29,7 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.latent_cache import open_latent_cache
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.metrics import Metrics
+from kandinsky_jax.training.run_folder import RunFolder
 from kandinsky_jax.training.run_record import FREE, describe_changes, record_changes, run_record
 from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from kandinsky_jax.training.tasks import PriorTask
@@ -229,7 +230,7 @@ def test_stale_and_damaged_encoded_data_is_made_again(tmp_path, pipe, monkeypatc
     assert len(parts) > 2
 
     def arrays() -> dict[str, np.ndarray]:
-        found, _ = open_latent_cache(folder, task, listing(data), quiet=True)
+        found, _ = open_latent_cache(RunFolder(str(folder.parent)), task, listing(data), quiet=True)
         assert found.which == list(range(COUNT))
         rows = [found(i, np.random.default_rng(0)) for i in range(COUNT)]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -82,11 +82,19 @@ def write_data(folder: Path, count: int = 40) -> None:
 
 
 def write_config(
-    path: Path, data: Path, output: Path, steps: int, every: int, fsdp: int = 2, epsilon: float = 1e-8
+    path: Path,
+    data: Path | str,
+    output: Path | str,
+    steps: int,
+    every: int,
+    fsdp: int = 2,
+    epsilon: float = 1e-8,
+    precompute: bool = False,
 ) -> Path:
     """Write the configuration of a run with dropout, flips and an average of the weights, so that all is compared."""
     options: dict[str, object] = {"model": str(MODEL), "data": str(data), "output": str(output), "resolution": 64}
-    options |= {"train_batch_size": 16, "checkpointing_steps": every, "condition_dropout": 0.3, "random_flip": True}
+    options |= {"train_batch_size": 16, "checkpointing_steps": every, "condition_dropout": 0.3}
+    options |= {"precompute": True} if precompute else {"random_flip": True}
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
     lines += ["[optimizer]", f"max_train_steps = {steps}", "learning_rate = 1e-3", "ema_decay = 0.9"]
     lines += [f"adam_epsilon = {epsilon}"]
@@ -105,7 +113,7 @@ class Run:
         cache: folder of compiled programs.
     """
 
-    def __init__(self, layout: Layout, kind: str, config: Path, logs: Path, cache: Path):
+    def __init__(self, layout: Layout, kind: str, config: Path | str, logs: Path, cache: Path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -153,7 +161,7 @@ class Run:
             time.sleep(0.01)
 
 
-def finished(layout: Layout, kind: str, config: Path, logs: Path, cache: Path) -> None:
+def finished(layout: Layout, kind: str, config: Path | str, logs: Path, cache: Path) -> None:
     """Run to the end."""
     run = Run(layout, kind, config, logs, cache)
     codes = run.wait(1200)
