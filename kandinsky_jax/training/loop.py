@@ -300,8 +300,8 @@ class Run:
         for fault in self._skipped.faults:
             self._bad_data.report(fault, "not used")
         warnings.warn(
-            f"{hide_secrets(self.config.data)}: {len(self.items)} pictures are used, not used are {self._skipped.count} files or "
-            f"rows (see {self.run_folder.below('bad_data.txt')}): {self._skipped.summary()}",
+            f"{hide_secrets(self.config.data)}: {len(self.items)} pictures are used, not used are "
+            f"{self._skipped.count} files or rows (see {self.run_folder.below('bad_data.txt')}): {self._skipped.summary()}",
             stacklevel=3,
         )
 
