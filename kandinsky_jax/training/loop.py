@@ -301,7 +301,8 @@ class Run:
             self._bad_data.report(fault, "not used")
         warnings.warn(
             f"{hide_secrets(self.config.data)}: {len(self.items)} pictures are used, not used are "
-            f"{self._skipped.count} files or rows (see {self.run_folder.below('bad_data.txt')}): {self._skipped.summary()}",
+            f"{self._skipped.count} files or rows (see {self.run_folder.below('bad_data.txt')}): "
+            f"{self._skipped.summary()}",
             stacklevel=3,
         )
 
