@@ -243,8 +243,9 @@ def kill(folder: Path, kind: str, layout: Layout, kills: int, steps: int, every:
         write_config(folder / f"{target.name}.toml", folder / "data", target, steps, every)
     finished(layout, kind, folder / "undisturbed.toml", folder / "logs", folder / "cache")
     seen = []
+    victims = rng.sample(range(layout.processes), layout.processes)
     for number in range(kills):
-        moment, victim = MOMENTS[number % len(MOMENTS)], rng.randrange(layout.processes)
+        moment, victim = MOMENTS[number % len(MOMENTS)], victims[number % len(victims)]
         run = Run(layout, kind, folder / "killed.toml", folder / "logs", folder / "cache")
         reached(run, moment, output, rng)
         if all(process.poll() == 0 for process in run.processes):
@@ -356,6 +357,7 @@ def main(argv: list[str] | None = None) -> None:
 def add(folder: Path, name: str, found: dict[str, Any]) -> None:
     """Print a result, and add it to today's file."""
     print(name, json.dumps(found), flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"train-hosts-{datetime.date.today().isoformat()}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results[name] = found
