@@ -133,7 +133,7 @@ class Run:
         task = self.task.full if isinstance(self.task, LoraTask) else self.task
         assert isinstance(task, DiffusionTask)
         with in_folder(self.run_folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.run_folder.begin(self.hosts)
             reader, unreadable = open_latent_cache(self.run_folder, task, self.items, self.quiet, self.hosts)
             for name, fault in unreadable.items():
                 if self.hosts.first:
@@ -150,7 +150,7 @@ class Run:
                 cannot be written.
         """
         with in_folder(self.run_folder):
-            self.run_folder.begin()
+            self.run_folder.begin(self.hosts)
             self._report_skipped()
             try:
                 state = self._trained(stop or Stop())

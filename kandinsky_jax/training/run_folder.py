@@ -6,20 +6,24 @@ each process, and published from there: an object store appends to no file.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
+import time
 import weakref
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from kandinsky_jax.common.errors import hide_secrets
+from kandinsky_jax.common.errors import hide_secrets, summarize
 from kandinsky_jax.common.remote import connect, is_url, tried
+from kandinsky_jax.parallel.hosts import Hosts
 from kandinsky_jax.training.errors import TrainingError
 
 # Of an earlier start, which this one continues.
 CONTINUED = ("metrics.jsonl", "bad_data.txt", "wandb/run_id.txt")
+SHARING_SECONDS = 10.0  # until a new file is seen on all hosts of a network disk
 CHECKPOINTS, ENCODED, MODEL = "checkpoints", "encoded", "model"
 
 
@@ -35,6 +39,7 @@ class RunFolder:
         self.output, self.first = output, first
         self._fs: Any = None
         self._root = ""
+        self._begun = False
         self._published: dict[str, tuple[int, int]] = {}  # (size, time of modification) of local files, by name
         self.path = Path(output)
         if is_url(output):
@@ -76,12 +81,41 @@ class RunFolder:
                 "replaced; move it away, or choose another output folder"
             )
 
-    def begin(self) -> None:
-        """Make the folder, and bring files that an earlier start has begun."""
+    def begin(self, hosts: Hosts | None = None) -> None:
+        """Make the folder, and bring files that an earlier start has begun. Collective.
+
+        Raises:
+            TrainingError: in all processes, if some of them do not see the folder of process 0.
+        """
+        if self._begun:
+            return
+        self._begun = True
         self.path.mkdir(parents=True, exist_ok=True)
         if self.remote and self.first:
             for name in CONTINUED:
                 self._bring(name)
+        if hosts is not None and hosts.count > 1 and not self.remote:
+            self._check_shared(hosts)
+
+    def _check_shared(self, hosts: Hosts) -> None:
+        def leave_mark() -> str:
+            name = f".{secrets.token_hex(8)}.shared"
+            (self.path / name).touch()
+            return name
+
+        mark = self.path / hosts.from_first(leave_mark, (OSError,))
+        deadline = time.monotonic() + SHARING_SECONDS
+        while not mark.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seen = hosts.gather([mark.exists()])[:, 0]
+        if hosts.first:
+            mark.unlink(missing_ok=True)
+        if not seen.all():
+            others = summarize([hosts.describe(index) for index, found in enumerate(seen) if not found], 150, ", ")
+            raise TrainingError(
+                f"{self} of {others} is not the folder of {hosts.describe(0)}; output must be a folder that all hosts "
+                "share, such as a network disk, or a gs:// URL"
+            )
 
     def publish(self) -> None:
         """Publish files that have changed, in process 0: all but checkpoints, encoded data and the result."""

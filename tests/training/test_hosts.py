@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -141,3 +143,24 @@ def test_no_example_is_missing_or_there_twice_in_an_epoch(hosts):
     orders = seen.reshape(epochs, len(items))
     assert all(sorted(order) == items for order in orders)
     assert len({tuple(order) for order in orders}) == epochs
+
+
+# Wrong starts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_train_the_same_are_named(folder):
+    """Another seed, and another output folder, each in the second process: both end with one sentence."""
+    configs = [folder / f"{name}.toml" for name in ("first", "seed", "output")]
+    for config in configs:
+        train_hosts.write_config(config, folder / "data", folder / ("o" if config.stem == "output" else "out"), 4, 4)
+    configs[1].write_text("seed = 1\n" + configs[1].read_text())
+    for other, says in (
+        (configs[1], r"beside process 0 of 2 \(.*\): process 1 of 2 \(.*\) differs in seed \(0, now 1\)$"),
+        (configs[2], r"of process 1 of 2 \(.*\) is not the folder of process 0 of 2 .* all hosts share, such as"),
+    ):
+        run = train_hosts.Run(Layout(2, 1), "lora-prior", [configs[0], other], folder / "logs", folder / "cache")
+        assert run.wait(120) == [1, 1]
+        for index in range(2):
+            [error] = [line for line in run.text(index).splitlines() if line.startswith("error: ")]
+            assert re.search(says, error), error

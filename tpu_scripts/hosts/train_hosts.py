@@ -108,12 +108,13 @@ class Run:
 
     Args:
         layout: how many.
-        kind, config: of the training.
+        kind: of the training.
+        config: of the training, or one for each process.
         logs: folder of their output.
         cache: folder of compiled programs.
     """
 
-    def __init__(self, layout: Layout, kind: str, config: Path | str, logs: Path, cache: Path):
+    def __init__(self, layout: Layout, kind: str, config: Path | str | list[Path], logs: Path, cache: Path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -124,7 +125,8 @@ class Run:
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={layout.devices}"
         for index, log in enumerate(self.logs):
-            command = [sys.executable, "-m", "kandinsky_jax.cli", "train", kind, str(config), "--quiet"]
+            own = config[index] if isinstance(config, list) else config
+            command = [sys.executable, "-m", "kandinsky_jax.cli", "train", kind, str(own), "--quiet"]
             if layout.processes > 1:
                 command += ["--coordinator", f"127.0.0.1:{port}", "--process", str(index)]
                 command += ["--processes", str(layout.processes)]
