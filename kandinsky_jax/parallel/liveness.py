@@ -31,7 +31,7 @@ from kandinsky_jax.parallel.process import initialize
 PERIOD = 2.0  # seconds between heartbeats
 SILENT_SECONDS = 30.0  # silence of a process after which it counts as dead
 SILENT_AFTER_ERROR = 10.0  # the same where a collective has failed already
-JAX_SECONDS = 50  # after which JAX itself ends all processes, if this module has not
+JAX_SECONDS = 90  # after which JAX itself ends all processes; it counts from a heartbeat up to 20 s before a death
 REPORT_SECONDS = 6.0  # for this process to report its own error, after another one did
 LINGER_SECONDS = 3 * PERIOD  # of process 0 after an error, so that the others learn of it before the service is gone
 FAILED = 1  # exit code
@@ -102,7 +102,7 @@ class Watch:
         """Start the watch; without effect for a single process."""
         if self.count == 1:
             return
-        self._name_process_0_on_abort()
+        self._name_the_lost_on_abort()
         for target in (self._beat, self._watch):
             threading.Thread(target=target, name=f"liveness{target.__name__}", daemon=True).start()
 
@@ -189,15 +189,15 @@ class Watch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _client().key_value_set(f"{_PREFIX}ended/{self.index}", reason, allow_overwrite=True)
 
-    def _name_process_0_on_abort(self) -> None:
-        """Name process 0 when JAX aborts this process because the coordination service is gone."""
-        if self.index == 0 or not sys.platform.startswith("linux"):
+    def _name_the_lost_on_abort(self) -> None:
+        """Name the process that is gone when JAX aborts this one: process 0, unless the watch knows another."""
+        if not sys.platform.startswith("linux"):
             return
 
         def handler(number: int) -> None:
             if self._closed.is_set():
                 return
-            if (lost := self._lost()) is None and not _reachable():
+            if (lost := self._lost()) is None and self.index > 0 and not _reachable():
                 lost = f"{self._describe(0)}, which coordinates the run, has died or cannot be reached; {ADVICE}"
             if lost is not None:
                 _say(lost)
