@@ -2,7 +2,8 @@
 
     OUT/encoded/00000/            a part: the items 0 .. PART_ITEMS - 1
     OUT/encoded/00000/NAME.npy    one array of `TrainingTask.encode`, with an entry for each readable item
-    OUT/encoded/00000/about.json  format version, digest of the inputs, which items could be read, checksums
+    OUT/encoded/00000/about.json  format version, digest of the inputs, which items could be read, checksums, and the
+                                  process that has encoded it
 
 Parts are complete or absent, so encoding goes on where it was stopped, and several processes encode a part each. The
 arrays are memory-mapped, so they may be larger than memory.
@@ -10,6 +11,7 @@ arrays are memory-mapped, so they may be larger than memory.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -34,7 +36,8 @@ from kandinsky_jax.training.tasks import DiffusionTask
 
 ABOUT = "about.json"
 CACHED_AT_ONCE = 32  # pictures that are encoded at once
-PART_ITEMS = 1024
+PART_ITEMS = 512
+OPEN_PARTS = 64  # a memory-mapped file keeps a file descriptor
 CACHE_VERSION = 3
 READ_BYTES = 2**22
 MAX_ABOUT_BYTES = 2**30
@@ -55,15 +58,17 @@ class LatentCache:
         self.which: list[int] = [index for _, about in parts for index in about["which"]]
         self.unreadable: dict[str, str] = {}
         self._ends = np.cumsum([len(about["which"]) for _, about in parts])
-        self._arrays = [
-            {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in about["files"]} for folder, about in parts
-        ]
+        self._files = [{name: folder / f"{name}.npy" for name in about["files"]} for folder, about in parts]
+        self._opened = functools.lru_cache(OPEN_PARTS)(self._open)
+
+    def _open(self, part: int) -> dict[str, np.ndarray]:
+        return {name: np.load(path, mmap_mode="r") for name, path in self._files[part].items()}
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return the arrays of one item, number `index` of those in `which`."""
         part = int(np.searchsorted(self._ends, index, side="right"))
         row = index - (int(self._ends[part - 1]) if part else 0)
-        return {name: np.asarray(array[row]) for name, array in self._arrays[part].items()}
+        return {name: np.asarray(array[row]) for name, array in self._opened(part).items()}
 
 
 def open_latent_cache(
@@ -98,7 +103,7 @@ def open_latent_cache(
     for number in mine:
         run_folder.bring_folder(f"{ENCODED}/{_name(number)}", ABOUT)
     missing = _missing_parts(folder, mark, mine)
-    encoder = _Encoder(task, reader, items, mark)
+    encoder = _Encoder(task, reader, items, mark, hosts.index)
     with tqdm(total=sum(len(encoder.items_of(n)) for n in missing), desc="encode", unit="item", disable=quiet) as bar:
         for done, number in enumerate(missing):
             needed = sum(len(encoder.items_of(other)) for other in missing[done:])
@@ -160,10 +165,12 @@ class _Encoder:
     Args:
         task, reader, items: see `open_latent_cache`.
         mark: digest of the inputs.
+        process: number of this process.
     """
 
-    def __init__(self, task: DiffusionTask, reader: Reader, items: Sequence[Captioned], mark: str):
-        self._task, self._reader, self._items, self._mark = task, reader, items, mark
+    def __init__(self, task: DiffusionTask, reader: Reader, items: Sequence[Captioned], mark: str, process: int):
+        self._task, self._reader, self._items = task, reader, items
+        self._mark, self._process = mark, process
 
     def items_of(self, number: int) -> range:
         """Return the items of a part."""
@@ -197,7 +204,7 @@ class _Encoder:
                 array.flush()
             files = {name: _checksum(scratch / f"{name}.npy") for name in arrays}
             about = {"format_version": CACHE_VERSION, "mark": self._mark, "which": which}
-            about |= {"files": files, "unreadable": unreadable}
+            about |= {"files": files, "unreadable": unreadable, "process": self._process}
             about["checksum"] = _digest(about)
             (scratch / ABOUT).write_text(json.dumps(about))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -143,6 +144,30 @@ def test_no_example_is_missing_or_there_twice_in_an_epoch(hosts):
     orders = seen.reshape(epochs, len(items))
     assert all(sorted(order) == items for order in orders)
     assert len({tuple(order) for order in orders}) == epochs
+
+
+@pytest.mark.slow
+def test_hosts_encode_each_item_once_and_go_on_after_a_kill(folder):
+    """Parts of four items by two processes, one of which is killed; then by three: what was encoded stays."""
+    config = train_hosts.write_config(folder / "c.toml", folder / "data", folder / "out", 2, 2, precompute=True)
+    parts, small = (
+        folder / "out" / "encoded",
+        "from kandinsky_jax.training import latent_cache as cache\ncache.PART_ITEMS = 4",
+    )
+    options = {"logs": folder / "logs", "cache": folder / "cache", "before": small}
+    run = train_hosts.Run(Layout(2, 1), "decoder", config, **options)
+    run.until(lambda: len(list(parts.glob("0*/about.json"))) >= 3)
+    run.processes[1].kill()
+    assert run.wait(60) == [1, -9]
+    before = {path: path.stat().st_mtime_ns for path in parts.glob("0*/about.json")}
+    assert len(before) < 10
+    run = train_hosts.Run(Layout(4, 1), "decoder", config, **options)
+    assert run.wait(300) == [0, 0, 0, 0], run.text()
+    after = {path: json.loads(path.read_text()) for path in sorted(parts.glob("0*/about.json"))}
+    assert [index for about in after.values() for index in about["which"]] == list(range(40))
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    encoded_by = {int(path.parent.name): about["process"] for path, about in after.items() if path not in before}
+    assert encoded_by == {part: part % 4 for part in encoded_by}
 
 
 # Wrong starts -----------------------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def test_padding_that_no_caption_needs_is_left_out(pipe, folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precompute", [True, False])
-def test_networks_that_no_step_runs_leave_the_devices(folder, tmp_path, precompute):
+def test_networks_that_no_step_runs_move_to_the_host(folder, tmp_path, precompute):
     """Of a pipeline that the run has loaded; then sample pictures and the result are made as before."""
     results = []
     for own in (True, False):

@@ -112,9 +112,12 @@ class Run:
         config: of the training, or one for each process.
         logs: folder of their output.
         cache: folder of compiled programs.
+        before: Python statements that each process runs first.
     """
 
-    def __init__(self, layout: Layout, kind: str, config: Path | str | list[Path], logs: Path, cache: Path):
+    def __init__(
+        self, layout: Layout, kind: str, config: Path | str | list[Path], logs: Path, cache: Path, before: str = ""
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -126,7 +129,8 @@ class Run:
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={layout.devices}"
         for index, log in enumerate(self.logs):
             own = config[index] if isinstance(config, list) else config
-            command = [sys.executable, "-m", "kandinsky_jax.cli", "train", kind, str(own), "--quiet"]
+            program = f"{before}\nfrom kandinsky_jax.cli.main import main; main()"
+            command = [sys.executable, "-c", program, "train", kind, str(own), "--quiet"]
             if layout.processes > 1:
                 command += ["--coordinator", f"127.0.0.1:{port}", "--process", str(index)]
                 command += ["--processes", str(layout.processes)]
