@@ -106,12 +106,32 @@ def _name(path: KeyPath) -> str:
     return ".".join(str(key.key) for key in path if isinstance(key, DictKey))
 
 
-def unsharded(mesh: Mesh | None, tree: PyTree) -> PyTree:
-    """Constrain parameters within a program to be gathered on every device; no-op without a mesh.
+def unsharded(mesh: Mesh | None, tree: PyTree, rules: Rules | None = None) -> PyTree:
+    """Constrain sharded parameters within a program to be gathered on every device; no-op without a mesh.
 
-    Otherwise XLA would shard products like the parameters, and exchange activations instead.
+    Otherwise XLA would shard products like the parameters, and exchange activations instead. The gradients are
+    constrained to be sharded like the parameters, in the dtype in which they are gathered, so that XLA scatters their
+    sums: the transpose of a plain constraint would have every device receive the whole sums.
+
+    Args:
+        rules: of `state_shardings`.
     """
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, REPLICATED))
+    if mesh is None:
+        return tree
+    replicated, where = NamedSharding(mesh, REPLICATED), state_shardings(mesh, tree, rules)
+
+    @jax.custom_vjp
+    def gather(tree: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(tree, replicated)
+
+    def forward(tree: PyTree) -> tuple[PyTree, None]:
+        return gather(tree), None
+
+    def backward(_: None, gradients: PyTree) -> tuple[PyTree]:
+        return (jax.lax.with_sharding_constraint(gradients, where),)
+
+    gather.defvjp(forward, backward)
+    return gather(tree)
 
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:

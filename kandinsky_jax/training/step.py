@@ -139,7 +139,7 @@ class Trainer:
 
         def gathering(params: PyTree, batch: PyTree, key: jax.Array, *frozen: PyTree) -> jax.Array:
             # Inside the rematerialised function, so that gathered parameters are not stored.
-            return loss(unsharded(mesh, params), batch, key, *(unsharded(mesh, tree) for tree in frozen))
+            return loss(unsharded(mesh, params, rules), batch, key, *(unsharded(mesh, tree, rules) for tree in frozen))
 
         if jax.default_backend() == "cpu":
             keep_freed_memory()

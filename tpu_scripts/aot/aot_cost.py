@@ -17,14 +17,16 @@ class Chip(NamedTuple):
     flops: float  # bfloat16, per second
     bandwidth: float  # of its memory (HBM), bytes per second
     memory: float  # bytes
+    links: float = math.inf  # bytes per second that it sends to other chips, by all its links; infinite if not given
 
 
 # docs.cloud.google.com/tpu/docs/v4, .../v5e (a later version of this page says 800 GiB/s), .../v5p and .../v6e;
+# links are half of the "bidirectional inter-chip interconnect bandwidth", for v5e 400 GB/s over 4 ports, v5p 1200 GB/s;
 # NVIDIA's data sheets of the H100 (SXM) and the H200 (SXM), without sparsity
 CHIPS = {
     "v4": Chip(275e12, 1200e9, 32e9),
-    "v5e": Chip(197e12, 819e9, 16e9),
-    "v5p": Chip(459e12, 2765e9, 95e9),
+    "v5e": Chip(197e12, 819e9, 16e9, 200e9),
+    "v5p": Chip(459e12, 2765e9, 95e9, 600e9),
     "v6e": Chip(918e12, 1638e9, 32e9),
     "h100": Chip(989e12, 3350e9, 80e9),
     "h200": Chip(989e12, 4800e9, 141e9),

@@ -8,7 +8,6 @@ Prints one line of JSON per event, as aot_worker does.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -31,27 +30,22 @@ from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import EXAMPLES, make_training_mesh, state_shardings
 from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from kandinsky_jax.training.tasks import LoraTask, TrainingTask, make_task
-from tpu_scripts.aot.aot_cost import CHIPS, costs
+from tpu_scripts.aot.aot_cost import CHIPS, Chip, costs
+from tpu_scripts.aot.aot_exchange import totals
 from tpu_scripts.aot.aot_worker import OFFICIAL, Shape, first_line, mesh_of
 
 TEXT, EMBED = 77, 1280  # tokens, numbers of an embedding
 PARTS = {
-    hub.PRIOR: {
-        "prior": "PriorTransformer",
-        "text_encoder": "CLIPTextModelWithProjection",
-        "image_encoder": "CLIPVisionModelWithProjection",
-    },
+    hub.PRIOR: {"prior": "PriorTransformer", "image_encoder": "CLIPVisionModelWithProjection"},
     hub.DECODER: {"unet": "UNet2DConditionModel", "movq": "VQModel"},
 }
-_COLLECTIVE = re.compile(
-    r"^\s+\S+ = (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?\(", re.MULTILINE
-)
-_SHAPE = re.compile(r"(bf16|f32|s32|u32|pred)\[([\d,]*)\]")
-_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 
 def official() -> KandinskyV22CombinedPipeline:
-    """The pipeline of the official configurations, whose networks are shapes; the tokenizer is the embedded model's."""
+    """The pipeline of the official configurations, whose networks are shapes.
+
+    Tokenizer and text tower, which must fit each other, are the embedded model's: batches are encoded already.
+    """
     networks = {
         name: abstract(NETWORKS[cls], NETWORKS[cls].CONFIG.from_dict(json.loads(path.read_text())))
         for repository, parts in PARTS.items()
@@ -59,7 +53,8 @@ def official() -> KandinskyV22CombinedPipeline:
         for path in [OFFICIAL / repository / name / "config.json"]
     }
     small = KandinskyV22PriorPipeline.from_pretrained("tiny")
-    shared = {name: small.components[name] for name in ("tokenizer", "scheduler", "image_processor")}
+    kept = ("tokenizer", "text_encoder", "scheduler", "image_processor")
+    shared = {name: small.components[name] for name in kept}
     prior = {f"prior_{name}": part for name, part in shared.items()}
     prior |= {f"prior_{name}": networks.pop(name) for name in PARTS[hub.PRIOR]}
     scheduler = DDPMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012)
@@ -99,7 +94,7 @@ def compiled(kind: Kind, job: dict[str, Any], mesh: Any) -> Any:
     [module] = task.modules.values()
     params = Network.split(module)[1]
     trained = jax.eval_shape(lambda p: task.initial_of(p, jax.random.key(0)), params)
-    state = placed(trainer, jax.eval_shape(trainer._first, trained))
+    state = placed(trainer, jax.eval_shape(trainer._initial_state, trained))
     frozen = placed(trainer, params) if isinstance(task, LoraTask) else None
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = Shape(key.shape, key.dtype, sharding=NamedSharding(mesh, REPLICATED))
@@ -107,19 +102,17 @@ def compiled(kind: Kind, job: dict[str, Any], mesh: Any) -> Any:
     return trainer.lower(state, batch, key, frozen).compile()
 
 
-def exchanged(text: str) -> dict[str, int]:
-    """Bytes of the results of collectives by kind; those in loops count once."""
-    found: dict[str, int] = {}
-    for kind, name, started in _COLLECTIVE.findall(text):
-        sizes = []
-        for dtype, dims in _SHAPE.findall(kind):
-            size = _BYTES[dtype]
-            for side in filter(None, dims.split(",")):
-                size *= int(side)
-            sizes.append(size)
-        # An asynchronous one's type is (operands, results, ...): the result is the larger half of a gather.
-        found[name] = found.get(name, 0) + (max(sizes, default=0) if started else sum(sizes))
-    return found
+def exchange_figures(text: str, mesh: Any, seconds: float, bound_by: str, chip: Chip) -> dict[str, Any]:
+    """What is written of a program's collectives, and the time of a step, which they may bound.
+
+    Args:
+        text: the compiled program.
+        seconds, bound_by: what arithmetic and memory allow.
+    """
+    found = totals(text, mesh.shape)
+    links = sum(total.sent for total in found) / chip.links
+    row: dict[str, Any] = {"exchanges": [total._asdict() for total in found], "link_seconds": links}
+    return row | {"seconds": max(seconds, links), "bound_by": "links" if links > seconds else bound_by}
 
 
 def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -140,7 +133,8 @@ def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             continue
         memory = result.memory_analysis()
         row |= {"compile_seconds": round(time.perf_counter() - began, 1), **costs(result, chip)}
-        row |= {"aliased": memory.alias_size_in_bytes, "exchanged": exchanged(result.as_text())}
+        row |= {"aliased": memory.alias_size_in_bytes}
+        row |= exchange_figures(result.as_text(), mesh, row["seconds"], row["bound_by"], chip)
         yield {"event": "done", **row, "spare": chip.memory - resident(row)}
 
 
