@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from tpu_scripts.aot import aot_compile, aot_cost, aot_gpu
+from tpu_scripts.aot import aot_compile, aot_cost, aot_exchange, aot_gpu
 
 ROOT = Path(__file__).parents[2]
 CHIP = aot_cost.Chip(flops=1e12, bandwidth=1e11, memory=1e9)
@@ -49,6 +49,71 @@ def test_an_asynchronous_collective_is_one():
   ROOT %r = f32[8]{0} reduce-scatter(%g), to_apply=%all-reduce.1
 }"""
     assert aot_cost.collectives(text) == {"all-gather": 1, "reduce-scatter": 1}
+
+
+TPU_TEXT = """%all-reduce-scatter.1 (p.1: bf16[64,8]) -> bf16[16,8] {
+  %p.1 = bf16[64,8]{1,0} parameter(0)
+  %r.1 = bf16[64,8]{1,0} all-reduce(%p.1), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %d.1 = bf16[16,8]{1,0} dynamic-slice(%r.1, %i), dynamic_slice_sizes={16,8}
+}
+
+%async_collective_fusion.1 (p.2: bf16[16,8]) -> bf16[64,8] {
+  %p.2 = bf16[16,8]{1,0} parameter(0)
+  ROOT %g.2 = bf16[64,8]{1,0} all-gather(%p.2), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%async_collective_fusion.2 (p.3: bf16[16,8]) -> bf16[64,8] {
+  %p.3 = bf16[16,8]{1,0} parameter(0)
+  ROOT %g.3 = bf16[64,8]{1,0} all-gather(%p.3), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %x = f32[4]{0} get-tuple-element(%s), index=1
+  %m = f32[4]{0} all-reduce(%x), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
+  ROOT %t = (s32[], f32[4]{0}) tuple(%i, %m)
+}
+
+ENTRY %main (p: bf16[64,8]) -> bf16[16,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  %f.1 = bf16[16,8]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %f.2 = bf16[64,8]{1,0} fusion(%f.1), kind=kOutput, calls=%async_collective_fusion.1
+  %f.3 = bf16[64,8]{1,0} fusion(%f.1), kind=kOutput, calls=%async_collective_fusion.2
+  %w = (s32[], f32[4]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %s = (f32[4]{0}, f32[8]{0}) all-gather-start(%y), channel_id=4, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  ROOT %done = f32[8]{0} all-gather-done(%s)
+}"""
+
+
+def test_exchange_in_a_text_of_a_tpu():
+    """A collective that fusions carry on is one; a loop's is counted for each trip; groups in every spelling."""
+    found = [tuple(one) for one in aot_exchange.exchanges(TPU_TEXT, {"data": 2, "fsdp": 4})]
+    assert found == [
+        ("reduce-scatter", "fsdp", 1, 256, 3 * 256),
+        ("all-gather", "fsdp", 1, 1024, 3 / 4 * 1024),
+        ("all-reduce", "data", 3, 16, 2 * 1 / 2 * 16),
+        ("all-gather", "data", 1, 32, 16),
+    ]
+
+
+def test_exchange_on_a_mesh():
+    """In real programs; a training step moves gradients over `data` only as the parts that a device keeps."""
+    command = [sys.executable, "-W", "error", "-m", "tests.tpu_scripts.exchange_worker"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert sorted(found["by hand"]) == [
+        ["all-gather", "fsdp", 1, 512, 3 / 4 * 512],
+        ["all-reduce", "data", 1, 512, 512],
+        ["collective-permute", "data", 1, 512, 512],
+    ]
+    weight = 256 * 512 * 4  # bytes: XLA's CPU compiler exchanges float32, and reduces where a TPU scatters
+    step = {(kind, axes): size for kind, axes, _, size, _ in found["step"]}
+    assert step["all-gather", "fsdp"] == weight  # once
+    assert step["all-reduce", "data"] == pytest.approx(weight / 4, rel=1e-3)
+    assert step["all-reduce", "data+fsdp"] < 1000
+    # What XLA is asked for: whole weights, and then gradients in parts, both in bfloat16.
+    asked = [line for line in found["constraints"] if line.endswith("tensor<256x512xbf16>")]
+    assert ["fsdp" in line for line in asked] == [False, True]
 
 
 def test_loops_of_known_length_are_multiplied_out():

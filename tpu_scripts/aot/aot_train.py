@@ -3,8 +3,8 @@
     python tpu_scripts/aot/aot_train.py --chips v5e:4x4 --fsdp 16 --batch 4 --kinds decoder prior lora-decoder
 
 The production step (kandinsky_jax/training/step.py) on encoded batches: bfloat16 arithmetic, float32 weights and AdamW,
-weights and state divided over `fsdp`, rematerialisation. Per chip: memory, FLOPs, collectives by kind and mesh axis with
-the bytes that they move, and the time that these allow. Writes tpu_scripts/results/aot-train-DATE.json and .md.
+weights and state divided over `fsdp`, rematerialisation. Per chip: memory, FLOPs, collectives by kind and axis and
+their bytes, and the time that these allow. Writes tpu_scripts/results/aot-train-DATE.json and .md.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+"""What programs on a simulated mesh of 2 x 4 devices exchange; run by test_aot.py in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from tests.xla_flags import devices
+
+os.environ["XLA_FLAGS"] = devices(8)
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kandinsky_jax.training.mesh import make_training_mesh, shard_examples
+from kandinsky_jax.training.step import OptimizerConfig, Trainer
+from tpu_scripts.aot.aot_exchange import totals
+
+MESH = make_training_mesh(2, 4)
+
+
+def by_hand(x: jax.Array) -> jax.Array:
+    """A gather over fsdp, a sum over data, and a rotation along data, of 8 x 16 numbers."""
+    whole = jax.lax.all_gather(x, "fsdp", tiled=True)
+    return jax.lax.ppermute(jax.lax.psum(whole, "data"), "data", [(0, 1), (1, 0)])
+
+
+def loss(params: dict[str, jax.Array], batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+    y = batch["x"].astype(params["weight"].dtype) @ params["weight"]
+    return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+
+def main() -> None:
+    mapped = jax.shard_map(
+        by_hand, mesh=MESH, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec(), check_vma=False
+    )
+    where = NamedSharding(MESH, PartitionSpec("fsdp"))
+    program = jax.jit(mapped).lower(jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=where))
+    trainer = Trainer(loss, OptimizerConfig(dtype="bfloat16", remat=True), mesh=MESH)
+    state = trainer.init({"weight": jnp.ones((256, 512))})
+    batch = shard_examples(MESH, {"x": jnp.ones((16, 256))})
+    step = trainer.lower(state, batch, jax.random.key(0))
+    constraints = [line.strip() for line in step.as_text().splitlines() if "sharding_constraint" in line]
+    print(
+        json.dumps(
+            {
+                "by hand": totals(program.compile().as_text(), MESH.shape),
+                "step": totals(step.compile().as_text(), MESH.shape),
+                "constraints": constraints,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
