@@ -23,6 +23,7 @@ from kandinsky_jax.parallel.mesh import DATA_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, Rules, largest_axis, parameter_shardings
 
 FSDP_AXIS = "fsdp"
+MATRIX_NDIM = 2  # of a parameter; those of convolutions have more
 FSDP_MIN_SIZE = 1 << 16
 EXAMPLES = PartitionSpec((DATA_AXIS, FSDP_AXIS))  # of arrays whose first axis is examples
 
@@ -111,14 +112,20 @@ def unsharded(mesh: Mesh | None, tree: PyTree, rules: Rules | None = None) -> Py
 
     Otherwise XLA would shard products like the parameters, and exchange activations instead. The gradients are
     constrained to be sharded like the parameters, in the dtype in which they are gathered, so that XLA scatters their
-    sums: the transpose of a plain constraint would have every device receive the whole sums.
+    sums: the transpose of a plain constraint would have every device receive the whole sums. Those of convolutions
+    are such whole sums: for some shards of them, XLA would gather the activations of the whole batch.
 
     Args:
         rules: of `state_shardings`.
     """
     if mesh is None:
         return tree
-    replicated, where = NamedSharding(mesh, REPLICATED), state_shardings(mesh, tree, rules)
+    replicated = NamedSharding(mesh, REPLICATED)
+    where = jax.tree.map(
+        lambda leaf, sharding: replicated if leaf.ndim > MATRIX_NDIM else sharding,
+        tree,
+        state_shardings(mesh, tree, rules),
+    )
 
     @jax.custom_vjp
     def gather(tree: PyTree) -> PyTree:
