@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,11 +31,16 @@ from kandinsky_jax.parallel.process import initialize
 PERIOD = 2.0  # seconds between heartbeats
 SILENT_SECONDS = 30.0  # silence of a process after which it counts as dead
 SILENT_AFTER_ERROR = 10.0  # the same where a collective has failed already
-JAX_SECONDS = 90  # after which JAX itself ends all processes; it counts from a heartbeat up to 20 s before a death
+JAX_SECONDS = 120  # after which JAX itself ends all processes; it counts from a heartbeat up to half of it before
+WAITING_SECONDS = 15.0  # until a process that waits for the others says so
 REPORT_SECONDS = 6.0  # for this process to report its own error, after another one did
 LINGER_SECONDS = 3 * PERIOD  # of process 0 after an error, so that the others learn of it before the service is gone
 FAILED = 1  # exit code
 ADVICE = "this process ends too. Start all of them again to continue from the last checkpoint"
+UNCONNECTED = (
+    "JAX could not connect the processes; give each of them its own --process, from 0, and all of them the same "
+    "--processes and --coordinator"
+)
 # Of an error of the runtime that JAX raises as a ValueError, or Orbax as one of its own.
 _STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _PREFIX = "kandinsky_jax/"
@@ -55,9 +60,17 @@ def joined(index: int | None = None, count: int | None = None, coordinator: str 
         HostLost: if the block failed because another process died.
         ValueError: see `initialize`.
     """
-    initialize(index, count, coordinator, JAX_SECONDS)
+    last_words = LastWords()
+    waiting = threading.Timer(WAITING_SECONDS, _say, ["waiting for the other processes to start", "note"])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        initialize(index, count, coordinator, JAX_SECONDS)
+    finally:
+        waiting.cancel()
     watch = Watch(jax.process_index(), jax.process_count())
     watch.start()
+    last_words.of = watch.lost_on_abort
     try:
         hosts = Hosts.here()
         yield hosts
@@ -70,6 +83,7 @@ def joined(index: int | None = None, count: int | None = None, coordinator: str 
             raise HostLost(lost) from error
         raise
     watch.close()
+    last_words.withdraw()
     jax.distributed.shutdown()
 
 
@@ -96,21 +110,17 @@ class Watch:
         self._ended: dict[int, str] = {}  # reasons of processes that ended with an error
         self._failing = False  # whether the main thread is ending with an error
         self._silent = SILENT_SECONDS
-        self._abort_handler: object = None
 
     def start(self) -> None:
         """Start the watch; without effect for a single process."""
         if self.count == 1:
             return
-        self._name_the_lost_on_abort()
         for target in (self._beat, self._watch):
             threading.Thread(target=target, name=f"liveness{target.__name__}", daemon=True).start()
 
     def close(self) -> None:
         """Stop the watch, before all processes leave."""
         self._closed.set()
-        if self._abort_handler is not None:
-            ctypes.CDLL(None).signal(signal.SIGABRT, None)
 
     def reason_of(self, error: BaseException) -> str | None:
         """Return which other process is the reason for an error of this one; None if it is this process's own.
@@ -129,7 +139,8 @@ class Watch:
                     return lost
                 time.sleep(PERIOD / 4)
         elif not self._ended:
-            self._report(f"{type(error).__name__}: {shorten(error, 300)}")
+            reason = shorten(error, 300)
+            self._report(type(error).__name__ + (f": {reason}" if reason else ""))
         return None
 
     # Threads ------------------------------------------------------------------------------------------------------
@@ -189,22 +200,35 @@ class Watch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _client().key_value_set(f"{_PREFIX}ended/{self.index}", reason, allow_overwrite=True)
 
-    def _name_the_lost_on_abort(self) -> None:
-        """Name the process that is gone when JAX aborts this one: process 0, unless the watch knows another."""
-        if not sys.platform.startswith("linux"):
-            return
+    def lost_on_abort(self) -> str | None:
+        """Describe the process that is gone when JAX aborts this one: process 0, unless the watch knows another."""
+        if (lost := self._lost()) is None and self.index > 0 and not _reachable():
+            lost = f"{self._describe(0)}, which coordinates the run, has died or cannot be reached; {ADVICE}"
+        return lost
 
-        def handler(number: int) -> None:
-            if self._closed.is_set():
-                return
-            if (lost := self._lost()) is None and self.index > 0 and not _reachable():
-                lost = f"{self._describe(0)}, which coordinates the run, has died or cannot be reached; {ADVICE}"
-            if lost is not None:
-                _say(lost)
-                end_now()
 
-        self._abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
-        ctypes.CDLL(None).signal(signal.SIGABRT, self._abort_handler)
+class LastWords:
+    """A message for the case that JAX aborts the process, which it explains to its developers only.
+
+    `of` returns the message; None leaves it to JAX.
+    """
+
+    def __init__(self) -> None:
+        self.of: Callable[[], str | None] = lambda: UNCONNECTED
+        self._handler: object = None
+        if sys.platform.startswith("linux"):
+            self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._speak)
+            ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
+
+    def withdraw(self) -> None:
+        """Leave aborts to the system again."""
+        if self._handler is not None:
+            ctypes.CDLL(None).signal(signal.SIGABRT, None)
+
+    def _speak(self, number: int) -> None:
+        if (text := self.of()) is not None:
+            _say(text)
+            end_now()
 
 
 def _client() -> Any:
@@ -242,6 +266,6 @@ def _of_a_collective(error: BaseException | None) -> bool:
     return False
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"\nerror: {text}\n")
+def _say(text: str, kind: str = "error") -> None:
+    sys.stderr.write(f"\n{kind}: {text}\n")
     sys.stderr.flush()

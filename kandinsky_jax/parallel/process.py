@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 
 import jax
 
@@ -75,6 +76,8 @@ def initialize(
     if coordinator is not None or index is not None or count is not None:
         given = _given(index, count)
         index, count = (given.index, given.count) if given is not None else (index, count)
+    if index == 0 and coordinator is not None:
+        _check_port(coordinator)
     jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM, which we handle
     try:
         jax.distributed.initialize(
@@ -87,6 +90,19 @@ def initialize(
             f"0, --process I and --processes N, or set {names}, {VARIABLES[0][0]} and {VARIABLES[0][1]}"
         ) from None
     jax.devices()
+
+
+def _check_port(coordinator: str) -> None:
+    """Raise ValueError where process 0 cannot listen at its port, which ends JAX without an explanation."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+            listener.listen()
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"process 0 cannot listen at port {port} ({reason}); choose another one") from None
 
 
 def _given(index: int | None, count: int | None) -> Process | None:

@@ -44,6 +44,7 @@ CHECKPOINT_VERSION = 3  # 2, with CRC-32 of whole arrays, and 1, without a recor
 MAX_PLACE_BYTES = 64 * 2**20
 T = TypeVar("T")
 Description: TypeAlias = dict[str, Any]  # of a checkpoint, whose fields `_place` has checked
+WRITING_SECONDS = 300  # that processes wait for each other's part of a checkpoint; one may have failed to write it
 TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -114,7 +115,8 @@ class Checkpoints:
     def _opened(self) -> ocp.CheckpointManager:
         if self._manager is None:
             logging.getLogger("absl").setLevel(logging.WARNING)
-            options = ocp.CheckpointManagerOptions(max_to_keep=self.limit)
+            waiting = ocp.AsyncOptions(timeout_secs=WRITING_SECONDS)
+            options = ocp.CheckpointManagerOptions(max_to_keep=self.limit, async_options=waiting)
             self._manager = ocp.CheckpointManager(self._path, options=options)
         return self._manager
 

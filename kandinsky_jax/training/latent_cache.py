@@ -93,7 +93,7 @@ def open_latent_cache(
     """
     hosts = Hosts() if hosts is None else hosts
     reader = task.reader()
-    mark = _mark(task, reader, items)
+    mark = hosts.exchange(_mark(task, reader, items))[0]  # times of the same files may differ between hosts
     folder = run_folder.path / ENCODED
     numbers = range(-(-len(items) // PART_ITEMS))
     if hosts.first or run_folder.remote:

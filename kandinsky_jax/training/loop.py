@@ -48,10 +48,10 @@ from kandinsky_jax.training.data import Batches, Captioned, DataError, listing, 
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.latent_cache import LatentCache, open_latent_cache
-from kandinsky_jax.training.mesh import check_shared, gathered, local_examples, make_training_mesh, parts
+from kandinsky_jax.training.mesh import check_shared, connect, gathered, local_examples, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics, NoMetrics
 from kandinsky_jax.training.run_folder import MODEL, RunFolder
-from kandinsky_jax.training.run_record import Record, check_same_run, run_record
+from kandinsky_jax.training.run_record import Record, check_same_run, check_same_settings, run_record
 from kandinsky_jax.training.step import Trainer, TrainState
 from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task
 
@@ -97,9 +97,11 @@ class Run:
         self.config, self.quiet, self.accept_changes = config, quiet or not self.hosts.first, accept_changes
         self.run_folder = RunFolder(config.output, self.hosts.first)
         self.folder = self.run_folder.path
+        check_same_settings(self.hosts, kind, config)
         mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
         _check_batch(config, parts(mesh))
         check_shared(mesh)
+        connect(mesh)
         if config.precompute and kind in (Kind.MOVQ, Kind.CLIP):
             raise ValueError(f"precompute is of no use for {kind}: none of its networks is frozen")
         self._mark = lora.FILE if kind.startswith("lora-") else "model_index.json"
@@ -113,6 +115,7 @@ class Run:
         self._skipped = found.skipped
         if not self.items:
             raise DataError(config.data, found.skipped.faults)
+        check_same_run(self.hosts, run_record(kind, config, self.items, {}))
         self.trainer = Trainer(
             self.task.loss(), config.optimizer, self.task.frozen(), mesh, min_size=config.mesh.fsdp_min_size
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -38,6 +39,9 @@ FREE = frozenset(
         "optimizer.remat",
     }
 )
+# Settings that may differ between the processes of a run.
+PATHS = frozenset({"model", "prior", "data", "output"})
+VERSIONS = ("kandinsky_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 # Settings that determine the structure of the state; a checkpoint with other ones cannot be used.
 STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "average of the weights"})
 
@@ -68,8 +72,18 @@ def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks:
     }
 
 
+def check_same_settings(hosts: Hosts, kind: Kind, config: Config) -> None:
+    """Raise TrainingError in every process where one has another kind, settings or versions than process 0.
+
+    Paths may differ. All other settings must not, because they decide when processes wait for each other.
+    """
+    settings = {name: value for name, value in _flat(dataclasses.asdict(config)) if name not in PATHS}
+    versions = {f"version of {name}": importlib.metadata.version(name) for name in VERSIONS}
+    check_same_run(hosts, {"kind": str(kind), **settings, **versions})
+
+
 def check_same_run(hosts: Hosts, record: Record) -> None:
-    """Raise TrainingError in every process where one has other settings, data or weights than process 0."""
+    """Raise TrainingError in every process where one has another record of the run than process 0."""
     first, *others = (json.loads(text) for text in hosts.exchange(json.dumps(record)))
     faults = [
         f"{hosts.describe(index)} differs in {describe_changes(found)}"
@@ -78,7 +92,7 @@ def check_same_run(hosts: Hosts, record: Record) -> None:
     ]
     if faults:
         raise TrainingError(
-            f"all processes must train with the same settings, data and weights; beside {hosts.describe(0)}: "
+            f"all processes must train with the same settings, versions, data and weights; beside {hosts.describe(0)}: "
             + summarize(faults, 300)
         )
 

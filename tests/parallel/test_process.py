@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,16 @@ def test_the_numbers_are_checked_before_anything_starts(bare):
         initialize(coordinator="127.0.0.1:1")
 
 
+def test_a_port_in_use_is_named(bare, unused_port):
+    with socket.socket() as other:
+        other.bind(("", unused_port))
+        other.listen()
+        with pytest.raises(ValueError, match=rf"process 0 cannot listen at port {unused_port} \(.*in use\)"):
+            initialize(0, 2, f"127.0.0.1:{unused_port}")
+    with pytest.raises(ValueError, match="process 0 cannot listen at port 99999"):
+        initialize(0, 2, "127.0.0.1:99999")
+
+
 def test_one_process_hears_itself():
     hosts = Hosts.here()
     assert hosts == Hosts(0, 1, ("",))
@@ -105,6 +116,25 @@ def test_a_wrong_start_is_one_line(options, variables, says):
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert says in line
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_number_are_told_so(unused_port):
+    options = ["--coordinator", f"127.0.0.1:{unused_port}", "--processes", "2", "--process"]
+    command = [sys.executable, "-m", "kandinsky_jax.cli", "train", "prior", "missing.toml", *options]
+    processes = [
+        subprocess.Popen([*command, number], cwd=ROOT, stderr=subprocess.PIPE, text=True) for number in ("0", "1", "1")
+    ]
+    deadline = time.monotonic() + 120
+    while sum(process.poll() is not None for process in processes) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ended = [process for process in processes if process.poll() is not None]
+    for process in processes:
+        process.kill()  # whoever came last waits for another run to start, up to JAX's five minutes
+    said = [process.communicate()[1] for process in processes]
+    assert {process.returncode for process in ended} == {1}
+    assert any("give each of them its own --process, from 0" in text for text in said), said
 
 
 @pytest.mark.slow

@@ -175,14 +175,16 @@ def test_hosts_encode_each_item_once_and_go_on_after_a_kill(folder):
 
 @pytest.mark.slow
 def test_hosts_that_do_not_train_the_same_are_named(folder):
-    """Another seed, and another output folder, each in the second process: both end with one sentence."""
-    configs = [folder / f"{name}.toml" for name in ("first", "seed", "output")]
+    """Another seed, mesh and output folder, each in the second process: both end with one sentence."""
+    configs = [folder / f"{name}.toml" for name in ("first", "seed", "mesh", "output")]
     for config in configs:
         train_hosts.write_config(config, folder / "data", folder / ("o" if config.stem == "output" else "out"), 4, 4)
     configs[1].write_text("seed = 1\n" + configs[1].read_text())
+    configs[2].write_text(configs[2].read_text().replace("fsdp = 2", "fsdp = 1"))
     for other, says in (
         (configs[1], r"beside process 0 of 2 \(.*\): process 1 of 2 \(.*\) differs in seed \(0, now 1\)$"),
-        (configs[2], r"of process 1 of 2 \(.*\) is not the folder of process 0 of 2 .* all hosts share, such as"),
+        (configs[2], r"process 1 of 2 \(.*\) differs in mesh\.fsdp \(2, now 1\)$"),
+        (configs[3], r"of process 1 of 2 \(.*\) is not the folder of process 0 of 2 .* all hosts share, such as"),
     ):
         run = train_hosts.Run(Layout(2, 1), "lora-prior", [configs[0], other], folder / "logs", folder / "cache")
         assert run.wait(120) == [1, 1]
