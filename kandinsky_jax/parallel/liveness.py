@@ -200,21 +200,23 @@ class Watch:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _client().key_value_set(f"{_PREFIX}ended/{self.index}", reason, allow_overwrite=True)
 
-    def lost_on_abort(self) -> str | None:
+    def lost_on_abort(self) -> str:
         """Describe the process that is gone when JAX aborts this one: process 0, unless the watch knows another."""
-        if (lost := self._lost()) is None and self.index > 0 and not _reachable():
-            lost = f"{self._describe(0)}, which coordinates the run, has died or cannot be reached; {ADVICE}"
-        return lost
+        if (lost := self._lost()) is not None:
+            return lost
+        if self.index > 0 and not _reachable():
+            return f"{self._describe(0)}, which coordinates the run, has died or cannot be reached; {ADVICE}"
+        return (
+            "JAX's runtime has ended this process, for the reason above; if that is another incarnation of a task, a "
+            "second process of the same number was started"
+        )
 
 
 class LastWords:
-    """A message for the case that JAX aborts the process, which it explains to its developers only.
-
-    `of` returns the message; None leaves it to JAX.
-    """
+    """A message for the case that JAX aborts the process, which it explains to its developers only."""
 
     def __init__(self) -> None:
-        self.of: Callable[[], str | None] = lambda: UNCONNECTED
+        self.of: Callable[[], str] = lambda: UNCONNECTED  # returns the message
         self._handler: object = None
         if sys.platform.startswith("linux"):
             self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._speak)
@@ -226,9 +228,8 @@ class LastWords:
             ctypes.CDLL(None).signal(signal.SIGABRT, None)
 
     def _speak(self, number: int) -> None:
-        if (text := self.of()) is not None:
-            _say(text)
-            end_now()
+        _say(self.of())
+        end_now()
 
 
 def _client() -> Any:

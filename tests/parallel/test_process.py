@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -118,23 +117,35 @@ def test_a_wrong_start_is_one_line(options, variables, says):
     assert says in line
 
 
+JOINING = """
+import sys, time
+from kandinsky_jax.parallel.liveness import HostLost, end_now, joined
+try:
+    with joined(int(sys.argv[1]), 2, sys.argv[2]) as hosts:
+        print("joined", flush=True)
+        time.sleep(60)
+        hosts.gather([0])
+except HostLost as error:
+    print(f"error: {error}", file=sys.stderr)
+    end_now()
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_of_one_number_are_told_so(unused_port):
-    options = ["--coordinator", f"127.0.0.1:{unused_port}", "--processes", "2", "--process"]
-    command = [sys.executable, "-m", "kandinsky_jax.cli", "train", "prior", "missing.toml", *options]
-    processes = [
-        subprocess.Popen([*command, number], cwd=ROOT, stderr=subprocess.PIPE, text=True) for number in ("0", "1", "1")
-    ]
-    deadline = time.monotonic() + 120
-    while sum(process.poll() is not None for process in processes) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    ended = [process for process in processes if process.poll() is not None]
+def test_a_second_process_of_one_number_is_named(unused_port):
+    """A second one with the number 1, when both are there."""
+    command = [sys.executable, "-c", JOINING]
+    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, number, f"127.0.0.1:{unused_port}"], **pipes) for number in ("0", "1")]
     for process in processes:
-        process.kill()  # whoever came last waits for another run to start, up to JAX's five minutes
-    said = [process.communicate()[1] for process in processes]
-    assert {process.returncode for process in ended} == {1}
-    assert any("give each of them its own --process, from 0" in text for text in said), said
+        while "joined" not in process.stdout.readline():
+            assert process.poll() is None
+    late = subprocess.Popen([*command, "1", f"127.0.0.1:{unused_port}"], **pipes)
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    late.kill()  # it waits for another run to start, up to JAX's five minutes
+    late.communicate()
+    assert [process.returncode for process in processes] == [1, 1]
+    assert all("a second process of the same number was started" in text for text in said), said
 
 
 @pytest.mark.slow
