@@ -18,7 +18,7 @@ EXAMPLE = "Example: kandinsky-jax train lora-decoder lora.toml"
 def train(
     kind: Annotated[Kind, typer.Argument(help="What is trained.")],
     config: Annotated[
-        str, typer.Argument(help="A TOML file or its URL; its fields are in kandinsky_jax/training/config.py.")
+        str, typer.Argument(help="A TOML file or its URL; all fields are in docs/training.md of the repository.")
     ],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     accept_changes: Annotated[

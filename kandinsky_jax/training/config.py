@@ -42,7 +42,7 @@ class Config:
     Args:
         model: "tiny", a folder, or a Hub repository, of the decoder; its prior is found as in the pipelines.
         prior: folder or Hub repository of the prior, if it is not found.
-        data: a folder with metadata.jsonl, WebDataset tars, Parquet, or pictures with a .txt each; a path or an
+        data: a folder with metadata.jsonl, pictures with a .txt or .json each, WebDataset tars or Parquet; a path or an
             fsspec URL such as `gs://bucket/photos`.
         output: folder for checkpoints, metrics and the result; a path that all hosts share, or a `gs://` URL.
         resolution: of the pictures, a multiple of 64.
@@ -60,7 +60,7 @@ class Config:
         validation_prompts, validation_steps: prompts of sample pictures, and their interval; 0 is never.
         mesh: the devices, see `kandinsky_jax.training.mesh.MeshConfig`.
         wandb_project: of Weights & Biases, if wandb is installed; absent is none.
-        optimizer: see `kandinsky_jax.training.step.Settings`.
+        optimizer: see `kandinsky_jax.training.step.OptimizerConfig`.
         lora: see `kandinsky_jax.lora.LoraConfig`.
     """
 

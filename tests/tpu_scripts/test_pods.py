@@ -21,6 +21,7 @@ from kandinsky_jax.cli import app
 from kandinsky_jax.parallel.process import VARIABLES
 from kandinsky_jax.preemption import STOPPED
 from kandinsky_jax.training.config import load
+from kandinsky_jax.training.data import listing
 from kandinsky_jax.training.kinds import Kind
 
 ROOT = Path(__file__).parents[2]
@@ -346,24 +347,82 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def bash_blocks(heading: str) -> list[str]:
+    """The bash blocks of a section of the guide for training."""
+    section = (PODS / "training.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+
+
 @pytest.mark.slow
 def test_the_first_step_of_the_guide_for_training_runs_as_printed(tmp_path):
-    [block, *_] = re.findall(r"```bash\n(.*?)```", (PODS / "training.md").read_text(), re.DOTALL)
-    installing, *lines = block.replace(":8476", f":{free_port()}").splitlines()
-    assert installing == 'pip install -e ".[train]"'
-    make_pictures(tmp_path / "pictures")
+    installing, trying, stopping = bash_blocks("1. Try it here")
+    assert installing == 'pip install -e ".[train]"\n'
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
     done = subprocess.run(
-        ["bash", "-euc", "\n".join(lines)],
+        ["bash", "-euc", trying + "echo ---\n" + stopping],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"},
+        env=environment | {"PYTHONPATH": str(ROOT), "PORT": str(free_port())},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [record["step"] for record in records] == list(range(1, 11))
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    middle = lines.index("---")
+    result, *codes, metrics = lines[:middle][:4]
+    assert [result, *codes] == ["try/model", "exit code 0", "exit code 0"]
+    assert json.loads(metrics)["step"] == 100
+    assert lines[4:middle] == ["checkpoints", "events", "layout.json", "metrics.jsonl", "model"]
+    told, *codes, result, compared = lines[middle + 1 :]
+    assert [told, *codes] == [
+        "stopped; start it again to continue: stopped.toml",
+        f"exit code {STOPPED}",
+        f"exit code {STOPPED}",
+    ]
+    assert result == "stopped/model"
+    assert re.match(r"100 100 losses", compared)
+    assert float(compared.split()[-1]) < 1e-5
     assert (tmp_path / "try" / "model" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_tars_of_the_guide_hold_the_pairs_alone(tmp_path):
+    make_pictures(tmp_path / "pictures")
+    for number in range(1100):
+        (tmp_path / "pictures" / f"more.{number}.JPG").write_bytes(b"a picture")
+        (tmp_path / "pictures" / f"more.{number}.txt").write_text("more")
+    for stray in ("0.bak", "alone.txt", "alone.png.part", "lonely.png", ".DS_Store"):
+        (tmp_path / "pictures" / stray).write_bytes(b"")
+    [writing] = [block for block in bash_blocks("5. Weights and data") if "tarfile" in block]
+    done = subprocess.run(["bash", "-euc", writing], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1108 pairs\n", done.stderr
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["000000.tar", "000001.tar"]
+    found = listing(tmp_path / "data")
+    assert len(found) == 1108
+    assert not found.skipped.count
+    assert [item.text for item in found].count("red") == 8
+
+
+def test_the_guide_links_the_newest_tables_of_programs():
+    newest = max((ROOT / "tpu_scripts" / "results").glob("aot-train-*.md"))
+    assert f"(../results/{newest.name})" in (PODS / "training.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["lora-decoder", "wrong.toml"], 1),
+        (["lora-decoder", "wrong.toml", "--nothing"], 2),
+        (["lora-dekoder", "wrong.toml"], 2),
+    ],
+)
+def test_mistakes_end_with_the_codes_of_the_guide(tmp_path, words, code):
+    (tmp_path / "wrong.toml").write_text("resolutoin = 64\n")
+    command = [sys.executable, "-m", "kandinsky_jax.cli", "train", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert (done.stderr.startswith("error: ")) == (code == 1)
+    assert f"\n| {code} |" in (PODS / "training.md").read_text()
 
 
 @pytest.mark.slow
