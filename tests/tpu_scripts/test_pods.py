@@ -367,21 +367,16 @@ def test_the_first_step_of_the_guide_for_training_runs_as_printed(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
-    middle = lines.index("---")
-    result, *codes, metrics = lines[:middle][:4]
-    assert [result, *codes] == ["try/model", "exit code 0", "exit code 0"]
-    assert json.loads(metrics)["step"] == 100
-    assert lines[4:middle] == ["checkpoints", "events", "layout.json", "metrics.jsonl", "model"]
-    told, *codes, result, compared = lines[middle + 1 :]
-    assert [told, *codes] == [
-        "stopped; start it again to continue: stopped.toml",
-        f"exit code {STOPPED}",
-        f"exit code {STOPPED}",
-    ]
-    assert result == "stopped/model"
-    assert re.match(r"100 100 losses", compared)
-    assert float(compared.split()[-1]) < 1e-5
+    lines = done.stdout.splitlines()
+    expected = ["try/model", *["exit code 0"] * 2, *["checkpoints", "events", "layout.json", "metrics.jsonl", "model"]]
+    expected += ["---", "stopped; start it again to continue: stopped.toml", *[f"exit code {STOPPED}"] * 2]
+    expected += ["stopped/model", lines[-1]]
+    # The processes' lines of Gloo run into each other, so they are no pattern to leave out.
+    assert [line for line in lines if line in expected] == expected
+    [metrics] = [json.loads(line) for line in lines if line.startswith("{")]
+    assert metrics["step"] == 100
+    assert re.match(r"100 100 losses", lines[-1])
+    assert float(lines[-1].split()[-1]) < 1e-5
     assert (tmp_path / "try" / "model" / "pytorch_lora_weights.safetensors").exists()
 
 
