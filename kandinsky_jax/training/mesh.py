@@ -108,7 +108,7 @@ def _name(path: KeyPath) -> str:
     return ".".join(str(key.key) for key in path if isinstance(key, DictKey))
 
 
-def unsharded(mesh: Mesh | None, tree: PyTree, rules: Rules | None = None) -> PyTree:
+def unsharded(mesh: Mesh | None, tree: PyTree, rules: Rules | None = None, min_size: int = FSDP_MIN_SIZE) -> PyTree:
     """Constrain sharded parameters within a program to be gathered on every device; no-op without a mesh.
 
     Otherwise XLA would shard products like the parameters, and exchange activations instead. The gradients are
@@ -117,7 +117,7 @@ def unsharded(mesh: Mesh | None, tree: PyTree, rules: Rules | None = None) -> Py
     are such whole sums: for some shards of them, XLA would gather the activations of the whole batch.
 
     Args:
-        rules: of `state_shardings`.
+        rules, min_size: of `state_shardings`.
     """
     if mesh is None:
         return tree
@@ -125,7 +125,7 @@ def unsharded(mesh: Mesh | None, tree: PyTree, rules: Rules | None = None) -> Py
     where = jax.tree.map(
         lambda leaf, sharding: replicated if leaf.ndim > MATRIX_NDIM else sharding,
         tree,
-        state_shardings(mesh, tree, rules),
+        state_shardings(mesh, tree, rules, min_size),
     )
 
     @jax.custom_vjp

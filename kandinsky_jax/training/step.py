@@ -139,7 +139,8 @@ class Trainer:
 
         def gathering(params: PyTree, batch: PyTree, key: jax.Array, *frozen: PyTree) -> jax.Array:
             # Inside the rematerialised function, so that gathered parameters are not stored.
-            return loss(unsharded(mesh, params, rules), batch, key, *(unsharded(mesh, tree, rules) for tree in frozen))
+            whole, *frozen_whole = (unsharded(mesh, tree, rules, min_size) for tree in (params, *frozen))
+            return loss(whole, batch, key, *frozen_whole)
 
         if jax.default_backend() == "cpu":
             keep_freed_memory()
