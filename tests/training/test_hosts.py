@@ -52,7 +52,7 @@ def test_hosts_train_as_one(folder, kind, request):
         assert len(shares) == layout.processes
         for share in shares:  # small arrays lie everywhere
             assert 1 / layout.processes <= note(share, f"share of the state in a process of {layout}")
-            assert share < 1 / layout.processes + 0.25
+            assert share < 2 / layout.processes  # undivided, each of its devices has all of it
 
 
 @pytest.mark.campaign
