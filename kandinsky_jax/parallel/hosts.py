@@ -55,6 +55,10 @@ class Hosts:
         """Describe a process for messages, such as "process 2 of 4 (host-c)"."""
         return describe(index, self.count, self.names[index])
 
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.gather([0])
+
     def gather(self, values: Sequence[int]) -> np.ndarray:
         """Gather a few numbers of each process, 0 .. 2**31 - 1; returns int32 `[count, N]`."""
         return self.stack(np.asarray(values, np.int32))

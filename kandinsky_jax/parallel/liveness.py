@@ -74,7 +74,7 @@ def joined(index: int | None = None, count: int | None = None, coordinator: str 
     try:
         hosts = Hosts.here()
         yield hosts
-        hosts.gather([0])  # nobody leaves before all have come here
+        hosts.wait()  # nobody leaves before all have come here
     except BaseException as error:
         lost = watch.reason_of(error)
         if watch.index == 0 and watch.count > 1:

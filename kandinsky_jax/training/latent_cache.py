@@ -98,7 +98,7 @@ def open_latent_cache(
     numbers = range(-(-len(items) // PART_ITEMS))
     if hosts.first or run_folder.remote:
         _clear(folder, len(numbers))
-    hosts.gather([0])
+    hosts.wait()
     mine = numbers[hosts.index :: hosts.count]
     for number in mine:
         run_folder.bring_folder(f"{ENCODED}/{_name(number)}", ABOUT)
@@ -109,7 +109,7 @@ def open_latent_cache(
             needed = sum(len(encoder.items_of(other)) for other in missing[done:])
             encoder.write(folder / _name(number), number, needed, bar)
             run_folder.publish_folder(f"{ENCODED}/{_name(number)}", ABOUT)
-    hosts.gather([0])  # all parts are there
+    hosts.wait()  # all parts are there
     parts = []
     for number in numbers:
         run_folder.bring_folder(f"{ENCODED}/{_name(number)}", ABOUT)

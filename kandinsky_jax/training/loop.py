@@ -336,7 +336,7 @@ class Run:
             with self.task.installed(trained):
                 self.task.export(target, trained, self.items)
             self.run_folder.publish_folder(MODEL, self._mark)
-        self.hosts.gather([0])  # the result is there when any process returns
+        self.hosts.wait()  # the result is there when any process returns
         return self.run_folder.whole / MODEL if self.run_folder.remote else target
 
 
