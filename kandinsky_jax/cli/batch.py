@@ -15,6 +15,7 @@ from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.runner import rehearsal
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS
 from kandinsky_jax.checkpoint.recommended_settings import default_text
+from kandinsky_jax.cli.process_options import Coordinator, ProcessCount, ProcessIndex
 from kandinsky_jax.common.errors import summarize
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.images import ENCODINGS
@@ -78,14 +79,12 @@ def batch(
     files: Annotated[
         str | None, typer.Option(help="Folder or URL of the rows' pictures; default: the folder of the job's file.")
     ] = None,
-    process: Annotated[
-        int | None, typer.Option(help="Number of this process, from 0; default: from the launcher.")
-    ] = None,
-    processes: Annotated[int | None, typer.Option(help="Number of processes; default: from the launcher.")] = None,
+    process: ProcessIndex = None,
+    processes: ProcessCount = None,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="Initialise jax.distributed, as hosts of a TPU slice must.")
     ] = False,
-    coordinator: Annotated[str | None, typer.Option(help="Address of process 0; implies --distributed.")] = None,
+    coordinator: Coordinator = None,
     grace: Annotated[float, typer.Option(help="Seconds from SIGTERM until the machine is preempted.")] = 25.0,
     overlap: Annotated[bool, typer.Option(help="Read, generate, encode and write concurrently.")] = True,
     compilation_cache: Annotated[

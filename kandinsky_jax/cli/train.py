@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kandinsky_jax.cli.process_options import Coordinator, ProcessCount, ProcessIndex
 from kandinsky_jax.common.errors import hide_secrets
 from kandinsky_jax.common.terminal import report
 from kandinsky_jax.preemption import STOPPED, Stop
@@ -27,17 +28,12 @@ def train(
             "--accept-changes", help="Continue from checkpoints of other settings, data or weights, with the new ones."
         ),
     ] = False,
-    process: Annotated[
-        int | None, typer.Option(help="Number of this process, from 0; default: from the launcher.")
-    ] = None,
-    processes: Annotated[int | None, typer.Option(help="Number of processes; default: from the launcher.")] = None,
+    process: ProcessIndex = None,
+    processes: ProcessCount = None,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="Train on all hosts, in each of which this command is started.")
     ] = False,
-    coordinator: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Of process 0; implies --distributed; default: from the launcher."),
-    ] = None,
+    coordinator: Coordinator = None,
 ) -> None:
     """Train on captioned pictures.
 

@@ -53,6 +53,13 @@ class FaultyStore:
         self._server.shutdown()
         self._server.server_close()
 
+    def heal(self) -> FaultyStore:
+        """Let every request pass, and forget what was counted."""
+        self.fault = lambda method, path: None
+        self.published.clear()
+        self.faults.clear()
+        return self
+
     def random_faults(self, seed: int, share: float) -> None:
         """Let a share of the requests fail, each in a way of its own."""
         rng = random.Random(seed)

@@ -27,10 +27,7 @@ def store():
 
 @pytest.fixture
 def healthy(store):
-    store.fault = lambda method, path: None
-    store.published.clear()
-    store.faults.clear()
-    return store
+    return store.heal()
 
 
 def pictures(shard: int, size: int = 40_000) -> list[GeneratedImage]:

@@ -36,9 +36,7 @@ def store():
 
 @pytest.fixture
 def healthy(store):
-    store.fault = lambda method, path: None
-    store.faults.clear()
-    return store
+    return store.heal()
 
 
 @pytest.fixture
