@@ -83,19 +83,29 @@ def init(params: Params, config: LoraConfig, key: jax.Array) -> Lora:
     """
     if config.rank < 1:
         raise ValueError(f"rank must be at least 1, got {config.rank}")
-    weights = {name.removesuffix(".weight"): leaf for name, leaf in flat(params).items() if name.endswith(".weight")}
-    layers = {name: leaf for name, leaf in weights.items() if leaf.ndim == 2 and re.search(config.pattern, name)}
-    if not layers:
-        some = ", ".join(sorted(weights)[:5])
-        raise ValueError(f"the pattern {quote(config.pattern)} matches none of the linear layers, such as {some}")
-    keys = jax.random.split(key, len(layers))
+    found = layers(params, config)
+    keys = jax.random.split(key, len(found))
     return {
         name: {
             "A": jax.random.normal(each, (config.rank, leaf.shape[1]), jnp.float32) / config.rank,
             "B": jnp.zeros((leaf.shape[0], config.rank), jnp.float32),
         }
-        for each, (name, leaf) in zip(keys, sorted(layers.items()), strict=True)
+        for each, (name, leaf) in zip(keys, sorted(found.items()), strict=True)
     }
+
+
+def layers(params: Params, config: LoraConfig) -> dict[str, jax.Array]:
+    """Return the weights `[out, in]` of the layers that a pattern matches, by the layers' names.
+
+    Raises:
+        ValueError: for a pattern that matches no linear layer.
+    """
+    weights = {name.removesuffix(".weight"): leaf for name, leaf in flat(params).items() if name.endswith(".weight")}
+    found = {name: leaf for name, leaf in weights.items() if leaf.ndim == 2 and re.search(config.pattern, name)}
+    if not found:
+        some = ", ".join(sorted(weights)[:5])
+        raise ValueError(f"the pattern {quote(config.pattern)} matches none of the linear layers, such as {some}")
+    return found
 
 
 def layer_delta(pair: Mapping[str, jax.Array], scale: float | jax.Array) -> jax.Array:
@@ -115,7 +125,7 @@ def merged(params: Params, lora: Lora, scale: float | jax.Array = 1.0) -> Params
     for name, pair in lora.items():
         weight = weights[f"{name}.weight"]
         weights[f"{name}.weight"] = (weight.astype(jnp.float32) + layer_delta(pair, scale)).astype(weight.dtype)
-    return traverse_util.unflatten_dict({tuple(_keys(name)): leaf for name, leaf in weights.items()})
+    return unflat(weights)
 
 
 def layer_changes(lora: Lora, scale: float) -> dict[str, LayerChange]:
@@ -129,6 +139,11 @@ def layer_changes(lora: Lora, scale: float) -> dict[str, LayerChange]:
 def flat(params: Params) -> dict[str, jax.Array]:
     """Flatten a tree of parameters to dotted names."""
     return {".".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
+
+
+def unflat(weights: Mapping[str, jax.Array]) -> Params:
+    """Return the tree of parameters with dotted names."""
+    return traverse_util.unflatten_dict({tuple(_keys(name)): leaf for name, leaf in weights.items()})
 
 
 def _keys(name: str) -> list[str | int]:

@@ -117,7 +117,12 @@ class Run:
             raise DataError(config.data, found.skipped.faults)
         check_same_run(self.hosts, run_record(kind, config, self.items, {}))
         self.trainer = Trainer(
-            self.task.loss(), config.optimizer, self.task.frozen(), mesh, min_size=config.mesh.fsdp_min_size
+            self.task.loss(),
+            config.optimizer,
+            self.task.frozen(),
+            mesh,
+            min_size=config.mesh.fsdp_min_size,
+            draw=self.task.draw(),
         )
         self.key, self._first_key = jax.random.split(jax.random.key(config.seed))
         self._bad_in_a_row = 0

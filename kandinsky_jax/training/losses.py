@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from kandinsky_jax.common.types import Array, Bool, Float, Int, Num
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.models.movq import straight_through
+from kandinsky_jax.training.mesh import all_examples, first_example
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 COMMITMENT = 0.25  # van den Oord et al. 2017, section 3.2
@@ -165,6 +166,8 @@ def clip_loss(
 ) -> Float[Array, ""]:
     """Compute the contrastive loss of pictures and captions, a float32 scalar (Radford et al. 2021, figure 3).
 
+    Each is compared with all examples of the batch, those of other devices too.
+
     Args:
         networks: "text_encoder" and "image_encoder".
         params: of each network, and "logit_scale", the logarithm of the cosines' factor, which is at most 100.
@@ -176,6 +179,10 @@ def clip_loss(
     text, image = (x.astype(jnp.float32) for x in (text, image))
     text, image = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (text, image))
     scale = jnp.exp(jnp.minimum(params["logit_scale"].astype(jnp.float32), MAX_LOGIT_SCALE))
-    logits = scale * text @ image.T  # [B, B]
-    found = [jnp.diagonal(jax.nn.log_softmax(logits, axis=axis)) for axis in (0, 1)]
+    all_text, all_images = (all_examples(x) for x in (text, image))  # [N, D], of the B here and of other devices
+    matching = first_example(len(text)) + jnp.arange(len(text))[:, None]  # [B, 1]
+    found = [
+        jnp.take_along_axis(jax.nn.log_softmax(scale * mine @ theirs.T), matching, axis=1)
+        for mine, theirs in ((text, all_images), (image, all_text))
+    ]
     return -(found[0].mean() + found[1].mean()) / 2

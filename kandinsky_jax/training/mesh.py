@@ -1,9 +1,9 @@
 """Meshes for training, and the sharding of a step's arrays.
 
 A mesh has two axes. A batch is sharded over both. Trained parameters, their average and the optimizer's state are
-sharded over `fsdp` only, so that a network may be larger than one device: XLA gathers each parameter where a layer
-needs it, and each device keeps its own shard of the summed gradients (Rajbhandari et al. 2020, arXiv 1910.02054, stage
-3; Zhao et al. 2023, arXiv 2304.11277). With `fsdp=1` they are replicated.
+sharded over `fsdp` only: a step gathers the parameters, each device computes with its own examples, and gets its shard
+of the summed gradients (Rajbhandari et al. 2020, arXiv 1910.02054; Zhao et al. 2023, arXiv 2304.11277). With `fsdp=1`
+they are replicated.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from kandinsky_jax.parallel.mesh import DATA_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, Rules, largest_axis, parameter_shardings
 
 FSDP_AXIS = "fsdp"
-MATRIX_NDIM = 2  # of a parameter; those of convolutions have more
 FSDP_MIN_SIZE = 1 << 16
-EXAMPLES = PartitionSpec((DATA_AXIS, FSDP_AXIS))  # of arrays whose first axis is examples
+EXAMPLE_AXES = (DATA_AXIS, FSDP_AXIS)
+EXAMPLES = PartitionSpec(EXAMPLE_AXES)  # of arrays whose first axis is examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,38 +108,67 @@ def _name(path: KeyPath) -> str:
     return ".".join(str(key.key) for key in path if isinstance(key, DictKey))
 
 
-def unsharded(mesh: Mesh | None, tree: PyTree, rules: Rules | None = None, min_size: int = FSDP_MIN_SIZE) -> PyTree:
-    """Constrain sharded parameters within a program to be gathered on every device; no-op without a mesh.
+# Within a `shard_map` over the mesh -------------------------------------------------------------------------------
 
-    Otherwise XLA would shard products like the parameters, and exchange activations instead. The gradients are
-    constrained to be sharded like the parameters, in the dtype in which they are gathered, so that XLA scatters their
-    sums: the transpose of a plain constraint would have every device receive the whole sums. Those of convolutions
-    are such whole sums: for some shards of them, XLA would gather the activations of the whole batch.
+
+def gather(tree: PyTree, specs: PyTree) -> PyTree:
+    """Gather whole arrays from the shards of all devices, in the arrays' dtype.
 
     Args:
-        rules, min_size: of `state_shardings`.
+        specs: PartitionSpecs of the arrays, which name `fsdp` at most.
     """
-    if mesh is None:
-        return tree
-    replicated = NamedSharding(mesh, REPLICATED)
-    where = jax.tree.map(
-        lambda leaf, sharding: replicated if leaf.ndim > MATRIX_NDIM else sharding,
-        tree,
-        state_shardings(mesh, tree, rules, min_size),
-    )
 
-    @jax.custom_vjp
-    def gather(tree: PyTree) -> PyTree:
-        return jax.lax.with_sharding_constraint(tree, replicated)
+    def of(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        for axis in _sharded_axes(spec):
+            leaf = jax.lax.all_gather(leaf, FSDP_AXIS, axis=axis, tiled=True)
+        return leaf
 
-    def forward(tree: PyTree) -> tuple[PyTree, None]:
-        return gather(tree), None
+    return jax.tree.map(of, tree, specs)
 
-    def backward(_: None, gradients: PyTree) -> tuple[PyTree]:
-        return (jax.lax.with_sharding_constraint(gradients, where),)
 
-    gather.defvjp(forward, backward)
-    return gather(tree)
+def scatter_sums(tree: PyTree, specs: PyTree) -> PyTree:
+    """Sum whole arrays of the devices of `fsdp`; each device gets the shard of the sums that `specs` say.
+
+    Arrays without a sharded axis are left alone, see `sum_replicas`.
+    """
+
+    def of(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        for axis in _sharded_axes(spec):
+            leaf = jax.lax.psum_scatter(leaf, FSDP_AXIS, scatter_dimension=axis, tiled=True)
+        return leaf
+
+    return jax.tree.map(of, tree, specs)
+
+
+def sum_replicas(tree: PyTree, specs: PyTree) -> PyTree:
+    """Complete the sums of `scatter_sums` over all devices: of shards over `data`, of whole arrays over both axes."""
+
+    def of(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.psum(leaf, DATA_AXIS if _sharded_axes(spec) else EXAMPLE_AXES)
+
+    return jax.tree.map(of, tree, specs)
+
+
+def _sharded_axes(spec: PartitionSpec) -> list[int]:
+    return [axis for axis, part in enumerate(spec) if part is not None]
+
+
+def all_examples(x: jax.Array) -> jax.Array:
+    """Gather arrays `[B, ...]` of the examples of all devices, `[N, ...]`; outside of a `shard_map` B is N."""
+    return jax.lax.all_gather(x, EXAMPLE_AXES, tiled=True) if _on_a_device() else x
+
+
+def first_example(count: int) -> int | jax.Array:
+    """Return the index of this device's first example among all, where each device has `count`."""
+    return jax.lax.axis_index(EXAMPLE_AXES) * count if _on_a_device() else 0
+
+
+def _on_a_device() -> bool:
+    """Whether what is being traced is the program of one device of a training mesh."""
+    return set(EXAMPLE_AXES) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+# Arrays of several processes --------------------------------------------------------------------------------------
 
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:
@@ -173,7 +202,7 @@ def connect(mesh: Mesh | None) -> None:
     if mesh is None or jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
     values = put(np.ones(mesh.size, np.float32), NamedSharding(mesh, EXAMPLES))
-    for axes in ((DATA_AXIS,), (FSDP_AXIS,), (DATA_AXIS, FSDP_AXIS)):
+    for axes in ((DATA_AXIS,), (FSDP_AXIS,), EXAMPLE_AXES):
         add = functools.partial(jax.lax.psum, axis_name=axes)
         jax.block_until_ready(jax.jit(jax.shard_map(add, mesh=mesh, in_specs=EXAMPLES, out_specs=EXAMPLES))(values))
 

@@ -16,16 +16,29 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import PyTree
-from kandinsky_jax.parallel.sharding import Rules
+from kandinsky_jax.parallel.sharding import REPLICATED, Rules
 from kandinsky_jax.training.malloc import keep_freed_memory
-from kandinsky_jax.training.mesh import EXAMPLES, FSDP_MIN_SIZE, put, shard_examples, state_shardings, unsharded
+from kandinsky_jax.training.mesh import (
+    EXAMPLE_AXES,
+    EXAMPLES,
+    FSDP_MIN_SIZE,
+    gather,
+    parts,
+    put,
+    scatter_sums,
+    shard_examples,
+    state_shardings,
+    sum_replicas,
+)
 
-# (trained parameters, batch, key) -> a float32 scalar; with `frozen`, (trained parameters, batch, key, frozen)
+# (trained parameters, batch) -> a float32 scalar; with `frozen`, (trained parameters, batch, frozen)
 Loss = Callable[..., jax.Array]
+# (batch, key) -> batch with random numbers for each example
+Draw = Callable[[PyTree, jax.Array], PyTree]
 
 # Parameters that are statistics of the data, which the optimizer must not change.
 STATISTICS = ("clip_mean", "clip_std")
@@ -116,13 +129,16 @@ class Trainer:
     """Training step of a loss.
 
     Args:
-        loss: (trained parameters, batch, key) -> a float32 scalar, the mean over the batch's first axis.
+        loss: (trained parameters, batch) -> a float32 scalar, the mean over the batch's first axis. On a mesh, each
+            device computes it for its own examples, in a `shard_map`; `mesh.all_examples` has those of the others.
         settings: of the optimizer.
         frozen: frozen arrays that the loss also needs, such as the weights under a LoRA. They are an argument of the
-            compiled program; arrays in a closure would be compiled into it as constants.
+            compiled program; arrays in a closure would be compiled into it as constants. The loss's third argument.
         mesh: the devices to train on, see `kandinsky_jax.training.mesh`; None is the device of the parameters.
         rules, min_size: sharding of trained parameters over the mesh's `fsdp`, see
             `kandinsky_jax.training.mesh.state_shardings`.
+        draw: (batch, key) -> batch for the loss, with random numbers for each example; they depend on neither mesh nor
+            accumulation. None if the loss has nothing random.
     """
 
     def __init__(
@@ -133,19 +149,17 @@ class Trainer:
         mesh: Mesh | None = None,
         rules: Rules | None = None,
         min_size: int = FSDP_MIN_SIZE,
+        draw: Draw | None = None,
     ):
         self.settings, self.mesh, self.rules, self.min_size = settings, mesh, rules, min_size
         self.frozen = frozen if mesh is None or frozen is None else put(frozen, self.shardings(frozen))
-
-        def gathering(params: PyTree, batch: PyTree, key: jax.Array, *frozen: PyTree) -> jax.Array:
-            # Inside the rematerialised function, so that gathered parameters are not stored.
-            whole, *frozen_whole = (unsharded(mesh, tree, rules, min_size) for tree in (params, *frozen))
-            return loss(whole, batch, key, *frozen_whole)
-
+        self._draw = draw
+        # Equal parts of a batch, of whose losses the mean is taken: of devices, and of accumulation.
+        self._parts = parts(mesh) * settings.gradient_accumulation_steps
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         policy = jax.checkpoint_policies.checkpoint_dots
-        self._loss = jax.checkpoint(gathering, policy=policy) if settings.remat else gathering
+        self._loss = jax.checkpoint(loss, policy=policy) if settings.remat else loss
         clip = optax.identity() if settings.max_grad_norm is None else optax.clip_by_global_norm(settings.max_grad_norm)
         adam = optax.adamw(
             settings.rate(),
@@ -219,33 +233,56 @@ class Trainer:
         return done, metrics
 
     def _gradients(self, params: PyTree, batch: PyTree, key: jax.Array, frozen: PyTree) -> tuple[jax.Array, PyTree]:
+        """Return the loss of a batch, and its gradients by the float32 parameters."""
+        batch = batch if self._draw is None else self._draw(batch, key)
+        if self.mesh is None:
+            return self._accumulated(batch, params, self._computed(params), frozen)
+        specs = [jax.tree.map(lambda where: where.spec, self.shardings(tree)) for tree in (params, frozen)]
+
+        def of_device(batch: PyTree, params: PyTree, frozen: PyTree) -> tuple[jax.Array, PyTree]:
+            whole, frozen = gather(self._computed(params), specs[0]), gather(frozen, specs[1])
+            loss, shards = self._accumulated(batch, params, whole, frozen, lambda whole: scatter_sums(whole, specs[0]))
+            sums = sum_replicas(self._computed(shards), specs[0])
+            return jax.lax.psum(loss, EXAMPLE_AXES), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), sums)
+
+        mapped = jax.shard_map(
+            of_device, mesh=self.mesh, in_specs=(EXAMPLES, *specs), out_specs=(REPLICATED, specs[0]), check_vma=False
+        )
+        return mapped(batch, params, frozen)
+
+    def _computed(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf.astype(self.settings.dtype), tree)
+
+    def _accumulated(
+        self,
+        batch: PyTree,
+        params: PyTree,
+        computed: PyTree,
+        frozen: PyTree,
+        keep: Callable[[PyTree], PyTree] = lambda gradients: gradients,
+    ) -> tuple[jax.Array, PyTree]:
+        """Return the sum of the losses of a batch's parts, each divided by `self._parts`, and its float32 gradients.
+
+        Args:
+            params: float32, as large as what is kept of gradients.
+            computed: whole parameters in the dtype of computation.
+            keep: what to keep of a part's gradients.
+        """
         further = () if frozen is None else (frozen,)
-        parts = self.settings.gradient_accumulation_steps
 
-        def of(part: PyTree, key: jax.Array) -> tuple[jax.Array, PyTree]:
-            if self.mesh is not None:
-                part = jax.lax.with_sharding_constraint(part, NamedSharding(self.mesh, EXAMPLES))
+        def of(part: PyTree) -> tuple[jax.Array, PyTree]:
+            def loss(computed: PyTree) -> jax.Array:
+                return self._loss(computed, part, *further) / self._parts
 
-            def loss(params: PyTree) -> jax.Array:
-                # Outside the gathering, so that parameters are gathered in the dtype of computation.
-                computed = jax.tree.map(lambda leaf: leaf.astype(self.settings.dtype), params)
-                return self._loss(computed, part, key, *further)
+            value, gradients = jax.value_and_grad(loss)(computed)
+            return value, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), keep(gradients))
 
-            value, gradients = jax.value_and_grad(loss)(params)
-            if self.mesh is not None:  # each device keeps its shard
-                where = self.shardings(params)
-                gradients = jax.lax.with_sharding_constraint(gradients, where)
-            return value, gradients
-
-        if parts == 1:
-            return of(batch, key)
-        split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
-
-        def add(total: PyTree, given: PyTree) -> tuple[PyTree, None]:
-            return jax.tree.map(lambda a, b: a + b / parts, total, of(*given)), None
-
+        count = self.settings.gradient_accumulation_steps
+        if count == 1:
+            return of(batch)
+        split = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), batch)
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))
+        total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of(part)), None), zeros, split)
         return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 from tests.xla_flags import devices
 
@@ -26,7 +27,7 @@ def by_hand(x: jax.Array) -> jax.Array:
     return jax.lax.ppermute(jax.lax.psum(whole, "data"), "data", [(0, 1), (1, 0)])
 
 
-def loss(params: dict[str, jax.Array], batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+def loss(params: dict[str, jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
     y = batch["x"].astype(params["weight"].dtype) @ params["weight"]
     return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
@@ -41,13 +42,13 @@ def main() -> None:
     state = trainer.init({"weight": jnp.ones((256, 512))})
     batch = shard_examples(MESH, {"x": jnp.ones((16, 256))})
     step = trainer.lower(state, batch, jax.random.key(0))
-    constraints = [line.strip() for line in step.as_text().splitlines() if "sharding_constraint" in line]
+    asked = re.findall(r"stablehlo\.(all_\w+|reduce_scatter)\".*?: (\(tensor<.*?)\n", step.as_text(), re.DOTALL)
     print(
         json.dumps(
             {
                 "by hand": totals(program.compile().as_text(), MESH.shape),
                 "step": totals(step.compile().as_text(), MESH.shape),
-                "constraints": constraints,
+                "asked": [f"{kind}: {types}" for kind, types in asked],
             }
         )
     )

@@ -22,7 +22,7 @@ from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.step import OptimizerConfig, Trainer, TrainState
 
 RECORD = {"kind": "prior", "seed": 0, "train_batch_size": 4, "number of pictures": 12, "data": "a", "lora.rank": 4}
-TRAINER = Trainer(lambda params, batch, key: jnp.square(params["a"]["weight"] - batch).mean(), OptimizerConfig())
+TRAINER = Trainer(lambda params, batch: jnp.square(params["a"]["weight"] - batch).mean(), OptimizerConfig())
 
 
 def initial() -> TrainState:

@@ -105,7 +105,7 @@ class Ours:
             scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
             self.alphas = jnp.asarray(scheduler.alphas_cumprod.numpy())
 
-    def loss(self, params, batch, key=None) -> jax.Array:
+    def loss(self, params, batch) -> jax.Array:
         function = decoder_loss if self.kind == "decoder" else prior_loss
         return function(self.network, params, **batch, alphas_cumprod=self.alphas, snr_gamma=self.gamma)
 
@@ -211,7 +211,7 @@ def test_weights_after_twenty_steps(shapes_pipe, reference, kind, with_lora):
     )
     config = LoraConfig(rank=4, alpha=8)
 
-    def loss(trained, batch, key):
+    def loss(trained, batch):
         return own.loss(lora.merged(own.params, trained, config.scale) if with_lora else trained, batch)
 
     trainer = Trainer(loss, OptimizerConfig(max_grad_norm=1.0, **rate))
@@ -289,7 +289,7 @@ def test_the_average_is_the_references(shapes_pipe):
     """diffusers' EMAModel, fed with our weights."""
     from diffusers.training_utils import EMAModel
 
-    def loss(params, batch, key):
+    def loss(params, batch):
         return jnp.square(params["a"]["weight"] - batch).mean()
 
     trainer = Trainer(loss, OptimizerConfig(learning_rate=0.1, ema_decay=0.95))

@@ -333,7 +333,7 @@ def test_the_command_says_it_in_one_line(tmp_path):
     (tmp_path / "c.toml").write_text(
         f'model = "{SHAPES_MODEL}"\ndata = "{data}"\noutput = "{output}"\nresolution = 64\ntrain_batch_size = 1\n'
     )
-    state = Trainer(lambda params, batch, key: 0.0, OptimizerConfig()).init({"a": jax.numpy.zeros(3)})
+    state = Trainer(lambda params, batch: 0.0, OptimizerConfig()).init({"a": jax.numpy.zeros(3)})
     with Checkpoints(output, {"kind": "lora-prior", "seed": 7}, 3) as checkpoints:
         checkpoints.save(1, state._replace(step=jax.numpy.int32(1)), {"next_index": 1})
     command = [sys.executable, "-W", "error", "-m", "kandinsky_jax.cli", "train", "lora-prior", "c.toml", "-q"]

@@ -28,6 +28,8 @@ MESHES = ("alone", "data=8", "fsdp=8", "data=2,fsdp=4")
         pytest.param(Kind.PRIOR, (*MESHES, "by a rule", "resumed"), marks=pytest.mark.campaign, id="prior"),
         pytest.param(Kind.DECODER, MESHES, marks=pytest.mark.campaign, id="decoder"),
         pytest.param(Kind.LORA_DECODER, MESHES, marks=pytest.mark.campaign, id="lora-decoder"),
+        pytest.param(Kind.MOVQ, MESHES, marks=pytest.mark.campaign, id="movq"),
+        pytest.param(Kind.CLIP, ("alone", "data=2,fsdp=4"), marks=pytest.mark.slow, id="clip"),
     ],
 )
 def test_the_loss_curve_is_that_of_one_device(tmp_path, kind, meshes):

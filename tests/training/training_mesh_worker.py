@@ -23,8 +23,6 @@ import orbax.checkpoint as ocp
 from jax.sharding import PartitionSpec
 
 from kandinsky_jax import KandinskyV22CombinedPipeline
-from kandinsky_jax.checkpoint import flat_params
-from kandinsky_jax.parallel.sharding import largest_axis
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import FSDP_AXIS, make_training_mesh
@@ -38,6 +36,8 @@ SETTINGS = {
     Kind.DECODER: OptimizerConfig(learning_rate=1e-3, ema_decay=0.9),
     Kind.PRIOR: OptimizerConfig(learning_rate=1e-3, gradient_accumulation_steps=2),
     Kind.LORA_DECODER: OptimizerConfig(learning_rate=1e-2),
+    Kind.MOVQ: OptimizerConfig(learning_rate=1e-4, adam_epsilon=1e-3),
+    Kind.CLIP: OptimizerConfig(learning_rate=1e-3),
 }
 # Dropout too, so that everything random is compared.
 OPTIONS = {"condition_dropout": 0.3, "snr_gamma": 5.0, "resolution": 64}
@@ -55,22 +55,26 @@ def batches() -> list[dict[str, np.ndarray]]:
         {"image_embeds": normal(BATCH, 64), "latents": normal(BATCH, 8, 8, 4)}
         | {name: normal(BATCH, *shape) for name, shape in text.items()}
         | {"text_mask": np.arange(77) < rng.integers(5, 20, (BATCH, 1))}
+        | {"pixels": np.tanh(normal(BATCH, 32, 32, 3)), "clip_pixels": normal(BATCH, 32, 32, 3)}
+        | {"input_ids": rng.integers(0, 500, (BATCH, 77), np.int32)}
         for _ in range(STEPS)
     ]
 
 
 def given(batch: dict[str, np.ndarray], task: TrainingTask) -> dict[str, np.ndarray]:
-    text = ("prompt_embeds", "text_encoder_hidden_states", "text_mask")
-    names = text if "prior" in task.modules else ("latents",)
-    return {name: batch[name] for name in ("image_embeds", *names)}
+    names = {
+        "prior": ("image_embeds", "prompt_embeds", "text_encoder_hidden_states", "text_mask"),
+        "unet": ("image_embeds", "latents"),
+        "movq": ("pixels",),
+        "text_encoder": ("input_ids", "clip_pixels"),
+    }
+    return {name: batch[name] for name in names[next(iter(task.modules))]}
 
 
 def trainer_of(task: TrainingTask, mesh_name: str, rules=None) -> Trainer:
     mesh = make_training_mesh(*MESHES[mesh_name])
-    if rules is None and mesh is not None and "unet" in task.modules:  # whose leaves are small for the default rules
-        shapes = {name: tuple(leaf.shape) for name, leaf in flat_params(task.modules["unet"]).items()}
-        rules = largest_axis(mesh, shapes, 1 << 10, FSDP_AXIS)
-    return Trainer(task.loss(), SETTINGS[task.kind], task.frozen(), mesh, rules)
+    small = 1 << 10  # elements of the smallest array that is sharded
+    return Trainer(task.loss(), SETTINGS[task.kind], task.frozen(), mesh, rules, small, task.draw())
 
 
 def curve(task: TrainingTask, mesh_name: str, rules=None) -> dict:
@@ -110,6 +114,7 @@ def resumed(task: TrainingTask) -> list[float]:
 def main(target: str, kind: Kind, meshes: list[str]) -> None:
     pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     pipe.shard(None)
+    pipe = {Kind.MOVQ: pipe.decoder_pipe, Kind.CLIP: pipe.prior_pipe}.get(kind, pipe)
     task = make_task(kind, Config(model="", data="", output="", **OPTIONS), pipe)
     found: dict[str, dict] = {}
     for name in meshes:

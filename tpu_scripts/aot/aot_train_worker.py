@@ -90,12 +90,14 @@ def compiled(kind: Kind, job: dict[str, Any], mesh: Any) -> Any:
         model="", data="", output="", train_batch_size=job["batch"] * mesh.size, snr_gamma=5.0, optimizer=settings
     )
     task: Any = make_task(kind, config, official())
-    trainer = Trainer(task.loss(), settings, mesh=mesh)
+    trainer = Trainer(task.loss(), settings, mesh=mesh, draw=task.draw())
     [module] = task.modules.values()
     params = Network.split(module)[1]
     trained = jax.eval_shape(lambda p: task.initial_of(p, jax.random.key(0)), params)
     state = placed(trainer, jax.eval_shape(trainer._initial_state, trained))
-    frozen = placed(trainer, params) if isinstance(task, LoraTask) else None
+    frozen = None
+    if isinstance(task, LoraTask):
+        frozen = placed(trainer, jax.eval_shape(task.frozen_of, params))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = Shape(key.shape, key.dtype, sharding=NamedSharding(mesh, REPLICATED))
     batch = batch_of(task, job["batch"] * mesh.size, job["size"], mesh)

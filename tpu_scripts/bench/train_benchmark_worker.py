@@ -102,7 +102,7 @@ def our_step(job: Job) -> Step:
     lora = LoraConfig(rank=job.rank)
     config = Config(model="", data="", output="", snr_gamma=job.snr_gamma, lora=lora, optimizer=optimizer)
     task = make_task(Kind(job.kind), config, pipe)
-    trainer = Trainer(task.loss(), optimizer, task.frozen())
+    trainer = Trainer(task.loss(), optimizer, task.frozen(), draw=task.draw())
     key = jax.random.key(0)
     state = trainer.init(task.initial(key))
     length = pipe.prior_text_encoder.config.max_position_embeddings

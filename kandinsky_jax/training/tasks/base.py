@@ -26,10 +26,12 @@ from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader, Skipped
 from kandinsky_jax.training.kinds import Kind
 
-# (trained parameters, encoded batch, key) -> loss, a float32 scalar; the key determines all randomness.
-Loss: TypeAlias = Callable[[Params, Mapping[str, jax.Array], jax.Array], jax.Array]
+# (trained parameters, batch with what is drawn for it) -> loss, a float32 scalar.
+Loss: TypeAlias = Callable[[Params, Mapping[str, jax.Array]], jax.Array]
 # Likewise; the last argument is the frozen network's parameters.
-LoraLoss: TypeAlias = Callable[[lora.Lora, Mapping[str, jax.Array], jax.Array, Params], jax.Array]
+LoraLoss: TypeAlias = Callable[[lora.Lora, Mapping[str, jax.Array], Params], jax.Array]
+# (encoded batch, key) -> batch with what is drawn for it; the key determines all randomness.
+Draw: TypeAlias = Callable[[Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,13 @@ class TrainingTask(ABC):
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Encode a batch of the reader with the frozen networks; returns the batch of the loss."""
 
+    def draw(self) -> Draw:
+        """Return what adds random numbers of each example to an encoded batch, such as noise."""
+        return lambda batch, key: dict(batch)
+
     @abstractmethod
     def loss(self) -> Loss | LoraLoss:
-        """Return the loss; where there are `frozen` arrays, they are its fourth argument."""
+        """Return the loss of a batch from `draw`; where there are `frozen` arrays, they are its third argument."""
 
     @abstractmethod
     def sample(self, items: Sequence[Captioned]) -> Image.Image | None:

@@ -63,7 +63,7 @@ class CLIPTask(TrainingTask):
     def loss(self) -> Loss:
         networks = {name: Network.split(module)[0] for name, module in self.modules.items()}
 
-        def loss(trained: PyTree, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+        def loss(trained: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
             return clip_loss(networks, trained, **batch)
 
         return loss

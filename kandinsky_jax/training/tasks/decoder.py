@@ -80,14 +80,15 @@ class DecoderTask(DiffusionTask):
     def clean(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         return batch["latents"]
 
+    def draw_also(self, batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        if not self._inpaints:
+            return {}
+        return {"repaint_mask": random_repaint_masks(jax.random.fold_in(key, 3), *batch["latents"].shape[:3])}
+
     def loss_of_batch(
-        self, network: Network, params: Params, batch: Mapping[str, jax.Array], key: jax.Array, alphas: jax.Array
+        self, network: Network, params: Params, batch: Mapping[str, jax.Array], alphas: jax.Array
     ) -> jax.Array:
-        masks = {}
-        if self._inpaints:
-            shape = batch["latents"].shape[:3]
-            masks = {"repaint_mask": random_repaint_masks(jax.random.fold_in(key, 3), *shape)}
-        return decoder_loss(network, params, **batch, **masks, alphas_cumprod=alphas, snr_gamma=self.config.snr_gamma)
+        return decoder_loss(network, params, **batch, alphas_cumprod=alphas, snr_gamma=self.config.snr_gamma)
 
     def sample_pictures(self, items: Sequence[Captioned], count: int) -> dict[str, np.ndarray | list[Image.Image]]:
         if not (self._inpaints or self._takes_hint):

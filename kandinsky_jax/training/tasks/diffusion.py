@@ -22,7 +22,7 @@ from kandinsky_jax.pipelines import Pipeline
 from kandinsky_jax.pipelines.modes import modes_of, repository_of
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import TEXT_ARRAYS, Captioned
-from kandinsky_jax.training.tasks.base import Loss, TrainingTask, contact_sheet
+from kandinsky_jax.training.tasks.base import Draw, Loss, TrainingTask, contact_sheet
 
 SAMPLE_STEPS = 25
 
@@ -67,15 +67,15 @@ class DiffusionTask(TrainingTask):
     def dropped_condition(self) -> dict[str, jax.Array]:
         """Return the values that replace dropped conditions in a batch, `[1, ...]` each."""
 
+    def draw_also(self, batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        """Draw what else is random, besides noise and timesteps, for each example."""
+        return {}
+
     @abstractmethod
     def loss_of_batch(
-        self, network: Network, params: Params, batch: Mapping[str, jax.Array], key: jax.Array, alphas: jax.Array
+        self, network: Network, params: Params, batch: Mapping[str, jax.Array], alphas: jax.Array
     ) -> jax.Array:
-        """Compute the loss of an encoded batch with its noise and timesteps, a float32 scalar.
-
-        Args:
-            key: for what else is random.
-        """
+        """Compute the loss of a batch from `draw`, a float32 scalar."""
 
     @property
     def modules(self) -> dict[str, nnx.Module]:
@@ -105,24 +105,31 @@ class DiffusionTask(TrainingTask):
             self._split[name] = Network.split(getattr(self.pipe, name))
         return call(*self._split[name], *args, method=method)
 
-    def loss(self) -> Loss:
-        network, dropout = Network.split(self.module)[0], self.config.condition_dropout
-        alphas = jnp.asarray(self.alphas_cumprod(), jnp.float32)
+    def draw(self) -> Draw:
+        train_timesteps, dropout = len(self.alphas_cumprod()), self.config.condition_dropout
         dropped_condition = self.dropped_condition() if dropout else {}
 
-        def loss(trained: Params, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
+        def draw(batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
             of_time, of_noise, of_dropout = jax.random.split(key, 3)
-            given = dict(batch)
+            given = {**batch, **self.draw_also(batch, key)}
             clean = self.clean(batch)
             given["noise"] = jax.random.normal(of_noise, clean.shape, jnp.float32)
-            given["timesteps"] = jax.random.randint(of_time, (len(clean),), 0, len(alphas))
+            given["timesteps"] = jax.random.randint(of_time, (len(clean),), 0, train_timesteps)
             if dropout:
                 dropped = jax.random.bernoulli(of_dropout, dropout, (len(clean),))
                 for name, value in dropped_condition.items():
                     if name in TEXT_ARRAYS:  # a batch leaves out padding
                         value = value[:, : given[name].shape[1]]
                     given[name] = jnp.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), value, given[name])
-            return self.loss_of_batch(network, trained, given, key, alphas)
+            return given
+
+        return draw
+
+    def loss(self) -> Loss:
+        network, alphas = Network.split(self.module)[0], jnp.asarray(self.alphas_cumprod(), jnp.float32)
+
+        def loss(trained: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
+            return self.loss_of_batch(network, trained, batch, alphas)
 
         return loss
 

@@ -18,7 +18,7 @@ from kandinsky_jax.pipelines import Pipeline
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader, Skipped
 from kandinsky_jax.training.kinds import Kind
-from kandinsky_jax.training.tasks.base import LoraLoss, TrainingTask
+from kandinsky_jax.training.tasks.base import Draw, LoraLoss, TrainingTask
 from kandinsky_jax.training.tasks.diffusion import DiffusionTask
 
 
@@ -59,10 +59,17 @@ class LoraTask(TrainingTask):
         return lora.init(params, self.config.lora, key)
 
     def frozen(self) -> Params:
-        return Network.split(self.full.module)[1]
+        return self.frozen_of(Network.split(self.full.module)[1])
+
+    def frozen_of(self, params: Params) -> Params:
+        """Return a network's parameters as the loss needs them: float32 where changes are added to them."""
+        changed = {f"{name}.weight" for name in lora.layers(params, self.config.lora)}
+        dtype = self.config.optimizer.dtype
+        return lora.unflat({n: x if n in changed else x.astype(dtype) for n, x in lora.flat(params).items()})
 
     def weights(self, trained: lora.Lora) -> dict[str, Params]:
-        return {self.full.component: lora.merged(self.frozen(), trained, self.config.lora.scale)}
+        params = Network.split(self.full.module)[1]
+        return {self.full.component: lora.merged(params, trained, self.config.lora.scale)}
 
     def reader(self) -> Reader:
         return self.full.reader()
@@ -73,12 +80,15 @@ class LoraTask(TrainingTask):
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return self.full.encode(batch)
 
+    def draw(self) -> Draw:
+        return self.full.draw()
+
     def loss(self) -> LoraLoss:
         loss_of_params, config = self.full.loss(), self.config
 
-        def loss(trained: lora.Lora, batch: Mapping[str, jax.Array], key: jax.Array, frozen: Params) -> jax.Array:
+        def loss(trained: lora.Lora, batch: Mapping[str, jax.Array], frozen: Params) -> jax.Array:
             params = lora.merged(frozen, trained, config.lora.scale)  # in float32
-            return loss_of_params(jax.tree.map(lambda x: x.astype(config.optimizer.dtype), params), batch, key)
+            return loss_of_params(jax.tree.map(lambda x: x.astype(config.optimizer.dtype), params), batch)
 
         return loss
 

@@ -21,6 +21,7 @@ from kandinsky_jax.training.data import Captioned, Reader
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import movq_loss
 from kandinsky_jax.training.tasks.base import (
+    Draw,
     Loss,
     TrainingTask,
     contact_sheet,
@@ -58,12 +59,19 @@ class MoVQTask(TrainingTask):
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return {"pixels": to_movq_pixels(batch["pixels"])}
 
-    def loss(self) -> Loss:
-        network, share = Network.split(self.pipe.movq)[0], self.config.quantized_share
+    def draw(self) -> Draw:
+        share = self.config.quantized_share
 
-        def loss(trained: PyTree, batch: Mapping[str, jax.Array], key: jax.Array) -> jax.Array:
-            pixels = batch["pixels"]
-            return movq_loss(network, trained, pixels, jax.random.bernoulli(key, share, (len(pixels),)))
+        def draw(batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+            return {**batch, "quantized": jax.random.bernoulli(key, share, (len(batch["pixels"]),))}
+
+        return draw
+
+    def loss(self) -> Loss:
+        network = Network.split(self.pipe.movq)[0]
+
+        def loss(trained: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
+            return movq_loss(network, trained, batch["pixels"], batch["quantized"])
 
         return loss
 

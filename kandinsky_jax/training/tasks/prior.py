@@ -81,6 +81,6 @@ class PriorTask(DiffusionTask):
         return batch["image_embeds"]
 
     def loss_of_batch(
-        self, network: Network, params: Params, batch: Mapping[str, jax.Array], key: jax.Array, alphas: jax.Array
+        self, network: Network, params: Params, batch: Mapping[str, jax.Array], alphas: jax.Array
     ) -> jax.Array:
         return prior_loss(network, params, **batch, alphas_cumprod=alphas, snr_gamma=self.config.snr_gamma)
