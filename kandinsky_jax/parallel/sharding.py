@@ -16,6 +16,7 @@ from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.mesh import AXES, DATA_AXIS, GUIDANCE_AXIS, ROWS_AXIS
 
 REPLICATED = PartitionSpec()
+TILE_ROWS, TILE_LANES = 16, 128  # of a TPU's memory, for bfloat16; float32 has half the rows
 PICTURE_NDIM = 4  # of an array of pictures, [B, H, W, C]
 
 # Regular expressions over dotted parameter names, such as `down_blocks.0.resnets.1.conv1.kernel`, and the sharding of
@@ -60,17 +61,25 @@ def parameter_shardings(
     return places
 
 
-def largest_axis(
+def rules_by_size(
     mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], least: int = 1 << 16, axis: str = ROWS_AXIS
 ) -> Rules:
-    """Return rules that shard every parameter of at least `least` elements along its largest divisible axis."""
+    """Return rules that shard every parameter of at least `least` elements along its largest divisible axis.
+
+    Axes whose shards are whole tiles of a TPU's memory come first, see `in_tiles`.
+    """
     parts, rules = mesh.shape[axis], []
     for name, shape in shapes.items():
         able = [i for i, side in enumerate(shape) if side % parts == 0]
         if able and np.prod(shape) >= least:
-            longest = max(able, key=lambda i: shape[i])
-            rules.append((f"^{re.escape(name)}$", PartitionSpec(*[None] * longest, axis)))
+            best = max(able, key=lambda i: (in_tiles(shape, i, parts), shape[i]))
+            rules.append((f"^{re.escape(name)}$", PartitionSpec(*[None] * best, axis)))
     return rules
+
+
+def in_tiles(shape: Sequence[int], axis: int, parts: int) -> bool:
+    """Whether the shards of an array along an axis are rows of whole tiles of a TPU's memory, in any dtype."""
+    return axis < len(shape) - 1 and shape[axis] % (parts * TILE_ROWS) == 0
 
 
 # With NHWC pictures, cuDNN reads kernels as [out, H, W, in]. XLA would transpose all of them before each run of the

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,7 +22,15 @@ from jax.tree_util import DictKey, KeyPath, tree_flatten_with_path
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.mesh import DATA_AXIS
-from kandinsky_jax.parallel.sharding import REPLICATED, Rules, largest_axis, parameter_shardings
+from kandinsky_jax.parallel.sharding import (
+    REPLICATED,
+    TILE_LANES,
+    TILE_ROWS,
+    Rules,
+    in_tiles,
+    parameter_shardings,
+    rules_by_size,
+)
 
 FSDP_AXIS = "fsdp"
 FSDP_MIN_SIZE = 1 << 16
@@ -90,15 +99,15 @@ def state_shardings(mesh: Mesh, tree: PyTree, rules: Rules | None = None, min_si
     Args:
         tree: arrays, or shapes.
         rules: (pattern, PartitionSpec) pairs over dotted names, see `parallel.sharding.Rules`, that may name the
-            axis `fsdp`; None shards every leaf of at least `min_size` elements along its largest divisible axis.
-        min_size: see `rules`.
+            axis `fsdp`; None is `parallel.sharding.rules_by_size`.
+        min_size: elements of the smallest leaf that is sharded without rules.
     Raises:
         ValueError: listing all rules that cannot be followed.
     """
     leaves, structure = tree_flatten_with_path(tree)
     shapes = {_name(path): tuple(leaf.shape) for path, leaf in leaves}
     shapes.pop("", None)
-    rules = largest_axis(mesh, shapes, min_size, FSDP_AXIS) if rules is None else rules
+    rules = rules_by_size(mesh, shapes, min_size, FSDP_AXIS) if rules is None else rules
     found = parameter_shardings(mesh, shapes, rules, axis=FSDP_AXIS)
     found[""] = NamedSharding(mesh, REPLICATED)
     return jax.tree.unflatten(structure, [found[_name(path)] for path, _ in leaves])
@@ -134,10 +143,28 @@ def scatter_sums(tree: PyTree, specs: PyTree) -> PyTree:
 
     def of(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
         for axis in _sharded_axes(spec):
-            leaf = jax.lax.psum_scatter(leaf, FSDP_AXIS, scatter_dimension=axis, tiled=True)
+            leaf = _scatter_sum(leaf, axis)
         return leaf
 
     return jax.tree.map(of, tree, specs)
+
+
+def _scatter_sum(x: jax.Array, axis: int) -> jax.Array:
+    """Return this device's shard of the sum, along an axis.
+
+    Where shards are not whole tiles of memory, XLA would sum whole arrays on every TPU. Such shards are first laid out
+    as rows of tiles, with some padding.
+    """
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name=FSDP_AXIS, tiled=True)
+    parts = jax.lax.axis_size(FSDP_AXIS)
+    if in_tiles(x.shape, axis, parts):
+        return scatter(x, scatter_dimension=axis)
+    leading = jnp.moveaxis(x, axis, 0)
+    shards = leading.reshape(parts, -1)
+    size = shards.shape[1]
+    shards = jnp.pad(shards, ((0, 0), (0, -size % (TILE_ROWS * TILE_LANES))))
+    mine = scatter(shards.reshape(parts * TILE_ROWS, -1), scatter_dimension=0).reshape(-1)[:size]
+    return jnp.moveaxis(mine.reshape(-1, *leading.shape[1:]), 0, axis)
 
 
 def sum_replicas(tree: PyTree, specs: PyTree) -> PyTree:

@@ -18,7 +18,7 @@ from PIL import Image
 import kandinsky_jax as kj
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.parallel.mesh import make_mesh
-from kandinsky_jax.parallel.sharding import largest_axis
+from kandinsky_jax.parallel.sharding import rules_by_size
 from tests.conftest import SHAPES_MODEL
 from tests.pipelines.test_compile import compilations
 
@@ -108,7 +108,7 @@ def other_meshes(found: dict[str, np.ndarray]) -> None:
         found[f"mesh {shape}"] = generate(pipeline(make_mesh(*shape)))
     mesh = make_mesh(1, 1, 8)
     shapes = {name: leaf.shape for name, leaf in flat_params(pipeline(mesh).unet).items()}
-    pipe = pipeline(mesh, shard_rules=largest_axis(mesh, shapes, least=1 << 10))
+    pipe = pipeline(mesh, shard_rules=rules_by_size(mesh, shapes, least=1 << 10))
     leaves = flat_params(pipe.unet).values()
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     found["share"] = np.array(held / sum(leaf.nbytes for leaf in leaves))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from kandinsky_jax import KandinskyV22PriorPipeline
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.parallel.mesh import ROWS_AXIS, make_mesh
-from kandinsky_jax.parallel.sharding import largest_axis, parameter_shardings
+from kandinsky_jax.parallel.sharding import parameter_shardings, rules_by_size
 from tests.conftest import SHAPES_MODEL, note
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,9 @@ def test_the_first_rule_that_matches_counts():
     rules = [(r"^x\.kernel$", PartitionSpec(None, ROWS_AXIS)), ("kernel", PartitionSpec(ROWS_AXIS))]
     places = parameter_shardings(mesh, {"x.kernel": (2, 4), "y.kernel": (2, 4), "bias": (4,)}, rules)
     assert [tuple(place.spec) for place in places.values()] == [(None, ROWS_AXIS), (ROWS_AXIS,), ()]
-    assert largest_axis(mesh, {"a.b": (2, 400, 200), "c": (3,)}) == [(r"^a\.b$", PartitionSpec(None, ROWS_AXIS))]
+    assert rules_by_size(mesh, {"a.b": (2, 400, 200), "c": (3,)}) == [(r"^a\.b$", PartitionSpec(None, ROWS_AXIS))]
+    # Rows of whole tiles come before a larger axis.
+    assert rules_by_size(mesh, {"a": (3, 3, 256, 400)}) == [("^a$", PartitionSpec(None, None, ROWS_AXIS))]
 
 
 def test_a_pipeline_moves_with_its_late_parts(shapes_pipe):

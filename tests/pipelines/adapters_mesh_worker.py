@@ -9,13 +9,13 @@ import numpy as np
 from kandinsky_jax import KandinskyV22Pipeline
 from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.parallel.mesh import make_mesh
-from kandinsky_jax.parallel.sharding import largest_axis
+from kandinsky_jax.parallel.sharding import rules_by_size
 
 model, folder = sys.argv[1:]
 mesh = make_mesh(1, 1, 4)
 plain = KandinskyV22Pipeline.from_pretrained(model, dtype="bfloat16")
 plain.load_lora_weights(folder)
-rules = largest_axis(mesh, {n: x.shape for n, x in flat_params(plain.unet).items()}, least=1 << 10)
+rules = rules_by_size(mesh, {n: x.shape for n, x in flat_params(plain.unet).items()}, least=1 << 10)
 pipe = KandinskyV22Pipeline.from_pretrained(model, dtype="bfloat16", mesh=mesh, shard_rules=rules)
 before = flat_params(pipe.unet)
 pipe.load_lora_weights(folder)

@@ -114,9 +114,9 @@ def test_exchange_on_a_mesh():
     assert step["all-reduce", "fsdp"] + step["all-reduce", "data+fsdp"] < 100  # the loss, the norm of the gradients
     # What XLA is asked for, in bfloat16: whole weights, of gradients the parts, and sums of parts over `data`.
     assert found["asked"][:3] == [
-        "all_gather: (tensor<256x128xbf16>) -> tensor<256x512xbf16>",
-        "reduce_scatter: (tensor<256x512xbf16>) -> tensor<256x128xbf16>",
-        "all_reduce: (tensor<256x128xbf16>) -> tensor<256x128xbf16>",
+        "all_gather: (tensor<64x512xbf16>) -> tensor<256x512xbf16>",
+        "reduce_scatter: (tensor<256x512xbf16>) -> tensor<64x512xbf16>",
+        "all_reduce: (tensor<64x512xbf16>) -> tensor<64x512xbf16>",
     ]
 
 
