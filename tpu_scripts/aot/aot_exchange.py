@@ -1,7 +1,7 @@
 """What the chips of a mesh exchange in a compiled program, by kind of collective and by axis of the mesh.
 
 Two things of a TPU's optimised HLO would be counted wrong by its lines alone. A collective that overlaps with
-computation is repeated in every fusion that carries it on, each time with the same channel: it counts once. And a
+computation is repeated in every fusion that carries it on, each time of the same chain: it counts once. And a
 reduce-scatter may be an all-reduce within a fusion whose computation is called `all-reduce-scatter`.
 
 Standard library only.
@@ -74,17 +74,16 @@ def exchanges(text: str, mesh: Mapping[str, int]) -> list[Exchange]:
     bodies = computations(text)
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
     found: list[Exchange] = []
-    channels: set[str] = set()  # of collectives that fusions carry on
+    chains: set[str] = set()  # of collectives that fusions carry on
 
     def visit(name: str, times: int, fused: bool) -> None:
         for _, kind, opcode, rest in bodies.get(name, ()):
             base = opcode.removesuffix("-start")
             if base in COLLECTIVES:
-                channel = re.search(r"channel_id=(\d+)", rest)
-                if fused and channel:
-                    if channel[1] in channels:
+                if fused and (chain := re.search(r"chain_id=\"\d+\"", rest) or re.search(r"channel_id=\d+", rest)):
+                    if chain[0] in chains:
                         continue
-                    channels.add(channel[1])
+                    chains.add(chain[0])
                 scatters = base == "all-reduce" and name.startswith("all-reduce-scatter")
                 found.append(exchange(opcode, kind, rest, mesh, times, scatters))
             elif opcode == "while":

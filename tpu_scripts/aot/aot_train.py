@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS[:3], choices=KINDS)
     parser.add_argument("--python", type=Path, help="a Python that has jax[tpu] and this project's dependencies")
     parser.add_argument("--output", type=Path, default=ROOT / "tpu_scripts" / "results")
+    parser.add_argument("--hlo", type=Path, help="a folder for the programs' HLO texts")
     arguments = parser.parse_args(argv)
     target = arguments.output / f"aot-train-{datetime.date.today().isoformat()}"
     earlier = target.with_suffix(".json")
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     names = ("chips", "fsdp", "batch", "accumulation", "size", "kinds")
     job = {name: getattr(arguments, name) for name in names}
     rows = found.setdefault("programs", [])
+    for folder in filter(None, (arguments.output, arguments.hlo)):
+        folder.mkdir(parents=True, exist_ok=True)
+    job["hlo"] = str(arguments.hlo.absolute()) if arguments.hlo else None
     for event in worker(arguments.python or own_python(), job, "aot_train_worker"):
         kind = event.pop("event")
         if kind == "versions":

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -133,6 +134,9 @@ def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         except Exception as error:  # such as a program that does not fit: the others still count
             yield {"event": "failed", **row, "error": first_line(error)}
             continue
+        if job["hlo"]:
+            name = f"train-{kind}-{job['chips'].replace(':', '-')}-fsdp{job['fsdp']}.txt"
+            (Path(job["hlo"]) / name).write_text(result.as_text())
         memory = result.memory_analysis()
         row |= {"compile_seconds": round(time.perf_counter() - began, 1), **costs(result, chip)}
         row |= {"aliased": memory.alias_size_in_bytes}
