@@ -18,6 +18,9 @@ import contextlib
 import functools
 import json
 import logging
+import os
+import re
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
@@ -44,8 +47,42 @@ CHECKPOINT_VERSION = 3  # 2, with CRC-32 of whole arrays, and 1, without a recor
 MAX_PLACE_BYTES = 64 * 2**20
 T = TypeVar("T")
 Description: TypeAlias = dict[str, Any]  # of a checkpoint, whose fields `_place` has checked
-WRITING_SECONDS = 300  # that processes wait for each other's part of a checkpoint; one may have failed to write it
+WRITING_SECONDS = 300  # that processes wait for each other's part of a checkpoint
+POLL_SECONDS = 0.05
 TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class _StateHandler(ocp.StandardCheckpointHandler):
+    """Writes this process's part of a state, and notes at once if it cannot.
+
+    Attributes:
+        failure: None until then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: Exception | None = None
+
+    async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [_Noted(future, self) for future in await super().async_save(*args, **kwargs) or []]
+
+
+class _Noted:
+    """A future of Orbax, whose failure is noted."""
+
+    def __init__(self, future: Any, handler: _StateHandler):
+        self._future, self._handler = future, handler
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._future.result(timeout)
+        except Exception as error:
+            self._handler.failure = error
+            raise
+
+    def cancel(self) -> bool | None:
+        cancelled: bool | None = self._future.cancel()
+        return cancelled
 
 
 class Checkpoints:
@@ -74,6 +111,7 @@ class Checkpoints:
         here = self.folder if is_url(str(folder)) else epath.Path(Path(folder).absolute())
         self._path = here / CHECKPOINTS
         self._manager: ocp.CheckpointManager | None = None
+        self._part = _StateHandler()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -82,7 +120,7 @@ class Checkpoints:
         manager, self._manager = self._manager, None
         if manager is not None:
             try:
-                manager.wait_until_finished()
+                self._wait(manager)
                 manager.close()
             except Exception as failure:
                 if error is None:
@@ -106,22 +144,55 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), place=ocp.args.JsonSave(place))
         try:
             manager = self._opened()
+            self._wait(manager)
             written = manager.latest_step() == step or manager.save(step, args=args)
         except Exception as error:
             raise self._unwritten(error) from None
         if not written:
             raise TrainingError(f"the checkpoint of step {step} was not written: {self._path} holds newer ones")
 
+    def check(self) -> None:
+        """Raise TrainingError if this process could not write its part of a checkpoint."""
+        if self._part.failure is not None:
+            raise self._unwritten(self._part.failure)
+
+    def _wait(self, manager: ocp.CheckpointManager) -> None:
+        """Wait until nothing is being written; or until this process's part has failed, where Orbax would wait on."""
+        if self.hosts.count == 1:
+            manager.wait_until_finished()
+            return
+        ended: list[Exception | None] = []
+
+        def wait() -> None:
+            try:
+                manager.wait_until_finished()
+                ended.append(None)
+            except Exception as error:
+                ended.append(error)
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        while not ended:
+            if self._part.failure is not None:
+                raise self._part.failure
+            waiting.join(POLL_SECONDS)
+        if ended[0] is not None:
+            raise ended[0]
+
     def _opened(self) -> ocp.CheckpointManager:
         if self._manager is None:
             logging.getLogger("absl").setLevel(logging.WARNING)
             waiting = ocp.AsyncOptions(timeout_secs=WRITING_SECONDS)
             options = ocp.CheckpointManagerOptions(max_to_keep=self.limit, async_options=waiting)
-            self._manager = ocp.CheckpointManager(self._path, options=options)
+            handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            handlers.add("state", ocp.args.StandardSave, self._part)
+            handlers.add("place", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+            self._manager = ocp.CheckpointManager(self._path, options=options, handler_registry=handlers)
         return self._manager
 
     def _unwritten(self, error: Exception) -> TrainingError:
-        reason = shorten(str(error).split("\n")[0] or type(error).__name__, 150)
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # at the end of a long text of tensorstore's
+        reason = os.strerror(int(code[1])) if code else shorten(str(error).split("\n")[0] or type(error).__name__, 150)
         return TrainingError(f"{self._path}: a checkpoint could not be written: {reason}; those before it stay")
 
     # Reading ------------------------------------------------------------------------------------------------------

@@ -188,6 +188,7 @@ class Run:
             with tqdm(total=last, initial=done, desc=self.task.kind, unit="step", disable=self.quiet) as bar:
                 bar.set_postfix_str("compiling the first step")
                 while done < last:
+                    checkpoints.check()
                     began, position = time.perf_counter(), self.batches.state
                     batch, failure = self._read()
                     agreed = self._agree(batch, stop)

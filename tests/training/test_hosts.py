@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -94,6 +95,29 @@ def test_sigterm_of_one_host_stops_all_with_one_checkpoint(folder, processes):
 def test_a_run_goes_on_with_other_hosts(folder, layouts):
     found = train_hosts.resume(folder, "prior", layouts, 12)
     assert note(found["losses"], "losses") < 1e-6
+
+
+FULL_DISK = """
+import resource, signal, sys
+if sys.argv[sys.argv.index("--process") + 1] == "1":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_write_its_part_of_a_checkpoint(folder):
+    """The run ends with the reason, and not after the five minutes that hosts wait for each other's part."""
+    config = train_hosts.write_config(folder / "c.toml", folder / "data", folder / "out", 100, 3)
+    run = train_hosts.Run(Layout(2, 1), "prior", config, folder / "logs", folder / "cache", FULL_DISK)
+    unfinished = folder / "out" / "checkpoints"
+    run.until(lambda: any(unfinished.glob("*orbax-checkpoint-tmp*")))
+    began = time.monotonic()
+    assert run.wait(120) == [1, 1]
+    assert note(time.monotonic() - began, "seconds until both had ended") < 60
+    reason = "a checkpoint could not be written: File too large; those before it stay"
+    assert re.search(rf"^error: .*out/checkpoints: {reason}$", run.text(1), re.MULTILINE)
+    assert re.search(rf"^error: process 1 of 2 .* has ended: TrainingError: .*{reason}", run.text(0), re.MULTILINE)
 
 
 # Data -------------------------------------------------------------------------------------------------------------
