@@ -126,7 +126,7 @@ class Run:
         self.processes = []
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-        # XLA's CPU convolutions divide sums among threads, of which there are otherwise as many as devices in a process.
+        # XLA divides sums of convolutions among threads, otherwise as many as a process has devices.
         environment["NPROC"] = str(layout.processes * layout.devices)
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={layout.devices}"
         for index, log in enumerate(self.logs):
