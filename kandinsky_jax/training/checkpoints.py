@@ -56,7 +56,7 @@ class _StateHandler(ocp.StandardCheckpointHandler):
     """Writes this process's part of a state, and notes at once if it cannot.
 
     Attributes:
-        failure: None until then.
+        failure: why not, or why process 0 cannot write the JSON; None until then.
     """
 
     def __init__(self) -> None:
@@ -65,6 +65,21 @@ class _StateHandler(ocp.StandardCheckpointHandler):
 
     async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
         return [_Noted(future, self) for future in await super().async_save(*args, **kwargs) or []]
+
+
+class _PlaceHandler(ocp.JsonCheckpointHandler):
+    """Writes the JSON in process 0, and notes at once if it cannot.
+
+    Args:
+        part: notes the failure.
+    """
+
+    def __init__(self, part: _StateHandler):
+        super().__init__()
+        self._part = part
+
+    async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [_Noted(future, self._part) for future in await super().async_save(*args, **kwargs) or []]
 
 
 class _Noted:
@@ -186,13 +201,14 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=self.limit, async_options=waiting)
             handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
             handlers.add("state", ocp.args.StandardSave, self._part)
-            handlers.add("place", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+            handlers.add("place", ocp.args.JsonSave, _PlaceHandler(self._part))
             self._manager = ocp.CheckpointManager(self._path, options=options, handler_registry=handlers)
         return self._manager
 
     def _unwritten(self, error: Exception) -> TrainingError:
         code = re.search(r"os_error_code='(\d+)'", str(error))  # at the end of a long text of tensorstore's
-        reason = os.strerror(int(code[1])) if code else shorten(str(error).split("\n")[0] or type(error).__name__, 150)
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        reason = os.strerror(number) if number else shorten(str(error).split("\n")[0] or type(error).__name__, 150)
         return TrainingError(f"{self._path}: a checkpoint could not be written: {reason}; those before it stay")
 
     # Reading ------------------------------------------------------------------------------------------------------

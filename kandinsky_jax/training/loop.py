@@ -274,21 +274,25 @@ class Run:
         which = batch.pop("index")
         state, found = self.trainer.step(state, batch if self.config.precompute else self.task.encode(batch), self.key)
         metrics = {name: float(value) for name, value in found.items()}
-        self._judge(metrics["loss"], done, which)
+        self._judge(metrics, done, which)
         metrics["learning_rate"] = float(self.config.optimizer.rate()(done))
         metrics["images_per_second"] = self.config.train_batch_size / (time.perf_counter() - began)
         return state, metrics
 
-    def _judge(self, loss: float, done: int, which: np.ndarray) -> None:
-        """Log losses that are not finite; such a step has changed nothing."""
-        self._bad_in_a_row = 0 if math.isfinite(loss) else self._bad_in_a_row + 1
-        if self._bad_in_a_row:
-            names = self.hosts.exchange(", ".join(self.items[i].name for i in which))
-            if self.hosts.first:
-                self._bad_data.report(f"loss {loss} of " + ", ".join(names), f"step {done}")
+    def _judge(self, metrics: dict[str, float], done: int, which: np.ndarray) -> None:
+        """Log losses and gradients that are not finite; such a step has changed nothing."""
+        bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics[name])]
+        if not bad:
+            self._bad_in_a_row = 0
+            return
+        self._bad_in_a_row += 1
+        what, value = bad[0].replace("_", " "), metrics[bad[0]]
+        names = self.hosts.exchange(", ".join(self.items[i].name for i in which))
+        if self.hosts.first:
+            self._bad_data.report(f"{what} {value} of " + ", ".join(names), f"step {done}")
         if self._bad_in_a_row >= MOST_BAD:
             raise TrainingError(
-                f"the loss was not finite in {MOST_BAD} steps, up to step {done}; see "
+                f"the {what} was not finite in {MOST_BAD} steps, up to step {done}; see "
                 f"{self.run_folder.below('bad_data.txt')} for the pictures. Lower the learning rate, or take them out, "
                 "and start again with --accept-changes: it continues from the last checkpoint"
             )

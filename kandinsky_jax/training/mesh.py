@@ -80,7 +80,7 @@ def make_training_mesh(
         )
     if data * fsdp == 1:
         return None
-    # Auto: XLA shards intermediate results. Explicit axes, jax.make_mesh's default, fail in embeddings and reshapes.
+    # Auto: outside of a `shard_map` XLA shards results. Explicit axes, jax.make_mesh's default, fail in reshapes.
     devices_ = np.array(found[: data * fsdp]).reshape(data, fsdp)
     return Mesh(devices_, (DATA_AXIS, FSDP_AXIS), axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -156,14 +156,14 @@ def _scatter_sum(x: jax.Array, axis: int) -> jax.Array:
     as rows of tiles, with some padding.
     """
     scatter = functools.partial(jax.lax.psum_scatter, axis_name=FSDP_AXIS, tiled=True)
-    parts = jax.lax.axis_size(FSDP_AXIS)
-    if in_tiles(x.shape, axis, parts):
+    count = jax.lax.axis_size(FSDP_AXIS)
+    if in_tiles(x.shape, axis, count):
         return scatter(x, scatter_dimension=axis)
     leading = jnp.moveaxis(x, axis, 0)
-    shards = leading.reshape(parts, -1)
+    shards = leading.reshape(count, -1)
     size = shards.shape[1]
     shards = jnp.pad(shards, ((0, 0), (0, -size % (TILE_ROWS * TILE_LANES))))
-    mine = scatter(shards.reshape(parts * TILE_ROWS, -1), scatter_dimension=0).reshape(-1)[:size]
+    mine = scatter(shards.reshape(count * TILE_ROWS, -1), scatter_dimension=0).reshape(-1)[:size]
     return jnp.moveaxis(mine.reshape(-1, *leading.shape[1:]), 0, axis)
 
 

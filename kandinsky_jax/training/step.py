@@ -6,7 +6,6 @@ and a batch, compiled once: `state, metrics = trainer.step(state, batch, key)`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -199,17 +198,11 @@ class Trainer:
         Returns:
             the next state, and the metrics "loss" and "gradient_norm", float32 scalars.
         """
-        with self.ambient():
-            return self._program(state, shard_examples(self.mesh, batch), key, self.frozen)
+        return self._program(state, shard_examples(self.mesh, batch), key, self.frozen)
 
     def lower(self, state: PyTree, batch: PyTree, key: PyTree, frozen: PyTree = None) -> jax.stages.Lowered:
         """Lower the step's program for these shapes and shardings, to analyse its cost."""
-        with self.ambient():
-            return self._program.lower(state, batch, key, frozen)
-
-    def ambient(self) -> contextlib.AbstractContextManager[object]:
-        """Return a context that sets the mesh for tracing: attention depends on whether XLA shards it."""
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        return self._program.lower(state, batch, key, frozen)
 
     def _step(
         self, state: TrainState, batch: PyTree, key: jax.Array, frozen: PyTree
@@ -248,7 +241,17 @@ class Trainer:
         mapped = jax.shard_map(
             of_device, mesh=self.mesh, in_specs=(EXAMPLES, *specs), out_specs=(REPLICATED, specs[0]), check_vma=False
         )
-        return mapped(batch, params, frozen)
+        return mapped(jax.tree.map(self._by_device, batch), params, frozen)
+
+    def _by_device(self, x: jax.Array) -> jax.Array:
+        """Reorder examples, so that the devices' parts of accumulation make up those of the batch.
+
+        A loss may compare the examples of a part.
+        """
+        count = self.settings.gradient_accumulation_steps
+        if count == 1:
+            return x
+        return x.reshape(count, parts(self.mesh), -1, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
     def _computed(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf.astype(self.settings.dtype), tree)

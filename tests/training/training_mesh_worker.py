@@ -37,7 +37,7 @@ SETTINGS = {
     Kind.PRIOR: OptimizerConfig(learning_rate=1e-3, gradient_accumulation_steps=2),
     Kind.LORA_DECODER: OptimizerConfig(learning_rate=1e-2),
     Kind.MOVQ: OptimizerConfig(learning_rate=1e-4, adam_epsilon=1e-3),
-    Kind.CLIP: OptimizerConfig(learning_rate=1e-3),
+    Kind.CLIP: OptimizerConfig(learning_rate=1e-3, gradient_accumulation_steps=2),
 }
 # Dropout too, so that everything random is compared.
 OPTIONS = {"condition_dropout": 0.3, "snr_gamma": 5.0, "resolution": 64}
