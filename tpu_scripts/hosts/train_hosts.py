@@ -194,7 +194,7 @@ def weights(output: Path) -> dict[str, np.ndarray]:
 
 
 def compare(output: Path, reference: Path) -> dict[str, float]:
-    """Compare losses (largest relative difference, also of the first steps) and weights (root mean square, relative)."""
+    """Compare losses (largest relative difference) and weights (root mean square, relative to their own)."""
     mine, theirs = losses(output), losses(reference)
     assert len(mine) == len(theirs)
     found, wanted = weights(output), weights(reference)
