@@ -177,7 +177,8 @@ def sum_replicas(tree: PyTree, specs: PyTree) -> PyTree:
 
 
 def _sharded_axes(spec: PartitionSpec) -> list[int]:
-    return [axis for axis, part in enumerate(spec) if part is not None]
+    divided = jax.lax.axis_size(FSDP_AXIS) > 1
+    return [axis for axis, part in enumerate(spec) if divided and part is not None]
 
 
 def all_examples(x: jax.Array) -> jax.Array:
