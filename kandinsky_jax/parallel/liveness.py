@@ -38,8 +38,8 @@ LINGER_SECONDS = 3 * PERIOD  # of process 0 after an error, so that the others l
 FAILED = 1  # exit code
 ADVICE = "this process ends too. Start all of them again to continue from the last checkpoint"
 UNCONNECTED = (
-    "JAX could not connect the processes; give each of them its own --process, from 0, and all of them the same "
-    "--processes and --coordinator"
+    "JAX could not connect the processes. Was each of them started, within five minutes, and can its host reach the "
+    "coordinator? Give each its own --process, from 0, and all the same --processes and --coordinator"
 )
 # Of an error of the runtime that JAX raises as a ValueError, or Orbax as one of its own.
 _STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
@@ -61,11 +61,15 @@ def joined(index: int | None = None, count: int | None = None, coordinator: str 
         ValueError: see `initialize`.
     """
     last_words = LastWords()
-    waiting = threading.Timer(WAITING_SECONDS, _say, ["waiting for the other processes to start", "note"])
+    where = "" if coordinator is None else f" at {coordinator}"
+    waiting = threading.Timer(
+        WAITING_SECONDS, _say, [f"waiting for the other processes{where}, up to 5 minutes", "note"]
+    )
     waiting.daemon = True
     waiting.start()
     try:
-        initialize(index, count, coordinator, JAX_SECONDS)
+        with _interruptible():
+            initialize(index, count, coordinator, JAX_SECONDS)
     finally:
         waiting.cancel()
     watch = Watch(jax.process_index(), jax.process_count())
@@ -139,8 +143,7 @@ class Watch:
                     return lost
                 time.sleep(PERIOD / 4)
         elif not self._ended:
-            reason = shorten(error, 300)
-            self._report(type(error).__name__ + (f": {reason}" if reason else ""))
+            self._report("it was interrupted" if isinstance(error, KeyboardInterrupt) else _reason(error))
         return None
 
     # Threads ------------------------------------------------------------------------------------------------------
@@ -207,8 +210,8 @@ class Watch:
         if self.index > 0 and not _reachable():
             return f"{self._describe(0)}, which coordinates the run, has died or cannot be reached; {ADVICE}"
         return (
-            "JAX's runtime has ended this process, for the reason above; if that is another incarnation of a task, a "
-            "second process of the same number was started"
+            "JAX's runtime has ended this process, for the reason above; if that is another incarnation of a task, two "
+            "processes were started with the same --process"
         )
 
 
@@ -230,6 +233,27 @@ class LastWords:
     def _speak(self, number: int) -> None:
         _say(self.of())
         end_now()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the process while it waits in JAX, where Python would not notice it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _reason(error: BaseException) -> str:
+    """Describe an error to the other processes: one of ours by its text, any other by its class too."""
+    text = shorten(error, 300)
+    if isinstance(error, RunError | ValueError) and text:
+        return text
+    return type(error).__name__ + (f": {text}" if text else "")
 
 
 def _client() -> Any:

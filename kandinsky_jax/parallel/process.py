@@ -70,7 +70,7 @@ def initialize(
     bind = None
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal():
+        if not host or "/" in host or not port.isdecimal():
             raise ValueError(f"the coordinator must be HOST:PORT, such as 10.0.0.1:8476, got {coordinator[:80]!r}")
         bind = coordinator if host in LOOPBACK else None  # otherwise JAX listens on all addresses
     if coordinator is not None or index is not None or count is not None:
@@ -90,6 +90,8 @@ def initialize(
             f"0, --process I and --processes N, or set {names}, {VARIABLES[0][0]} and {VARIABLES[0][1]}"
         ) from None
     jax.devices()
+    if count is not None and jax.process_count() != count:
+        raise ValueError(f"this process was told of {count} processes, and process 0 of {jax.process_count()}")
 
 
 def _check_port(coordinator: str) -> None:

@@ -99,8 +99,8 @@ class Run:
         self.folder = self.run_folder.path
         check_same_settings(self.hosts, kind, config)
         mesh = make_training_mesh(config.mesh.data, config.mesh.fsdp)
-        _check_batch(config, parts(mesh))
         check_shared(mesh)
+        _check_batch(config, parts(mesh), self.hosts)
         connect(mesh)
         if config.precompute and kind in (Kind.MOVQ, Kind.CLIP):
             raise ValueError(f"precompute is of no use for {kind}: none of its networks is frozen")
@@ -363,12 +363,13 @@ def in_folder(folder: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _check_batch(config: Config, devices: int) -> None:
+def _check_batch(config: Config, devices: int, hosts: Hosts) -> None:
     """Raise ValueError if a batch cannot be sharded."""
     accumulated = config.optimizer.gradient_accumulation_steps
     if config.train_batch_size % (devices * accumulated):
+        into = f"gradient_accumulation_steps={accumulated} parts over " if accumulated > 1 else ""
+        fewer = ", or set mesh.data and mesh.fsdp for fewer devices" if hosts.count == 1 else ""
         raise ValueError(
-            f"train_batch_size={config.train_batch_size} cannot be divided into "
-            f"gradient_accumulation_steps={accumulated} parts over {devices} devices; make it a multiple of "
-            f"{devices * accumulated}, or set mesh.data and mesh.fsdp for fewer devices"
+            f"train_batch_size={config.train_batch_size} cannot be divided into {into}{devices} devices; make it a "
+            f"multiple of {devices * accumulated}{fewer}"
         )

@@ -34,6 +34,7 @@ from kandinsky_jax.parallel.sharding import (
 
 FSDP_AXIS = "fsdp"
 FSDP_MIN_SIZE = 1 << 16
+ANY_MESH = f"a checkpoint fits any {DATA_AXIS} and {FSDP_AXIS}"
 EXAMPLE_AXES = (DATA_AXIS, FSDP_AXIS)
 EXAMPLES = PartitionSpec(EXAMPLE_AXES)  # of arrays whose first axis is examples
 
@@ -73,7 +74,10 @@ def make_training_mesh(
         ValueError: for more shards than devices.
     """
     found = list(jax.devices() if devices is None else devices)
-    data = max(1, len(found) // fsdp) if data is None else data
+    if data is None:
+        data = max(1, len(found) // fsdp)
+        if fsdp > len(found):
+            raise ValueError(f"{FSDP_AXIS}={fsdp} needs at least {fsdp} devices, there are {len(found)}; {ANY_MESH}")
     if data * fsdp > len(found):
         raise ValueError(
             f"a mesh of {DATA_AXIS}={data}, {FSDP_AXIS}={fsdp} needs {data * fsdp} devices, there are {len(found)}"
@@ -217,7 +221,7 @@ def check_shared(mesh: Mesh | None) -> None:
     if jax.process_count() > 1 and size != jax.device_count():
         raise ValueError(
             f"a mesh of {size} devices leaves some of {jax.process_count()} processes without: they have "
-            f"{jax.device_count()} in all, and {DATA_AXIS} * {FSDP_AXIS} must be that number"
+            f"{jax.device_count()} in all, and {DATA_AXIS} * {FSDP_AXIS} must be that number; {ANY_MESH}"
         )
 
 
