@@ -145,7 +145,7 @@ def test_a_second_process_of_one_number_is_named(unused_port):
     late.kill()  # it waits for another run to start, up to JAX's five minutes
     late.communicate()
     assert [process.returncode for process in processes] == [1, 1]
-    assert all("a second process of the same number was started" in text for text in said), said
+    assert all("two processes were started with the same --process" in text for text in said), said
 
 
 @pytest.mark.slow
