@@ -52,47 +52,41 @@ POLL_SECONDS = 0.05
 TEMPORARY = ".orbax-checkpoint-tmp"
 
 
-class _StateHandler(ocp.StandardCheckpointHandler):
-    """Writes this process's part of a state, and notes at once if it cannot.
-
-    Attributes:
-        failure: why not, or why process 0 cannot write the JSON; None until then.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failure: Exception | None = None
-
-    async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
-        return [_Noted(future, self) for future in await super().async_save(*args, **kwargs) or []]
-
-
-class _PlaceHandler(ocp.JsonCheckpointHandler):
-    """Writes the JSON in process 0, and notes at once if it cannot.
+class _Noting:
+    """Base of Orbax's handlers that notes a failure to write at once; Orbax tells it after a wait for other processes.
 
     Args:
-        part: notes the failure.
+        failures: where to note it.
     """
 
-    def __init__(self, part: _StateHandler):
+    def __init__(self, failures: list[Exception]):
         super().__init__()
-        self._part = part
+        self._failures = failures
 
     async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
-        return [_Noted(future, self._part) for future in await super().async_save(*args, **kwargs) or []]
+        futures = await super().async_save(*args, **kwargs)  # type: ignore[misc]
+        return [_Noted(future, self._failures) for future in futures or []]
+
+
+class _StateHandler(_Noting, ocp.StandardCheckpointHandler):
+    """Writes this process's part of a state."""
+
+
+class _PlaceHandler(_Noting, ocp.JsonCheckpointHandler):
+    """Writes the JSON, in process 0."""
 
 
 class _Noted:
     """A future of Orbax, whose failure is noted."""
 
-    def __init__(self, future: Any, handler: _StateHandler):
-        self._future, self._handler = future, handler
+    def __init__(self, future: Any, failures: list[Exception]):
+        self._future, self._failures = future, failures
 
     def result(self, timeout: float | None = None) -> Any:
         try:
             return self._future.result(timeout)
         except Exception as error:
-            self._handler.failure = error
+            self._failures.append(error)
             raise
 
     def cancel(self) -> bool | None:
@@ -126,7 +120,7 @@ class Checkpoints:
         here = self.folder if is_url(str(folder)) else epath.Path(Path(folder).absolute())
         self._path = here / CHECKPOINTS
         self._manager: ocp.CheckpointManager | None = None
-        self._part = _StateHandler()
+        self._failures: list[Exception] = []  # of this process, in writing
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -168,8 +162,8 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raise TrainingError if this process could not write its part of a checkpoint."""
-        if self._part.failure is not None:
-            raise self._unwritten(self._part.failure)
+        if self._failures:
+            raise self._unwritten(self._failures[0])
 
     def _wait(self, manager: ocp.CheckpointManager) -> None:
         """Wait until nothing is being written; or until this process's part has failed, where Orbax would wait on."""
@@ -188,8 +182,8 @@ class Checkpoints:
         waiting = threading.Thread(target=wait, daemon=True)
         waiting.start()
         while not ended:
-            if self._part.failure is not None:
-                raise self._part.failure
+            if self._failures:
+                raise self._failures[0]
             waiting.join(POLL_SECONDS)
         if ended[0] is not None:
             raise ended[0]
@@ -200,8 +194,8 @@ class Checkpoints:
             waiting = ocp.AsyncOptions(timeout_secs=WRITING_SECONDS)
             options = ocp.CheckpointManagerOptions(max_to_keep=self.limit, async_options=waiting)
             handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-            handlers.add("state", ocp.args.StandardSave, self._part)
-            handlers.add("place", ocp.args.JsonSave, _PlaceHandler(self._part))
+            handlers.add("state", ocp.args.StandardSave, _StateHandler(self._failures))
+            handlers.add("place", ocp.args.JsonSave, _PlaceHandler(self._failures))
             self._manager = ocp.CheckpointManager(self._path, options=options, handler_registry=handlers)
         return self._manager
 

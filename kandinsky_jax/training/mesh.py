@@ -74,14 +74,10 @@ def make_training_mesh(
         ValueError: for more shards than devices.
     """
     found = list(jax.devices() if devices is None else devices)
-    if data is None:
-        data = max(1, len(found) // fsdp)
-        if fsdp > len(found):
-            raise ValueError(f"{FSDP_AXIS}={fsdp} needs at least {fsdp} devices, there are {len(found)}; {ANY_MESH}")
+    asked = f"{FSDP_AXIS}={fsdp}" if data is None else f"{DATA_AXIS}={data}, {FSDP_AXIS}={fsdp}"
+    data = max(1, len(found) // fsdp) if data is None else data
     if data * fsdp > len(found):
-        raise ValueError(
-            f"a mesh of {DATA_AXIS}={data}, {FSDP_AXIS}={fsdp} needs {data * fsdp} devices, there are {len(found)}"
-        )
+        raise ValueError(f"a mesh of {asked} needs {data * fsdp} devices, there are {len(found)}; {ANY_MESH}")
     if data * fsdp == 1:
         return None
     # Auto: outside of a `shard_map` XLA shards results. Explicit axes, jax.make_mesh's default, fail in reshapes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_a_launcher_says_which_process_this_is(bare):
         this_process(1)
 
 
-@pytest.mark.parametrize("coordinator", ["host", ":8476", "host:", "host:port", "10.0.0.1"])
+@pytest.mark.parametrize("coordinator", ["host", ":8476", "host:", "host:port", "10.0.0.1", "http://host:8476"])
 def test_a_coordinator_has_a_host_and_a_port(bare, coordinator):
     with pytest.raises(ValueError, match="the coordinator must be HOST:PORT, such as"):
         initialize(0, 2, coordinator)
@@ -121,29 +122,43 @@ JOINING = """
 import sys, time
 from kandinsky_jax.parallel.liveness import HostLost, end_now, joined
 try:
-    with joined(int(sys.argv[1]), 2, sys.argv[2]) as hosts:
+    with joined(int(sys.argv[1]), int(sys.argv[3]), sys.argv[2]) as hosts:
         print("joined", flush=True)
         time.sleep(60)
         hosts.gather([0])
-except HostLost as error:
+except (HostLost, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     end_now()
 """
 
 
+def joining(number: int, count: int, port: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", JOINING, str(number), f"127.0.0.1:{port}", str(count)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_processes_that_were_told_of_different_numbers(unused_port):
+    first, second = joining(0, 2, unused_port), joining(1, 3, unused_port)
+    said = second.communicate(timeout=100)[1]
+    first.kill()
+    first.communicate()
+    assert second.returncode == 1
+    assert "error: this process was told of 3 processes, and process 0 of 2\n" in said
+
+
 @pytest.mark.slow
 def test_a_second_process_of_one_number_is_named(unused_port):
-    """A second one with the number 1, when both are there."""
-    command = [sys.executable, "-c", JOINING]
-    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, number, f"127.0.0.1:{unused_port}"], **pipes) for number in ("0", "1")]
+    """A second one with the number 1, when both are there; Ctrl-C ends it while it waits."""
+    processes = [joining(number, 2, unused_port) for number in (0, 1)]
     for process in processes:
         while "joined" not in process.stdout.readline():
             assert process.poll() is None
-    late = subprocess.Popen([*command, "1", f"127.0.0.1:{unused_port}"], **pipes)
+    late = joining(1, 2, unused_port)
     said = [process.communicate(timeout=100)[1] for process in processes]
-    late.kill()  # it waits for another run to start, up to JAX's five minutes
-    late.communicate()
+    late.send_signal(signal.SIGINT)  # it waits for another run to start, up to JAX's five minutes
+    late.communicate(timeout=10)
+    assert late.returncode == -signal.SIGINT
     assert [process.returncode for process in processes] == [1, 1]
     assert all("two processes were started with the same --process" in text for text in said), said
 

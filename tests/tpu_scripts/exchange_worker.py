@@ -32,23 +32,35 @@ def loss(params: dict[str, jax.Array], batch: dict[str, jax.Array]) -> jax.Array
     return jnp.mean(jnp.square(y.astype(jnp.float32)))
 
 
+def loss_of_kernel(params: dict[str, jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
+    return jnp.mean(batch["x"]) * jnp.mean(jnp.square(params["kernel"].astype(jnp.float32)))
+
+
+def asked(trainer: Trainer, params: dict[str, jax.Array], batch: dict[str, jax.Array]) -> list[str]:
+    """The collectives of a step, and their types, before XLA compiles it."""
+    text = trainer.lower(trainer.init(params), batch, jax.random.key(0)).as_text()
+    found = re.findall(r"stablehlo\.(all_\w+|reduce_scatter)\".*?: (\(tensor<.*?)\n", text, re.DOTALL)
+    return [f"{kind}: {types}" for kind, types in found]
+
+
 def main() -> None:
     mapped = jax.shard_map(
         by_hand, mesh=MESH, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec(), check_vma=False
     )
     where = NamedSharding(MESH, PartitionSpec("fsdp"))
     program = jax.jit(mapped).lower(jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=where))
-    trainer = Trainer(loss, OptimizerConfig(dtype="bfloat16", remat=True), mesh=MESH)
-    state = trainer.init({"weight": jnp.ones((256, 512))})
+    settings = OptimizerConfig(dtype="bfloat16", remat=True)
+    trainer, of_kernel = (Trainer(function, settings, mesh=MESH) for function in (loss, loss_of_kernel))
+    params = {"weight": jnp.ones((256, 512))}
     batch = shard_examples(MESH, {"x": jnp.ones((16, 256))})
-    step = trainer.lower(state, batch, jax.random.key(0))
-    asked = re.findall(r"stablehlo\.(all_\w+|reduce_scatter)\".*?: (\(tensor<.*?)\n", step.as_text(), re.DOTALL)
+    step = trainer.lower(trainer.init(params), batch, jax.random.key(0))
     print(
         json.dumps(
             {
                 "by hand": totals(program.compile().as_text(), MESH.shape),
                 "step": totals(step.compile().as_text(), MESH.shape),
-                "asked": [f"{kind}: {types}" for kind, types in asked],
+                "asked": asked(trainer, params, batch),
+                "asked of a kernel": asked(of_kernel, {"kernel": jnp.ones((3, 3, 72, 128))}, batch),
             }
         )
     )

@@ -67,6 +67,16 @@ TPU_TEXT = """%all-reduce-scatter.1 (p.1: bf16[64,8]) -> bf16[16,8] {
   ROOT %g.3 = bf16[64,8]{1,0} all-gather(%p.3), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
 }
 
+%async_collective_fusion.3 (p.4: bf16[16,8]) -> bf16[64,8] {
+  %p.4 = bf16[16,8]{1,0} parameter(0)
+  ROOT %g.4 = bf16[64,8] all-gather(%p.4), channel_id=5, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%async_collective_fusion.4 (p.5: bf16[16,8]) -> bf16[64,8] {
+  %p.5 = bf16[16,8]{1,0} parameter(0)
+  ROOT %g.5 = bf16[64,8] all-gather(%p.5), channel_id=5, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="1"}
+}
+
 %body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
   %x = f32[4]{0} get-tuple-element(%s), index=1
   %m = f32[4]{0} all-reduce(%x), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
@@ -78,6 +88,9 @@ ENTRY %main (p: bf16[64,8]) -> bf16[16,8] {
   %f.1 = bf16[16,8]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %f.2 = bf16[64,8]{1,0} fusion(%f.1), kind=kOutput, calls=%async_collective_fusion.1
   %f.3 = bf16[64,8]{1,0} fusion(%f.1), kind=kOutput, calls=%async_collective_fusion.2
+  %f.4 = bf16[64,8]{1,0} fusion(%f.1), kind=kOutput, calls=%async_collective_fusion.3
+  %f.5 = bf16[64,8]{1,0} fusion(%f.1), kind=kOutput, calls=%async_collective_fusion.4
+  %f.6 = bf16[64,8]{1,0} fusion(%f.1), kind=kOutput, calls=%async_collective_fusion.4
   %w = (s32[], f32[4]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %s = (f32[4]{0}, f32[8]{0}) all-gather-start(%y), channel_id=4, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
   ROOT %done = f32[8]{0} all-gather-done(%s)
@@ -90,6 +103,7 @@ def test_exchange_in_a_text_of_a_tpu():
     assert found == [
         ("reduce-scatter", "fsdp", 1, 256, 3 * 256),
         ("all-gather", "fsdp", 1, 1024, 3 / 4 * 1024),
+        *[("all-gather", "fsdp", 1, 1024, 3 / 4 * 1024)] * 2,  # of one channel, but two chains
         ("all-reduce", "data", 3, 16, 2 * 1 / 2 * 16),
         ("all-gather", "data", 1, 32, 16),
     ]
@@ -118,6 +132,8 @@ def test_exchange_on_a_mesh():
         "reduce_scatter: (tensor<256x512xbf16>) -> tensor<64x512xbf16>",
         "all_reduce: (tensor<64x512xbf16>) -> tensor<64x512xbf16>",
     ]
+    # Shards along the last axis are no rows of tiles: 20736 numbers are laid out in 16 rows, with some padding.
+    assert "reduce_scatter: (tensor<64x1408xbf16>) -> tensor<16x1408xbf16>" in found["asked of a kernel"]
 
 
 def test_loops_of_known_length_are_multiplied_out():

@@ -66,6 +66,8 @@ def test_what_is_no_mesh():
     assert parts(None) == 1
     with pytest.raises(ValueError, match="a mesh of data=2, fsdp=4 needs 8 devices, there are 1"):
         make_training_mesh(2, 4)
+    with pytest.raises(ValueError, match="a mesh of fsdp=4 needs 4 devices, there are 1; a checkpoint fits"):
+        make_training_mesh(fsdp=4)
 
 
 def test_rules_that_cannot_be_followed():
