@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from kandinsky_jax.common.types import Array, Float, Num
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.convolution import Conv
+from kandinsky_jax.parallel.stationary import InOut, multiply
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -74,6 +75,9 @@ def param(shape: tuple[int, ...], rngs: Rngs) -> nnx.Param:
     return nnx.Param(_embedding(rngs.params(), shape))
 
 
+LINEAR_AXES = InOut(inputs=1, outputs=0)
+
+
 class Linear(nnx.Module):
     """`x @ weight.T + bias`.
 
@@ -82,12 +86,13 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, cin: int, cout: int, *, bias: bool, rngs: Rngs):
+        self.features = InOut(cin, cout)
         self.weight = nnx.Param(_rows(rngs.params(), (cout, cin)))
         self.bias = nnx.Param(_zeros(rngs.params(), (cout,))) if bias else None
 
     def __call__(self, x: Float[Array, "*B cin"]) -> Float[Array, "*B cout"]:
         """x: `[..., in]`; `[..., out]`."""
-        y = _product(x, self.weight[...])
+        y = multiply(_product, x, self.weight[...], LINEAR_AXES, self.features)
         return y if self.bias is None else y + self.bias[...]
 
 

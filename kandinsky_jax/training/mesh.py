@@ -2,8 +2,8 @@
 
 A mesh has two axes. A batch is sharded over both. Trained parameters, their average and the optimizer's state are
 sharded over `fsdp` only: a step gathers the parameters, each device computes with its own examples, and gets its shard
-of the summed gradients (Rajbhandari et al. 2020, arXiv 1910.02054; Zhao et al. 2023, arXiv 2304.11277). With `fsdp=1`
-they are replicated.
+of the summed gradients (Rajbhandari et al. 2020, arXiv 1910.02054; Zhao et al. 2023, arXiv 2304.11277). Weights of
+layers whose activations are smaller stay sharded, see `parallel.stationary`. With `fsdp=1` all are replicated.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from kandinsky_jax.parallel.sharding import (
     parameter_shardings,
     rules_by_size,
 )
+from kandinsky_jax.parallel.stationary import FSDP_AXIS
 
-FSDP_AXIS = "fsdp"
 FSDP_MIN_SIZE = 1 << 16
 ANY_MESH = f"a checkpoint fits any {DATA_AXIS} and {FSDP_AXIS}"
 EXAMPLE_AXES = (DATA_AXIS, FSDP_AXIS)

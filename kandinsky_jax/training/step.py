@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.sharding import REPLICATED, Rules
+from kandinsky_jax.parallel.stationary import EXCHANGED, FSDP_AXIS, to_gather
 from kandinsky_jax.training.malloc import keep_freed_memory
 from kandinsky_jax.training.mesh import (
     EXAMPLE_AXES,
@@ -152,13 +153,14 @@ class Trainer:
     ):
         self.settings, self.mesh, self.rules, self.min_size = settings, mesh, rules, min_size
         self.frozen = frozen if mesh is None or frozen is None else put(frozen, self.shardings(frozen))
-        self._draw = draw
+        self._of_examples, self._draw = loss, draw
         # Equal parts of a batch, of whose losses the mean is taken: of devices, and of accumulation.
         self._parts = parts(mesh) * settings.gradient_accumulation_steps
         if jax.default_backend() == "cpu":
             keep_freed_memory()
-        policy = jax.checkpoint_policies.checkpoint_dots
-        self._loss = jax.checkpoint(loss, policy=policy) if settings.remat else loss
+        policies = jax.checkpoint_policies
+        kept = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(EXCHANGED))
+        self._loss = jax.checkpoint(loss, policy=kept) if settings.remat else loss
         clip = optax.identity() if settings.max_grad_norm is None else optax.clip_by_global_norm(settings.max_grad_norm)
         adam = optax.adamw(
             settings.rate(),
@@ -231,10 +233,11 @@ class Trainer:
         if self.mesh is None:
             return self._accumulated(batch, params, self._computed(params), frozen)
         specs = [jax.tree.map(lambda where: where.spec, self.shardings(tree)) for tree in (params, frozen)]
+        moved = self._to_gather(params, specs[0], batch, frozen)
 
         def of_device(batch: PyTree, params: PyTree, frozen: PyTree) -> tuple[jax.Array, PyTree]:
-            whole, frozen = gather(self._computed(params), specs[0]), gather(frozen, specs[1])
-            loss, shards = self._accumulated(batch, params, whole, frozen, lambda whole: scatter_sums(whole, specs[0]))
+            computed, frozen = gather(self._computed(params), moved), gather(frozen, specs[1])
+            loss, shards = self._accumulated(batch, params, computed, frozen, lambda sums: scatter_sums(sums, moved))
             sums = sum_replicas(self._computed(shards), specs[0])
             return jax.lax.psum(loss, EXAMPLE_AXES), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), sums)
 
@@ -242,6 +245,16 @@ class Trainer:
             of_device, mesh=self.mesh, in_specs=(EXAMPLES, *specs), out_specs=(REPLICATED, specs[0]), check_vma=False
         )
         return mapped(jax.tree.map(self._by_device, batch), params, frozen)
+
+    def _to_gather(self, params: PyTree, specs: PyTree, batch: PyTree, frozen: PyTree) -> PyTree:
+        """Return `specs` of the parameters that are gathered, see `parallel.stationary`."""
+        assert self.mesh is not None
+        if (shards := self.mesh.shape[FSDP_AXIS]) == 1:
+            return specs
+        part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) // self._parts, *x.shape[1:]), x.dtype), batch)
+        computed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.settings.dtype), params)
+        further = () if frozen is None else (frozen,)
+        return to_gather(self._of_examples, computed, specs, shards, part, *further)
 
     def _by_device(self, x: jax.Array) -> jax.Array:
         """Reorder examples, so that the devices' parts of accumulation make up those of the batch.

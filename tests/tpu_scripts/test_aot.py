@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import subprocess
 import sys
@@ -134,6 +135,21 @@ def test_exchange_on_a_mesh():
     ]
     # Shards along the last axis are no rows of tiles: 20736 numbers are laid out in 16 rows, with some padding.
     assert "reduce_scatter: (tensor<64x1408xbf16>) -> tensor<16x1408xbf16>" in found["asked of a kernel"]
+    # Weights of layers with few rows stay sharded. Nothing is exchanged again for rematerialisation.
+    asked = collections.Counter(line.split(" ->")[0] for line in found["asked of layers"] if "xbf16" in line)
+    assert asked == {
+        "all_gather: (tensor<2x256xbf16>)": 1,
+        "all_gather: (tensor<2x512xbf16>)": 1,
+        "all_to_all: (tensor<8x128xbf16>)": 1,
+        "all_to_all: (tensor<8x64xbf16>)": 1,
+        "all_to_all: (tensor<2x256xbf16>)": 1,
+        "all_to_all: (tensor<2x512xbf16>)": 1,
+        "reduce_scatter: (tensor<8x512xbf16>)": 1,
+        "all_reduce: (tensor<128x256xbf16>)": 1,
+        "all_reduce: (tensor<64x512xbf16>)": 1,
+        "all_reduce: (tensor<512xbf16>)": 1,
+        "all_reduce: (tensor<256xbf16>)": 1,
+    }
 
 
 def test_loops_of_known_length_are_multiplied_out():
