@@ -303,6 +303,21 @@ def test_the_average_is_the_references(shapes_pipe):
     assert np.allclose(state.ema["a"]["weight"], average.shadow_params[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_gradients_that_are_not_finite_change_no_weight(clip):
+    """The root of 0 is finite, its slope is not."""
+    settings = OptimizerConfig(learning_rate=0.1, max_grad_norm=clip, ema_decay=0.5)
+    trainer = Trainer(lambda params, batch: jnp.sqrt(params["weight"] * batch).mean(), settings)
+    before = trainer.init({"weight": jnp.arange(1.0, 3.0)})
+    state, _ = trainer.step(before, jnp.ones((1, 2)), jax.random.key(0))
+    kept = jax.tree.map(np.array, state)
+    after, metrics = trainer.step(state, jnp.zeros((1, 2)), jax.random.key(0))
+    assert np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["gradient_norm"])
+    assert after.step == 2
+    assert all(map(np.array_equal, jax.tree.leaves(after._replace(step=kept.step)), jax.tree.leaves(kept)))
+
+
 def test_patterns_that_match_no_layer(shapes_pipe):
     with pytest.raises(ValueError, match="matches none of the linear layers"):
         lora.init(Network.split(shapes_pipe.unet)[1], LoraConfig(pattern="nothing"), jax.random.key(0))
