@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import shutil
+import threading
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -60,9 +61,13 @@ class LatentCache:
         self._ends = np.cumsum([len(about["which"]) for _, about in parts])
         self._files = [{name: folder / f"{name}.npy" for name in about["files"]} for folder, about in parts]
         self._opened = functools.lru_cache(OPEN_PARTS)(self._open)
+        self._opening = threading.Lock()
 
     def _open(self, part: int) -> dict[str, np.ndarray]:
-        return {name: np.load(path, mmap_mode="r") for name, path in self._files[part].items()}
+        # NumPy parses a file's header as Python. Two threads at once sometimes fail in CPython 3.11 ("AST constructor
+        # recursion depth mismatch", python/cpython#106905).
+        with self._opening:
+            return {name: np.load(path, mmap_mode="r") for name, path in self._files[part].items()}
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return the arrays of one item, number `index` of those in `which`."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from kandinsky_jax.training.data import Batches, Captioned, DataError, Reader, listing
+from kandinsky_jax.training.latent_cache import LatentCache
 
 
 @pytest.mark.parametrize(("count", "batch"), [(1, 1), (1, 3), (5, 1), (5, 2), (5, 5), (5, 12)])
@@ -36,3 +40,24 @@ def test_data_without_a_readable_picture_is_an_error_with_its_path(tmp_path):
     with pytest.raises(DataError, match=r"cannot be trained on:\n  a\.png: ") as caught:
         next(Batches(listing(tmp_path), Reader(64), 1, seed=0, where=str(tmp_path)))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_threads_open_encoded_parts_at_once(tmp_path):
+    """NumPy parses headers as Python, in which threads disturb each other in CPython 3.11."""
+    parts = []
+    for i in range(40):
+        folder = tmp_path / f"{i:05d}"
+        folder.mkdir()
+        np.save(folder / "a.npy", np.full(1, i))
+        np.save(folder / "b.npy", np.zeros(1))
+        parts.append((folder, {"which": [i], "files": ["a", "b"]}))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            for _ in range(20):
+                cache = LatentCache(parts)
+                found = threads.map(lambda item, cache=cache: cache(item, None)["a"], 8 * list(range(40)))
+                assert list(found) == 8 * list(range(40))
+    finally:
+        sys.setswitchinterval(interval)
