@@ -97,7 +97,7 @@ def _fastest(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, kernel, cpu=cpu_method(x, kernel), default=convolve)
 
 
-KERNEL_AXES = InOut(inputs=2, outputs=3)
+CONV_AXES = InOut(inputs=2, outputs=3)
 
 
 class Conv(nnx.Conv):
@@ -107,5 +107,5 @@ class Conv(nnx.Conv):
         kernel, strides = self.kernel[...], self.strides
         if kernel.shape[:2] != (3, 3) or strides not in (1, (1, 1)) or self.padding not in (1, (1, 1)) or x.ndim != 4:
             return super().__call__(x, **kwargs)
-        y = multiply(_fastest, x, kernel, KERNEL_AXES, InOut(self.in_features, self.out_features))
+        y = multiply(_fastest, x, kernel, CONV_AXES, InOut(self.in_features, self.out_features))
         return y if self.bias is None else y + self.bias[...]

@@ -9,6 +9,7 @@ without another exchange.
 
 from __future__ import annotations
 
+import collections
 import contextvars
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -80,6 +81,8 @@ def _exchanged(x: jax.Array) -> jax.Array:
 def products(loss: Callable[..., jax.Array], params: PyTree, *args: PyTree) -> list[list[Product]]:
     """Return what is multiplied with each parameter of a loss by `multiply`, in the order of `jax.tree.leaves`.
 
+    Nothing for parameters that the loss uses in other ways too, which need them whole.
+
     Args:
         loss: (params, *args) -> scalar.
         params, args: arrays or their shapes; nothing is computed.
@@ -99,8 +102,10 @@ def products(loss: Callable[..., jax.Array], params: PyTree, *args: PyTree) -> l
         finally:
             _note.reset(token)
 
-    jax.eval_shape(noting, params, *args)
-    return found
+    traced = jax.make_jaxpr(noting)(params, *args).jaxpr
+    uses = collections.Counter(id(operand) for equation in traced.eqns for operand in equation.invars)
+    operands = traced.invars[: len(found)]
+    return [mine if uses[id(operand)] == len(mine) else [] for operand, mine in zip(operands, found, strict=True)]
 
 
 def stays(size: int, axis: int, uses: Sequence[Product], shards: int) -> bool:

@@ -153,7 +153,7 @@ class Trainer:
     ):
         self.settings, self.mesh, self.rules, self.min_size = settings, mesh, rules, min_size
         self.frozen = frozen if mesh is None or frozen is None else put(frozen, self.shardings(frozen))
-        self._of_examples, self._draw = loss, draw
+        self._plain_loss, self._draw = loss, draw
         # Equal parts of a batch, of whose losses the mean is taken: of devices, and of accumulation.
         self._parts = parts(mesh) * settings.gradient_accumulation_steps
         if jax.default_backend() == "cpu":
@@ -252,9 +252,10 @@ class Trainer:
         if (shards := self.mesh.shape[FSDP_AXIS]) == 1:
             return specs
         part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) // self._parts, *x.shape[1:]), x.dtype), batch)
-        computed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.settings.dtype), params)
+        computed = jax.eval_shape(self._computed, params)
         further = () if frozen is None else (frozen,)
-        return to_gather(self._of_examples, computed, specs, shards, part, *further)
+        # Not `self._loss`: within `jax.checkpoint` parameters are other objects.
+        return to_gather(self._plain_loss, computed, specs, shards, part, *further)
 
     def _by_device(self, x: jax.Array) -> jax.Array:
         """Reorder examples, so that the devices' parts of accumulation make up those of the batch.
