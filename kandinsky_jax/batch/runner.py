@@ -12,10 +12,10 @@ picture always has the same neighbours in the same program, and a shard has the 
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, ParamSpec, TypeVar
@@ -28,19 +28,21 @@ from kandinsky_jax import images
 from kandinsky_jax.batch.job import OpenJob
 from kandinsky_jax.batch.requests import Checker, ErrorRecord, RowError, RowRequest, Shape
 from kandinsky_jax.batch.shards import GeneratedImage, json_line
-from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.diffusion.rng import image_keys
 from kandinsky_jax.parallel.process import Process
 from kandinsky_jax.pipelines import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import PendingImages
 from kandinsky_jax.preemption import Stop
+from kandinsky_jax.schedulers import scheduler_named
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 ENCODERS = 4  # threads; Pillow releases the GIL while compressing
 AHEAD = 2  # shards that are read or written while one is generated
+RECHECK_SECONDS = 15.0  # after which a shard is looked up again, which another process may have completed
 
 
 @dataclass
@@ -58,10 +60,30 @@ class Report:
     failed_shards: list[str] = field(default_factory=list)  # files of their shards; removed ones are made again
     stopped: bool = False  # by a signal before the end
 
+    def add(self, result: ShardResult) -> None:
+        """Count a shard."""
+        if result.written:
+            self.shards += 1
+        else:
+            self.skipped += 1
+        self.images += result.images
+        self.errors += result.errors
+        self.generating += result.generating
+
     @property
     def waited(self) -> float:
         """Fraction of the time in which the devices were idle."""
         return max(0.0, 1 - self.generating / self.seconds) if self.seconds else 0.0
+
+
+class ShardResult(NamedTuple):
+    """What became of one shard in this process."""
+
+    shard: int
+    written: bool  # False if it was complete before, or another process was first
+    images: int = 0
+    errors: int = 0  # rows that could not be generated
+    generating: float = 0.0  # seconds in which a device was busy with it
 
 
 class Unit(NamedTuple):
@@ -86,36 +108,99 @@ class Shard:
     calls: list[list[Unit]]
     images: list[Future[list[GeneratedImage]]] = field(default_factory=list)
     complete: bool = False  # whether another process has completed it
+    generating: float = 0.0  # seconds in which a device was busy with it
+    checked: float = field(default_factory=time.perf_counter)  # when it was last seen to be incomplete
 
 
 def run(
-    job: OpenJob, pipe: CombinedPipeline, process: Process, *, overlap: bool = True, quiet: bool = False, stop: Stop
+    job: OpenJob,
+    pipe: CombinedPipeline,
+    process: Process | None = None,
+    *,
+    shards: Iterable[int] | None = None,
+    on_shard: Callable[[ShardResult], object] | None = None,
+    overlap: bool = True,
+    quiet: bool = False,
+    stop: Stop | None = None,
 ) -> Report:
-    """Generate this process's incomplete shards of a job: every `process.count`-th, from `process.index` on.
+    """Generate shards of a job that are not complete.
 
     Args:
-        pipe: of the class `job.pipeline`.
+        pipe: of the class `job.pipeline`, see `load_pipeline`.
+        process: generates every `process.count`-th shard, from `process.index` on; None is the only process.
+        shards: the numbers of shards to generate instead, from 0 to `job.shards` - 1. An iterator is asked from a
+            thread, one shard ahead, and may wait for work to be found; so an engine can deal out shards one by one.
+            Call `finish` once all shards of the job are complete.
+        on_shard: called from a thread with each shard that is complete.
         overlap: False runs the stages one after the other, to measure the effect of overlapping.
         quiet: no progress bar.
         stop: asks to end early.
+    Returns:
+        a report, whose `complete`, `failed` and `failed_shards` are not determined where `shards` are given.
     Raises:
         JobError: where the output belongs to another job.
+        ValueError: for `process` and `shards` together, or a shard that the job does not have.
         OSError: where the output cannot be written to; complete shards stay.
     """
+    if process is not None and shards is not None:
+        raise ValueError("give the process or the shards, not both")
     job.begin()
-    done, mine = job.output.complete(job.shards), range(process.index, job.shards, process.count)
-    left = [number for number in mine if number not in done]
+    report, stop = Report(), stop or Stop()
+    name = "batch"
+    left: Iterable[int]
+    if shards is not None:
+        left = _checked(job, shards)
+        left = list(left) if isinstance(shards, Collection) else left
+    else:
+        process = process or Process()
+        name = name if process.count == 1 else f"process {process.index} of {process.count}"
+        done, mine = job.output.complete(job.shards), range(process.index, job.shards, process.count)
+        left = [number for number in mine if number not in done]
+        report.skipped = len(mine) - len(left)
     job.output.sweep()
-    report = Report(skipped=len(mine) - len(left))
     began = time.perf_counter()
-    with _Stages(job, pipe, report, overlap) as stages, _bar(job, process, left, quiet) as bar:
-        stages.generate(left, stop, bar)
+    with _Stages(job, pipe, report, overlap, on_shard) as stages, _bar(job, name, left, quiet) as bar:
+        all_done = stages.generate(left, stop, bar)
     report.seconds = time.perf_counter() - began
-    report.stopped = stop.asked and report.shards + report.skipped < len(mine)
+    if shards is None:
+        finish(job, report)
+    report.stopped = stop.asked and not all_done and not report.complete
+    return report
+
+
+def _checked(job: OpenJob, shards: Iterable[int]) -> Iterator[int]:
+    for number in shards:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < job.shards:
+            raise ValueError(f"there is no shard {quote(number)}; the job's are numbered from 0 to {job.shards - 1}")
+        yield number
+
+
+def finish(job: OpenJob, report: Report | None = None) -> Report:
+    """Write errors.jsonl if all shards are complete, whoever made them; otherwise do nothing.
+
+    Args:
+        report: gets `complete`, `failed` and `failed_shards`; None is a new one.
+    Raises:
+        OSError: where the output cannot be read or written.
+    """
+    report = Report() if report is None else report
     report.complete = len(job.output.complete(job.shards)) == job.shards
     if report.complete:
         report.failed, report.failed_shards = job.output.finish(job.shards)
     return report
+
+
+def load_pipeline(job: OpenJob) -> CombinedPipeline:
+    """Load a job's pipeline, with its scheduler, and compile it meanwhile for the first row.
+
+    Raises:
+        CheckpointError: for a model that does not exist or is damaged.
+    """
+    pipe = job.pipeline.from_pretrained(job.model, prior=job.job.prior, dtype=job.job.dtype, warmup=rehearsal(job))
+    pipe.set_progress_bar_config(disable=True)
+    if job.scheduler is not None:
+        pipe.scheduler = scheduler_named(job.scheduler, pipe.scheduler.config)
+    return pipe
 
 
 def rehearsal(job: OpenJob) -> Callable[[CombinedPipeline], None]:
@@ -138,9 +223,8 @@ def _checker(job: OpenJob, pipe: CombinedPipeline) -> Checker:
     return Checker(pipe, job.mode, job.job.folder, job.settings, job.job.seed, job.rows.taken, job.recommended)
 
 
-def _bar(job: OpenJob, process: Process, left: list[int], quiet: bool) -> tqdm:
-    name = "batch" if process.count == 1 else f"process {process.index} of {process.count}"
-    total = sum(_expected(job, number) for number in left)
+def _bar(job: OpenJob, name: str, left: Iterable[int], quiet: bool) -> tqdm:
+    total = sum(_expected(job, number) for number in left) if isinstance(left, list) else None
     return tqdm(total=total, desc=name, unit="image", disable=quiet, smoothing=0.1)
 
 
@@ -153,8 +237,15 @@ def _expected(job: OpenJob, shard: int) -> int:
 class _Stages:
     """The stages' threads and queues."""
 
-    def __init__(self, job: OpenJob, pipe: CombinedPipeline, report: Report, overlap: bool):
-        self._job, self._pipe, self._report = job, pipe, report
+    def __init__(
+        self,
+        job: OpenJob,
+        pipe: CombinedPipeline,
+        report: Report,
+        overlap: bool,
+        on_shard: Callable[[ShardResult], object] | None,
+    ):
+        self._job, self._pipe, self._report, self._on_shard = job, pipe, report, on_shard
         self._checker = _checker(job, pipe)
         self._devices = Network.split(pipe.unet)[0].devices
         self._overlap = overlap
@@ -169,39 +260,48 @@ class _Stages:
         for executor in (self._reader, self._encoders, self._writer):
             executor.shutdown(wait=True, cancel_futures=kind is not None)
 
-    def generate(self, shards: list[int], stop: Stop, bar: tqdm) -> None:
-        """Generate and write shards, one after the other."""
+    def generate(self, shards: Iterable[int], stop: Stop, bar: tqdm) -> bool:
+        """Generate and write shards, one after the other; return False if there was no time for some."""
         writing: list[Future[None]] = []
+        all_done = True
         for shard in self._read_ahead(shards, stop):
-            if shard.complete:
-                self._report.skipped += 1
-                bar.total -= _expected(self._job, shard.number)
-                continue
-            bar.total += len(shard.units) - _expected(self._job, shard.number)
-            if not self._generate_shard(shard, stop, bar):
+            if shard is None:
+                all_done = False
+                break
+            _expect(bar, len(shard.units) - _expected(self._job, shard.number))
+            if not shard.complete and not self._generate_shard(shard, stop, bar):
+                all_done = False
                 break
             writing.append(self._writer.submit(self._write, shard))
             while len(writing) > AHEAD or (writing and writing[0].done()):
                 writing.pop(0).result()
         for future in writing:
             future.result()
+        return all_done
 
-    def _read_ahead(self, shards: list[int], stop: Stop) -> Iterator[Shard]:
-        waiting: queue.SimpleQueue[Future[Shard]] = queue.SimpleQueue()
-        ahead, left = 0, iter(shards)
+    def _read_ahead(self, shards: Iterable[int], stop: Stop) -> Iterator[Shard | None]:
+        """Yield the shards; None at the end if there was no time for all."""
+        left = iter(shards)
+        waiting: deque[Future[Shard | None]] = deque()
         while True:
-            while ahead < (AHEAD if self._overlap else 1) and not stop.asked:
-                number = next(left, None)
-                if number is None:
-                    break
-                waiting.put(self._reader.submit(self._read, number))
-                ahead += 1
-            if not ahead or stop.asked:
+            while len(waiting) < (AHEAD if self._overlap else 1) and not stop.asked:
+                waiting.append(self._reader.submit(self._read_next, left))
+            if not waiting:
+                yield None
                 return
-            yield waiting.get().result()
-            ahead -= 1
+            shard = waiting.popleft().result()
+            if shard is None:
+                return
+            if stop.asked:
+                yield None
+                return
+            yield shard
 
     # Stages -------------------------------------------------------------------------------------------------------
+
+    def _read_next(self, left: Iterator[int]) -> Shard | None:
+        number = next(left, None)
+        return None if number is None else self._read(number)
 
     def _read(self, number: int) -> Shard:
         if self._job.output.is_complete(number):
@@ -227,6 +327,8 @@ class _Stages:
         for i, call in enumerate(shard.calls):
             if stop.asked and not stop.time_for(len(shard.calls) - i):
                 return False
+            if self._completed_meanwhile(shard):
+                return True
             self._slots.acquire()
             began = time.perf_counter()
             pending = self._pipe.generate(**arguments(call, self._job.job.batch, self._devices))
@@ -234,10 +336,17 @@ class _Stages:
                 jax.block_until_ready(pending.array)
             seconds = time.perf_counter() - began
             stop.took(seconds)
-            self._report.generating += seconds
+            shard.generating += seconds
             shard.images.append(self._encoders.submit(self._encode, pending, call))
             bar.update(len(call))
         return True
+
+    def _completed_meanwhile(self, shard: Shard) -> bool:
+        """Return whether another process has completed a shard since it was read; seldom looked up."""
+        if time.perf_counter() - shard.checked > RECHECK_SECONDS:
+            shard.complete = self._job.output.is_complete(shard.number)
+            shard.checked = time.perf_counter()
+        return shard.complete
 
     def _encode(self, pending: PendingImages, call: list[Unit]) -> list[GeneratedImage]:
         try:
@@ -270,18 +379,26 @@ class _Stages:
         return facts | {"dtype": job.job.dtype, "batch": job.job.batch}
 
     def _write(self, shard: Shard) -> None:
-        by_key = {image.key: image for future in shard.images for image in future.result()}
-        for unit in shard.units:
-            if fault := by_key[unit.key].fault:
-                shard.errors.append({"row": unit.request.number, "id": unit.request.id, "error": fault})
-        shard.errors.sort(key=lambda error: error["row"])
-        good = [by_key[unit.key] for unit in shard.units if by_key[unit.key].fault is None]
-        if not self._job.output.write(shard.number, good, shard.errors):
-            self._report.skipped += 1  # another process was first
-            return
-        self._report.shards += 1
-        self._report.images += len(good)
-        self._report.errors += len({error["row"] for error in shard.errors})
+        result = ShardResult(shard.number, False, generating=shard.generating)
+        if not shard.complete:
+            by_key = {image.key: image for future in shard.images for image in future.result()}
+            for unit in shard.units:
+                if fault := by_key[unit.key].fault:
+                    shard.errors.append({"row": unit.request.number, "id": unit.request.id, "error": fault})
+            shard.errors.sort(key=lambda error: error["row"])
+            good = [by_key[unit.key] for unit in shard.units if by_key[unit.key].fault is None]
+            if self._job.output.write(shard.number, good, shard.errors):
+                failed = len({error["row"] for error in shard.errors})
+                result = result._replace(written=True, images=len(good), errors=failed)
+        self._report.add(result)
+        if self._on_shard is not None:
+            self._on_shard(result)
+
+
+def _expect(bar: tqdm, more: int) -> None:
+    """Correct the number of pictures that a bar expects, where it knows one."""
+    if bar.total is not None:
+        bar.total += more
 
 
 def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, object]:

@@ -64,7 +64,7 @@ class Output:
     def __init__(self, url: str, form: str, suffix: str):
         self.url, self.form, self.suffix = url, form, suffix
         self._files = open_files(url)
-        self._stale: set[str] = set()  # error files of an earlier run, for shards that are made again
+        self._stale: set[str] | None = None  # error files of an earlier run, for shards that are made again
 
     def begin(self, identity: dict[str, object], older_model: Callable[[], str] | None = None) -> None:
         """Start the job in this folder, or check that it was started here; safe against concurrent processes.
@@ -161,7 +161,9 @@ class Output:
         return head[257:262] == b"ustar" or (errors and size == tarfile.RECORDSIZE and not any(head))
 
     def sweep(self) -> None:
-        """Remove scratch files of killed runs; those of running processes stay."""
+        """Remove scratch files of killed runs, once in this process; those of running processes stay."""
+        if self._stale is not None:
+            return
         pictures = [f"images/{name}" for name, size in self._files.sizes("images").items() if size is None]
         self._files.sweep(("", "errors", "manifest", "images", *pictures))
         self._stale = {name for name in self._files.sizes("errors") if not name.startswith(".")}
@@ -179,7 +181,7 @@ class Output:
             return False
         if errors:
             self._write(f"errors/{number}.jsonl", b"".join(_error_line(error) for error in errors))
-        elif f"{number}.jsonl" in self._stale:
+        elif self._stale and f"{number}.jsonl" in self._stale:
             self._files.remove(f"errors/{number}.jsonl")
         if self.form == "webdataset":
             fill = functools.partial(_write_tar, pictures=pictures, suffix=self.suffix)

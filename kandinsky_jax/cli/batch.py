@@ -9,10 +9,9 @@ from typing import Annotated
 
 import typer
 
-from kandinsky_jax.batch import Job, Process, Report, open_job, run, this_process
+from kandinsky_jax.batch import Job, Process, Report, load_pipeline, open_job, run, this_process
 from kandinsky_jax.batch.requests import STRENGTH
 from kandinsky_jax.batch.rows import ROW_COLUMNS
-from kandinsky_jax.batch.runner import rehearsal
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS
 from kandinsky_jax.checkpoint.recommended_settings import default_text
 from kandinsky_jax.cli.process_options import Coordinator, ProcessCount, ProcessIndex
@@ -21,7 +20,7 @@ from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.images import ENCODINGS
 from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.preemption import STOPPED, Stop
-from kandinsky_jax.schedulers import NAMES, scheduler_named
+from kandinsky_jax.schedulers import NAMES
 
 Mode, Form, Encoding = (
     StrEnum(name, {value: value for value in values})
@@ -132,10 +131,7 @@ def batch(
     which = this_process(process, processes, distributed, coordinator)
     with stopping.listening() as stop:
         opened.begin()  # reports faults before a model is loaded
-        pipe = opened.pipeline.from_pretrained(opened.model, prior=prior, dtype=dtype, warmup=rehearsal(opened))
-        pipe.set_progress_bar_config(disable=True)
-        if opened.scheduler is not None:
-            pipe.scheduler = scheduler_named(opened.scheduler, pipe.scheduler.config)
+        pipe = load_pipeline(opened)
         report = run(opened, pipe, which, overlap=overlap, quiet=quiet, stop=stop)
     print(summary(report, which, output))
     if report.failed == opened.rows.count:
