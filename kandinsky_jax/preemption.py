@@ -34,6 +34,11 @@ class Stop:
         """Whether the process has been asked to end."""
         return self._deadline is not None
 
+    @property
+    def seconds_left(self) -> float:
+        """Seconds in which work in hand may be finished and written; infinite before the signal."""
+        return math.inf if self._deadline is None else self._deadline - MARGIN - time.monotonic()
+
     def ask(self, *_: object) -> None:
         """Ask the job to stop; further calls change nothing."""
         if self._deadline is None:
@@ -49,7 +54,7 @@ class Stop:
             return True
         if not self._seconds:
             return False
-        return time.monotonic() + calls * max(self._seconds) + MARGIN < self._deadline
+        return calls * max(self._seconds) < self.seconds_left
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:

@@ -16,9 +16,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -159,7 +159,7 @@ def run(
         report.skipped = len(mine) - len(left)
     job.output.sweep()
     began = time.perf_counter()
-    with _Stages(job, pipe, report, overlap, on_shard) as stages, _bar(job, name, left, quiet) as bar:
+    with _Stages(job, pipe, report, overlap, on_shard) as stages, progress_bar(job, name, left, quiet) as bar:
         all_done = stages.generate(left, stop, bar)
     report.seconds = time.perf_counter() - began
     if shards is None:
@@ -223,12 +223,13 @@ def _checker(job: OpenJob, pipe: CombinedPipeline) -> Checker:
     return Checker(pipe, job.mode, job.job.folder, job.settings, job.job.seed, job.rows.taken, job.recommended)
 
 
-def _bar(job: OpenJob, name: str, left: Iterable[int], quiet: bool) -> tqdm:
-    total = sum(_expected(job, number) for number in left) if isinstance(left, list) else None
+def progress_bar(job: OpenJob, name: str, left: Iterable[int], quiet: bool) -> tqdm:
+    """Return a bar of pictures; how many there will be is only known for a list."""
+    total = sum(expected_images(job, number) for number in left) if isinstance(left, list) else None
     return tqdm(total=total, desc=name, unit="image", disable=quiet, smoothing=0.1)
 
 
-def _expected(job: OpenJob, shard: int) -> int:
+def expected_images(job: OpenJob, shard: int) -> int:
     """Estimate the pictures of a shard before it is read."""
     size = job.job.rows_per_shard
     return min(size, job.rows.count - shard * size) * job.settings.get("num_images", 1)
@@ -251,51 +252,63 @@ class _Stages:
         self._overlap = overlap
         self._reader, self._writer = _executor(1, overlap), _executor(1, overlap)
         self._encoders = _executor(ENCODERS, overlap)
+        self._writing: deque[Future[None]] = deque()
         self._slots = threading.Semaphore(2 * AHEAD)  # calls that run or wait for encoding
 
     def __enter__(self) -> _Stages:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        for executor in (self._reader, self._encoders, self._writer):
+        self._reader.shutdown(wait=False, cancel_futures=True)  # it may be waiting for another shard to be found
+        for executor in (self._encoders, self._writer):
             executor.shutdown(wait=True, cancel_futures=kind is not None)
 
     def generate(self, shards: Iterable[int], stop: Stop, bar: tqdm) -> bool:
         """Generate and write shards, one after the other; return False if there was no time for some."""
-        writing: list[Future[None]] = []
         all_done = True
         for shard in self._read_ahead(shards, stop):
             if shard is None:
                 all_done = False
                 break
-            _expect(bar, len(shard.units) - _expected(self._job, shard.number))
+            _expect(bar, len(shard.units) - expected_images(self._job, shard.number))
             if not shard.complete and not self._generate_shard(shard, stop, bar):
                 all_done = False
                 break
-            writing.append(self._writer.submit(self._write, shard))
-            while len(writing) > AHEAD or (writing and writing[0].done()):
-                writing.pop(0).result()
-        for future in writing:
-            future.result()
+            self._writing.append(self._writer.submit(self._write, shard))
+            self._collect(AHEAD)
+        self._collect(0)
         return all_done
+
+    def _collect(self, most: int) -> None:
+        """Raise the errors of shards that were written, and wait until at most so many are being written."""
+        while len(self._writing) > most or (self._writing and self._writing[0].done()):
+            self._writing.popleft().result()
 
     def _read_ahead(self, shards: Iterable[int], stop: Stop) -> Iterator[Shard | None]:
         """Yield the shards; None at the end if there was no time for all."""
         left = iter(shards)
         waiting: deque[Future[Shard | None]] = deque()
         while True:
-            while len(waiting) < (AHEAD if self._overlap else 1) and not stop.asked:
+            while len(waiting) < (AHEAD if self._overlap else 1):
                 waiting.append(self._reader.submit(self._read_next, left))
-            if not waiting:
+            self._wait_for(waiting[0], stop)
+            shard = waiting[0].result() if waiting[0].done() else None
+            if shard is None and waiting[0].done():
+                return
+            if shard is None or stop.asked:
                 yield None
                 return
-            shard = waiting.popleft().result()
-            if shard is None:
-                return
-            if stop.asked:
-                yield None
-                return
+            waiting.popleft()
             yield shard
+
+    def _wait_for(self, reading: Future[Shard | None], stop: Stop) -> None:
+        """Wait for the reader, or for a signal to stop; raise the errors of what is written meanwhile."""
+        while True:
+            pending: list[Future[Any]] = [reading, *self._writing]
+            wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+            self._collect(AHEAD)
+            if reading.done() or stop.asked:
+                return
 
     # Stages -------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from enum import StrEnum
@@ -10,21 +11,22 @@ from typing import Annotated
 import typer
 
 from kandinsky_jax.batch import Job, Process, Report, load_pipeline, open_job, run, this_process
+from kandinsky_jax.batch.engines import EngineReport, run_on_ray
 from kandinsky_jax.batch.requests import STRENGTH
 from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS
 from kandinsky_jax.checkpoint.recommended_settings import default_text
 from kandinsky_jax.cli.process_options import Coordinator, ProcessCount, ProcessIndex
-from kandinsky_jax.common.errors import summarize
+from kandinsky_jax.common.errors import quote, summarize
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.images import ENCODINGS
 from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.preemption import STOPPED, Stop
 from kandinsky_jax.schedulers import NAMES
 
-Mode, Form, Encoding = (
+Mode, Form, Encoding, Engine = (
     StrEnum(name, {value: value for value in values})
-    for name, values in (("Mode", MODES), ("Form", OUTPUT_FORMATS), ("Encoding", ENCODINGS))
+    for name, values in (("Mode", MODES), ("Form", OUTPUT_FORMATS), ("Encoding", ENCODINGS), ("Engine", ("ray",)))
 )
 _COLUMNS = "  \n".join(f"- `{name}`: {text}" for name, text in ROW_COLUMNS.items())
 
@@ -84,6 +86,20 @@ def batch(
         bool, typer.Option("--distributed", help="Initialise jax.distributed, as hosts of a TPU slice must.")
     ] = False,
     coordinator: Coordinator = None,
+    engine: Annotated[
+        Engine | None,  # type: ignore[valid-type]
+        typer.Option(help="Deal out shards one by one: to all hosts of a Ray cluster; default: a fixed part each."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of the Ray cluster, such as auto or HOST:PORT; default: $RAY_ADDRESS, else this machine."),
+    ] = None,
+    resources: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=AMOUNT", help="Of one Ray worker, such as TPU=4; default: the host's TPUs and GPUs."
+        ),
+    ] = None,
     grace: Annotated[float, typer.Option(help="Seconds from SIGTERM until the machine is preempted.")] = 25.0,
     overlap: Annotated[bool, typer.Option(help="Read, generate, encode and write concurrently.")] = True,
     compilation_cache: Annotated[
@@ -108,6 +124,7 @@ def batch(
         "strength": strength,
     }
     stopping = Stop(grace)
+    wanted = _engine_resources(engine, address, resources, [process, processes, coordinator], distributed, overlap)
     opened = open_job(
         Job(
             rows=job,
@@ -128,11 +145,15 @@ def batch(
     )
     if compilation_cache is not None:
         set_compilation_cache(None if compilation_cache == OFF else compilation_cache)
-    which = this_process(process, processes, distributed, coordinator)
+    which = Process() if engine else this_process(process, processes, distributed, coordinator)
     with stopping.listening() as stop:
         opened.begin()  # reports faults before a model is loaded
-        pipe = load_pipeline(opened)
-        report = run(opened, pipe, which, overlap=overlap, quiet=quiet, stop=stop)
+        if engine:
+            report: Report = run_on_ray(
+                opened, address=address, resources=wanted, cache=compilation_cache, quiet=quiet, stop=stop
+            )
+        else:
+            report = run(opened, load_pipeline(opened), which, overlap=overlap, quiet=quiet, stop=stop)
     print(summary(report, which, output))
     if report.failed == opened.rows.count:
         raise ValueError(f"none of the {report.failed} rows could be generated; see {output}/errors.jsonl")
@@ -145,6 +166,35 @@ batch.__doc__ = f"{batch.__doc__}\n\n{_COLUMNS}"
 EXAMPLE = 'Example: printf "purple heart\\nslice of pizza\\n" > p.txt && kandinsky-jax batch p.txt -o out --model tiny'
 
 
+def _engine_resources(
+    engine: str | None,
+    address: str | None,
+    resources: list[str] | None,
+    ranks: list[object],
+    distributed: bool,
+    overlap: bool,
+) -> dict[str, float] | None:
+    """Check the options of engines and of processes against each other; return a worker's resources."""
+    if not engine:
+        if address is not None or resources:
+            raise ValueError("--address and --resources are those of an engine; add --engine ray")
+        return None
+    if any(rank is not None for rank in ranks) or distributed:
+        raise ValueError("--process, --processes, --distributed and --coordinator have no meaning with --engine ray")
+    if not overlap:
+        raise ValueError("--no-overlap has no meaning with --engine ray")
+    found = {}
+    for part in resources or []:
+        name, _, amount = part.partition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            raise ValueError(f"--resources {quote(part)} should be NAME=AMOUNT, such as TPU=4") from None
+        if not name or not 0 < found[name] < math.inf:
+            raise ValueError(f"--resources {quote(part)} should be NAME=AMOUNT, such as TPU=4, with an amount above 0")
+    return found or None
+
+
 def summary(report: Report, process: Process, output: str) -> str:
     """Summarise the result of a process in a few lines."""
     lines = []
@@ -155,6 +205,8 @@ def summary(report: Report, process: Process, output: str) -> str:
         f"{report.images} images in {report.shards} shards, {report.seconds:.1f} s, {rate:.2f} images/s; "
         f"{report.skipped} shards were complete; devices waited {report.waited:.1%} of the time"
     )
+    if isinstance(report, EngineReport):
+        lines.append(_cost(report))
     if report.errors and not report.complete:
         lines.append(f"{report.errors} rows could not be generated; see {output}/errors")
     if report.stopped:
@@ -171,3 +223,13 @@ def summary(report: Report, process: Process, output: str) -> str:
     else:
         lines.append("other processes' shards are still to be done")
     return "\n".join(lines)
+
+
+def _cost(report: EngineReport) -> str:
+    """Say what the workers of an engine took."""
+    hours = [f"{report.worker_seconds / 3600:.2f} worker-hours"]
+    hours += [f"{seconds / 3600:.2f} {name}-hours" for name, seconds in report.resource_seconds.items()]
+    return (
+        f"{report.workers} workers, {report.lost} of them lost; {', '.join(hours)}; "
+        f"{report.repeated} slow shards were started twice"
+    )

@@ -1,0 +1,101 @@
+"""The worker of a host on Ray: holds the pipeline, and generates the shards that it is given."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+import time
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import jax
+
+from kandinsky_jax.batch.job import Job, OpenJob, open_job
+from kandinsky_jax.batch.runner import ShardResult, load_pipeline, run
+from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.compilation import set_compilation_cache
+from kandinsky_jax.pipelines import CombinedPipeline
+
+
+class Loaded(NamedTuple):
+    """What a worker says once its pipeline is loaded."""
+
+    host: str
+    devices: int
+    platform: str
+    seconds: float
+
+
+class Fault(NamedTuple):
+    """An error of a worker, as a value: an exception might not survive being pickled."""
+
+    message: str
+    permanent: bool  # would be the same next time: a missing model, another job's output
+
+
+class RayWorker:
+    """Generates shards in the order in which they are given, reading the next one meanwhile.
+
+    Its methods are called from several threads, one of which waits for each shard.
+
+    Args:
+        job: whose paths and URLs lead to the same files on all hosts.
+        folder: that relative paths start from, where the host has it.
+        cache: folder or URL of compiled programs; "" turns the cache off, None leaves it as it is configured.
+    """
+
+    def __init__(self, job: Job, folder: str, cache: str | None = None):
+        self._job, self._folder, self._cache = job, folder, cache
+        self._lock = threading.Lock()  # of the next two
+        self._shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # of one `run`; None ends it
+        self._results: dict[int, Future[ShardResult | Fault]] = {}
+
+    def load(self) -> Loaded | Fault:
+        """Load the pipeline, and be ready for shards."""
+        began = time.perf_counter()
+        try:
+            if os.path.isdir(self._folder):
+                os.chdir(self._folder)
+            if self._cache is not None:
+                set_compilation_cache(self._cache or None)
+            job = open_job(self._job)
+            job.begin()  # the same model and versions here?
+            pipe = load_pipeline(job)
+            devices = jax.local_devices()
+        except Exception as error:
+            return _fault(error)
+        threading.Thread(target=self._generate_all, args=(job, pipe), name="generate", daemon=True).start()
+        return Loaded(socket.gethostname(), len(devices), devices[0].platform, time.perf_counter() - began)
+
+    def generate(self, shard: int) -> ShardResult | Fault:
+        """Return when a shard is complete, or has failed."""
+        future: Future[ShardResult | Fault] = Future()
+        with self._lock:
+            self._results[shard] = future
+            self._shards.put(shard)
+        return future.result()
+
+    def _generate_all(self, job: OpenJob, pipe: CombinedPipeline) -> None:
+        """Generate shards for as long as the process lives; after an error, begin again with the same pipeline."""
+        while True:
+            try:
+                run(job, pipe, shards=iter(self._shards.get, None), on_shard=self._answer, quiet=True)
+            except Exception as error:
+                with self._lock:
+                    self._shards.put(None)  # for the thread that waits for the next shard
+                    self._shards = queue.SimpleQueue()
+                    failed, self._results = self._results, {}
+                for future in failed.values():
+                    future.set_result(_fault(error))
+
+    def _answer(self, result: ShardResult) -> None:
+        with self._lock:
+            future = self._results.pop(result.shard)
+        future.set_result(result)
+
+
+def _fault(error: Exception) -> Fault:
+    permanent = isinstance(error, (ValueError, TypeError, ImportError))  # JobError and CheckpointError among them
+    return Fault(shorten(str(error) or type(error).__name__, 400), permanent)
