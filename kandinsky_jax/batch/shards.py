@@ -7,7 +7,7 @@
 
 As a folder of pictures, there are OUT/images/000000/ID.png and OUT/manifest/000000.parquet instead of the tar file. The
 tar file or manifest is written last and marks the shard as complete. An empty or truncated file of that name is
-replaced; files of other names are ignored. `kandinsky_jax.batch.files` describes atomic writes by several processes.
+replaced; files of other names are ignored. `kandinsky_jax.common.files` describes atomic writes by several processes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
-from kandinsky_jax.batch.files import open_files
 from kandinsky_jax.batch.model_files import changed
 from kandinsky_jax.batch.rows import JobError, parquet
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import quote, shorten, summarize
+from kandinsky_jax.common.files import open_files
 
 OUTPUT_FORMATS = ("webdataset", "folder")
 FORMAT_VERSION = 2  # of job.json and shards; 1 had a single digest of the model, 0 no version; both can be resumed

@@ -1,4 +1,4 @@
-"""Files of a job's folder, on a local disk or in an object store, written atomically.
+"""Files of a folder, on a local disk or in an object store, written atomically.
 
 On a local disk a file is written under a scratch name and renamed (`kandinsky_jax.common.atomic`). In an object store
 it is sent from memory in one request: nothing is published before it has arrived completely, and there is no file
