@@ -114,7 +114,7 @@ def _connected(address: str | None) -> Iterator[Any]:
         return
     with _own_signals():
         if alone:
-            ray.init(include_dashboard=False, logging_level=logging.WARNING)
+            ray.init("local", include_dashboard=False, logging_level=logging.WARNING)  # None finds others' clusters
         else:
             given = address or os.environ["RAY_ADDRESS"]
             try:
