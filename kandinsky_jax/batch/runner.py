@@ -129,7 +129,8 @@ def run(
         pipe: of the class `job.pipeline`, see `load_pipeline`.
         process: generates every `process.count`-th shard, from `process.index` on; None is the only process.
         shards: the numbers of shards to generate instead, from 0 to `job.shards` - 1. An iterator is asked from a
-            thread, one shard ahead, and may wait for work to be found; so an engine can deal out shards one by one.
+            thread, one shard ahead, and may wait for work to be found; so an engine can deal out shards one by one. It
+            has to end before the interpreter does, which waits for that thread.
             Call `finish` once all shards of the job are complete.
         on_shard: called from a thread with each shard that is complete.
         overlap: False runs the stages one after the other, to measure the effect of overlapping.

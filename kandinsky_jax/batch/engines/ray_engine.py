@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax.batch.engines.ray_worker import Fault, Loaded, RayWorker
 from kandinsky_jax.batch.engines.shard_queue import ShardQueue
-from kandinsky_jax.batch.job import OpenJob
+from kandinsky_jax.batch.job import JobError, OpenJob
 from kandinsky_jax.batch.runner import Report, ShardResult, expected_images, finish, progress_bar
 from kandinsky_jax.common.errors import RunError, shorten
 from kandinsky_jax.preemption import Stop
@@ -76,10 +76,10 @@ def run_on_ray(
         quiet: no progress bar; what goes wrong is printed to stderr all the same.
         stop: asks to end early.
     Raises:
-        JobError: where the output belongs to another job.
+        JobError: where the output belongs to another job, or Ray is not installed.
         RunError: for a shard that failed `TRIES` times, or if no host can work.
-        ImportError: without Ray.
     """
+    ray = _import_ray(address)
     job.begin()
     done = job.output.complete(job.shards)
     left = [number for number in range(job.shards) if number not in done]
@@ -87,7 +87,7 @@ def run_on_ray(
     report = EngineReport(skipped=len(done))
     stop = stop or Stop()
     if left:
-        with _connected(address) as ray, progress_bar(job, "batch", left, quiet) as bar:
+        with _connected(ray, address), progress_bar(job, "batch", left, quiet) as bar:
             driver = _Driver(ray, job, resources, cache, left, report, bar)
             try:
                 driver.run(stop)
@@ -98,22 +98,30 @@ def run_on_ray(
     return report
 
 
-@contextlib.contextmanager
-def _connected(address: str | None) -> Iterator[Any]:
-    """Connect to a cluster while the block runs; an existing connection stays."""
-    alone = address is None and not os.environ.get("RAY_ADDRESS")
-    if alone:  # what Ray only reads when it is imported
+def _import_ray(address: str | None) -> Any:
+    if _alone(address):  # what Ray reads when it is imported
         for name, value in LOOPBACK.items():
             os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError:
-        raise ImportError("--engine ray needs Ray: pip install 'kandinsky-jax[ray]'") from None
+        raise JobError(["--engine ray needs Ray: pip install 'kandinsky-jax[ray]'"]) from None
+    return ray
+
+
+def _alone(address: str | None) -> bool:
+    """Return whether a cluster of this machine alone is meant."""
+    return address is None and not os.environ.get("RAY_ADDRESS")
+
+
+@contextlib.contextmanager
+def _connected(ray: Any, address: str | None) -> Iterator[None]:
+    """Connect to a cluster while the block runs; an existing connection stays."""
     if ray.is_initialized():
-        yield ray
+        yield
         return
     with _own_signals():
-        if alone:
+        if _alone(address):
             ray.init("local", include_dashboard=False, logging_level=logging.WARNING)  # None finds others' clusters
         else:
             given = address or os.environ["RAY_ADDRESS"]
@@ -123,7 +131,7 @@ def _connected(address: str | None) -> Iterator[Any]:
             except (OSError, ValueError) as error:
                 raise ConnectionError(f"there is no Ray cluster at {given}: {shorten(error, 200)}") from None
     try:
-        yield ray
+        yield
     finally:
         ray.shutdown()
 

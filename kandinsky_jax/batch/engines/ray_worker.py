@@ -77,11 +77,17 @@ class RayWorker:
             self._shards.put(shard)
         return future.result()
 
+    def close(self) -> None:
+        """End the threads once the shards in hand are complete; Ray ends the process instead."""
+        with self._lock:
+            self._shards.put(None)
+
     def _generate_all(self, job: OpenJob, pipe: CombinedPipeline) -> None:
-        """Generate shards for as long as the process lives; after an error, begin again with the same pipeline."""
+        """Generate shards until `close`; after an error, begin again with the same pipeline."""
         while True:
             try:
                 run(job, pipe, shards=iter(self._shards.get, None), on_shard=self._answer, quiet=True)
+                return
             except Exception as error:
                 with self._lock:
                     self._shards.put(None)  # for the thread that waits for the next shard

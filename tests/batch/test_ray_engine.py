@@ -1,0 +1,148 @@
+"""The Ray engine has the bytes of a job without one, here in a cluster of one host. Faults: test_ray_kills.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kandinsky_jax.batch.engines.ray_worker import Fault, Loaded, RayWorker
+from kandinsky_jax.cli.main import app
+from tests.batch.test_jobs import PROMPTS, contents, job_of, run_job
+from tests.conftest import SHAPES_MODEL
+
+OPTIONS = f"--model {SHAPES_MODEL} --rows-per-shard 3 --batch 2 --dtype float32 --steps 3 --prior-steps 2"
+AS_COMMANDED = {"defaults": {"num_images": 1, "strength": 0.3}}  # the command line's defaults, in job.json
+ROWS = [{"prompt": PROMPTS[i % 5], "seed": i} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes_pipe, tmp_path_factory) -> Path:
+    """The output of a job without an engine."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_job(job_of(folder, ROWS, **AS_COMMANDED), shapes_pipe).complete
+    return folder / "out"
+
+
+@pytest.fixture
+def worker(tmp_path) -> Iterator[RayWorker]:
+    worker = RayWorker(job_of(tmp_path, ROWS, **AS_COMMANDED).job, os.fspath(tmp_path))
+    before = os.getcwd()
+    loaded = worker.load()
+    os.chdir(before)
+    assert isinstance(loaded, Loaded)
+    yield worker
+    worker.close()
+
+
+def test_a_worker_generates_the_shards_that_it_is_given(worker, whole, tmp_path):
+    with ThreadPoolExecutor(3) as calls:
+        results = list(calls.map(worker.generate, (2, 0, 1)))
+    assert [(result.shard, result.written, result.images, result.errors) for result in results] == [
+        (2, True, 2, 0),
+        (0, True, 3, 0),
+        (1, True, 3, 0),
+    ]
+    assert contents(tmp_path / "out") == contents(whole)
+    again = worker.generate(1)
+    assert (again.written, again.images) == (False, 0)
+
+
+def test_a_worker_goes_on_after_an_error(worker, whole, tmp_path):
+    """An error while a shard is written is the answer for it, though the worker waits for the next one meanwhile."""
+    assert worker.generate(2).written
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").write_text("a file where the folder should be")
+    with ThreadPoolExecutor(2) as calls:
+        for answer in calls.map(worker.generate, (0, 1)):
+            assert isinstance(answer, Fault)
+            assert not answer.permanent
+            assert str(tmp_path / "out") in answer.message
+    (tmp_path / "out").unlink()
+    shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("000001.tar"))
+    assert worker.generate(1).written
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_worker_without_the_model_says_so(tmp_path):
+    job = dataclasses.replace(job_of(tmp_path, ROWS, **AS_COMMANDED).job, model=str(tmp_path / "nowhere"))
+    fault = RayWorker(job, "/no/such/folder").load()
+    assert isinstance(fault, Fault)
+    assert fault.permanent
+    assert "nowhere" in fault.message
+
+
+def test_a_worker_of_another_job_says_so(tmp_path, whole):
+    job = job_of(tmp_path, ROWS, **AS_COMMANDED)
+    shutil.copytree(whole, tmp_path / "out")
+    fault = RayWorker(dataclasses.replace(job.job, seed=5), "/no/such/folder").load()
+    assert fault == Fault(fault.message, permanent=True)
+    assert "seed was 0, now 5" in fault.message
+
+
+def command(folder: Path, *options: str, without_ray: bool = False) -> subprocess.CompletedProcess[str]:
+    """`kandinsky-jax batch` as a user calls it, from the folder of the rows, with relative paths."""
+    program = "import sys; sys.modules['ray'] = None; " if without_ray else ""
+    program += "from kandinsky_jax.cli import main; main()"
+    fixed = f"rows.jsonl -o out {OPTIONS} --engine ray"
+    line = [sys.executable, "-c", program, "batch", *fixed.split(), *options]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_job_on_ray_has_the_bytes_of_one_without(tmp_path, whole):
+    job_of(tmp_path, ROWS, **AS_COMMANDED)
+    shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("000001.tar"))
+    done = command(tmp_path, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "3 images in 1 shards" in done.stdout
+    assert "2 shards were complete" in done.stdout
+    assert "1 workers, 0 of them lost" in done.stdout
+    assert "CPU-hours" in done.stdout
+    assert "the job is complete: out" in done.stdout
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_an_address_where_nothing_is(tmp_path):
+    job_of(tmp_path, ROWS, **AS_COMMANDED)
+    done = command(tmp_path, "--address", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no Ray cluster at 127.0.0.1:1: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--engine ray --resources TPU", "--resources 'TPU' should be NAME=AMOUNT, such as TPU=4"),
+        ("--engine ray --resources TPU=none", "--resources 'TPU=none' should be NAME=AMOUNT"),
+        ("--engine ray --resources TPU=nan", "--resources 'TPU=nan' should be NAME=AMOUNT"),
+        ("--engine ray --resources TPU=0", "with an amount above 0"),
+        ("--engine ray --process 0 --processes 2", "have no meaning with --engine ray"),
+        ("--engine ray --distributed", "have no meaning with --engine ray"),
+        ("--engine ray --no-overlap", "--no-overlap has no meaning with --engine ray"),
+        ("--address auto", "add --engine ray"),
+        ("--resources TPU=4", "add --engine ray"),
+    ],
+)
+def test_options_that_do_not_fit(options, said):
+    """They are said before the job is looked at, which is not there."""
+    result = CliRunner().invoke(app, ["batch", "rows.jsonl", "-o", "out", *options.split()])
+    assert isinstance(result.exception, ValueError)
+    assert said in str(result.exception)
+
+
+def test_without_ray_it_says_what_to_install(tmp_path):
+    job_of(tmp_path, ROWS, **AS_COMMANDED)
+    done = command(tmp_path, without_ray=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: this job cannot be run:\n  --engine ray needs Ray: pip install 'kandinsky-jax[ray]'\n"
