@@ -212,6 +212,15 @@ class OpenJob:
         """Number of shards."""
         return -(-self.rows.count // self.job.rows_per_shard)
 
+    def incomplete(self) -> list[int]:
+        """Return the numbers of the shards that are not complete, ascending; see `run`.
+
+        Raises:
+            OSError: where the output cannot be read.
+        """
+        complete = self.output.complete(self.shards)
+        return [number for number in range(self.shards) if number not in complete]
+
     @functools.cached_property  # it reads the model's folder
     def identity(self) -> dict[str, object]:
         """Everything that determines the result, which must be the same in every run of the job.
