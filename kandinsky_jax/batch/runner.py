@@ -342,6 +342,7 @@ class _Stages:
             if stop.asked and not stop.time_for(len(shard.calls) - i):
                 return False
             if self._completed_meanwhile(shard):
+                _expect(bar, -sum(map(len, shard.calls[i:])))
                 return True
             self._slots.acquire()
             began = time.perf_counter()

@@ -146,3 +146,8 @@ def test_without_ray_it_says_what_to_install(tmp_path):
     done = command(tmp_path, without_ray=True)
     assert done.returncode == 1
     assert done.stderr == "error: this job cannot be run:\n  --engine ray needs Ray: pip install 'kandinsky-jax[ray]'\n"
+
+
+def test_without_the_engine_ray_is_not_imported():
+    program = "import sys, kandinsky_jax.cli.main; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
