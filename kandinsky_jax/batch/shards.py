@@ -26,7 +26,7 @@ from kandinsky_jax.batch.model_files import changed
 from kandinsky_jax.batch.rows import JobError, parquet
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import quote, shorten, summarize
-from kandinsky_jax.common.files import open_files
+from kandinsky_jax.common.files import FileInfo, Files, open_files
 
 OUTPUT_FORMATS = ("webdataset", "folder")
 FORMAT_VERSION = 2  # of job.json and shards; 1 had a single digest of the model, 0 no version; both can be resumed
@@ -48,6 +48,13 @@ class Failed(NamedTuple):
 
     rows: int
     shards: list[str]  # files of their shards; a shard whose file is removed is made again
+
+
+class FoundShards(NamedTuple):
+    """Files of a job's folder that have the name of a shard."""
+
+    complete: dict[int, FileInfo]  # by number, in their order
+    damaged: list[str]  # names of empty or truncated ones, which are made again
 
 
 class Output:
@@ -85,30 +92,19 @@ class Output:
             if self._write("job.json", text.encode(), overwrite=False):
                 return
         try:
-            known = self._files.read("job.json")
-        except OSError as error:
-            reason = error.strerror or error
-            raise JobError([f"{shorten(self.url, 240)}/job.json cannot be read: {shorten(reason, 200)}"]) from None
-        self._compare(known, json.loads(text), older_model)
+            version, known = read_identity(self.url, self._files)
+        except (OSError, JobFileError) as error:
+            raise JobError([str(error)]) from None
+        self._compare(version, known, json.loads(json.dumps(identity)), older_model)
 
-    def _compare(self, data: bytes, identity: dict[str, object], older_model: Callable[[], str] | None) -> None:
-        """Raise JobError where job.json is damaged, of a later version, or of another job."""
-        try:
-            known = reading.parse_json(data)
-            if not isinstance(known, dict):
-                raise reading.ReadError(f"holds {type(known).__name__}, needed is an object")
-        except reading.ReadError as error:
-            fault = reading.of_file(f"{self.url}/job.json", error)
-            raise JobError([f"{fault}; it is damaged: use another folder, or remove this one"]) from None
-        version = known.pop("format_version", 0)
-        if version not in range(FORMAT_VERSION + 1) or isinstance(version, bool):
-            raise JobError(
-                [
-                    f"{self.url}/job.json has format version {shorten(version, 40)}, this release knows 0 to "
-                    f"{FORMAT_VERSION}: continue with the release that started the job, or use another folder"
-                ]
-            )
-        del identity["format_version"]
+    def _compare(
+        self,
+        version: int,
+        known: dict[str, object],
+        identity: dict[str, object],
+        older_model: Callable[[], str] | None,
+    ) -> None:
+        """Raise JobError where job.json is that of another job."""
         if version < 2 and older_model is not None:
             identity["model"] = older_model()
         differ = _changes(known, identity)
@@ -123,32 +119,49 @@ class Output:
 
         Empty or truncated files with a shard's name give a warning.
         """
+        found = self.find(count)
+        for name in found.damaged:
+            warnings.warn(f"{self.url}/{name} is not a complete shard and is made again", stacklevel=2)
+        return set(found.complete)
+
+    def find(self, count: int) -> FoundShards:
+        """Find the files of a job's shards, numbered from 0 to `count` - 1, and check their first and last bytes."""
         folder = "" if self.form == "webdataset" else "manifest"
-        found = self._files.sizes(folder)
-        names = {number: self._name(number) for number in range(count)}
-        sizes = {name: found.get(name.rpartition("/")[2]) for name in names.values()}
-        known = {name: size for name, size in sizes.items() if size is not None}
+        listed = self._files.details(folder)
+        numbers = sorted(number for name in listed if (number := self._number(name)) is not None and number < count)
+        files = {number: listed[self.file_name(number).rpartition("/")[2]] for number in numbers}
+        known = {self.file_name(number): info.size for number, info in files.items() if info.size is not None}
         ends = dict(zip(known, self._files.ends(known, _BLOCK, 2 * _BLOCK), strict=True))
         errors = self._files.sizes("errors")
-        complete = set()
-        for number, name in names.items():
-            if name in ends:
-                if self._is_whole(known[name], *ends[name], f"{number:06d}.jsonl" in errors):
-                    complete.add(number)
-                else:
-                    warnings.warn(f"{self.url}/{name} is not a complete shard and is made again", stacklevel=2)
-        return complete
+        found = FoundShards({}, [])
+        for number, info in files.items():
+            name = self.file_name(number)
+            if info.size is None:  # a folder or a pipe
+                continue
+            if self._is_whole(info.size, *ends[name], f"{number:06d}.jsonl" in errors):
+                found.complete[number] = info
+            else:
+                found.damaged.append(name)
+        return found
+
+    def _number(self, name: str) -> int | None:
+        """Return the number of the shard whose file has this name."""
+        match = re.fullmatch(r"([0-9]{6,18})\.(tar|parquet)", name)
+        if match is None or self.file_name(int(match[1])).rpartition("/")[2] != name:
+            return None
+        return int(match[1])
 
     def is_complete(self, shard: int) -> bool:
         """Return whether a shard is complete, by this process or another."""
-        name = self._name(shard)
+        name = self.file_name(shard)
         size = self._files.size(name)
         if size is None:
             return False
         [ends] = self._files.ends({name: size}, _BLOCK, 2 * _BLOCK)
         return self._is_whole(size, *ends, self._files.size(f"errors/{shard:06d}.jsonl") is not None)
 
-    def _name(self, shard: int) -> str:
+    def file_name(self, shard: int) -> str:
+        """Return the name of the file that marks a shard as complete."""
         return f"{shard:06d}.tar" if self.form == "webdataset" else f"manifest/{shard:06d}.parquet"
 
     def _is_whole(self, size: int, head: bytes, tail: bytes, errors: bool) -> bool:
@@ -176,7 +189,7 @@ class Output:
         Raises:
             OSError: if it cannot be written; it stays absent.
         """
-        number, name = f"{shard:06d}", self._name(shard)
+        number, name = f"{shard:06d}", self.file_name(shard)
         if self.is_complete(shard):
             return False
         if errors:
@@ -206,10 +219,47 @@ class Output:
         lines = b"".join(self._files.read(f"errors/{number:06d}.jsonl") for number in shards)
         self._write("errors.jsonl", lines)
         rows = {_row_number(line) for line in lines.splitlines()}
-        return Failed(len(rows), [self._name(number) for number in shards])
+        return Failed(len(rows), [self.file_name(number) for number in shards])
 
     def _write(self, name: str, data: bytes, *, overwrite: bool = True) -> bool:
         return self._files.write(name, lambda file: file.write(data), overwrite=overwrite)
+
+
+class JobFileError(ValueError):
+    """A job.json that cannot be read, is damaged, or is that of a later release."""
+
+
+def read_identity(url: str, files: Files) -> tuple[int, dict[str, object]]:
+    """Read a folder's job.json.
+
+    Args:
+        url: of the folder, for errors.
+        files: the folder's.
+    Returns:
+        its format version, and the identity of the job.
+    Raises:
+        FileNotFoundError: where there is none.
+        JobFileError: where it is not one that this release knows.
+    """
+    try:
+        known = reading.parse_json(files.read("job.json"))
+        if not isinstance(known, dict):
+            raise reading.ReadError(f"holds {type(known).__name__}, needed is an object")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = shorten(error.strerror or error, 200)
+        raise JobFileError(f"{shorten(url, 240)}/job.json cannot be read: {reason}") from None
+    except reading.ReadError as error:
+        fault = reading.of_file(f"{url}/job.json", error)
+        raise JobFileError(f"{fault}; it is damaged: use another folder, or remove this one") from None
+    version = known.pop("format_version", 0)
+    if version not in range(FORMAT_VERSION + 1) or isinstance(version, bool):
+        raise JobFileError(
+            f"{url}/job.json has format version {shorten(version, 40)}, this release knows 0 to {FORMAT_VERSION}: "
+            "continue with the release that started the job, or use another folder"
+        )
+    return int(version), known
 
 
 _PARTS = {"defaults": "{}", "rows": "the {} of rows", "versions": "the version of {}"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
 import errno
 import hashlib
 import inspect
@@ -21,7 +22,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -34,8 +35,21 @@ from kandinsky_jax.common.remote import tried
 ATOMIC_STORES = {"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "oss", "oci", "ocilake", "memory"}
 
 
+READ_AHEAD = 8 << 20  # bytes of an open remote file that one request asks for
+
+
+class FileInfo(NamedTuple):
+    """What a folder's listing says of a file."""
+
+    size: int | None  # bytes; None for non-files
+    modified: datetime.datetime | None  # in UTC; None where the file system does not say
+
+
 class Files(Protocol):
     """Protocol of the files in a folder, by names relative to it."""
+
+    def details(self, folder: str) -> dict[str, FileInfo]:
+        """Return names in a folder with sizes and times of modification; empty if the folder does not exist."""
 
     def sizes(self, folder: str) -> dict[str, int | None]:
         """Return names in a folder with sizes in bytes, None for non-files; empty if the folder does not exist."""
@@ -45,6 +59,9 @@ class Files(Protocol):
 
     def read(self, name: str) -> bytes:
         """Return a file's content; FileNotFoundError if it does not exist."""
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file for reading piece by piece; FileNotFoundError if it does not exist."""
 
     def ends(self, known: dict[str, int], head: int, tail: int) -> list[tuple[bytes, bytes]]:
         """Return the first `head` and last `tail` bytes of files of known sizes."""
@@ -79,20 +96,25 @@ class LocalFiles:
     def __init__(self, root: Path):
         self._root = root
 
-    def sizes(self, folder: str) -> dict[str, int | None]:
-        found: dict[str, int | None] = {}
+    def details(self, folder: str) -> dict[str, FileInfo]:
+        found: dict[str, FileInfo] = {}
         try:
             with os.scandir(self._root / folder) as entries:
                 for entry in entries:
                     try:
-                        found[entry.name] = entry.stat().st_size if entry.is_file() else None
+                        status = entry.stat()
+                        size = status.st_size if entry.is_file() else None
+                        found[entry.name] = FileInfo(size, time_in_utc(status.st_mtime))
                     except FileNotFoundError:  # renamed by its writer meanwhile, or a link to nothing
                         continue
                     except OSError:  # a link to itself
-                        found[entry.name] = None
+                        found[entry.name] = FileInfo(None, None)
         except FileNotFoundError:
             return {}
         return found
+
+    def sizes(self, folder: str) -> dict[str, int | None]:
+        return {name: info.size for name, info in self.details(folder).items()}
 
     def size(self, name: str) -> int | None:
         path = self._root / name
@@ -108,6 +130,14 @@ class LocalFiles:
         except reading.ReadError as error:
             raise OSError(reading.of_file(path, error)) from None
         return path.read_bytes()
+
+    def open(self, name: str) -> BinaryIO:
+        path = self._root / name
+        try:
+            reading.check_regular(path)
+        except reading.ReadError as error:
+            raise OSError(reading.of_file(path, error)) from None
+        return path.open("rb")
 
     def ends(self, known: dict[str, int], head: int, tail: int) -> list[tuple[bytes, bytes]]:
         return [self._ends(self._root / name, size, head, tail) for name, size in known.items()]
@@ -149,7 +179,7 @@ class RemoteFiles:
         publish = getattr(fs, "_pipe_file", fs.pipe_file)
         self._can_create = self._one_request and "mode" in inspect.signature(publish).parameters
 
-    def sizes(self, folder: str) -> dict[str, int | None]:
+    def details(self, folder: str) -> dict[str, FileInfo]:
         path = self._path(folder)
         try:
             entries = tried(path, lambda: self._fresh().ls(path, detail=True))
@@ -159,8 +189,12 @@ class RemoteFiles:
         for entry in entries:
             if entry["name"].strip("/") != path.strip("/"):  # an empty object that stands for the folder
                 name = posixpath.basename(entry["name"].rstrip("/"))
-                found[name] = None if entry["type"] == "directory" else int(entry["size"] or 0)
+                size = None if entry["type"] == "directory" else int(entry["size"] or 0)
+                found[name] = FileInfo(size, _modified(entry))
         return found
+
+    def sizes(self, folder: str) -> dict[str, int | None]:
+        return {name: info.size for name, info in self.details(folder).items()}
 
     def size(self, name: str) -> int | None:
         path = self._path(name)
@@ -170,6 +204,12 @@ class RemoteFiles:
     def read(self, name: str) -> bytes:
         path = self._path(name)
         return tried(path, lambda: self._fs.cat_file(path))
+
+    def open(self, name: str) -> BinaryIO:
+        size = self.size(name)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no such file", self._path(name))
+        return io.BufferedReader(_RemoteReader(self._fs, self._path(name), size), READ_AHEAD)
 
     def ends(self, known: dict[str, int], head: int, tail: int) -> list[tuple[bytes, bytes]]:
         spans = [(self._path(name), 0, min(head, size)) for name, size in known.items() if size]
@@ -278,3 +318,53 @@ class RemoteFiles:
         """Return the file system after clearing its cache of listings, since other processes write there too."""
         self._fs.invalidate_cache()
         return self._fs
+
+
+class _RemoteReader(io.RawIOBase):
+    """A remote file, read from its beginning on by requests that are repeated after temporary failures."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str, size: int):
+        self._fs, self._path, self._size = fs, path, size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        start, stop = self._position, min(self._position + len(buffer), self._size)
+        if start == stop:
+            return 0
+        data = tried(self._path, lambda: self._fs.cat_file(self._path, start=start, end=stop))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+# Names that file systems of fsspec have for the time of modification, or for that of an object that is never modified.
+_TIMES = ("mtime", "updated", "LastModified", "last_modified", "modified", "created", "timeCreated")
+
+
+def _modified(entry: dict[str, Any]) -> datetime.datetime | None:
+    for name in _TIMES:
+        if (found := time_in_utc(entry.get(name))) is not None:
+            return found
+    return None
+
+
+def time_in_utc(value: object) -> datetime.datetime | None:
+    """Convert a time as file systems give it: seconds since 1970, ISO 8601 text, or a datetime, naive ones in UTC.
+
+    Returns:
+        None for what is no time, or is 1970 or earlier, which stands for an unknown one.
+    """
+    try:
+        if isinstance(value, str):
+            value = datetime.datetime.fromisoformat(value)
+        elif isinstance(value, int | float):
+            value = datetime.datetime.fromtimestamp(value, datetime.UTC)
+        if not isinstance(value, datetime.datetime):
+            return None
+        known = value.replace(tzinfo=datetime.UTC) if value.tzinfo is None else value.astimezone(datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        return None
+    return known if known.timestamp() > 0 else None
