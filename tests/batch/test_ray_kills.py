@@ -1,0 +1,41 @@
+"""Jobs on Ray whose processes are killed and stopped: smaller versions of tpu_scripts/batch/ray_kill.py."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.batch.test_kills import OPTIONS
+from tpu_scripts.batch import ray_kill, ray_scenes
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A job of 40 shards, and its output without interruption."""
+    return ray_kill.open_job(tmp_path_factory.mktemp("ray"), 320, OPTIONS)
+
+
+@pytest.mark.slow
+def test_killed_workers_and_nodes(job):
+    found = ray_kill.kills(job, 5, random.Random(1))
+    assert found["kinds"] == dict.fromkeys(ray_kill.KINDS, 1)
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_whose_node_lives(job):
+    found = ray_scenes.stopped(job, "worker", seconds=60)
+    assert found["repeated"] > 0  # its shards
+
+
+@pytest.mark.slow
+def test_a_killed_driver_that_is_started_again(job):
+    assert ray_scenes.driver_killed(job, 2, random.Random(2))["kills"] == 2
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", sorted(ray_kill.scenes(ray_scenes.Job(None, 0, [], ""), 0, 0)))
+def test_campaign(job, name):
+    ray_kill.scenes(job, 10, 3)[name]()
