@@ -102,7 +102,7 @@ def command(folder: Path, *options: str, without_ray: bool = False) -> subproces
 def test_a_job_on_ray_has_the_bytes_of_one_without(tmp_path, whole):
     job_of(tmp_path, ROWS, **AS_COMMANDED)
     shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("000001.tar"))
-    done = command(tmp_path, "--quiet")
+    done = command(tmp_path, "--quiet", "--compilation-cache", "off")
     assert done.returncode == 0, done.stderr
     assert "3 images in 1 shards" in done.stdout
     assert "2 shards were complete" in done.stdout
@@ -110,6 +110,7 @@ def test_a_job_on_ray_has_the_bytes_of_one_without(tmp_path, whole):
     assert "CPU-hours" in done.stdout
     assert "the job is complete: out" in done.stdout
     assert contents(tmp_path / "out") == contents(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
 
 
 def test_an_address_where_nothing_is(tmp_path):

@@ -72,7 +72,7 @@ def run_on_ray(
             connected to, else that of RAY_ADDRESS, else a cluster of this machine alone, on loopback.
         resources: of one worker, such as `{"TPU": 4}`; hosts without them have none. None is all TPUs and GPUs of the
             host, or one CPU where it has neither.
-        cache: folder or URL of compiled programs for the workers; "" turns it off, None leaves it to them.
+        cache: folder or URL of compiled programs for the workers; "off" turns it off, None leaves it to them.
         quiet: no progress bar; what goes wrong is printed to stderr all the same.
         stop: asks to end early.
     Raises:

@@ -15,7 +15,7 @@ import jax
 from kandinsky_jax.batch.job import Job, OpenJob, open_job
 from kandinsky_jax.batch.runner import ShardResult, load_pipeline, run
 from kandinsky_jax.common.errors import shorten
-from kandinsky_jax.compilation import set_compilation_cache
+from kandinsky_jax.compilation import OFF, set_compilation_cache
 from kandinsky_jax.pipelines import CombinedPipeline
 
 
@@ -43,7 +43,7 @@ class RayWorker:
     Args:
         job: whose paths and URLs lead to the same files on all hosts.
         folder: that relative paths start from, where the host has it.
-        cache: folder or URL of compiled programs; "" turns the cache off, None leaves it as it is configured.
+        cache: folder or URL of compiled programs; "off" turns the cache off, None leaves it as it is configured.
     """
 
     def __init__(self, job: Job, folder: str, cache: str | None = None):
@@ -59,7 +59,7 @@ class RayWorker:
             if os.path.isdir(self._folder):
                 os.chdir(self._folder)
             if self._cache is not None:
-                set_compilation_cache(self._cache or None)
+                set_compilation_cache(None if self._cache == OFF else self._cache)
             job = open_job(self._job)
             job.begin()  # the same model and versions here?
             pipe = load_pipeline(job)
