@@ -204,6 +204,8 @@ def scenes(job: Job, count: int, seed: int) -> dict[str, Callable[[], dict[str, 
         "terminated": lambda: ray_scenes.terminated(job),
         "unfit_hosts": lambda: ray_scenes.unfit_hosts(job),
         "unwritable": lambda: ray_scenes.unwritable(job),
+        "full_disk": lambda: ray_scenes.full_disk(job),
+        "vanished": lambda: ray_scenes.vanished(job),
         "folder": lambda: as_folder(job, 3, rng("folder")),
         "object_store": lambda: in_object_store(job, 2, rng("object_store")),
     }
