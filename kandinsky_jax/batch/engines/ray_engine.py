@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,10 +25,10 @@ from kandinsky_jax.batch.engines.ray_worker import Fault, Loaded, RayWorker
 from kandinsky_jax.batch.engines.shard_queue import ShardQueue
 from kandinsky_jax.batch.job import JobError, OpenJob
 from kandinsky_jax.batch.runner import Report, ShardResult, expected_images, finish, progress_bar
-from kandinsky_jax.common.errors import RunError, shorten
+from kandinsky_jax.common.errors import RunError, shorten, summarize
 from kandinsky_jax.preemption import Stop
 
-TRIES = 5  # of a shard, and of a host in succession
+TRIES = 5  # of a shard, and of a host in succession: a worker that dies, a shard that fails there
 LOOK_SECONDS = 1.0  # between looks for new hosts
 LOOPBACK = {  # a cluster of one machine: only on 127.0.0.1, whatever the system, and without reports to Ray's makers
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -77,7 +77,8 @@ def run_on_ray(
         stop: asks to end early.
     Raises:
         JobError: where the output belongs to another job, or Ray is not installed.
-        RunError: for a shard that failed `TRIES` times, or if no host can work.
+        RunError: for a shard that failed `TRIES` times, if no host can work, or for shards that hosts have written
+            elsewhere.
     """
     ray = _import_ray(address)
     job.begin()
@@ -95,6 +96,12 @@ def run_on_ray(
                 driver.close()
     finish(job, report)
     report.stopped = stop.asked and not report.complete
+    if not report.complete and not stop.asked:
+        missing = summarize([f"{number}" for number in job.incomplete()], 100, ", ")
+        raise RunError(
+            f"all shards were generated, but {missing} cannot be found in {shorten(job.job.output, 200)}: does it lead "
+            "to the same folder on all hosts?"
+        )
     return report
 
 
@@ -182,7 +189,7 @@ class _Driver:
         self._queue = ShardQueue(left)
         self._workers: dict[str, _Worker] = {}  # by node
         self._asked: dict[Any, tuple[_Worker, int | None]] = {}  # by reference: the shard, or None for loading
-        self._faults: Counter[int] = Counter()  # of a shard
+        self._faults: defaultdict[int, list[str]] = defaultdict(list)  # of a shard: the nodes
         self._misses: Counter[str] = Counter()  # of a node in succession
         self._resting: dict[str, float] = {}  # nodes, until when no worker is started there
         self._given_up: dict[str, str] = {}  # nodes, and why
@@ -321,10 +328,15 @@ class _Driver:
             self._began = time.monotonic()
 
     def _retry(self, worker: _Worker, shard: int, why: str) -> None:
-        """Give a shard to another worker."""
-        self._faults[shard] += 1
-        if self._faults[shard] >= TRIES:
-            raise RunError(f"shard {shard} failed {TRIES} times, at last on {worker.host}: {why}")
+        """Deal out a shard again, or give up: the shard if several hosts failed, the host if it does nothing else."""
+        failed = self._faults[shard]
+        failed.append(worker.node)
+        self._misses[worker.node] += 1
+        if len(failed) >= TRIES and (len(set(failed)) > 1 or len(self._workers) == 1):
+            raise RunError(f"shard {shard} failed {len(failed)} times, at last on {worker.host}: {why}")
+        if self._misses[worker.node] >= TRIES and len(self._workers) > 1:
+            self._lose(worker, why)
+            return
         self._say(f"{worker.host}: shard {shard} failed and is tried again: {why}")
         self._queue.failed(shard, worker.node)
 

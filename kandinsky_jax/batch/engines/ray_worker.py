@@ -104,4 +104,5 @@ class RayWorker:
 
 def _fault(error: Exception) -> Fault:
     permanent = isinstance(error, (ValueError, TypeError, ImportError))  # JobError and CheckpointError among them
-    return Fault(shorten(str(error) or type(error).__name__, 400), permanent)
+    lines = "; ".join(line.strip() for line in str(error).splitlines()).replace(":; ", ": ")
+    return Fault(shorten(lines or type(error).__name__, 400), permanent)

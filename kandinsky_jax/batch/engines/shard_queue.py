@@ -75,9 +75,12 @@ class ShardQueue:
         return True
 
     def failed(self, shard: int, worker: str) -> None:
-        """Record that a worker gave up a shard; another gets it."""
+        """Record that a worker gave up a shard; it is dealt out again after all others."""
         self._load.get(worker, set()).discard(shard)
         self._give_back(shard, worker)
+        if shard in self._waiting:
+            self._waiting.remove(shard)
+            self._waiting.append(shard)
 
     def _give_back(self, shard: int, worker: str) -> None:
         holders = self._holders.get(shard, {})
