@@ -1,4 +1,4 @@
-"""Manifests for pods against the published schemas of Kubernetes and JobSet."""
+"""Manifests for pods against the published schemas of Kubernetes, JobSet and KubeRay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MANIFESTS = sorted(path.name for path in PODS.glob("*.yaml") if "apiVersion:" in
 
 
 def test_all_manifests_are_found():
-    assert len(MANIFESTS) == 5
+    assert len(MANIFESTS) == 6
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -48,10 +48,36 @@ BROKEN: list[tuple[tuple[str | int, ...], Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("place", "value", "said"), BROKEN, ids=lambda x: str(x[-1]) if isinstance(x, tuple) else "")
-def test_a_broken_manifest_is_refused(place, value, said):
+WORKERS = ("spec", "rayClusterSpec", "workerGroupSpecs", 0)
+HEAD = ("spec", "rayClusterSpec", "headGroupSpec")
+BROKEN_RAY_JOB: list[tuple[tuple[str | int, ...], Any, str]] = [
+    (("apiVersion",), "ray.io/v1alpha1", "apiVersion"),
+    (("spec", "entryPoint"), "kandinsky-jax batch", "entryPoint"),
+    (("spec", "backoffLimit"), "3", "is not of type 'integer'"),
+    (("spec", "submitterConfig", "backoffLimits"), 3, "backoffLimits"),
+    (("spec", "shutdownAfterJobFinishes"), "true", "is not of type 'boolean'"),
+    (("spec", "rayClusterSpec", "authOptions", "mode"), "tokens", "is not one of"),
+    (("spec", "rayClusterSpec", "rayVersion"), 2.6, "is not of type 'string'"),
+    (("spec", "rayClusterSpec", "workerGroupSpec"), [], "workerGroupSpec"),
+    (HEAD, None, "'headGroupSpec' is a required property"),
+    ((*HEAD, "rayStartParams", "num-cpus"), 0, "is not of type 'string'"),
+    ((*HEAD, "template", "spec", "containers", 0, "port"), [], "port"),
+    ((*WORKERS, "numOfHost"), 1, "numOfHost"),
+    ((*WORKERS, "minReplicas"), "0", "is not of type 'integer'"),
+    ((*WORKERS, "groupName"), None, "'groupName' is a required property"),
+    ((*WORKERS, "template", "spec", "terminationGracePeriod"), 15, "terminationGracePeriod"),
+    ((*WORKERS, "template", "spec", "nodeSelector", "cloud.google.com/gke-spot"), True, "is not of type 'string'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "said"),
+    [("train_jobset.yaml", *broken) for broken in BROKEN] + [("ray_job.yaml", *broken) for broken in BROKEN_RAY_JOB],
+    ids=lambda x: str(x[-1]) if isinstance(x, tuple) else "",
+)
+def test_a_broken_manifest_is_refused(name, place, value, said):
     """Set one field of a valid manifest, or remove it."""
-    manifest = yaml.safe_load((PODS / "train_jobset.yaml").read_text())
+    manifest = yaml.safe_load((PODS / name).read_text())
     broken: Any = copy.deepcopy(manifest)
     *path, last = place
     part = broken
