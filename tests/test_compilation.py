@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from kandinsky_jax import compilation, set_compilation_cache
-from kandinsky_jax.compilation import use_compilation_cache
+from kandinsky_jax import set_compilation_cache
+from kandinsky_jax.compilation import cache, local_cache, use_compilation_cache
 
 DIRECTORY, SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 
@@ -26,12 +26,12 @@ DIRECTORY, SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_comp
 def undecided(monkeypatch, tmp_path):
     """As in a fresh process of a user without settings; the suite's own cache comes back afterwards."""
     before = {name: getattr(jax.config, name) for name in (DIRECTORY, SECONDS)}
-    monkeypatch.setattr(compilation, "_settled", False)
+    monkeypatch.setattr(cache, "_settled", False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("KANDINSKY_JAX_CACHE", raising=False)
     set_compilation_cache(None)
     jax.config.update(SECONDS, 1.0)
-    monkeypatch.setattr(compilation, "_settled", False)
+    monkeypatch.setattr(cache, "_settled", False)
     yield
     set_compilation_cache(None)
     for name, value in before.items():
@@ -73,7 +73,7 @@ def test_the_environment_names_a_folder_or_none(monkeypatch, tmp_path):
     use_compilation_cache()
     assert directory() == str(tmp_path / "mine")
     set_compilation_cache(None)
-    monkeypatch.setattr(compilation, "_settled", False)
+    monkeypatch.setattr(cache, "_settled", False)
     monkeypatch.setenv("KANDINSKY_JAX_CACHE", "off")
     use_compilation_cache()
     assert directory() is None
@@ -153,7 +153,7 @@ def test_a_damaged_entry_is_compiled_again_and_replaced(tmp_path, monkeypatch, d
     def run() -> float:
         return float(jax.jit(lambda x: jnp.cos(x) * 5.5)(jnp.float32(0)))
 
-    monkeypatch.setattr(compilation, "WRITING_SECONDS", 0.0)
+    monkeypatch.setattr(local_cache, "WRITING_SECONDS", 0.0)
     set_compilation_cache(tmp_path)
     jax.config.update(SECONDS, 0.0)
     run()
@@ -186,7 +186,7 @@ def test_truncated_entries_are_removed_once_nobody_can_be_writing_them(tmp_path,
     written(tmp_path / "young-cache", whole[:50], 1)
     set_compilation_cache(tmp_path)
     assert [path.name for path in entries(tmp_path)] == ["whole-cache", "young-cache"]
-    written(tmp_path / "young-cache", whole[:50], compilation.WRITING_SECONDS)  # a minute later
+    written(tmp_path / "young-cache", whole[:50], local_cache.WRITING_SECONDS)  # a minute later
     set_compilation_cache(tmp_path)
     assert [path.name for path in entries(tmp_path)] == ["whole-cache"]
 
@@ -199,7 +199,7 @@ def test_an_entry_that_vanishes_hides_no_other(tmp_path):
 
 
 def test_the_folder_does_not_grow_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 2500)
+    monkeypatch.setattr(local_cache, "MAX_CACHE_BYTES", 2500)
     for i in range(4):
         path = tmp_path / f"{i}-cache"
         data = zstandard.compress(b"x")

@@ -69,6 +69,9 @@ class Files(Protocol):
     def write(self, name: str, fill: Fill, *, overwrite: bool = False) -> bool:
         """Write a file; return False, without `overwrite`, if it exists already."""
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Create a small file; return False if it exists with other content: the first of several writers wins."""
+
     def remove(self, name: str) -> None:
         """Remove a file, if it exists."""
 
@@ -156,6 +159,14 @@ class LocalFiles:
         path.parent.mkdir(parents=True, exist_ok=True)
         return atomic.fill_file(path, fill, overwrite=overwrite)
 
+    def create(self, name: str, data: bytes) -> bool:
+        if self.write(name, lambda file: file.write(data)):
+            return True
+        try:
+            return self.read(name) == data
+        except FileNotFoundError:  # removed meanwhile
+            return False
+
     def remove(self, name: str) -> None:
         (self._root / name).unlink(missing_ok=True)
 
@@ -242,6 +253,29 @@ class RemoteFiles:
             return tried(path, lambda: self._send(path, data, overwrite))
         except FileNotFoundError:
             raise OSError(errno.ENOENT, "could not be written: there is no such bucket or folder", path) from None
+
+    def create(self, name: str, data: bytes) -> bool:
+        path = self._path(name)
+        try:
+            return tried(path, lambda: self._create(path, data))
+        except FileNotFoundError:
+            raise OSError(errno.ENOENT, "could not be written: there is no such bucket or folder", path) from None
+
+    def _create(self, path: str, data: bytes) -> bool:
+        """Create an object without verifying it afterwards; another process may have removed it already.
+
+        After a lost reply, the file system may repeat its request and find its own object there.
+        """
+        try:
+            if not self._can_create:
+                if self._info(path) is not None:
+                    return self._holds(path, data)
+                self._send_renamed(path, data)
+            else:
+                self._fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return self._holds(path, data)
+        return True
 
     def _send(self, path: str, data: bytes, overwrite: bool) -> bool:
         """Publish an object, and verify that it is the one that was sent.
