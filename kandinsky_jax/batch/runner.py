@@ -12,6 +12,7 @@ picture always has the same neighbours in the same program, and a shard has the 
 
 from __future__ import annotations
 
+import numbers
 import threading
 import time
 from collections import deque
@@ -171,9 +172,9 @@ def run(
 
 def _checked(job: OpenJob, shards: Iterable[int]) -> Iterator[int]:
     for number in shards:
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < job.shards:
+        if isinstance(number, bool) or not isinstance(number, numbers.Integral) or not 0 <= number < job.shards:
             raise ValueError(f"there is no shard {quote(number)}; the job's are numbered from 0 to {job.shards - 1}")
-        yield number
+        yield int(number)
 
 
 def finish(job: OpenJob, report: Report | None = None) -> Report:

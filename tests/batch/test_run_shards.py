@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kandinsky_jax.batch import Process, ShardResult, finish, run
@@ -56,7 +57,7 @@ class CountedCalls(Stop):
 
 
 def test_only_the_given_shards_are_generated(job, whole, shapes_pipe, tmp_path):
-    report = run(job, shapes_pipe, shards=[2, 0], quiet=True)
+    report = run(job, shapes_pipe, shards=np.array([2, 0]), quiet=True)
     assert (report.shards, report.skipped, report.images, report.errors) == (2, 0, 6, 1)
     assert (report.complete, report.stopped) == (False, False)
     assert shard_files(tmp_path) == ["000000.tar", "000002.tar"]
