@@ -19,7 +19,7 @@ import math
 import re
 import tarfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from kandinsky_jax.batch.model_files import changed
@@ -358,6 +358,24 @@ def _write_tar(file: BinaryIO, pictures: Sequence[GeneratedImage], suffix: str) 
                 member = tarfile.TarInfo(name)
                 member.size, member.mode = len(data), 0o644
                 tar.addfile(member, io.BytesIO(data))
+
+
+def tar_members(files: Files, name: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the members of a shard's tar file in their order; each can be read until the next one is asked for.
+
+    Raises:
+        ValueError: where the tar file is damaged.
+        OSError: where it cannot be read.
+    """
+    size = files.size(name) or 0
+    try:
+        with files.open(name) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+            for member in tar:
+                yield tar, member
+            if size - tar.offset > tarfile.RECORDSIZE + _BLOCK:  # at a header in the middle, tarfile ends silently
+                raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{name} cannot be read: {shorten(error, 200)}") from None
 
 
 # Columns of the manifest, the same in every shard even where one is empty.

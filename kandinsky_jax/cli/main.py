@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kandinsky_jax.cli import batch, controlnet, generate, img2img, inpaint, mix, train, vary, verify
+from kandinsky_jax.cli import batch, batch_status, controlnet, generate, img2img, inpaint, mix, train, vary, verify
+from kandinsky_jax.cli.batch_group import BatchGroup
 from kandinsky_jax.cli.mode_command import command_of
 from kandinsky_jax.common.terminal import run
 from kandinsky_jax.pipelines.modes import MODES
@@ -47,7 +48,10 @@ for mode in MODES.values():
         app.command(mode.name, epilog=example)(command_of(mode))
 app.command(epilog=mix.EXAMPLE)(mix.mix)
 app.command(epilog=vary.EXAMPLE)(vary.vary)
-app.command(epilog=batch.EXAMPLE)(batch.batch)
+batch_app = typer.Typer(cls=BatchGroup, subcommand_metavar="", invoke_without_command=True, epilog=batch.EXAMPLE)
+batch_app.callback()(batch.batch)
+batch_app.command("status", epilog=batch_status.EXAMPLE)(batch_status.batch_status)
+app.add_typer(batch_app, name="batch")
 app.command(epilog=train.EXAMPLE)(train.train)
 app.command(epilog=verify.EXAMPLE)(verify.verify)
 

@@ -63,24 +63,6 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)), int)
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    many = [{"prompt": PROMPTS[i % 5], "seed": 2**40 + i} for i in range(8)]
-    many[1] |= {"num_images": 3, "id": "three"}
-    many[4] |= {"negative_prompt": "a red circle", "metadata": {"source": ["x", 1]}}
-    many[6] |= {"steps": 4, "guidance_scale": 1.0}
-    return many
-
-
-@pytest.fixture(scope="module")
-def whole(rows, shapes_pipe, tmp_path_factory) -> Path:
-    """The output of a run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
-    report = run_job(job_of(folder, rows), shapes_pipe)
-    assert (report.shards, report.images, report.errors, report.complete) == (3, 10, 0, True)
-    return folder / "out"
-
-
 @pytest.mark.slow
 def test_every_picture_is_that_of_a_call(whole, rows, shapes_pipe):
     """A row's pictures are those of a call with its prompt and seed, up to the last bits of another batch."""
