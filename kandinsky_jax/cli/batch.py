@@ -103,7 +103,10 @@ def batch(
     grace: Annotated[float, typer.Option(help="Seconds from SIGTERM until the machine is preempted.")] = 25.0,
     overlap: Annotated[bool, typer.Option(help="Read, generate, encode and write concurrently.")] = True,
     compilation_cache: Annotated[
-        str | None, typer.Option(metavar=f"FOLDER|{OFF}", help=f"Cache of compiled programs; default: ${CACHE}.")
+        str | None,
+        typer.Option(
+            metavar=f"FOLDER|URL|{OFF}", help=f"Cache of compiled programs; hosts share a URL's; default: ${CACHE}."
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:

@@ -109,8 +109,8 @@ class Options:
     compilation_cache: Annotated[
         str | None,
         typer.Option(
-            metavar=f"FOLDER|{OFF}",
-            help=f"Cache of compiled programs; default: ${CACHE}, else in the user's cache folder.",
+            metavar=f"FOLDER|URL|{OFF}",
+            help=f"Cache of compiled programs; hosts share a URL's; default: ${CACHE}, else the user's folder.",
         ),
     ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from kandinsky_jax.cli import app
+from kandinsky_jax.compilation import CACHE
 from kandinsky_jax.parallel.process import VARIABLES
 from kandinsky_jax.preemption import STOPPED
 from kandinsky_jax.training.config import load
@@ -153,6 +154,16 @@ def test_the_ray_job_is_private_starts_again_and_leaves_no_cluster():
     assert spec["submissionMode"] == "K8sJobMode"  # which alone has a submitter that outlives the head
     assert 0 < spec["backoffLimit"] <= spec["submitterConfig"]["backoffLimit"]
     assert re.fullmatch("[a-z]([-a-z0-9]{0,45}[a-z0-9])?", found["metadata"]["name"])
+
+
+@pytest.mark.parametrize("name", ["indexed_job.yaml", *TRAINING])
+def test_a_manifest_shares_compiled_programs_beside_what_it_writes(name):
+    """In its own bucket, which the guide lets only the job's account write to; not in its output folder."""
+    [container] = job_of(manifest(name))["template"]["spec"]["containers"]
+    values = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert values[CACHE] == "gs://BUCKET/compiled"
+    assert not any(values[CACHE] in argument for argument in container["args"])
+    assert "roles/storage.objectUser" in (PODS / "training.md").read_text()
 
 
 def test_a_preempted_batch_job_has_not_failed():

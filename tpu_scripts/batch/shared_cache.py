@@ -143,36 +143,27 @@ def counted(store: FaultyStore, latency: float) -> Iterator[collections.Counter[
     store.heal()
 
 
-def kill_while_compiling(
-    store: FaultyStore, bucket: str, prefix: str, hosts: list[Host], program: str = LARGEST
-) -> tuple[Host, float]:
-    """Kill the process that is the first to claim a program; return it, and the time of `time.monotonic()`."""
+def kill_while_compiling(bucket: str, prefix: str, host: Host) -> float:
+    """Kill a process once it has claimed the largest program; return the moment, by `time.monotonic()`."""
     import fsspec
 
     fs = fsspec.filesystem("gs")
-    holder = None
-    while holder is None:
+    while host.process.poll() is None:
         fs.invalidate_cache()
-        claims = [path for path in fs.find(f"{bucket}/{prefix}") if "/claims/" in path and program in path]
-        holder = claims[0] if claims else None
+        if any("/claims/" in path and LARGEST in path for path in fs.find(f"{bucket}/{prefix}")):
+            host.process.send_signal(signal.SIGKILL)
+            return time.monotonic()
         time.sleep(0.02)
-        if any(host.process.poll() is not None for host in hosts):
-            sys.exit("no process was seen to compile")
-    [first] = hosts[:1]
-    first.process.send_signal(signal.SIGKILL)
-    return first, time.monotonic()
+    sys.exit("the process was not seen to compile")
 
 
-def dead_holder(folder: Path, store: FaultyStore, url: str, count: int, wait: float) -> dict[str, Any]:
-    """Kill the first of several processes while it compiles; the others have started just before that."""
+def dead_holder(folder: Path, url: str, count: int, wait: float) -> dict[str, Any]:
+    """Kill a process while it compiles the largest program, and start the others, which find its claims."""
     job = Hosts(folder, url, wait)
-    hosts = [job.start(0, count)]
+    killed = job.start(0, count)
     bucket, _, prefix = url.removeprefix("gs://").partition("/")
-    others: list[Host] = []
-    starter = threading.Thread(target=lambda: others.extend(job.start(i, count) for i in range(1, count)))
-    killed, moment = kill_while_compiling(store, bucket, prefix, hosts)
-    starter.start()
-    starter.join()
+    moment = kill_while_compiling(bucket, prefix, killed)
+    others = [job.start(index, count) for index in range(1, count)]
     finish([killed, *others])
     found = figures(others)
     del found["wall_seconds"]
@@ -207,7 +198,7 @@ def measure(processes: int, rounds: int, latency: float, wait: float, say: Calla
                 finish([host])
                 found["warm"][name] = figures([host]) | {"requests": sum(requests.values())}
             say(f"{name}: {found['warm'][name]}")
-        found["dead_holder"] = dead_holder(folder / "dead", store, "gs://bucket/dead", processes, wait)
+        found["dead_holder"] = dead_holder(folder / "dead", "gs://bucket/dead", processes, wait)
         say(f"dead holder: {found['dead_holder']}")
     for name in ("shared", "alone"):
         for figure in ("wall_seconds", "cpu_seconds"):
