@@ -11,7 +11,7 @@ random moments and in equal numbers, of
 and then the scenes of ray_scenes.py: nodes that are stopped, added or removed, drivers that are killed or started
 twice, hosts that do not fit. In the end every id is there once, with the same bytes, and no temporary file.
 
-Writes tpu_scripts/results/ray-kill-DATE.json.
+Writes tpu_scripts/results/ray-kill-DATE.json, after each scene; scenes of the same day, job and seed stay in it.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ def kills(job: Job, count: int, rng: random.Random, nodes: int = 3, options: lis
                 kinds[plan.pop()] += 1
                 moments[moment] += 1
                 print(f"kill {kinds.total()}: {kinds}, {driver.shards} shards", flush=True)
-            while driver.running:
+            last = time.monotonic()
+            while driver.running and time.monotonic() - last < ray_scenes.SECONDS:
                 nursery.tend()
                 time.sleep(0.05)
-            found["seconds"].append(driver.end())
+            found["seconds"].append(driver.end(seconds=1))
             job.check(Path(driver.output), whole)
             shutil.rmtree(driver.output)
             found["jobs"] += 1
@@ -186,29 +187,23 @@ def in_object_store(job: Job, count: int, rng: random.Random) -> dict[str, Any]:
     return {"kills": killed, "seconds": seconds, "workers_and_lost": driver.workers}
 
 
-def scenes(job: Job, count: int, seed: int) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return all scenes by name, each with random numbers of its own."""
-
-    def rng(name: str) -> random.Random:
-        return random.Random(f"{seed} {name}")
-
-    return {
-        "quiet": lambda: ray_scenes.quiet_job(job),
-        "kills": lambda: kills(job, count, rng("kills")),
-        "stopped_node": lambda: ray_scenes.stopped(job, "node"),
-        "stopped_worker": lambda: ray_scenes.stopped(job, "worker"),
-        "stopped_while_loading": lambda: ray_scenes.stopped(job, "loading"),
-        "joining": lambda: ray_scenes.joining(job),
-        "driver_killed": lambda: ray_scenes.driver_killed(job, 8, rng("driver_killed")),
-        "twin_drivers": lambda: ray_scenes.twin_drivers(job),
-        "terminated": lambda: ray_scenes.terminated(job),
-        "unfit_hosts": lambda: ray_scenes.unfit_hosts(job),
-        "unwritable": lambda: ray_scenes.unwritable(job),
-        "full_disk": lambda: ray_scenes.full_disk(job),
-        "vanished": lambda: ray_scenes.vanished(job),
-        "folder": lambda: as_folder(job, 3, rng("folder")),
-        "object_store": lambda: in_object_store(job, 2, rng("object_store")),
-    }
+SCENES: dict[str, Callable[[Job, int, random.Random], dict[str, Any]]] = {  # of a job and a number of kills
+    "quiet": lambda job, count, rng: ray_scenes.quiet_job(job),
+    "kills": kills,
+    "stopped_node": lambda job, count, rng: ray_scenes.stopped(job, "node"),
+    "stopped_worker": lambda job, count, rng: ray_scenes.stopped(job, "worker"),
+    "stopped_while_loading": lambda job, count, rng: ray_scenes.stopped(job, "loading"),
+    "joining": lambda job, count, rng: ray_scenes.joining(job),
+    "driver_killed": lambda job, count, rng: ray_scenes.driver_killed(job, 8, rng),
+    "twin_drivers": lambda job, count, rng: ray_scenes.twin_drivers(job),
+    "terminated": lambda job, count, rng: ray_scenes.terminated(job),
+    "unfit_hosts": lambda job, count, rng: ray_scenes.unfit_hosts(job),
+    "unwritable": lambda job, count, rng: ray_scenes.unwritable(job),
+    "full_disk": lambda job, count, rng: ray_scenes.full_disk(job),
+    "vanished": lambda job, count, rng: ray_scenes.vanished(job),
+    "folder": lambda job, count, rng: as_folder(job, 3, rng),
+    "object_store": lambda job, count, rng: in_object_store(job, 2, rng),
+}
 
 
 def main() -> None:
@@ -220,25 +215,27 @@ def main() -> None:
     parser.add_argument("--rows-per-shard", type=int, default=16)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", metavar="SCENE", help="names as in the result; default: all")
+    parser.add_argument(
+        "--only", nargs="+", choices=SCENES, metavar="SCENE", help=f"default: all of {', '.join(SCENES)}"
+    )
     parser.add_argument("--print", action="store_true", help="print the result instead of writing it")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options = ["-m", str(batch_kill.SHAPES_MODEL), *"--steps 5 --prior-steps 3 --batch 8 --dtype float32".split()]
     options += ["--rows-per-shard", str(arguments.rows_per_shard)]
     told = ["-m", str(batch_kill.SHAPES_MODEL.relative_to(ROOT)), *options[2:]]
-    found: dict[str, Any] = {"rows": arguments.rows, "options": told, "seed": arguments.seed, "scenes": {}}
+    found: dict[str, Any] = {"rows": arguments.rows, "options": told, "seed": arguments.seed}
+    path = ROOT / "tpu_scripts" / "results" / f"ray-kill-{datetime.date.today().isoformat()}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    found["scenes"] = known.get("scenes", {}) if known.items() >= found.items() else {}
     with tempfile.TemporaryDirectory() as scratch:
         job = open_job(Path(scratch), arguments.rows, options)
-        for name, scene in scenes(job, arguments.kills, arguments.seed).items():
-            if not arguments.only or name in arguments.only:
-                found["scenes"][name] = scene()
-                print(name, json.dumps(found["scenes"][name]), flush=True)
-    text = json.dumps(found, indent=2) + "\n"
-    if arguments.print:
-        print(text)
-    else:
-        (ROOT / "tpu_scripts" / "results" / f"ray-kill-{datetime.date.today().isoformat()}.json").write_text(text)
+        for name in arguments.only or SCENES:
+            result = SCENES[name](job, arguments.kills, random.Random(f"{arguments.seed} {name}"))
+            print(name, json.dumps(result), flush=True)
+            found["scenes"][name] = result
+            if not arguments.print:
+                path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

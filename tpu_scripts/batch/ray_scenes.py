@@ -186,13 +186,12 @@ def joining(job: Job) -> dict[str, Any]:
     output = job.folder / "joining"
     with job.cluster(1) as cluster:
         driver = Driver(job, cluster, output)
-        driver.until(3)
+        driver.until(1)
         for _ in range(2):
             cluster.add()
         added = driver.shards
-        while driver.running and sum(bool(node.workers()) for node in cluster.nodes) < 3:
+        while driver.running and not all(node.workers() for node in cluster.nodes):
             time.sleep(0.02)
-        time.sleep(6)  # they load
         first = cluster.nodes.pop(0)
         left = driver.shards
         first.leave()
