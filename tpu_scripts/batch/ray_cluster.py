@@ -63,7 +63,8 @@ class RayNode:
                 start_new_session=True,
             )
         assert self._launcher.stdout is not None
-        line = self._launcher.stdout.readline()
+        with self._launcher.stdout as printed:
+            line = printed.readline()
         assert line, log.read_text()[-2000:]
         started = json.loads(line)
         self.address: str = started["address"]
@@ -102,6 +103,8 @@ class RayNode:
             assert time.monotonic() < deadline, processes
             self.send(signal.SIGKILL, processes)
             time.sleep(0.01)
+        assert self._launcher.stdin is not None
+        self._launcher.stdin.close()
         self._launcher.wait()
 
 

@@ -182,20 +182,24 @@ def stopped(job: Job, what: str, seconds: float = SECONDS) -> dict[str, Any]:
 
 
 def joining(job: Job) -> dict[str, Any]:
-    """Start with one node, add two midway, and let the first one leave gracefully."""
+    """Start with one node, add two midway, and let the first one leave gracefully.
+
+    The first worker is stopped until the others have completed a shard: it might be done before they are loaded.
+    """
     output = job.folder / "joining"
     with job.cluster(1) as cluster:
-        driver = Driver(job, cluster, output)
-        driver.until(1)
+        driver, first = Driver(job, cluster, output), cluster.nodes[0]
+        driver.until(3)
+        first.send(signal.SIGSTOP, first.workers())
         for _ in range(2):
             cluster.add()
         added = driver.shards
-        while driver.running and not all(node.workers() for node in cluster.nodes):
-            time.sleep(0.02)
-        first = cluster.nodes.pop(0)
+        driver.until(added + 1)
+        first.send(signal.SIGCONT, first.workers())
+        driver.until(added + 3)
         left = driver.shards
-        first.leave()
         assert driver.running, "the job has ended before the first node left"
+        first.leave()
         driver.end()
         job.check(output)
         workers, lost = driver.workers
