@@ -18,7 +18,7 @@ import pytest
 from jax._src.lru_cache import LRUCache
 
 from kandinsky_jax import set_compilation_cache
-from kandinsky_jax.compilation import CacheWarning, cache, claims, use_compilation_cache
+from kandinsky_jax.compilation import CacheWarning, cache, claims, compiling_ahead, use_compilation_cache
 from kandinsky_jax.compilation.local_cache import are_whole
 from kandinsky_jax.compilation.shared_cache import SharedCache, Store, processor
 from tests.batch.store import object_store
@@ -110,6 +110,18 @@ def test_one_compiles_and_the_others_wait(hosts, url):
     assert first.local() == second.local() == {f"{KEY}-cache": ENTRY}
     assert soon(lambda: set(objects(url)) == {f"{KEY}-cache"})
     assert second.get(KEY) == ENTRY
+
+
+def test_what_was_sent_since_the_start_is_found_by_the_host_that_claims_it(hosts, url):
+    first, second, _ = hosts
+    assert second.get(OTHER) is None  # it has looked what there is
+    assert first.get(KEY) is None
+    first.put(KEY, ENTRY)
+    first.end()
+    assert second.get(KEY) == ENTRY
+    second.put(OTHER, ENTRY)
+    second.end()
+    assert soon(lambda: not any(name.startswith("claims/") for name in objects(url)))
 
 
 def test_a_dead_holder_is_replaced_by_one(hosts, url):
@@ -312,6 +324,14 @@ def test_a_program_that_cannot_be_compiled_is_claimed_no_longer(tmp_path):
     with pytest.raises(Exception, match="there_is_no_such_function"):
         failing(jnp.ones(3))
     assert soon(lambda: not any(name.startswith("claims/") for name in objects(url)))
+
+
+def test_compiling_ahead_hides_no_warning_of_the_cache():
+    def call() -> None:
+        warnings.warn("programs are not shared", CacheWarning, stacklevel=1)
+
+    with pytest.warns(CacheWarning, match="not shared"), compiling_ahead(call):
+        pass
 
 
 def test_the_environment_names_a_url(monkeypatch, tmp_path):

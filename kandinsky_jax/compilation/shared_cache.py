@@ -41,6 +41,7 @@ from kandinsky_jax.compilation.local_cache import ENDING, CacheWarning, are_whol
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX reports it in the thread that has compiled
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # keys of JAX that can be names of files as they are
 SENDERS = 4  # threads
+SLOWEST_BYTES = 1 << 20  # a second, of an entry that is sent
 AUTOTUNING = "xla_gpu_per_fusion_autotune_cache_dir"  # JAX's default of what XLA keeps in the local folder
 
 
@@ -178,7 +179,8 @@ class Store:
     def _read(self, key: str) -> bytes | None:
         assert self._files is not None
         try:
-            found = within(self._transfer_seconds, lambda: self._files.read(f"{key}{ENDING}"))  # type: ignore[union-attr]
+            seconds = max(REQUEST_SECONDS, self._wait)
+            found = within(seconds, lambda: self._files.read(f"{key}{ENDING}"))  # type: ignore[union-attr]
         except FileNotFoundError:
             return None
         if are_whole(found):
@@ -191,13 +193,10 @@ class Store:
         assert self._claims is not None
         write = functools.partial(self._files.write, f"{key}{ENDING}", lambda file: file.write(value))
         try:
-            within(self._transfer_seconds, lambda: write(overwrite=replace or key in self._truncated))
+            seconds = REQUEST_SECONDS + len(value) / SLOWEST_BYTES  # the end of the process may wait for that
+            within(seconds, lambda: write(overwrite=replace or key in self._truncated))
         finally:
             self._claims.release(key)
-
-    @property
-    def _transfer_seconds(self) -> float:
-        return max(REQUEST_SECONDS, self._wait)
 
     def _connect(self) -> Claims | None:
         """Connect at the first program; return the claims, None for processes that compile together."""
