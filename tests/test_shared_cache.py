@@ -276,9 +276,10 @@ def test_temporary_faults_change_nothing(store, tmp_path):
     assert {name for name in objects(url) if "-cache" in name} == {f"{key}-cache" for key in keys}
 
 
-def test_a_folder_that_others_can_fill_is_not_used(tmp_path):
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared").chmod(0o777)
+@pytest.mark.parametrize("folder", ["shared", f"shared/cpu-{processor()}"])
+def test_a_folder_that_others_can_fill_is_not_used(tmp_path, folder):
+    (tmp_path / folder).mkdir(mode=0o700, parents=True)
+    (tmp_path / folder).chmod(0o777)
     first = Host(tmp_path / "host", f"file://{tmp_path}/shared")
     with pytest.warns(CacheWarning, match="others can write to"):
         assert first.get(KEY) is None

@@ -208,11 +208,12 @@ class Store:
         return None if jax.process_count() > 1 else self._claims
 
     def _open(self) -> Files:
-        url = self._url if jax.default_backend() != "cpu" else f"{self._url.rstrip('/')}/cpu-{processor()}"
-        fs, path = connect(url)
+        folder = f"cpu-{processor()}" if jax.default_backend() == "cpu" else ""
+        url = f"{self._url.rstrip('/')}/{folder}".rstrip("/")
+        fs, root = connect(self._url)
         if isinstance(fs, LocalFileSystem):
-            private(Path(path).parent)
-            private(Path(path))
+            private(Path(root))
+            private(Path(root, folder))
         files = open_files(url)
         files.sweep(("", "claims", "alive"))
         return files
