@@ -133,8 +133,10 @@ def _times(found: Status) -> list[str]:
     if found.overall_pictures_per_second is None or found.pictures_per_second is None:
         text.append("rate: unknown, no two files were written at different times")
     else:
-        recent = f"{found.pictures_per_second:.3g} pictures/s in the last {length(found.recent_seconds or 0)} of work"
-        text.append(f"rate: {recent}, {found.overall_pictures_per_second:.3g} overall")
+        recent = (
+            f"{_rate(found.pictures_per_second)} pictures/s in the last {length(found.recent_seconds or 0)} of work"
+        )
+        text.append(f"rate: {recent}, {_rate(found.overall_pictures_per_second)} overall")
     if found.finished is not None:
         took = "" if found.started is None else f", {length((found.finished - found.started).total_seconds())} later"
         return [*text, f"finished: {_time(found.finished)}{took}"]
@@ -147,6 +149,10 @@ def _times(found: Status) -> list[str]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _time(moment: object) -> str:

@@ -17,6 +17,7 @@ from kandinsky_jax import images
 from kandinsky_jax.batch import contact_sheet as sheets
 from kandinsky_jax.batch.contact_sheet import GAP, LINE, SIDE, cell, contact_sheet, wrap
 from kandinsky_jax.batch.shards import GeneratedImage, Output
+from kandinsky_jax.batch.status import status
 from tests.batch.store import object_store
 from tests.batch.test_jobs import contents, job_of, members, run_job
 from tests.batch.test_status import identity
@@ -245,6 +246,8 @@ def test_a_damaged_shard_ends_in_one_sentence(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"000000\.tar cannot be read"):
         contact_sheet(str(tmp_path / "a"), 0)
+    with pytest.raises(ValueError, match=r"000000\.tar cannot be read"):
+        status(str(tmp_path / "a"), count=True)
     job_with(str(tmp_path / "b"), {"p": picture()}, "folder")
     path = tmp_path / "b" / "manifest" / "000000.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"else": [1]}), path)

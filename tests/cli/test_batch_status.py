@@ -93,6 +93,8 @@ def test_a_complete_job_says_so(tmp_path):
     folder_of(str(tmp_path), rows=9, per_shard=4, done=3)
     set_times(tmp_path, {0: 3600, 1: 7200, 2: 90_000})
     told = invoke("status", str(tmp_path), "--count").output.splitlines()
+    fast = dataclasses.replace(status(str(tmp_path)), pictures_per_second=1234.5, overall_pictures_per_second=9.876)
+    assert "rate: 1,234 pictures/s in the last 1 d 1 h of work, 9.88 overall" in lines(fast)
     assert told[1:4] == ["complete: all 3 shards, 9 rows", "pictures: 3", "failed: no rows"]
     assert told[-1].startswith("finished: 2025-06-16 16:06 UTC, 1 d 1 h later")
 
