@@ -100,6 +100,9 @@ def batch(
             metavar="NAME=AMOUNT", help="Of one Ray worker, such as TPU=4; default: the host's TPUs and GPUs."
         ),
     ] = None,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="To ask an autoscaling Ray cluster for, each with --resources.")
+    ] = None,
     grace: Annotated[float, typer.Option(help="Seconds from SIGTERM until the machine is preempted.")] = 25.0,
     overlap: Annotated[bool, typer.Option(help="Read, generate, encode and write concurrently.")] = True,
     compilation_cache: Annotated[
@@ -127,7 +130,9 @@ def batch(
         "strength": strength,
     }
     stopping = Stop(grace)
-    wanted = _engine_resources(engine, address, resources, [process, processes, coordinator], distributed, overlap)
+    wanted = _engine_resources(
+        engine, address, resources, hosts, [process, processes, coordinator], distributed, overlap
+    )
     opened = open_job(
         Job(
             rows=job,
@@ -153,7 +158,13 @@ def batch(
         opened.begin()  # reports faults before a model is loaded
         if engine:
             report: Report = run_on_ray(
-                opened, address=address, resources=wanted, cache=compilation_cache, quiet=quiet, stop=stop
+                opened,
+                address=address,
+                resources=wanted,
+                hosts=hosts,
+                cache=compilation_cache,
+                quiet=quiet,
+                stop=stop,
             )
         else:
             report = run(opened, load_pipeline(opened), which, overlap=overlap, quiet=quiet, stop=stop)
@@ -173,14 +184,15 @@ def _engine_resources(
     engine: str | None,
     address: str | None,
     resources: list[str] | None,
+    hosts: int | None,
     ranks: list[object],
     distributed: bool,
     overlap: bool,
 ) -> dict[str, float] | None:
     """Check the options of engines and of processes against each other; return a worker's resources."""
     if not engine:
-        if address is not None or resources:
-            raise ValueError("--address and --resources are those of an engine; add --engine ray")
+        if address is not None or resources or hosts:
+            raise ValueError("--address, --resources and --hosts are those of an engine; add --engine ray")
         return None
     if any(rank is not None for rank in ranks) or distributed:
         raise ValueError("--process, --processes, --distributed and --coordinator have no meaning with --engine ray")

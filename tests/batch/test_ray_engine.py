@@ -133,6 +133,7 @@ def test_an_address_where_nothing_is(tmp_path):
         ("--engine ray --no-overlap", "--no-overlap has no meaning with --engine ray"),
         ("--address auto", "add --engine ray"),
         ("--resources TPU=4", "add --engine ray"),
+        ("--hosts 4", "add --engine ray"),
     ],
 )
 def test_options_that_do_not_fit(options, said):

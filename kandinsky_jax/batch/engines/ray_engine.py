@@ -61,6 +61,7 @@ def run_on_ray(
     *,
     address: str | None = None,
     resources: Mapping[str, float] | None = None,
+    hosts: int | None = None,
     cache: str | None = None,
     quiet: bool = False,
     stop: Stop | None = None,
@@ -72,6 +73,8 @@ def run_on_ray(
             connected to, else that of RAY_ADDRESS, else a cluster of this machine alone, on loopback.
         resources: of one worker, such as `{"TPU": 4}`; hosts without them have none. None is all TPUs and GPUs of the
             host, or one CPU where it has neither.
+        hosts: how many an autoscaling cluster is asked for while the job runs, each with `resources`, or one CPU; all
+            hosts that there are work in any case.
         cache: folder or URL of compiled programs for the workers; "off" turns it off, None leaves it to them.
         quiet: no progress bar; what goes wrong is printed to stderr all the same.
         stop: asks to end early.
@@ -91,9 +94,13 @@ def run_on_ray(
         with _connected(ray, address), progress_bar(job, "batch", left, quiet) as bar:
             driver = _Driver(ray, job, resources, cache, left, report, bar)
             try:
+                if hosts:
+                    _ask_for(hosts, resources)
                 driver.run(stop)
             finally:
                 driver.close()
+                if hosts:
+                    _ask_for(0, resources)
     finish(job, report)
     report.stopped = stop.asked and not report.complete
     if not report.complete and not stop.asked:
@@ -157,6 +164,16 @@ def _reach(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _ask_for(hosts: int, resources: Mapping[str, float] | None) -> None:
+    """Ask the cluster's autoscaler, if it has one, to keep so many hosts, instead of what it was asked before.
+
+    Workers are bound to hosts that exist, so that it would not see that any are wanted.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[dict(resources or {"CPU": 1.0}) for _ in range(hosts)])
 
 
 @dataclasses.dataclass
