@@ -42,8 +42,10 @@ SPOT_SECONDS = 15  # what GKE leaves pods of a spot node, unless the node pool s
 
 
 def options_of(command: str) -> set[str]:
-    parameters = typer.main.get_command(app).commands[command].params
-    return {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
+    found = typer.main.get_command(app)
+    for name in command.split():
+        found = found.commands[name]
+    return {name for parameter in found.params for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def manifest(name: str) -> dict:
@@ -240,9 +242,9 @@ def test_skypilot_restarts_after_a_checkpoint_and_hands_signals_on():
 def test_the_commands_of_the_guides_and_the_files_exist():
     texts = [path.read_text() for path in sorted(PODS.iterdir()) if path.suffix in (".md", ".sh", ".yaml")]
     texts.append((ROOT / "README.md").read_text())
-    pattern = r"kandinsky-jax (batch|train) ([^`\n]*(?:\\\n[^`\n]*)*)"
+    pattern = r"kandinsky-jax (batch status|batch|train) ([^`\n]*(?:\\\n[^`\n]*)*)"
     calls = [call for text in texts for call in re.findall(pattern, text)]
-    for command, least in (("batch", 4), ("train", 8)):
+    for command, least in (("batch", 4), ("batch status", 2), ("train", 8)):
         found = [words for name, words in calls if name == command]
         assert len(found) >= least
         for words in found:
