@@ -305,7 +305,7 @@ def test_any_content_of_error_files_is_reported(tmp_path, seed):
     rng = random.Random(seed)
     folder_of(str(tmp_path), rows=9, per_shard=3, done=3)
     (tmp_path / "errors").mkdir()
-    data = b"".join(rng.choice(PIECES) for _ in range(rng.randrange(30)))
+    data = b"".join(rng.choice(PIECES) + rng.choice((b"\n", b"\n", b"")) for _ in range(rng.randrange(30)))
     (tmp_path / "errors" / "000001.jsonl").write_bytes(data)
     found = status(str(tmp_path))
     assert found.rows_failed <= len(data.splitlines())
