@@ -7,8 +7,8 @@ started it, whose end closes the launcher's standard input.
         driver = subprocess.Popen([..., "--address", cluster.address], env=cluster.environment())
         cluster.nodes[0].send(signal.SIGKILL, cluster.nodes[0].workers())
 
-The head has no CPU and so no worker of a job; drivers connect to it. Each cluster has an authentication token of its
-own, so that none takes part in another one of the same machine.
+Unless told otherwise, the head has no CPU and so no worker of a job; drivers connect to it. Each cluster has an
+authentication token of its own, so that none takes part in another one of the same machine.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = "ray::RayWorker"  # how the title of a worker's process begins
 STORE_BYTES = 80_000_000  # of a node's object store, the least that Ray accepts
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -81,7 +82,7 @@ class RayNode:
 
     def workers(self) -> list[Process]:
         """Return the processes that hold a worker of a job."""
-        return [process for process in self.processes() if process.title.startswith("ray::RayWorker")]
+        return [process for process in self.processes() if process.title.startswith(WORKER)]
 
     def send(self, number: int, processes: list[Process] | None = None) -> None:
         """Send a signal to some processes, or to all of them."""
@@ -114,19 +115,20 @@ class RayCluster:
     Args:
         nodes: how many to begin with.
         environment: variables of all nodes and of `environment()`.
+        head_cpus: of the head, which has a worker too if it has one.
     """
 
-    def __init__(self, nodes: int = 0, environment: dict[str, str] | None = None):
+    def __init__(self, nodes: int = 0, environment: dict[str, str] | None = None, head_cpus: int = 0):
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
         self._variables = {"PYTHONPATH": str(ROOT)} | LOOPBACK | token | (environment or {})
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: names of sockets have at most 107 characters
-        self._count = nodes
+        self._count, self._head_cpus = nodes, head_cpus
         self.nodes: list[RayNode] = []
         self._head: RayNode | None = None
 
     def __enter__(self) -> RayCluster:
         try:
-            self._head = self._start({"num_cpus": 0, "include_dashboard": False}, {})
+            self._head = self._start({"num_cpus": self._head_cpus, "include_dashboard": False}, {})
             for _ in range(self._count):
                 self.add()
         except BaseException:
@@ -166,12 +168,28 @@ class RayCluster:
         }
         return RayNode(common | parameters, self.environment() | environment, self._folder / "launchers.txt")
 
+    def seconds_of_services(self) -> float:
+        """Return the processor seconds of all processes that hold no worker, so far."""
+        nodes = [node for node in [self._head, *self.nodes] if node is not None]
+        return sum(
+            _processor_seconds(p.pid) for node in nodes for p in node.processes() if not p.title.startswith(WORKER)
+        )
+
     def close(self) -> None:
         """Kill everything."""
         for node in [*self.nodes, self._head]:
             if node is not None:
                 node.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _processor_seconds(pid: int) -> float:
+    """Return the processor seconds of a process; 0 if it has ended."""
+    try:
+        fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _session(number: int) -> list[Process]:

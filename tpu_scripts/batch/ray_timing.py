@@ -2,8 +2,9 @@
 
     makespan    four workers, one of which takes ten times as long for each shard (a seeded delay, which outweighs the
                 generating): the time to the last shard against the ideal, all shards' delays / the sum of the rates
-    overhead    two workers against two static processes, in turns: the time in which they generate, as they say
-                themselves, and the whole time of the commands with start-up
+    overhead    two workers on the two nodes of a cluster against two static processes, in turns: the time in which
+                they generate, as they say themselves, and the whole time of the commands with start-up. On a machine
+                of two cores it includes what Ray's own processes take from the workers, which is measured too
 
 Writes tpu_scripts/results/ray-timing-DATE.json.
 """
@@ -32,7 +33,7 @@ from tpu_scripts.batch.slow_worker import delay_of  # noqa: E402
 
 EXAMPLE = """examples:
   python tpu_scripts/batch/ray_timing.py makespan --shards 60 --delay 2
-  python tpu_scripts/batch/ray_timing.py overhead --pairs 9 --rows 1600
+  python tpu_scripts/batch/ray_timing.py overhead --pairs 9 --rows 2400
 
 On two cores that takes about ten minutes each. Nothing else should run meanwhile, least of all during the second."""
 WORKERS, SLOWNESS = 4, 10.0
@@ -104,20 +105,22 @@ def makespan(folder: Path, shards: int, mean: float) -> dict[str, Any]:
 
 def overhead(folder: Path, pairs: int, rows: int, steps: int) -> dict[str, Any]:
     """Measure two workers on Ray and two static processes in turns; which is first alternates."""
-    options = f"--steps {steps} --prior-steps 5 --batch 8 --rows-per-shard 40".split()
+    options = f"--steps {steps} --prior-steps 5 --batch 8 --rows-per-shard 24".split()
     write_rows(folder, rows)
     seconds_of(start(folder, "warm", options, dict(os.environ)))
     times: dict[str, list[tuple[float, float]]] = {"ray": [], "static": []}
+    services: list[float] = []  # cores that Ray's own processes used
     for i in range(pairs):
         for kind in ("ray", "static") if i % 2 else ("static", "ray"):
             output = f"{kind}-{i}"
             if kind == "static":
                 times[kind].append(static(folder, output, options, [{}, {}]))
             else:
-                with RayCluster() as cluster:
-                    for _ in range(2):
-                        cluster.add(environment={"KANDINSKY_JAX_CACHE": str(folder / "compiled")})
+                with RayCluster(environment={"KANDINSKY_JAX_CACHE": str(folder / "compiled")}, head_cpus=1) as cluster:
+                    cluster.add()
+                    before = cluster.seconds_of_services()
                     times[kind].append(on_ray(cluster, folder, output, options))
+                    services.append((cluster.seconds_of_services() - before) / times[kind][-1][1])
             assert contents(folder / output) == contents(folder / "warm"), "bytes differ"
         print({kind: [[round(x, 2) for x in pair] for pair in found] for kind, found in times.items()}, flush=True)
     ratios = [ray[0] / static[0] for ray, static in zip(times["ray"], times["static"], strict=True)]
@@ -129,6 +132,7 @@ def overhead(folder: Path, pairs: int, rows: int, steps: int) -> dict[str, Any]:
         "ratios": ratios,
         "median_ratio": statistics.median(ratios),
         "quartiles": statistics.quantiles(ratios, n=4),
+        "cores_of_ray_itself": statistics.median(services),
         "median_seconds_more_of_the_command": statistics.median(
             ray[1] - static[1] for ray, static in zip(times["ray"], times["static"], strict=True)
         ),
@@ -144,7 +148,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=60, help="of the makespan")
     parser.add_argument("--delay", type=float, default=2.0, help="mean seconds of a shard, for the makespan")
     parser.add_argument("--pairs", type=int, default=9, help="of the overhead")
-    parser.add_argument("--rows", type=int, default=1600, help="of the overhead")
+    parser.add_argument("--rows", type=int, default=2400, help="of the overhead")
     parser.add_argument("--steps", type=int, default=10, help="of the overhead")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
