@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -88,7 +89,11 @@ def objects(url: str) -> dict[str, bytes]:
     """Files at a URL, without the folder of the processor."""
     fs, root = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()
-    return {path.removeprefix(f"{root}/cpu-{processor()}/"): fs.cat_file(path) for path in fs.find(root)}
+    found = {}
+    for path in fs.find(root):
+        with contextlib.suppress(FileNotFoundError):  # a heartbeat that has just ended
+            found[path.removeprefix(f"{root}/cpu-{processor()}/")] = fs.cat_file(path)
+    return found
 
 
 def soon(true) -> bool:
