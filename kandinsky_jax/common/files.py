@@ -127,12 +127,8 @@ class LocalFiles:
             return None
 
     def read(self, name: str) -> bytes:
-        path = self._root / name
-        try:
-            reading.check_regular(path)
-        except reading.ReadError as error:
-            raise OSError(reading.of_file(path, error)) from None
-        return path.read_bytes()
+        with self.open(name) as file:
+            return file.read()
 
     def open(self, name: str) -> BinaryIO:
         path = self._root / name

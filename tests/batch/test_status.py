@@ -301,7 +301,7 @@ PIECES = (
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_content_of_error_files_is_reported(tmp_path, seed):
-    """Damaged lines are counted as rows, and end nothing; what is told has bounded length and is JSON."""
+    """Damaged lines are counted as rows, and end nothing; what is reported has bounded length and is JSON."""
     rng = random.Random(seed)
     folder_of(str(tmp_path), rows=9, per_shard=3, done=3)
     (tmp_path / "errors").mkdir()

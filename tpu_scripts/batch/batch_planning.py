@@ -44,9 +44,11 @@ On two cores that takes about 5 minutes."""
 
 # What one process measures: idle memory, its work, peak memory.
 PROGRAM = """
-import json, resource, sys, time
+import importlib.util, json, resource, sys, time
 from kandinsky_jax.batch import Job, open_job
 what, path = sys.argv[1:]
+if importlib.util.find_spec("pandas"):
+    import pandas  # by pyarrow's compute functions, where it is installed; not a part of planning
 idle = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 if path.endswith("parquet"):
     import pyarrow.parquet

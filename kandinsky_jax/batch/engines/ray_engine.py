@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from kandinsky_jax.batch.engines.ray_worker import Fault, Loaded, RayWorker
+from kandinsky_jax.batch.engines.ray_worker import Fault, RayWorker
 from kandinsky_jax.batch.engines.shard_queue import ShardQueue
 from kandinsky_jax.batch.job import JobError, OpenJob
 from kandinsky_jax.batch.runner import Report, ShardResult, expected_images, finish, progress_bar
@@ -85,10 +85,9 @@ def run_on_ray(
     """
     ray = _import_ray(address)
     job.begin()
-    done = job.output.complete(job.shards)
-    left = [number for number in range(job.shards) if number not in done]
+    left = job.incomplete()
     job.output.sweep()
-    report = EngineReport(skipped=len(done))
+    report = EngineReport(skipped=job.shards - len(left))
     stop = stop or Stop()
     if left:
         with _connected(ray, address), progress_bar(job, "batch", left, quiet) as bar:
@@ -154,9 +153,11 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
 def _own_signals() -> Iterator[None]:
     """Set SIGTERM's handler again after the block: Ray replaces it by one that prints a stack and ends the process."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread() and before is not None:
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _reach(address: str) -> None:
@@ -333,11 +334,11 @@ class _Driver:
             else:
                 self._retry(worker, shard, answer.message)
         elif shard is None:
-            self._welcome(worker, answer)
+            self._welcome(worker)
         else:
             self._count(worker, answer)
 
-    def _welcome(self, worker: _Worker, loaded: Loaded) -> None:
+    def _welcome(self, worker: _Worker) -> None:
         worker.ready = True
         self._queue.join(worker.node)
         self._report.workers += 1

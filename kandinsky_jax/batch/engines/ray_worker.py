@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import os
 import queue
-import socket
 import threading
-import time
 from concurrent.futures import Future
 from typing import NamedTuple
-
-import jax
 
 from kandinsky_jax.batch.job import Job, OpenJob, open_job
 from kandinsky_jax.batch.runner import ShardResult, load_pipeline, run
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.compilation import OFF, set_compilation_cache
 from kandinsky_jax.pipelines import CombinedPipeline
-
-
-class Loaded(NamedTuple):
-    """What a worker says once its pipeline is loaded."""
-
-    host: str
-    devices: int
-    platform: str
-    seconds: float
 
 
 class Fault(NamedTuple):
@@ -52,9 +39,8 @@ class RayWorker:
         self._shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # of one `run`; None ends it
         self._results: dict[int, Future[ShardResult | Fault]] = {}
 
-    def load(self) -> Loaded | Fault:
-        """Load the pipeline, and be ready for shards."""
-        began = time.perf_counter()
+    def load(self) -> Fault | None:
+        """Load the pipeline, and be ready for shards; return what went wrong."""
         try:
             if os.path.isdir(self._folder):
                 os.chdir(self._folder)
@@ -63,11 +49,10 @@ class RayWorker:
             job = open_job(self._job)
             job.begin()  # the same model and versions here?
             pipe = load_pipeline(job)
-            devices = jax.local_devices()
         except Exception as error:
             return _fault(error)
         threading.Thread(target=self._generate_all, args=(job, pipe), name="generate", daemon=True).start()
-        return Loaded(socket.gethostname(), len(devices), devices[0].platform, time.perf_counter() - began)
+        return None
 
     def generate(self, shard: int) -> ShardResult | Fault:
         """Return when a shard is complete, or has failed."""
