@@ -112,6 +112,29 @@ def test_a_shard_is_not_dealt_out_twice_before_it_is_slow(clock):
     assert queue.repeated == 2
 
 
+def test_a_failed_shard_comes_after_all_others(clock):
+    queue = queue_of(4, clock, "a")
+    assert queue.take("a") == 0
+    queue.failed(0, "a")
+    taken = []
+    for _ in range(4):
+        taken.append(queue.take("a"))
+        queue.complete(taken[-1], "a")
+    assert taken == [1, 2, 3, 0]
+
+
+def test_slow_is_by_the_median_and_the_shard_held_longest_comes_first(clock):
+    queue = queue_of(5, clock, "a", "b", "c", "d", "e")
+    first = [queue.take("a")]
+    clock.now = 2.0
+    assert [*first, *map(queue.take, "bcde")] == [0, 1, 2, 3, 4]
+    for now, shard, worker in ((4.0, 2, "c"), (4.0, 3, "d"), (20.0, 4, "e")):
+        clock.now = now
+        assert queue.complete(shard, worker)  # after 2, 2 and 18 s
+    assert queue.take("c") == 0
+    assert queue.take("d") == 1
+
+
 def test_a_first_shard_that_never_ends_is_dealt_out_again(clock):
     queue = queue_of(1, clock, "a", "b")
     assert queue.take("a") == 0

@@ -56,7 +56,7 @@ class ShardQueue:
         shard = None
         if self._waiting and (not load or (len(load) < HELD and enough_for_all)):
             shard = self._waiting.popleft()
-        elif not load and (shard := self._slowest(worker)) is not None:
+        elif not load and (shard := self._slowest()) is not None:
             self.repeated += 1
         if shard is not None:
             self._holders.setdefault(shard, {})[worker] = self._clock()
@@ -88,13 +88,13 @@ class ShardQueue:
         if shard in self._left and not holders and shard not in self._waiting:
             self._waiting.appendleft(shard)
 
-    def _slowest(self, worker: str) -> int | None:
-        """Return the shard that others have held longest, if that is long; counted from when the last one got it."""
+    def _slowest(self) -> int | None:
+        """Return the shard that has been held longest, if that is long; counted from when the last one got it."""
         limit = SLOW * statistics.median(self._seconds) if self._seconds else UNKNOWN_SECONDS
         now = self._clock()
         since = {
             shard: max(holders.values())
             for shard, holders in self._holders.items()
-            if worker not in holders and now - max(holders.values()) > limit
+            if now - max(holders.values()) > limit
         }
         return min(since, key=lambda shard: since[shard], default=None)
