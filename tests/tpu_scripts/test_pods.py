@@ -87,7 +87,7 @@ def test_a_manifest_agrees_with_itself_and_the_program(name):
         assert grace < pod["terminationGracePeriodSeconds"] <= SPOT_SECONDS
 
 
-@pytest.mark.parametrize("name", ["indexed_job.yaml", *TRAINING])
+@pytest.mark.parametrize("name", ["indexed_job.yaml", "jobset.yaml", *TRAINING])
 def test_a_manifest_shares_compiled_programs_beside_what_it_writes(name):
     """In its own bucket, which the guide lets only the job's account write to; not in its output folder."""
     [container] = job_of(manifest(name))["template"]["spec"]["containers"]
@@ -162,7 +162,8 @@ def test_skypilot_restarts_after_a_checkpoint_and_hands_signals_on():
     assert recovery["max_restarts_on_errors"] > 0
     *_, last = task["run"].splitlines()
     assert re.fullmatch(r'exec \S+/kandinsky-jax train "\$KIND" "\$CONFIG" --distributed --quiet', last)
-    assert set(re.findall(r"\$([A-Z]+)", task["run"] + task["setup"])) == set(task["envs"])
+    assert {*re.findall(r"\$([A-Z]+)", task["run"] + task["setup"]), CACHE} == set(task["envs"])
+    assert task["envs"][CACHE] == "gs://BUCKET/compiled"
     assert task["envs"]["KIND"] in set(Kind)
     program = last.split()[1]
     assert f"venv --quiet --clear --python 3.12 {Path(program).parents[1]}\n" in task["setup"]
@@ -246,7 +247,8 @@ CALLS = {
 def test_the_script_for_queued_resources(tmp_path, command):
     """It asks for a slice, runs the program, asks again after a preemption, and tidies up."""
     states = "\nWAITING\nACTIVE\nSUSPENDED\n\nACTIVE\n"
-    done, lines = run_script(tmp_path, states, 2, command, *CALLS[command], ACCOUNT="a@p")
+    cache = {CACHE: "gs://b/a b"} if command == "batch" else {}
+    done, lines = run_script(tmp_path, states, 2, command, *CALLS[command], ACCOUNT="a@p", **cache)
     assert done.returncode == 0, done.stderr
     created = [line for line in lines if "queued-resources create" in line]
     assert len(created) == 2
@@ -258,6 +260,7 @@ def test_the_script_for_queued_resources(tmp_path, command):
     assert len(runs) == 2
     quoted = " ".join(CALLS[command]).replace("a b", r"a\ b")
     assert f"kandinsky-jax {command} {quoted} --distributed" in runs[0]
+    assert (rf"--command={CACHE}=gs://b/a\ b kandinsky/bin/" in runs[0]) == (command == "batch")
     assert set(re.findall(r"(?<!\S)--[a-z-]+", runs[0].split("kandinsky-jax")[1])) <= options_of(command)
     assert "delete" in lines[-1]
 

@@ -30,7 +30,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = "ray::RayWorker"  # how the title of a worker's process begins
 STORE_BYTES = 80_000_000  # of a node's object store, the least that Ray accepts
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class Process(NamedTuple):
@@ -116,11 +115,22 @@ class RayCluster:
         nodes: how many to begin with.
         environment: variables of all nodes and of `environment()`.
         head_cpus: of the head, which has a worker too if it has one.
+        statistics: whether Ray gathers statistics about itself, as it does unless told otherwise.
     """
 
-    def __init__(self, nodes: int = 0, environment: dict[str, str] | None = None, head_cpus: int = 0):
+    def __init__(
+        self,
+        nodes: int = 0,
+        environment: dict[str, str] | None = None,
+        head_cpus: int = 0,
+        statistics: bool = False,
+    ):
+        sys.path.insert(0, str(ROOT))
+        from kandinsky_jax.batch.engines.ray_engine import LOOPBACK, NO_STATISTICS  # not in launchers, which are many
+
+        own = LOOPBACK | ({} if statistics else NO_STATISTICS)
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
-        self._variables = {"PYTHONPATH": str(ROOT)} | LOOPBACK | token | (environment or {})
+        self._variables = {"PYTHONPATH": str(ROOT)} | own | token | (environment or {})
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: names of sockets have at most 107 characters
         self._count, self._head_cpus = nodes, head_cpus
         self.nodes: list[RayNode] = []

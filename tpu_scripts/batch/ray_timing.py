@@ -4,7 +4,9 @@
                 generating): the time to the last shard against the ideal, all shards' delays / the sum of the rates
     overhead    two workers on the two nodes of a cluster against two static processes, in turns: the time in which
                 they generate, as they say themselves, and the whole time of the commands with start-up. On a machine
-                of two cores it includes what Ray's own processes take from the workers, which is measured too
+                of two cores it includes what Ray's own processes take from the workers, which is measured too. Ray
+                gathers no statistics about itself, as in the cluster that `--engine ray` starts by itself;
+                with --ray-statistics it does
 
 Writes tpu_scripts/results/ray-timing-DATE.json.
 """
@@ -103,8 +105,9 @@ def makespan(folder: Path, shards: int, mean: float) -> dict[str, Any]:
     }
 
 
-def overhead(folder: Path, pairs: int, rows: int, steps: int) -> dict[str, Any]:
+def overhead(folder: Path, pairs: int, rows: int, steps: int, own_statistics: bool) -> dict[str, Any]:
     """Measure two workers on Ray and two static processes in turns; which is first alternates."""
+    environment = {"KANDINSKY_JAX_CACHE": str(folder / "compiled")}
     options = f"--steps {steps} --prior-steps 5 --batch 8 --rows-per-shard 24".split()
     write_rows(folder, rows)
     seconds_of(start(folder, "warm", options, dict(os.environ)))
@@ -116,7 +119,7 @@ def overhead(folder: Path, pairs: int, rows: int, steps: int) -> dict[str, Any]:
             if kind == "static":
                 times[kind].append(static(folder, output, options, [{}, {}]))
             else:
-                with RayCluster(environment={"KANDINSKY_JAX_CACHE": str(folder / "compiled")}, head_cpus=1) as cluster:
+                with RayCluster(environment=environment, head_cpus=1, statistics=own_statistics) as cluster:
                     cluster.add()
                     before = cluster.seconds_of_services()
                     times[kind].append(on_ray(cluster, folder, output, options))
@@ -150,16 +153,20 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=9, help="of the overhead")
     parser.add_argument("--rows", type=int, default=2400, help="of the overhead")
     parser.add_argument("--steps", type=int, default=10, help="of the overhead")
+    parser.add_argument(
+        "--ray-statistics", action="store_true", help="let Ray gather statistics about itself, as it does by default"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.what == "makespan":
             found = makespan(Path(scratch), arguments.shards, arguments.delay)
         else:
-            found = overhead(Path(scratch), arguments.pairs, arguments.rows, arguments.steps)
+            found = overhead(Path(scratch), arguments.pairs, arguments.rows, arguments.steps, arguments.ray_statistics)
     print(json.dumps(found, indent=2))
     path = ROOT / "tpu_scripts" / "results" / f"ray-timing-{datetime.date.today().isoformat()}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(before | {"cores": os.cpu_count(), arguments.what: found}, indent=2) + "\n")
+    name = f"{arguments.what} with Ray's statistics" if arguments.ray_statistics else arguments.what
+    path.write_text(json.dumps(before | {"cores": os.cpu_count(), name: found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@
 # What follows the name of the script goes to `kandinsky-jax` as it is. ACCOUNT is the machines' service account; without it
 # they have the project's default one. The slice is deleted when the script ends, in whichever way. TRIES (20) is how often
 # the program may end early on a slice that is still there, before the script gives up: then it is no preemption.
+# KANDINSKY_JAX_CACHE=gs://bucket/compiled keeps compiled programs for the next start; who may write there: training.md.
 set -euo pipefail
 
 case "${1:-}" in
     batch) extras=tpu,batch options=(--distributed --grace 20 --quiet) ;;
     train) extras=tpu,batch,train options=(--distributed --quiet) ;;
-    *) sed -n '2,11p' "$0"; exit 2 ;;
+    *) sed -n '2,12p' "$0"; exit 2 ;;
 esac
 : "${PROJECT:?the Google Cloud project}" "${ZONE:?such as us-west4-a}"
 NAME=${NAME:-kandinsky}
@@ -34,11 +35,12 @@ install() { # the machines' own Python may be too old
 trap remove EXIT
 
 printf -v words '%q ' "$@" "${options[@]}"
+printf -v cache '%q' "${KANDINSKY_JAX_CACHE:-}"
 early=0
 while true; do
     case "$(state || true)" in
         ACTIVE)
-            install && on_all "kandinsky/bin/kandinsky-jax $words" && exit 0
+            install && on_all "${KANDINSKY_JAX_CACHE:+KANDINSKY_JAX_CACHE=$cache }kandinsky/bin/kandinsky-jax $words" && exit 0
             early=$((early + 1))
             [ "$early" -lt "$TRIES" ] || { echo "ended early $early times; giving up" >&2; exit 1; }
             echo "ended early; going on" >&2

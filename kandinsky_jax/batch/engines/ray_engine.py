@@ -34,6 +34,12 @@ LOOPBACK = {  # a cluster of one machine: only on 127.0.0.1, whatever the system
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+NO_STATISTICS = {  # of such a cluster about itself: nobody looks at them, and they take processor time from the workers
+    "RAY_enable_metrics_collection": "false",
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+}
 PATIENCE_SECONDS = 60.0  # between messages that no host fits
 
 
@@ -113,7 +119,7 @@ def run_on_ray(
 
 def _import_ray(address: str | None) -> Any:
     if _alone(address):  # what Ray reads when it is imported
-        for name, value in LOOPBACK.items():
+        for name, value in (LOOPBACK | NO_STATISTICS).items():
             os.environ.setdefault(name, value)
     try:
         import ray
