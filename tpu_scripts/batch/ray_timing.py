@@ -2,8 +2,10 @@
 
     makespan    four workers, one of which takes ten times as long for each shard (a seeded delay, which outweighs the
                 generating): the time to the last shard against the ideal, all shards' delays / the sum of the rates
-    overhead    two workers on the two nodes of a cluster against two static processes, in turns: the time in which
-                they generate, as they say themselves, and the whole time of the commands with start-up. On a machine
+    overhead    two workers on the two nodes of a cluster against two static processes, in turns: the time from the
+                first shard's file to the last one's, the time in which they generate, as they say themselves (static
+                processes count from when each of them is ready, Ray from when the first worker is), and the whole
+                time of the commands with start-up. On a machine
                 of two cores it includes what Ray's own processes take from the workers, which is measured too. Ray
                 gathers no statistics about itself, as in the cluster that `--engine ray` starts by itself;
                 with --ray-statistics it does
@@ -81,6 +83,12 @@ def on_ray(cluster: RayCluster, folder: Path, output: str, options: list[str]) -
     return seconds, time.perf_counter() - began
 
 
+def span(output: Path) -> float:
+    """Return the seconds from the first shard's file to the last one's."""
+    times = [path.stat().st_mtime for path in output.glob("*.tar")]
+    return max(times) - min(times)
+
+
 def makespan(folder: Path, shards: int, mean: float) -> dict[str, Any]:
     """Measure four workers, one of them slow, on Ray and static."""
     options = f"--steps 2 --prior-steps 2 --batch 4 --rows-per-shard {ROWS_PER_SHARD}".split()
@@ -112,6 +120,7 @@ def overhead(folder: Path, pairs: int, rows: int, steps: int, own_statistics: bo
     write_rows(folder, rows)
     seconds_of(start(folder, "warm", options, dict(os.environ)))
     times: dict[str, list[tuple[float, float]]] = {"ray": [], "static": []}
+    spans: dict[str, list[float]] = {"ray": [], "static": []}
     services: list[float] = []  # cores that Ray's own processes used
     for i in range(pairs):
         for kind in ("ray", "static") if i % 2 else ("static", "ray"):
@@ -124,12 +133,18 @@ def overhead(folder: Path, pairs: int, rows: int, steps: int, own_statistics: bo
                     before = cluster.seconds_of_services()
                     times[kind].append(on_ray(cluster, folder, output, options))
                     services.append((cluster.seconds_of_services() - before) / times[kind][-1][1])
+            spans[kind].append(span(folder / output))
             assert contents(folder / output) == contents(folder / "warm"), "bytes differ"
+        print(spans)
         print({kind: [[round(x, 2) for x in pair] for pair in found] for kind, found in times.items()}, flush=True)
     ratios = [ray[0] / static[0] for ray, static in zip(times["ray"], times["static"], strict=True)]
+    span_ratios = [ray / static for ray, static in zip(spans["ray"], spans["static"], strict=True)]
     return {
         "rows": rows,
         "options": options,
+        "spans": spans,
+        "span_ratios": span_ratios,
+        "median_span_ratio": statistics.median(span_ratios),
         "seconds": {kind: [found[0] for found in all_found] for kind, all_found in times.items()},
         "command_seconds": {kind: [found[1] for found in all_found] for kind, all_found in times.items()},
         "ratios": ratios,
