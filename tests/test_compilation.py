@@ -172,6 +172,11 @@ def test_a_damaged_entry_is_compiled_again_and_replaced(tmp_path, monkeypatch, d
     assert any(path.exists() for path in whole)
 
 
+def entry(name: object) -> str:
+    """Return the name of a program's file, as JAX names it."""
+    return f"{name}-{'0' * 64}-cache"
+
+
 def written(path: Path, data: bytes, seconds_ago: float) -> None:
     path.write_bytes(data)
     os.utime(path, (time.time() - seconds_ago,) * 2)
@@ -180,34 +185,52 @@ def written(path: Path, data: bytes, seconds_ago: float) -> None:
 @pytest.mark.parametrize("compress", [zlib.compress, zstandard.compress], ids=["zlib", "zstandard"])
 def test_truncated_entries_are_removed_once_nobody_can_be_writing_them(tmp_path, compress):
     whole = compress(np.random.default_rng(0).bytes(300))
-    written(tmp_path / "whole-cache", whole, 100)
+    written(tmp_path / entry("whole"), whole, 100)
     for length in range(len(whole)):
-        written(tmp_path / f"{length}-cache", whole[:length], 100)
-    written(tmp_path / "young-cache", whole[:50], 1)
+        written(tmp_path / entry(length), whole[:length], 100)
+    written(tmp_path / entry("young"), whole[:50], 1)
     set_compilation_cache(tmp_path)
-    assert [path.name for path in entries(tmp_path)] == ["whole-cache", "young-cache"]
-    written(tmp_path / "young-cache", whole[:50], local_cache.WRITING_SECONDS)  # a minute later
+    assert [path.name for path in entries(tmp_path)] == [entry("whole"), entry("young")]
+    written(tmp_path / entry("young"), whole[:50], local_cache.WRITING_SECONDS)  # a minute later
     set_compilation_cache(tmp_path)
-    assert [path.name for path in entries(tmp_path)] == ["whole-cache"]
+    assert [path.name for path in entries(tmp_path)] == [entry("whole")]
 
 
 def test_an_entry_that_vanishes_hides_no_other(tmp_path):
-    (tmp_path / "a-cache").symlink_to(tmp_path / "nowhere")
-    written(tmp_path / "b-cache", b"half", 100)
+    (tmp_path / entry("a")).symlink_to(tmp_path / "nowhere")
+    written(tmp_path / entry("b"), b"half", 100)
     set_compilation_cache(tmp_path)
-    assert not (tmp_path / "b-cache").exists()
+    assert not (tmp_path / entry("b")).exists()
+
+
+def test_what_jax_has_not_written_stays(tmp_path):
+    """In a folder that holds other things too, such as the current one; a pipe is not waited for."""
+    written(tmp_path / "important-cache", b"my notes", 1e6)
+    os.mkfifo(tmp_path / entry("pipe"))
+    os.utime(tmp_path / entry("pipe"), (0, 0))
+    (tmp_path / entry("folder")).mkdir()
+    set_compilation_cache(tmp_path)
+    assert (tmp_path / "important-cache").read_bytes() == b"my notes"
+    assert len(entries(tmp_path)) == 3
+
+
+def test_no_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='needed is a folder, a URL or "off"'):
+        set_compilation_cache("")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_folder_does_not_grow_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(local_cache, "MAX_CACHE_BYTES", 2500)
     for i in range(4):
-        path = tmp_path / f"{i}-cache"
+        path = tmp_path / entry(i)
         data = zstandard.compress(b"x")
         path.write_bytes(data + b"\0" * (1000 - len(data)))
         os.utime(path, (i, i))
     (tmp_path / "checked").touch()
     set_compilation_cache(tmp_path)
-    assert [path.name for path in entries(tmp_path)] == ["2-cache", "3-cache"]
+    assert [path.name for path in entries(tmp_path)] == [entry(2), entry(3)]
 
 
 @pytest.mark.slow

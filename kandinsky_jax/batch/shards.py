@@ -121,7 +121,7 @@ class Output:
         """
         found = self.find(count)
         for name in found.damaged:
-            warnings.warn(f"{self.url}/{name} is not a complete shard and is made again", stacklevel=2)
+            warnings.warn(f"{shorten(self.url, 240)}/{name} is not a complete shard and is made again", stacklevel=2)
         return set(found.complete)
 
     def find(self, count: int) -> FoundShards:
@@ -251,7 +251,7 @@ def read_identity(url: str, files: Files) -> tuple[int, dict[str, object]]:
         reason = shorten(error.strerror or error, 200)
         raise JobFileError(f"{shorten(url, 240)}/job.json cannot be read: {reason}") from None
     except reading.ReadError as error:
-        fault = reading.of_file(f"{url}/job.json", error)
+        fault = reading.of_file(f"{shorten(url, 240)}/job.json", error)
         raise JobFileError(f"{fault}; it is damaged: use another folder, or remove this one") from None
     version = known.pop("format_version", 0)
     if version not in range(FORMAT_VERSION + 1) or isinstance(version, bool):
@@ -371,10 +371,12 @@ def tar_members(files: Files, name: str) -> Iterator[tuple[tarfile.TarFile, tarf
     try:
         with files.open(name) as file, tarfile.open(fileobj=file, mode="r|") as tar:
             for member in tar:
+                if not 0 <= member.size <= size - member.offset_data:  # tarfile would skip as much
+                    raise tarfile.ReadError(f"{shorten(member.name, 60)} has {member.size} bytes, the file {size:,}")
                 yield tar, member
             if size - tar.offset > tarfile.RECORDSIZE + _BLOCK:  # at a header in the middle, tarfile ends silently
                 raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged")
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, RecursionError, ValueError) as error:  # headers of headers, or no numbers
         raise ValueError(f"{name} cannot be read: {shorten(error, 200)}") from None
 
 

@@ -17,7 +17,7 @@ from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS
 from kandinsky_jax.checkpoint.recommended_settings import default_text
 from kandinsky_jax.cli.process_options import Coordinator, ProcessCount, ProcessIndex
-from kandinsky_jax.common.errors import quote, summarize
+from kandinsky_jax.common.errors import quote, shorten, summarize
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.images import ENCODINGS
 from kandinsky_jax.pipelines.modes import MODES
@@ -168,9 +168,10 @@ def batch(
             )
         else:
             report = run(opened, load_pipeline(opened), which, overlap=overlap, quiet=quiet, stop=stop)
-    print(summary(report, which, output))
+    shown = shorten(output, 240)  # without secrets
+    print(summary(report, which, shown))
     if report.failed == opened.rows.count:
-        raise ValueError(f"none of the {report.failed} rows could be generated; see {output}/errors.jsonl")
+        raise ValueError(f"none of the {report.failed} rows could be generated; see {shown}/errors.jsonl")
     if report.stopped:
         sys.stdout.flush()
         os._exit(STOPPED)  # without waiting for threads that read or encode

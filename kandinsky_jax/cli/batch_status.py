@@ -19,6 +19,7 @@ from kandinsky_jax.common.errors import quote, shorten, summarize
 EXAMPLE = "Example: kandinsky-jax batch status gs://BUCKET/pictures --sheet last --sheet-file sheet.png"
 LAST = "last"
 MAX_SHOWN = 10  # reasons
+MIN_WATCH, MAX_WATCH = 0.01, 86_400.0  # seconds
 
 FOLDER = Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the job; a path, or a URL such as gs://...")]
 SHEET = Annotated[
@@ -49,8 +50,8 @@ def batch_status(
             raise ValueError("--sheet writes a contact sheet and shows no status: leave out --json and --watch")
         _write_sheet(output, sheet, sheet_file)
         return
-    if watch is not None and not (math.isfinite(watch) and watch > 0):
-        raise ValueError(f"--watch must be a number of seconds above 0, got {watch}")
+    if watch is not None and not MIN_WATCH <= watch <= MAX_WATCH:
+        raise ValueError(f"--watch must be a number of seconds from {MIN_WATCH} to {MAX_WATCH:.0f}, got {watch}")
     while True:
         found = status(output, count=count)
         if as_json:
@@ -78,8 +79,8 @@ def _write_sheet(output: str, which: str, path: Path) -> None:
 def lines(found: Status) -> list[str]:
     """Return a status as lines of text."""
     text = [
-        f"{shorten(found.output, 240)}: {found.mode or 'unknown mode'}, {_count(found.rows, 'row')} in "
-        f"{_count(found.shards, 'shard')} of {found.rows_per_shard:,}, {found.format} of {found.encoding}",
+        f"{shorten(found.output, 240)}: {shorten(found.mode or 'unknown mode', 40)}, {_count(found.rows, 'row')} in "
+        f"{_count(found.shards, 'shard')} of {found.rows_per_shard:,}, {found.format} of {shorten(found.encoding, 40)}",
         _done(found),
         _pictures(found),
     ]

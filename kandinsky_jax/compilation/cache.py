@@ -10,13 +10,14 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.remote import is_url
 from kandinsky_jax.common.storage import user_cache
 from kandinsky_jax.compilation.local_cache import CacheWarning, private, tidy
 
 CACHE, OFF = "KANDINSKY_JAX_CACHE", "off"  # the environment's variable: a folder, a URL, or "off"
 WAIT = "KANDINSKY_JAX_CACHE_WAIT"  # seconds that a program is waited for which another host compiles
-WAIT_SECONDS = 900.0  # if the environment does not say
+WAIT_SECONDS, MAX_WAIT_SECONDS = 900.0, 1e6  # if the environment does not say; twelve days
 MIN_SECONDS = 0.05  # programs that compile faster are not cached in a folder
 JAX_MIN_SECONDS = 1.0  # JAX's default, which means that the user has not set it
 
@@ -37,8 +38,10 @@ def set_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
     then programs are kept in a local folder alone.
 
     Raises:
-        ValueError: for a URL of an unknown protocol, and a wait that is no number of seconds.
+        ValueError: for an empty text, a URL of an unknown protocol, and a wait that is no number of seconds.
     """
+    if folder == "":  # as a path it would be the current folder
+        raise ValueError("the cache of compiled programs is ''; needed is a folder, a URL or \"off\"")
     global _settled
     _settled = True
     shared = folder if isinstance(folder, str) and is_url(folder) else None
@@ -99,8 +102,8 @@ def _wait_seconds() -> float:
         seconds = float(text) if text else WAIT_SECONDS
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{WAIT} must be a number of seconds from 0 on, got {text!r}")
+    if not 0 <= seconds <= MAX_WAIT_SECONDS:
+        raise ValueError(f"{WAIT} must be a number of seconds from 0 to {MAX_WAIT_SECONDS:.0f}, got {quote(text)}")
     return seconds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import stat
 import time
 import zlib
@@ -20,6 +21,7 @@ except ImportError:
     zstandard = None  # type: ignore[assignment]
 
 ENDING = "-cache"  # of an entry's file, as JAX names it
+_ENTRY = re.compile(rf".+-[0-9a-f]{{64}}{ENDING}", re.DOTALL)  # the program's name and a SHA-256
 MAX_CACHE_BYTES = 4 << 30  # of a folder
 WRITING_SECONDS = 60.0  # an entry younger than that may be incomplete because it is being written
 CHUNK_BYTES = 1 << 20
@@ -60,9 +62,13 @@ def tidy(folder: Path) -> None:
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in folder.glob(f"*{ENDING}"):
-        with contextlib.suppress(FileNotFoundError):
-            yield path, path.stat()
+    """Yield what JAX has written, and nothing of a folder that holds other things too."""
+    for path in folder.iterdir():
+        if _ENTRY.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                if stat.S_ISREG(about.st_mode):  # opening a pipe would wait
+                    yield path, about
 
 
 def _last_used(entry: tuple[Path, os.stat_result]) -> float:

@@ -149,7 +149,8 @@ class Store:
                 first, self._usable = self._usable, False
             if first:
                 reason = shorten(str(error) or type(error).__name__, 300)
-                text = f"compiled programs are not shared at {self._url}, and kept in a local folder alone: {reason}"
+                where = shorten(self._url, 240)
+                text = f"compiled programs are not shared at {where}, and kept in a local folder alone: {reason}"
                 warnings.warn(text, CacheWarning, stacklevel=2)
             return otherwise
 
@@ -248,7 +249,7 @@ def share(folder: Path, url: str, wait: float) -> None:
         get_filesystem_class(split_protocol(url)[0])
         _install()
     except ImportError as error:  # a package for this protocol is missing, or JAX has changed
-        text = f"compiled programs are not shared at {url}, and kept in a local folder alone: {error}"
+        text = f"compiled programs are not shared at {shorten(url, 240)}, and kept in a local folder alone: {error}"
         warnings.warn(text, CacheWarning, stacklevel=3)
         return
     kept = getattr(jax.config, "jax_persistent_cache_enable_xla_caches", None)

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import fsspec
@@ -338,6 +339,31 @@ def test_a_damaged_shard_is_named(tmp_path):
     found = status(str(tmp_path))
     assert at(found, "damaged", "shards_complete", "rows_done") == [["000000.tar", "000002.tar"], 2, 6]
     assert (tmp_path / "000002.tar").stat().st_size == 1024
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    about = tarfile.TarInfo(name)
+    about.size, about.type = size, kind
+    return about.tobuf(tarfile.GNU_FORMAT)
+
+
+HOSTILE_TARS = {
+    "longer than the file": header("a.png", 2**50),
+    "longer than any file": header("a.png", 2**70),
+    "of negative size": header("a.png", -5120),
+    "headers of headers": b"".join(header("././@LongLink", 0, tarfile.GNUTYPE_LONGNAME) for _ in range(5000)),
+    "no numbers": header("x", 29, tarfile.XHDTYPE)
+    + b"29 GNU.sparse.map=a,b,c,d,e,\n".ljust(512, b"\0")
+    + header("a", 0),
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE_TARS.values(), ids=HOSTILE_TARS)
+def test_a_hostile_tar_file_is_one_sentence(tmp_path, data):
+    folder_of(str(tmp_path), rows=3, per_shard=3, done=1)
+    (tmp_path / "000000.tar").write_bytes(data.ljust(-(-len(data) // 10240) * 10240 + 10240, b"\0"))
+    with pytest.raises(ValueError, match=r"000000\.tar cannot be read: "):
+        status(str(tmp_path), count=True)
 
 
 @pytest.mark.parametrize("version", range(FORMAT_VERSION + 1))

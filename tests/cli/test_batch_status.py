@@ -168,8 +168,9 @@ def test_a_contact_sheet_is_written(whole, tmp_path, monkeypatch):
     ("arguments", "says"),
     [
         (["missing"], "missing holds no job.json; needed is the folder that `kandinsky-jax batch` fills"),
-        (["out", "--watch", "0"], "--watch must be a number of seconds above 0, got 0.0"),
-        (["out", "--watch", "nan"], "--watch must be a number of seconds above 0, got nan"),
+        (["out", "--watch", "0"], "--watch must be a number of seconds from 0.01 to 86400, got 0.0"),
+        (["out", "--watch", "nan"], "--watch must be a number of seconds from 0.01 to 86400, got nan"),
+        (["out", "--watch", "1e300"], "--watch must be a number of seconds from 0.01 to 86400, got 1e+300"),
         (["out", "--sheet", "first"], "--sheet is 'first'; needed is the number of a shard, or last"),
         (["out", "--sheet", "9"], "there is no shard 9 in out: the job has 0 to 2"),
         (["out", "--sheet", "0", "--json"], "leave out --json and --watch"),

@@ -148,7 +148,9 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
                 _reach(given)
                 ray.init(address=address, logging_level=logging.WARNING)
             except (OSError, ValueError) as error:
-                raise ConnectionError(f"there is no Ray cluster at {given}: {shorten(error, 200)}") from None
+                raise ConnectionError(
+                    f"there is no Ray cluster at {shorten(given, 200)}: {shorten(error, 200)}"
+                ) from None
     try:
         yield
     finally:
