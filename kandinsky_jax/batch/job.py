@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from kandinsky_jax import images
 from kandinsky_jax.batch import model_files
 from kandinsky_jax.batch.requests import MAX_IMAGES, MAX_SIDE, STRENGTH, check_pixels, text
-from kandinsky_jax.batch.rows import JobError, RowFile, parquet, scan
+from kandinsky_jax.batch.rows import USUAL_DEFAULTS, JobError, RowFile, parquet, scan
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS, Output
 from kandinsky_jax.checkpoint import hub, recommended_settings
 from kandinsky_jax.checkpoint.networks import network_dtype
@@ -200,7 +200,8 @@ class OpenJob:
     @property
     def settings(self) -> dict[str, Any]:
         """Defaults for rows without a value: as given, else recommended by the model, else the usual ones."""
-        return self.usual | {name: value for name, value in self.job.defaults.items() if value is not None}
+        given = {name: value for name, value in self.job.defaults.items() if value is not None}
+        return USUAL_DEFAULTS | self.usual | given
 
     @property
     def scheduler(self) -> str | None:

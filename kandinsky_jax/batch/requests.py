@@ -20,7 +20,7 @@ import fsspec
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.batch.rows import ROW_COLUMNS, Raw, default_id
+from kandinsky_jax.batch.rows import ROW_COLUMNS, USUAL_DEFAULTS, Raw, default_id
 from kandinsky_jax.checkpoint.recommended_settings import NO_SETTINGS, RecommendedSettings
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten, summarize
 from kandinsky_jax.diffusion.inpainting import latent_repaint_mask
@@ -33,7 +33,7 @@ MAX_PIXELS = 2**22  # of one picture: 2048 x 2048
 MAX_IMAGES = 1000
 MAX_ROW_PIXELS = 2**28  # of all pictures of a row: 1000 of 512 x 512
 MAX_FILE = 2**28  # bytes of a picture that a row names
-STRENGTH = 0.3  # default for rows and jobs
+STRENGTH = USUAL_DEFAULTS["strength"]  # default for rows and jobs
 MAX_METADATA_NESTING = 50  # of metadata
 ATTEMPTS = 4  # to read a picture from a URL
 MAX_KEY = 95  # characters before the ending: a name in a tar file has at most 100

@@ -45,6 +45,7 @@ ROW_COLUMNS = {
     "hint": "path of a depth map",
     "metadata": "any value; stored with the picture, as JSON",
 }
+USUAL_DEFAULTS = {"num_images": 1, "strength": 0.3}  # of columns for which models recommend nothing
 
 
 class JobError(ValueError):

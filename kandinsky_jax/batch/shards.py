@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from kandinsky_jax.batch.model_files import changed
-from kandinsky_jax.batch.rows import JobError, parquet
+from kandinsky_jax.batch.rows import USUAL_DEFAULTS, JobError, parquet
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import quote, shorten, summarize
 from kandinsky_jax.common.files import FileInfo, Files, open_files
@@ -107,7 +107,7 @@ class Output:
         """Raise JobError where job.json is that of another job."""
         if version < 2 and older_model is not None:
             identity["model"] = older_model()
-        differ = _changes(known, identity)
+        differ = _changes(*(_with_usual_defaults(each) for each in (known, identity)))
         if differ:
             fault = f"{shorten(self.url, 150)} holds another job; finish that one, or use another folder"
             raise JobError([fault, *differ])
@@ -263,6 +263,12 @@ def read_identity(url: str, files: Files) -> tuple[int, dict[str, object]]:
 
 
 _PARTS = {"defaults": "{}", "rows": "the {} of rows", "versions": "the version of {}"}
+
+
+def _with_usual_defaults(identity: dict[str, object]) -> dict[str, object]:
+    """Complete an identity of a release that did not record what was not given."""
+    defaults = identity.get("defaults")
+    return identity | {"defaults": USUAL_DEFAULTS | defaults} if isinstance(defaults, dict) else identity
 
 
 def _changes(before: dict[str, object], now: dict[str, object]) -> list[str]:

@@ -127,6 +127,20 @@ def test_each_changed_setting_is_named_with_both_values(tmp_path, says):
     assert len(str(caught.value)) < 500
 
 
+def test_a_default_that_is_given_as_it_is_anyway_changes_nothing(tmp_path):
+    """As by the command line, where a program gave none; nor where an earlier release did not record it."""
+    job(tmp_path, model="tiny").begin()
+    given = {"steps": 1, "num_images": 1, "strength": 0.3}
+    job(tmp_path, model="tiny", defaults=given).begin()
+    known = json.loads((tmp_path / "out" / "job.json").read_text())
+    for name in ("num_images", "strength"):
+        del known["defaults"][name]
+    (tmp_path / "out" / "job.json").write_text(json.dumps(known))
+    job(tmp_path, model="tiny", defaults=given).begin()
+    with pytest.raises(JobError, match=r"num_images was 1, now 2$"):
+        job(tmp_path, model="tiny", defaults=given | {"num_images": 2}).begin()
+
+
 def test_long_settings_are_shown_where_they_differ(tmp_path):
     job(tmp_path, model="tiny", defaults={"negative_prompt": LONG + "ugly"}).begin()
     with pytest.raises(JobError, match=r"negative_prompt was '?\.\.\..*ugly', now '?\.\.\..*blue'$"):

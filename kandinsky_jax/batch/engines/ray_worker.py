@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
@@ -68,10 +69,12 @@ class RayWorker:
             self._shards.put(None)
 
     def _generate_all(self, job: OpenJob, pipe: CombinedPipeline) -> None:
-        """Generate shards until `close`; after an error, begin again with the same pipeline."""
-        while True:
+        """Generate shards until `close`; after an error, begin again with the same pipeline, once there is a shard:
+        an output that cannot be reached would fail again and again for nobody."""
+        while (first := self._shards.get()) is not None:
+            following = iter(self._shards.get, None)
             try:
-                run(job, pipe, shards=iter(self._shards.get, None), on_shard=self._answer, quiet=True)
+                run(job, pipe, shards=itertools.chain([first], following), on_shard=self._answer, quiet=True)
                 return
             except Exception as error:
                 with self._lock:
