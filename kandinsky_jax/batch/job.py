@@ -278,7 +278,7 @@ class OpenJob:
                 continue
             steps, strength = self.settings[name], None
             if name == "steps" and mode.takes_strength and not self._may_be_unused("strength"):
-                strength = self.settings.get("strength", STRENGTH)
+                strength = self.settings["strength"]
             with _listed(faults, name):
                 scheduler.schedule(steps, checks.skipped(strength, scheduler.steps(steps)))
         return faults
@@ -287,7 +287,7 @@ class OpenJob:
         """Return whether rows may override a setting that has its default value."""
         by_row = self.rows.kind == "jsonl" or name in self.rows.columns
         usual = self.usual.get(name, STRENGTH)
-        return by_row and self.settings.get(name, usual) == usual
+        return by_row and self.settings[name] == usual
 
 
 def _scheduler(folder: Path, name: str) -> Scheduler:

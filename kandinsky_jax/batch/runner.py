@@ -234,7 +234,7 @@ def progress_bar(job: OpenJob, name: str, left: Iterable[int], quiet: bool) -> t
 def expected_images(job: OpenJob, shard: int) -> int:
     """Estimate the pictures of a shard before it is read."""
     size = job.job.rows_per_shard
-    return min(size, job.rows.count - shard * size) * job.settings.get("num_images", 1)
+    return min(size, job.rows.count - shard * size) * job.settings["num_images"]
 
 
 class _Stages:

@@ -88,7 +88,7 @@ class Output:
         if "job.json" not in found:
             if others := sorted(name for name in found if not name.startswith(".")):
                 shown = shorten(", ".join(others[:5]), 150)
-                raise JobError([f"{self.url} is neither empty nor a job's folder; it has {shown}"])
+                raise JobError([f"{shorten(self.url, 240)} is neither empty nor a job's folder; it has {shown}"])
             if self._write("job.json", text.encode(), overwrite=False):
                 return
         try:
@@ -241,6 +241,7 @@ def read_identity(url: str, files: Files) -> tuple[int, dict[str, object]]:
         FileNotFoundError: where there is none.
         JobFileError: where it is not one that this release knows.
     """
+    shown = f"{shorten(url, 240)}/job.json"
     try:
         known = reading.parse_json(files.read("job.json"))
         if not isinstance(known, dict):
@@ -249,14 +250,14 @@ def read_identity(url: str, files: Files) -> tuple[int, dict[str, object]]:
         raise
     except OSError as error:
         reason = shorten(error.strerror or error, 200)
-        raise JobFileError(f"{shorten(url, 240)}/job.json cannot be read: {reason}") from None
+        raise JobFileError(f"{shown} cannot be read: {reason}") from None
     except reading.ReadError as error:
-        fault = reading.of_file(f"{shorten(url, 240)}/job.json", error)
+        fault = reading.of_file(shown, error)
         raise JobFileError(f"{fault}; it is damaged: use another folder, or remove this one") from None
     version = known.pop("format_version", 0)
     if version not in range(FORMAT_VERSION + 1) or isinstance(version, bool):
         raise JobFileError(
-            f"{url}/job.json has format version {shorten(version, 40)}, this release knows 0 to {FORMAT_VERSION}: "
+            f"{shown} has format version {shorten(version, 40)}, this release knows 0 to {FORMAT_VERSION}: "
             "continue with the release that started the job, or use another folder"
         )
     return int(version), known

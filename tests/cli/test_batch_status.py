@@ -47,6 +47,17 @@ def begun_ago(folder: Path, shards: dict[int, float], ago: float) -> None:
     set_times(folder, {shard: begun + seconds for shard, seconds in shards.items()}, begun)
 
 
+@pytest.mark.parametrize("name", ["mode", "pictures"])
+def test_a_job_file_cannot_write_to_the_terminal(tmp_path, name):
+    folder_of(str(tmp_path), rows=9, per_shard=3, done=0)
+    about = json.loads((tmp_path / "job.json").read_text()) | {name: "\x1b]0;title\x07\nfake: line"}
+    (tmp_path / "job.json").write_text(json.dumps(about))
+    done = invoke("status", str(tmp_path))
+    assert done.exit_code == 0, done.exception
+    assert "fake: line" in done.output.splitlines()[0]
+    assert all(line.isprintable() for line in done.output.splitlines())
+
+
 def test_a_running_job_in_words(tmp_path):
     errors = {
         0: [{"row": i, "id": f"r{i}", "error": f"image: there is no file {i}.png"} for i in range(2)],

@@ -125,7 +125,6 @@ class RayCluster:
         head_cpus: int = 0,
         statistics: bool = False,
     ):
-        sys.path.insert(0, str(ROOT))
         from kandinsky_jax.batch.engines.ray_engine import LOOPBACK, NO_STATISTICS  # not in launchers, which are many
 
         own = LOOPBACK | ({} if statistics else NO_STATISTICS)

@@ -5,10 +5,9 @@
     overhead    two workers on the two nodes of a cluster against two static processes, in turns: the time from the
                 first shard's file to the last one's, the time in which they generate, as they say themselves (static
                 processes count from when each of them is ready, Ray from when the first worker is), and the whole
-                time of the commands with start-up. On a machine
-                of two cores it includes what Ray's own processes take from the workers, which is measured too. Ray
-                gathers no statistics about itself, as in the cluster that `--engine ray` starts by itself;
-                with --ray-statistics it does
+                time of the commands with start-up. On a machine of two cores it includes what Ray's own processes take
+                from the workers, which is measured too. Ray gathers no statistics about itself, as in the cluster that
+                `--engine ray` starts by itself; with --ray-statistics it does
 
 Writes tpu_scripts/results/ray-timing-DATE.json.
 """
@@ -169,9 +168,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2400, help="of the overhead")
     parser.add_argument("--steps", type=int, default=10, help="of the overhead")
     parser.add_argument(
-        "--ray-statistics", action="store_true", help="let Ray gather statistics about itself, as it does by default"
+        "--ray-statistics", action="store_true", help="of the overhead: Ray gathers statistics about itself"
     )
     arguments = parser.parse_args()
+    if arguments.ray_statistics and arguments.what != "overhead":
+        parser.error("--ray-statistics is for the overhead")
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.what == "makespan":
             found = makespan(Path(scratch), arguments.shards, arguments.delay)
