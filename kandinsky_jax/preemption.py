@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STOPPED = 143  # exit code of a process ended by SIGTERM, after which a scheduler restarts the job
@@ -18,15 +18,20 @@ class Stop:
 
     Args:
         grace: seconds from the signal until the process is killed.
+        leave: ends the process. It is called from the signal's handler while there is no `work_in_hand`, so that
+            nobody waits for a model that is being loaded; otherwise once `grace` seconds are over. None is never.
     Raises:
         ValueError: for a negative or infinite `grace`.
     """
 
-    def __init__(self, grace: float = 25.0):
+    def __init__(self, grace: float = 25.0, leave: Callable[[], object] | None = None):
         if not 0 <= grace < math.inf:
             raise ValueError(f"grace must be a number of seconds from 0 on, got {grace}")
         self.grace = grace
+        self.work_in_hand = False  # set by what does the work
+        self._leave = leave
         self._deadline: float | None = None
+        self._timer: threading.Timer | None = None
         self._seconds: list[float] = []  # of the last calls
 
     @property
@@ -41,8 +46,15 @@ class Stop:
 
     def ask(self, *_: object) -> None:
         """Ask the job to stop; further calls change nothing."""
-        if self._deadline is None:
-            self._deadline = time.monotonic() + self.grace
+        if self._deadline is not None:
+            return
+        self._deadline = time.monotonic() + self.grace
+        if self._leave is not None:
+            if not self.work_in_hand:
+                self._leave()
+            self._timer = threading.Timer(self.grace, self._leave)
+            self._timer.daemon = True
+            self._timer.start()
 
     def took(self, seconds: float) -> None:
         """Record the duration of a call, from which that of the next ones is estimated."""
@@ -67,3 +79,5 @@ class Stop:
             yield self
         finally:
             signal.signal(signal.SIGTERM, before)
+            if self._timer is not None:
+                self._timer.cancel()

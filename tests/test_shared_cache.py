@@ -147,6 +147,37 @@ def test_a_dead_holder_is_replaced_by_one(hosts, url):
     assert soon(lambda: set(objects(url)) == {f"{KEY}-cache"})
 
 
+def plant(url: str, files: dict[str, bytes]) -> None:
+    """Write files as another host would."""
+    fs, root = fsspec.core.url_to_fs(f"{url}/cpu-{processor()}")
+    for name, data in files.items():
+        fs.makedirs(f"{root}/{name.partition('/')[0]}", exist_ok=True)
+        fs.pipe_file(f"{root}/{name}", data)
+
+
+def test_all_claims_of_a_dead_holder_are_waited_for_once(hosts, url):
+    keys = [f"jit_f-{number}" for number in range(8)]
+    token = "0123456789abcdef" * 2
+    plant(url, {f"claims/{key}.0": token.encode() for key in keys} | {f"alive/{token}": b"7"})
+    began = time.monotonic()
+    for key in keys:
+        assert hosts[0].get(key) is None
+        hosts[0].put(key, ENTRY)
+    assert claims.STALE_SECONDS <= time.monotonic() - began < 4 * claims.STALE_SECONDS
+    hosts[0].end()
+    assert soon(lambda: set(objects(url)) == {f"{key}-cache" for key in keys})
+
+
+def test_a_holder_that_was_only_suspended_is_waited_for_again(hosts, url):
+    token = "0123456789abcdef" * 2
+    plant(url, {f"claims/{KEY}.0": token.encode(), f"claims/{OTHER}.0": token.encode(), f"alive/{token}": b"7"})
+    assert hosts[0].later().result(20) is None  # in a thread that goes on compiling it
+    plant(url, {f"alive/{token}": b"8"})
+    began = time.monotonic()
+    assert hosts[0].get(OTHER) is None
+    assert time.monotonic() - began >= claims.STALE_SECONDS
+
+
 def test_nobody_waits_longer_than_the_bound(tmp_path, url):
     first, second = Host(tmp_path / "a", url), Host(tmp_path / "b", url, wait=0.7)
     assert first.get(KEY) is None

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from kandinsky_jax import images
@@ -23,7 +22,9 @@ from kandinsky_jax.batch.shards import OUTPUT_FORMATS, Output
 from kandinsky_jax.checkpoint import hub, recommended_settings
 from kandinsky_jax.checkpoint.networks import network_dtype
 from kandinsky_jax.checkpoint.recommended_settings import BY_OPTION, FALLBACK, RecommendedSettings
+from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten
+from kandinsky_jax.common.remote import connect
 from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.pipelines import CombinedPipeline, checks
 from kandinsky_jax.pipelines.modes import MODES, PICTURE_COLUMNS, class_names, repository_of
@@ -150,9 +151,12 @@ _DEFAULT_CHECKS: dict[str, Callable[[object, str], object]] = {
 
 
 def _check_folder(root: str) -> None:
-    """Raise ValueError for a local path that is not a folder."""
-    fs, path = fsspec.core.url_to_fs(root)
-    if isinstance(fs, LocalFileSystem) and not os.path.isdir(path):
+    """Raise ValueError for a local path that is not a folder, or a URL that cannot be opened."""
+    try:
+        fs, path = connect(root)
+    except reading.ReadError as error:
+        raise ValueError(f"files: {reading.of_file(root, error)}") from None
+    if isinstance(fs, LocalFileSystem) and not os.path.isdir(path or "/"):
         raise ValueError(f"files: there is no folder {shorten(root, 240)}")
 
 
@@ -308,8 +312,10 @@ def open_job(job: Job) -> OpenJob:
     if job.form in OUTPUT_FORMATS:
         try:
             output = Output(job.output, job.form, job.pictures)
-        except (ImportError, ValueError, OSError) as error:  # an unknown protocol, or its package is not installed
-            faults.append(f"{job.output} cannot be written to: {error}")
+        except reading.ReadError as error:
+            faults.append(f"output: {reading.of_file(job.output, error)}")
+        except OSError as error:
+            faults.append(f"output: {shorten(error, MAX_MESSAGE)}")
     if faults or rows is None or output is None:
         raise JobError(faults)
     mode = job.mode or _mode_of(rows)

@@ -23,6 +23,7 @@ from kandinsky_jax.batch import parquet_rows, text_rows
 from kandinsky_jax.batch.text_rows import STRIDE, Raw
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten, summarize
+from kandinsky_jax.common.remote import connect
 from kandinsky_jax.schedulers.base import near
 
 ROW_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -137,7 +138,7 @@ def scan(path: str) -> RowFile:
         raise JobError([f"{path} should end in one of {', '.join(ROW_FORMATS)}"])
     found = RowFile(path, ROW_FORMATS[suffix])
     try:
-        fs, local = fsspec.core.url_to_fs(path)
+        fs, local = connect(path)
         if isinstance(fs, LocalFileSystem):
             reading.check_regular(local)  # reading a pipe would block
         marks = _scan_parquet(found) if found.kind == "parquet" else _scan_text(found)

@@ -29,7 +29,7 @@ from kandinsky_jax import images
 from kandinsky_jax.batch.job import OpenJob
 from kandinsky_jax.batch.requests import Checker, ErrorRecord, RowError, RowRequest, Shape
 from kandinsky_jax.batch.shards import GeneratedImage, json_line
-from kandinsky_jax.common.errors import quote, shorten
+from kandinsky_jax.common.errors import RunError, quote, shorten, summarize
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.diffusion.rng import image_keys
 from kandinsky_jax.parallel.process import Process
@@ -141,13 +141,15 @@ def run(
         a report, whose `complete`, `failed` and `failed_shards` are not determined where `shards` are given.
     Raises:
         JobError: where the output belongs to another job.
+        TypeError: for a `Job`, which `open_job` opens, or `shards` that are no numbers one after the other.
         ValueError: for `process` and `shards` together, or a shard that the job does not have.
-        OSError: where the output cannot be written to; complete shards stay.
+        OSError: where the output cannot be written to, or is removed meanwhile; complete shards stay.
+        RunError: where the only process has generated all shards, and some of them are not there afterwards.
     """
-    if process is not None and shards is not None:
-        raise ValueError("give the process or the shards, not both")
+    _check_arguments(job, process, shards)
     job.begin()
     report, stop = Report(), stop or Stop()
+    stop.work_in_hand = True
     name = "batch"
     left: Iterable[int]
     if shards is not None:
@@ -167,7 +169,27 @@ def run(
     if shards is None:
         finish(job, report)
     report.stopped = stop.asked and not all_done and not report.complete
+    if process is not None and process.count == 1 and not report.complete and not report.stopped:
+        raise missing_shards(job)
     return report
+
+
+def _check_arguments(job: OpenJob, process: Process | None, shards: Iterable[int] | None) -> None:
+    if not isinstance(job, OpenJob):
+        raise TypeError(f"needed is the job that open_job(job) returns, got a {type(job).__name__}")
+    if shards is not None and not isinstance(shards, Iterable):
+        raise TypeError(f"shards should be a list of numbers, or an iterator, got {quote(shards)}")
+    if process is not None and shards is not None:
+        raise ValueError("give the process or the shards, not both")
+
+
+def missing_shards(job: OpenJob) -> RunError:
+    """Return the error for shards that were generated and cannot be found afterwards."""
+    missing = summarize([f"{number}" for number in job.incomplete()], 100, ", ")
+    return RunError(
+        f"all shards were generated, but {missing} cannot be found in {shorten(job.job.output, 200)}: was the folder "
+        "removed or renamed, or does it lead to other folders on other hosts?"
+    )
 
 
 def _checked(job: OpenJob, shards: Iterable[int]) -> Iterator[int]:

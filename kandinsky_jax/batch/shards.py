@@ -12,6 +12,7 @@ replaced; files of other names are ignored. `kandinsky_jax.common.files` describ
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -26,7 +27,7 @@ from kandinsky_jax.batch.model_files import changed
 from kandinsky_jax.batch.rows import USUAL_DEFAULTS, JobError, parquet
 from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import quote, shorten, summarize
-from kandinsky_jax.common.files import FileInfo, Files, open_files
+from kandinsky_jax.common.files import FileInfo, Files, open_files, read_small
 
 OUTPUT_FORMATS = ("webdataset", "folder")
 FORMAT_VERSION = 2  # of job.json and shards; 1 had a single digest of the model, 0 no version; both can be resumed
@@ -65,12 +66,13 @@ class Output:
         form: one of `OUTPUT_FORMATS`.
         suffix: of the pictures, such as "png".
     Raises:
-        ImportError, ValueError, OSError: for an unknown file system, or one whose package is not installed.
+        ReadError, OSError: as in `open_files`.
     """
 
     def __init__(self, url: str, form: str, suffix: str):
         self.url, self.form, self.suffix = url, form, suffix
         self._files = open_files(url)
+        self._begun = False
         self._stale: set[str] | None = None  # error files of an earlier run, for shards that are made again
 
     def begin(self, identity: dict[str, object], older_model: Callable[[], str] | None = None) -> None:
@@ -90,12 +92,14 @@ class Output:
                 shown = shorten(", ".join(others[:5]), 150)
                 raise JobError([f"{shorten(self.url, 240)} is neither empty nor a job's folder; it has {shown}"])
             if self._write("job.json", text.encode(), overwrite=False):
+                self._begun = True
                 return
         try:
             version, known = read_identity(self.url, self._files)
         except (OSError, JobFileError) as error:
             raise JobError([str(error)]) from None
         self._compare(version, known, json.loads(json.dumps(identity)), older_model)
+        self._begun = True
 
     def _compare(
         self,
@@ -187,8 +191,11 @@ class Output:
         Returns:
             whether this call has written it; False if another process has completed it first.
         Raises:
-            OSError: if it cannot be written; it stays absent.
+            OSError: if it cannot be written, or the folder has been removed; it stays absent.
         """
+        if self._begun and self._files.size("job.json") is None:
+            why = "job.json is gone, so the folder was removed or renamed: start the job again"
+            raise FileNotFoundError(errno.ENOENT, why, shorten(self.url, 240))
         number, name = f"{shard:06d}", self.file_name(shard)
         if self.is_complete(shard):
             return False
@@ -243,7 +250,7 @@ def read_identity(url: str, files: Files) -> tuple[int, dict[str, object]]:
     """
     shown = f"{shorten(url, 240)}/job.json"
     try:
-        known = reading.parse_json(files.read("job.json"))
+        known = reading.parse_json(read_small(files, "job.json"))
         if not isinstance(known, dict):
             raise reading.ReadError(f"holds {type(known).__name__}, needed is an object")
     except FileNotFoundError:

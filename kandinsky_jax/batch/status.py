@@ -16,6 +16,7 @@ from typing import NamedTuple
 from kandinsky_jax.batch.failures import FailureReason, read_failures
 from kandinsky_jax.batch.rows import parquet
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS, FoundShards, JobFileError, Output, read_identity, tar_members
+from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.common.files import FileInfo, Files, open_files
 
@@ -130,8 +131,8 @@ def open_job_folder(output: str) -> tuple[Files, JobFacts]:
     shown = shorten(output, 240)
     try:
         files = open_files(output)
-    except (ImportError, ValueError) as error:  # an unknown protocol, or its package is not installed
-        raise ValueError(f"{shown} cannot be read: {shorten(error, 200)}") from None
+    except reading.ReadError as error:
+        raise ValueError(reading.of_file(shown, error)) from None
     try:
         version, identity = read_identity(shown, files)
     except FileNotFoundError:

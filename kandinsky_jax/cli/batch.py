@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated
 
@@ -17,7 +19,7 @@ from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS
 from kandinsky_jax.checkpoint.recommended_settings import default_text
 from kandinsky_jax.cli.process_options import Coordinator, ProcessCount, ProcessIndex
-from kandinsky_jax.common.errors import quote, shorten, summarize
+from kandinsky_jax.common.errors import counted, quote, shorten, summarize
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 from kandinsky_jax.images import ENCODINGS
 from kandinsky_jax.pipelines.modes import MODES
@@ -129,7 +131,7 @@ def batch(
         "prior_guidance_scale": prior_guidance_scale,
         "strength": strength,
     }
-    stopping = Stop(grace)
+    stopping = Stop(grace, leave=None if engine else _leave)
     wanted = _engine_resources(
         engine, address, resources, hosts, [process, processes, coordinator], distributed, overlap
     )
@@ -154,8 +156,7 @@ def batch(
     if compilation_cache is not None:
         set_compilation_cache(None if compilation_cache == OFF else compilation_cache)
     which = Process() if engine else this_process(process, processes, distributed, coordinator)
-    with stopping.listening() as stop:
-        opened.begin()  # reports faults before a model is loaded
+    with stopping.listening() as stop, _told_how_to_go_on():
         if engine:
             report: Report = run_on_ray(
                 opened,
@@ -167,6 +168,7 @@ def batch(
                 stop=stop,
             )
         else:
+            opened.begin()  # reports faults before a model is loaded
             report = run(opened, load_pipeline(opened), which, overlap=overlap, quiet=quiet, stop=stop)
     shown = shorten(output, 240)  # without secrets
     print(summary(report, which, shown))
@@ -178,7 +180,24 @@ def batch(
 
 
 batch.__doc__ = f"{batch.__doc__}\n\n{_COLUMNS}"
+GO_ON = "start it again to continue"
+STOPPED_TEXT = f"stopped; {GO_ON}"
 EXAMPLE = 'Example: printf "purple heart\\nslice of pizza\\n" > p.txt && kandinsky-jax batch p.txt -o out --model tiny'
+
+
+def _leave() -> None:
+    """End the process without waiting for threads that load, read or encode."""
+    os.write(1, f"{STOPPED_TEXT}\n".encode())  # in a signal's handler, while something else may be printed
+    os._exit(STOPPED)
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted; {GO_ON}", file=sys.stderr)
+        raise
 
 
 def _engine_resources(
@@ -218,19 +237,20 @@ def summary(report: Report, process: Process, output: str) -> str:
         lines.append(f"process {process.index} of {process.count}")
     rate = report.images / report.seconds if report.seconds else 0.0
     lines.append(
-        f"{report.images} images in {report.shards} shards, {report.seconds:.1f} s, {rate:.2f} images/s; "
-        f"{report.skipped} shards were complete; devices waited {report.waited:.1%} of the time"
+        f"{counted(report.images, 'image')} in {counted(report.shards, 'shard')}, {report.seconds:.1f} s, "
+        f"{rate:.2f} images/s; {_were(report.skipped, 'shard')} complete; "
+        f"devices waited {report.waited:.1%} of the time"
     )
     if isinstance(report, EngineReport):
         lines.append(_cost(report))
     if report.errors and not report.complete:
-        lines.append(f"{report.errors} rows could not be generated; see {output}/errors")
+        lines.append(f"{counted(report.errors, 'row')} could not be generated; see {output}/errors")
     if report.stopped:
-        lines.append("stopped; start it again to continue")
+        lines.append(STOPPED_TEXT)
     elif report.complete:
-        failed = f"; {report.failed} rows could not be generated, see {output}/errors.jsonl" if report.failed else ""
-        lines.append(f"the job is complete: {output}{failed}")
+        lines.append(f"the job is complete: {output}")
         if report.failed:
+            lines[-1] += f"; {counted(report.failed, 'row')} could not be generated, see {output}/errors.jsonl"
             shards = summarize(report.failed_shards, 100, ", ")
             lines.append(
                 f"to try these rows again as they are, remove {shards} in {output} and start the job again; rows that "
@@ -246,6 +266,10 @@ def _cost(report: EngineReport) -> str:
     hours = [f"{report.worker_seconds / 3600:.2f} worker-hours"]
     hours += [f"{seconds / 3600:.2f} {name}-hours" for name, seconds in report.resource_seconds.items()]
     return (
-        f"{report.workers} workers, {report.lost} of them lost; {', '.join(hours)}; "
-        f"{report.repeated} slow shards were started twice"
+        f"{counted(report.workers, 'worker')}, {report.lost:,} lost; {', '.join(hours)}; "
+        f"{_were(report.repeated, 'slow shard')} started twice"
     )
+
+
+def _were(number: int, noun: str) -> str:
+    return f"{counted(number, noun)} {'was' if number == 1 else 'were'}"

@@ -14,7 +14,7 @@ import typer
 from kandinsky_jax import images
 from kandinsky_jax.batch.contact_sheet import contact_sheet
 from kandinsky_jax.batch.status import Status, status
-from kandinsky_jax.common.errors import quote, shorten, summarize
+from kandinsky_jax.common.errors import counted, quote, shorten, summarize
 
 EXAMPLE = "Example: kandinsky-jax batch status gs://BUCKET/pictures --sheet last --sheet-file sheet.png"
 LAST = "last"
@@ -72,15 +72,16 @@ def _write_sheet(output: str, which: str, path: Path) -> None:
     images.check_writable(path)
     sheet = contact_sheet(output, None if which == LAST else int(which))
     images.write(path, sheet.image)
-    shown = f"the first {sheet.pictures} pictures" if sheet.more else _count(sheet.pictures, "picture")
+    shown = f"the first {sheet.pictures} pictures" if sheet.more else counted(sheet.pictures, "picture")
     print(f"{path}: {shown} of shard {sheet.shard}")
 
 
 def lines(found: Status) -> list[str]:
     """Return a status as lines of text."""
     text = [
-        f"{shorten(found.output, 240)}: {shorten(found.mode or 'unknown mode', 40)}, {_count(found.rows, 'row')} in "
-        f"{_count(found.shards, 'shard')} of {found.rows_per_shard:,}, {found.format} of {shorten(found.encoding, 40)}",
+        f"{shorten(found.output, 240)}: {shorten(found.mode or 'unknown mode', 40)}, "
+        f"{counted(found.rows, 'row')} in {counted(found.shards, 'shard')} of {found.rows_per_shard:,}, "
+        f"{found.format} of {shorten(found.encoding, 40)}",
         _done(found),
         _pictures(found),
     ]
@@ -93,11 +94,12 @@ def lines(found: Status) -> list[str]:
 
 def _done(found: Status) -> str:
     if found.complete:
-        return f"complete: all {_count(found.shards, 'shard')}, {_count(found.rows_done, 'row')}"
+        all_of_many = "all " if found.shards > 1 else ""
+        return f"complete: {all_of_many}{counted(found.shards, 'shard')}, {counted(found.rows_done, 'row')}"
     share = math.floor(1000 * found.shards_complete / found.shards) / 10  # 100 % only where it is complete
     return (
-        f"done: {found.shards_complete:,} of {_count(found.shards, 'shard')} ({share:.1f} %), "
-        f"{found.rows_done:,} of {_count(found.rows, 'row')}"
+        f"done: {found.shards_complete:,} of {counted(found.shards, 'shard')} ({share:.1f} %), "
+        f"{found.rows_done:,} of {counted(found.rows, 'row')}"
     )
 
 
@@ -110,7 +112,7 @@ def _pictures(found: Status) -> str:
 def _failures(found: Status) -> list[str]:
     if not found.rows_failed:
         return ["failed: no rows"] if found.shards_complete else []
-    text = [f"failed: {_count(found.rows_failed, 'row')}"]
+    text = [f"failed: {counted(found.rows_failed, 'row')}"]
     for reason in found.failures[:MAX_SHOWN]:
         example = (
             "" if reason.example_row is None else f" (row {reason.example_row}, id {quote(reason.example_id, 60)})"
@@ -146,10 +148,6 @@ def _times(found: Status) -> list[str]:
         return [*text, f"stalled: nothing was written for {idle}; time left is unknown"]
     left = "unknown" if found.seconds_left is None else f"about {length(found.seconds_left)}"
     return [*text, f"last shard: {idle} ago", f"left: {left}"]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _rate(number: float) -> str:

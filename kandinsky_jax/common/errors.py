@@ -40,6 +40,11 @@ def quote(value: object, limit: int = 120) -> str:
     return shorten(repr(value), limit) if isinstance(value, str) else shorten(value, limit)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, `1 shard` or `1,200 shards`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def summarize(faults: Sequence[str], limit: int = MAX_MESSAGE - 100, separator: str = "; ") -> str:
     """Join the first faults, as many as fit into `limit` characters, and the number of others."""
     shown: list[str] = []

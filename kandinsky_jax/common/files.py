@@ -29,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kandinsky_jax.common import atomic, reading
 from kandinsky_jax.common.atomic import PARTIAL, Fill
-from kandinsky_jax.common.remote import tried
+from kandinsky_jax.common.remote import connect, tried
 
 # Stores where one request publishes a whole object. Elsewhere (SFTP, HDFS, SMB) a scratch name is used.
 ATOMIC_STORES = {"gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "oss", "oci", "ocilake", "memory"}
@@ -79,11 +79,31 @@ class Files(Protocol):
         """Remove scratch files of killed processes in these folders."""
 
 
+def read_small(files: Files, name: str, limit: int = reading.MAX_FILE_BYTES) -> bytes:
+    """Return the content of a file of at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ReadError: where it is larger.
+    """
+    with files.open(name) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise reading.ReadError(f"is larger than {limit:,} bytes, which no such file is")
+    return data
+
+
 def open_files(url: str) -> Files:
-    """Open the folder at a local path or an fsspec URL."""
-    fs, root = fsspec.core.url_to_fs(url)
+    """Open the folder at a local path or an fsspec URL.
+
+    Raises:
+        ReadError: for a URL that cannot be opened, see `connect`.
+        NotADirectoryError: for a file.
+    """
+    fs, root = connect(url)
     if not isinstance(fs, LocalFileSystem):
         return RemoteFiles(fs, root)
+    root = root or "/"
     if Path(root).is_file():
         raise NotADirectoryError(f"{url} is a file; needed is a folder")
     return LocalFiles(Path(root))

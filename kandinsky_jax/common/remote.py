@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from kandinsky_jax.common.reading import ReadError
 
 T = TypeVar("T")
 
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(?!/)")
 WAITS = (1.0, 4.0, 10.0)  # seconds between tries; most file systems repeat requests themselves too
 PERMANENT = (  # errors for which a request is not repeated
     FileExistsError,
@@ -34,13 +36,17 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, and the path in it, without a slash at the end.
+    """Return the fsspec file system of a URL or a local path, and the path in it, without a slash at the end.
 
     Raises:
-        ReadError: for an unknown protocol, a missing package, or missing credentials.
+        ReadError: for an unknown protocol, a missing package, missing credentials, or `gs:/bucket`, which would be a
+            folder here.
     """
     import fsspec
 
+    start = _ONE_SLASH.match(url)
+    if start and start[1].lower() in fsspec.available_protocols():
+        raise ReadError(f"has one slash after {start[1]}:, needed are two, as in {start[1]}://")
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except Exception as error:  # file systems raise many kinds

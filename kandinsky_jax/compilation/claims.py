@@ -4,7 +4,8 @@ A claim, `claims/KEY.0`, is created only if there is none, so one host gets it. 
 `alive/TOKEN` every few seconds, with a number that grows. A host that waits for another looks at both: the claim is
 removed when the program is there, and a holder whose number has not changed for `STALE_SECONDS` is dead. Only the
 waiting host's own clock counts. A dead holder's claim stays as it is, and one of the waiting hosts gets the next one,
-`claims/KEY.1`; when it is done, it removes both.
+`claims/KEY.1`; when it is done, it removes both. A host that has found a holder dead takes over its other claims at
+once, unless there is a new heartbeat.
 
 A process that was only suspended, or whose heartbeats were lost, may compile what another host has taken over. That
 costs time and nothing else.
@@ -82,12 +83,12 @@ class _Watch:
     def __init__(self, token: str, now: float):
         self.token = token
         self.checked = self.changed = now  # when its heartbeat was last looked at, and last had changed
-        self._heartbeat: str | None = None
+        self.heartbeat: str | None = None
 
     def look(self, heartbeat: str | None, now: float) -> None:
         self.checked = now
-        if heartbeat != self._heartbeat:
-            self._heartbeat, self.changed = heartbeat, now
+        if heartbeat != self.heartbeat:
+            self.heartbeat, self.changed = heartbeat, now
 
 
 class Claims:
@@ -104,6 +105,7 @@ class Claims:
         self._token = secrets.token_hex(TOKEN_BYTES)
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
+        self._dead: dict[str, str | None] = {}  # holders' tokens, and their last heartbeats
         self._heart: threading.Thread | None = None
         self._beating = False  # whether there is a file of heartbeats
         self._closed = threading.Event()
@@ -139,10 +141,13 @@ class Claims:
                 if token is None:
                     return Outcome.RELEASED, ""
                 if watch is None or watch.token != token:
+                    if self._is_still_dead(token, deadline):
+                        return Outcome.DEAD, token
                     watch = _Watch(token, now)
                 elif now - watch.checked >= HEARTBEAT_SECONDS:
-                    watch.look(self._read(_alive(token), deadline) if TOKEN.fullmatch(token) else None, now)
+                    watch.look(self._heartbeat(token, deadline), now)
                     if now - watch.changed >= STALE_SECONDS:
+                        self._dead[token] = watch.heartbeat
                         return Outcome.DEAD, token
             except TimeoutError:
                 if time.monotonic() < deadline:
@@ -150,6 +155,13 @@ class Claims:
             time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
             pause = min(1.5 * pause, SLOWEST_POLL)
         return Outcome.LATE, ""
+
+    def _is_still_dead(self, token: str, deadline: float) -> bool:
+        """Return whether a holder was found dead before and has no new heartbeat; its last one may be removed."""
+        return token in self._dead and self._heartbeat(token, deadline) in (None, self._dead[token])
+
+    def _heartbeat(self, token: str, deadline: float) -> str | None:
+        return self._read(_alive(token), deadline) if TOKEN.fullmatch(token) else None
 
     def _read(self, name: str, deadline: float) -> str | None:
         try:

@@ -104,9 +104,9 @@ def test_a_job_on_ray_has_the_bytes_of_one_without(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("000001.tar"))
     done = command(tmp_path, "--quiet", "--compilation-cache", "off")
     assert done.returncode == 0, done.stderr
-    assert "3 images in 1 shards" in done.stdout
+    assert "3 images in 1 shard," in done.stdout
     assert "2 shards were complete" in done.stdout
-    assert "1 workers, 0 of them lost" in done.stdout
+    assert "1 worker, 0 lost" in done.stdout
     assert "CPU-hours" in done.stdout
     assert "the job is complete: out" in done.stdout
     assert contents(tmp_path / "out") == contents(whole)

@@ -390,7 +390,7 @@ def test_a_folder_that_is_no_jobs_is_one_sentence(tmp_path):
         assert len(str(caught.value)) < 500
     with pytest.raises(NotADirectoryError, match="is a file; needed is a folder"):
         status(str(tmp_path / "photos" / "a.png"))
-    with pytest.raises(ValueError, match="no-such://x cannot be read: Protocol not known"):
+    with pytest.raises(ValueError, match="no-such://x cannot be opened: Protocol not known"):
         status("no-such://x")
 
 

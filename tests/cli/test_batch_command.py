@@ -23,7 +23,7 @@ def run(folder: Path, rows: str):
 @pytest.mark.slow
 def test_a_completed_job_says_what_failed(tmp_path):
     rows = "prompt,height,num_images\nyellow ring,,1\nyellow ring,3,1\nyellow ring,-1,2\n"
-    for written in ("1 images in 3 shards", "0 images in 0 shards"):
+    for written in ("1 image in 3 shards", "0 images in 0 shards"):
         done = run(tmp_path, rows)
         assert done.exit_code == 0, done.exception
         assert written in done.output

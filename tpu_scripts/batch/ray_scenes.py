@@ -113,7 +113,7 @@ class Driver:
     @property
     def workers(self) -> tuple[int, int]:
         """Return how many workers its report counts, and how many were lost."""
-        found = re.search(r"(\d+) workers, (\d+) of them lost", self.text)
+        found = re.search(r"(\d+) workers?, (\d+) lost", self.text)
         assert found, self.text[-2000:]
         return int(found[1]), int(found[2])
 
@@ -364,6 +364,6 @@ def vanished(job: Job) -> dict[str, Any]:
 
 
 def _repeated(driver: Driver) -> int:
-    found = re.search(r"(\d+) slow shards were started twice", driver.text)
+    found = re.search(r"(\d+) slow shards? w\w+ started twice", driver.text)
     assert found, driver.text[-2000:]
     return int(found[1])

@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from kandinsky_jax.batch.engines.ray_worker import Fault, RayWorker
 from kandinsky_jax.batch.engines.shard_queue import ShardQueue
 from kandinsky_jax.batch.job import JobError, OpenJob
-from kandinsky_jax.batch.runner import Report, ShardResult, expected_images, finish, progress_bar
-from kandinsky_jax.common.errors import RunError, shorten, summarize
+from kandinsky_jax.batch.runner import Report, ShardResult, expected_images, finish, missing_shards, progress_bar
+from kandinsky_jax.common.errors import RunError, counted, shorten
 from kandinsky_jax.preemption import Stop
 
 TRIES = 5  # of a shard, and of a host in succession: a worker that dies, a shard that fails there
@@ -86,18 +86,26 @@ def run_on_ray(
         stop: asks to end early.
     Raises:
         JobError: where the output belongs to another job, or Ray is not installed.
+        ValueError: for `hosts` without a cluster that could have more.
+        ConnectionError: where no cluster answers.
         RunError: for a shard that failed `TRIES` times, if no host can work, or for shards that hosts have written
             elsewhere.
     """
     ray = _import_ray(address)
+    here = _alone(address) and not ray.is_initialized()
+    if here and hosts:
+        raise ValueError(f"hosts={hosts} are asked of a cluster: give its address, or leave out --hosts")
+    if not here:
+        _reach(address)
     job.begin()
     left = job.incomplete()
     job.output.sweep()
     report = EngineReport(skipped=job.shards - len(left))
     stop = stop or Stop()
     if left:
+        stop.work_in_hand = True
         with _connected(ray, address), progress_bar(job, "batch", left, quiet) as bar:
-            driver = _Driver(ray, job, resources, cache, left, report, bar)
+            driver = _Driver(ray, job, resources, cache, left, report, bar, here)
             try:
                 if hosts:
                     _ask_for(hosts, resources)
@@ -109,11 +117,7 @@ def run_on_ray(
     finish(job, report)
     report.stopped = stop.asked and not report.complete
     if not report.complete and not stop.asked:
-        missing = summarize([f"{number}" for number in job.incomplete()], 100, ", ")
-        raise RunError(
-            f"all shards were generated, but {missing} cannot be found in {shorten(job.job.output, 200)}: does it lead "
-            "to the same folder on all hosts?"
-        )
+        raise missing_shards(job)
     return report
 
 
@@ -139,18 +143,24 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    alone = _alone(address)
     with _own_signals():
-        if _alone(address):
-            ray.init("local", include_dashboard=False, logging_level=logging.WARNING)  # None finds others' clusters
-        else:
-            given = address or os.environ["RAY_ADDRESS"]
-            try:
-                _reach(given)
+        try:
+            if alone:  # None would find others' clusters
+                ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
+            else:
                 ray.init(address=address, logging_level=logging.WARNING)
-            except (OSError, ValueError) as error:
-                raise ConnectionError(
-                    f"there is no Ray cluster at {shorten(given, 200)}: {shorten(error, 200)}"
-                ) from None
+        except ray.exceptions.AuthenticationError as error:
+            raise ConnectionError(f"Ray's token: {shorten(error, 400)}") from None
+        except (OSError, ValueError) as error:
+            if alone:
+                raise
+            if address == "auto":
+                raise ConnectionError("no Ray cluster runs on this machine; give the address of one") from None
+            raise ConnectionError(
+                f"no Ray cluster answers at {_shown(address)}: {shorten(error, 200)}. One that has a token needs "
+                "RAY_AUTH_MODE=token here, and the same token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            ) from None
     try:
         yield
     finally:
@@ -168,11 +178,19 @@ def _own_signals() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _reach(address: str) -> None:
-    """Raise OSError where nothing listens at a HOST:PORT; Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+def _reach(address: str | None) -> None:
+    """Raise ConnectionError where nothing listens at a HOST:PORT; Ray would try for minutes."""
+    given = address or os.environ.get("RAY_ADDRESS", "")
+    host, _, port = given.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(f"there is no Ray cluster at {_shown(address)}: {shorten(error, 200)}") from None
+
+
+def _shown(address: str | None) -> str:
+    return shorten(address or os.environ.get("RAY_ADDRESS", ""), 200)
 
 
 def _ask_for(hosts: int, resources: Mapping[str, float] | None) -> None:
@@ -209,9 +227,12 @@ class _Driver:
         left: list[int],
         report: EngineReport,
         bar: tqdm,
+        here: bool,
     ):
         self._ray, self._job, self._resources, self._cache = ray, job, resources, cache
         self._report, self._bar = report, bar
+        self._here = here  # in a cluster of this machine alone, which no host will join
+        self._stopping = False
         self._queue = ShardQueue(left)
         self._workers: dict[str, _Worker] = {}  # by node
         self._asked: dict[Any, tuple[_Worker, int | None]] = {}  # by reference: the shard, or None for loading
@@ -229,6 +250,9 @@ class _Driver:
             if not stop.asked:
                 self._look_for_hosts()
                 self._deal_out()
+            elif not self._stopping:
+                self._finish_shards_in_hand(stop)
+                continue
             if not self._asked:
                 time.sleep(LOOK_SECONDS)
                 continue
@@ -236,6 +260,14 @@ class _Driver:
             for reference in answered:
                 self._collect(reference)
             self._bar.set_postfix(workers=sum(worker.ready for worker in self._workers.values()), refresh=False)
+
+    def _finish_shards_in_hand(self, stop: Stop) -> None:
+        """Let workers finish their shards, or leave them where there is no time; nobody waits for one that loads."""
+        self._stopping = True
+        self._asked = {reference: asked for reference, asked in self._asked.items() if asked[1] is not None}
+        for worker in self._workers.values():
+            if worker.ready:
+                worker.actor.stop.remote(stop.seconds_left)
 
     def close(self) -> None:
         """End all workers."""
@@ -264,10 +296,13 @@ class _Driver:
         if fitting and fitting.keys() <= self._given_up.keys() and not self._workers:
             why = next(iter(self._given_up.values()))
             raise RunError(f"no host of the cluster can generate: {why}")
+        wanted = ", ".join(f"{name}={amount:g}" for name, amount in (self._resources or {"CPU": 1}).items())
+        if not fitting and self._here:
+            raise RunError(f"this machine does not have {wanted}; Ray finds {_described(nodes.values())}")
         if not fitting and (self._said is None or now - self._said > PATIENCE_SECONDS):
             self._said = now
-            wanted = ", ".join(f"{name}={amount:g}" for name, amount in (self._resources or {"CPU": 1}).items())
-            self._say(f"waiting for a host with {wanted}; the cluster's {len(nodes)} have {_described(nodes.values())}")
+            has = f"{counted(len(nodes), 'host')}, {_described(nodes.values())}"
+            self._say(f"waiting for a host with {wanted}; the cluster has {has}")
 
     def _share_of(self, node: dict[str, Any]) -> Mapping[str, float] | None:
         """Return the resources of a node's worker; None if it does not have them."""
@@ -299,6 +334,9 @@ class _Driver:
     def _lose(self, worker: _Worker, why: str, permanent: bool = False) -> None:
         """Give up a worker; its host gets another one, unless that has failed too often."""
         if self._workers.get(worker.node) is not worker:
+            return
+        if self._stopping:  # so may be the workers, by a signal to all processes
+            self._remove(worker)
             return
         self._report.lost += 1
         self._misses[worker.node] += 1
@@ -343,6 +381,8 @@ class _Driver:
                 self._retry(worker, shard, answer.message)
         elif shard is None:
             self._welcome(worker)
+        elif answer is None:  # left, since it was asked to stop
+            self._queue.failed(shard, worker.node)
         else:
             self._count(worker, answer)
 

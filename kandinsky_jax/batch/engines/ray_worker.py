@@ -14,6 +14,7 @@ from kandinsky_jax.batch.runner import ShardResult, load_pipeline, run
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.compilation import OFF, set_compilation_cache
 from kandinsky_jax.pipelines import CombinedPipeline
+from kandinsky_jax.preemption import Stop
 
 
 class Fault(NamedTuple):
@@ -36,9 +37,11 @@ class RayWorker:
 
     def __init__(self, job: Job, folder: str, cache: str | None = None):
         self._job, self._folder, self._cache = job, folder, cache
-        self._lock = threading.Lock()  # of the next two
+        self._stop = Stop()
+        self._lock = threading.Lock()  # of the next three
+        self._ended = False
         self._shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # of one `run`; None ends it
-        self._results: dict[int, Future[ShardResult | Fault]] = {}
+        self._results: dict[int, Future[ShardResult | Fault | None]] = {}
 
     def load(self) -> Fault | None:
         """Load the pipeline, and be ready for shards; return what went wrong."""
@@ -55,13 +58,20 @@ class RayWorker:
         threading.Thread(target=self._generate_all, args=(job, pipe), name="generate", daemon=True).start()
         return None
 
-    def generate(self, shard: int) -> ShardResult | Fault:
-        """Return when a shard is complete, or has failed."""
-        future: Future[ShardResult | Fault] = Future()
+    def generate(self, shard: int) -> ShardResult | Fault | None:
+        """Return when a shard is complete, has failed, or None when it is left after `stop`."""
+        future: Future[ShardResult | Fault | None] = Future()
         with self._lock:
+            if self._ended:
+                return None
             self._results[shard] = future
             self._shards.put(shard)
         return future.result()
+
+    def stop(self, seconds: float) -> None:
+        """Finish the shard in hand, if `seconds` are enough for it, and leave all others; see `Stop`."""
+        self._stop.grace = max(0.0, seconds)
+        self._stop.ask()
 
     def close(self) -> None:
         """End the threads once the shards in hand are complete; Ray ends the process instead."""
@@ -69,20 +79,22 @@ class RayWorker:
             self._shards.put(None)
 
     def _generate_all(self, job: OpenJob, pipe: CombinedPipeline) -> None:
-        """Generate shards until `close`; after an error, begin again with the same pipeline, once there is a shard:
-        an output that cannot be reached would fail again and again for nobody."""
-        while (first := self._shards.get()) is not None:
-            following = iter(self._shards.get, None)
+        """Generate shards until `close` or `stop`; after an error, begin again with the same pipeline, once there is a
+        shard: an output that cannot be reached would fail again and again for nobody."""
+        while not self._ended and (first := self._shards.get()) is not None:
+            shards = itertools.chain([first], iter(self._shards.get, None))
+            fault = None
             try:
-                run(job, pipe, shards=itertools.chain([first], following), on_shard=self._answer, quiet=True)
-                return
+                run(job, pipe, shards=shards, on_shard=self._answer, quiet=True, stop=self._stop)
             except Exception as error:
-                with self._lock:
-                    self._shards.put(None)  # for the thread that waits for the next shard
-                    self._shards = queue.SimpleQueue()
-                    failed, self._results = self._results, {}
-                for future in failed.values():
-                    future.set_result(_fault(error))
+                fault = _fault(error)
+            with self._lock:
+                self._ended = fault is None or self._stop.asked
+                self._shards.put(None)  # for the thread that waits for the next shard
+                self._shards = queue.SimpleQueue()
+                left, self._results = self._results, {}
+            for future in left.values():
+                future.set_result(fault)
 
     def _answer(self, result: ShardResult) -> None:
         with self._lock:
