@@ -116,6 +116,10 @@ class Output:
             fault = f"{shorten(self.url, 150)} holds another job; finish that one, or use another folder"
             raise JobError([fault, *differ])
 
+    def has_begun(self) -> bool:
+        """Return whether a job was started in this folder."""
+        return self._files.size("job.json") is not None
+
     # Shards -------------------------------------------------------------------------------------------------------
 
     def complete(self, count: int) -> set[int]:
@@ -193,7 +197,7 @@ class Output:
         Raises:
             OSError: if it cannot be written, or the folder has been removed; it stays absent.
         """
-        if self._begun and self._files.size("job.json") is None:
+        if self._begun and not self.has_begun():
             why = "job.json is gone, so the folder was removed or renamed: start the job again"
             raise FileNotFoundError(errno.ENOENT, why, shorten(self.url, 240))
         number, name = f"{shard:06d}", self.file_name(shard)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kandinsky_jax.batch import runner as batch_runner
+from kandinsky_jax.batch.engines import ray_engine
 from kandinsky_jax.batch.engines.ray_worker import Fault, RayWorker
 from kandinsky_jax.cli.main import app
+from tests.batch.ray_faults import Panic, Unprintable
 from tests.batch.test_jobs import PROMPTS, contents, job_of, run_job
 from tests.conftest import SHAPES_MODEL
 
@@ -34,7 +38,9 @@ def whole(shapes_pipe, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def worker(tmp_path) -> Iterator[RayWorker]:
-    worker = RayWorker(job_of(tmp_path, ROWS, **AS_COMMANDED).job, os.fspath(tmp_path))
+    job = job_of(tmp_path, ROWS, **AS_COMMANDED)
+    job.begin()  # as the driver
+    worker = RayWorker(job.job, os.fspath(tmp_path))
     before = os.getcwd()
     loaded = worker.load()
     os.chdir(before)
@@ -72,8 +78,60 @@ def test_a_worker_goes_on_after_an_error(worker, whole, tmp_path):
     assert contents(tmp_path / "out") == contents(whole)
 
 
+ERRORS = ValueError("poison"), Panic("poison"), Unprintable()
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["ValueError", "Panic", "Unprintable"])
+def test_a_worker_survives_any_error(worker, whole, tmp_path, monkeypatch, error):
+    """It is the answer for all shards in hand, and passes, whatever it is: a store's damaged answer is a ValueError."""
+    generate = batch_runner._Stages._generate_shard
+    left = [error]
+
+    def fail_once(*arguments):
+        if left:
+            raise left.pop()
+        return generate(*arguments)
+
+    monkeypatch.setattr(batch_runner._Stages, "_generate_shard", fail_once)
+    fault = worker.generate(1)
+    assert fault == Fault("Unprintable" if isinstance(error, Unprintable) else "poison", permanent=False)
+    assert worker.generate(1).written
+
+
+def test_a_worker_that_is_asked_to_stop_leaves_all_shards_but_that_in_hand(worker, tmp_path, monkeypatch):
+    generate = batch_runner._Stages._generate_shard
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(*arguments):
+        begun.set()
+        assert go_on.wait(60)
+        return generate(*arguments)
+
+    assert worker.generate(2).written  # so it knows how long a call takes
+    monkeypatch.setattr(batch_runner._Stages, "_generate_shard", wait)
+    with ThreadPoolExecutor(2) as calls:
+        first = calls.submit(worker.generate, 1)
+        assert begun.wait(60)
+        second = calls.submit(worker.generate, 0)
+        worker.stop(600)
+        go_on.set()
+        assert first.result(60).written
+        assert second.result(60) is None
+    assert worker.generate(0) is None
+    assert not (tmp_path / "out" / "000000.tar").exists()
+
+
+def test_a_worker_whose_output_is_another_folder_says_so_and_writes_nothing(tmp_path):
+    fault = RayWorker(job_of(tmp_path, ROWS, **AS_COMMANDED).job, "/no/such/folder").load()
+    assert isinstance(fault, Fault)
+    assert fault.message == f"{tmp_path}/out has no job.json here: does it lead to the same folder on all hosts?"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_worker_without_the_model_says_so(tmp_path):
-    job = dataclasses.replace(job_of(tmp_path, ROWS, **AS_COMMANDED).job, model=str(tmp_path / "nowhere"))
+    opened = job_of(tmp_path, ROWS, **AS_COMMANDED)
+    opened.begin()
+    job = dataclasses.replace(opened.job, model=str(tmp_path / "nowhere"))
     fault = RayWorker(job, "/no/such/folder").load()
     assert isinstance(fault, Fault)
     assert fault.permanent
@@ -113,12 +171,46 @@ def test_a_job_on_ray_has_the_bytes_of_one_without(tmp_path, whole):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("address", "variable", "alone"),
+    [
+        (None, None, True),
+        ("", "", True),
+        ("local", "10.0.0.1:6379", True),
+        (None, "local", True),
+        (None, "10.0.0.1:6379", False),
+        ("auto", None, False),
+        ("10.0.0.1:6379", None, False),
+    ],
+)
+def test_which_cluster_is_meant(monkeypatch, address, variable, alone):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert ray_engine._alone(address) == alone
+
+
+def test_a_machine_without_the_resources_is_not_waited_for(tmp_path):
+    job_of(tmp_path, ROWS, **AS_COMMANDED)
+    done = command(tmp_path, "--quiet", "--resources", "TPU=4")
+    assert done.returncode == 1
+    assert "error: this machine does not have TPU=4; Ray finds at most CPU=" in done.stderr
+
+
+def test_hosts_are_asked_of_a_cluster(tmp_path):
+    done = job_of(tmp_path, ROWS, **AS_COMMANDED) and command(tmp_path, "--hosts", "3")
+    assert done.returncode == 1
+    assert done.stderr == "error: hosts=3 are asked of a cluster: give its address, or leave out --hosts\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_address_where_nothing_is(tmp_path):
     job_of(tmp_path, ROWS, **AS_COMMANDED)
     done = command(tmp_path, "--address", "127.0.0.1:1")
     assert done.returncode == 1
     assert done.stderr.startswith("error: there is no Ray cluster at 127.0.0.1:1: ")
     assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()  # other options may be given next time
 
 
 @pytest.mark.parametrize(

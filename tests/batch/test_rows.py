@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import threading
 
 import fsspec
 import pyarrow
@@ -218,3 +220,26 @@ def test_a_shard_is_finished_where_there_is_time():
     soon.took(0.01)
     soon.ask()
     assert not soon.time_for(1)
+
+
+def test_nobody_waits_for_a_process_without_work_in_hand():
+    """It leaves at once, from the handler; with work in hand it leaves when the time is over."""
+    left = threading.Event()
+    Stop(grace=100, leave=left.set).ask()
+    assert left.is_set()
+    left.clear()
+    stop = Stop(grace=0.2, leave=left.set)
+    stop.work_in_hand = True
+    stop.ask()
+    assert not left.is_set()
+    assert left.wait(20)
+
+
+def test_a_process_that_ends_in_time_is_not_ended_again():
+    left = threading.Event()
+    stop = Stop(grace=0.5, leave=left.set)
+    stop.work_in_hand = True
+    with stop.listening():
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+    assert not left.wait(1)

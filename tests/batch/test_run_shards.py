@@ -13,6 +13,7 @@ import pytest
 
 from kandinsky_jax.batch import Process, ShardResult, finish, run
 from kandinsky_jax.batch import runner as batch_runner
+from kandinsky_jax.common.errors import RunError
 from kandinsky_jax.preemption import Stop
 from tests.batch.test_jobs import PROMPTS, contents, job_of, run_job
 
@@ -128,6 +129,36 @@ def test_process_and_shards_exclude_each_other(job, shapes_pipe, tmp_path):
     with pytest.raises(ValueError, match=r"^give the process or the shards, not both$"):
         run(job, shapes_pipe, Process(), shards=[0], quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_arguments_of_other_kinds(job, shapes_pipe, tmp_path):
+    with pytest.raises(TypeError, match=r"^needed is the job that open_job\(job\) returns, got a Job$"):
+        run(job.job, shapes_pipe, quiet=True)
+    with pytest.raises(TypeError, match=r"^shards should be a list of numbers, or an iterator, got 3$"):
+        run(job, shapes_pipe, shards=3, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_removed_midway_is_an_error_and_can_be_filled_again(job, whole, shapes_pipe, tmp_path):
+    def remove(result: ShardResult) -> None:
+        if result.shard == 0:
+            shutil.rmtree(tmp_path / "out")
+
+    with pytest.raises(FileNotFoundError, match=r"job\.json is gone, so the folder was removed or renamed"):
+        run(job, shapes_pipe, on_shard=remove, quiet=True)
+    assert not (tmp_path / "out").exists()
+    assert run(job, shapes_pipe, quiet=True).complete
+    assert contents(tmp_path / "out") == whole
+
+
+def test_shards_that_are_not_there_at_the_end_are_an_error(job, shapes_pipe, tmp_path):
+    def remove(result: ShardResult) -> None:
+        (tmp_path / "out" / f"{result.shard:06d}.tar").unlink()
+
+    with pytest.raises(RunError, match=r"^all shards were generated, but 0, 1, 2 cannot be found in "):
+        run(job, shapes_pipe, on_shard=remove, quiet=True)
+    report = run(job, shapes_pipe, Process(0, 2), on_shard=remove, quiet=True)  # others may be at it
+    assert (report.shards, report.complete) == (2, False)
 
 
 def test_an_iterator_that_raises_ends_the_run_and_leaves_whole_shards(job, whole, shapes_pipe, tmp_path):

@@ -77,6 +77,33 @@ def test_a_failed_shard_is_dealt_out_again(clock):
     assert queue.take("b") == 0
 
 
+def test_a_shard_that_has_failed_is_dealt_out_alone(clock):
+    """An error is the answer for both shards that a worker holds, and one of them is innocent."""
+    queue = queue_of(4, clock, "a")
+    assert [queue.take("a"), queue.take("a")] == [0, 1]
+    queue.failed(0, "a")
+    queue.failed(1, "a")
+    dealt = [queue.take("a"), queue.take("a"), queue.take("a")]
+    assert dealt == [2, 3, None]
+    queue.complete(2, "a")
+    assert queue.take("a") is None
+    queue.complete(3, "a")
+    assert [queue.take("a"), queue.take("a")] == [0, None]
+    queue.complete(0, "a")
+    assert [queue.take("a"), queue.take("a")] == [1, None]
+
+
+def test_a_dropped_shard_is_dealt_out_no_more(clock):
+    queue = queue_of(2, clock, "a", "b")
+    assert [queue.take("a"), queue.take("b")] == [0, 1]
+    queue.failed(0, "a")
+    queue.drop(0)
+    queue.drop(1)
+    assert queue.left == 0
+    assert queue.take("a") is None
+    assert not queue.complete(1, "b")
+
+
 def test_a_slow_shard_is_dealt_out_twice_at_the_end_and_the_first_wins(clock):
     queue = queue_of(5, clock, "fast", "slow")
     assert [queue.take("slow"), queue.take("fast")] == [0, 1]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -25,7 +26,7 @@ from kandinsky_jax.batch.engines.ray_worker import Fault, RayWorker
 from kandinsky_jax.batch.engines.shard_queue import ShardQueue
 from kandinsky_jax.batch.job import JobError, OpenJob
 from kandinsky_jax.batch.runner import Report, ShardResult, expected_images, finish, missing_shards, progress_bar
-from kandinsky_jax.common.errors import RunError, counted, shorten
+from kandinsky_jax.common.errors import RunError, counted, shorten, summarize
 from kandinsky_jax.preemption import Stop
 
 TRIES = 5  # of a shard, and of a host in succession: a worker that dies, a shard that fails there
@@ -40,7 +41,8 @@ NO_STATISTICS = {  # of such a cluster about itself: nobody looks at them, and t
     "RAY_task_events_report_interval_ms": "0",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
 }
-PATIENCE_SECONDS = 60.0  # between messages that no host fits
+PATIENCE_SECONDS = 60.0  # between messages that no host fits; without any answer, after which more hosts are used
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclasses.dataclass
@@ -51,7 +53,7 @@ class EngineReport(Report):
     time in which their devices were idle, loading included.
     """
 
-    workers: int = 0  # that were ready at some time
+    workers: int = 0  # that were started
     lost: int = 0  # workers that died or were given up
     repeated: int = 0  # shards dealt out while another worker held them
     worker_seconds: float = 0.0  # of all workers, from their start
@@ -76,7 +78,7 @@ def run_on_ray(
 
     Args:
         address: of the cluster, such as `auto`, `10.0.0.1:6379` or `ray://...`; None is the one that this process is
-            connected to, else that of RAY_ADDRESS, else a cluster of this machine alone, on loopback.
+            connected to, else that of RAY_ADDRESS, else `local`: a cluster of this machine alone, on loopback.
         resources: of one worker, such as `{"TPU": 4}`; hosts without them have none. None is all TPUs and GPUs of the
             host, or one CPU where it has neither.
         hosts: how many an autoscaling cluster is asked for while the job runs, each with `resources`, or one CPU; all
@@ -86,16 +88,19 @@ def run_on_ray(
         stop: asks to end early.
     Raises:
         JobError: where the output belongs to another job, or Ray is not installed.
-        ValueError: for `hosts` without a cluster that could have more.
+        ValueError: for `hosts` without a cluster that could have more, or where this process is connected to another
+            cluster than `address`.
         ConnectionError: where no cluster answers.
-        RunError: for a shard that failed `TRIES` times, if no host can work, or for shards that hosts have written
-            elsewhere.
+        RunError: for shards that failed `TRIES` times, after all others; if no host can work; or for shards that hosts
+            have written elsewhere.
     """
     ray = _import_ray(address)
     here = _alone(address) and not ray.is_initialized()
     if here and hosts:
         raise ValueError(f"hosts={hosts} are asked of a cluster: give its address, or leave out --hosts")
-    if not here:
+    if ray.is_initialized():
+        _check_connected(ray, address)
+    elif not here:
         _reach(address)
     job.begin()
     left = job.incomplete()
@@ -104,7 +109,7 @@ def run_on_ray(
     stop = stop or Stop()
     if left:
         stop.work_in_hand = True
-        with _connected(ray, address), progress_bar(job, "batch", left, quiet) as bar:
+        with _connected(ray, address, quiet), progress_bar(job, "batch", left, quiet) as bar:
             driver = _Driver(ray, job, resources, cache, left, report, bar, here)
             try:
                 if hosts:
@@ -134,11 +139,18 @@ def _import_ray(address: str | None) -> Any:
 
 def _alone(address: str | None) -> bool:
     """Return whether a cluster of this machine alone is meant."""
-    return address is None and not os.environ.get("RAY_ADDRESS")
+    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
+def _check_connected(ray: Any, address: str | None) -> None:
+    """Raise ValueError where this process is connected to another cluster than is asked for."""
+    connected = ray.get_runtime_context().gcs_address
+    if address and ":" in address and not address.startswith("ray://") and address != connected:
+        raise ValueError(f"address is {shorten(address, 200)}, and this process is connected to {connected} already")
 
 
 @contextlib.contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
+def _connected(ray: Any, address: str | None, quiet: bool) -> Iterator[None]:
     """Connect to a cluster while the block runs; an existing connection stays."""
     if ray.is_initialized():
         yield
@@ -149,7 +161,9 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
             if alone:  # None would find others' clusters
                 ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
             else:
-                ray.init(address=address, logging_level=logging.WARNING)
+                if not quiet:
+                    print(f"connecting to the Ray cluster at {_shown(address)}", file=sys.stderr)
+                ray.init(address=address or None, logging_level=logging.WARNING)
         except ray.exceptions.AuthenticationError as error:
             raise ConnectionError(f"Ray's token: {shorten(error, 400)}") from None
         except (OSError, ValueError) as error:
@@ -213,6 +227,7 @@ class _Worker:
     resources: Mapping[str, float]
     began: float
     ready: bool = False
+    rests_until: float = 0.0  # after a shard has failed there
 
 
 class _Driver:
@@ -237,10 +252,13 @@ class _Driver:
         self._workers: dict[str, _Worker] = {}  # by node
         self._asked: dict[Any, tuple[_Worker, int | None]] = {}  # by reference: the shard, or None for loading
         self._faults: defaultdict[int, list[str]] = defaultdict(list)  # of a shard: the nodes
+        self._hopeless: dict[int, str] = {}  # shards that failed too often, and why
+        self._orphans: set[int] = set()  # shards that a lost worker may have completed without an answer
         self._misses: Counter[str] = Counter()  # of a node in succession
         self._resting: dict[str, float] = {}  # nodes, until when no worker is started there
         self._given_up: dict[str, str] = {}  # nodes, and why
         self._looked = 0.0
+        self._answered = time.monotonic()  # when a worker last said anything
         self._said: float | None = None  # when it was last said that no host fits
         self._began: float | None = None  # when the first worker was ready
 
@@ -260,6 +278,10 @@ class _Driver:
             for reference in answered:
                 self._collect(reference)
             self._bar.set_postfix(workers=sum(worker.ready for worker in self._workers.values()), refresh=False)
+        if self._hopeless and not stop.asked:
+            numbers = summarize([f"{number}" for number in sorted(self._hopeless)], 100, ", ")
+            failed = f"{counted(len(self._hopeless), 'shard')} failed {TRIES} times: {numbers}"
+            raise RunError(f"{failed}; at last {[*self._hopeless.values()][-1]}")
 
     def _finish_shards_in_hand(self, stop: Stop) -> None:
         """Let workers finish their shards, or leave them where there is no time; nobody waits for one that loads."""
@@ -291,7 +313,8 @@ class _Driver:
         fitting = {name: found for name, node in nodes.items() if (found := self._share_of(node)) is not None}
         for name, resources in fitting.items():
             idle = name not in self._workers and name not in self._given_up and self._resting.get(name, 0.0) <= now
-            if idle and len(self._workers) < self._queue.left:
+            hang = now - self._answered > PATIENCE_SECONDS  # perhaps; others take over their shards
+            if idle and (len(self._workers) < self._queue.left or hang):
                 self._start(name, nodes[name], resources)
         if fitting and fitting.keys() <= self._given_up.keys() and not self._workers:
             why = next(iter(self._given_up.values()))
@@ -330,6 +353,7 @@ class _Driver:
         host = node.get("NodeManagerHostname") or node["NodeManagerAddress"]
         self._workers[name] = worker = _Worker(name, host, actor, resources, time.monotonic())
         self._asked[actor.load.remote()] = worker, None
+        self._report.workers += 1
 
     def _lose(self, worker: _Worker, why: str, permanent: bool = False) -> None:
         """Give up a worker; its host gets another one, unless that has failed too often."""
@@ -350,6 +374,7 @@ class _Driver:
 
     def _remove(self, worker: _Worker) -> None:
         del self._workers[worker.node]
+        self._orphans.update(shard for its, shard in self._asked.values() if its is worker and shard is not None)
         self._queue.leave(worker.node)
         self._asked = {reference: asked for reference, asked in self._asked.items() if asked[0] is not worker}
         seconds = time.monotonic() - worker.began
@@ -362,12 +387,15 @@ class _Driver:
     # Shards -------------------------------------------------------------------------------------------------------
 
     def _deal_out(self) -> None:
+        now = time.monotonic()
         for worker in self._workers.values():
-            while worker.ready and (shard := self._queue.take(worker.node)) is not None:
+            able = worker.ready and worker.rests_until <= now
+            while able and (shard := self._queue.take(worker.node)) is not None:
                 self._asked[worker.actor.generate.remote(shard)] = worker, shard
 
     def _collect(self, reference: Any) -> None:
         """Take a worker's answer."""
+        self._answered = time.monotonic()
         worker, shard = self._asked.pop(reference)
         try:
             answer = self._ray.get(reference)
@@ -389,7 +417,6 @@ class _Driver:
     def _welcome(self, worker: _Worker) -> None:
         worker.ready = True
         self._queue.join(worker.node)
-        self._report.workers += 1
         if self._began is None:
             self._began = time.monotonic()
 
@@ -398,8 +425,13 @@ class _Driver:
         failed = self._faults[shard]
         failed.append(worker.node)
         self._misses[worker.node] += 1
+        worker.rests_until = time.monotonic() + 2.0 ** min(self._misses[worker.node] - 1, TRIES)
         if len(failed) >= TRIES and (len(set(failed)) > 1 or len(self._workers) == 1):
-            raise RunError(f"shard {shard} failed {len(failed)} times, at last on {worker.host}: {why}")
+            self._hopeless[shard] = f"on {worker.host}: {why}"
+            self._say(f"shard {shard} is left out: it failed {len(failed)} times, at last on {worker.host}: {why}")
+            self._queue.failed(shard, worker.node)
+            self._queue.drop(shard)
+            return
         if self._misses[worker.node] >= TRIES and len(self._workers) > 1:
             self._lose(worker, why)
             return
@@ -409,7 +441,10 @@ class _Driver:
     def _count(self, worker: _Worker, result: ShardResult) -> None:
         """Count a shard that is complete."""
         self._misses[worker.node] = 0
+        self._hopeless.pop(result.shard, None)
         first = self._queue.complete(result.shard, worker.node)
+        if first and not result.written and result.shard in self._orphans:
+            result = result._replace(written=True, images=expected_images(self._job, result.shard))
         if result.written or first:
             self._report.add(result)
         else:
@@ -436,5 +471,6 @@ def _described(nodes: Iterable[dict[str, Any]]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of Ray's many."""
-    return shorten(str(error).strip().split("\n")[0], 200) or type(error).__name__
+    """Return the line of Ray's many that says why: the last one of a traceback, else the first."""
+    lines = _COLOUR.sub("", str(error)).strip().splitlines() or [type(error).__name__]
+    return shorten(lines[-1 if "ray::" in lines[0] else 0], 200)

@@ -51,10 +51,13 @@ class RayWorker:
             if self._cache is not None:
                 set_compilation_cache(None if self._cache == OFF else self._cache)
             job = open_job(self._job)
+            if not job.output.has_begun():  # the driver has begun it, so this is another folder
+                where = shorten(self._job.output, 200)
+                return Fault(f"{where} has no job.json here: does it lead to the same folder on all hosts?", False)
             job.begin()  # the same model and versions here?
             pipe = load_pipeline(job)
-        except Exception as error:
-            return _fault(error)
+        except BaseException as error:
+            return _fault(error, loading=True)
         threading.Thread(target=self._generate_all, args=(job, pipe), name="generate", daemon=True).start()
         return None
 
@@ -86,7 +89,7 @@ class RayWorker:
             fault = None
             try:
                 run(job, pipe, shards=shards, on_shard=self._answer, quiet=True, stop=self._stop)
-            except Exception as error:
+            except BaseException as error:  # the answer of a thread that is waited for
                 fault = _fault(error)
             with self._lock:
                 self._ended = fault is None or self._stop.asked
@@ -102,7 +105,12 @@ class RayWorker:
         future.set_result(result)
 
 
-def _fault(error: Exception) -> Fault:
-    permanent = isinstance(error, (ValueError, TypeError, ImportError))  # JobError and CheckpointError among them
-    lines = "; ".join(line.strip() for line in str(error).splitlines()).replace(":; ", ": ")
+def _fault(error: BaseException, loading: bool = False) -> Fault:
+    """Describe an error; one of loading is permanent if it is of a kind that a job cannot be rid of: JobError,
+    CheckpointError. While a shard is generated the same kinds may pass: a damaged answer of a store is a ValueError."""
+    try:
+        lines = "; ".join(line.strip() for line in str(error).splitlines()).replace(":; ", ": ")
+    except Exception:  # any kind
+        lines = ""
+    permanent = loading and isinstance(error, (ValueError, TypeError, ImportError))
     return Fault(shorten(lines or type(error).__name__, 400), permanent)

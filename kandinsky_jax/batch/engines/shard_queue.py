@@ -1,7 +1,8 @@
 """Which worker generates which shard: the rules of an engine, without the engine.
 
 A worker that is free takes the next shard. While many are left it holds one more, which it reads meanwhile. A lost
-worker's shards are dealt out again, and towards the end slow ones twice: "backup tasks" of MapReduce (Dean and
+worker's shards are dealt out again; shards that failed too, after all others, and each alone, since a fault is that of
+one of the two that a worker holds. Towards the end slow ones are dealt out twice: "backup tasks" of MapReduce (Dean and
 Ghemawat 2004, section 3.6). Whoever is first completes the shard; all have the same bytes.
 """
 
@@ -32,6 +33,7 @@ class ShardQueue:
         self._left = set(self._waiting)
         self._holders: dict[int, dict[str, float]] = {}  # of shards that are not complete: workers, and since when
         self._load: dict[str, set[int]] = {}  # by worker: shards that it has not answered for
+        self._suspects: set[int] = set()  # shards that have failed
         self._seconds: deque[float] = deque(maxlen=RECENT)  # from dealing out to completion
         self.repeated = 0  # shards dealt out while another worker held them
 
@@ -52,9 +54,8 @@ class ShardQueue:
     def take(self, worker: str) -> int | None:
         """Return the shard that a worker should begin; None while there is none for it."""
         load = self._load[worker]
-        enough_for_all = len(self._waiting) >= len(self._load)
         shard = None
-        if self._waiting and (not load or (len(load) < HELD and enough_for_all)):
+        if self._waiting and (not load or self._may_hold_more(load)):
             shard = self._waiting.popleft()
         elif not load and (shard := self._slowest()) is not None:
             self.repeated += 1
@@ -62,6 +63,11 @@ class ShardQueue:
             self._holders.setdefault(shard, {})[worker] = self._clock()
             load.add(shard)
         return shard
+
+    def _may_hold_more(self, load: set[int]) -> bool:
+        enough_for_all = len(self._waiting) >= len(self._load)
+        alone = self._waiting[0] in self._suspects or not load.isdisjoint(self._suspects)
+        return len(load) < HELD and enough_for_all and not alone
 
     def complete(self, shard: int, worker: str) -> bool:
         """Record that a worker found or made a shard complete; return whether it was the first to say so."""
@@ -77,10 +83,18 @@ class ShardQueue:
     def failed(self, shard: int, worker: str) -> None:
         """Record that a worker gave up a shard; it is dealt out again after all others."""
         self._load.get(worker, set()).discard(shard)
+        self._suspects.add(shard)
         self._give_back(shard, worker)
         if shard in self._waiting:
             self._waiting.remove(shard)
             self._waiting.append(shard)
+
+    def drop(self, shard: int) -> None:
+        """Deal out a shard no more; it counts as complete."""
+        self._left.discard(shard)
+        self._holders.pop(shard, None)
+        if shard in self._waiting:
+            self._waiting.remove(shard)
 
     def _give_back(self, shard: int, worker: str) -> None:
         holders = self._holders.get(shard, {})
