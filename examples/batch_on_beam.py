@@ -11,25 +11,19 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils.shared import Shared
 
 from kandinsky_jax import batch
-
-
-class Worker:
-    """A job and its pipeline, once in a process."""
-
-    def __init__(self, job):
-        self.job = batch.open_job(job)
-        self.pipe = batch.load_pipeline(self.job)
+from kandinsky_jax.common import terminal
 
 
 class Generate(beam.DoFn):
     def __init__(self, job):
         self.job, self.shared = job, Shared()
 
-    def setup(self):
-        self.worker = self.shared.acquire(lambda: Worker(self.job))
+    def setup(self):  # one pipeline in a process, whatever its number of threads
+        self.opened = batch.open_job(self.job)
+        self.pipe = self.shared.acquire(lambda: batch.load_pipeline(self.opened))
 
     def process(self, shard):
-        report = batch.run(self.worker.job, self.worker.pipe, shards=[shard], quiet=True)
+        report = batch.run(self.opened, self.pipe, shards=[shard], quiet=True)
         beam.metrics.Metrics.counter("kandinsky", "images").inc(report.images)
 
 
@@ -50,4 +44,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

@@ -5,11 +5,14 @@ shard is complete or absent, and its bytes do not depend on its worker: what Ray
 """
 
 import argparse
-import json
+import os
 
+if os.environ.setdefault("RAY_ADDRESS", "local") == "local":  # on 127.0.0.1 alone; Ray reads it when it is imported
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
 
 from kandinsky_jax import batch
+from kandinsky_jax.common import terminal
 
 
 class Generate:
@@ -29,14 +32,14 @@ def main():
     parser.add_argument("--model", help="folder, URL or repository; the official one if it is not given")
     parser.add_argument("--rows-per-shard", type=int, default=256)
     parser.add_argument("--workers", type=int, default=1, help="most processes, each with a pipeline")
-    parser.add_argument("--resources", type=json.loads, help='of each, such as {"TPU": 4}')
+    parser.add_argument("--tpus", type=float, default=0, help="chips of each, such as 4")
     args = parser.parse_args()
     job = batch.open_job(batch.Job(args.rows, args.output, model=args.model, rows_per_shard=args.rows_per_shard))
     job.begin()
     if left := job.incomplete():
         pool = ray.data.ActorPoolStrategy(size=args.workers, max_tasks_in_flight_per_actor=1)
         shards = ray.data.from_items(left, override_num_blocks=len(left))
-        options = {"batch_size": 1, "compute": pool, "resources": args.resources}
+        options = {"batch_size": 1, "compute": pool, "resources": {"TPU": args.tpus} if args.tpus else None}
         for result in shards.map_batches(Generate, fn_constructor_args=[job.job], **options).iter_rows():
             print(result)
     report = batch.finish(job)
@@ -44,4 +47,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    terminal.run(main)

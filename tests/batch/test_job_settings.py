@@ -104,6 +104,29 @@ def test_setting_that_a_row_can_use_is_taken(tmp_path, name, defaults, settings)
     assert (tmp_path / "out" / "job.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("output", "nope://x", "output: nope://x cannot be opened: Protocol not known: nope"),
+        ("output", "nope://user:password@x", "output: nope://***@x cannot be opened: Protocol not known: nope"),
+        ("output", "gs:/bucket/x", "output: gs:/bucket/x has one slash after gs:, needed are two, as in gs://"),
+        ("output", "file:/tmp/x", "output: file:/tmp/x has one slash after file:, needed are two, as in file://"),
+        ("root", "nope://x", "files: nope://x cannot be opened: Protocol not known: nope"),
+        ("root", "s3:/x", "files: s3:/x has one slash after s3:, needed are two, as in s3://"),
+        ("rows", "nope://x/a.txt", "nope://x/a.txt cannot be opened: Protocol not known: nope"),
+        ("rows", "gs:/x/a.txt", "gs:/x/a.txt has one slash after gs:, needed are two, as in gs://"),
+    ],
+)
+def test_urls_that_are_none(tmp_path, monkeypatch, name, value, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.txt").write_text("a cat\n")
+    job = Job(**{"rows": str(tmp_path / "rows.txt"), "output": str(tmp_path / "out"), "model": "tiny"} | {name: value})
+    with pytest.raises(JobError) as caught:
+        open_job(job)
+    assert caught.value.faults == [says]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.txt"]
+
+
 def test_all_faults_are_named_together(tmp_path):
     (tmp_path / "rows.txt").write_text("a\n")
     defaults = {"steps": 0, "height": 10**5, "strength": 2, "image": "a.png", "negative_prompt": 3}

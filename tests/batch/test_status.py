@@ -10,15 +10,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from kandinsky_jax.batch import failures
 from kandinsky_jax.batch.failures import DAMAGED, MAX_REASONS, OTHER, read_failures, reason_of
 from kandinsky_jax.batch.shards import FORMAT_VERSION, GeneratedImage, Output
 from kandinsky_jax.batch.status import RECENT_SECONDS, STALL_SECONDS, Status, status
+from kandinsky_jax.common import reading
 from kandinsky_jax.common.files import LocalFiles, open_files, time_in_utc
 from tests.batch.store import object_store
 from tests.batch.test_jobs import contents, job_of, run_job
@@ -33,9 +36,9 @@ def after(seconds: float) -> datetime.datetime:
 
 def set_times(folder: Path, seconds: dict[int, float], begun: float = 0) -> None:
     """Let job.json and shards have been written so many seconds after the start."""
-    times = {"job.json": begun} | {f"{shard:06d}.tar": time for shard, time in seconds.items()}
-    for name, time in times.items():
-        os.utime(folder / name, (START + time, START + time))
+    times = {"job.json": begun} | {f"{shard:06d}.tar": after for shard, after in seconds.items()}
+    for name, after in times.items():
+        os.utime(folder / name, (START + after, START + after))
 
 
 def identity(rows: int, per_shard: int, form: str = "webdataset", **others: object) -> dict[str, object]:
@@ -278,6 +281,28 @@ def test_messages_of_one_kind_are_one_reason(errors):
     first, second = map(reason_of, errors)
     assert first == second
     assert reason_of("width: must be a number, got 'tall'") != first
+
+
+@pytest.mark.parametrize("error", ["-." * 300, "'\"" * 300, "a/" * 300 + ";", "." * 600, "é-" * 300])
+def test_messages_made_to_take_long_do_not(error):
+    began = time.process_time()
+    reason_of(error)
+    assert time.process_time() - began < 0.1
+
+
+def test_large_files_are_not_read_whole(tmp_path, monkeypatch):
+    """A job.json is refused by its size; errors are read line by line."""
+    errors = {0: [{"row": i, "id": None, "error": "no"} for i in range(1000)]}
+    folder_of(str(tmp_path), rows=2000, per_shard=1000, done=1, errors=errors)
+    monkeypatch.setattr(failures, "MAX_LINE", 8192)
+    with (tmp_path / "errors" / "000000.jsonl").open("ab") as file:
+        file.write(b'{"row": 1, "error": "' + b"x" * 100_000)
+    found = status(str(tmp_path))
+    assert found.failures[0].rows == 1000
+    assert found.failures[1].reason == DAMAGED
+    (tmp_path / "job.json").write_bytes(b" " * (reading.MAX_FILE_BYTES + 1))
+    with pytest.raises(ValueError, match=r"job\.json is larger than 67,108,864 bytes"):
+        status(str(tmp_path))
 
 
 def test_many_reasons_are_told_apart_up_to_a_number(tmp_path):
