@@ -93,6 +93,19 @@ def test_a_shard_that_has_failed_is_dealt_out_alone(clock):
     assert [queue.take("a"), queue.take("a")] == [1, None]
 
 
+def test_nothing_is_dealt_out_to_the_holder_of_a_shard_that_has_failed(clock):
+    queue = queue_of(3, clock, "a", "b")
+    assert [queue.take("a"), queue.take("b")] == [0, 1]
+    queue.failed(0, "a")
+    assert queue.take("a") == 2
+    queue.complete(2, "a")
+    assert queue.take("a") == 0
+    queue.leave("b")
+    assert queue.take("a") is None
+    queue.complete(0, "a")
+    assert queue.take("a") == 1
+
+
 def test_a_dropped_shard_is_dealt_out_no_more(clock):
     queue = queue_of(2, clock, "a", "b")
     assert [queue.take("a"), queue.take("b")] == [0, 1]
