@@ -156,14 +156,14 @@ def plant(url: str, files: dict[str, bytes]) -> None:
 
 
 def test_all_claims_of_a_dead_holder_are_waited_for_once(hosts, url):
-    keys = [f"jit_f-{number}" for number in range(8)]
+    keys = [f"jit_f-{number}" for number in range(20)]
     token = "0123456789abcdef" * 2
     plant(url, {f"claims/{key}.0": token.encode() for key in keys} | {f"alive/{token}": b"7"})
     began = time.monotonic()
     for key in keys:
         assert hosts[0].get(key) is None
         hosts[0].put(key, ENTRY)
-    assert claims.STALE_SECONDS <= time.monotonic() - began < 4 * claims.STALE_SECONDS
+    assert claims.STALE_SECONDS <= time.monotonic() - began < 0.7 * len(keys) * claims.STALE_SECONDS
     hosts[0].end()
     assert soon(lambda: set(objects(url)) == {f"{key}-cache" for key in keys})
 
@@ -381,8 +381,10 @@ def test_the_environment_names_a_url(monkeypatch, tmp_path):
 
 
 def test_an_unknown_protocol_is_an_error_and_in_the_environment_a_warning(monkeypatch):
-    with pytest.raises(ValueError, match="gcs3"):
+    with pytest.raises(ValueError, match=r"^the cache of compiled programs: gcs3://bucket/compiled cannot be used: "):
         set_compilation_cache("gcs3://bucket/compiled")
+    with pytest.raises(ValueError, match=r"^the cache of compiled programs: gs:/bucket has one slash after gs:"):
+        set_compilation_cache("gs:/bucket")
     monkeypatch.setattr(cache, "_settled", False)
     monkeypatch.setenv("KANDINSKY_JAX_CACHE", "gcs3://bucket/compiled")
     with pytest.warns(CacheWarning, match="gcs3"):

@@ -120,6 +120,12 @@ class Output:
         """Return whether a job was started in this folder."""
         return self._files.size("job.json") is not None
 
+    def check_begun(self) -> None:
+        """Raise FileNotFoundError where the folder of a job that has begun is gone."""
+        if not self.has_begun():
+            why = "job.json is gone, so the folder was removed or renamed: start the job again"
+            raise FileNotFoundError(errno.ENOENT, why, shorten(self.url, 240))
+
     # Shards -------------------------------------------------------------------------------------------------------
 
     def complete(self, count: int) -> set[int]:
@@ -197,9 +203,8 @@ class Output:
         Raises:
             OSError: if it cannot be written, or the folder has been removed; it stays absent.
         """
-        if self._begun and not self.has_begun():
-            why = "job.json is gone, so the folder was removed or renamed: start the job again"
-            raise FileNotFoundError(errno.ENOENT, why, shorten(self.url, 240))
+        if self._begun:
+            self.check_begun()
         number, name = f"{shard:06d}", self.file_name(shard)
         if self.is_complete(shard):
             return False

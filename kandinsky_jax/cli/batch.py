@@ -224,7 +224,7 @@ def _engine_resources(
         try:
             found[name] = float(amount)
         except ValueError:
-            raise ValueError(f"--resources {quote(part)} should be NAME=AMOUNT, such as TPU=4") from None
+            raise ValueError(f"--resources {quote(part)} should be NAME=AMOUNT, such as TPU=4, once for each") from None
         if not name or not 0 < found[name] < math.inf:
             raise ValueError(f"--resources {quote(part)} should be NAME=AMOUNT, such as TPU=4, with an amount above 0")
     return found or None

@@ -35,6 +35,16 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return isinstance(path, str) and "://" in path
 
 
+def check_slashes(path: str) -> None:
+    """Raise ReadError for `gs:/bucket` and the like, which would be a folder here."""
+    start = _ONE_SLASH.match(path)
+    if start:
+        import fsspec  # it takes long to import
+
+        if start[1].lower() in fsspec.available_protocols():
+            raise ReadError(f"has one slash after {start[1]}:, needed are two, as in {start[1]}://")
+
+
 def connect(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL or a local path, and the path in it, without a slash at the end.
 
@@ -44,9 +54,7 @@ def connect(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
-    start = _ONE_SLASH.match(url)
-    if start and start[1].lower() in fsspec.available_protocols():
-        raise ReadError(f"has one slash after {start[1]}:, needed are two, as in {start[1]}://")
+    check_slashes(url)
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except Exception as error:  # file systems raise many kinds

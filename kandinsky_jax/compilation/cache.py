@@ -11,7 +11,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from kandinsky_jax.common.errors import quote
-from kandinsky_jax.common.remote import is_url
+from kandinsky_jax.common.reading import ReadError, of_file
+from kandinsky_jax.common.remote import check_slashes, is_url
 from kandinsky_jax.common.storage import user_cache
 from kandinsky_jax.compilation.local_cache import CacheWarning, private, tidy
 
@@ -42,6 +43,10 @@ def set_compilation_cache(folder: str | os.PathLike[str] | None) -> None:
     """
     if folder == "":  # as a path it would be the current folder
         raise ValueError("the cache of compiled programs is ''; needed is a folder, a URL or \"off\"")
+    try:
+        check_slashes(os.fspath(folder or ""))
+    except ReadError as error:
+        raise ValueError(f"the cache of compiled programs: {of_file(folder or '', error)}") from None
     global _settled
     _settled = True
     shared = folder if isinstance(folder, str) and is_url(folder) else None

@@ -248,6 +248,8 @@ def share(folder: Path, url: str, wait: float) -> None:
     try:
         get_filesystem_class(split_protocol(url)[0])
         _install()
+    except ValueError as error:
+        raise ValueError(f"the cache of compiled programs: {shorten(url, 240)} cannot be used: {error}") from None
     except ImportError as error:  # a package for this protocol is missing, or JAX has changed
         text = f"compiled programs are not shared at {shorten(url, 240)}, and kept in a local folder alone: {error}"
         warnings.warn(text, CacheWarning, stacklevel=3)

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kandinsky_jax.batch import runner as batch_runner
-from kandinsky_jax.batch.engines import ray_engine
+from kandinsky_jax.batch.engines import ray_connection
 from kandinsky_jax.batch.engines.ray_worker import Fault, RayWorker
 from kandinsky_jax.cli.main import app
 from tests.batch.ray_faults import Panic, Unprintable
@@ -187,7 +187,7 @@ def test_which_cluster_is_meant(monkeypatch, address, variable, alone):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if variable is not None:
         monkeypatch.setenv("RAY_ADDRESS", variable)
-    assert ray_engine._alone(address) == alone
+    assert ray_connection.is_alone(address) == alone
 
 
 def test_a_machine_without_the_resources_is_not_waited_for(tmp_path):
@@ -200,8 +200,16 @@ def test_a_machine_without_the_resources_is_not_waited_for(tmp_path):
 def test_hosts_are_asked_of_a_cluster(tmp_path):
     done = job_of(tmp_path, ROWS, **AS_COMMANDED) and command(tmp_path, "--hosts", "3")
     assert done.returncode == 1
-    assert done.stderr == "error: hosts=3 are asked of a cluster: give its address, or leave out --hosts\n"
+    assert done.stderr == "error: hosts=3 are asked of a cluster: give its --address, or leave out --hosts\n"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "address", ["foo", "http://10.0.0.1:8265", "10.0.0.1", "10.0.0.1:0", "10.0.0.1:999999", ":6379"]
+)
+def test_an_address_of_no_known_form(address):
+    with pytest.raises(ValueError, match=r"^the address .+ should be HOST:PORT, ray://HOST:PORT, auto or local$"):
+        ray_connection.reach(address)
 
 
 def test_an_address_where_nothing_is(tmp_path):

@@ -120,12 +120,43 @@ def test_sigterm_finishes_the_shards_in_hand_and_no_others(tmp_path, whole):
     assert "lost its worker" not in err
 
 
-def test_a_cluster_of_this_machine_alone_listens_on_loopback(tmp_path):
-    job_of(tmp_path, ROWS, **AS_COMMANDED)
+def alone(folder: Path) -> subprocess.Popen:
+    """Start a job in a cluster of this machine alone."""
+    job_of(folder, ROWS, **AS_COMMANDED)
     line = f"-m kandinsky_jax.cli batch rows.jsonl -o out {OPTIONS} --engine ray".split()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    process = subprocess.Popen([sys.executable, *line], cwd=tmp_path, env=environment)
+    return subprocess.Popen(
+        [sys.executable, *line], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_sigterm_while_ray_starts(tmp_path):
+    process = alone(tmp_path)
+    deadline = time.monotonic() + SECONDS
+    while not (tmp_path / "out" / "job.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    out, _ = end(process, 143)
+    assert "stopped; start it again to continue" in out
+
+
+def test_a_folder_that_is_removed_midway_ends_the_job(tmp_path):
+    with cluster_of(2, delay=1) as cluster:
+        process = start(tmp_path, cluster)
+        deadline = time.monotonic() + SECONDS
+        while not list(tmp_path.glob("out/*.tar")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (tmp_path / "out").rename(tmp_path / "elsewhere")
+        _, err = end(process, 1)
+    last = "error: out: job.json is gone, so the folder was removed or renamed: start the job again"
+    assert err.strip().splitlines()[-1] == last
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_of_this_machine_alone_listens_on_loopback(tmp_path):
+    process = alone(tmp_path)
     seen: set[str] = set()
     try:
         while process.poll() is None:
@@ -137,6 +168,7 @@ def test_a_cluster_of_this_machine_alone_listens_on_loopback(tmp_path):
             time.sleep(0.2)
     finally:
         process.kill()
-    assert process.wait() == 0
+        process.communicate()
+    assert process.returncode == 0
     assert seen <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert seen

@@ -125,7 +125,10 @@ class RayCluster:
         head_cpus: int = 0,
         statistics: bool = False,
     ):
-        from kandinsky_jax.batch.engines.ray_engine import LOOPBACK, NO_STATISTICS  # not in launchers, which are many
+        from kandinsky_jax.batch.engines.ray_connection import (  # not in launchers, which are many
+            LOOPBACK,
+            NO_STATISTICS,
+        )
 
         own = LOOPBACK | ({} if statistics else NO_STATISTICS)
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}

@@ -358,7 +358,7 @@ def vanished(job: Job) -> dict[str, Any]:
         driver.until(4)
         sorted(output.glob("*.tar"))[0].unlink()
         driver.end(1)
-        assert "does it lead to the same folder on all hosts?" in driver.text
+        assert "cannot be found in" in driver.text
         Driver(job, cluster, output).end()
         job.check(output)
         return {"message": driver.text.strip().splitlines()[-1].replace(str(job.folder), "...")}

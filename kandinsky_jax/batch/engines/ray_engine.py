@@ -8,39 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import re
-import signal
-import socket
 import sys
-import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from kandinsky_jax.batch.engines.ray_connection import (
+    ask_for,
+    check_connected,
+    connected,
+    import_ray,
+    is_alone,
+    reach,
+    stopped_by_ray,
+)
 from kandinsky_jax.batch.engines.ray_worker import Fault, RayWorker
 from kandinsky_jax.batch.engines.shard_queue import ShardQueue
-from kandinsky_jax.batch.job import JobError, OpenJob
+from kandinsky_jax.batch.job import OpenJob
 from kandinsky_jax.batch.runner import Report, ShardResult, expected_images, finish, missing_shards, progress_bar
 from kandinsky_jax.common.errors import RunError, counted, shorten, summarize
 from kandinsky_jax.preemption import Stop
 
 TRIES = 5  # of a shard, and of a host in succession: a worker that dies, a shard that fails there
 LOOK_SECONDS = 1.0  # between looks for new hosts
-LOOPBACK = {  # a cluster of one machine: only on 127.0.0.1, whatever the system, and without reports to Ray's makers
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-NO_STATISTICS = {  # of such a cluster about itself: nobody looks at them, and they take processor time from the workers
-    "RAY_enable_metrics_collection": "false",
-    "RAY_event_stats": "0",
-    "RAY_task_events_report_interval_ms": "0",
-    "RAY_raylet_report_resources_period_milliseconds": "1000",
-}
 PATIENCE_SECONDS = 60.0  # between messages that no host fits; without any answer, after which more hosts are used
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -88,20 +83,21 @@ def run_on_ray(
         stop: asks to end early.
     Raises:
         JobError: where the output belongs to another job, or Ray is not installed.
-        ValueError: for `hosts` without a cluster that could have more, or where this process is connected to another
-            cluster than `address`.
+        ValueError: for an `address` of no known form, for `hosts` without a cluster that could have more, or where
+            this process is connected to another cluster than `address`.
         ConnectionError: where no cluster answers.
+        FileNotFoundError: where the output is removed meanwhile.
         RunError: for shards that failed `TRIES` times, after all others; if no host can work; or for shards that hosts
             have written elsewhere.
     """
-    ray = _import_ray(address)
-    here = _alone(address) and not ray.is_initialized()
+    ray = import_ray(address)
+    here = is_alone(address) and not ray.is_initialized()
     if here and hosts:
-        raise ValueError(f"hosts={hosts} are asked of a cluster: give its address, or leave out --hosts")
+        raise ValueError(f"hosts={hosts} are asked of a cluster: give its --address, or leave out --hosts")
     if ray.is_initialized():
-        _check_connected(ray, address)
+        check_connected(ray, address)
     elif not here:
-        _reach(address)
+        reach(address)
     job.begin()
     left = job.incomplete()
     job.output.sweep()
@@ -109,112 +105,25 @@ def run_on_ray(
     stop = stop or Stop()
     if left:
         stop.work_in_hand = True
-        with _connected(ray, address, quiet), progress_bar(job, "batch", left, quiet) as bar:
+        with (
+            stopped_by_ray(stop),
+            connected(ray, address, quiet),
+            progress_bar(job, "batch", left, quiet) as bar,
+        ):
             driver = _Driver(ray, job, resources, cache, left, report, bar, here)
             try:
                 if hosts:
-                    _ask_for(hosts, resources)
+                    ask_for(hosts, resources)
                 driver.run(stop)
             finally:
                 driver.close()
                 if hosts:
-                    _ask_for(0, resources)
+                    ask_for(0, resources)
     finish(job, report)
     report.stopped = stop.asked and not report.complete
     if not report.complete and not stop.asked:
         raise missing_shards(job)
     return report
-
-
-def _import_ray(address: str | None) -> Any:
-    if _alone(address):  # what Ray reads when it is imported
-        for name, value in (LOOPBACK | NO_STATISTICS).items():
-            os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError:
-        raise JobError(["--engine ray needs Ray: pip install 'kandinsky-jax[ray]'"]) from None
-    return ray
-
-
-def _alone(address: str | None) -> bool:
-    """Return whether a cluster of this machine alone is meant."""
-    return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
-
-
-def _check_connected(ray: Any, address: str | None) -> None:
-    """Raise ValueError where this process is connected to another cluster than is asked for."""
-    connected = ray.get_runtime_context().gcs_address
-    if address and ":" in address and not address.startswith("ray://") and address != connected:
-        raise ValueError(f"address is {shorten(address, 200)}, and this process is connected to {connected} already")
-
-
-@contextlib.contextmanager
-def _connected(ray: Any, address: str | None, quiet: bool) -> Iterator[None]:
-    """Connect to a cluster while the block runs; an existing connection stays."""
-    if ray.is_initialized():
-        yield
-        return
-    alone = _alone(address)
-    with _own_signals():
-        try:
-            if alone:  # None would find others' clusters
-                ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
-            else:
-                if not quiet:
-                    print(f"connecting to the Ray cluster at {_shown(address)}", file=sys.stderr)
-                ray.init(address=address or None, logging_level=logging.WARNING)
-        except ray.exceptions.AuthenticationError as error:
-            raise ConnectionError(f"Ray's token: {shorten(error, 400)}") from None
-        except (OSError, ValueError) as error:
-            if alone:
-                raise
-            if address == "auto":
-                raise ConnectionError("no Ray cluster runs on this machine; give the address of one") from None
-            raise ConnectionError(
-                f"no Ray cluster answers at {_shown(address)}: {shorten(error, 200)}. One that has a token needs "
-                "RAY_AUTH_MODE=token here, and the same token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Set SIGTERM's handler again after the block: Ray replaces it by one that prints a stack and ends the process."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread() and before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _reach(address: str | None) -> None:
-    """Raise ConnectionError where nothing listens at a HOST:PORT; Ray would try for minutes."""
-    given = address or os.environ.get("RAY_ADDRESS", "")
-    host, _, port = given.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except (OSError, OverflowError) as error:
-            raise ConnectionError(f"there is no Ray cluster at {_shown(address)}: {shorten(error, 200)}") from None
-
-
-def _shown(address: str | None) -> str:
-    return shorten(address or os.environ.get("RAY_ADDRESS", ""), 200)
-
-
-def _ask_for(hosts: int, resources: Mapping[str, float] | None) -> None:
-    """Ask the cluster's autoscaler, if it has one, to keep so many hosts, instead of what it was asked before.
-
-    Workers are bound to hosts that exist, so that it would not see that any are wanted.
-    """
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[dict(resources or {"CPU": 1.0}) for _ in range(hosts)])
 
 
 @dataclasses.dataclass
@@ -422,6 +331,7 @@ class _Driver:
 
     def _retry(self, worker: _Worker, shard: int, why: str) -> None:
         """Deal out a shard again, or give up: the shard if several hosts failed, the host if it does nothing else."""
+        self._job.output.check_begun()
         failed = self._faults[shard]
         failed.append(worker.node)
         self._misses[worker.node] += 1

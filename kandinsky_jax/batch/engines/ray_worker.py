@@ -88,6 +88,7 @@ class RayWorker:
             shards = itertools.chain([first], iter(self._shards.get, None))
             fault = None
             try:
+                job.output.check_begun()  # `run` would begin the job in a new folder
                 run(job, pipe, shards=shards, on_shard=self._answer, quiet=True, stop=self._stop)
             except BaseException as error:  # the answer of a thread that is waited for
                 fault = _fault(error)
