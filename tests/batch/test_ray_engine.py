@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -119,6 +121,36 @@ def test_a_worker_that_is_asked_to_stop_leaves_all_shards_but_that_in_hand(worke
         assert second.result(60) is None
     assert worker.generate(0) is None
     assert not (tmp_path / "out" / "000000.tar").exists()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_worker_ends_with_its_node(tmp_path):
+    """Though a thread waits for the next shard, for which the interpreter would wait in its turn."""
+    worker = (
+        "import concurrent.futures, os, threading\n"
+        "from kandinsky_jax.batch.engines.ray_worker import RayWorker\n"
+        "RayWorker(None, '/').end_with_node()\n"
+        "print(os.getpid(), flush=True)\n"
+        "concurrent.futures.ThreadPoolExecutor().submit(threading.Event().wait)\n"
+    )
+    node = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", node], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        time.sleep(1.5)
+        assert runs(pid)
+        process.kill()
+    deadline = time.monotonic() + 20
+    while runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs(pid)
 
 
 def test_a_worker_whose_output_is_another_folder_says_so_and_writes_nothing(tmp_path):

@@ -79,7 +79,7 @@ def connected(ray: Any, address: str | None, quiet: bool) -> Iterator[None]:
         except (OSError, ValueError) as error:
             if alone:
                 raise
-            if address == "auto":
+            if _shown(address) == "auto":
                 raise ConnectionError("no Ray cluster runs on this machine; give the address of one") from None
             raise ConnectionError(
                 f"no Ray cluster answers at {_shown(address)}: {shorten(error, 200)}. One that has a token needs "

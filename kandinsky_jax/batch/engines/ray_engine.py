@@ -261,6 +261,7 @@ class _Driver:
         )
         host = node.get("NodeManagerHostname") or node["NodeManagerAddress"]
         self._workers[name] = worker = _Worker(name, host, actor, resources, time.monotonic())
+        actor.end_with_node.remote()
         self._asked[actor.load.remote()] = worker, None
         self._report.workers += 1
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import queue
 import threading
+import time
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -42,6 +43,13 @@ class RayWorker:
         self._ended = False
         self._shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # of one `run`; None ends it
         self._results: dict[int, Future[ShardResult | Fault | None]] = {}
+
+    def end_with_node(self) -> None:
+        """End this process when its parent, the node's raylet, is gone.
+
+        Ray would let the interpreter end, which waits for the thread that waits for the next shard.
+        """
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="end-with-node", daemon=True).start()
 
     def load(self) -> Fault | None:
         """Load the pipeline, and be ready for shards; return what went wrong."""
@@ -104,6 +112,12 @@ class RayWorker:
         with self._lock:
             future = self._results.pop(result.shard)
         future.set_result(result)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _fault(error: BaseException, loading: bool = False) -> Fault:
