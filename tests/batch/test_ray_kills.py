@@ -25,12 +25,6 @@ def test_killed_workers_and_nodes(job):
 
 
 @pytest.mark.slow
-def test_a_stopped_worker_whose_node_lives(job):
-    found = ray_scenes.stopped(job, "worker", seconds=60)
-    assert found["repeated"] > 0  # its shards
-
-
-@pytest.mark.slow
 def test_a_killed_driver_that_is_started_again(job):
     assert ray_scenes.driver_killed(job, 2, random.Random(2))["kills"] == 2
 

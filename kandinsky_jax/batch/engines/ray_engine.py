@@ -313,7 +313,7 @@ class _Driver:
             self._lose(worker, _reason(error))
             return
         if isinstance(answer, Fault):
-            if shard is None or answer.permanent:
+            if shard is None:
                 self._lose(worker, answer.message, answer.permanent)
             else:
                 self._retry(worker, shard, answer.message)
@@ -343,7 +343,7 @@ class _Driver:
             self._queue.failed(shard, worker.node)
             self._queue.drop(shard)
             return
-        if self._misses[worker.node] >= TRIES and len(self._workers) > 1:
+        if self._misses[worker.node] >= (TRIES if len(self._workers) > 1 else 2 * TRIES):
             self._lose(worker, why)
             return
         self._say(f"{worker.host}: shard {shard} failed and is tried again: {why}")
