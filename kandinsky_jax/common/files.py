@@ -88,8 +88,7 @@ def read_small(files: Files, name: str, limit: int = reading.MAX_FILE_BYTES) -> 
     """
     with files.open(name) as file:
         data = file.read(limit + 1)
-    if len(data) > limit:
-        raise reading.ReadError(f"is larger than {limit:,} bytes, which no such file is")
+    reading.check_size(len(data), limit)
     return data
 
 

@@ -45,9 +45,14 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> byt
         if isinstance(error, ReadError):
             raise
         raise ReadError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > limit:
-        raise ReadError(f"is larger than {limit:,} bytes, which no such file is")
+    check_size(len(data), limit)
     return data
+
+
+def check_size(size: int, limit: int) -> None:
+    """Raise ReadError for a file, or what was read of it, of more than `limit` bytes."""
+    if size > limit:
+        raise ReadError(f"is larger than {limit:,} bytes, which no such file is")
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

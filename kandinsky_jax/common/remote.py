@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from kandinsky_jax.common.errors import shorten
-from kandinsky_jax.common.reading import ReadError
+from kandinsky_jax.common.reading import ReadError, check_size
 
 T = TypeVar("T")
 
@@ -97,13 +97,11 @@ def read_bytes(url: str, limit: int) -> bytes:
         info = tried(path, lambda: fs.info(path))
         if info["type"] == "directory":
             raise ReadError("is a folder, needed is a file")
-        if (info.get("size") or 0) > limit:
-            raise ReadError(f"is larger than {limit:,} bytes, which no such file is")
+        check_size(info.get("size") or 0, limit)
         data = tried(path, lambda: fs.cat_file(path))
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ReadError(f"cannot be read: {error.strerror or error}") from None
-    if len(data) > limit:
-        raise ReadError(f"is larger than {limit:,} bytes, which no such file is")
+    check_size(len(data), limit)
     return bytes(data)
