@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,10 +121,10 @@ def test_sigterm_finishes_the_shards_in_hand_and_no_others(tmp_path, whole):
     assert "lost its worker" not in err
 
 
-def alone(folder: Path) -> subprocess.Popen:
+def alone(folder: Path, *options: str) -> subprocess.Popen:
     """Start a job in a cluster of this machine alone."""
     job_of(folder, ROWS, **AS_COMMANDED)
-    line = f"-m kandinsky_jax.cli batch rows.jsonl -o out {OPTIONS} --engine ray".split()
+    line = [*f"-m kandinsky_jax.cli batch rows.jsonl -o out {OPTIONS} --engine ray".split(), *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     return subprocess.Popen(
@@ -137,8 +138,24 @@ def test_sigterm_while_ray_starts(tmp_path):
     while not (tmp_path / "out" / "job.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(1.0)
+    started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    out, _ = end(process, 143)
+    out, err = end(process, 143)
+    assert "stopped; start it again to continue" in out
+    assert "SIGTERM" not in err  # no stack
+    assert not psutil.wait_procs(started, timeout=10)[1]  # none of Ray's outlives the job
+
+
+def test_sigterm_while_an_address_does_not_answer_as_ray(tmp_path):
+    """Ray itself tries for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        process = alone(tmp_path, "--address", f"127.0.0.1:{other.getsockname()[1]}")
+        assert process.stderr.readline().startswith("connecting to the Ray cluster at 127.0.0.1:")
+        time.sleep(1.0)
+        process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        out, _ = end(process, 143)
+    assert time.monotonic() - asked < 20
     assert "stopped; start it again to continue" in out
 
 

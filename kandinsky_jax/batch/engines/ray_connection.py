@@ -1,15 +1,15 @@
-"""Connecting to a Ray cluster, or starting one of this machine alone, and what Ray does to signals meanwhile."""
+"""Connecting to a Ray cluster, or starting one of this machine alone, while signals stay this program's."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from typing import Any
 
 from kandinsky_jax.batch.job import JobError
@@ -26,6 +26,7 @@ NO_STATISTICS = {  # of such a cluster about itself: nobody looks at them, and t
     "RAY_task_events_report_interval_ms": "0",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
 }
+LOOK_SECONDS = 0.2  # between looks whether the job was asked to stop, while it connects
 TRIES_TO_CONNECT = "3"  # to a cluster, of 40 seconds each where it does not answer; Ray's own number is 20
 
 
@@ -35,7 +36,8 @@ def import_ray(address: str | None) -> Any:
     Raises:
         JobError: where Ray is not installed.
     """
-    if is_alone(address):  # what Ray reads when it is imported
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # which ends the process at SIGTERM, with a stack
+    if is_alone(address):  # all of this Ray reads when it is imported
         for name, value in (LOOPBACK | NO_STATISTICS).items():
             os.environ.setdefault(name, value)
     else:
@@ -60,57 +62,86 @@ def check_connected(ray: Any, address: str | None) -> None:
 
 
 @contextlib.contextmanager
-def connected(ray: Any, address: str | None, quiet: bool) -> Iterator[None]:
-    """Connect to a cluster while the block runs; an existing connection stays."""
+def connected(ray: Any, address: str | None, quiet: bool, stop: Stop) -> Iterator[None]:
+    """Connect to a cluster while the block runs; an existing connection stays.
+
+    Raises:
+        ConnectionError: where no cluster answers.
+        StoppedBefore: where the job is asked to stop before a cluster has answered.
+    """
     if ray.is_initialized():
         yield
         return
     alone = is_alone(address)
-    with _own_signals():
+    if not alone and not quiet:
+        print(f"connecting to the Ray cluster at {_shown(address)}", file=sys.stderr)
+    settings: dict[str, Any] = {"address": address or None}
+    if alone:  # None would find others' clusters
+        settings = {"address": "local", "include_dashboard": False}
+    over = threading.Event()
+    connecting = _in_a_thread(lambda: ray.init(**settings, logging_level=logging.WARNING), over)
+    try:
+        while not connecting.done():
+            if stop.asked and not alone:
+                raise StoppedBefore
+            wait([connecting], timeout=LOOK_SECONDS)
+        with _explained(ray, address):
+            connecting.result()
+        yield
+    finally:
+        if alone:
+            wait([connecting])  # so that none of the cluster's processes outlives this one
+        if connecting.done():
+            ray.shutdown()
+        over.set()
+
+
+class StoppedBefore(Exception):
+    """The job was asked to stop before there was a cluster."""
+
+
+def _in_a_thread(init: Callable[[], object], over: threading.Event) -> Future[None]:
+    """Start Ray in a thread of its own: in the main one it replaces SIGTERM's handler.
+
+    Ray's handler raises SystemExit, which is lost where a callback is interrupted. The thread lives until it is `over`,
+    since Linux kills the processes that Ray has started when the thread that started them ends.
+    """
+    connected: Future[None] = Future()
+
+    def run() -> None:
         try:
-            if alone:  # None would find others' clusters
-                ray.init("local", include_dashboard=False, logging_level=logging.WARNING)
-            else:
-                if not quiet:
-                    print(f"connecting to the Ray cluster at {_shown(address)}", file=sys.stderr)
-                ray.init(address=address or None, logging_level=logging.WARNING)
-        except ray.exceptions.AuthenticationError as error:
-            raise ConnectionError(f"Ray's token: {shorten(error, 400)}") from None
-        except (OSError, ValueError) as error:
-            if alone:
-                raise
-            if _shown(address) == "auto":
-                raise ConnectionError("no Ray cluster runs on this machine; give the address of one") from None
-            raise ConnectionError(
-                f"no Ray cluster answers at {_shown(address)}: {shorten(error, 200)}. One that has a token needs "
-                "RAY_AUTH_MODE=token here, and the same token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+            init()
+        except BaseException as error:
+            connected.set_exception(error)
+        else:
+            connected.set_result(None)
+            over.wait()
+
+    logging.getLogger("ray._private.worker").addFilter(_is_of_interest)
+    threading.Thread(target=run, name="ray.init", daemon=True).start()
+    return connected
+
+
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    return "SIGTERM handler is not set" not in str(record.msg)
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Set SIGTERM's handler again after the block: Ray replaces it by one that prints a stack and ends the process."""
-    before = signal.getsignal(signal.SIGTERM)
+def _explained(ray: Any, address: str | None) -> Iterator[None]:
+    """Say what to do where a cluster does not answer."""
     try:
         yield
-    finally:
-        if threading.current_thread() is threading.main_thread() and before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def stopped_by_ray(stop: Stop) -> Iterator[None]:
-    """Handle SIGTERM while Ray starts, when it ends the process with the signal's number as its exit code."""
-    try:
-        yield
-    except SystemExit as error:
-        if error.code != signal.SIGTERM:
+    except ray.exceptions.AuthenticationError as error:
+        raise ConnectionError(f"Ray's token: {shorten(error, 400)}") from None
+    except (OSError, ValueError) as error:
+        if is_alone(address):
             raise
-        stop.ask()
+        if _shown(address) == "auto":
+            raise ConnectionError("no Ray cluster runs on this machine; give the address of one") from None
+        raise ConnectionError(
+            f"no Ray cluster answers at {_shown(address)}: {shorten(error, 200)}. One that has a token needs "
+            "RAY_AUTH_MODE=token here, and the same token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from None
 
 
 def reach(address: str | None) -> None:

@@ -19,13 +19,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from kandinsky_jax.batch.engines.ray_connection import (
+    StoppedBefore,
     ask_for,
     check_connected,
     connected,
     import_ray,
     is_alone,
     reach,
-    stopped_by_ray,
 )
 from kandinsky_jax.batch.engines.ray_worker import Fault, RayWorker
 from kandinsky_jax.batch.engines.shard_queue import ShardQueue
@@ -106,8 +106,8 @@ def run_on_ray(
     if left:
         stop.work_in_hand = True
         with (
-            stopped_by_ray(stop),
-            connected(ray, address, quiet),
+            contextlib.suppress(StoppedBefore),
+            connected(ray, address, quiet, stop),
             progress_bar(job, "batch", left, quiet) as bar,
         ):
             driver = _Driver(ray, job, resources, cache, left, report, bar, here)
