@@ -335,7 +335,7 @@ def test_the_script_for_queued_resources_completes_a_training_after_one_host_had
         "KANDINSKY_JAX_COORDINATOR": f"localhost:{free_port()}",
     }
     done = subprocess.run(
-        [PODS / "queued_resources.sh", "train", "lora-decoder", "train.toml"],
+        [PODS / "queued_resources.sh", "train", "lora-prior", "train.toml"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -114,7 +114,7 @@ if sys.argv[sys.argv.index("--process") + 1] == "1":
 def test_a_host_that_cannot_write_its_part_of_a_checkpoint(folder):
     """The run ends with the reason, and not after the five minutes that hosts wait for each other's part."""
     config = train_hosts.write_config(folder / "c.toml", folder / "data", folder / "out", 100, 3)
-    run = train_hosts.Run(Layout(2, 1), "prior", config, folder / "logs", folder / "cache", FULL_DISK)
+    run = train_hosts.Run(Layout(2, 1), "prior", config, folder / "logs", FULL_DISK)
     unfinished = folder / "out" / "checkpoints"
     run.until(lambda: any(unfinished.glob("*orbax-checkpoint-tmp*")))
     began = time.monotonic()
@@ -175,22 +175,22 @@ def test_no_example_is_missing_or_there_twice_in_an_epoch(hosts):
     assert len({tuple(order) for order in orders}) == epochs
 
 
-@pytest.mark.slow
-def test_hosts_encode_each_item_once_and_go_on_after_a_kill(folder):
-    """Parts of four items by two processes, one of which is killed; then by three: what was encoded stays."""
+@pytest.mark.parametrize("kind", slow_and_campaign([Kind.LORA_PRIOR, Kind.DECODER], Kind.LORA_PRIOR))
+def test_hosts_encode_each_item_once_and_go_on_after_a_kill(folder, kind):
+    """Parts of four items by two processes, one of which is killed; then by four: what was encoded stays."""
     config = train_hosts.write_config(folder / "c.toml", folder / "data", folder / "out", 2, 2, precompute=True)
     parts, small = (
         folder / "out" / "encoded",
         "from kandinsky_jax.training import latent_cache as cache\ncache.PART_ITEMS = 4",
     )
-    options = {"logs": folder / "logs", "cache": folder / "cache", "before": small}
-    run = train_hosts.Run(Layout(2, 1), "decoder", config, **options)
+    options = {"logs": folder / "logs", "before": small}
+    run = train_hosts.Run(Layout(2, 1), kind, config, **options)
     run.until(lambda: len(list(parts.glob("0*/about.json"))) >= 3)
     run.processes[1].kill()
     assert run.wait(60) == [1, -9]
     before = {path: path.stat().st_mtime_ns for path in parts.glob("0*/about.json")}
     assert len(before) < 10
-    run = train_hosts.Run(Layout(4, 1), "decoder", config, **options)
+    run = train_hosts.Run(Layout(4, 1), kind, config, **options)
     assert run.wait(300) == [0, 0, 0, 0], run.text()
     after = {path: json.loads(path.read_text()) for path in sorted(parts.glob("0*/about.json"))}
     assert [index for about in after.values() for index in about["which"]] == list(range(40))
@@ -215,7 +215,7 @@ def test_hosts_that_do_not_train_the_same_are_named(folder):
         (configs[2], r"process 1 of 2 \(.*\) differs in mesh\.fsdp \(2, now 1\)$"),
         (configs[3], r"of process 1 of 2 \(.*\) is not the folder of process 0 of 2 .* all hosts share, such as"),
     ):
-        run = train_hosts.Run(Layout(2, 1), "lora-prior", [configs[0], other], folder / "logs", folder / "cache")
+        run = train_hosts.Run(Layout(2, 1), "lora-prior", [configs[0], other], folder / "logs")
         assert run.wait(120) == [1, 1]
         for index in range(2):
             [error] = [line for line in run.text(index).splitlines() if line.startswith("error: ")]

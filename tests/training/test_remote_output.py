@@ -58,7 +58,7 @@ def test_a_run_in_a_bucket_is_a_run_in_a_folder(store, tmp_path, processes):
             if name == "there":
                 fs.put_file(str(config), f"bucket/{layout}/{name}.toml")
                 config = f"{base}/there.toml"
-            train_hosts.finished(layout, "prior", config, tmp_path / "logs", tmp_path / "cache")
+            train_hosts.finished(layout, "lora-prior", config, tmp_path / "logs")
     found = download(f"{base}/out", tmp_path / "found")
     assert train_hosts.compare(found, tmp_path / "out")["equal_bits"]
     assert train_hosts.losses(found) == train_hosts.losses(tmp_path / "out")

@@ -112,27 +112,27 @@ class Run:
         kind: of the training.
         config: of the training, or one for each process.
         logs: folder of their output.
-        cache: folder of compiled programs.
         before: Python statements that each process runs first.
     """
 
-    def __init__(
-        self, layout: Layout, kind: str, config: Path | str | list[Path], logs: Path, cache: Path, before: str = ""
-    ):
+    def __init__(self, layout: Layout, kind: str, config: Path | str | list[Path], logs: Path, before: str = ""):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"{index}.log" for index in range(layout.processes)]
         self.processes = []
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+        # The suite's hosts find each other's programs; a killed one may leave a part of a program, so nobody else does.
+        programs = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", logs.parent)) / "hosts"
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(programs), "PYTHONPATH": str(ROOT)}
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         # XLA divides sums of convolutions among threads, otherwise as many as a process has devices.
         environment["NPROC"] = str(layout.processes * layout.devices)
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={layout.devices}"
         for index, log in enumerate(self.logs):
             own = config[index] if isinstance(config, list) else config
-            program = f"{before}\nfrom kandinsky_jax.cli.main import main; main()"
+            program = f"{before}\nimport tpu_scripts.hosts.keep_programs\n"
+            program += "from kandinsky_jax.cli.main import main; main()"
             command = [sys.executable, "-c", program, "train", kind, str(own), "--quiet"]
             if layout.processes > 1:
                 command += ["--coordinator", f"127.0.0.1:{port}", "--process", str(index)]
@@ -170,9 +170,9 @@ class Run:
             time.sleep(0.01)
 
 
-def finished(layout: Layout, kind: str, config: Path | str, logs: Path, cache: Path) -> None:
+def finished(layout: Layout, kind: str, config: Path | str, logs: Path) -> None:
     """Run to the end."""
-    run = Run(layout, kind, config, logs, cache)
+    run = Run(layout, kind, config, logs)
     codes = run.wait(1200)
     assert not any(codes), f"{codes}\n{run.text()}"
 
@@ -232,7 +232,7 @@ def agree(
     for layout in layouts:
         output = folder / f"{kind}-{layout}"
         config = write_config(folder / f"{kind}-{layout}.toml", folder / "data", output, steps, steps, fsdp, epsilon)
-        finished(layout, kind, config, folder / "logs", folder / "cache")
+        finished(layout, kind, config, folder / "logs")
         outputs.append(output)
     found: dict[str, Any] = {}
     for layout, output in zip(layouts, outputs, strict=True):
@@ -252,12 +252,12 @@ def kill(folder: Path, kind: str, layout: Layout, kills: int, steps: int, every:
     undisturbed, output = folder / "undisturbed", folder / "killed"
     for target in (undisturbed, output):
         write_config(folder / f"{target.name}.toml", folder / "data", target, steps, every)
-    finished(layout, kind, folder / "undisturbed.toml", folder / "logs", folder / "cache")
+    finished(layout, kind, folder / "undisturbed.toml", folder / "logs")
     seen = []
     victims = rng.sample(range(layout.processes), layout.processes)
     for number in range(kills):
         moment, victim = MOMENTS[number % len(MOMENTS)], victims[number % len(victims)]
-        run = Run(layout, kind, folder / "killed.toml", folder / "logs", folder / "cache")
+        run = Run(layout, kind, folder / "killed.toml", folder / "logs")
         reached(run, moment, output, rng)
         if all(process.poll() == 0 for process in run.processes):
             break  # the run came to its end before
@@ -272,7 +272,7 @@ def kill(folder: Path, kind: str, layout: Layout, kills: int, steps: int, every:
                 assert named == [str(victim)], f"{victim} was killed, {index} names {named}\n{run.text()}"
         seen.append({"moment": moment, "process": victim, "seconds": round(seconds, 1)})
         print(seen[-1], flush=True)
-    finished(layout, kind, folder / "killed.toml", folder / "logs", folder / "cache")
+    finished(layout, kind, folder / "killed.toml", folder / "logs")
     assert compare(output, undisturbed)["equal_bits"], "other weights than those of the undisturbed run"
     assert losses(output) == losses(undisturbed)
     return {"kills": seen, "slowest": max(each["seconds"] for each in seen), "equal_bits": True}
@@ -299,8 +299,8 @@ def stop(folder: Path, kind: str, layout: Layout, steps: int, victim: int) -> di
     for target in (undisturbed, output):
         write_config(folder / f"{target.name}.toml", folder / "data", target, steps, steps)
     if not (undisturbed / "model").exists():
-        finished(layout, kind, folder / "undisturbed.toml", folder / "logs", folder / "cache")
-    run = Run(layout, kind, folder / "stopped.toml", folder / "logs", folder / "cache")
+        finished(layout, kind, folder / "undisturbed.toml", folder / "logs")
+    run = Run(layout, kind, folder / "stopped.toml", folder / "logs")
     metrics = output / "metrics.jsonl"
     run.until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
     run.processes[victim].send_signal(signal.SIGTERM)
@@ -311,7 +311,7 @@ def stop(folder: Path, kind: str, layout: Layout, steps: int, victim: int) -> di
     [checkpoint] = [int(path.name) for path in (output / "checkpoints").iterdir()]
     assert 2 <= checkpoint < steps
     assert len(losses(output)) == checkpoint
-    finished(layout, kind, folder / "stopped.toml", folder / "logs", folder / "cache")
+    finished(layout, kind, folder / "stopped.toml", folder / "logs")
     assert compare(output, undisturbed)["equal_bits"]
     return {"process": victim, "checkpoint": checkpoint, "seconds": round(seconds, 1), "equal_bits": True}
 
@@ -320,10 +320,10 @@ def resume(folder: Path, kind: str, layouts: Sequence[Layout], steps: int) -> di
     """Go on in another layout after every part of the steps, and compare with a run in the last layout alone."""
     undisturbed, output = folder / f"whole-{kind}", folder / f"parts-{kind}"
     write_config(folder / "whole.toml", folder / "data", undisturbed, steps, steps)
-    finished(layouts[-1], kind, folder / "whole.toml", folder / "logs", folder / "cache")
+    finished(layouts[-1], kind, folder / "whole.toml", folder / "logs")
     for number, layout in enumerate(layouts, 1):
         config = write_config(folder / "parts.toml", folder / "data", output, steps * number // len(layouts), steps)
-        finished(layout, kind, config, folder / "logs", folder / "cache")
+        finished(layout, kind, config, folder / "logs")
     return {"layouts": [str(layout) for layout in layouts], **compare(output, undisturbed)}
 
 
