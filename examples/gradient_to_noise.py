@@ -10,7 +10,7 @@ cond, uncond = map(pipe.unet.condition, pipe.prior_pipe("red heart", generator=0
 tokens = pipe.prior_tokenizer("red heart", padding="max_length", return_tensors="np").input_ids
 text = pipe.prior_text_encoder(tokens).text_embeds[0]
 [noise] = diffusion.noise_source(0, images=1, use=diffusion.DECODER_STREAM).initial((1, 8, 8, 4))
-schedule = DDIMScheduler.from_config(pipe.scheduler.config).schedule(8)
+schedule = DDIMScheduler.from_config(pipe.scheduler.config).schedule(4)
 mean, std = map(jnp.array, (pipe.prior_image_processor.image_mean, pipe.prior_image_processor.image_std))
 
 

@@ -16,7 +16,7 @@ from kandinsky_jax.schedulers import (
     Scheduler,
 )
 from tests.conftest import OFFICIAL, note, official_config
-from tests.diffusion.toy import SHAPE, assert_close, inputs, normal, row, with_variance
+from tests.diffusion.toy import SHAPE, assert_close, inputs, network, normal, row, with_variance
 
 THRESHOLD = {"thresholding": True, "sample_max_value": 2.0, "dynamic_thresholding_ratio": 0.9}
 # Options of one solver or two.
@@ -119,6 +119,24 @@ def gradients(coefficients, noise, cond, uncond, scale):
     twice = jax.tree.map(lambda x: jnp.stack([x, x]), coefficients)
     batched = jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=(None, None, None, 0))(noise, cond, scale, twice)
     return alone, forward, batched
+
+
+def test_vmap_of_forward_mode_is_one_of_each():
+    """Over noise, conditions and guidance scale together."""
+    schedule = DDIMScheduler().schedule(3)
+
+    def sampled(noise, cond, uncond, scale):
+        guider = diffusion.ClassifierFreeGuidance(scale)
+        return diffusion.sample(network, noise, cond, uncond, schedule, guider=guider)
+
+    def forward(*at):
+        return jax.jvp(sampled, at, jax.tree.map(lambda x: 0.1 * x, at))
+
+    examples = [(*inputs(), jnp.float32(1.5)), (*(x[::-1] for x in inputs()), jnp.float32(4.0))]
+    found = jax.vmap(forward)(*(jnp.stack(both) for both in zip(*examples, strict=True)))
+    for i, example in enumerate(examples):
+        for own, expected in zip(found, forward(*example), strict=True):
+            assert_close(own[i], expected)
 
 
 @pytest.mark.slow
