@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -87,6 +88,7 @@ def connected(ray: Any, address: str | None, quiet: bool, stop: Stop) -> Iterato
             wait([connecting], timeout=LOOK_SECONDS)
         with _explained(ray, address):
             connecting.result()
+        _set_handler_again()
         yield
     finally:
         if alone:
@@ -120,6 +122,13 @@ def _in_a_thread(init: Callable[[], object], over: threading.Event) -> Future[No
     logging.getLogger("ray._private.worker").addFilter(_is_of_interest)
     threading.Thread(target=run, name="ray.init", daemon=True).start()
     return connected
+
+
+def _set_handler_again() -> None:
+    """Set SIGTERM's handler as it was: where Ray was imported before `import_ray`, its C++ part has replaced it."""
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread() and before is not None:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_of_interest(record: logging.LogRecord) -> bool:
