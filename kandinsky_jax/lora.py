@@ -23,7 +23,8 @@ from kandinsky_jax.diffusion import Params
 ATTENTION = r"\.(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)$"
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers writes and looks for
 
-Lora = dict[str, dict[str, jax.Array]]  # by the layer's dotted name: A [rank, in], B [out, rank]
+# By the layer's dotted name: A [rank, in] of a linear layer, [rank, in, height, width] of a convolution; B [out, rank].
+Lora = dict[str, dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class LoraConfig:
     Args:
         rank: of the changes.
         alpha: the changes are scaled by alpha / rank; None is the rank, for a scale of 1.
-        pattern: a regular expression over the dotted names of linear layers.
+        pattern: a regular expression over the dotted names of linear and convolutional layers.
     """
 
     rank: int = 4
@@ -79,7 +80,7 @@ def init(params: Params, config: LoraConfig, key: jax.Array) -> Lora:
     """Initialise changes, which are zero at first: A normal with deviation 1 / rank, B zero (peft's "gaussian").
 
     Raises:
-        ValueError: for a rank of less than 1, or a pattern that matches no linear layer.
+        ValueError: for a rank of less than 1, or a pattern that matches no layer.
     """
     if config.rank < 1:
         raise ValueError(f"rank must be at least 1, got {config.rank}")
@@ -87,30 +88,44 @@ def init(params: Params, config: LoraConfig, key: jax.Array) -> Lora:
     keys = jax.random.split(key, len(found))
     return {
         name: {
-            "A": jax.random.normal(each, (config.rank, leaf.shape[1]), jnp.float32) / config.rank,
-            "B": jnp.zeros((leaf.shape[0], config.rank), jnp.float32),
+            "A": jax.random.normal(each, (config.rank, *_torch_shape(leaf)[1:]), jnp.float32) / config.rank,
+            "B": jnp.zeros((_torch_shape(leaf)[0], config.rank), jnp.float32),
         }
         for each, (name, leaf) in zip(keys, sorted(found.items()), strict=True)
     }
 
 
-def layers(params: Params, config: LoraConfig) -> dict[str, jax.Array]:
-    """Return the weights `[out, in]` of the layers that a pattern matches, by the layers' names.
+def _torch_shape(parameter: jax.Array) -> tuple[int, ...]:
+    """Return a parameter's shape in PyTorch: `[out, in]`, or `[out, in, height, width]` of a kernel."""
+    return (*parameter.shape[:1:-1], *parameter.shape[:2]) if parameter.ndim == 4 else parameter.shape
 
+
+def layers(params: Params, config: LoraConfig) -> dict[str, jax.Array]:
+    """Return the parameters of the layers that a pattern matches, by the layers' names.
+
+    Returns:
+        `[out, in]` of a linear layer, `[height, width, in, out]` of a convolution.
     Raises:
-        ValueError: for a pattern that matches no linear layer.
+        ValueError: for a pattern that matches no layer.
     """
-    weights = {name.removesuffix(".weight"): leaf for name, leaf in flat(params).items() if name.endswith(".weight")}
-    found = {name: leaf for name, leaf in weights.items() if leaf.ndim == 2 and re.search(config.pattern, name)}
+    weights = {name.rpartition(".")[0]: leaf for name, leaf in flat(params).items() if _changeable(name, leaf)}
+    found = {name: leaf for name, leaf in weights.items() if re.search(config.pattern, name)}
     if not found:
         some = ", ".join(sorted(weights)[:5])
-        raise ValueError(f"the pattern {quote(config.pattern)} matches none of the linear layers, such as {some}")
+        raise ValueError(f"the pattern {quote(config.pattern)} matches none of the layers, such as {some}")
     return found
 
 
+def _changeable(name: str, leaf: jax.Array) -> bool:
+    return (leaf.ndim == 2 and name.endswith(".weight")) or (leaf.ndim == 4 and name.endswith(".kernel"))
+
+
 def layer_delta(pair: Mapping[str, jax.Array], scale: float | jax.Array) -> jax.Array:
-    """Return the addend of a layer's weight, float32 `[out, in]`."""
-    return jnp.matmul(pair["B"], pair["A"], precision="highest") * scale
+    """Return the addend of a layer's parameter, float32: `[out, in]`, or `[height, width, in, out]`."""
+    down, up = pair["A"], pair["B"]
+    if down.ndim == 4:
+        return jnp.einsum("rihw,or->hwio", down, up, precision="highest") * scale
+    return jnp.matmul(up, down, precision="highest") * scale
 
 
 def merged(params: Params, lora: Lora, scale: float | jax.Array = 1.0) -> Params:
@@ -120,12 +135,18 @@ def merged(params: Params, lora: Lora, scale: float | jax.Array = 1.0) -> Params
         ValueError: for changes of layers that the parameters do not have.
     """
     weights = flat(params)
-    if unknown := [name for name in lora if f"{name}.weight" not in weights]:
+    named = {name: parameter_of(name, pair) for name, pair in lora.items()}
+    if unknown := [name for name, parameter in named.items() if parameter not in weights]:
         raise ValueError(f"the parameters have no layers {summarize(unknown)}, which LoRA changes")
     for name, pair in lora.items():
-        weight = weights[f"{name}.weight"]
-        weights[f"{name}.weight"] = (weight.astype(jnp.float32) + layer_delta(pair, scale)).astype(weight.dtype)
+        weight = weights[named[name]]
+        weights[named[name]] = (weight.astype(jnp.float32) + layer_delta(pair, scale)).astype(weight.dtype)
     return unflat(weights)
+
+
+def parameter_of(layer: str, pair: Mapping[str, jax.Array]) -> str:
+    """Return the dotted name of the parameter that a layer's change is added to."""
+    return f"{layer}.kernel" if pair["A"].ndim == 4 else f"{layer}.weight"
 
 
 def layer_changes(lora: Lora, scale: float) -> dict[str, LayerChange]:

@@ -8,7 +8,12 @@ from collections.abc import Callable
 import beartype
 import jaxtyping
 
-MODULES = ("kandinsky_jax.models", "kandinsky_jax.diffusion", "kandinsky_jax.training.losses")
+MODULES = (
+    "kandinsky_jax.models",
+    "kandinsky_jax.diffusion",
+    "kandinsky_jax.training.losses",
+    "kandinsky_jax.training.distillation",
+)
 
 
 def install() -> None:

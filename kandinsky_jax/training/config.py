@@ -16,6 +16,7 @@ from kandinsky_jax.common.errors import quote, shorten, summarize
 from kandinsky_jax.common.remote import is_url, read_bytes
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.schedulers.base import near
+from kandinsky_jax.training.distillation import DistillationConfig
 from kandinsky_jax.training.mesh import MeshConfig
 from kandinsky_jax.training.step import OptimizerConfig
 
@@ -62,6 +63,7 @@ class Config:
         wandb_project: of Weights & Biases, if wandb is installed; absent is none.
         optimizer: see `kandinsky_jax.training.step.OptimizerConfig`.
         lora: see `kandinsky_jax.lora.LoraConfig`.
+        distillation: see `kandinsky_jax.training.distillation.DistillationConfig`.
     """
 
     model: str
@@ -86,6 +88,7 @@ class Config:
     wandb_project: str | None = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         faults = []

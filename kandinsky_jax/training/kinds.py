@@ -6,11 +6,13 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """The trained network: the prior or the decoder's UNet, fully or with LoRA; MoVQ, or both towers of CLIP."""
+    """The trained network: the prior or the decoder's UNet, fully, with LoRA, or distilled; MoVQ, or CLIP's towers."""
 
     PRIOR = "prior"
     DECODER = "decoder"
     LORA_PRIOR = "lora-prior"
     LORA_DECODER = "lora-decoder"
+    DISTILL_PRIOR = "distill-prior"
+    DISTILL_DECODER = "distill-decoder"
     MOVQ = "movq"
     CLIP = "clip"

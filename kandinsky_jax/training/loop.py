@@ -53,7 +53,7 @@ from kandinsky_jax.training.metrics import Metrics, NoMetrics
 from kandinsky_jax.training.run_folder import MODEL, RunFolder
 from kandinsky_jax.training.run_record import Record, check_same_run, check_same_settings, run_record
 from kandinsky_jax.training.step import Trainer, TrainState
-from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task
+from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task, trains_lora
 
 MOST_BAD = 10  # consecutive steps without a finite loss, after which training ends
 
@@ -104,7 +104,7 @@ class Run:
         connect(mesh)
         if config.precompute and kind in (Kind.MOVQ, Kind.CLIP):
             raise ValueError(f"precompute is of no use for {kind}: none of its networks is frozen")
-        self._mark = lora.FILE if kind.startswith("lora-") else "model_index.json"
+        self._mark = lora.FILE if trains_lora(kind, config) else "model_index.json"
         with in_folder(self.run_folder):
             self.run_folder.check_target(self._mark)
         found = listing(config.data, exclude=[config.output], scratch=self.folder)
@@ -123,6 +123,7 @@ class Run:
             mesh,
             min_size=config.mesh.fsdp_min_size,
             draw=self.task.draw(),
+            uses_average=self.task.uses_average,
         )
         self.key, self._first_key = jax.random.split(jax.random.key(config.seed))
         self._bad_in_a_row = 0

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from kandinsky_jax.common.types import Array, Bool, Float, Int, Num
+from kandinsky_jax.common.types import Array, Bool, Float, Int, Num, PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.models.movq import straight_through
 from kandinsky_jax.training.mesh import all_examples, first_example
@@ -59,6 +59,27 @@ def _mean(error: jax.Array, weights: jax.Array | None) -> jax.Array:
     return (each if weights is None else each * weights).mean()
 
 
+def decoder_condition(
+    module: Any,
+    latents: Float[Array, "B h w C"],
+    image_embeds: Float[Array, "B D"],
+    hint: Float[Array, "B H W 3"] | None = None,
+    repaint_mask: Num[Array, "B h w 1"] | None = None,
+) -> PyTree:
+    """Compute a UNet's conditioning of a batch; arguments: see `decoder_loss`."""
+    channels = None
+    if repaint_mask is not None:  # the UNet takes the opposite, 1 where a latent is kept
+        keep_mask = 1 - repaint_mask
+        channels = jnp.concatenate([latents * keep_mask, keep_mask], axis=-1)  # [B, h, w, 5]
+    return module.condition(image_embeds, hint, channels)
+
+
+def normalized_embeds(module: Any, image_embeds: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Normalise image embeddings with a prior's statistics, which are not trained."""
+    mean, std = (jax.lax.stop_gradient(module.clip_mean[...]), jax.lax.stop_gradient(module.clip_std[...]))
+    return (image_embeds - mean) / std
+
+
 def decoder_loss(
     network: Network,
     params: Params,
@@ -86,11 +107,7 @@ def decoder_loss(
     """
     module = network.bind(params)
     noisy = diffuse(alphas_cumprod, latents, noise, timesteps)
-    channels = None
-    if repaint_mask is not None:  # the UNet takes the opposite, 1 where a latent is kept
-        keep_mask = 1 - repaint_mask
-        channels = jnp.concatenate([latents * keep_mask, keep_mask], axis=-1)  # [B, h, w, 5]
-    condition = module.condition(image_embeds, hint, channels)
+    condition = decoder_condition(module, latents, image_embeds, hint, repaint_mask)
     output = module(noisy, timesteps, condition).astype(jnp.float32)
     weights = None if snr_gamma is None else min_snr_weights(alphas_cumprod, timesteps, snr_gamma, "epsilon")
     return _mean(output[..., : latents.shape[-1]] - noise, weights)  # without the variance, which is not trained
@@ -119,8 +136,7 @@ def prior_loss(
         timesteps, alphas_cumprod, snr_gamma: see `decoder_loss`.
     """
     module = network.bind(params)
-    mean, std = (jax.lax.stop_gradient(module.clip_mean[...]), jax.lax.stop_gradient(module.clip_std[...]))
-    clean = (image_embeds - mean) / std
+    clean = normalized_embeds(module, image_embeds)
     noisy = diffuse(alphas_cumprod, clean, noise, timesteps)
     condition = module.condition(prompt_embeds, text_encoder_hidden_states, text_mask)
     predicted = module(noisy, timesteps, condition).astype(jnp.float32)

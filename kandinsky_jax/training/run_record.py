@@ -37,13 +37,14 @@ FREE = frozenset(
         "mesh.fsdp_min_size",
         "optimizer.max_train_steps",
         "optimizer.remat",
+        "distillation.num_inference_steps",
     }
 )
 # Settings that may differ between the processes of a run.
 PATHS = frozenset({"model", "prior", "data", "output"})
 VERSIONS = ("kandinsky_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 # Settings that determine the structure of the state; a checkpoint with other ones cannot be used.
-STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "average of the weights"})
+STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "distillation.lora", "average of the weights"})
 
 Record = dict[str, object]
 
@@ -57,10 +58,11 @@ def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks:
         items: the pictures; their names, captions and sizes are compared.
         networks: parameters of all networks before the first step, by name.
     """
+    unused = _unused_tables(kind, config)
     settings = {
         name: value
         for name, value in _flat(dataclasses.asdict(config))
-        if name not in FREE and (not name.startswith("lora.") or str(kind).startswith("lora-"))
+        if name not in FREE and name.partition(".")[0] not in unused
     }
     return {
         "kind": str(kind),
@@ -70,6 +72,13 @@ def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks:
         "data": data_fingerprint(items)[:16],
         **{f"weights of {name}": weights_digest(params) for name, params in sorted(networks.items())},
     }
+
+
+def _unused_tables(kind: Kind, config: Config) -> set[str]:
+    """Return the tables of a configuration that a kind of training does not read."""
+    distills = kind in (Kind.DISTILL_PRIOR, Kind.DISTILL_DECODER)
+    with_lora = config.distillation.lora if distills else kind in (Kind.LORA_PRIOR, Kind.LORA_DECODER)
+    return (set() if with_lora else {"lora"}) | (set() if distills else {"distillation"})
 
 
 def check_same_settings(hosts: Hosts, kind: Kind, config: Config) -> None:

@@ -21,6 +21,7 @@ from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.sharding import REPLICATED, Rules
 from kandinsky_jax.parallel.stationary import EXCHANGED, FSDP_AXIS, to_gather
+from kandinsky_jax.training.distillation import TARGET
 from kandinsky_jax.training.malloc import keep_freed_memory
 from kandinsky_jax.training.mesh import (
     EXAMPLE_AXES,
@@ -35,7 +36,7 @@ from kandinsky_jax.training.mesh import (
     sum_replicas,
 )
 
-# (trained parameters, batch) -> a float32 scalar; with `frozen`, (trained parameters, batch, frozen)
+# (trained parameters, batch, [frozen], [average of the trained parameters]) -> a float32 scalar
 Loss = Callable[..., jax.Array]
 # (batch, key) -> batch with random numbers for each example
 Draw = Callable[[PyTree, jax.Array], PyTree]
@@ -139,6 +140,8 @@ class Trainer:
             `kandinsky_jax.training.mesh.state_shardings`.
         draw: (batch, key) -> batch for the loss, with random numbers for each example; they depend on neither mesh nor
             accumulation. None if the loss has nothing random.
+        uses_average: give the loss the average of the weights too, without gradient, as its last argument; it needs
+            `settings.ema_decay`.
     """
 
     def __init__(
@@ -150,16 +153,19 @@ class Trainer:
         rules: Rules | None = None,
         min_size: int = FSDP_MIN_SIZE,
         draw: Draw | None = None,
+        uses_average: bool = False,
     ):
         self.settings, self.mesh, self.rules, self.min_size = settings, mesh, rules, min_size
         self.frozen = frozen if mesh is None or frozen is None else put(frozen, self.shardings(frozen))
-        self._plain_loss, self._draw = loss, draw
+        self._plain_loss, self._draw, self._uses_average = loss, draw, uses_average
         # Equal parts of a batch, of whose losses the mean is taken: of devices, and of accumulation.
         self._parts = parts(mesh) * settings.gradient_accumulation_steps
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         policies = jax.checkpoint_policies
-        kept = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(EXCHANGED))
+        kept = policies.save_from_both_policies(
+            policies.dots_saveable, policies.save_only_these_names(EXCHANGED, TARGET)
+        )
         self._loss = jax.checkpoint(loss, policy=kept) if settings.remat else loss
         clip = optax.identity() if settings.max_grad_norm is None else optax.clip_by_global_norm(settings.max_grad_norm)
         adam = optax.adamw(
@@ -209,7 +215,9 @@ class Trainer:
     def _step(
         self, state: TrainState, batch: PyTree, key: jax.Array, frozen: PyTree
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradients = self._gradients(state.params, batch, jax.random.fold_in(key, state.step), frozen)
+        further = () if frozen is None else (frozen,)
+        further += (self._computed(state.ema),) if self._uses_average else ()
+        loss, gradients = self._gradients(state.params, batch, jax.random.fold_in(key, state.step), further)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -227,33 +235,39 @@ class Trainer:
             done = jax.lax.with_sharding_constraint(done, self.shardings(done))
         return done, metrics
 
-    def _gradients(self, params: PyTree, batch: PyTree, key: jax.Array, frozen: PyTree) -> tuple[jax.Array, PyTree]:
-        """Return the loss of a batch, and its gradients by the float32 parameters."""
+    def _gradients(
+        self, params: PyTree, batch: PyTree, key: jax.Array, further: tuple[PyTree, ...]
+    ) -> tuple[jax.Array, PyTree]:
+        """Return the loss of a batch, and its gradients by the float32 parameters.
+
+        Args:
+            further: arguments of the loss: frozen arrays, and the average of the parameters.
+        """
         batch = batch if self._draw is None else self._draw(batch, key)
         if self.mesh is None:
-            return self._accumulated(batch, params, self._computed(params), frozen)
-        specs = [jax.tree.map(lambda where: where.spec, self.shardings(tree)) for tree in (params, frozen)]
-        moved = self._to_gather(params, specs[0], batch, frozen)
+            return self._accumulated(batch, params, self._computed(params), further)
+        specs = [jax.tree.map(lambda where: where.spec, self.shardings(tree)) for tree in (params, *further)]
+        moved = self._to_gather(params, specs[0], batch, further)
 
-        def of_device(batch: PyTree, params: PyTree, frozen: PyTree) -> tuple[jax.Array, PyTree]:
-            computed, frozen = gather(self._computed(params), moved), gather(frozen, specs[1])
-            loss, shards = self._accumulated(batch, params, computed, frozen, lambda sums: scatter_sums(sums, moved))
+        def of_device(batch: PyTree, params: PyTree, *further: PyTree) -> tuple[jax.Array, PyTree]:
+            computed = gather(self._computed(params), moved)
+            whole = tuple(gather(tree, spec) for tree, spec in zip(further, specs[1:], strict=True))
+            loss, shards = self._accumulated(batch, params, computed, whole, lambda sums: scatter_sums(sums, moved))
             sums = sum_replicas(self._computed(shards), specs[0])
             return jax.lax.psum(loss, EXAMPLE_AXES), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), sums)
 
         mapped = jax.shard_map(
             of_device, mesh=self.mesh, in_specs=(EXAMPLES, *specs), out_specs=(REPLICATED, specs[0]), check_vma=False
         )
-        return mapped(jax.tree.map(self._by_device, batch), params, frozen)
+        return mapped(jax.tree.map(self._by_device, batch), params, *further)
 
-    def _to_gather(self, params: PyTree, specs: PyTree, batch: PyTree, frozen: PyTree) -> PyTree:
+    def _to_gather(self, params: PyTree, specs: PyTree, batch: PyTree, further: tuple[PyTree, ...]) -> PyTree:
         """Return `specs` of the parameters that are gathered, see `parallel.stationary`."""
         assert self.mesh is not None
         if (shards := self.mesh.shape[FSDP_AXIS]) == 1:
             return specs
         part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) // self._parts, *x.shape[1:]), x.dtype), batch)
         computed = jax.eval_shape(self._computed, params)
-        further = () if frozen is None else (frozen,)
         # Not `self._loss`: within `jax.checkpoint` parameters are other objects.
         return to_gather(self._plain_loss, computed, specs, shards, part, *further)
 
@@ -275,7 +289,7 @@ class Trainer:
         batch: PyTree,
         params: PyTree,
         computed: PyTree,
-        frozen: PyTree,
+        further: tuple[PyTree, ...],
         keep: Callable[[PyTree], PyTree] = lambda gradients: gradients,
     ) -> tuple[jax.Array, PyTree]:
         """Return the sum of the losses of a batch's parts, each divided by `self._parts`, and its float32 gradients.
@@ -285,7 +299,6 @@ class Trainer:
             computed: whole parameters in the dtype of computation.
             keep: what to keep of a part's gradients.
         """
-        further = () if frozen is None else (frozen,)
 
         def of(part: PyTree) -> tuple[jax.Array, PyTree]:
             def loss(computed: PyTree) -> jax.Array:

@@ -9,14 +9,35 @@ from kandinsky_jax.training.tasks.base import TrainingTask
 from kandinsky_jax.training.tasks.clip import CLIPTask
 from kandinsky_jax.training.tasks.decoder import DecoderTask
 from kandinsky_jax.training.tasks.diffusion import DiffusionTask
+from kandinsky_jax.training.tasks.distillation import DistillationTask, DistillDecoderTask, DistillPriorTask
 from kandinsky_jax.training.tasks.lora import LoraTask
 from kandinsky_jax.training.tasks.movq import MoVQTask
 from kandinsky_jax.training.tasks.prior import PriorTask
 
-__all__ = ["CLIPTask", "DecoderTask", "DiffusionTask", "LoraTask", "MoVQTask", "PriorTask", "TrainingTask", "make_task"]
+__all__ = [
+    "CLIPTask",
+    "DecoderTask",
+    "DiffusionTask",
+    "DistillDecoderTask",
+    "DistillPriorTask",
+    "DistillationTask",
+    "LoraTask",
+    "MoVQTask",
+    "PriorTask",
+    "TrainingTask",
+    "make_task",
+    "trains_lora",
+]
 
-_FULL: dict[Kind, type[TrainingTask]] = {task.kind: task for task in (PriorTask, DecoderTask, MoVQTask, CLIPTask)}
-_LORA: dict[Kind, type[DiffusionTask]] = {Kind.LORA_PRIOR: PriorTask, Kind.LORA_DECODER: DecoderTask}
+_DIFFUSION: tuple[type[DiffusionTask], ...] = (PriorTask, DecoderTask, DistillPriorTask, DistillDecoderTask)
+_TASKS: tuple[type[TrainingTask], ...] = (*_DIFFUSION, MoVQTask, CLIPTask)
+_FULL: dict[Kind, type[TrainingTask]] = {task.kind: task for task in _TASKS}
+_LORA: dict[Kind, type[DiffusionTask]] = {task.lora_kind: task for task in _DIFFUSION}
+
+
+def trains_lora(kind: Kind, config: Config) -> bool:
+    """Whether a kind of training ends with a LoRA file."""
+    return kind in _LORA and (kind not in _FULL or config.distillation.lora)
 
 
 def make_task(kind: Kind, config: Config, pipe: Pipeline | None = None) -> TrainingTask:
@@ -25,7 +46,7 @@ def make_task(kind: Kind, config: Config, pipe: Pipeline | None = None) -> Train
     Args:
         pipe: the model, float32; None loads it.
     """
-    if kind in _LORA:
+    if trains_lora(kind, config):
         pipe = DiffusionTask.load(config) if pipe is None else pipe
         return LoraTask(pipe, config, _LORA[kind](pipe, config))
     task = _FULL[kind]

@@ -26,10 +26,9 @@ from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader, Skipped
 from kandinsky_jax.training.kinds import Kind
 
-# (trained parameters, batch with what is drawn for it) -> loss, a float32 scalar.
-Loss: TypeAlias = Callable[[Params, Mapping[str, jax.Array]], jax.Array]
-# Likewise; the last argument is the frozen network's parameters.
-LoraLoss: TypeAlias = Callable[[lora.Lora, Mapping[str, jax.Array], Params], jax.Array]
+# (trained parameters, batch with what is drawn for it) -> loss, a float32 scalar. Where there are `frozen` arrays, they
+# are its third argument; where it `uses_average`, the last one is the average of the trained parameters.
+Loss: TypeAlias = Callable[..., jax.Array]
 # (encoded batch, key) -> batch with what is drawn for it; the key determines all randomness.
 Draw: TypeAlias = Callable[[Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
 
@@ -70,6 +69,11 @@ class TrainingTask(ABC):
         """Return frozen arrays that the loss also needs; None if there are none."""
         return None
 
+    @property
+    def uses_average(self) -> bool:
+        """Whether the loss takes the average of the trained parameters."""
+        return False
+
     @abstractmethod
     def reader(self) -> Reader:
         """Return the reader of the arrays that `encode` takes."""
@@ -83,8 +87,8 @@ class TrainingTask(ABC):
         return lambda batch, key: dict(batch)
 
     @abstractmethod
-    def loss(self) -> Loss | LoraLoss:
-        """Return the loss of a batch from `draw`; where there are `frozen` arrays, they are its third argument."""
+    def loss(self) -> Loss:
+        """Return the loss of a batch from `draw`, see `Loss`."""
 
     @abstractmethod
     def sample(self, items: Sequence[Captioned]) -> Image.Image | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,12 @@ from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.training.data import Captioned, Reader, Skipped
 from kandinsky_jax.training.kinds import Kind
-from kandinsky_jax.training.losses import decoder_loss
+from kandinsky_jax.training.losses import decoder_condition, decoder_loss
 from kandinsky_jax.training.tasks.base import first_readable, reader_of, to_movq_pixels
 from kandinsky_jax.training.tasks.diffusion import DiffusionTask
 
@@ -34,6 +36,8 @@ class DecoderTask(DiffusionTask):
 
     kind = Kind.DECODER
     component = "unet"
+    lora_kind = Kind.LORA_DECODER
+    prediction_type = "epsilon"
 
     @property
     def module(self) -> nnx.Module:
@@ -84,6 +88,13 @@ class DecoderTask(DiffusionTask):
         if not self._inpaints:
             return {}
         return {"repaint_mask": random_repaint_masks(jax.random.fold_in(key, 3), *batch["latents"].shape[:3])}
+
+    def condition(self, module: Any, batch: Mapping[str, jax.Array]) -> PyTree:
+        arrays = ("latents", "image_embeds", "hint", "repaint_mask")
+        return decoder_condition(module, **{name: batch[name] for name in arrays if name in batch})
+
+    def normalized(self, module: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        return batch["latents"]
 
     def loss_of_batch(
         self, network: Network, params: Params, batch: Mapping[str, jax.Array], alphas: jax.Array

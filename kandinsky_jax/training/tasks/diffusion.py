@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from kandinsky_jax.pipelines import Pipeline
 from kandinsky_jax.pipelines.modes import modes_of, repository_of
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import TEXT_ARRAYS, Captioned
+from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.tasks.base import Draw, Loss, TrainingTask, contact_sheet
 
 SAMPLE_STEPS = 25
@@ -35,6 +36,8 @@ class DiffusionTask(TrainingTask):
     """
 
     component: ClassVar[str]  # the trained network, by its name in a pipeline of its own
+    lora_kind: ClassVar[Kind]  # the same training with LoRA
+    prediction_type: ClassVar[Literal["epsilon", "sample"]]  # of the network
 
     _split: dict[str, tuple[Network, Params]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -72,6 +75,14 @@ class DiffusionTask(TrainingTask):
         return {}
 
     @abstractmethod
+    def condition(self, module: Any, batch: Mapping[str, jax.Array]) -> PyTree:
+        """Compute the network's conditioning of a batch."""
+
+    @abstractmethod
+    def normalized(self, module: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Return `clean` samples as the network diffuses them."""
+
+    @abstractmethod
     def loss_of_batch(
         self, network: Network, params: Params, batch: Mapping[str, jax.Array], alphas: jax.Array
     ) -> jax.Array:
@@ -106,7 +117,7 @@ class DiffusionTask(TrainingTask):
         return call(*self._split[name], *args, method=method)
 
     def draw(self) -> Draw:
-        train_timesteps, dropout = len(self.alphas_cumprod()), self.config.condition_dropout
+        dropout = self.config.condition_dropout
         dropped_condition = self.dropped_condition() if dropout else {}
 
         def draw(batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
@@ -114,16 +125,18 @@ class DiffusionTask(TrainingTask):
             given = {**batch, **self.draw_also(batch, key)}
             clean = self.clean(batch)
             given["noise"] = jax.random.normal(of_noise, clean.shape, jnp.float32)
-            given["timesteps"] = jax.random.randint(of_time, (len(clean),), 0, train_timesteps)
+            given |= self.draw_timesteps(of_time, len(clean))
             if dropout:
                 dropped = jax.random.bernoulli(of_dropout, dropout, (len(clean),))
-                for name, value in dropped_condition.items():
-                    if name in TEXT_ARRAYS:  # a batch leaves out padding
-                        value = value[:, : given[name].shape[1]]
+                for name, value in unpadded(dropped_condition, given).items():
                     given[name] = jnp.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), value, given[name])
             return given
 
         return draw
+
+    def draw_timesteps(self, key: jax.Array, count: int) -> dict[str, jax.Array]:
+        """Draw the timestep of each of `count` examples."""
+        return {"timesteps": jax.random.randint(key, (count,), 0, len(self.alphas_cumprod()))}
 
     def loss(self) -> Loss:
         network, alphas = Network.split(self.module)[0], jnp.asarray(self.alphas_cumprod(), jnp.float32)
@@ -140,10 +153,14 @@ class DiffusionTask(TrainingTask):
     def sample(self, items: Sequence[Captioned]) -> Image.Image:
         side = self.config.resolution
         prompts = list(self.config.validation_prompts) or [items[0].text]
-        options = {"height": side, "width": side, "num_inference_steps": SAMPLE_STEPS, "return_dict": False}
+        options = {"height": side, "width": side, "return_dict": False} | self.sample_options()
         seeds = [self.config.seed] * len(prompts)
         [generated] = self.pipe(prompts, generator=seeds, **self.sample_pictures(items, len(prompts)), **options)
         return contact_sheet([generated])
+
+    def sample_options(self) -> dict[str, Any]:
+        """Return further arguments of the call that generates sample pictures."""
+        return {"num_inference_steps": SAMPLE_STEPS}
 
     def sample_pictures(self, items: Sequence[Captioned], count: int) -> dict[str, np.ndarray | list[Image.Image]]:
         """Return the pictures that the pipeline needs for `count` sample pictures, by its arguments."""
@@ -151,3 +168,8 @@ class DiffusionTask(TrainingTask):
 
     def export(self, target: Path, trained: PyTree, items: Sequence[Captioned]) -> None:
         self.stage.save_pretrained(target, overwrite=True)
+
+
+def unpadded(text: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Cut arrays of a caption `[1, T, ...]` to the length of a batch's, which leaves out padding."""
+    return {n: x[:, : batch[n].shape[1]] if n in TEXT_ARRAYS else x for n, x in text.items()}

@@ -18,7 +18,7 @@ from kandinsky_jax.pipelines import Pipeline
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader, Skipped
 from kandinsky_jax.training.kinds import Kind
-from kandinsky_jax.training.tasks.base import Draw, LoraLoss, TrainingTask
+from kandinsky_jax.training.tasks.base import Draw, Loss, TrainingTask
 from kandinsky_jax.training.tasks.diffusion import DiffusionTask
 
 
@@ -34,7 +34,7 @@ class LoraTask(TrainingTask):
 
     @property
     def kind(self) -> Kind:  # type: ignore[override]
-        return Kind(f"lora-{self.full.kind}")
+        return self.full.lora_kind
 
     @classmethod
     def load(cls, config: Config) -> Pipeline:
@@ -63,7 +63,8 @@ class LoraTask(TrainingTask):
 
     def frozen_of(self, params: Params) -> Params:
         """Return a network's parameters as the loss needs them: float32 where changes are added to them."""
-        changed = {f"{name}.weight" for name in lora.layers(params, self.config.lora)}
+        layers = lora.layers(params, self.config.lora)
+        changed = {f"{name}.{'kernel' if leaf.ndim == 4 else 'weight'}" for name, leaf in layers.items()}
         dtype = self.config.optimizer.dtype
         return lora.unflat({n: x if n in changed else x.astype(dtype) for n, x in lora.flat(params).items()})
 
@@ -83,12 +84,26 @@ class LoraTask(TrainingTask):
     def draw(self) -> Draw:
         return self.full.draw()
 
-    def loss(self) -> LoraLoss:
-        loss_of_params, config = self.full.loss(), self.config
+    @property
+    def uses_average(self) -> bool:
+        return self.full.uses_average
 
-        def loss(trained: lora.Lora, batch: Mapping[str, jax.Array], frozen: Params) -> jax.Array:
-            params = lora.merged(frozen, trained, config.lora.scale)  # in float32
-            return loss_of_params(jax.tree.map(lambda x: x.astype(config.optimizer.dtype), params), batch)
+    def loss(self) -> Loss:
+        loss_of_params, scale, dtype = self.full.loss(), self.config.lora.scale, self.config.optimizer.dtype
+        takes_frozen = self.full.frozen() is not None
+
+        def merged(frozen: Params, changes: lora.Lora) -> Params:
+            return computed(lora.merged(frozen, changes, scale))  # added in float32
+
+        def computed(params: Params) -> Params:
+            return jax.tree.map(lambda x: x.astype(dtype), params)
+
+        def loss(
+            trained: lora.Lora, batch: Mapping[str, jax.Array], frozen: Params, average: lora.Lora | None = None
+        ) -> jax.Array:
+            further = [computed(frozen)] if takes_frozen else []
+            further += [] if average is None else [merged(frozen, average)]
+            return loss_of_params(merged(frozen, trained), batch, *further)
 
         return loss
 

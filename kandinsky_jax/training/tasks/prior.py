@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,13 @@ import numpy as np
 from flax import nnx
 
 from kandinsky_jax.checkpoint.tokenizer import tokenize
+from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.training.data import Reader
 from kandinsky_jax.training.kinds import Kind
-from kandinsky_jax.training.losses import prior_loss
+from kandinsky_jax.training.losses import normalized_embeds, prior_loss
 from kandinsky_jax.training.tasks.base import reader_of
 from kandinsky_jax.training.tasks.diffusion import DiffusionTask
 
@@ -34,6 +36,8 @@ class PriorTask(DiffusionTask):
 
     kind = Kind.PRIOR
     component = "prior"
+    lora_kind = Kind.LORA_PRIOR
+    prediction_type = "sample"
 
     @property
     def module(self) -> nnx.Module:
@@ -79,6 +83,12 @@ class PriorTask(DiffusionTask):
 
     def clean(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         return batch["image_embeds"]
+
+    def condition(self, module: Any, batch: Mapping[str, jax.Array]) -> PyTree:
+        return module.condition(batch["prompt_embeds"], batch["text_encoder_hidden_states"], batch["text_mask"])
+
+    def normalized(self, module: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        return normalized_embeds(module, batch["image_embeds"])
 
     def loss_of_batch(
         self, network: Network, params: Params, batch: Mapping[str, jax.Array], alphas: jax.Array

@@ -1,0 +1,174 @@
+"""Distillation of the prior and the decoder: a student of few evaluations, without guidance, from a guided teacher.
+
+The data, encoders and sample pictures are those of the task that trains the network itself; the loss and what is drawn
+for it are `training.distillation`'s. `LoraTask` trains a LoRA by it, which is what `distillation.lora` asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from PIL import Image
+
+from kandinsky_jax.checkpoint.recommended_settings import RecommendedSettings
+from kandinsky_jax.diffusion import Network, Params
+from kandinsky_jax.schedulers import scheduler_named
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.data import Captioned
+from kandinsky_jax.training.distillation import Draws, Guess, Predict, consistency_loss, draw_steps, guess, guided
+from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.tasks.base import Loss
+from kandinsky_jax.training.tasks.decoder import DecoderTask
+from kandinsky_jax.training.tasks.diffusion import DiffusionTask, unpadded
+from kandinsky_jax.training.tasks.prior import PriorTask
+
+
+@dataclass(frozen=True)
+class DistillationTask(DiffusionTask):
+    """What distillation changes in the training of a diffusion network; the teacher is the network as it was loaded."""
+
+    def __post_init__(self) -> None:
+        check_unused(self.config, self.kind)
+
+    def draw_timesteps(self, key: jax.Array, count: int) -> dict[str, jax.Array]:
+        return draw_steps(key, count, len(self.alphas_cumprod()), self.config.distillation)._asdict()
+
+    def frozen(self) -> Params:
+        """Return the teacher's parameters, in the dtype of computation."""
+        params = Network.split(self.module)[1]
+        return jax.tree.map(lambda leaf: leaf.astype(self.config.optimizer.dtype), params)
+
+    @property
+    def uses_average(self) -> bool:
+        return self.config.distillation.ema_target
+
+    def loss(self) -> Loss:
+        network, config = Network.split(self.module)[0], self.config.distillation
+        alphas = jnp.asarray(self.alphas_cumprod(), jnp.float32)
+        without = self.dropped_condition() if self._guided else None
+
+        def loss(
+            trained: Params, batch: Mapping[str, jax.Array], frozen: Params, average: Params | None = None
+        ) -> jax.Array:
+            draws = Draws(*(batch[name] for name in Draws._fields))
+            student = self._predictor(network, trained, batch, alphas)
+            target = student if average is None else self._predictor(network, average, batch, alphas)
+            teacher = self._teacher(network, frozen, batch, alphas, without)
+            clean = self.normalized(network.bind(frozen), batch)
+            return consistency_loss(student, target, teacher, clean, batch["noise"], draws, alphas, config)
+
+        return loss
+
+    @property
+    def _guided(self) -> bool:
+        config = self.config.distillation
+        return max(config.guidance_scale, config.guidance_scale_max or 0) > 1
+
+    def _predictor(
+        self, network: Network, params: Params, batch: Mapping[str, jax.Array], alphas: jax.Array
+    ) -> Predict:
+        """Return the network's predictions, conditioned on a batch."""
+        module: Any = network.bind(params)
+        condition = self.condition(module, batch)
+
+        def predict(noisy: jax.Array, timesteps: jax.Array) -> Guess:
+            output = module(noisy, timesteps, condition).astype(jnp.float32)
+            output = output[..., : noisy.shape[-1]]  # without the variance
+            return guess(output, noisy, timesteps, alphas, self.prediction_type)
+
+        return predict
+
+    def _teacher(
+        self,
+        network: Network,
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        alphas: jax.Array,
+        without: Mapping[str, jax.Array] | None,
+    ) -> Predict:
+        """Return guided predictions of the teacher; both halves of guidance are one batch.
+
+        Args:
+            without: the condition to be guided away from, `[1, ...]` each; None where guidance is off.
+        """
+        if without is None:
+            return self._predictor(network, params, batch, alphas)
+        dropped = {name: jnp.broadcast_to(x, batch[name].shape) for name, x in unpadded(without, batch).items()}
+        both = jax.tree.map(lambda *x: jnp.concatenate(x), dict(batch), {**batch, **dropped})
+        predict, scale = self._predictor(network, params, both, alphas), batch["guidance_scale"]
+
+        def predict_guided(noisy: jax.Array, timesteps: jax.Array) -> Guess:
+            found = predict(jnp.concatenate([noisy] * 2), jnp.concatenate([timesteps] * 2))
+            cond, uncond = (jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i], found) for i in range(2))
+            return guided(cond, uncond, scale)
+
+        return predict_guided
+
+    # The result ---------------------------------------------------------------------------------------------------
+
+    def recommended(self) -> RecommendedSettings:
+        """Return the settings that a distilled checkpoint recommends."""
+        raise NotImplementedError
+
+    def export(self, target: Path, trained: Params, items: Sequence[Captioned]) -> None:
+        self.stage._recommended = self.recommended()
+        super().export(target, trained, items)
+
+
+@dataclass(frozen=True)
+class DistillDecoderTask(DistillationTask, DecoderTask):
+    """Distillation of the decoder's UNet."""
+
+    kind = Kind.DISTILL_DECODER
+    lora_kind = Kind.DISTILL_DECODER
+
+    def sample_options(self) -> dict[str, Any]:
+        return {"num_inference_steps": self.config.distillation.num_inference_steps, "guidance_scale": 1.0}
+
+    def sample(self, items: Sequence[Captioned]) -> Image.Image:
+        before = self.pipe.scheduler
+        self.pipe.scheduler = scheduler_named(self.config.distillation.method, before.config)
+        try:
+            return super().sample(items)
+        finally:
+            self.pipe.scheduler = before
+
+    def recommended(self) -> RecommendedSettings:
+        config = self.config.distillation
+        return RecommendedSettings(
+            num_inference_steps=config.num_inference_steps, guidance_scale=1.0, scheduler=config.method
+        )
+
+
+@dataclass(frozen=True)
+class DistillPriorTask(DistillationTask, PriorTask):
+    """Distillation of the prior, which keeps its scheduler."""
+
+    kind = Kind.DISTILL_PRIOR
+    lora_kind = Kind.DISTILL_PRIOR
+
+    def sample_options(self) -> dict[str, Any]:
+        steps = self.config.distillation.num_inference_steps
+        return super().sample_options() | {"prior_num_inference_steps": max(2, steps), "prior_guidance_scale": 1.0}
+
+    def recommended(self) -> RecommendedSettings:
+        steps = self.config.distillation.num_inference_steps
+        return RecommendedSettings(prior_num_inference_steps=max(2, steps), prior_guidance_scale=1.0)
+
+
+def check_unused(config: Config, kind: Kind) -> None:
+    """Raise ValueError for settings that distillation does not use, or that lack what they need."""
+    faults = []
+    if config.condition_dropout:
+        faults.append(f"condition_dropout is of no use for {kind}: the student runs without guidance; leave it out")
+    if config.snr_gamma is not None:
+        faults.append(f"snr_gamma is of no use for {kind}: its losses are not weighted; leave it out")
+    if config.distillation.ema_target and config.optimizer.ema_decay is None:
+        faults.append("distillation.ema_target needs the average of the weights; set optimizer.ema_decay, such as 0.95")
+    if faults:
+        raise ValueError("\n  ".join(faults))

@@ -1,0 +1,217 @@
+"""Distillation compared with PyTorch twins of the papers' steps, and runs from data to a fast student."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+
+from kandinsky_jax.lora import LoraConfig
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.distillation import DistillationConfig, draw_steps, solver_timesteps
+from kandinsky_jax.training.step import OptimizerConfig
+from kandinsky_jax.training.tasks import DistillationTask, DistillDecoderTask, DistillPriorTask, LoraTask
+from tests.conftest import SHAPES_MODEL, note
+from tests.training.test_losses_and_steps import TARGETS, by_peft_name, lora_of, torch_arrays
+
+BATCH = 4
+# "lcm" is the reference's default; the other settings differ from it in everything that the loss reads.
+LCM = DistillationConfig(lora=False, guidance_scale=2.0, guidance_scale_max=8.0)
+TCD = DistillationConfig(
+    lora=False, method="tcd", guidance_scale=3.0, original_inference_steps=25, distance="l2", huber_c=0.1
+)
+
+
+def task_of(pipe, kind: str, config: DistillationConfig, **changed) -> DistillationTask:
+    cls = DistillDecoderTask if kind == "decoder" else DistillPriorTask
+    return cls(pipe, Config(model=str(SHAPES_MODEL), data="", output="", distillation=config, **changed))
+
+
+def batch_of(task: DistillationTask, seed: int = 0) -> dict[str, np.ndarray]:
+    """An encoded batch with what is drawn for it."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    batch = {"image_embeds": normal(BATCH, 64)}
+    if isinstance(task, DistillDecoderTask):
+        batch |= {"latents": normal(BATCH, 8, 8, 4)}
+    else:
+        mask = np.arange(77) < rng.integers(5, 20, (BATCH, 1))
+        batch |= {"prompt_embeds": normal(BATCH, 64), "text_encoder_hidden_states": normal(BATCH, 77, 64)}
+        batch |= {"text_mask": mask}
+    return jax.tree.map(np.asarray, task.draw()(batch, jax.random.key(seed)))
+
+
+class Twin:
+    """The step of both papers in PyTorch, written from their equations: on copies of the reference's network."""
+
+    def __init__(self, reference, task: DistillationTask, rank: int | None = None):
+        prior_pipe, decoder_pipe = reference
+        self.decoder, self.config = isinstance(task, DistillDecoderTask), task.config.distillation
+        self.teacher = decoder_pipe.unet if self.decoder else prior_pipe.prior
+        self.network = copy.deepcopy(self.teacher).train()
+        self.target = self.network
+        self.prior_pipe = prior_pipe
+        if self.decoder:
+            scheduler = diffusers.DDPMScheduler.from_config(decoder_pipe.scheduler.config)
+        else:
+            scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+        self.alphas_cumprod = scheduler.alphas_cumprod
+        if rank is not None:
+            self.network.requires_grad_(False)
+            targets = TARGETS["decoder" if self.decoder else "prior"] + (["conv1"] if self.decoder else [])
+            self.network.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+            torch.manual_seed(0)
+            for name, parameter in self.network.named_parameters():
+                if "lora_B" in name:
+                    parameter.data = 0.02 * torch.randn_like(parameter)
+
+    def level(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha = self.alphas_cumprod[timesteps].reshape(-1, *[1] * (like.ndim - 1))
+        return alpha**0.5, (1 - alpha) ** 0.5
+
+    def predict(self, network, noisy, timesteps, condition) -> tuple[torch.Tensor, torch.Tensor]:
+        """The clean sample and the noise."""
+        signal, sigma = self.level(timesteps, noisy)
+        if self.decoder:
+            kwargs = {"image_embeds": condition["image_embeds"]}
+            noise = network(noisy, timesteps, None, added_cond_kwargs=kwargs).sample[:, :4]
+            return (noisy - sigma * noise) / signal, noise
+        clean = network(
+            noisy,
+            timestep=timesteps,
+            proj_embedding=condition["prompt_embeds"],
+            encoder_hidden_states=condition["text_encoder_hidden_states"],
+            attention_mask=condition["text_mask"],
+        ).predicted_image_embedding
+        return clean, (noisy - signal * clean) / sigma
+
+    def unconditional(self, condition: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.decoder:
+            return {"image_embeds": self.prior_pipe.get_zero_embed(BATCH, "cpu")}
+        pipe = self.prior_pipe
+        tokens = pipe.tokenizer([""], padding="max_length", max_length=77, return_tensors="pt")
+        output = pipe.text_encoder(tokens.input_ids)
+        arrays = (output.text_embeds, output.last_hidden_state, tokens.attention_mask.bool())
+        return {name: x.repeat(BATCH, *[1] * (x.ndim - 1)) for name, x in zip(condition, arrays, strict=True)}
+
+    def consistent(self, network, noisy, timesteps, ends, condition) -> torch.Tensor:
+        clean, noise = self.predict(network, noisy, timesteps, condition)
+        if self.config.method == "tcd":
+            signal, sigma = self.level(ends, noisy)
+            return signal * clean + sigma * noise
+        scaled = (timesteps * self.config.timestep_scaling).reshape(-1, *[1] * (noisy.ndim - 1))
+        return 0.25 / (scaled**2 + 0.25) * noisy + scaled / (scaled**2 + 0.25) ** 0.5 * clean
+
+    def loss(self, batch) -> torch.Tensor:
+        given = {name: torch.from_numpy(np.array(array)) for name, array in batch.items()}
+        names = ["image_embeds"] if self.decoder else ["prompt_embeds", "text_encoder_hidden_states", "text_mask"]
+        condition = {name: given[name] for name in names}
+        clean, noise, start = given["latents" if self.decoder else "image_embeds"], given["noise"], given["timesteps"]
+        if self.decoder:
+            clean, noise = (x.permute(0, 3, 1, 2) for x in (clean, noise))
+        else:
+            clean = (clean - self.teacher.clip_mean.detach()) / self.teacher.clip_std.detach()
+        reached = (start - 1000 // self.config.original_inference_steps).clamp(min=0)
+        signal, sigma = self.level(start, clean)
+        noisy = signal * clean + sigma * noise
+        with torch.no_grad():
+            cond = self.predict(self.teacher, noisy, start, condition)
+            uncond = self.predict(self.teacher, noisy, start, self.unconditional(condition))
+            scale = given["guidance_scale"].reshape(-1, *[1] * (clean.ndim - 1))
+            guided = [b + scale * (a - b) for a, b in zip(cond, uncond, strict=True)]
+            signal, sigma = self.level(reached, clean)
+            closer = signal * guided[0] + sigma * guided[1]
+            wanted = self.consistent(self.target, closer, reached, given["ends"], condition)
+        found = self.consistent(self.network, noisy, start, given["ends"], condition)
+        if self.config.distance == "l2":
+            return torch.nn.functional.mse_loss(found, wanted)
+        c = self.config.huber_c
+        return (((found - wanted) ** 2 + c**2) ** 0.5 - c).mean()
+
+
+def check_gradients(ours: dict[str, np.ndarray], twin: Twin) -> None:
+    """|d| / |gradients|, all layers together: predictions cancel in the loss, and so do single layers' gradients."""
+    theirs = {n: p.grad.numpy() for n, p in twin.network.named_parameters() if p.requires_grad and p.grad is not None}
+    apart = sum(np.square(ours[name].reshape(wanted.shape) - wanted).sum() for name, wanted in theirs.items())
+    whole = sum(np.square(wanted).sum() for wanted in theirs.values())
+    assert whole > 0
+    assert note((apart / whole) ** 0.5, "gradients, |d| / |g|") <= 2e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("decoder", LCM),
+        ("prior", TCD),
+        pytest.param("prior", LCM, marks=pytest.mark.slow),
+        pytest.param("decoder", TCD, marks=pytest.mark.slow),
+    ],
+    ids=["decoder-lcm", "prior-tcd", "prior-lcm", "decoder-tcd"],
+)
+def test_loss_and_gradients(shapes_pipe, reference, kind, config):
+    task = task_of(shapes_pipe, kind, config)
+    twin, batch = Twin(reference, task), batch_of(task)
+    wanted = twin.loss(batch)
+    wanted.backward()
+    frozen = task.frozen()
+    value, gradients = jax.jit(jax.value_and_grad(task.loss()))(frozen, batch, frozen)
+    assert note(abs(float(value) / wanted.item() - 1), "distillation loss, relative") <= 1e-5
+    check_gradients(torch_arrays(gradients), twin)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [pytest.param("decoder", LCM, marks=pytest.mark.slow), pytest.param("prior", TCD, marks=pytest.mark.campaign)],
+)
+def test_loss_and_gradients_of_lora_with_an_average(shapes_pipe, reference, kind, config):
+    """LoRA of convolutions too, with targets by the average of the changes."""
+    pattern = "(" + "|".join([*TARGETS[kind], *(["conv1"] if kind == "decoder" else [])]) + ")$"
+    full = task_of(
+        shapes_pipe,
+        kind,
+        dataclasses.replace(config, lora=True, ema_target=True),
+        lora=LoraConfig(rank=4, alpha=8, pattern=pattern),
+        optimizer=OptimizerConfig(ema_decay=0.9),
+    )
+    task = LoraTask(shapes_pipe, full.config, full)
+    twin, batch = Twin(reference, full, rank=4), batch_of(full)
+    changes = {  # without the axes of a convolution's second half, which is 1 x 1
+        name: {"A": pair["A"], "B": pair["B"].reshape(pair["B"].shape[:2])} for name, pair in lora_of(twin).items()
+    }
+    first = task.initial(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, changes)  # the same layers
+    average = jax.tree.map(lambda x: 0.5 * x, changes)
+    twin.target = copy.deepcopy(twin.network)
+    for name, parameter in twin.target.named_parameters():
+        if ".lora_" in name:
+            parameter.data *= 0.5
+    wanted = twin.loss(batch)
+    wanted.backward()
+    value, gradients = jax.jit(jax.value_and_grad(task.loss()))(changes, batch, task.frozen(), average)
+    assert note(abs(float(value) / wanted.item() - 1), "distillation loss, relative") <= 1e-5
+    check_gradients(by_peft_name(gradients), twin)
+
+
+def test_drawn_steps_are_those_of_the_scheduler():
+    """Every step of the solver comes up, a student's end is never later than where the solver gets to."""
+    grid = solver_timesteps(1000, 50)
+    theirs = diffusers.LCMScheduler(original_inference_steps=50)
+    theirs.set_timesteps(50)
+    assert grid[::-1].tolist() == theirs.timesteps.tolist()
+    draws = draw_steps(jax.random.key(0), 4096, 1000, LCM)
+    assert set(draws.timesteps.tolist()) == set(grid.tolist())
+    assert not np.any(draws.ends)
+    assert 2 <= np.min(draws.guidance_scale) < 2.1
+    assert 7.9 < np.max(draws.guidance_scale) <= 8
+    of_tcd = draw_steps(jax.random.key(0), 4096, 1000, TCD)
+    reached = np.maximum(np.asarray(of_tcd.timesteps) - 40, 0)
+    assert np.all(of_tcd.ends <= reached)
+    assert set(of_tcd.ends.tolist()) == {0, *solver_timesteps(1000, 25)[:-1].tolist()}
+    assert np.all(of_tcd.guidance_scale == 3)
