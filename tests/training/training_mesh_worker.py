@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 
 from kandinsky_jax import KandinskyV22CombinedPipeline
 from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.distillation import DistillationConfig
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import FSDP_AXIS, make_training_mesh
 from kandinsky_jax.training.step import OptimizerConfig, Trainer
@@ -38,9 +39,11 @@ SETTINGS = {
     Kind.LORA_DECODER: OptimizerConfig(learning_rate=1e-2),
     Kind.MOVQ: OptimizerConfig(learning_rate=1e-4, adam_epsilon=1e-3),
     Kind.CLIP: OptimizerConfig(learning_rate=1e-3, gradient_accumulation_steps=2),
+    Kind.DISTILL_DECODER: OptimizerConfig(learning_rate=1e-3, ema_decay=0.9),
 }
 # Dropout too, so that everything random is compared.
-OPTIONS = {"condition_dropout": 0.3, "snr_gamma": 5.0, "resolution": 64}
+OPTIONS = {"condition_dropout": 0.3, "snr_gamma": 5.0}
+DISTILLATION = DistillationConfig(lora=False, method="tcd", guidance_scale_max=8.0, ema_target=True)
 
 
 def batches() -> list[dict[str, np.ndarray]]:
@@ -74,7 +77,7 @@ def given(batch: dict[str, np.ndarray], task: TrainingTask) -> dict[str, np.ndar
 def trainer_of(task: TrainingTask, mesh_name: str, rules=None) -> Trainer:
     mesh = make_training_mesh(*MESHES[mesh_name])
     small = 1 << 10  # elements of the smallest array that is sharded
-    return Trainer(task.loss(), SETTINGS[task.kind], task.frozen(), mesh, rules, small, task.draw())
+    return Trainer(task.loss(), SETTINGS[task.kind], task.frozen(), mesh, rules, small, task.draw(), task.uses_average)
 
 
 def curve(task: TrainingTask, mesh_name: str, rules=None) -> dict:
@@ -115,7 +118,9 @@ def main(target: str, kind: Kind, meshes: list[str]) -> None:
     pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
     pipe.shard(None)
     pipe = {Kind.MOVQ: pipe.decoder_pipe, Kind.CLIP: pipe.prior_pipe}.get(kind, pipe)
-    task = make_task(kind, Config(model="", data="", output="", **OPTIONS), pipe)
+    options = {"distillation": DISTILLATION} if kind == Kind.DISTILL_DECODER else OPTIONS
+    config = Config(model="", data="", output="", resolution=64, optimizer=SETTINGS[kind], **options)
+    task = make_task(kind, config, pipe)
     found: dict[str, dict] = {}
     for name in meshes:
         if name == "resumed":
