@@ -24,32 +24,20 @@ from kandinsky_jax.checkpoint.conversion import convert
 from kandinsky_jax.checkpoint.manifest import FAULTS, verify
 from kandinsky_jax.checkpoint.recommended_settings import FILE
 from kandinsky_jax.models import UNet2DConditionModel
+from tests import fast_model
 from tests.checkpoint.test_hub import cached
 from tests.conftest import SHAPES_MODEL
+from tests.fast_model import ARGUMENTS, DECODER, LORA, PRIOR, write_table
 from tests.pipelines.test_adapters import random_changes
 from tests.pipelines.test_compile import compilations
 
-LORA = "fast_lora.safetensors"
-FAST = {"lora": LORA, "num_inference_steps": 3, "guidance_scale": 1.0, "scheduler": "lcm"}
-PRIOR = {"lora": LORA, "prior_num_inference_steps": 2, "prior_guidance_scale": 1.0}
-ARGUMENTS = {"num_inference_steps": 3, "guidance_scale": 1.0, "prior_num_inference_steps": 2, "prior_guidance_scale": 1}
 PROMPT = "a red circle on a blue background"
 SIZE = {"height": 64, "width": 64, "output_type": "np", "generator": 0}
 
 
-def with_table(folder: Path, table: dict) -> None:
-    (folder / FILE).write_text(json.dumps({"format_version": 2, "guidance_scale": 2.0, "fast": table}))
-
-
 @pytest.fixture(scope="module")
 def family(shapes_pipe, tmp_path_factory) -> Path:
-    """The models of shapes; the decoder and the prior have fast adapters."""
-    family = Path(shutil.copytree(SHAPES_MODEL, tmp_path_factory.mktemp("family") / "shapes"))
-    lora_files.write(family / hub.DECODER, {"unet": random_changes(shapes_pipe.unet, 1)}, LORA)
-    lora_files.write(family / hub.PRIOR, {"prior": random_changes(shapes_pipe.prior_prior, 2)}, LORA)
-    with_table(family / hub.DECODER, FAST)
-    with_table(family / hub.PRIOR, PRIOR)
-    return family
+    return fast_model.write(tmp_path_factory.mktemp("family") / "shapes", shapes_pipe)
 
 
 def load(cls, where: Path, **arguments):
@@ -67,9 +55,7 @@ def pipe(family):
 def by_hand(family):
     """A pipeline with the same LoRA and scheduler."""
     pipe = load(KandinskyV22CombinedPipeline, SHAPES_MODEL)
-    for name in (hub.DECODER, hub.PRIOR):
-        pipe.load_lora_weights(family / name, name, weight_name=LORA)
-    pipe.scheduler = scheduler_named("lcm", pipe.scheduler.config)
+    fast_model.load_by_hand(pipe, family)
     return pipe
 
 
@@ -206,11 +192,25 @@ def test_a_prior_without_one_runs_as_usual(family, tmp_path):
     pipe = load(KandinskyV22CombinedPipeline, model)
     assert pipe.load_fast() == {"num_inference_steps": 3, "guidance_scale": 1.0}
     assert pipe.get_list_adapters() == {"unet": ["fast"]}
-    with_table(model / hub.DECODER, FAST | {"prior_num_inference_steps": 4})
+    write_table(model / hub.DECODER, DECODER | {"prior_num_inference_steps": 4})
     pipe = load(KandinskyV22CombinedPipeline, model)
     assert pipe.load_fast()["prior_num_inference_steps"] == 4
     with pytest.raises(CheckpointError, match="has no fast adapter"):
         pipe.prior_pipe.load_fast()
+
+
+def test_each_decoder_has_an_adapter_of_its_own(family, tmp_path):
+    model = Path(shutil.copytree(family, tmp_path / "model"))
+    inpaint = load(KandinskyV22InpaintCombinedPipeline, model)
+    lora_files.write(model / hub.INPAINT, {"unet": random_changes(inpaint.unet, 4)}, "other.safetensors")
+    write_table(model / hub.INPAINT, {"lora": "other.safetensors", "num_inference_steps": 6})
+    inpaint = load(KandinskyV22InpaintCombinedPipeline, model)
+    before = weights_of(inpaint)
+    arguments = {name: value for name, value in ARGUMENTS.items() if name.startswith("prior_")}
+    assert inpaint.load_fast() == arguments | {"num_inference_steps": 6}
+    assert type(inpaint.scheduler).__name__ == "DDPMScheduler"  # the table names none
+    changed = {name for name, array in weights_of(inpaint).items() if not np.array_equal(array, before[name])}
+    assert {name.partition(".")[0] for name in changed} == {"unet", "prior"}
 
 
 def test_without_one_the_error_says_what_is_needed(shapes_pipe, family):
@@ -267,7 +267,7 @@ def test_saved_models_keep_their_adapter(pipe, family, expected, tmp_path):
     convert(family / hub.PRIOR, tmp_path / "converted", progress=False)
     assert json.loads((tmp_path / "whole" / FILE).read_text())["fast"] == {
         **{"prior_lora": f"prior_{LORA}"},
-        **FAST,
+        **DECODER,
         **{name: value for name, value in PRIOR.items() if name != "lora"},
     }
     for folder in ("whole", hub.DECODER):
