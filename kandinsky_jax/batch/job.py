@@ -19,7 +19,7 @@ from kandinsky_jax.batch import model_files
 from kandinsky_jax.batch.requests import MAX_IMAGES, MAX_SIDE, STRENGTH, check_pixels, text
 from kandinsky_jax.batch.rows import USUAL_DEFAULTS, JobError, RowFile, parquet, scan
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS, Output
-from kandinsky_jax.checkpoint import hub, recommended_settings
+from kandinsky_jax.checkpoint import fast_adapters, hub, recommended_settings
 from kandinsky_jax.checkpoint.networks import network_dtype
 from kandinsky_jax.checkpoint.recommended_settings import BY_OPTION, FALLBACK, RecommendedSettings
 from kandinsky_jax.common import reading
@@ -52,6 +52,7 @@ class Job:
         root: folder or URL of the rows' pictures; None is the folder of the job's file.
         defaults: by column, for rows without a value; those that are not given are the model's own, see
             `checkpoint.recommended_settings`.
+        fast: use the model's fast adapter, see `Pipeline.load_fast`; its settings come before others of the model.
     """
 
     rows: str
@@ -68,6 +69,7 @@ class Job:
     dtype: str | None = None
     root: str | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fast: bool = False
 
     def faults(self) -> list[str]:
         """Return all faults of the settings, without reading the rows."""
@@ -84,6 +86,8 @@ class Job:
                 checks.count(getattr(self, name), name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**62:
             found.append(f"seed must be a whole number from 0 to 2**62 - 1, got {quote(self.seed)}")
+        if not isinstance(self.fast, bool):
+            found.append(f"fast must be True or False, got {quote(self.fast)}")
         with _listed(found):
             network_dtype(self.dtype)
         if self.scheduler is not None:
@@ -189,8 +193,10 @@ class OpenJob:
 
     @functools.cached_property  # it reads the model's folder
     def recommended(self) -> RecommendedSettings:
-        """Settings that the model recommends."""
-        return recommended_settings.read(model_files.folders(self.pipeline, self.model, self.job.prior)[0])
+        """Settings that the model recommends; in a fast job, first those of its fast adapter."""
+        folders = model_files.folders(self.pipeline, self.model, self.job.prior)
+        found = recommended_settings.read(folders[0])
+        return found.with_fast(fast_adapters.settings_of_model(folders)) if self.job.fast else found
 
     @property
     def usual(self) -> dict[str, Any]:
@@ -237,7 +243,7 @@ class OpenJob:
         size = [job.defaults.get("height") or own.height, job.defaults.get("width") or own.width]
         return {
             "rows": {"sha256": self.rows.sha256, "count": self.rows.count},
-            "model": model_files.digests(self.pipeline, self.model, job.prior),
+            "model": model_files.digests(self.pipeline, self.model, job.prior, job.fast),
             "mode": self.mode,
             "format": job.form,
             "pictures": job.pictures,
@@ -248,7 +254,9 @@ class OpenJob:
             "dtype": job.dtype,
             "defaults": {name: self.settings[name] for name in sorted(self.settings)},
             "versions": versions,
-        } | ({"size": size} if own.height or own.width else {})
+            **({"size": size} if own.height or own.width else {}),
+            **({"fast": True} if job.fast else {}),  # as in jobs of older releases otherwise
+        }
 
     def begin(self) -> None:
         """Start the job in the output folder, or check that it was started there.
@@ -256,7 +264,7 @@ class OpenJob:
         Raises:
             JobError: for the folder of another job (see `Output.begin`), a model of another mode, or a number of steps
                 that its schedulers do not take; nothing is written then.
-            CheckpointError: for a model that does not exist.
+            CheckpointError: for a model that does not exist, or of a fast job that has no fast adapter.
         """
         if faults := self._model_faults():
             raise JobError(faults)
@@ -311,7 +319,7 @@ def open_job(job: Job) -> OpenJob:
         rows = scan(job.rows)
     if job.form in OUTPUT_FORMATS:
         try:
-            output = Output(job.output, job.form, job.pictures)
+            output = Output(job.output, job.form, job.pictures, job.fast)
         except reading.ReadError as error:
             faults.append(f"output: {reading.of_file(job.output, error)}")
         except OSError as error:

@@ -6,25 +6,28 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from kandinsky_jax.checkpoint import hub, orbax, tensor_files
+from kandinsky_jax.checkpoint import fast_adapters, hub, orbax, tensor_files
 from kandinsky_jax.checkpoint.manifest import COMPONENT_FILES, sha256_of_files
 from kandinsky_jax.common.storage import files_below
 from kandinsky_jax.pipelines import CombinedPipeline
 
 
-def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> dict[str, str]:
+def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None, fast: bool = False) -> dict[str, str]:
     """Compute SHA-256 of each file that a pipeline is loaded from, by path; those of a prior begin with `prior/`.
 
     Weights, configurations and tokenizers are included; a README, a manifest or weights in a format that is not read
-    are not. Every byte is read, in one thread per file, so that a change of few tensors is noticed: 1.4 GB/s per core,
-    4 to 7 s for 10 GB on two cores, after which loading finds the files in the page cache. Weights in the Hub's cache
-    take no time: they are named by their digests.
+    are not; with `fast`, fast adapters are. Every byte is read, in one thread per file, so that a change of few tensors
+    is noticed: 1.4 GB/s per core, 4 to 7 s for 10 GB on two cores, after which loading finds the files in the page
+    cache. Weights in the Hub's cache take no time: they are named by their digests.
 
     Raises:
         CheckpointError: for a model that does not exist, or files that cannot be read.
     """
     found: dict[str, Path] = {}
-    for prefix, folder in zip(("", "prior/"), folders(pipeline, model, prior), strict=False):
+    where = folders(pipeline, model, prior)
+    for prefix, adapter in zip(("", "prior/"), fast_adapters.of_model(where) if fast else (), strict=False):
+        found |= {} if adapter is None else {f"{prefix}{adapter.path.name}": adapter.path}
+    for prefix, folder in zip(("", "prior/"), where, strict=False):
         for name in sorted(hub.components(folder)):
             part = hub.component_folder(folder, name)
             found |= {f"{prefix}{name}/{path.relative_to(part).as_posix()}": path for path in _read_files(part)}
@@ -34,10 +37,7 @@ def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> 
 
 def folders(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> list[Path]:
     """Return the folder of a decoder and that of its prior, or one folder that has both."""
-    folder = Path(hub.resolve(model, pipeline.REPOSITORY))
-    if any(name.startswith("prior_") for name in hub.components(folder)):
-        return [folder]
-    return [folder, Path(hub.find_prior(folder, prior))]
+    return hub.with_prior(hub.resolve(model, pipeline.REPOSITORY), prior)
 
 
 def _read_files(part: Path) -> Iterator[Path]:

@@ -215,13 +215,15 @@ def finish(job: OpenJob, report: Report | None = None) -> Report:
 
 
 def load_pipeline(job: OpenJob) -> CombinedPipeline:
-    """Load a job's pipeline, with its scheduler, and compile it meanwhile for the first row.
+    """Load a job's pipeline, with its scheduler and fast adapter, and compile it meanwhile for the first row.
 
     Raises:
         CheckpointError: for a model that does not exist or is damaged.
     """
     pipe = job.pipeline.from_pretrained(job.model, prior=job.job.prior, dtype=job.job.dtype, warmup=rehearsal(job))
     pipe.set_progress_bar_config(disable=True)
+    if job.job.fast:
+        pipe.load_fast()
     if job.scheduler is not None:
         pipe.scheduler = scheduler_named(job.scheduler, pipe.scheduler.config)
     return pipe
@@ -413,8 +415,9 @@ class _Stages:
 
     def _constants(self) -> dict[str, object]:
         job = self._job
-        facts = {"mode": job.mode, "model": job.model, "prior": job.job.prior, "scheduler": job.scheduler}
-        return facts | {"dtype": job.job.dtype, "batch": job.job.batch}
+        facts: dict[str, object] = {"mode": job.mode, "model": job.model, "prior": job.job.prior}
+        facts |= {"scheduler": job.scheduler, "dtype": job.job.dtype, "batch": job.job.batch}
+        return facts | ({"fast": True} if job.job.fast else {})
 
     def _write(self, shard: Shard) -> None:
         result = ShardResult(shard.number, False, generating=shard.generating)

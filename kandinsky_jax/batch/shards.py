@@ -65,12 +65,14 @@ class Output:
         url: a local path or an fsspec URL.
         form: one of `OUTPUT_FORMATS`.
         suffix: of the pictures, such as "png".
+        fast: whether the manifest has a column that says that the model's fast adapter was used.
     Raises:
         ReadError, OSError: as in `open_files`.
     """
 
-    def __init__(self, url: str, form: str, suffix: str):
+    def __init__(self, url: str, form: str, suffix: str, fast: bool = False):
         self.url, self.form, self.suffix = url, form, suffix
+        self._columns = MANIFEST_COLUMNS | ({"bool": ["fast"]} if fast else {})
         self._files = open_files(url)
         self._begun = False
         self._stale: set[str] | None = None  # error files of an earlier run, for shards that are made again
@@ -218,7 +220,8 @@ class Output:
             paths = [f"images/{number}/{picture.key}.{self.suffix}" for picture in pictures]
             for path, picture in zip(paths, pictures, strict=True):
                 self._write(path, picture.data)
-            fill = functools.partial(_write_manifest, pictures=list(zip(paths, pictures, strict=True)))
+            listed = list(zip(paths, pictures, strict=True))
+            fill = functools.partial(_write_manifest, pictures=listed, columns=self._columns)
         if self._files.write(name, fill):
             return True
         if self.is_complete(shard):
@@ -411,10 +414,12 @@ MANIFEST_COLUMNS = {
 }
 
 
-def _write_manifest(file: BinaryIO, pictures: Sequence[tuple[str, GeneratedImage]]) -> None:
+def _write_manifest(
+    file: BinaryIO, pictures: Sequence[tuple[str, GeneratedImage]], columns: Mapping[str, Sequence[str]]
+) -> None:
     import pyarrow
 
-    schema = pyarrow.schema([(name, kind) for kind, names in MANIFEST_COLUMNS.items() for name in names])
+    schema = pyarrow.schema([(name, kind) for kind, names in columns.items() for name in names])
     rows = []
     for path, picture in pictures:
         row = {"file_name": path, **picture.about}

@@ -20,6 +20,7 @@ from kandinsky_jax.checkpoint import (
     hub,
     load_network,
     orbax,
+    recommended_settings,
     save_network,
     stored_bytes,
     zero_embed,
@@ -64,6 +65,7 @@ def convert(
     parts = {name: hub.component_folder(folder, name) for name in hub.components(folder)}
     classes = hub.components(folder)
     networks = {name: part for name, part in parts.items() if classes[name] in NETWORKS}
+    adapters = recommended_settings.lora_files(folder)
     if not networks:
         raise CheckpointError(f"{folder} has none of the networks {', '.join(NETWORKS)}")
     if layout is None:
@@ -78,7 +80,7 @@ def convert(
         tqdm(total=sum(read.values()), unit="B", unit_scale=True, disable=not progress) as bar,
     ):
         for path in folder.iterdir():
-            if path.is_file() and path.suffix in _PLAIN and path.name != MANIFEST:
+            if path.is_file() and (path.suffix in _PLAIN or path.name in adapters) and path.name != MANIFEST:
                 shutil.copy(path, scratch / path.name)
         for name, part in parts.items():
             bar.set_description(f"{folder.name}/{name}")

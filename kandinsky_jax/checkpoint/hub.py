@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kandinsky_jax.checkpoint import orbax
+from kandinsky_jax.checkpoint import orbax, recommended_settings
 from kandinsky_jax.checkpoint.tensor_files import PREFERRED, STEMS, ZERO_EMBED, WeightSelection, find, variant_of
 from kandinsky_jax.common.errors import MAX_MESSAGE, CheckpointError, shorten
 from kandinsky_jax.common.storage import read_json
@@ -219,6 +219,8 @@ def is_in_cache(folder: Path) -> bool:
 def _download_model(repository: str, where: HubOptions) -> Path:
     prefix = f"{where.subfolder.strip('/')}/" if where.subfolder else ""
     root = _fetch(repository, where, [prefix + name for name in _INDEX] + ["README.md"])
+    if adapters := recommended_settings.lora_files(root / prefix):
+        _fetch(repository, where, [prefix + name for name in adapters])
     parts = [prefix + part for part in components(root / prefix)]
     return _fetch_component_files(repository, where, parts) / prefix
 
@@ -445,6 +447,17 @@ def find_prior(
         f"{decoder} does not say which prior belongs to it: there is no folder {sibling} and no `prior:` in the front "
         "matter of its README.md. Name one: from_pretrained(..., prior=FOLDER_OR_REPOSITORY)"
     )
+
+
+def with_prior(
+    decoder: Path,
+    prior: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> list[Path]:
+    """Return the folder of a decoder and that of its prior, see `find_prior`, or one folder that has both."""
+    if any(name.startswith("prior_") for name in components(decoder)):
+        return [decoder]
+    return [decoder, find_prior(decoder, prior, **options)]
 
 
 def _front_matter(readme: Path) -> dict[str, object]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from kandinsky_jax.checkpoint import orbax, tokenizer
+from kandinsky_jax.checkpoint import orbax, recommended_settings, tokenizer
 from kandinsky_jax.checkpoint.tensor_files import WEIGHT_FILE, ZERO_EMBED
 from kandinsky_jax.common.atomic import replace_file
 from kandinsky_jax.common.errors import CheckpointError, quote, shorten
@@ -126,13 +126,14 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[int], object] | N
     }
     covered = {PurePosixPath(name).parent for name, known in expected.items() if known is not None}
     components = {root: _components(folder / root) | _folders_of(listed, root) for root in roots}
+    adapters = {root + name for root in roots for name in recommended_settings.lora_files(folder / root)}
     reports = [_missing(name, listed[name]) for name in listed.keys() - present.keys()]
     for name, path in present.items():
         root = next((root for root in sorted(roots, key=len, reverse=True) if name.startswith(root)), None)
         if (known := expected[name]) is not None:
             reports.append(_compare(name, path, known, progress))
         elif (root is not None and _is_read(name.removeprefix(root), components[root])) or (
-            roots and name in INDEX_FILES  # make one model of a family's folder
+            name in adapters or (roots and name in INDEX_FILES)  # the latter make one model of a family's folder
         ):
             detail = "not in the manifest, but loading reads it: remove it, or --update if it belongs there"
             reports.append(FileReport(name, "unexpected", detail))
@@ -352,4 +353,8 @@ def _missing_components(folder: Path, known: set[str]) -> list[FileReport]:
                 path = (index.parent / name).relative_to(folder).as_posix()
                 if not any(other.startswith(f"{path}/") for other in known):
                     reports.append(FileReport(path, "missing", "model_index.json names it"))
+        for name in recommended_settings.lora_files(index.parent):
+            path = (index.parent / name).relative_to(folder).as_posix()
+            if path not in known:
+                reports.append(FileReport(path, "missing", f"{recommended_settings.FILE} names it"))
     return reports

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,42 @@ from kandinsky_jax.common.reading import ReadError, of_file, read_json_object
 from kandinsky_jax.schedulers import NAMES, SchedulerError, scheduler_named
 
 FILE = "recommended_settings.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # with a fast adapter; 1 without one, which older releases read too
 MAX_STEPS, MAX_SCALE, SIDES = 1000, 100.0, (64, 8192)
 MAX_BYTES = 1 << 16  # of the file
+_LORA_FILE = re.compile(r"\w[\w .+-]{0,180}\.(safetensors|bin)")  # no path, and nothing that a pattern could match
+
+
+@dataclasses.dataclass(frozen=True)
+class FastSettings:
+    """Fast adapters, LoRA files distilled for few steps, and the settings that they were made for.
+
+    Args:
+        lora: file of the adapter in the model's folder, for its UNet or, in the folder of a prior, for the prior.
+        prior_lora: the same for the prior of a combined pipeline in one folder.
+        num_inference_steps, prior_num_inference_steps, guidance_scale, prior_guidance_scale, scheduler: as in
+            `RecommendedSettings`.
+    """
+
+    lora: str | None = None
+    prior_lora: str | None = None
+    num_inference_steps: int | None = None
+    prior_num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    prior_guidance_scale: float | None = None
+    scheduler: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of a combined pipeline's call, without the scheduler."""
+        return {name: value for name, value in self.given().items() if name != "scheduler"}
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that are given, without the files."""
+        return {name: value for name, value in _given(self).items() if name not in ("lora", "prior_lora")}
+
+    def prior_arguments(self) -> dict[str, Any]:
+        """Return those arguments that are the prior's."""
+        return {name: value for name, value in self.arguments().items() if name.startswith("prior_")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +65,7 @@ class RecommendedSettings:
         guidance_scale, prior_guidance_scale: of the decoder and the prior, 0..100.
         height, width: of the pictures in pixels, 64..8192.
         scheduler: a short name of the decoder's, see `kandinsky_jax.scheduler_named`.
+        fast: the model's fast adapter, see `Pipeline.load_fast`.
     """
 
     num_inference_steps: int | None = None
@@ -39,12 +75,21 @@ class RecommendedSettings:
     height: int | None = None
     width: int | None = None
     scheduler: str | None = None
+    fast: FastSettings | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the recommended arguments of a combined pipeline's call, without the scheduler."""
-        found = dataclasses.asdict(self)
-        del found["scheduler"]
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in _given(self).items() if name not in ("scheduler", "fast")}
+
+    def with_fast(self, fast: FastSettings) -> RecommendedSettings:
+        """Return the settings of the model with its fast adapter: those of the adapter, else its own."""
+        return dataclasses.replace(self, **fast.given())
+
+
+def _given(settings: FastSettings | RecommendedSettings) -> dict[str, Any]:
+    """Return the fields that are not None, by name."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
 
 NO_SETTINGS = RecommendedSettings()
@@ -81,21 +126,54 @@ def read(folder: str | os.PathLike[str]) -> RecommendedSettings:
     except ReadError as error:
         raise CheckpointError(of_file(path, error)) from None
     faults = []
-    if type(version := content.get("format_version")) is not int or version != FORMAT_VERSION:
+    version = content.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         given = "is missing" if version is None else f"is {quote(version)}"
-        faults.append(f"format_version {given}, this release knows {FORMAT_VERSION}")
-    names = [field.name for field in dataclasses.fields(RecommendedSettings)]
-    known: dict[str, Any] = {name: content[name] for name in names if content.get(name) is not None}
-    if unknown := [name for name in content if name not in (*names, "format_version")]:
-        faults.append(f"{quote(unknown)} are not settings; there are {', '.join(names)}")
-    faults += [fault for name, value in known.items() if (fault := _fault(name, value))]
+        faults.append(f"format_version {given}, this release knows 1 to {FORMAT_VERSION}")
+    known, found = _checked(RecommendedSettings, content, ("format_version",))
+    faults += found
+    if isinstance(table := known.get("fast"), dict):
+        if version == 1:
+            faults.append(f"fast needs a format_version of {FORMAT_VERSION}")
+        fast, found = _checked(FastSettings, table)
+        if not any(table.get(name) is not None for name in ("lora", "prior_lora")):
+            found.append("lora is missing, the adapter's file")
+        faults += [f"fast: {fault}" for fault in found]
+        known["fast"] = FastSettings(**fast)
     if faults:
         raise CheckpointError(of_file(path, f"is not valid: {'; '.join(faults)}"))
     return RecommendedSettings(**known)
 
 
+def lora_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of the LoRA files that a model's folder has by its settings; none where they are not valid."""
+    try:
+        fast = read(folder).fast
+    except CheckpointError:  # which is the business of those who ask for the settings
+        return []
+    return [] if fast is None else [name for name in (fast.lora, fast.prior_lora) if name is not None]
+
+
+def _checked(
+    settings: type[RecommendedSettings] | type[FastSettings], content: Mapping[str, Any], others: Iterable[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings in a table that are given, and everything that is wrong with them."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    known = {name: content[name] for name in names if content.get(name) is not None}
+    faults = []
+    if unknown := [name for name in content if name not in (*names, *others)]:
+        faults.append(f"{quote(unknown)} are not settings; there are {', '.join(names)}")
+    return known, faults + [fault for name, value in known.items() if (fault := _fault(name, value))]
+
+
 def _fault(name: str, value: object) -> str | None:
     """Return what is wrong with a setting, None for nothing."""
+    if name == "fast":
+        return None if isinstance(value, dict) else f"fast is {quote(value)}, needed is an object"
+    if name in ("lora", "prior_lora"):
+        valid = isinstance(value, str) and _LORA_FILE.fullmatch(value) is not None
+        needed = "the name of a .safetensors or .bin file in the model's folder"
+        return None if valid else f"{name} is {quote(value)}, needed is {needed}"
     if name == "scheduler":
         try:
             scheduler_named(str(value), {})
@@ -113,8 +191,10 @@ def _fault(name: str, value: object) -> str | None:
 
 
 def write(settings: RecommendedSettings, folder: Path) -> None:
-    """Write the file into a model's folder; nothing where no setting is recommended."""
-    found = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
-    if found:
-        content = {"format_version": FORMAT_VERSION} | found
+    """Write the file into a model's folder, without the LoRA files that it names; nothing for no settings."""
+    if found := _given(settings):
+        version = 1 if settings.fast is None else FORMAT_VERSION
+        if settings.fast is not None:
+            found["fast"] = _given(settings.fast)
+        content = {"format_version": version} | found
         (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")

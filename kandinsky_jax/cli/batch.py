@@ -77,6 +77,9 @@ def batch(
     scheduler: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"The decoder's: {', '.join(NAMES)}; default: the model's own.")
     ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Use the model's fast adapter, and its settings where nothing is said.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of row 0; one higher for each later row without its own.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     files: Annotated[
@@ -148,6 +151,7 @@ def batch(
             batch=batch,
             seed=seed,
             scheduler=scheduler,
+            fast=fast,
             dtype=dtype,
             root=files,
             defaults=defaults,

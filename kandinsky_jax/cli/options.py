@@ -15,7 +15,7 @@ import typer
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.checkpoint import hub, recommended_settings
+from kandinsky_jax.checkpoint import fast_adapters, hub, recommended_settings
 from kandinsky_jax.checkpoint.hub import OFFICIAL
 from kandinsky_jax.checkpoint.recommended_settings import (
     BY_OPTION,
@@ -75,6 +75,12 @@ class Options:
             "dpm++2m-karras; default: the model's own.",
         ),
     ] = None
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast", help="Use the model's fast adapter and, where nothing is said, the steps and guidance of it."
+        ),
+    ] = False
     guidance_scale: Annotated[
         float | None, typer.Option(help=f"Of the decoder; guidance is on above 1; {default_text('guidance_scale')}.")
     ] = None
@@ -142,14 +148,17 @@ class Options:
         return checks.LARGEST if self.prior_steps is None else self.prior_steps
 
     def completed(self, mode: Mode) -> CompletedOptions:
-        """Find the model, and use its recommended settings where nothing is given.
+        """Find the model, and use its recommended settings where nothing is given; first those of its fast adapter.
 
         Raises:
-            CheckpointError: for a model that does not exist, or recommended settings that are not valid.
+            CheckpointError: for a model that does not exist or has no fast adapter, or recommended settings that are
+                not valid.
         """
         with hub.hint_for_cached_files():
             folder = hub.resolve(self.model or f"{OFFICIAL}/{mode.repository}", mode.repository)
             own, found = recommended_settings.read(folder), dict(vars(self))
+            if self.fast:
+                own = own.with_fast(fast_adapters.settings_of_model(hub.with_prior(folder, self.prior)))
         for name, setting in BY_OPTION.items():
             choices = (found[name], getattr(own, setting), getattr(FALLBACK, setting))
             found[name] = next(value for value in choices if value is not None)
@@ -202,6 +211,8 @@ class CompletedOptions(Options):
             self.folder, prior=self.prior, dtype=self.dtype and self.dtype.value, warmup=run_call, mesh=self.devices()
         )
         pipe.set_progress_bar_config(disable=self.quiet)
+        if self.fast:  # only weights change, so what was compiled serves
+            pipe.load_fast()
         return seed, run_call(pipe)
 
     def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:

@@ -82,7 +82,7 @@ def write_pictures(
         path = options.output
         path = path if len(pictures) == 1 else path.with_stem(f"{path.stem}-{i}")
         run = {"model": options.model, "seed": seed, "image": i, "torch_noise": options.torch_noise}
-        run["scheduler"] = options.scheduler
+        run |= {"scheduler": options.scheduler, "fast": options.fast}
         images.write(path, picture, facts | run)
         print(path)
     print(f"seed {seed}")

@@ -29,7 +29,7 @@ from kandinsky_jax.parallel.sharding import in_memory
 from kandinsky_jax.pipelines import lora_weights
 from kandinsky_jax.pipelines.lora_weights import LayerWeights
 
-_TRAINED = (UNet2DConditionModel, PriorTransformer)
+TRAINED = (UNet2DConditionModel, PriorTransformer)  # networks that LoRA is for
 
 Weight = float | Mapping[str, object]  # of an adapter: one number, or one for each network by component name
 
@@ -73,7 +73,7 @@ class _State:
 _STATES: weakref.WeakKeyDictionary[nnx.Module, _State] = weakref.WeakKeyDictionary()
 
 
-def _apply(updates: Sequence[tuple[nnx.Module, Adapters]]) -> None:
+def apply_adapters(updates: Sequence[tuple[nnx.Module, Adapters]]) -> None:
     """Set the adapters of networks and change their weights accordingly: all of them, or none on an error."""
     ready = []
     for module, adapters in updates:
@@ -114,7 +114,7 @@ def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, 
         for shard in before.addressable_shards:
             array = np.add(np.asarray(shard.data, np.float32), total[shard.index]).astype(before.dtype)
             if not np.isfinite(array).all():
-                raise _NotFiniteError(f"makes {name} too large for {before.dtype}, or not finite")
+                raise NotFiniteError(f"makes {name} too large for {before.dtype}, or not finite")
             # An uncommitted array has to stay uncommitted, or programs are compiled anew.
             parts.append(jax.device_put(array, shard.device if before.committed else None))
     if not before.committed:
@@ -123,7 +123,7 @@ def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, 
     return jax.device_put(whole, in_memory(before.sharding, before.shape))
 
 
-class _NotFiniteError(ValueError):
+class NotFiniteError(ValueError):
     """Changed weights are not finite."""
 
 
@@ -199,13 +199,13 @@ class LoraLoader:
         name = self._name_of(adapter_name, modules, hotswap)
         updates = []
         for bare, module in modules.items():
-            now = _adapters_of(module)
+            now = adapters_of(module)
             if name in now.fused:
                 raise ValueError(f"the adapter {name!r} is fused into the {bare}; call unfuse_lora first")
             updates.append((module, replace(now, loaded={**now.loaded, name: found[bare]}, weights={name: amount})))
         try:
-            _apply(updates)
-        except _NotFiniteError as error:
+            apply_adapters(updates)
+        except NotFiniteError as error:
             raise opened.error(error) from None
         for other, count in left_out.items():
             warnings.warn(
@@ -286,7 +286,7 @@ class LoraLoader:
                 if name in now.loaded
             }
             updates.append((module, replace(now, weights=weights)))
-        _apply(updates)
+        apply_adapters(updates)
 
     def _warn_of_unused(self, name: str, given: Weight | None) -> None:
         """Warn of weights for networks that the adapter does not change."""
@@ -323,15 +323,15 @@ class LoraLoader:
             loaded = {name: adapter for name, adapter in now.loaded.items() if name not in names}
             weights = {name: weight for name, weight in now.weights.items() if name not in names}
             updates.append((module, replace(now, loaded=loaded, weights=weights)))
-        _apply(updates)
+        apply_adapters(updates)
 
     def disable_lora(self) -> None:
         """Restore the original weights; adapters stay loaded, and `enable_lora` applies the active ones again."""
-        _apply([(module, replace(now, enabled=False)) for _, module, now in self._adapters()])
+        apply_adapters([(module, replace(now, enabled=False)) for _, module, now in self._adapters()])
 
     def enable_lora(self) -> None:
         """Apply the active adapters again, after `disable_lora`."""
-        _apply([(module, replace(now, enabled=True)) for _, module, now in self._adapters()])
+        apply_adapters([(module, replace(now, enabled=True)) for _, module, now in self._adapters()])
 
     def fuse_lora(
         self,
@@ -360,7 +360,7 @@ class LoraLoader:
             weights = {name: now.weights.get(name, lora_weights.in_all_layers(1.0)) for name in chosen}
             new = {name: lora_weights.scaled(weight, scale) for name, weight in weights.items()}
             updates.append((module, replace(now, fused={**new, **now.fused})))
-        _apply(updates)
+        apply_adapters(updates)
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Undo `fuse_lora`; active adapters are applied with their own weights again.
@@ -368,7 +368,7 @@ class LoraLoader:
         Args:
             components: as in `fuse_lora`.
         """
-        _apply([(module, replace(now, fused={})) for _, module, now in self._chosen(components)])
+        apply_adapters([(module, replace(now, fused={})) for _, module, now in self._chosen(components)])
 
     @property
     def fused_loras(self) -> set[str]:
@@ -383,7 +383,7 @@ class LoraLoader:
     def unload_lora_weights(self) -> None:
         """Unload all adapters; restores the original weights bit for bit, except for fused adapters."""
         held = self._adapters()
-        _apply([(module, replace(now, weights={}, enabled=True)) for _, module, now in held])
+        apply_adapters([(module, replace(now, weights={}, enabled=True)) for _, module, now in held])
         for _, module, _ in held:
             del _STATES[module]
 
@@ -391,7 +391,7 @@ class LoraLoader:
 
     def _networks(self) -> dict[str, nnx.Module]:
         held: Mapping[str, object] = self._held()  # type: ignore[attr-defined]
-        return {name: part for name, part in held.items() if isinstance(part, _TRAINED)}
+        return {name: part for name, part in held.items() if isinstance(part, TRAINED)}
 
     def _adapters(self) -> list[tuple[str, nnx.Module, Adapters]]:
         """Return (name, network, adapters) of the components that have LoRA loaded."""
@@ -424,11 +424,11 @@ class LoraLoader:
 
     def _name_of(self, name: str | None, modules: Mapping[str, nnx.Module], hotswap: bool) -> str:
         """Choose or check the name of a new adapter of these networks."""
-        taken = {each for module in modules.values() for each in _adapters_of(module).loaded}
+        taken = {each for module in modules.values() for each in adapters_of(module).loaded}
         if name is None:
             if hotswap:
                 raise ValueError("hotswap needs adapter_name=, the name of the adapter to replace")
-            numbers = range(max((len(_adapters_of(module).loaded) for module in modules.values()), default=0), 10**9)
+            numbers = range(max((len(adapters_of(module).loaded) for module in modules.values()), default=0), 10**9)
             return next(f"default_{i}" for i in numbers if f"default_{i}" not in taken)
         if not isinstance(name, str) or not name:
             raise ValueError(f"adapter_name is {shorten(name, 60)}, needed is a name")
@@ -439,7 +439,8 @@ class LoraLoader:
         return name
 
 
-def _adapters_of(module: nnx.Module) -> Adapters:
+def adapters_of(module: nnx.Module) -> Adapters:
+    """Return the adapters of a network."""
     return _STATES[module].adapters if module in _STATES else Adapters()
 
 

@@ -28,10 +28,10 @@ from kandinsky_jax.diffusion.rng import Source
 from kandinsky_jax.parallel.mesh import Mesh
 from kandinsky_jax.parallel.sharding import Rules
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.adapters import LoraLoader
 from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
 from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.denoising import Conditioning, denoise_batches
+from kandinsky_jax.pipelines.fast import FastLoader, remember_folder
 from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names
 from kandinsky_jax.pipelines.loading_arguments import without_diffusers_arguments
 from kandinsky_jax.pipelines.options import Callback
@@ -54,7 +54,7 @@ class LazyComponent:
         vars(pipe)[self._name] = part
 
 
-class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
+class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
     """Base of the pipelines.
 
     The constructor of a subclass takes components by diffusers' names and passes them to `_register`.
@@ -96,6 +96,10 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
             pipe._recommended = recommended_settings.read(stores[-1].folder)
         except CheckpointError as error:  # which is the business of those who ask for the settings
             pipe._recommended = error
+        held = pipe._held()
+        for store in stores:
+            for name in store.folders:
+                remember_folder(held[name], store.folder, name.removeprefix(store.prefix))
         return pipe
 
     @property
@@ -149,6 +153,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
             new.set_progress_bar_config(**pipes[0]._progress_bar_config)
             new._name_or_path = pipes[0]._name_or_path
             new._recommended = next((pipe._recommended for pipe in pipes if hasattr(pipe, "unet")), NO_SETTINGS)
+            new._keep_fast(pipes)
         return new.to(*dtypes) if dtypes else new
 
     # Compiling ahead ----------------------------------------------------------------------------------------------
@@ -170,6 +175,7 @@ class Pipeline(LoraLoader, PretrainedMixin, DiffusionPipeline):
         # A second pipeline of the same components: pipelines cache results, and here these are zeros.
         twin: Any = type(self)(**self._held())
         twin.set_progress_bar_config(disable=True)
+        twin._keep_fast([self])
         call = {name: value for name, value in defaults.items() if name in inspect.signature(twin.__call__).parameters}
         with compiling_ahead(lambda: twin(**call | arguments)):
             pass

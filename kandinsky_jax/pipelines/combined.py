@@ -18,6 +18,7 @@ from kandinsky_jax.models import (
 )
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import Pipeline
+from kandinsky_jax.pipelines.call_defaults import with_defaults
 from kandinsky_jax.pipelines.decoder import DecoderPipeline, PendingImages
 from kandinsky_jax.pipelines.loading import LoadOptions, describe
 from kandinsky_jax.pipelines.options import CallOptions, PriorOptions, check_arguments
@@ -137,6 +138,12 @@ class CombinedPipeline(Pipeline):
     def _held(self) -> dict[str, Any]:
         return self.decoder_pipe._held() | {f"prior_{k}": v for k, v in self.prior_pipe._held().items()}
 
+    def _stages(self) -> list[Any]:
+        return [self.decoder_pipe, self.prior_pipe]
+
+    def _call_defaults(self) -> dict[str, Any]:
+        return self.prior_pipe._combined_defaults() | self.decoder_pipe._combined_defaults()
+
     def set_progress_bar_config(self, **config: object) -> None:
         """Arguments of `tqdm` for the progress bars; `disable=True` turns them off."""
         self.prior_pipe.set_progress_bar_config(**config)
@@ -148,8 +155,9 @@ class CombinedPipeline(Pipeline):
 
         Everything is checked before the prior starts.
         """
-        check_arguments(f"{type(self).__name__}.generate", inspect.signature(self.OPTIONS), args, options)
-        return self._start(self.OPTIONS(*args, **options))
+        signature = inspect.signature(self.OPTIONS)
+        check_arguments(f"{type(self).__name__}.generate", signature, args, options)
+        return self._start(self.OPTIONS(*args, **with_defaults(self, signature.parameters, args, options)))
 
     def _start(self, options: CallOptions) -> PendingImages:
         given = vars(options)

@@ -66,6 +66,7 @@ class PretrainedMixin:
 
     if TYPE_CHECKING:  # of `Pipeline`
         _recommended: RecommendedSettings | CheckpointError
+        _settings_to_save: Callable[[Path], RecommendedSettings]
 
         def _held(self) -> dict[str, Any]: ...
 
@@ -204,7 +205,7 @@ class PretrainedMixin:
                 index[name] = _index_entry(part)
             (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
             if isinstance(self._recommended, RecommendedSettings):
-                recommended_settings.write(self._recommended, scratch)
+                recommended_settings.write(self._settings_to_save(scratch), scratch)
             write_manifest(scratch)
             _keep_other_files(folder, scratch)
         note_saved(folder, own=False)
@@ -238,6 +239,7 @@ def _keep_other_files(folder: Path, scratch: Path) -> None:
     if not (folder / "model_index.json").is_file():
         return
     own = {"model_index.json", MANIFEST, recommended_settings.FILE, *hub.components(folder)}
+    own |= {*recommended_settings.lora_files(folder)}
     for path in folder.iterdir():
         if path.name in own or (scratch / path.name).exists():
             continue

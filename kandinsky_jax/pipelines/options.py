@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from kandinsky_jax.diffusion.rng import Generator
+from kandinsky_jax.pipelines.call_defaults import with_defaults
 
 Callback: TypeAlias = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]  # (pipe, step, timestep, tensors)
 OldCallback: TypeAlias = Callable[[int, int, Any], None]  # (step, timestep, latents)
@@ -432,7 +433,7 @@ def takes(
         @functools.wraps(method)
         def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
             check_arguments(f"{type(self).__name__}.{method.__name__}", fields, args, kwargs)
-            return method(self, options(*args, **kwargs))
+            return method(self, options(*args, **with_defaults(self, fields.parameters, args, kwargs)))
 
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             parameters, return_annotation=own.return_annotation

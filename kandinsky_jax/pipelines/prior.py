@@ -30,6 +30,7 @@ from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWit
 from kandinsky_jax.models.prior import PriorCondition
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.base import LazyComponent, Pipeline, is_guided
+from kandinsky_jax.pipelines.call_defaults import takes_defaults
 from kandinsky_jax.pipelines.denoising import LoopInputs
 from kandinsky_jax.pipelines.options import Callback, CallOptions, PriorOptions
 from kandinsky_jax.pipelines.outputs import Embeds, KandinskyPriorPipelineOutput, PriorResult
@@ -163,6 +164,7 @@ class PriorPipeline(Pipeline):
         check_tokenizer(tokenizer, text_encoder.config)
         self._constants: dict[str, tuple[list[tuple[str, object]], tuple[int, ...], PyTree]] = {}
 
+    @takes_defaults
     def interpolate(
         self,
         images_and_prompts: Sequence[object],

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from kandinsky_jax import CheckpointError, DDPMScheduler, KandinskyV22Pipeline, SchedulerError, UNet2DConditionModel
 from kandinsky_jax.checkpoint import WeightSelection, hub
+from kandinsky_jax.checkpoint.recommended_settings import FILE
 from tests.checkpoint.hub_server import COMMIT, serving
 from tests.conftest import SHAPES_MODEL
 
@@ -138,6 +139,17 @@ def test_only_the_files_that_are_read_are_fetched(served, tmp_path):
     assert sorted(path.name for path in half.rglob("unet/d*")) == ["diffusion_pytorch_model.fp16.safetensors"]
     pickles = resolve(tmp_path / "pickles", selection=WeightSelection(use_safetensors=False))
     assert sorted(path.name for path in pickles.rglob("unet/d*")) == ["diffusion_pytorch_model.bin"]
+
+
+def test_the_fast_adapter_that_the_settings_name_is_fetched(served, tmp_path):
+    source = Path(shutil.copytree(DECODER, tmp_path / "source"))
+    for name in ("fast.safetensors", "other.safetensors"):
+        (source / name).write_bytes(b"lora")
+    (source / FILE).write_text(json.dumps({"format_version": 2, "fast": {"lora": "fast.safetensors"}}))
+    served(m=source)
+    assert sorted(path.name for path in resolve(tmp_path / "a").glob("*.safetensors")) == ["fast.safetensors"]
+    (source / FILE).write_text("{")  # is no reason not to load the model
+    assert not list(resolve(tmp_path / "b").glob("*.safetensors"))
 
 
 def test_a_scheduler_and_configurations_without_tensors(served, tmp_path):

@@ -17,7 +17,7 @@ from kandinsky_jax import CheckpointError
 from kandinsky_jax.batch import Job, JobError, open_job
 from kandinsky_jax.checkpoint import hub, recommended_settings
 from kandinsky_jax.checkpoint.conversion import convert
-from kandinsky_jax.checkpoint.recommended_settings import FILE, RecommendedSettings
+from kandinsky_jax.checkpoint.recommended_settings import FILE, FastSettings, RecommendedSettings
 from kandinsky_jax.cli import app
 from tests.conftest import SHAPES_MODEL
 
@@ -103,7 +103,23 @@ def test_a_job_begun_with_other_settings_is_refused_in_one_sentence(model, tmp_p
     ("content", "message"),
     [
         ("[1]", "is not a JSON object|holds|object"),
-        ('{"format_version": 2}', "format_version is 2, this release knows 1"),
+        ('{"format_version": 3}', "format_version is 3, this release knows 1 to 2"),
+        ('{"format_version": 0}', "format_version is 0, this release knows 1 to 2"),
+        ('{"format_version": 2, "fast": "lora"}', "fast is 'lora', needed is an object"),
+        ('{"format_version": 2, "fast": {"scheduler": "lcm"}}', "fast: lora is missing, the adapter's file"),
+        ('{"format_version": 1, "fast": {"lora": "a.bin"}}', "fast needs a format_version of 2"),
+        ('{"format_version": 2, "fast": {"lora": "../a.bin"}}', "fast: lora is '../a.bin', needed is the name of a"),
+        ('{"format_version": 2, "fast": {"lora": "/a.bin"}}', "fast: lora is '/a.bin', needed is the name of a"),
+        ('{"format_version": 2, "fast": {"lora": "*.bin"}}', "fast: lora is .*needed is the name of a .safetensors or"),
+        ('{"format_version": 2, "fast": {"lora": "a.pkl"}}', "fast: lora is 'a.pkl', needed is the name of a"),
+        (
+            '{"format_version": 2, "height": 1, "fast": {"lora": 1, "prior_num_inference_steps": 1}}',
+            "height is 1, .*; fast: lora is 1, .*; fast: prior_num_inference_steps is 1, needed .* from 2 to 1000$",
+        ),
+        (
+            '{"format_version": 2, "fast": {"lora": "a.bin", "height": 64}}',
+            r"fast: \['height'\] are not settings; there are lora, ",
+        ),
         ('{"format_version": 1, "steps": 3}', r"\['steps'\] are not settings; there are num_inference_steps"),
         ('{"format_version": 1, "guidance_scale": "2"}', "guidance_scale is '2', needed is a number from 0.0 to 100.0"),
         ('{"format_version": 1, "guidance_scale": NaN}', "guidance_scale|JSON|NaN"),
@@ -122,6 +138,19 @@ def test_what_is_wrong_with_the_file_is_said_at_once(tmp_path, content, message)
         recommended_settings.read(tmp_path)
     assert FILE in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_are_read_as_they_were_written(tmp_path):
+    fast = FastSettings("a.safetensors", None, 4, guidance_scale=1.0, scheduler="lcm", prior_num_inference_steps=2)
+    for settings, version in (
+        (RecommendedSettings(guidance_scale=2.0, fast=fast), 2),
+        (RecommendedSettings(guidance_scale=2.0, scheduler="ddim", height=64), 1),
+    ):
+        recommended_settings.write(settings, tmp_path)
+        assert recommended_settings.read(tmp_path) == settings
+        assert json.loads((tmp_path / FILE).read_text())["format_version"] == version
+    assert settings.with_fast(fast) == RecommendedSettings(4, 2, 1.0, None, 64, None, "lcm")
+    assert settings.arguments() == {"guidance_scale": 2.0, "height": 64}
 
 
 def test_a_damaged_file_spoils_no_pipeline_but_is_reported_by_commands(model, tmp_path):

@@ -1,0 +1,258 @@
+"""A model's own fast adapter in pipelines: a LoRA distilled for few steps, with the settings that it was made for.
+
+The model's folder names it, see `checkpoint.fast_adapters`. Which folder a network was read from is kept with the
+network, so pipelines that share the network find its adapter too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flax import nnx
+
+from kandinsky_jax.checkpoint import CheckpointError, fast_adapters, flat_params, hub, lora_files
+from kandinsky_jax.checkpoint.fast_adapters import FastAdapter
+from kandinsky_jax.checkpoint.lora_files import Adapter
+from kandinsky_jax.checkpoint.recommended_settings import FastSettings, RecommendedSettings
+from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.models import PriorTransformer
+from kandinsky_jax.pipelines import lora_weights
+from kandinsky_jax.pipelines.adapters import (
+    TRAINED,
+    Adapters,
+    LoraLoader,
+    NotFiniteError,
+    adapters_of,
+    apply_adapters,
+)
+from kandinsky_jax.schedulers import Scheduler, scheduler_named
+
+NAME = "fast"  # of the adapter
+
+
+@dataclass
+class _Source:
+    """Where a network was read from.
+
+    Attributes:
+        folder: of the model.
+        adapter: its fast adapter there, None for none, or what is wrong with the folder's settings.
+        loaded: the adapter's content, once it was loaded.
+    """
+
+    folder: Path
+    adapter: FastAdapter | CheckpointError | None
+    loaded: Adapter | None = None
+
+
+_SOURCES: weakref.WeakKeyDictionary[nnx.Module, _Source] = weakref.WeakKeyDictionary()
+
+
+def remember_folder(network: object, folder: Path, component: str) -> None:
+    """Note which folder a network was read from; nothing for a network without LoRA.
+
+    Args:
+        component: the network's name in the folder.
+    """
+    if not isinstance(network, TRAINED):
+        return
+    try:
+        _SOURCES[network] = _Source(folder, fast_adapters.of_folder(folder, component))
+    except CheckpointError as error:  # which is the business of those who load the adapter
+        _SOURCES[network] = _Source(folder, error)
+
+
+def _adapter_of(network: nnx.Module) -> FastAdapter | None:
+    """Return the fast adapter of a network; CheckpointError where the settings that name it are not valid."""
+    source = _SOURCES.get(network)
+    if source is not None and isinstance(source.adapter, CheckpointError):
+        raise source.adapter
+    return source.adapter if source is not None else None  # type: ignore[return-value]
+
+
+def _is_applied(network: nnx.Module) -> bool:
+    """Return whether a network's weights have its fast adapter."""
+    now = adapters_of(network)
+    ours = NAME in now.loaded and network in _SOURCES and now.loaded[NAME] is _SOURCES[network].loaded
+    return ours and now.enabled and (NAME in now.weights or NAME in now.fused)
+
+
+@dataclass(frozen=True)
+class _FastMode:
+    """What `load_fast` has changed in a decoder or a prior.
+
+    Attributes:
+        settings: those of its calls.
+        scheduler: the one that was set, None for none.
+        replaced: the one before.
+    """
+
+    settings: FastSettings
+    scheduler: Scheduler | None = None
+    replaced: Scheduler | None = None
+
+
+class FastLoader(LoraLoader):
+    """Mixin of pipelines that load the fast adapter of their model."""
+
+    PREFIX: ClassVar[str]
+    _fast: _FastMode | None = None  # of a decoder or a prior
+
+    if TYPE_CHECKING:  # of `Pipeline`
+        _held: Callable[[], dict[str, Any]]
+
+        @property
+        def recommended_settings(self) -> RecommendedSettings: ...
+
+    def load_fast(self) -> dict[str, Any]:
+        """Load the fast adapter of the model, and use its settings in calls that do not give their own.
+
+        The adapter, named "fast", is added to the adapters that are active, and the decoder gets the scheduler that the
+        adapter was made for. A combined pipeline loads the adapters of its decoder and of its prior, or of the one that
+        has one. Calls, `generate` and `warmup` take what they are not given from the adapter's settings, as long as the
+        adapter is active: `set_adapters("style")` alone turns it off. Loading it again does nothing.
+
+        Returns:
+            the arguments that calls use now: `pipe(prompt)` is `pipe(prompt, **pipe.load_fast())`.
+        Raises:
+            CheckpointError: for a model without a fast adapter, or a file that is missing or damaged.
+            ValueError: where another adapter is fused, or named "fast".
+        """
+        networks = {stage: stage._own_network() for stage in self._stages()}
+        adapters = {stage: found for stage, network in networks.items() if (found := _adapter_of(network)) is not None}
+        if not adapters:
+            raise self._no_adapter(list(networks.values()))
+        updates = [_with_adapter(networks[stage], adapter) for stage, adapter in adapters.items()]
+        by_prefix = {stage.PREFIX: adapter for stage, adapter in adapters.items()}
+        of_prior = fast_adapters.merged(by_prefix.get(""), by_prefix.get("prior_"))
+        modes = {
+            stage: stage._fast or stage._fast_mode(of_prior if stage.PREFIX else adapter.settings)
+            for stage, adapter in adapters.items()
+        }
+        try:
+            apply_adapters([(network, changed) for network, changed in updates if changed != adapters_of(network)])
+        except NotFiniteError as error:
+            raise CheckpointError(f"the fast adapter {error}") from None
+        for stage, mode in modes.items():
+            if stage._fast is None and mode.scheduler is not None:
+                stage.scheduler = mode.scheduler  # type: ignore[attr-defined]
+            stage._fast = mode
+        return self._call_defaults()
+
+    def unload_fast(self) -> None:
+        """Undo `load_fast`: the adapter is unloaded, and the scheduler and the defaults of calls are those before.
+
+        A scheduler that was set since stays.
+
+        Raises:
+            ValueError: where the adapter is fused.
+        """
+        for stage in self._stages():
+            mode, network = stage._fast, stage._own_network()
+            if mode is None:
+                continue
+            if NAME in adapters_of(network).loaded:
+                stage.delete_adapters(NAME)
+            if mode.scheduler is not None and stage.scheduler is mode.scheduler:  # type: ignore[attr-defined]
+                stage.scheduler = mode.replaced  # type: ignore[attr-defined]
+            stage._fast = None
+
+    # What pipelines are made of -----------------------------------------------------------------------------------
+
+    def _stages(self) -> Sequence[FastLoader]:
+        """Return the decoder and the prior of a combined pipeline; others are one stage."""
+        return [self]
+
+    def _own_network(self) -> nnx.Module:
+        """Return the network of a stage that LoRA is for."""
+        [network] = self._networks().values()
+        return network
+
+    def _no_adapter(self, networks: Sequence[nnx.Module]) -> CheckpointError:
+        folders = [_SOURCES[network].folder for network in networks if network in _SOURCES]
+        if folders:
+            return fast_adapters.no_adapter(list(dict.fromkeys(folders)))
+        return CheckpointError(
+            f"the networks of this {type(self).__name__} were not read from a model's folder, which could have a fast "
+            "adapter: load it with from_pretrained"
+        )
+
+    # Settings -----------------------------------------------------------------------------------------------------
+
+    def _fast_mode(self, settings: FastSettings) -> _FastMode:
+        """Choose a stage's settings, and its scheduler, which is not set yet."""
+        if self.PREFIX:
+            return _FastMode(FastSettings(**settings.prior_arguments()))
+        if settings.scheduler is None:
+            return _FastMode(settings)
+        before: Scheduler = self.scheduler  # type: ignore[attr-defined]
+        return _FastMode(settings, scheduler_named(settings.scheduler, before.config), before)
+
+    def _call_defaults(self) -> dict[str, Any]:
+        """Return the arguments of calls that do not give their own, where they are not the usual ones."""
+        found = self._combined_defaults()
+        own = {name: value for name, value in found.items() if name.startswith("prior_") == bool(self.PREFIX)}
+        return {name.removeprefix(self.PREFIX): value for name, value in own.items()}
+
+    def _combined_defaults(self) -> dict[str, Any]:
+        """Return those of a combined call."""
+        if self._fast is None or not _is_applied(self._own_network()):
+            return {}
+        return self._fast.settings.arguments()
+
+    def _keep_fast(self, pipes: Sequence[FastLoader]) -> None:
+        """Use the fast settings of other pipelines in the stages that have the same network."""
+        others = [stage for pipe in pipes for stage in pipe._stages() if stage._fast is not None]
+        for stage in self._stages():
+            for other in others:
+                if other._own_network() is stage._own_network():
+                    stage._fast = other._fast
+
+    def _settings_to_save(self, folder: Path) -> RecommendedSettings:
+        """Return the recommended settings of the weights as they are, and copy the fast adapters' files into a folder.
+
+        Weights that have the fast adapter are those of a fast model: its settings are the adapter's.
+        """
+        settings = replace(self.recommended_settings, fast=None)
+        kept: list[FastAdapter | None] = [None, None]
+        applied = []
+        for i, stage in enumerate(self._stages()):
+            source = _SOURCES.get(network := stage._own_network())
+            if source is None or not isinstance(source.adapter, FastAdapter):
+                continue
+            if _is_applied(network):
+                applied.append(source.adapter.settings)
+            else:
+                kept[i] = source.adapter
+        for fast in reversed(applied):  # where both have one, that of the decoder
+            settings = settings.with_fast(fast)
+        return replace(settings, fast=fast_adapters.copy((kept[0], kept[1]), folder))
+
+
+def _with_adapter(network: nnx.Module, adapter: FastAdapter) -> tuple[nnx.Module, Adapters]:
+    """Return a network and its adapters with the fast one, which is read where it is not loaded."""
+    now, source = adapters_of(network), _SOURCES[network]
+    if others := [name for name in now.fused if name != NAME]:
+        raise ValueError(f"the adapters {shorten(others)} are fused, which leaves no room: call unfuse_lora first")
+    if NAME not in now.loaded:
+        source.loaded = _read(network, adapter)
+    elif now.loaded[NAME] is not source.loaded:
+        raise ValueError(f"there is an adapter {NAME!r} already that is not the model's own; unload it first")
+    assert source.loaded is not None
+    active: Mapping[str, Any] = now.weights if now.enabled else {}
+    weights = {NAME: lora_weights.in_all_layers(1.0), **active}
+    return network, replace(now, loaded={**now.loaded, NAME: source.loaded}, weights=weights, enabled=True)
+
+
+def _read(network: nnx.Module, adapter: FastAdapter) -> Adapter:
+    """Read the changes of one network; the file may have those of the other one too."""
+    component = "prior" if isinstance(network, PriorTransformer) else "unet"
+    adapter.check()
+    with hub.hint_for_cached_files():
+        opened = lora_files.open_file(adapter.path)
+        found, _ = lora_files.read(opened, {component: lora_files.layers_of(flat_params(network))})
+    return found[component]
