@@ -48,7 +48,7 @@ def depth_maps(data: Path) -> dict[str, Image.Image]:
     for item in listing(data / "views.tar"):
         code, _, which = Path(item.name).stem.rpartition("-")
         if which == "0" and item.hint is not None:
-            found[code] = Image.open(io.BytesIO(item.read_hint())).convert("L")
+            found[code] = Image.open(io.BytesIO(item.hint())).convert("L")
     return found
 
 
@@ -101,13 +101,14 @@ def other_modes(
         pipe = cls.from_pretrained(model, prior=prior, dtype="float32")
         pipe.set_progress_bar_config(disable=True)
 
-        def call(prompts: list[str], pipe=pipe, constant=constant, **some: Any) -> np.ndarray:
-            settings = found_settings | constant | {"height": SIDE, "width": SIDE, "output_type": "np"}
-            return pipe(prompts, generator=list(range(BATCH)), **settings, **some).images
-
+        constant |= {"generator": list(range(BATCH)), "height": SIDE, "width": SIDE, "output_type": "np"}
         found[mode] = {}
         for name in ("usual", "fast"):
-            found_settings = USUAL if name == "usual" else pipe.load_fast()
+            settings = constant | (USUAL if name == "usual" else pipe.load_fast())
+
+            def call(prompts: list[str], pipe=pipe, settings=settings, **some: Any) -> np.ndarray:
+                return pipe(prompts, **settings, **some).images
+
             found[mode][name] = in_batches(call, texts, **given)
     found["mix"] = mixed(model, prior, texts, pictures)
     return found
