@@ -418,7 +418,10 @@ def _some(listed: Sequence[str]) -> str:
 
 
 def write(
-    folder: str | os.PathLike[str], adapter: Mapping[str, Mapping[str, LayerChange]], weight_name: str = FILE
+    folder: str | os.PathLike[str],
+    adapter: Mapping[str, Mapping[str, LayerChange]],
+    weight_name: str = FILE,
+    dtype: str = "float32",
 ) -> Path:
     """Write a file that diffusers loads, atomically.
 
@@ -426,6 +429,7 @@ def write(
         folder: created if missing.
         adapter: the changes by network, "unet" or "prior", with which the names in the file begin.
         weight_name: the file's name.
+        dtype: of the tensors in the file, "float32" or "float16".
     """
     target = Path(folder) / check_weight_name(weight_name)
     if target.suffix != ".safetensors":
@@ -436,9 +440,9 @@ def write(
     for component, changes in sorted(adapter.items()):
         for name, change in sorted(changes.items()):
             kernel = (1,) * (change.down.ndim - 2)
-            tensors[f"{component}.{name}.lora_A.weight"] = np.ascontiguousarray(change.down, np.float32)
+            tensors[f"{component}.{name}.lora_A.weight"] = np.ascontiguousarray(change.down, dtype)
             tensors[f"{component}.{name}.lora_B.weight"] = np.ascontiguousarray(
-                change.up.reshape(*change.up.shape, *kernel), np.float32
+                change.up.reshape(*change.up.shape, *kernel), dtype
             )
         about |= {f"{component}.{name}": value for name, value in _describe(changes).items()}
     readers = {

@@ -1,11 +1,13 @@
 """Assemble the trained parts as one family, in float16: `python tpu_scripts/train_tiny/assemble.py build/emoji OUTPUT`.
 
-The three decoders share one MoVQ, which lies in the first one's folder. Copy the result to kandinsky_jax/tiny.
+The three decoders share one MoVQ, which lies in the first one's folder. The fast adapter is distilled from the first,
+and fits all three: `--fast` adds it to a family that is there. Copy the result to kandinsky_jax/tiny.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -15,12 +17,23 @@ from kandinsky_jax import (
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
 )
-from kandinsky_jax.checkpoint import hub, recommended_settings, zero_embed
+from kandinsky_jax.checkpoint import flat_params, hub, lora_files, recommended_settings, zero_embed
+from kandinsky_jax.checkpoint.lora_files import layers_of
 from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
 
-# The folder of a run's result, by the part of the family.
 # What evaluate.py found best.
 RECOMMENDED = recommended_settings.RecommendedSettings(guidance_scale=2.0, prior_guidance_scale=1.0)
+# What evaluate_fast.py found best. The prior, unguided, loses nothing in 4 steps as it is.
+FAST_LORA = "fast_lora.safetensors"
+FAST = recommended_settings.FastSettings(
+    lora=FAST_LORA,
+    num_inference_steps=4,
+    guidance_scale=1.0,
+    scheduler="tcd",
+    prior_num_inference_steps=4,
+    prior_guidance_scale=1.0,
+)
+# The folder of a run's result, by the part of the family.
 RESULTS = {
     hub.PRIOR: ("prior", KandinskyV22PriorPipeline),
     hub.DECODER: ("decoder", KandinskyV22Pipeline),
@@ -34,15 +47,11 @@ Cal Henderson, under the MIT License.
 """
 
 
-def main() -> None:
-    """Write the family."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("output", type=Path)
-    arguments = parser.parse_args()
+def assemble(runs: Path, output: Path) -> None:
+    """Write the family without fast adapters."""
     for name, (run, pipeline) in RESULTS.items():
-        target = arguments.output / name
-        pipe = pipeline.from_pretrained(arguments.runs / run / "model", dtype="float16")
+        target = output / name
+        pipe = pipeline.from_pretrained(runs / run / "model", dtype="float16")
         pipe.save_pretrained(target, overwrite=True)
         if name == hub.PRIOR:
             zero_embed.store(target / "image_encoder", pipe.image_encoder.config)
@@ -51,7 +60,27 @@ def main() -> None:
         if name != hub.PRIOR:
             recommended_settings.write(RECOMMENDED, target)
         (target / MANIFEST).unlink()  # of one of its own; the family has one
-    (arguments.output / "NOTICE").write_text(NOTICE)
+    (output / "NOTICE").write_text(NOTICE)
+
+
+def add_fast_adapter(runs: Path, output: Path) -> None:
+    """Copy the fast adapter to every decoder, in float16, and recommend it."""
+    unet = KandinskyV22Pipeline.from_pretrained(output / hub.DECODER, dtype="float32").unet
+    opened = lora_files.open_file(lora_files.find(runs / "fast"))
+    changes, _ = lora_files.read(opened, {"unet": layers_of(flat_params(unet))})
+    for name in (hub.DECODER, hub.INPAINT, hub.CONTROLNET):
+        lora_files.write(output / name, changes, FAST_LORA, "float16")
+        recommended_settings.write(dataclasses.replace(RECOMMENDED, fast=FAST), output / name)
+
+
+def main() -> None:
+    """Write the family, or its fast adapter alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--fast", action="store_true", help="add the fast adapter to the family in OUTPUT")
+    arguments = parser.parse_args()
+    (add_fast_adapter if arguments.fast else assemble)(arguments.runs, arguments.output)
     write_manifest(arguments.output)
     size = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
     print(f"{arguments.output}: {size / 1e6:.1f} MB")

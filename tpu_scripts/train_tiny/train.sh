@@ -27,4 +27,6 @@ train decoder inpaint 0 &
 inpaint=$!
 train decoder depth 1
 wait $inpaint
-python $recipe/assemble.py $work $work/tiny
+[ -e $work/tiny/NOTICE ] || python $recipe/assemble.py $work $work/tiny
+train distill-decoder fast 0,1
+python $recipe/assemble.py --fast $work $work/tiny

@@ -1,0 +1,50 @@
+"""The embedded model's fast adapter in both libraries: one file, the same picture."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from kandinsky_jax import KandinskyV22CombinedPipeline, TorchGenerator, scheduler_named
+from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.checkpoint.recommended_settings import read
+from tests.pipelines.test_pipelines import assert_same_pictures
+
+FAMILY = hub.EMBEDDED["tiny"]
+SCHEDULERS = {"lcm": diffusers.LCMScheduler, "tcd": diffusers.TCDScheduler}
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """Our pipeline with the adapter loaded."""
+    pipe = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype="float32")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_fast()
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """The reference's decoder with the same file."""
+    folder = FAMILY / hub.DECODER
+    pipe = diffusers.KandinskyV22Pipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.load_lora_adapter(folder, prefix="unet", weight_name=read(folder).fast.lora)
+    return pipe
+
+
+@pytest.mark.parametrize(("name", "steps"), [("tcd", 4), ("lcm", 2)])
+def test_the_fast_picture_is_that_of_diffusers(fast, theirs, name, steps):
+    embeds = fast.prior_pipe(["purple heart", "pizza"], generator=0, output_type="np", return_dict=False)
+    size = {"height": 64, "width": 64, "output_type": "np", "num_inference_steps": steps, "guidance_scale": 1.0}
+    fast.scheduler = scheduler_named(name, fast.scheduler.config)
+    theirs.scheduler = SCHEDULERS[name].from_config(theirs.scheduler.config)
+    ours = fast.decoder_pipe(*embeds, generator=TorchGenerator(5), **size).images
+    given = [torch.from_numpy(np.array(each)) for each in embeds]
+    wanted = theirs(*given, generator=torch.Generator("cpu").manual_seed(5), **size).images
+    assert_same_pictures(ours, wanted)
+    fast.disable_lora()
+    assert np.abs(fast.decoder_pipe(*embeds, generator=TorchGenerator(5), **size).images - ours).mean() * 255 > 1
+    fast.enable_lora()
