@@ -53,7 +53,7 @@ from kandinsky_jax.training.metrics import Metrics, NoMetrics
 from kandinsky_jax.training.run_folder import MODEL, RunFolder
 from kandinsky_jax.training.run_record import Record, check_same_run, check_same_settings, run_record
 from kandinsky_jax.training.step import Trainer, TrainState
-from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task, trains_lora
+from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task, needs_captions, trains_lora
 
 MOST_BAD = 10  # consecutive steps without a finite loss, after which training ends
 
@@ -107,7 +107,7 @@ class Run:
         self._mark = lora.FILE if trains_lora(kind, config) else "model_index.json"
         with in_folder(self.run_folder):
             self.run_folder.check_target(self._mark)
-        found = listing(config.data, exclude=[config.output], scratch=self.folder)
+        found = listing(config.data, exclude=[config.output], scratch=self.folder, needs_captions=needs_captions(kind))
         self.task = make_task(kind, config, pipe)
         self._loaded = pipe is None
         self.task.pipe.set_progress_bar_config(disable=True)

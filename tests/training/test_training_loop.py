@@ -286,6 +286,28 @@ def test_a_distillation(pipe, folder, tmp_path, kind, with_lora):
     getattr(diffusers, f"KandinskyV22{stage}Pipeline").from_pretrained(result)
 
 
+def test_pictures_without_captions(tmp_path):
+    """Of every form of data; with captions needed each is reported."""
+    wanted = [data for _, data in pictures(4)]
+    (tmp_path / "first.png").write_bytes(wanted[0])
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "second.png").write_bytes(wanted[1])
+    (tmp_path / "z" / "metadata.jsonl").write_text('{"file_name": "second.png"}\n')
+    with tarfile.open(tmp_path / "third.tar", "w") as tar:
+        member = tarfile.TarInfo("third.png")
+        member.size = len(wanted[2])
+        tar.addfile(member, io.BytesIO(wanted[2]))
+    rows = pyarrow.Table.from_pylist([{"image": {"bytes": wanted[3], "path": None}}])
+    pyarrow.parquet.write_table(rows, tmp_path / "fourth.parquet")
+    found = listing(tmp_path, needs_captions=False)
+    assert sorted(item.read() for item in found) == sorted(wanted)
+    assert {item.text for item in found} == {""}
+    assert not found.skipped.count
+    with pytest.raises(DataError) as error:
+        listing(tmp_path)
+    assert len(error.value.faults) == 5  # second.png is not named by its metadata, and has no .txt
+
+
 def test_settings_that_distillation_does_not_use(pipe, folder, tmp_path):
     given = {"condition_dropout": 0.1, "snr_gamma": 5.0, "distillation": DistillationConfig(ema_target=True)}
     with pytest.raises(ValueError, match=r"condition_dropout is of no use.*\n.*snr_gamma.*\n.*set optimizer.ema_decay"):

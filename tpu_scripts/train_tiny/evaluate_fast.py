@@ -39,7 +39,7 @@ USUAL = {"num_inference_steps": 25, "guidance_scale": GUIDANCE, "prior_guidance_
 # (steps of the prior, steps of the decoder)
 FEW = ((25, 4), (4, 4), (4, 2), (4, 1))
 OTHERS = 200  # names in the other modes
-ACROSS = 20
+ACROSS = 12
 
 
 def depth_maps(data: Path) -> dict[str, Image.Image]:

@@ -10,6 +10,7 @@ from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.training.data.captions import MARKS, caption_from, caption_of, decode, parse_json
 from kandinsky_jax.training.data.files import DataFile, Folder, in_order, open_folder
 from kandinsky_jax.training.data.items import (
+    CAPTION_KEYS,
     MAX_CAPTION_BYTES,
     MAX_PICTURE_BYTES,
     Captioned,
@@ -29,7 +30,11 @@ ARCHIVES = (".zip", ".7z", ".rar", ".arrow", ".feather", ".tfrecord", ".h5", ".l
 
 
 def listing(
-    path: str | os.PathLike[str], *, exclude: Sequence[str | os.PathLike[str]] = (), scratch: Path | None = None
+    path: str | os.PathLike[str],
+    *,
+    exclude: Sequence[str | os.PathLike[str]] = (),
+    scratch: Path | None = None,
+    needs_captions: bool = True,
 ) -> Listing:
     """List the captioned pictures of a folder and its subfolders, or of one .tar or .parquet file.
 
@@ -43,6 +48,7 @@ def listing(
         path: the folder or file, a local path or an fsspec URL such as `gs://bucket/photos`.
         exclude: folders to skip, such as that of the results; paths or URLs.
         scratch: a folder for temporary files (see `kandinsky_jax.training.data.parquet`).
+        needs_captions: skip pictures without a caption; otherwise theirs is empty.
     Returns:
         the usable pictures, and in `skipped` unused data: pictures without a caption, captions without a picture,
         damaged files.
@@ -59,13 +65,14 @@ def listing(
     found: list[Captioned] = []
     for file in files:
         if file.name.name == METADATA_FILE:
-            found += _of_metadata(file, folder, used, skipped)
-    found += _of_archives([file for file in files if file.name.suffix.lower() != ".parquet"], folder, skipped)
-    found += _of_archives([file for file in files if file.name.suffix.lower() == ".parquet"], folder, skipped, scratch)
-    found += _of_pairs(files, used, folder, skipped)
+            found += _of_metadata(file, folder, used, skipped, needs_captions)
+    for is_parquet in (False, True):
+        some = [file for file in files if (file.name.suffix.lower() == ".parquet") == is_parquet]
+        found += _of_archives(some, folder, skipped, scratch, needs_captions)
+    found += _of_pairs(files, used, folder, skipped, needs_captions)
     items = []
     for item in found:
-        if item.text.strip():
+        if item.text.strip() or not needs_captions:
             items.append(item)
         else:
             skipped.add(f"{item.name}: its caption is empty")
@@ -78,25 +85,25 @@ def listing(
 
 
 def _of_archives(
-    files: Sequence[DataFile], folder: Folder, skipped: Skipped, scratch: Path | None = None
+    files: Sequence[DataFile], folder: Folder, skipped: Skipped, scratch: Path | None, needs_captions: bool
 ) -> Iterator[Captioned]:
     """Yield the captioned pictures of all tars and Parquet files; several remote ones are read at once."""
 
     def read(file: DataFile) -> tuple[list[Captioned], Skipped]:
         own = Skipped()
-        return list(_of_archive(file, own, scratch)), own
+        return list(_of_archive(file, own, scratch, needs_captions)), own
 
     for found, own in in_order(read, files, min(folder.threads, ARCHIVES_AT_ONCE)):
         skipped.merge(own)
         yield from found
 
 
-def _of_archive(file: DataFile, skipped: Skipped, scratch: Path | None) -> Iterator[Captioned]:
+def _of_archive(file: DataFile, skipped: Skipped, scratch: Path | None, needs_captions: bool) -> Iterator[Captioned]:
     suffix = file.name.suffix.lower()
     if suffix == ".tar":
-        yield from read_tar(file, skipped)
+        yield from read_tar(file, skipped, needs_captions)
     elif suffix == ".parquet":
-        yield from read_parquet(file, skipped, scratch)
+        yield from read_parquet(file, skipped, scratch, needs_captions)
     elif file.name.name.lower().endswith(COMPRESSED_SUFFIXES):
         skipped.add(f"{file.name}: a compressed tar is not read; decompress it")
     elif suffix in ARCHIVES:
@@ -108,13 +115,15 @@ def _of_archive(file: DataFile, skipped: Skipped, scratch: Path | None) -> Itera
 # metadata.jsonl ---------------------------------------------------------------------------------------------------
 
 
-def _of_metadata(file: DataFile, folder: Folder, used: set[PurePosixPath], skipped: Skipped) -> Iterator[Captioned]:
+def _of_metadata(
+    file: DataFile, folder: Folder, used: set[PurePosixPath], skipped: Skipped, needs_captions: bool
+) -> Iterator[Captioned]:
     try:
         for number, line in enumerate(_lines(file), 1):
             if not line.strip():
                 continue
             try:
-                yield _of_row(parse_json(line), folder, file.name.parent, used)
+                yield _of_row(parse_json(line), folder, file.name.parent, used, needs_captions)
             except (ValueError, OSError) as error:
                 skipped.add(f"{file.name}, line {number}: {error}")
     except (ValueError, OSError) as error:
@@ -140,9 +149,13 @@ def _lines(metadata: DataFile) -> Iterator[bytes | str]:
             yield b"a line of more than 1 MiB"  # not JSON, so it is reported
 
 
-def _of_row(row: dict[str, object], folder: Folder, below: PurePosixPath, used: set[PurePosixPath]) -> Captioned:
+def _of_row(
+    row: dict[str, object], folder: Folder, below: PurePosixPath, used: set[PurePosixPath], needs_captions: bool
+) -> Captioned:
     """Return the picture of one line; ValueError or OSError if it cannot be used."""
-    text = caption_of(row) if any(key in row for key in ("text", "caption", "prompt")) else None
+    text = None if needs_captions else ""
+    if any(key in row for key in CAPTION_KEYS):
+        text = caption_of(row)
     given = row.get("file_name")
     if text is None or given is None:
         raise ValueError("needed are file_name and text")
@@ -181,7 +194,7 @@ def _item(name: str, text: str, files: Sequence[DataFile]) -> Captioned:
 
 
 def _of_pairs(
-    files: Sequence[DataFile], used: set[PurePosixPath], folder: Folder, skipped: Skipped
+    files: Sequence[DataFile], used: set[PurePosixPath], folder: Folder, skipped: Skipped, needs_captions: bool
 ) -> Iterator[Captioned]:
     """Yield pictures with a .txt or .json of the same name, except those in `used`, which have captions."""
     pictures = {file.name: file for file in files if file.name.suffix.lower() in picture_suffixes()}
@@ -200,16 +213,18 @@ def _of_pairs(
     for file in files:
         stem, suffix = file.name.with_suffix(""), file.name.suffix.lower()
         if file.name in pictures and file.name not in apart:
-            if (caption := captions.get(stem)) is None:
+            caption = captions.get(stem)
+            if caption is None and needs_captions:
                 skipped.add(f"{file.name}: there is no caption; needed is {METADATA_FILE} or {stem.name}.txt")
                 continue
-            text = texts[caption.name]
+            text = "" if caption is None else texts[caption.name]
             try:
                 if isinstance(text, Exception):
                     raise text
                 yield _item(str(file.name), text, [file, hints[stem]] if stem in hints else [file])
             except (ValueError, OSError) as error:
-                skipped.add(f"{file.name}: {caption.name.name}: {error}")
+                about = "" if caption is None else f"{caption.name.name}: "
+                skipped.add(f"{file.name}: {about}{error}")
         elif suffix in unread_suffixes():
             skipped.add(f"{file.name}: pictures of this format are not read; convert it to PNG or JPEG")
         elif suffix == ".txt" and stem not in stems:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -33,7 +33,9 @@ PICTURES_AT_ONCE = 16
 CAPTIONS_AT_ONCE = 4096
 
 
-def read_parquet(file: DataFile, skipped: Skipped, scratch: Path | None = None) -> Iterator[Captioned]:
+def read_parquet(
+    file: DataFile, skipped: Skipped, scratch: Path | None = None, needs_captions: bool = True
+) -> Iterator[Captioned]:
     """Yield the captioned pictures of a Parquet file, reading only its index and captions.
 
     Args:
@@ -41,6 +43,7 @@ def read_parquet(file: DataFile, skipped: Skipped, scratch: Path | None = None) 
         skipped: collects unused data.
         scratch: a folder for temporary files; None, or a missing one, is the system's. The files are unnamed and
             removed with the process.
+        needs_captions: see `listing`.
     """
     name = str(file.name)
     if importlib.util.find_spec("pyarrow") is None:
@@ -50,9 +53,10 @@ def read_parquet(file: DataFile, skipped: Skipped, scratch: Path | None = None) 
         parquet = _open(file)
         names = set(parquet.schema_arrow.names)
         text = next((key for key in CAPTION_KEYS if key in names), None)
-        if "image" not in names or text is None:
-            missing = " and ".join(key for key in ("image", "text") if key not in names)
-            skipped.add(f"{name}: there is no column {missing}")
+        missing = [] if "image" in names else ["image"]
+        missing += ["text"] if text is None and needs_captions else []
+        if missing:
+            skipped.add(f"{name}: there is no column {' and '.join(missing)}")
             return
         columns = tuple(column for column in ("image", "hint") if column in names)
         for column in columns:
@@ -66,9 +70,10 @@ def read_parquet(file: DataFile, skipped: Skipped, scratch: Path | None = None) 
     for group in range(groups):
         first = number
         try:
-            number += parquet.metadata.row_group(group).num_rows
+            rows = parquet.metadata.row_group(group).num_rows
+            number += rows
             size = _bytes_of(parquet, group, columns)
-            captions = _captions(parquet, group, text)
+            captions: Iterable[object] = [""] * rows if text is None else _captions(parquet, group, text)
             for row, caption in enumerate(captions):
                 full = f"{name}, row {first + row}"
                 if not isinstance(caption, str):

@@ -95,7 +95,7 @@ class Sample:
     members: dict[str, Member] = field(default_factory=dict)  # by their endings
 
 
-def read_tar(tar: DataFile, skipped: Skipped) -> Iterator[Captioned]:
+def read_tar(tar: DataFile, skipped: Skipped, needs_captions: bool = True) -> Iterator[Captioned]:
     """Yield the captioned pictures of a tar, in the order of its members.
 
     A picture's caption is the .txt, or else the .json, of the same name; for the first picture of a sample it may be
@@ -104,6 +104,7 @@ def read_tar(tar: DataFile, skipped: Skipped) -> Iterator[Captioned]:
     Args:
         tar: the tar, of which the headers and captions are read in one pass.
         skipped: collects unused data.
+        needs_captions: see `listing`.
     """
     name, captions = str(tar.name), Captions()
     try:
@@ -113,7 +114,7 @@ def read_tar(tar: DataFile, skipped: Skipped) -> Iterator[Captioned]:
                 found.append(info)
                 captions.read(info, file)
             for sample in _samples(list(_regular(found, name, skipped))):
-                yield from _of_sample(sample, tar, captions, skipped)
+                yield from _of_sample(sample, tar, captions, skipped, needs_captions)
     except OSError as error:
         skipped.add(f"{name}: {error.strerror or error}")
 
@@ -145,7 +146,9 @@ def _caption_in(member: Member, file: BinaryIO) -> str | Exception:
         return error
 
 
-def _of_sample(sample: Sample, archive: DataFile, texts: Captions, skipped: Skipped) -> Iterator[Captioned]:
+def _of_sample(
+    sample: Sample, archive: DataFile, texts: Captions, skipped: Skipped, needs_captions: bool
+) -> Iterator[Captioned]:
     tar, (_, modified) = str(archive.name), archive.stat()
     members = list(sample.members.values())
     pictures = sorted((member for member in members if member.is_picture), key=lambda member: "." in member.ending)
@@ -166,16 +169,18 @@ def _of_sample(sample: Sample, archive: DataFile, texts: Captions, skipped: Skip
         own[pictures[0].stem] = min(captions, key=lambda member: (member.suffix != ".txt", member.ending.count(".")))
     for picture in pictures:
         full = f"{tar}/{picture.name}"
-        if (caption := own.get(picture.stem)) is None:
+        caption = own.get(picture.stem)
+        if caption is None and needs_captions:
             skipped.add(f"{full}: there is no caption for it; needed is .txt or .json")
             continue
         try:
-            for member, most in ((picture, MAX_PICTURE_BYTES), (caption, MAX_CAPTION_BYTES)):
-                if member.info.size > most:
-                    raise ValueError(f"{member.name} has {member.info.size:,} bytes, at most {most:,} are read")
-            text = texts.of(caption)
+            for part, most in ((picture, MAX_PICTURE_BYTES), (caption, MAX_CAPTION_BYTES)):
+                if part is not None and part.info.size > most:
+                    raise ValueError(f"{part.name} has {part.info.size:,} bytes, at most {most:,} are read")
+            text = "" if caption is None else texts.of(caption)
         except (ValueError, OSError, tarfile.TarError) as error:
-            skipped.add(f"{full}: {'' if caption.name in str(error) else f'{caption.name}: '}{error}")
+            about = "" if caption is None or caption.name in str(error) else f"{caption.name}: "
+            skipped.add(f"{full}: {about}{error}")
             continue
         size = picture.info.size + sum(member.info.size for member in hints[:1])
         read: list[Callable[[], bytes]] = [partial(member.read, archive) for member in (picture, *hints[:1])]

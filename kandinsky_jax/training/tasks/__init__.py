@@ -26,6 +26,7 @@ __all__ = [
     "PriorTask",
     "TrainingTask",
     "make_task",
+    "needs_captions",
     "trains_lora",
 ]
 
@@ -38,6 +39,11 @@ _LORA: dict[Kind, type[DiffusionTask]] = {task.lora_kind: task for task in _DIFF
 def trains_lora(kind: Kind, config: Config) -> bool:
     """Whether a kind of training ends with a LoRA file."""
     return kind in _LORA and (kind not in _FULL or config.distillation.lora)
+
+
+def needs_captions(kind: Kind) -> bool:
+    """Whether a kind of training skips pictures without a caption."""
+    return kind != Kind.DISTILL_DECODER
 
 
 def make_task(kind: Kind, config: Config, pipe: Pipeline | None = None) -> TrainingTask:
