@@ -319,7 +319,7 @@ def test_gradients_that_are_not_finite_change_no_weight(clip):
 
 
 def test_patterns_that_match_no_layer(shapes_pipe):
-    with pytest.raises(ValueError, match="matches none of the linear layers"):
+    with pytest.raises(ValueError, match="matches none of the layers"):
         lora.init(Network.split(shapes_pipe.unet)[1], LoraConfig(pattern="nothing"), jax.random.key(0))
 
 

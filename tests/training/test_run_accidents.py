@@ -91,6 +91,15 @@ CHANGED = {
     "lora.rank": 8,
     "lora.alpha": 2.0,
     "lora.pattern": "to_q",
+    "distillation.lora": False,
+    "distillation.method": "tcd",
+    "distillation.guidance_scale": 2.0,
+    "distillation.guidance_scale_max": 9.0,
+    "distillation.original_inference_steps": 20,
+    "distillation.distance": "l2",
+    "distillation.huber_c": 0.1,
+    "distillation.timestep_scaling": 5.0,
+    "distillation.ema_target": True,
 }
 FREELY = {
     "model": "m",
@@ -107,6 +116,7 @@ FREELY = {
     "mesh.fsdp": 1,
     "optimizer.max_train_steps": 99,
     "optimizer.remat": True,
+    "distillation.num_inference_steps": 2,
 }
 
 
@@ -119,13 +129,13 @@ def replaced(config: Config, name: str, value: object) -> Config:
 
 def test_every_setting_either_is_compared_or_may_change():
     base = config_of(Path("d"), Path("o"))
-    record = run_record(Kind.LORA_PRIOR, base, ITEMS, {})
+    record = run_record(Kind.DISTILL_PRIOR, base, ITEMS, {})
     for name, value in CHANGED.items():
-        found = record_changes(record, run_record(Kind.LORA_PRIOR, replaced(base, name, value), ITEMS, {}))
+        found = record_changes(record, run_record(Kind.DISTILL_PRIOR, replaced(base, name, value), ITEMS, {}))
         assert name in found, name
         assert name in describe_changes(found)
     for name, value in FREELY.items():
-        assert not record_changes(record, run_record(Kind.LORA_PRIOR, replaced(base, name, value), ITEMS, {})), name
+        assert not record_changes(record, run_record(Kind.DISTILL_PRIOR, replaced(base, name, value), ITEMS, {})), name
     settings = dataclasses.asdict(base)
     names = {
         f"{n}.{m}" if isinstance(v, dict) else n
