@@ -50,10 +50,10 @@ class DistillationConfig:
     """
 
     lora: bool = True
-    method: str = "lcm"
+    method: str = "tcd"
     guidance_scale: float = 4.0
     guidance_scale_max: float | None = None
-    original_inference_steps: int = 50
+    original_inference_steps: int = 20
     distance: str = "huber"
     huber_c: float = 1e-3
     timestep_scaling: float = 10.0

@@ -22,8 +22,10 @@ from tests.conftest import SHAPES_MODEL, note
 from tests.training.test_losses_and_steps import TARGETS, by_peft_name, lora_of, torch_arrays
 
 BATCH = 4
-# "lcm" is the reference's default; the other settings differ from it in everything that the loss reads.
-LCM = DistillationConfig(lora=False, guidance_scale=2.0, guidance_scale_max=8.0)
+# LCM with the settings of the reference's script; the other ones differ from it in everything that the loss reads.
+LCM = DistillationConfig(
+    lora=False, method="lcm", guidance_scale=2.0, guidance_scale_max=8.0, original_inference_steps=50
+)
 TCD = DistillationConfig(
     lora=False, method="tcd", guidance_scale=3.0, original_inference_steps=25, distance="l2", huber_c=0.1
 )
