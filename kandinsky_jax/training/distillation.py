@@ -28,6 +28,7 @@ from kandinsky_jax.training.losses import diffuse
 
 METHODS = ("lcm", "tcd")
 DISTANCES = ("huber", "l2")
+EMBEDDINGS = ("pictures", "prior")
 MAX_SCALE = 100.0
 TARGET = "distillation target"  # name of what is kept for the backward pass, see `jax.checkpoint`
 
@@ -46,6 +47,8 @@ class DistillationConfig:
         huber_c: of the pseudo-Huber distance, above 0.
         timestep_scaling: of the boundary condition of "lcm"; a larger one leaves less of the noisy sample.
         ema_target: compute targets with the average of the weights (`optimizer.ema_decay`), not with those of the step.
+        embeddings: that a decoder is conditioned on: "pictures", those of the training pictures by CLIP's vision tower,
+            or "prior", those that the prior generates from the captions.
         num_inference_steps: of the student, for sample pictures and as the recommendation of a distilled checkpoint.
     """
 
@@ -58,11 +61,12 @@ class DistillationConfig:
     huber_c: float = 1e-3
     timestep_scaling: float = 10.0
     ema_target: bool = False
+    embeddings: str = "pictures"
     num_inference_steps: int = 4
 
     def __post_init__(self) -> None:
         faults = []
-        for name, choices in (("method", METHODS), ("distance", DISTANCES)):
+        for name, choices in (("method", METHODS), ("distance", DISTANCES), ("embeddings", EMBEDDINGS)):
             if (value := getattr(self, name)) not in choices:
                 faults.append(f"{name}={shorten(value, 40)!r} is not supported, only {', '.join(choices)}")
         if not 0 <= self.guidance_scale <= MAX_SCALE:

@@ -275,6 +275,8 @@ def _mark(task: DiffusionTask, reader: Reader, items: Sequence[Captioned]) -> st
     """Return a digest of the inputs: pictures (by name, caption, size and time), settings and weights."""
     settings = (task.component == "prior", reader.resolution, reader.length, reader.hints, reader.processor)
     found = hashlib.sha256(repr(settings).encode())
+    if further := task.encoding_settings:
+        found.update(repr(sorted(further.items())).encode())
     found.update(data_fingerprint(items, modified=True).encode())
     for name, module in sorted(task.encoders.items()):
         found.update(f"{name} {weights_digest(flat_params(module))}".encode())

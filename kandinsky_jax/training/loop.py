@@ -107,7 +107,8 @@ class Run:
         self._mark = lora.FILE if trains_lora(kind, config) else "model_index.json"
         with in_folder(self.run_folder):
             self.run_folder.check_target(self._mark)
-        found = listing(config.data, exclude=[config.output], scratch=self.folder, needs_captions=needs_captions(kind))
+        captions = needs_captions(kind, config)
+        found = listing(config.data, exclude=[config.output], scratch=self.folder, needs_captions=captions)
         self.task = make_task(kind, config, pipe)
         self._loaded = pipe is None
         self.task.pipe.set_progress_bar_config(disable=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
+import json
+from collections.abc import Sequence
 
 import diffusers
 import jax
@@ -12,13 +15,31 @@ import numpy as np
 import peft
 import pytest
 import torch
+from flax import nnx
+from PIL import Image
 
+from kandinsky_jax import KandinskyV22CombinedPipeline, lora
+from kandinsky_jax.checkpoint import flat_params, set_params
+from kandinsky_jax.checkpoint.recommended_settings import RecommendedSettings
 from kandinsky_jax.lora import LoraConfig
+from kandinsky_jax.training import latent_cache
 from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.data import Captioned, without_padding
 from kandinsky_jax.training.distillation import DistillationConfig, draw_steps, solver_timesteps
+from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.loop import Run
+from kandinsky_jax.training.run_record import record_changes, run_record
 from kandinsky_jax.training.step import OptimizerConfig
-from kandinsky_jax.training.tasks import DistillationTask, DistillDecoderTask, DistillPriorTask, LoraTask
+from kandinsky_jax.training.tasks import (
+    DistillationTask,
+    DistillDecoderTask,
+    DistillPriorTask,
+    LoraTask,
+    needs_captions,
+)
+from kandinsky_jax.training.tasks.generated_embeds import caption_keys
 from tests.conftest import SHAPES_MODEL, note
+from tests.pipelines.test_compile import compilations
 from tests.training.test_losses_and_steps import TARGETS, by_peft_name, lora_of, torch_arrays
 
 BATCH = 4
@@ -217,3 +238,132 @@ def test_drawn_steps_are_those_of_the_scheduler():
     assert np.all(of_tcd.ends <= reached)
     assert set(of_tcd.ends.tolist()) == {0, *solver_timesteps(1000, 25)[:-1].tolist()}
     assert np.all(of_tcd.guidance_scale == 3)
+
+
+# Embeddings that the prior generates ------------------------------------------------------------------------------
+
+GENERATED = DistillationConfig(embeddings="prior")
+CAPTIONS = ("a red circle", "a large blue star on a green ground", "a yellow square", "a red circle on white")
+
+
+def picture() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(data, "PNG")
+    return data.getvalue()
+
+
+def items_of(captions: Sequence[str]) -> list[Captioned]:
+    return [Captioned(f"{i}.png", text, picture) for i, text in enumerate(captions)]
+
+
+def read(task: DistillationTask, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """A batch of the reader, at the length of the text tower."""
+    reader = task.reader()
+    rows = [reader(item, np.random.default_rng(0)) for item in items_of(captions)]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def embeds_of(task: DistillationTask, batch: dict[str, np.ndarray]) -> np.ndarray:
+    return np.asarray(task.encode_embeds(batch))
+
+
+def apart(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference, in units of the spread."""
+    return float(np.abs(found - wanted).max() / wanted.std())
+
+
+@pytest.mark.parametrize("scale", [None, 1.0], ids=["guided", "unguided"])
+def test_generated_embeddings_are_those_of_the_prior(shapes_pipe, monkeypatch, scale):
+    """With the model's recommended guidance, else 4; and no program is compiled for further batches of a shape."""
+    monkeypatch.setattr(shapes_pipe, "_recommended", RecommendedSettings(prior_guidance_scale=scale))
+    task = task_of(shapes_pipe, "decoder", GENERATED, resolution=64, seed=5)
+    batch = read(task, CAPTIONS)
+    assert batch.keys() == {"pixels", "input_ids", "text_mask"}
+    keys = caption_keys(5, batch["input_ids"], batch["text_mask"])
+    options = {"num_inference_steps": 25, "guidance_scale": 4.0 if scale is None else scale}
+    wanted = shapes_pipe.prior_pipe([*CAPTIONS], generator=keys, output_type="np", **options).image_embeds
+    encoded = task.encode(without_padding(batch))
+    assert encoded.keys() == {"image_embeds", "latents"}
+    assert note(apart(np.asarray(encoded["image_embeds"]), wanted), "generated embeddings, |d| / spread") <= 1e-4
+    with compilations() as events:
+        task.encode(without_padding(read(task, CAPTIONS[::-1])))
+    assert not events
+
+
+def test_noise_of_a_caption_does_not_depend_on_its_batch(shapes_pipe):
+    """Nor on the padding of other captions; but on the seed."""
+    task = task_of(shapes_pipe, "decoder", GENERATED, resolution=64)
+    whole = embeds_of(task, read(task, CAPTIONS))
+    other = embeds_of(task, without_padding(read(task, [CAPTIONS[2], CAPTIONS[0]])))
+    assert note(apart(other, whole[[2, 0]]), "in other batches, |d| / spread") <= 1e-4
+    seeded = dataclasses.replace(task, config=dataclasses.replace(task.config, seed=1))
+    assert apart(embeds_of(seeded, read(task, CAPTIONS)), whole) > 0.1
+
+
+def test_cache_and_record_notice_what_generates_embeddings(shapes_pipe, monkeypatch):
+    """The setting, the seed, the guidance and the prior's weights; a seed is nothing to embeddings of pictures."""
+    items = items_of(CAPTIONS)
+    prior = nnx.clone(shapes_pipe.prior_prior)
+    set_params(prior, flat_params(prior) | {"clip_mean": np.asarray(flat_params(prior)["clip_mean"]) + 1})
+    other_prior = KandinskyV22CombinedPipeline.from_pipe(shapes_pipe, prior_prior=prior)
+
+    def of(pipe=shapes_pipe, config=GENERATED, **changed) -> tuple[str, dict[str, object]]:
+        task = task_of(pipe, "decoder", config, resolution=64, **changed)
+        networks = {name: flat_params(module) for name, module in task.networks.items()}
+        mark = latent_cache._mark(task, task.reader(), items)
+        return mark, run_record(task.kind, task.config, items, networks)
+
+    mark, record = of()
+    assert of()[0] == mark
+    assert {"weights of text_encoder", "weights of prior", "weights of movq", "weights of unet"} <= record.keys()
+    assert "weights of image_encoder" not in record
+    for changes, name in (
+        ({"config": DistillationConfig()}, "distillation.embeddings"),
+        ({"seed": 1}, "seed"),
+        ({"pipe": other_prior}, "weights of prior"),
+    ):
+        other_mark, other_record = of(**changes)
+        assert other_mark != mark, name
+        assert [*record_changes(record, other_record)] == [name]
+    assert of(config=DistillationConfig())[0] == of(config=DistillationConfig(), seed=1)[0]
+    monkeypatch.setattr(shapes_pipe, "_recommended", RecommendedSettings(prior_guidance_scale=3.0))
+    assert of()[0] != mark
+
+
+def test_where_generated_embeddings_make_no_sense(shapes_pipe):
+    with pytest.raises(ValueError, match=r"distillation.embeddings='prior' is of no use for distill-prior"):
+        task_of(shapes_pipe, "prior", GENERATED)
+    with pytest.raises(ValueError, match=r"embeddings='text' is not supported, only pictures, prior"):
+        DistillationConfig(embeddings="text")
+    generated, plain = (task_of(shapes_pipe, "decoder", config).config for config in (GENERATED, LCM))
+    assert needs_captions(Kind.DISTILL_DECODER, generated)
+    assert not needs_captions(Kind.DISTILL_DECODER, plain)
+    assert needs_captions(Kind.DISTILL_PRIOR, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precompute", [False, True])
+def test_a_run_with_generated_embeddings(shapes_pipe, tmp_path, precompute):
+    """From pictures with captions to a LoRA; one without a caption is left out."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, text in enumerate((*CAPTIONS, None)):
+        (data / f"{i}.png").write_bytes(picture())
+        if text is not None:
+            (data / f"{i}.txt").write_text(text)
+    config = Config(
+        model=str(SHAPES_MODEL),
+        data=str(data),
+        output=str(tmp_path / "out"),
+        resolution=64,
+        train_batch_size=4,
+        precompute=precompute,
+        optimizer=OptimizerConfig(max_train_steps=2),
+        distillation=GENERATED,
+    )
+    with pytest.warns(UserWarning, match=r"4 pictures are used, not used are 1 files or rows"):
+        result = Run(Kind.DISTILL_DECODER, config, shapes_pipe, quiet=True).train()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 2
+    assert np.all(np.isfinite(losses))
+    assert (result / lora.FILE).exists()

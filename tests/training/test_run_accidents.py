@@ -100,6 +100,7 @@ CHANGED = {
     "distillation.huber_c": 0.1,
     "distillation.timestep_scaling": 5.0,
     "distillation.ema_target": True,
+    "distillation.embeddings": "prior",
 }
 FREELY = {
     "model": "m",

@@ -41,9 +41,9 @@ def trains_lora(kind: Kind, config: Config) -> bool:
     return kind in _LORA and (kind not in _FULL or config.distillation.lora)
 
 
-def needs_captions(kind: Kind) -> bool:
-    """Whether a kind of training skips pictures without a caption."""
-    return kind != Kind.DISTILL_DECODER
+def needs_captions(kind: Kind, config: Config) -> bool:
+    """Whether training skips pictures without a caption."""
+    return kind != Kind.DISTILL_DECODER or config.distillation.embeddings == "prior"
 
 
 def make_task(kind: Kind, config: Config, pipe: Pipeline | None = None) -> TrainingTask:

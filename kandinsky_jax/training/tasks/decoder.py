@@ -56,27 +56,31 @@ class DecoderTask(DiffusionTask):
         return self.pipe.decoder_pipe.REPOSITORY == hub.INPAINT
 
     @property
-    def _takes_hint(self) -> bool:
+    def takes_hint(self) -> bool:
+        """Whether the UNet takes a depth map."""
         return self.pipe.unet.config.takes_hint
 
     def alphas_cumprod(self) -> np.ndarray:
         return self.pipe.scheduler.alphas_cumprod
 
     def reader(self) -> Reader:
-        return reader_of(self.config, self.pipe.prior_image_processor, hints=self._takes_hint)
+        return reader_of(self.config, self.pipe.prior_image_processor, hints=self.takes_hint)
 
     def usable(self, items: Sequence[Captioned], skipped: Skipped) -> list[Captioned]:
-        found = [item for item in items if item.hint is not None or not self._takes_hint]
+        found = [item for item in items if item.hint is not None or not self.takes_hint]
         for item in items:
-            if item.hint is None and self._takes_hint:
+            if item.hint is None and self.takes_hint:
                 skipped.add(f"{item.name}: it has no hint, which this UNet takes")
         return found
 
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        embeds = self.encoded_by("prior_image_encoder", jnp.asarray(batch["clip_pixels"]))
         latents = self.encoded_by("movq", to_movq_pixels(batch["pixels"]), method="encode")
-        found = {"image_embeds": embeds.astype(jnp.float32), "latents": latents.astype(jnp.float32)}
-        return found | ({"hint": jnp.asarray(batch["hint"])} if self._takes_hint else {})
+        found = {"image_embeds": self.encode_embeds(batch), "latents": latents.astype(jnp.float32)}
+        return found | ({"hint": jnp.asarray(batch["hint"])} if self.takes_hint else {})
+
+    def encode_embeds(self, batch: Mapping[str, np.ndarray]) -> jax.Array:
+        """Return the image embeddings of a batch of the reader, float32 `[B, D]`."""
+        return self.encoded_by("prior_image_encoder", jnp.asarray(batch["clip_pixels"])).astype(jnp.float32)
 
     def dropped_condition(self) -> dict[str, jax.Array]:
         return {"image_embeds": self.pipe.prior_pipe.get_zero_embed().astype(jnp.float32)}
@@ -102,11 +106,11 @@ class DecoderTask(DiffusionTask):
         return decoder_loss(network, params, **batch, alphas_cumprod=alphas, snr_gamma=self.config.snr_gamma)
 
     def sample_pictures(self, items: Sequence[Captioned], count: int) -> dict[str, np.ndarray | list[Image.Image]]:
-        if not (self._inpaints or self._takes_hint):
+        if not (self._inpaints or self.takes_hint):
             return {}
-        found = first_readable(reader_of(self.config, hints=self._takes_hint), items, count)
+        found = first_readable(reader_of(self.config, hints=self.takes_hint), items, count)
         rows = [found[i % len(found)] for i in range(count)]
-        if self._takes_hint:
+        if self.takes_hint:
             return {"hint": np.stack([row["hint"] for row in rows])}
         side = self.config.resolution
         repaint_mask = np.zeros((side, side), bool)

@@ -15,15 +15,16 @@ from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.checkpoint.tokenizer import tokenize
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call
 from kandinsky_jax.pipelines import Pipeline
 from kandinsky_jax.pipelines.modes import modes_of, repository_of
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.data import TEXT_ARRAYS, Captioned
+from kandinsky_jax.training.data import TEXT_ARRAYS, Captioned, Reader
 from kandinsky_jax.training.kinds import Kind
-from kandinsky_jax.training.tasks.base import Draw, Loss, TrainingTask, contact_sheet
+from kandinsky_jax.training.tasks.base import Draw, Loss, TrainingTask, contact_sheet, reader_of
 
 SAMPLE_STEPS = 25
 
@@ -61,6 +62,11 @@ class DiffusionTask(TrainingTask):
     @abstractmethod
     def encoders(self) -> dict[str, nnx.Module]:
         """The networks that `encode` runs."""
+
+    @property
+    def encoding_settings(self) -> dict[str, object]:
+        """What determines the result of `encode` besides the reader's settings and the encoders' weights."""
+        return {}
 
     @abstractmethod
     def alphas_cumprod(self) -> np.ndarray:
@@ -110,11 +116,37 @@ class DiffusionTask(TrainingTask):
         self._split.clear()
         super().offload(networks)
 
-    def encoded_by(self, name: str, *args: jax.Array, method: str = "__call__") -> PyTree:
-        """Run a frozen network; it is split only once, because that takes 7 ms on the host."""
+    def split(self, name: str) -> tuple[Network, Params]:
+        """Split a frozen network of the pipeline, only once, because that takes 7 ms on the host."""
         if name not in self._split:
             self._split[name] = Network.split(getattr(self.pipe, name))
-        return call(*self._split[name], *args, method=method)
+        return self._split[name]
+
+    def encoded_by(self, name: str, *args: jax.Array, method: str = "__call__") -> PyTree:
+        """Run a frozen network of the pipeline."""
+        return call(*self.split(name), *args, method=method)
+
+    def text_reader(self, **options: Any) -> Reader:
+        """Return a reader of captions too; `options` are those of `reader_of`."""
+        length = self.config.text_length or self.pipe.prior_text_encoder.config.max_position_embeddings
+        return reader_of(self.config, tokenizer=self.pipe.prior_tokenizer, length=length, **options)
+
+    def encode_text(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
+        """Encode captions `[B, T]` of the reader with the text tower."""
+        output = self.encoded_by("prior_text_encoder", jnp.asarray(ids))
+        return {
+            "prompt_embeds": output.text_embeds,
+            "text_encoder_hidden_states": output.last_hidden_state,
+            "text_mask": jnp.asarray(mask),
+        }
+
+    def encode_empty_prompt(self) -> dict[str, jax.Array]:
+        """Encode the empty prompt, `[1, ...]` each, at the length of `text_reader`."""
+        ids, mask = tokenize(
+            self.pipe.prior_tokenizer, [""], self.pipe.prior_text_encoder.config.max_position_embeddings
+        )
+        length = self.config.text_length
+        return self.encode_text(ids[:, :length], mask[:, :length])
 
     def draw(self) -> Draw:
         dropout = self.config.condition_dropout

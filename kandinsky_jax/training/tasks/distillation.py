@@ -1,11 +1,13 @@
 """Distillation of the prior and the decoder: a student of few evaluations, without guidance, from a guided teacher.
 
-The data, encoders and sample pictures are those of the task that trains the network itself; the loss and what is drawn
+The data, encoders and sample pictures are those of the task that trains the network itself, except that a decoder may
+be given embeddings that the prior generates (`distillation.embeddings`); the loss and what is drawn
 for it are `training.distillation`'s. `LoraTask` trains a LoRA by it, which is what `distillation.lora` asks for.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +15,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint.recommended_settings import RecommendedSettings
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.schedulers import scheduler_named
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.data import Captioned
+from kandinsky_jax.training.data import Captioned, Reader
 from kandinsky_jax.training.distillation import Draws, Guess, Predict, consistency_loss, draw_steps, guess, guided
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.tasks.base import Loss
 from kandinsky_jax.training.tasks.decoder import DecoderTask
 from kandinsky_jax.training.tasks.diffusion import DiffusionTask, unpadded
+from kandinsky_jax.training.tasks.generated_embeds import EmbedsGenerator
 from kandinsky_jax.training.tasks.prior import PriorTask
 
 
@@ -122,10 +127,36 @@ class DistillationTask(DiffusionTask):
 
 @dataclass(frozen=True)
 class DistillDecoderTask(DistillationTask, DecoderTask):
-    """Distillation of the decoder's UNet."""
+    """Distillation of the decoder's UNet, given image embeddings of the pictures or those that the prior generates."""
 
     kind = Kind.DISTILL_DECODER
     lora_kind = Kind.DISTILL_DECODER
+
+    @property
+    def _generates_embeds(self) -> bool:
+        return self.config.distillation.embeddings == "prior"
+
+    @functools.cached_property
+    def _generator(self) -> EmbedsGenerator:
+        return EmbedsGenerator(self)
+
+    @property
+    def encoders(self) -> dict[str, nnx.Module]:
+        if not self._generates_embeds:
+            return super().encoders
+        return {"text_encoder": self.pipe.prior_text_encoder, "prior": self.pipe.prior_prior, "movq": self.pipe.movq}
+
+    @property
+    def encoding_settings(self) -> dict[str, object]:
+        return {"embeddings": "prior"} | self._generator.settings if self._generates_embeds else {}
+
+    def reader(self) -> Reader:
+        return self.text_reader(hints=self.takes_hint) if self._generates_embeds else super().reader()
+
+    def encode_embeds(self, batch: Mapping[str, np.ndarray]) -> jax.Array:
+        if not self._generates_embeds:
+            return super().encode_embeds(batch)
+        return self._generator(batch["input_ids"], batch["text_mask"])
 
     def sample_options(self) -> dict[str, Any]:
         return {"num_inference_steps": self.config.distillation.num_inference_steps, "guidance_scale": 1.0}
@@ -168,6 +199,11 @@ def check_unused(config: Config, kind: Kind) -> None:
         faults.append(f"condition_dropout is of no use for {kind}: the student runs without guidance; leave it out")
     if config.snr_gamma is not None:
         faults.append(f"snr_gamma is of no use for {kind}: its losses are not weighted; leave it out")
+    if kind == Kind.DISTILL_PRIOR and config.distillation.embeddings != "pictures":
+        faults.append(
+            f"distillation.embeddings={config.distillation.embeddings!r} is of no use for {kind}: the prior learns to "
+            "generate the embeddings of pictures; leave it out"
+        )
     if config.distillation.ema_target and config.optimizer.ema_decay is None:
         faults.append("distillation.ema_target needs the average of the weights; set optimizer.ema_decay, such as 0.95")
     if faults:

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kandinsky_jax.checkpoint.tokenizer import tokenize
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.pipelines.base import Pipeline
@@ -23,7 +22,6 @@ from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.training.data import Reader
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.losses import normalized_embeds, prior_loss
-from kandinsky_jax.training.tasks.base import reader_of
 from kandinsky_jax.training.tasks.diffusion import DiffusionTask
 
 # The noise schedule that the reference trains the prior with.
@@ -54,32 +52,15 @@ class PriorTask(DiffusionTask):
     def alphas_cumprod(self) -> np.ndarray:
         return SCHEDULE.alphas_cumprod
 
-    @property
-    def _text_length(self) -> int:
-        return self.pipe.prior_text_encoder.config.max_position_embeddings
-
     def reader(self) -> Reader:
-        length = self.config.text_length or self._text_length
-        return reader_of(
-            self.config, self.pipe.prior_image_processor, tokenizer=self.pipe.prior_tokenizer, length=length
-        )
+        return self.text_reader(processor=self.pipe.prior_image_processor)
 
     def encode(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         embeds = self.encoded_by("prior_image_encoder", jnp.asarray(batch["clip_pixels"]))
-        return {"image_embeds": embeds.astype(jnp.float32)} | self._text(batch["input_ids"], batch["text_mask"])
-
-    def _text(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, jax.Array]:
-        output = self.encoded_by("prior_text_encoder", jnp.asarray(ids))
-        return {
-            "prompt_embeds": output.text_embeds,
-            "text_encoder_hidden_states": output.last_hidden_state,
-            "text_mask": jnp.asarray(mask),
-        }
+        return {"image_embeds": embeds.astype(jnp.float32)} | self.encode_text(batch["input_ids"], batch["text_mask"])
 
     def dropped_condition(self) -> dict[str, jax.Array]:
-        ids, mask = tokenize(self.pipe.prior_tokenizer, [""], self._text_length)
-        length = self.config.text_length
-        return self._text(ids[:, :length], mask[:, :length])
+        return self.encode_empty_prompt()
 
     def clean(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         return batch["image_embeds"]
