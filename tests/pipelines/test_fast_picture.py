@@ -10,6 +10,7 @@ import torch
 from kandinsky_jax import KandinskyV22CombinedPipeline, TorchGenerator, scheduler_named
 from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.checkpoint.recommended_settings import read
+from tests.conftest import note
 from tests.pipelines.test_pipelines import assert_same_pictures
 
 FAMILY = hub.EMBEDDED["tiny"]
@@ -48,3 +49,56 @@ def test_the_fast_picture_is_that_of_diffusers(fast, theirs, name, steps):
     fast.disable_lora()
     assert np.abs(fast.decoder_pipe(*embeds, generator=TorchGenerator(5), **size).images - ours).mean() * 255 > 1
     fast.enable_lora()
+
+
+NAMES = [
+    "red heart",
+    "pizza",
+    "rocket",
+    "dog face",
+    "soccer ball",
+    "christmas tree",
+    "umbrella",
+    "penguin",
+    "four leaf clover",
+    "guitar",
+    "wine glass",
+    "snowman",
+    "fire",
+    "purple heart",
+    "thumbs up",
+    "trophy",
+    "palm tree",
+    "watermelon",
+    "crown",
+    "tulip",
+    "skull",
+    "ghost",
+    "sunflower",
+    "strawberry",
+    "books",
+]
+
+
+@pytest.mark.slow
+def test_fast_pictures_show_what_guided_ones_do(fast):
+    """Of 25 guided pictures the nearest to a fast one is that of its prompt."""
+    size = {"height": 64, "width": 64, "output_type": "latent", "generator": list(range(25))}
+
+    def latents(**settings) -> np.ndarray:
+        return np.asarray(fast(NAMES, **size, **settings).images).reshape(len(NAMES), -1)
+
+    def share(found: np.ndarray) -> float:
+        apart = np.square(found[:, None] - guided).sum(-1)
+        return (apart.argmin(1) == np.arange(len(NAMES))).mean()
+
+    fast.unload_fast()
+    guided = latents(num_inference_steps=25, guidance_scale=2.0, prior_guidance_scale=1.0)
+    plain = share(latents(num_inference_steps=1, guidance_scale=1.0, prior_guidance_scale=1.0))
+    fast.load_fast()
+    assert note(share(latents()), "share of fast pictures nearest to their guided one") >= 0.9
+    two = note(share(latents(num_inference_steps=2)), "the same in 2 steps")
+    one = note(share(latents(num_inference_steps=1)), "the same in 1 step")
+    assert two >= 0.85
+    assert one >= 0.85
+    assert note(plain, "the same in 1 step without the adapter") < one
