@@ -30,7 +30,7 @@ def test_rows_replace_only_those_of_the_same_measurement(tmp_path):
         "size": 64,
         "batch": 1,
         "dtype": "float32",
-        "few_by_stage_s": dict.fromkeys(("prior", "decoder", "movq"), 0.25),
+        "by_stage_s": {few_steps.FEW: dict.fromkeys(("prior", "decoder", "movq"), 0.25)},
     }
     row |= few_steps.summary(SECONDS)
     few_steps.add(target, {"date": "today"}, row)

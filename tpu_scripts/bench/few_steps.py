@@ -38,6 +38,7 @@ USUAL, FEW = "usual", "few"
 SIZES = {"tiny": 64, "official": 512}
 BATCHES = {"tiny": [1, 8], "official": [1]}
 PAIRS = {"tiny": 5, "official": 1}
+LONG_SECONDS = 30  # of a call
 ROW_KEYS = ("model", "size", "batch", "dtype")
 EXAMPLE = """examples:
   python tpu_scripts/bench/few_steps.py --model tiny
@@ -121,15 +122,19 @@ class Calls:
         )
         return time.perf_counter() - began
 
-    def few_by_stage(self) -> tuple[float, float]:
-        """Run the stages of `FEW` one after the other; seconds of the prior, and of the decoder without MoVQ."""
-        self._pipe.scheduler = self._schedulers[FEW]
-        few: dict[str, Any] = {"num_inference_steps": FEW_STEPS, "guidance_scale": 1.0, "generator": 0}
+    def by_stage(self, which: str) -> tuple[float, float]:
+        """Run the stages one after the other; seconds of the prior, and of the decoder without MoVQ."""
+        usual = which == USUAL
+        self._pipe.scheduler = self._schedulers[which]
+        options: dict[str, Any] = {"guidance_scale": GUIDANCE if usual else 1.0, "generator": 0}
+        prior_steps, steps = (PRIOR_STEPS, STEPS) if usual else (FEW_STEPS, FEW_STEPS)
         began = time.perf_counter()
-        embeds = self._pipe.prior_pipe(self._prompts, output_type="np", return_dict=False, **few)
+        embeds = self._pipe.prior_pipe(
+            self._prompts, num_inference_steps=prior_steps, output_type="np", return_dict=False, **options
+        )
         after_prior = time.perf_counter()
-        latents = self._pipe.decoder_pipe(*embeds, output_type="latent", **few, **self._size).images
-        jax.block_until_ready(latents)
+        options |= {"num_inference_steps": steps, "output_type": "latent"}
+        jax.block_until_ready(self._pipe.decoder_pipe(*embeds, **options, **self._size).images)
         return after_prior - began, time.perf_counter() - after_prior
 
 
@@ -149,16 +154,21 @@ def measured(calls: Calls, pairs: int, what: str) -> dict[str, list[float]]:
     return found
 
 
-def stages(calls: Calls, few: float, repeats: int) -> dict[str, float]:
-    """Seconds of the stages of `FEW`, medians.
+def stages(calls: Calls, row: dict[str, Any], repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds of the stages, medians; of long usual calls not, because that would take as long as another pair.
 
     Args:
-        few: seconds of the whole call; MoVQ, and making pictures of arrays, is what the other stages leave.
+        row: with the whole calls' seconds; MoVQ, and making pictures of arrays, is what the other stages leave.
     """
-    calls.few_by_stage()  # what compiles beside the whole call's programs
-    runs = [calls.few_by_stage() for _ in range(repeats)]
-    prior, decoder = (statistics.median(each) for each in zip(*runs, strict=True))
-    return {"prior": round(prior, 4), "decoder": round(decoder, 4), "movq": round(few - prior - decoder, 4)}
+    found = {}
+    for which in (FEW, USUAL):
+        if (whole := row[f"{which}_s"]) < LONG_SECONDS or which == FEW:
+            calls.by_stage(which)  # compiles what the whole call has no program for
+            runs = [calls.by_stage(which) for _ in range(repeats)]
+            prior, decoder = (statistics.median(each) for each in zip(*runs, strict=True))
+            parts = {"prior": prior, "decoder": decoder, "movq": whole - prior - decoder}
+            found[which] = {stage: round(seconds, 4) for stage, seconds in parts.items()}
+    return found
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -189,12 +199,12 @@ def add(target: Path, settings: dict[str, Any], row: dict[str, Any]) -> list[dic
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| model | size | batch | dtype | usual, s | few, s | prior + decoder + MoVQ, s | times faster "
+        "| model | size | batch | dtype | usual, s | few, s | its prior + decoder + MoVQ, s | times faster "
         "| smallest to largest | pairs |",
         "|---|---:|---:|---|---:|---:|---|---:|---|---:|",
     ]
     for row in rows:
-        parts = " + ".join(f"{row['few_by_stage_s'][stage]:.3f}" for stage in ("prior", "decoder", "movq"))
+        parts = " + ".join(f"{seconds:.3f}" for seconds in row["by_stage_s"][FEW].values())
         lines.append(
             f"| {row['model']} | {row['size']} | {row['batch']} | {row['dtype']} | {row['usual_s']:.3f} "
             f"| {row['few_s']:.3f} | {parts} | {row['times_faster']:.1f} "
@@ -226,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         what = {"model": given.model, "size": given.size, "batch": batch, "dtype": given.dtype}
         calls = Calls(pipe, given.size, batch)
         row = what | summary(measured(calls, given.pairs, f"{given.model} {given.size} x{batch}"))
-        row["few_by_stage_s"] = stages(calls, row["few_s"], given.pairs)
+        row["by_stage_s"] = stages(calls, row, given.pairs)
         row |= {"note": given.note} if given.note else {}
         rows = add(given.output / f"few-steps-{today}.json", settings, row)
     print(table(rows))
