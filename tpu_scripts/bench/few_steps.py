@@ -73,9 +73,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def official(dtype: str) -> KandinskyV22CombinedPipeline:
-    """A pipeline of random weights in the official shapes, and tiny's tokenizer, whose vocabulary is smaller."""
+    """A pipeline of random weights in the official shapes, and tiny's tokenizer with its smaller vocabulary."""
     small: Any = KandinskyV22CombinedPipeline.from_pretrained("tiny", dtype=dtype)
-    changes = {"image_encoder": {"num_hidden_layers": 2}}
+    words = small.prior_text_encoder.config
+    changes = {
+        "image_encoder": {"num_hidden_layers": 2},
+        "text_encoder": {"vocab_size": words.vocab_size, "eos_token_id": words.eos_token_id},
+    }
     networks = {}
     with tqdm(random_models.PARTS.items(), desc="random weights", unit="repository") as repositories:
         for repository, parts in repositories:
