@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from tpu_scripts.aot import aot_compile, aot_cost, aot_exchange, aot_gpu
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.training.tasks import DistillDecoderTask, LoraTask
+from tpu_scripts.aot import aot_compile, aot_cost, aot_exchange, aot_gpu, aot_train_worker
 
 ROOT = Path(__file__).parents[2]
 CHIP = aot_cost.Chip(flops=1e12, bandwidth=1e11, memory=1e9)
@@ -265,3 +267,22 @@ def test_bytes_of_a_gpu_program_are_those_counted_in_its_text():
     assert touched >= 2 * 64 * 64 * 4
     assert (found["bytes"], found["bound_by"], found["arguments"]) == (touched, "bytes", 64 * 64 * 4)
     assert found["seconds"] == pytest.approx(touched / chip.bandwidth)
+
+
+@pytest.mark.parametrize(
+    ("program", "of", "frozen"),
+    [
+        ("lora-prior", LoraTask, {"float32", "bfloat16"}),
+        ("distill-decoder", DistillDecoderTask, {"bfloat16"}),
+        ("distill-lora-decoder", LoraTask, {"float32", "bfloat16"}),
+    ],
+)
+def test_training_programs(program, of, frozen):
+    """The task of each, and what is frozen beside the trained weights; networks are shapes."""
+    task = aot_train_worker.task_of(program, {"batch": 4, "accumulation": 1}, devices=16)
+    assert type(task) is of
+    assert (str(task.kind) == program.replace("-lora", "")) if program.startswith("distill") else task.kind == program
+    [module] = task.modules.values()
+    given = jax.tree.leaves(jax.eval_shape(task.frozen_of, Network.split(module)[1]))
+    assert {str(leaf.dtype) for leaf in given} == frozen
+    assert callable(aot_train_worker.loss_of(task))

@@ -29,8 +29,10 @@ from kandinsky_jax.training.distillation import DistillationConfig, draw_steps, 
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.run_record import record_changes, run_record
-from kandinsky_jax.training.step import OptimizerConfig
+from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from kandinsky_jax.training.tasks import (
+    DecoderTask,
+    DiffusionTask,
     DistillationTask,
     DistillDecoderTask,
     DistillPriorTask,
@@ -57,12 +59,12 @@ def task_of(pipe, kind: str, config: DistillationConfig, **changed) -> Distillat
     return cls(pipe, Config(model=str(SHAPES_MODEL), data="", output="", distillation=config, **changed))
 
 
-def batch_of(task: DistillationTask, seed: int = 0) -> dict[str, np.ndarray]:
+def batch_of(task: DiffusionTask, seed: int = 0) -> dict[str, np.ndarray]:
     """An encoded batch with what is drawn for it."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     batch = {"image_embeds": normal(BATCH, 64)}
-    if isinstance(task, DistillDecoderTask):
+    if isinstance(task, DecoderTask):
         batch |= {"latents": normal(BATCH, 8, 8, 4)}
     else:
         mask = np.arange(77) < rng.integers(5, 20, (BATCH, 1))
@@ -238,6 +240,27 @@ def test_drawn_steps_are_those_of_the_scheduler():
     assert np.all(of_tcd.ends <= reached)
     assert set(of_tcd.ends.tolist()) == {0, *solver_timesteps(1000, 25)[:-1].tolist()}
     assert np.all(of_tcd.guidance_scale == 3)
+
+
+def kept_bytes(task: DecoderTask) -> int:
+    """Bytes that the forward pass of a rematerialised step keeps for the backward pass; nothing is computed."""
+    trainer = Trainer(task.loss(), OptimizerConfig(remat=True))
+    params = task.initial(jax.random.key(0))
+    further = () if (frozen := task.frozen()) is None else (frozen,)
+
+    def backward(params, batch, *further):
+        return jax.vjp(lambda p: trainer._loss(p, batch, *further), params)[1]
+
+    kept = jax.eval_shape(backward, params, batch_of(task), *further)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+
+@pytest.mark.slow
+def test_remat_keeps_nothing_of_teacher_and_target(shapes_pipe):
+    """What is kept is the student's, as in training without a teacher, and the target, which is as large as latents."""
+    distilled = task_of(shapes_pipe, "decoder", LCM)
+    plain = DecoderTask(shapes_pipe, distilled.config)
+    assert kept_bytes(distilled) <= kept_bytes(plain) + 2 * batch_of(plain)["latents"].nbytes
 
 
 # Embeddings that the prior generates ------------------------------------------------------------------------------

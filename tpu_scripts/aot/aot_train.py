@@ -3,8 +3,9 @@
     python tpu_scripts/aot/aot_train.py --chips v5e:4x4 --fsdp 16 --batch 4 --kinds decoder prior lora-decoder
 
 The production step (kandinsky_jax/training/step.py) on encoded batches: bfloat16 arithmetic, float32 weights and AdamW,
-weights and state divided over `fsdp`, rematerialisation. Per chip: memory, FLOPs, collectives by kind and axis and
-their bytes, and the time that these allow. Writes tpu_scripts/results/aot-train-DATE.json and .md.
+weights and state sharded over `fsdp`, rematerialisation. `distill-*` distils into all weights, `distill-lora-*` into a
+LoRA; the teacher is guided, frozen, and sharded as the weights, in bfloat16. Per chip: memory, FLOPs, collectives by
+kind and axis and their bytes, and the time that these allow. Writes tpu_scripts/results/aot-train-DATE.json and .md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ sys.path.insert(0, str(ROOT))
 from tpu_scripts.aot.aot_compile import check, chips, own_python, positive, progress, worker, write  # noqa: E402
 from tpu_scripts.aot.aot_exchange import Total  # noqa: E402
 
-KINDS = ("decoder", "prior", "lora-decoder", "lora-prior")
+KINDS = (
+    "decoder",
+    "prior",
+    "lora-decoder",
+    "lora-prior",
+    "distill-decoder",
+    "distill-prior",
+    "distill-lora-decoder",
+    "distill-lora-prior",
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,11 @@ from kandinsky_jax.parallel.sharding import REPLICATED
 from kandinsky_jax.pipelines import KandinskyV22PriorPipeline
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.distillation import DistillationConfig
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.mesh import EXAMPLES, make_training_mesh, state_shardings
-from kandinsky_jax.training.step import OptimizerConfig, Trainer
-from kandinsky_jax.training.tasks import LoraTask, TrainingTask, make_task
+from kandinsky_jax.training.step import Loss, OptimizerConfig, Trainer
+from kandinsky_jax.training.tasks import DistillationTask, TrainingTask, make_task
 from tpu_scripts.aot.aot_cost import CHIPS, Chip, costs
 from tpu_scripts.aot.aot_exchange import totals
 from tpu_scripts.aot.aot_worker import OFFICIAL, Shape, first_line, mesh_of
@@ -62,8 +64,8 @@ def official() -> KandinskyV22CombinedPipeline:
     return KandinskyV22CombinedPipeline(scheduler=scheduler, **networks, **prior)
 
 
-def batch_of(task: TrainingTask, rows: int, size: int, mesh: Any) -> dict[str, Shape]:
-    """An encoded batch."""
+def arrays_of(task: TrainingTask, size: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shapes, without the axis of examples, and dtypes of an encoded batch."""
     wanted: dict[str, tuple[tuple[int, ...], Any]] = {"image_embeds": ((EMBED,), jnp.float32)}
     if "prior" in task.modules:
         wanted["prompt_embeds"] = ((EMBED,), jnp.float32)
@@ -71,10 +73,22 @@ def batch_of(task: TrainingTask, rows: int, size: int, mesh: Any) -> dict[str, S
         wanted["text_mask"] = ((TEXT,), jnp.bool_)
     else:
         wanted["latents"] = ((size // 8, size // 8, 4), jnp.float32)
+    return wanted
+
+
+def batch_of(task: TrainingTask, rows: int, size: int, mesh: Any) -> dict[str, Shape]:
+    """An encoded batch."""
     return {
         name: Shape((rows, *shape), dtype, sharding=NamedSharding(mesh, EXAMPLES))
-        for name, (shape, dtype) in wanted.items()
+        for name, (shape, dtype) in arrays_of(task, size).items()
     }
+
+
+def dropped_condition(task: DistillationTask) -> dict[str, jax.Array]:
+    """Zeros in place of what the encoders, which have no weights here, would give; the cost is the same."""
+    clean = "image_embeds" if "prior" in task.modules else "latents"
+    arrays = arrays_of(task, task.config.resolution)
+    return {name: jnp.zeros((1, *shape), dtype) for name, (shape, dtype) in arrays.items() if name != clean}
 
 
 def placed(trainer: Trainer, tree: Any) -> Any:
@@ -84,21 +98,36 @@ def placed(trainer: Trainer, tree: Any) -> Any:
     return jax.tree.map(lambda leaf, place: Shape(leaf.shape, leaf.dtype, sharding=place), tree, where)
 
 
-def compiled(kind: Kind, job: dict[str, Any], mesh: Any) -> Any:
-    """The production step of one kind, compiled."""
-    settings = OptimizerConfig(dtype="bfloat16", remat=True, gradient_accumulation_steps=job["accumulation"])
+def task_of(program: str, job: dict[str, Any], devices: int) -> TrainingTask:
+    """The task of a program: of a kind of training, and `distill-lora-*`, distillation as LoRA."""
+    kind, distills = Kind(program.replace("distill-lora", "distill")), program.startswith("distill")
     config = Config(
-        model="", data="", output="", train_batch_size=job["batch"] * mesh.size, snr_gamma=5.0, optimizer=settings
+        model="",
+        data="",
+        output="",
+        train_batch_size=job["batch"] * devices,
+        snr_gamma=None if distills else 5.0,
+        distillation=DistillationConfig(lora="lora" in program),
+        optimizer=OptimizerConfig(dtype="bfloat16", remat=True, gradient_accumulation_steps=job["accumulation"]),
     )
-    task: Any = make_task(kind, config, official())
-    trainer = Trainer(task.loss(), settings, mesh=mesh, draw=task.draw())
+    return make_task(kind, config, official())
+
+
+def loss_of(task: TrainingTask) -> Loss:
+    """The loss of a task without running its encoders."""
+    with mock.patch.object(DistillationTask, "dropped_condition", dropped_condition):
+        return task.loss()
+
+
+def compiled(program: str, job: dict[str, Any], mesh: Any) -> Any:
+    """The production step of one program, compiled."""
+    task: Any = task_of(program, job, mesh.size)
+    trainer = Trainer(loss_of(task), task.config.optimizer, mesh=mesh, draw=task.draw(), uses_average=task.uses_average)
     [module] = task.modules.values()
     params = Network.split(module)[1]
     trained = jax.eval_shape(lambda p: task.initial_of(p, jax.random.key(0)), params)
     state = placed(trainer, jax.eval_shape(trainer._initial_state, trained))
-    frozen = None
-    if isinstance(task, LoraTask):
-        frozen = placed(trainer, jax.eval_shape(task.frozen_of, params))
+    frozen = placed(trainer, jax.eval_shape(task.frozen_of, params))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = Shape(key.shape, key.dtype, sharding=NamedSharding(mesh, REPLICATED))
     batch = batch_of(task, job["batch"] * mesh.size, job["size"], mesh)
@@ -124,18 +153,18 @@ def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     devices = mesh_of(job["chips"]).devices.flatten()
     mesh = make_training_mesh(len(devices) // job["fsdp"], job["fsdp"], devices)
     yield {"event": "versions", "jax": jax.__version__}
-    for kind in map(Kind, job["kinds"]):
-        row = {"chips": job["chips"], "program": str(kind), "devices": len(devices)}
+    for program in job["kinds"]:
+        row = {"chips": job["chips"], "program": program, "devices": len(devices)}
         row |= {name: job[name] for name in ("fsdp", "batch", "accumulation", "size")}
         yield {"event": "compiling", **row}
         began = time.perf_counter()
         try:
-            result = compiled(kind, job, mesh)
+            result = compiled(program, job, mesh)
         except Exception as error:  # such as a program that does not fit: the others still count
             yield {"event": "failed", **row, "error": first_line(error)}
             continue
         if job["hlo"]:
-            name = f"train-{kind}-{job['chips'].replace(':', '-')}-fsdp{job['fsdp']}.txt"
+            name = f"train-{program}-{job['chips'].replace(':', '-')}-fsdp{job['fsdp']}.txt"
             (Path(job["hlo"]) / name).write_text(result.as_text())
         memory = result.memory_analysis()
         row |= {"compile_seconds": round(time.perf_counter() - began, 1), **costs(result, chip)}

@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from kandinsky_jax.checkpoint import flat_params, hub, tensor_files, tensor_names
+from kandinsky_jax.checkpoint import flat_params, hub, set_params, tensor_files, tensor_names
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
 
@@ -49,12 +51,11 @@ def write(folder: Path, repository: str) -> int:
 
 
 def _write_network(target: Path, name: str, dtype: str, config: Path) -> int:
-    cls, rng = NETWORKS[name], np.random.default_rng(0)
-    module = abstract(cls, cls.CONFIG.from_dict(json.loads(config.read_text()), str(config)))
-    shapes = {n: tensor_names.torch_shape(n, leaf.shape) for n, leaf in flat_params(module).items()}
+    rng = np.random.default_rng(0)
+    shapes = {n: tensor_names.torch_shape(n, leaf.shape) for n, leaf in flat_params(_shapes_of(name, config)).items()}
     tensors = {
         tensor_names.torch_name(n): tensor_files.Tensor(
-            s, partial(_draw, rng, tensor_names.torch_name(n), s, dtype), np.dtype(dtype)
+            s, partial(_draw, rng, tensor_names.torch_name(n), s, math.prod(s[1:]), dtype), np.dtype(dtype)
         )
         for n, s in shapes.items()
     }
@@ -64,12 +65,32 @@ def _write_network(target: Path, name: str, dtype: str, config: Path) -> int:
     return np.dtype(dtype).itemsize * sum(math.prod(shape) for shape in shapes.values())
 
 
-def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def network(repository: str, part: str, dtype: str, **changes: Any) -> nnx.Module:
+    """One network in memory.
+
+    Args:
+        changes: of its configuration.
+    """
+    name, rng = PARTS[repository][part][0], np.random.default_rng(0)
+    module, params = _shapes_of(name, OFFICIAL / repository / part / "config.json", **changes), {}
+    for n, leaf in flat_params(module).items():
+        fan_in = math.prod(tensor_names.torch_shape(n, leaf.shape)[1:])
+        values = _draw(rng, tensor_names.torch_name(n), leaf.shape, fan_in, "float32")
+        params[n] = jnp.asarray(values, dtype)
+    return set_params(module, params)
+
+
+def _shapes_of(name: str, config: Path, **changes: Any) -> nnx.Module:
+    cls = NETWORKS[name]
+    return abstract(cls, cls.CONFIG.from_dict(json.loads(config.read_text()) | changes, str(config)))
+
+
+def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], fan_in: int, dtype: str) -> np.ndarray:
     """Matrices that keep the variance of what they multiply, nearly; norms about 1, biases about 0."""
     values = rng.random(shape, np.float32)
     values -= 0.5
     if len(shape) > 1:
-        values *= 2.4 * math.prod(shape[1:]) ** -0.5
+        values *= 2.4 * fan_in**-0.5
     else:
         values *= 0.1
         values += name.endswith(".weight")

@@ -109,6 +109,13 @@ class DiffusionTask(TrainingTask):
         """Return the initial values of the trained parameters, for a network with these parameters."""
         return params
 
+    def frozen(self) -> PyTree:
+        return self.frozen_of(Network.split(self.module)[1])
+
+    def frozen_of(self, params: Params) -> PyTree:
+        """Return what `frozen` returns, for a network with these parameters."""
+        return None
+
     def weights(self, trained: PyTree) -> dict[str, Params]:
         return {self.component: trained}
 

@@ -43,9 +43,8 @@ class DistillationTask(DiffusionTask):
     def draw_timesteps(self, key: jax.Array, count: int) -> dict[str, jax.Array]:
         return draw_steps(key, count, len(self.alphas_cumprod()), self.config.distillation)._asdict()
 
-    def frozen(self) -> Params:
+    def frozen_of(self, params: Params) -> Params:
         """Return the teacher's parameters, in the dtype of computation."""
-        params = Network.split(self.module)[1]
         return jax.tree.map(lambda leaf: leaf.astype(self.config.optimizer.dtype), params)
 
     @property

@@ -90,7 +90,8 @@ class LoraTask(TrainingTask):
 
     def loss(self) -> Loss:
         loss_of_params, scale, dtype = self.full.loss(), self.config.lora.scale, self.config.optimizer.dtype
-        takes_frozen = self.full.frozen() is not None
+        params = Network.split(self.full.module)[1]
+        takes_frozen = jax.eval_shape(self.full.frozen_of, params) is not None
 
         def merged(frozen: Params, changes: lora.Lora) -> Params:
             return computed(lora.merged(frozen, changes, scale))  # added in float32
