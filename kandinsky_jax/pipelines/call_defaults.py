@@ -23,6 +23,7 @@ def with_defaults(
     Args:
         names: of the call's parameters, in their order.
     """
+    pipe._settle_scheduler()
     given = {*list(names)[: len(args)], *kwargs}
     defaults: dict[str, Any] = pipe._call_defaults()
     return {name: value for name, value in defaults.items() if name in names and name not in given} | dict(kwargs)

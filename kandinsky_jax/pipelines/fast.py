@@ -6,8 +6,10 @@ network, so pipelines that share the network find its adapter too.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -49,6 +51,7 @@ class _Source:
     loaded: Adapter | None = None
 
 
+_LOCK = threading.RLock()  # of loading and unloading
 _SOURCES: weakref.WeakKeyDictionary[nnx.Module, _Source] = weakref.WeakKeyDictionary()
 
 
@@ -64,6 +67,17 @@ def remember_folder(network: object, folder: Path, component: str) -> None:
         _SOURCES[network] = _Source(folder, fast_adapters.of_folder(folder, component))
     except CheckpointError as error:  # which is the business of those who load the adapter
         _SOURCES[network] = _Source(folder, error)
+
+
+@contextmanager
+def without_fast_adapter(network: nnx.Module) -> Iterator[None]:
+    """Save a network as one that no fast adapter was made for, since its weights are others, within the block."""
+    source = _SOURCES.pop(network, None)
+    try:
+        yield
+    finally:
+        if source is not None:
+            _SOURCES[network] = source
 
 
 def _adapter_of(network: nnx.Module) -> FastAdapter | None:
@@ -103,6 +117,7 @@ class FastLoader(LoraLoader):
     _fast: _FastMode | None = None  # of a decoder or a prior
 
     if TYPE_CHECKING:  # of `Pipeline`
+        scheduler: Any
         _held: Callable[[], dict[str, Any]]
 
         @property
@@ -122,6 +137,10 @@ class FastLoader(LoraLoader):
             CheckpointError: for a model without a fast adapter, or a file that is missing or damaged.
             ValueError: where another adapter is fused, or named "fast".
         """
+        with _LOCK:
+            return self._load_fast()
+
+    def _load_fast(self) -> dict[str, Any]:
         networks = {stage: stage._own_network() for stage in self._stages()}
         adapters = {stage: found for stage, network in networks.items() if (found := _adapter_of(network)) is not None}
         if not adapters:
@@ -139,7 +158,7 @@ class FastLoader(LoraLoader):
             raise CheckpointError(f"the fast adapter {error}") from None
         for stage, mode in modes.items():
             if stage._fast is None and mode.scheduler is not None:
-                stage.scheduler = mode.scheduler  # type: ignore[attr-defined]
+                stage.scheduler = mode.scheduler
             stage._fast = mode
         return self._call_defaults()
 
@@ -151,15 +170,33 @@ class FastLoader(LoraLoader):
         Raises:
             ValueError: where the adapter is fused.
         """
+        with _LOCK:
+            for stage in self._stages():
+                stage._leave_fast()
+
+    def _leave_fast(self) -> None:
+        """Undo `load_fast` in one stage."""
+        mode, network = self._fast, self._own_network()
+        if mode is None:
+            return
+        if NAME in adapters_of(network).loaded:
+            self.delete_adapters(NAME)
+        if mode.scheduler is not None and self.scheduler is mode.scheduler:
+            self.scheduler = mode.replaced
+        self._fast = None
+
+    def _settle_scheduler(self) -> None:
+        """Before a call: use the adapter's scheduler while the adapter is active, and the one before while it is not.
+
+        A scheduler that was set since stays.
+        """
         for stage in self._stages():
-            mode, network = stage._fast, stage._own_network()
-            if mode is None:
+            mode = stage._fast
+            if mode is None or mode.scheduler is None:
                 continue
-            if NAME in adapters_of(network).loaded:
-                stage.delete_adapters(NAME)
-            if mode.scheduler is not None and stage.scheduler is mode.scheduler:  # type: ignore[attr-defined]
-                stage.scheduler = mode.replaced  # type: ignore[attr-defined]
-            stage._fast = None
+            chosen = mode.scheduler if _is_applied(stage._own_network()) else mode.replaced
+            if stage.scheduler is mode.scheduler or stage.scheduler is mode.replaced:
+                stage.scheduler = chosen
 
     # What pipelines are made of -----------------------------------------------------------------------------------
 
@@ -189,7 +226,7 @@ class FastLoader(LoraLoader):
             return _FastMode(FastSettings(**settings.prior_arguments()))
         if settings.scheduler is None:
             return _FastMode(settings)
-        before: Scheduler = self.scheduler  # type: ignore[attr-defined]
+        before: Scheduler = self.scheduler
         return _FastMode(settings, scheduler_named(settings.scheduler, before.config), before)
 
     def _call_defaults(self) -> dict[str, Any]:

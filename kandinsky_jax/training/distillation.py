@@ -30,6 +30,7 @@ METHODS = ("lcm", "tcd")
 DISTANCES = ("huber", "l2")
 EMBEDDINGS = ("pictures", "prior")
 MAX_SCALE = 100.0
+MAX_STEPS = 50  # of the student; `LCMScheduler` and `TCDScheduler` take no more
 TARGET = "distillation target"  # name of what is kept for the backward pass, see `jax.checkpoint`
 
 
@@ -45,7 +46,8 @@ class DistillationConfig:
         original_inference_steps: steps of the teacher's solver (DDIM); the student learns to skip one after the other.
         distance: "huber", the pseudo-Huber distance, or "l2", the mean square.
         huber_c: of the pseudo-Huber distance, above 0.
-        timestep_scaling: of the boundary condition of "lcm"; a larger one leaves less of the noisy sample.
+        timestep_scaling: of the boundary condition of "lcm"; a larger one leaves less of the noisy sample. Give the
+            scheduler the same, whose default is 10 too.
         ema_target: compute targets with the average of the weights (`optimizer.ema_decay`), not with those of the step.
         embeddings: that a decoder is conditioned on: "pictures", those of the training pictures by CLIP's vision tower,
             or "prior", those that the prior generates from the captions.
@@ -79,16 +81,13 @@ class DistillationConfig:
             faults.append(
                 f"original_inference_steps must be from 2 to 1000, got {shorten(self.original_inference_steps)}"
             )
-        elif not 1 <= self.num_inference_steps <= self.original_inference_steps:
-            faults.append(
-                f"num_inference_steps must be from 1 to original_inference_steps={self.original_inference_steps}, got "
-                f"{shorten(self.num_inference_steps)}"
-            )
+        if not 1 <= self.num_inference_steps <= MAX_STEPS:
+            faults.append(f"num_inference_steps must be from 1 to {MAX_STEPS}, got {shorten(self.num_inference_steps)}")
         for name in ("huber_c", "timestep_scaling"):
             if not 0 < getattr(self, name) < math.inf:
                 faults.append(f"{name} must be a number above 0, got {getattr(self, name)}")
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError("\n".join(faults))
 
 
 class Guess(NamedTuple):

@@ -102,3 +102,23 @@ def test_fast_pictures_show_what_guided_ones_do(fast):
     assert two >= 0.85
     assert one >= 0.85
     assert note(plain, "the same in 1 step without the adapter") < one
+
+
+def test_calls_while_the_adapter_is_off_use_the_scheduler_before(fast):
+    """And the adapter's own again with the adapter, in pipelines that share the networks too."""
+    short = {"height": 64, "width": 64, "output_type": "latent", "generator": 0}
+    fast.unload_fast()
+    before = fast.scheduler
+    fast.load_fast()
+    own = fast.scheduler
+    other = type(fast).from_pipe(fast)
+    fast.disable_lora()
+    fast("pizza", num_inference_steps=2, **short)
+    assert fast.scheduler is before
+    fast.enable_lora()
+    assert other("pizza", **short).images.shape == (1, 4, 8, 8)
+    assert other.scheduler is own
+    fast.unload_fast()
+    other("pizza", num_inference_steps=2, **short)
+    assert other.scheduler is before
+    fast.load_fast()

@@ -75,7 +75,7 @@ def config_of(folder: Path, kind: Kind, steps: int) -> Config:
             ema_decay=0.98,
         ),
         lora=LoraConfig(rank=16, pattern=LAYERS),
-        distillation=DistillationConfig(embeddings="prior" if kind == Kind.DISTILL_DECODER else "pictures"),
+        distillation=DistillationConfig(),
     )
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the data and the trainings")
     parser.add_argument("--pictures", type=int, default=600)
-    parser.add_argument("--decoder-steps", type=int, default=2500)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--prior-steps", type=int, default=400)
     parser.add_argument("--output", type=Path, default=ROOT / "tpu_scripts" / "results")
     arguments = parser.parse_args()

@@ -15,11 +15,13 @@ from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint import hub
+from kandinsky_jax.checkpoint.recommended_settings import NO_SETTINGS, RecommendedSettings
 from kandinsky_jax.checkpoint.tokenizer import tokenize
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.calls import call
 from kandinsky_jax.pipelines import Pipeline
+from kandinsky_jax.pipelines.fast import without_fast_adapter
 from kandinsky_jax.pipelines.modes import modes_of, repository_of
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import TEXT_ARRAYS, Captioned, Reader
@@ -205,8 +207,18 @@ class DiffusionTask(TrainingTask):
         """Return the pictures that the pipeline needs for `count` sample pictures, by its arguments."""
         return {}
 
+    def recommended(self) -> RecommendedSettings:
+        """Return the settings that the result recommends."""
+        return NO_SETTINGS
+
     def export(self, target: Path, trained: PyTree, items: Sequence[Captioned]) -> None:
-        self.stage.save_pretrained(target, overwrite=True)
+        stage, before = self.stage, self.stage._recommended
+        stage._recommended = self.recommended()
+        try:
+            with without_fast_adapter(self.module):
+                stage.save_pretrained(target, overwrite=True)
+        finally:
+            stage._recommended = before
 
 
 def unpadded(text: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -7,10 +7,10 @@ for it are `training.distillation`'s. `LoraTask` trains a LoRA by it, which is w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ class DistillationTask(DiffusionTask):
     """What distillation changes in the training of a diffusion network; the teacher is the network as it was loaded."""
 
     def __post_init__(self) -> None:
-        check_unused(self.config, self.kind)
+        check_unused(self.config, self.kind, len(self.alphas_cumprod()))
 
     def draw_timesteps(self, key: jax.Array, count: int) -> dict[str, jax.Array]:
         return draw_steps(key, count, len(self.alphas_cumprod()), self.config.distillation)._asdict()
@@ -113,16 +113,6 @@ class DistillationTask(DiffusionTask):
 
         return predict_guided
 
-    # The result ---------------------------------------------------------------------------------------------------
-
-    def recommended(self) -> RecommendedSettings:
-        """Return the settings that a distilled checkpoint recommends."""
-        raise NotImplementedError
-
-    def export(self, target: Path, trained: Params, items: Sequence[Captioned]) -> None:
-        self.stage._recommended = self.recommended()
-        super().export(target, trained, items)
-
 
 @dataclass(frozen=True)
 class DistillDecoderTask(DistillationTask, DecoderTask):
@@ -170,8 +160,11 @@ class DistillDecoderTask(DistillationTask, DecoderTask):
 
     def recommended(self) -> RecommendedSettings:
         config = self.config.distillation
-        return RecommendedSettings(
-            num_inference_steps=config.num_inference_steps, guidance_scale=1.0, scheduler=config.method
+        return dataclasses.replace(
+            super().recommended(),
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=1.0,
+            scheduler=config.method,
         )
 
 
@@ -191,9 +184,14 @@ class DistillPriorTask(DistillationTask, PriorTask):
         return RecommendedSettings(prior_num_inference_steps=max(2, steps), prior_guidance_scale=1.0)
 
 
-def check_unused(config: Config, kind: Kind) -> None:
+def check_unused(config: Config, kind: Kind, train_timesteps: int) -> None:
     """Raise ValueError for settings that distillation does not use, or that lack what they need."""
     faults = []
+    if train_timesteps % (steps := config.distillation.original_inference_steps):
+        faults.append(
+            f"distillation.original_inference_steps={steps} does not divide the {train_timesteps} timesteps, so the "
+            "noisiest would be left out; give one that does, such as 20"
+        )
     if config.condition_dropout:
         faults.append(f"condition_dropout is of no use for {kind}: the student runs without guidance; leave it out")
     if config.snr_gamma is not None:
