@@ -44,7 +44,7 @@ EXAMPLE = """examples:
   python tpu_scripts/bench/few_steps.py --model tiny
   python tpu_scripts/bench/few_steps.py --model official --size 256 --pairs 2
 
-The first takes about two minutes on two cores; the second needs 16 GB of memory."""
+On two cores the first takes a minute; the second takes 20 minutes, and 16 GB of memory."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
