@@ -135,7 +135,7 @@ def merged(params: Params, lora: Lora, scale: float | jax.Array = 1.0) -> Params
         ValueError: for changes of layers that the parameters do not have.
     """
     weights = flat(params)
-    named = {name: parameter_of(name, pair) for name, pair in lora.items()}
+    named = {name: parameter_of(name, pair["A"].ndim) for name, pair in lora.items()}
     if unknown := [name for name, parameter in named.items() if parameter not in weights]:
         raise ValueError(f"the parameters have no layers {summarize(unknown)}, which LoRA changes")
     for name, pair in lora.items():
@@ -144,9 +144,13 @@ def merged(params: Params, lora: Lora, scale: float | jax.Array = 1.0) -> Params
     return unflat(weights)
 
 
-def parameter_of(layer: str, pair: Mapping[str, jax.Array]) -> str:
-    """Return the dotted name of the parameter that a layer's change is added to."""
-    return f"{layer}.kernel" if pair["A"].ndim == 4 else f"{layer}.weight"
+def parameter_of(layer: str, ndim: int) -> str:
+    """Return the dotted name of a layer's parameter that LoRA changes.
+
+    Args:
+        ndim: its axes, 2 of a linear layer, 4 of a convolution; the change's `A` has as many.
+    """
+    return f"{layer}.kernel" if ndim == 4 else f"{layer}.weight"
 
 
 def layer_changes(lora: Lora, scale: float) -> dict[str, LayerChange]:

@@ -73,11 +73,6 @@ def layers_of(params: Mapping[str, jax.Array]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def parameter_of(layer: str, change: LayerChange) -> str:
-    """Return the dotted Flax name of the parameter that a layer's change is added to."""
-    return f"{layer}.kernel" if change.down.ndim == 4 else f"{layer}.weight"
-
-
 # Finding ----------------------------------------------------------------------------------------------------------
 
 

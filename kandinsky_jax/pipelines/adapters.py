@@ -23,7 +23,7 @@ from flax import nnx
 from kandinsky_jax.checkpoint import CheckpointError, flat_params, hub, lora_files, set_params
 from kandinsky_jax.checkpoint.lora_files import Adapter
 from kandinsky_jax.common.errors import quote, shorten
-from kandinsky_jax.lora import FILE, LayerChange
+from kandinsky_jax.lora import FILE, LayerChange, parameter_of
 from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
 from kandinsky_jax.parallel.sharding import in_memory
 from kandinsky_jax.pipelines import lora_weights
@@ -57,7 +57,7 @@ class Adapters:
             fused = set(found)
             for name, by_layer in weights.items():
                 for layer, change in self.loaded[name].items():
-                    parameter = lora_files.parameter_of(layer, change)
+                    parameter = parameter_of(layer, change.down.ndim)
                     if weights is self.fused or parameter not in fused:
                         weight = lora_weights.in_layer(by_layer, layer)
                         found.setdefault(parameter, []).append((change, weight))

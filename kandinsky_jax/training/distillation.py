@@ -1,11 +1,11 @@
 """Consistency distillation: the loss of a student that predicts at once what a guided teacher's solver reaches.
 
 Latent consistency distillation: Luo et al. 2023 (arXiv 2310.04378), algorithm 1. Trajectory consistency distillation:
-Zheng et al. 2024 (arXiv 2402.19159), equation 20. Pure functions of arrays; networks come in as functions that predict.
+Zheng et al. 2024 (arXiv 2402.19159), equation 20. Pure functions of arrays; networks come in as functions.
 
     clean, noise -> noisy, at a timestep
-    noisy -> student -> its guess of the clean sample (or of a later point of the trajectory) ----------> distance
-    noisy -> teacher, guided -> one step of its solver -> target network -> its guess, without gradient ---^
+    noisy -> student -> its prediction of the clean sample (or of a later point of the trajectory) ----------> distance
+    noisy -> teacher, guided -> one step of its solver -> target network -> its prediction, without gradient ---^
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.types import Array, Float, Int
-from kandinsky_jax.diffusion import per_image
+from kandinsky_jax.diffusion import Prediction, per_image
 from kandinsky_jax.schedulers.consistency import SIGMA_DATA
 from kandinsky_jax.training.losses import diffuse
 
@@ -90,15 +90,9 @@ class DistillationConfig:
             raise ValueError("\n".join(faults))
 
 
-class Guess(NamedTuple):
-    """What a network predicts about noisy samples; float32 `[B, ...]`."""
-
-    clean: jax.Array
-    noise: jax.Array
-
-
-# (noisy samples `[B, ...]`, timesteps int `[B]`) -> a guess
-Predict: TypeAlias = Callable[[jax.Array, jax.Array], Guess]
+# (noisy samples `[B, ...]`, timesteps int `[B]`) -> a network's output, float32 `[B, ...]`, without a learned variance
+Evaluate: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+PredictionType: TypeAlias = Literal["epsilon", "sample"]
 
 
 class Draws(NamedTuple):
@@ -129,45 +123,40 @@ def draw_steps(key: jax.Array, count: int, train_timesteps: int, config: Distill
     return Draws(grid[start], ends, scale)
 
 
-def guess(
+def prediction(
     output: Float[Array, "B *s"],
     noisy: Float[Array, "B *s"],
     timesteps: Int[Array, "B"],
     alphas_cumprod: Float[Array, "T_train"],
-    prediction_type: Literal["epsilon", "sample"],
-) -> Guess:
+    prediction_type: PredictionType,
+) -> Prediction:
     """Turn a network's output into predictions of the clean sample and the noise, float32 `[B, ...]`."""
     alpha = per_image(alphas_cumprod[timesteps], noisy.ndim)
     signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
     if prediction_type == "epsilon":
-        return Guess((noisy - sigma * output) / signal, output)
-    return Guess(output, (noisy - signal * output) / sigma)
-
-
-def guided(cond: Guess, uncond: Guess, scale: Float[Array, "B"]) -> Guess:
-    """Apply classifier-free guidance to both predictions."""
-    return jax.tree.map(lambda given, without: without + per_image(scale, given.ndim) * (given - without), cond, uncond)
+        return Prediction((noisy - sigma * output) / signal, output)
+    return Prediction(output, (noisy - signal * output) / sigma)
 
 
 def consistency_function(
-    found: Guess,
+    found: Prediction,
     noisy: Float[Array, "B *s"],
     draws: Draws,
     timesteps: Int[Array, "B"],
     alphas_cumprod: Float[Array, "T_train"],
     config: DistillationConfig,
 ) -> Float[Array, "B *s"]:
-    """Compute a student's prediction from its network's guess at `timesteps`.
+    """Compute what a student predicts, from its network's prediction at `timesteps`.
 
     For "lcm" it is the clean sample, with the boundary condition of Song et al. 2023 (arXiv 2303.01469, equation 5) in
     the form of `LCMScheduler`; for "tcd" the point at `draws.ends`, by a step of DDIM.
     """
     if config.method == "tcd":
-        return diffuse(alphas_cumprod, found.clean, found.noise, draws.ends)
+        return diffuse(alphas_cumprod, found.x0, found.eps, draws.ends)
     scaled = per_image(timesteps * config.timestep_scaling, noisy.ndim)
     skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
     out = scaled / jnp.sqrt(scaled**2 + SIGMA_DATA**2)
-    return skip * noisy + out * found.clean
+    return skip * noisy + out * found.x0
 
 
 def distance(found: Float[Array, "B *s"], target: Float[Array, "B *s"], config: DistillationConfig) -> Float[Array, ""]:
@@ -179,13 +168,14 @@ def distance(found: Float[Array, "B *s"], target: Float[Array, "B *s"], config: 
 
 
 def consistency_loss(
-    student: Predict,
-    target: Predict,
-    teacher: Predict,
+    student: Evaluate,
+    target: Evaluate,
+    teacher: Evaluate,
     clean: Float[Array, "B *s"],
     noise: Float[Array, "B *s"],
     draws: Draws,
     alphas_cumprod: Float[Array, "T_train"],
+    prediction_type: PredictionType,
     config: DistillationConfig,
 ) -> Float[Array, ""]:
     """Compute the loss of a batch, a float32 scalar.
@@ -200,13 +190,18 @@ def consistency_loss(
         noise: standard normal, of the same shape.
         draws: see `draw_steps`.
         alphas_cumprod: float32 `[T]`.
+        prediction_type: of the networks.
     """
+
+    def predict(evaluate: Evaluate, sample: jax.Array, at: jax.Array) -> Prediction:
+        return prediction(evaluate(sample, at), sample, at, alphas_cumprod, prediction_type)
+
     skip = len(alphas_cumprod) // config.original_inference_steps
     timesteps, reached = draws.timesteps, jnp.maximum(draws.timesteps - skip, 0)
     noisy = diffuse(alphas_cumprod, clean, noise, timesteps)
-    step = teacher(noisy, timesteps)
-    closer = diffuse(alphas_cumprod, step.clean, step.noise, reached)  # DDIM, without noise
-    wanted = consistency_function(target(closer, reached), closer, draws, reached, alphas_cumprod, config)
+    step = predict(teacher, noisy, timesteps)
+    closer = diffuse(alphas_cumprod, step.x0, step.eps, reached)  # DDIM, without noise
+    wanted = consistency_function(predict(target, closer, reached), closer, draws, reached, alphas_cumprod, config)
     wanted = checkpoint_name(jax.lax.stop_gradient(wanted), TARGET)
-    found = consistency_function(student(noisy, timesteps), noisy, draws, timesteps, alphas_cumprod, config)
+    found = consistency_function(predict(student, noisy, timesteps), noisy, draws, timesteps, alphas_cumprod, config)
     return distance(found, wanted, config)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kandinsky_jax.training.config import Config
 
 
 class Kind(StrEnum):
@@ -16,3 +20,12 @@ class Kind(StrEnum):
     DISTILL_DECODER = "distill-decoder"
     MOVQ = "movq"
     CLIP = "clip"
+
+
+DISTILLATION = (Kind.DISTILL_PRIOR, Kind.DISTILL_DECODER)
+LORA = (Kind.LORA_PRIOR, Kind.LORA_DECODER)
+
+
+def trains_lora(kind: Kind, config: Config) -> bool:
+    """Whether a kind of training ends with a LoRA file."""
+    return config.distillation.lora if kind in DISTILLATION else kind in LORA

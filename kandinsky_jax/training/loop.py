@@ -46,14 +46,14 @@ from kandinsky_jax.training.checkpoints import Checkpoints
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Batches, Captioned, DataError, listing, tokens_needed, without_padding
 from kandinsky_jax.training.errors import TrainingError
-from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.kinds import Kind, trains_lora
 from kandinsky_jax.training.latent_cache import LatentCache, open_latent_cache
 from kandinsky_jax.training.mesh import check_shared, connect, gathered, local_examples, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics, NoMetrics
 from kandinsky_jax.training.run_folder import MODEL, RunFolder
 from kandinsky_jax.training.run_record import Record, check_same_run, check_same_settings, run_record
 from kandinsky_jax.training.step import Trainer, TrainState
-from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task, needs_captions, trains_lora
+from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task, needs_captions
 
 MOST_BAD = 10  # consecutive steps without a finite loss, after which training ends
 

@@ -17,7 +17,7 @@ from kandinsky_jax.training.checksums import checksums
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, data_fingerprint
 from kandinsky_jax.training.errors import TrainingError
-from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.kinds import DISTILLATION, Kind, trains_lora
 
 # Settings that may change between starts: they affect neither the result nor the random numbers. Paths may change
 # because the content of the files is compared.
@@ -76,9 +76,8 @@ def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks:
 
 def _unused_tables(kind: Kind, config: Config) -> set[str]:
     """Return the tables of a configuration that a kind of training does not read."""
-    distills = kind in (Kind.DISTILL_PRIOR, Kind.DISTILL_DECODER)
-    with_lora = config.distillation.lora if distills else kind in (Kind.LORA_PRIOR, Kind.LORA_DECODER)
-    return (set() if with_lora else {"lora"}) | (set() if distills else {"distillation"})
+    read = {"lora": trains_lora(kind, config), "distillation": kind in DISTILLATION}
+    return {table for table, is_read in read.items() if not is_read}
 
 
 def check_same_settings(hosts: Hosts, kind: Kind, config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kandinsky_jax.pipelines import Pipeline
 from kandinsky_jax.training.config import Config
-from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.kinds import Kind, trains_lora
 from kandinsky_jax.training.tasks.base import TrainingTask
 from kandinsky_jax.training.tasks.clip import CLIPTask
 from kandinsky_jax.training.tasks.decoder import DecoderTask
@@ -27,18 +27,12 @@ __all__ = [
     "TrainingTask",
     "make_task",
     "needs_captions",
-    "trains_lora",
 ]
 
 _DIFFUSION: tuple[type[DiffusionTask], ...] = (PriorTask, DecoderTask, DistillPriorTask, DistillDecoderTask)
 _TASKS: tuple[type[TrainingTask], ...] = (*_DIFFUSION, MoVQTask, CLIPTask)
 _FULL: dict[Kind, type[TrainingTask]] = {task.kind: task for task in _TASKS}
 _LORA: dict[Kind, type[DiffusionTask]] = {task.lora_kind: task for task in _DIFFUSION}
-
-
-def trains_lora(kind: Kind, config: Config) -> bool:
-    """Whether a kind of training ends with a LoRA file."""
-    return kind in _LORA and (kind not in _FULL or config.distillation.lora)
 
 
 def needs_captions(kind: Kind, config: Config) -> bool:

@@ -20,11 +20,11 @@ from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint.recommended_settings import RecommendedSettings
-from kandinsky_jax.diffusion import Network, Params
+from kandinsky_jax.diffusion import Network, Params, per_image, split_output
 from kandinsky_jax.schedulers import scheduler_named
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, Reader
-from kandinsky_jax.training.distillation import Draws, Guess, Predict, consistency_loss, draw_steps, guess, guided
+from kandinsky_jax.training.distillation import Draws, Evaluate, consistency_loss, draw_steps
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.tasks.base import Loss
 from kandinsky_jax.training.tasks.decoder import DecoderTask
@@ -54,64 +54,61 @@ class DistillationTask(DiffusionTask):
     def loss(self) -> Loss:
         network, config = Network.split(self.module)[0], self.config.distillation
         alphas = jnp.asarray(self.alphas_cumprod(), jnp.float32)
-        without = self.dropped_condition() if self._guided else None
+        without = self.dropped_condition() if self._is_guided else None
 
         def loss(
             trained: Params, batch: Mapping[str, jax.Array], frozen: Params, average: Params | None = None
         ) -> jax.Array:
             draws = Draws(*(batch[name] for name in Draws._fields))
-            student = self._predictor(network, trained, batch, alphas)
-            target = student if average is None else self._predictor(network, average, batch, alphas)
-            teacher = self._teacher(network, frozen, batch, alphas, without)
+            student = self._evaluate(network, trained, batch)
+            target = student if average is None else self._evaluate(network, average, batch)
+            teacher = self._guided(network, frozen, batch, without)
             clean = self.normalized(network.bind(frozen), batch)
-            return consistency_loss(student, target, teacher, clean, batch["noise"], draws, alphas, config)
+            return consistency_loss(
+                student, target, teacher, clean, batch["noise"], draws, alphas, self.prediction_type, config
+            )
 
         return loss
 
     @property
-    def _guided(self) -> bool:
+    def _is_guided(self) -> bool:
         config = self.config.distillation
         return max(config.guidance_scale, config.guidance_scale_max or 0) > 1
 
-    def _predictor(
-        self, network: Network, params: Params, batch: Mapping[str, jax.Array], alphas: jax.Array
-    ) -> Predict:
-        """Return the network's predictions, conditioned on a batch."""
+    def _evaluate(self, network: Network, params: Params, batch: Mapping[str, jax.Array]) -> Evaluate:
+        """Return evaluations of the network, conditioned on a batch."""
         module: Any = network.bind(params)
         condition = self.condition(module, batch)
 
-        def predict(noisy: jax.Array, timesteps: jax.Array) -> Guess:
-            output = module(noisy, timesteps, condition).astype(jnp.float32)
-            output = output[..., : noisy.shape[-1]]  # without the variance
-            return guess(output, noisy, timesteps, alphas, self.prediction_type)
+        def evaluate(noisy: jax.Array, timesteps: jax.Array) -> jax.Array:
+            return split_output(module(noisy, timesteps, condition), noisy.shape[-1])[0]
 
-        return predict
+        return evaluate
 
-    def _teacher(
+    def _guided(
         self,
         network: Network,
         params: Params,
         batch: Mapping[str, jax.Array],
-        alphas: jax.Array,
         without: Mapping[str, jax.Array] | None,
-    ) -> Predict:
-        """Return guided predictions of the teacher; both halves of guidance are one batch.
+    ) -> Evaluate:
+        """Return guided evaluations of the teacher, with cond and uncond in one batch.
 
         Args:
             without: the condition to be guided away from, `[1, ...]` each; None where guidance is off.
         """
         if without is None:
-            return self._predictor(network, params, batch, alphas)
+            return self._evaluate(network, params, batch)
         dropped = {name: jnp.broadcast_to(x, batch[name].shape) for name, x in unpadded(without, batch).items()}
         both = jax.tree.map(lambda *x: jnp.concatenate(x), dict(batch), {**batch, **dropped})
-        predict, scale = self._predictor(network, params, both, alphas), batch["guidance_scale"]
+        evaluate, scale = self._evaluate(network, params, both), batch["guidance_scale"]
 
-        def predict_guided(noisy: jax.Array, timesteps: jax.Array) -> Guess:
-            found = predict(jnp.concatenate([noisy] * 2), jnp.concatenate([timesteps] * 2))
-            cond, uncond = (jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i], found) for i in range(2))
-            return guided(cond, uncond, scale)
+        def evaluate_guided(noisy: jax.Array, timesteps: jax.Array) -> jax.Array:
+            outputs = evaluate(jnp.concatenate([noisy] * 2), jnp.concatenate([timesteps] * 2))
+            cond, uncond = jnp.split(outputs, 2)
+            return uncond + per_image(scale, noisy.ndim) * (cond - uncond)
 
-        return predict_guided
+        return evaluate_guided
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class LoraTask(TrainingTask):
     def frozen_of(self, params: Params) -> Params:
         """Return a network's parameters as the loss needs them: float32 where changes are added to them."""
         layers = lora.layers(params, self.config.lora)
-        changed = {f"{name}.{'kernel' if leaf.ndim == 4 else 'weight'}" for name, leaf in layers.items()}
+        changed = {lora.parameter_of(name, leaf.ndim) for name, leaf in layers.items()}
         dtype = self.config.optimizer.dtype
         return lora.unflat({n: x if n in changed else x.astype(dtype) for n, x in lora.flat(params).items()})
 
