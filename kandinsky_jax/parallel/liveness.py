@@ -75,6 +75,7 @@ def joined(index: int | None = None, count: int | None = None, coordinator: str 
     watch = Watch(jax.process_index(), jax.process_count())
     watch.start()
     last_words.of = watch.lost_on_abort
+    last_words.linger = LINGER_SECONDS if watch.index == 0 else 0.0
     try:
         hosts = Hosts.here()
         yield hosts
@@ -220,6 +221,7 @@ class LastWords:
 
     def __init__(self) -> None:
         self.of: Callable[[], str] = lambda: UNCONNECTED  # returns the message
+        self.linger = 0.0  # seconds until the end: process 0's service tells the others the reason
         self._handler: object = None
         if sys.platform.startswith("linux"):
             self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._speak)
@@ -232,6 +234,7 @@ class LastWords:
 
     def _speak(self, number: int) -> None:
         _say(self.of())
+        time.sleep(self.linger)
         end_now()
 
 

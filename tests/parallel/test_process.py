@@ -149,13 +149,23 @@ def test_processes_that_were_told_of_different_numbers(unused_port):
 
 @pytest.mark.slow
 def test_a_second_process_of_one_number_is_named(unused_port):
-    """A second one with the number 1, when both are there; Ctrl-C ends it while it waits."""
+    """A second one with the number 1, when both are there; Ctrl-C ends it while it waits.
+
+    The first one with the number 1 is stopped until process 0 has said so, as on a busy machine.
+    """
     processes = [joining(number, 2, unused_port) for number in (0, 1)]
     for process in processes:
         while "joined" not in process.stdout.readline():
             assert process.poll() is None
+    processes[1].send_signal(signal.SIGSTOP)
     late = joining(1, 2, unused_port)
-    said = [process.communicate(timeout=100)[1] for process in processes]
+    said = ["", ""]
+    while "--process" not in said[0]:
+        said[0] += processes[0].stderr.readline()
+        assert processes[0].poll() is None
+    processes[1].send_signal(signal.SIGCONT)
+    said[1] = processes[1].communicate(timeout=100)[1]
+    processes[0].communicate(timeout=100)
     late.send_signal(signal.SIGINT)  # it waits for another run to start, up to JAX's five minutes
     late.communicate(timeout=10)
     assert late.returncode == -signal.SIGINT
