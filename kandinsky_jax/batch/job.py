@@ -195,7 +195,7 @@ class OpenJob:
     def recommended(self) -> RecommendedSettings:
         """Settings that the model recommends; in a fast job, first those of its fast adapter."""
         folders = model_files.folders(self.pipeline, self.model, self.job.prior)
-        found = recommended_settings.read(folders[0])
+        found = recommended_settings.of_model(folders)
         return found.with_fast(fast_adapters.settings_of_model(folders)) if self.job.fast else found
 
     @property

@@ -91,9 +91,9 @@ def no_adapter(folders: Sequence[Path]) -> CheckpointError:
 
 
 def merged(unet: FastAdapter | None, prior: FastAdapter | None) -> FastSettings:
-    """Return the settings of a combined call: where both adapters have one, that of the UNet's."""
-    given = {} if prior is None else prior.settings.given()
-    given |= {} if unet is None else unet.settings.given()
+    """Return the settings of a combined call: where both adapters have one for the prior, that of the prior's."""
+    given = {} if unet is None else unet.settings.given()
+    given |= {} if prior is None else prior.settings.given()
     return FastSettings(**given)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,11 @@ class RecommendedSettings:
         """Return the recommended arguments of a combined pipeline's call, without the scheduler."""
         return {name: value for name, value in _given(self).items() if name not in ("scheduler", "fast")}
 
+    def with_prior(self, prior: RecommendedSettings) -> RecommendedSettings:
+        """Return the settings with a prior that has its own: those of the prior, else these."""
+        own = {name: value for name, value in prior.arguments().items() if name.startswith("prior_")}
+        return dataclasses.replace(self, **own)
+
     def with_fast(self, fast: FastSettings) -> RecommendedSettings:
         """Return the settings of the model with its fast adapter: those of the adapter, else its own."""
         return dataclasses.replace(self, **fast.given())
@@ -143,6 +148,18 @@ def read(folder: str | os.PathLike[str]) -> RecommendedSettings:
     if faults:
         raise CheckpointError(of_file(path, f"is not valid: {'; '.join(faults)}"))
     return RecommendedSettings(**known)
+
+
+def of_model(folders: Sequence[Path]) -> RecommendedSettings:
+    """Read the settings of a combined call: the decoder's, and what the folder of its prior says of the prior.
+
+    Args:
+        folders: of the decoder and of its prior, or one that has both, see `hub.with_prior`.
+    Raises:
+        CheckpointError: as `read`.
+    """
+    decoder, *prior = map(read, folders)
+    return decoder.with_prior(prior[0]) if prior else decoder
 
 
 def lora_files(folder: str | os.PathLike[str]) -> list[str]:

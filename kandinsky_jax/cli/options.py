@@ -156,9 +156,10 @@ class Options:
         """
         with hub.hint_for_cached_files():
             folder = hub.resolve(self.model or f"{OFFICIAL}/{mode.repository}", mode.repository)
-            own, found = recommended_settings.read(folder), dict(vars(self))
+            folders, found = hub.with_prior(folder, self.prior), dict(vars(self))
+            own = recommended_settings.of_model(folders)
             if self.fast:
-                own = own.with_fast(fast_adapters.settings_of_model(hub.with_prior(folder, self.prior)))
+                own = own.with_fast(fast_adapters.settings_of_model(folders))
         for name, setting in BY_OPTION.items():
             choices = (found[name], getattr(own, setting), getattr(FALLBACK, setting))
             found[name] = next(value for value in choices if value is not None)

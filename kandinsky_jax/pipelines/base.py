@@ -93,7 +93,8 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
         pipe = super()._load(*arguments)
         pipe._name_or_path = str(stores[-1].folder)
         try:
-            pipe._recommended = recommended_settings.read(stores[-1].folder)
+            folders = dict.fromkeys(store.folder for store in reversed(stores))  # the decoder's first
+            pipe._recommend(recommended_settings.of_model(list(folders)))
         except CheckpointError as error:  # which is the business of those who ask for the settings
             pipe._recommended = error
         held = pipe._held()
@@ -114,6 +115,15 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
         if isinstance(self._recommended, CheckpointError):
             raise self._recommended
         return self._recommended
+
+    def _recommend(self, settings: RecommendedSettings | CheckpointError) -> None:
+        """Set the settings of a pipeline, and of the stages of a combined one."""
+        self._recommended = settings
+        for stage in self._stages():
+            if stage is not self and stage.PREFIX and not isinstance(settings, CheckpointError):
+                stage._recommended = NO_SETTINGS.with_prior(settings)
+            else:
+                stage._recommended = settings
 
     def _held(self) -> dict[str, Any]:
         """Return the components without loading lazy ones."""
@@ -152,7 +162,7 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
         if pipes:
             new.set_progress_bar_config(**pipes[0]._progress_bar_config)
             new._name_or_path = pipes[0]._name_or_path
-            new._recommended = next((pipe._recommended for pipe in pipes if hasattr(pipe, "unet")), NO_SETTINGS)
+            new._recommend(_recommended_by(pipes))
             new._keep_fast(pipes)
         return new.to(*dtypes) if dtypes else new
 
@@ -307,6 +317,16 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
 def is_guided(scale: float) -> bool:
     """Whether classifier-free guidance is on at a scale; 1 would be the conditional prediction alone."""
     return scale > 1
+
+
+def _recommended_by(pipes: Sequence[Pipeline]) -> RecommendedSettings | CheckpointError:
+    """Return the settings of a pipeline that is built from others: the decoder's, and those of a prior by itself."""
+    found = NO_SETTINGS
+    for pipe in sorted(pipes, key=lambda pipe: not hasattr(pipe, "unet")):
+        if isinstance(pipe._recommended, CheckpointError):
+            return pipe._recommended
+        found = pipe._recommended if hasattr(pipe, "unet") else found.with_prior(pipe._recommended)
+    return found
 
 
 def _of_a_call(pipe: Pipeline, name: str) -> Any:

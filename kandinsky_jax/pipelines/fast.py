@@ -44,11 +44,13 @@ class _Source:
         folder: of the model.
         adapter: its fast adapter there, None for none, or what is wrong with the folder's settings.
         loaded: the adapter's content, once it was loaded.
+        kept: whether the weights have the adapter for good: it was fused, and unloaded then.
     """
 
     folder: Path
     adapter: FastAdapter | CheckpointError | None
     loaded: Adapter | None = None
+    kept: bool = False
 
 
 _LOCK = threading.RLock()  # of loading and unloading
@@ -90,9 +92,11 @@ def _adapter_of(network: nnx.Module) -> FastAdapter | None:
 
 def _is_applied(network: nnx.Module) -> bool:
     """Return whether a network's weights have its fast adapter."""
+    if (source := _SOURCES.get(network)) is None:
+        return False
     now = adapters_of(network)
-    ours = NAME in now.loaded and network in _SOURCES and now.loaded[NAME] is _SOURCES[network].loaded
-    return ours and now.enabled and (NAME in now.weights or NAME in now.fused)
+    ours = NAME in now.loaded and now.loaded[NAME] is source.loaded
+    return source.kept or (ours and now.enabled and (NAME in now.weights or NAME in now.fused))
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class FastLoader(LoraLoader):
 
     if TYPE_CHECKING:  # of `Pipeline`
         scheduler: Any
+        _recommended: RecommendedSettings | CheckpointError
         _held: Callable[[], dict[str, Any]]
 
         @property
@@ -171,8 +176,24 @@ class FastLoader(LoraLoader):
             ValueError: where the adapter is fused.
         """
         with _LOCK:
-            for stage in self._stages():
+            stages = self._stages()
+            networks = [stage._own_network() for stage in stages if stage._fast is not None]
+            if any(network in _SOURCES and _SOURCES[network].kept for network in networks):
+                raise ValueError("the fast adapter was fused before, so the weights keep it: load the model again")
+            for stage in stages:
                 stage._leave_fast()
+
+    def unload_lora_weights(self) -> None:
+        """Unload all adapters; restores the original weights bit for bit, except for fused adapters.
+
+        With a fast adapter that is fused the model stays fast.
+        """
+        with _LOCK:
+            networks = [stage._own_network() for stage in self._stages()]
+            fused = [network for network in networks if NAME in adapters_of(network).fused and _is_applied(network)]
+            super().unload_lora_weights()
+            for network in fused:
+                _SOURCES[network].kept = True
 
     def _leave_fast(self) -> None:
         """Undo `load_fast` in one stage."""
@@ -265,7 +286,7 @@ class FastLoader(LoraLoader):
                 applied.append(source.adapter.settings)
             else:
                 kept[i] = source.adapter
-        for fast in reversed(applied):  # where both have one, that of the decoder
+        for fast in applied:  # where both have one for the prior, that of the prior
             settings = settings.with_fast(fast)
         return replace(settings, fast=fast_adapters.copy((kept[0], kept[1]), folder))
 
@@ -273,6 +294,8 @@ class FastLoader(LoraLoader):
 def _with_adapter(network: nnx.Module, adapter: FastAdapter) -> tuple[nnx.Module, Adapters]:
     """Return a network and its adapters with the fast one, which is read where it is not loaded."""
     now, source = adapters_of(network), _SOURCES[network]
+    if source.kept:
+        return network, now
     if others := [name for name in now.fused if name != NAME]:
         raise ValueError(f"the adapters {shorten(others)} are fused, which leaves no room: call unfuse_lora first")
     if NAME not in now.loaded:

@@ -19,6 +19,8 @@ from kandinsky_jax.checkpoint import hub, recommended_settings
 from kandinsky_jax.checkpoint.conversion import convert
 from kandinsky_jax.checkpoint.recommended_settings import FILE, FastSettings, RecommendedSettings
 from kandinsky_jax.cli import app
+from kandinsky_jax.cli.options import Options
+from kandinsky_jax.pipelines.modes import MODES
 from tests.conftest import SHAPES_MODEL
 
 OWN = {"format_version": 1, "num_inference_steps": 3, "prior_num_inference_steps": 2, "guidance_scale": 1.5}
@@ -213,6 +215,26 @@ def test_settings_go_with_the_unet_and_do_not_stay_behind(model, tmp_path):
     assert json.loads((tmp_path / "saved" / FILE).read_text()) == OWN
     kandinsky_jax.KandinskyV22Pipeline.from_pretrained(SHAPES_MODEL).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / FILE).exists()
+
+
+def test_what_a_prior_says_of_itself_comes_before_its_decoder(model, tmp_path):
+    """As a prior distilled in full does; in pipelines, commands and batch jobs."""
+    prior = tmp_path / "prior"
+    shutil.copytree(model.parent / hub.PRIOR, prior)
+    own = {"format_version": 1, "prior_num_inference_steps": 5, "prior_guidance_scale": 3.0, "guidance_scale": 9.0}
+    (prior / FILE).write_text(json.dumps(own))
+    expected = recommended_settings.read(model).arguments()
+    expected |= {"prior_num_inference_steps": 5, "prior_guidance_scale": 3.0}
+    pipe = kandinsky_jax.KandinskyV22CombinedPipeline.from_pretrained(model, prior=prior)
+    stages = [pipe.decoder_pipe, kandinsky_jax.KandinskyV22PriorPipeline.from_pretrained(prior)]
+    for pipes in ([pipe], stages, stages[::-1]):
+        made = kandinsky_jax.KandinskyV22CombinedPipeline.from_pipe(*pipes)
+        assert made.recommended_settings.arguments() == expected
+    options = Options(model=str(model), prior=str(prior)).completed(MODES["generate"])
+    assert (options.prior_steps, options.prior_guidance_scale, options.guidance_scale) == (5, 3.0, 1.5)
+    (tmp_path / "rows.txt").write_text("a red ring\n")
+    job = open_job(Job(str(tmp_path / "rows.txt"), str(tmp_path / "out"), model=str(model), prior=str(prior)))
+    assert {"prior_steps": 5, "prior_guidance_scale": 3.0, "guidance_scale": 1.5}.items() <= job.settings.items()
 
 
 def test_a_file_that_the_manifest_does_not_know_is_unexpected(model, tmp_path):

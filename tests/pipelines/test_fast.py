@@ -295,6 +295,24 @@ def test_a_model_that_is_saved_fast_is_a_fast_model(pipe, expected, tmp_path):
         saved.load_fast()
 
 
+def test_a_model_whose_adapter_is_fused_and_unloaded_stays_fast(pipe, expected, tmp_path):
+    pipe.load_fast()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert pipe.get_list_adapters() == {}
+    assert np.array_equal(pipe(PROMPT, **SIZE).images, expected)
+    before = weights_of(pipe)
+    assert pipe.load_fast() == ARGUMENTS  # nothing is applied twice
+    assert_same(before, weights_of(pipe))
+    with pytest.raises(ValueError, match="the weights keep it: load the model again"):
+        pipe.unload_fast()
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = load(KandinskyV22CombinedPipeline, tmp_path / "saved")
+    assert saved.recommended_settings.arguments() == ARGUMENTS
+    assert saved.recommended_settings.fast is None
+    assert_same(before, weights_of(saved))
+
+
 def test_saving_without_the_file_warns(family, tmp_path):
     model = Path(shutil.copytree(family, tmp_path / "model"))
     decoder = load(KandinskyV22Pipeline, model)

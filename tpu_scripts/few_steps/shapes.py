@@ -44,20 +44,20 @@ LAYERS = r"(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj|conv1|conv2|conv_shor
 FEW = ((4, 4), (25, 4), (4, 2), (2, 2), (4, 1))
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    """Write captioned pictures."""
+def write_pictures(folder: Path, count: int, drawings: int) -> None:
+    """Write captioned pictures, some of each caption: of other positions and sizes."""
     if (folder / "metadata.jsonl").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng, lines = np.random.default_rng(SEED), []
-    for i, asked in enumerate(shapes.captions(count, seed=SEED)):
+    for i, asked in enumerate(shapes.captions(count, seed=SEED) * drawings):
         picture = (shapes.draw(asked, rng) * 255).round().astype(np.uint8)
         Image.fromarray(picture).save(folder / f"{i:05d}.png")
         lines.append(json.dumps({"file_name": f"{i:05d}.png", "text": asked.text}) + "\n")
     replace_file(folder / "metadata.jsonl", "".join(lines).encode())
 
 
-def config_of(folder: Path, kind: Kind, steps: int) -> Config:
+def config_of(folder: Path, kind: Kind, steps: int, rank: int) -> Config:
     """The configuration of a distillation."""
     return Config(
         model=str(MODEL),
@@ -74,7 +74,7 @@ def config_of(folder: Path, kind: Kind, steps: int) -> Config:
             adam_weight_decay=0.0,
             ema_decay=0.98,
         ),
-        lora=LoraConfig(rank=16, pattern=LAYERS),
+        lora=LoraConfig(rank=rank, pattern=LAYERS),
         distillation=DistillationConfig(),
     )
 
@@ -103,12 +103,14 @@ def main() -> None:
     """Distil, generate, count, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the data and the trainings")
-    parser.add_argument("--pictures", type=int, default=600)
-    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--captions", type=int, default=600, help="in the data, default 600")
+    parser.add_argument("--drawings", type=int, default=4, help="pictures of each, default 4")
+    parser.add_argument("--rank", type=int, default=32, help="of the LoRA, default 32")
+    parser.add_argument("--decoder-steps", type=int, default=6000)
     parser.add_argument("--prior-steps", type=int, default=400)
     parser.add_argument("--output", type=Path, default=ROOT / "tpu_scripts" / "results")
     arguments = parser.parse_args()
-    write_pictures(arguments.folder / "data", arguments.pictures)
+    write_pictures(arguments.folder / "data", arguments.captions, arguments.drawings)
     pipe = KandinskyV22CombinedPipeline.from_pretrained(MODEL, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
     asked = shapes.captions(COUNT, seed=OTHER_SEED)
@@ -117,7 +119,7 @@ def main() -> None:
         (Kind.DISTILL_DECODER, arguments.decoder_steps),
         (Kind.DISTILL_PRIOR, arguments.prior_steps),
     ):
-        adapters[kind] = Run(kind, config_of(arguments.folder, kind, steps)).train()
+        adapters[kind] = Run(kind, config_of(arguments.folder, kind, steps, arguments.rank)).train()
     found: dict[str, Any] = {"date": datetime.date.today().isoformat(), "cpus": os.cpu_count(), "captions": COUNT}
     found |= {"decoder_training_steps": arguments.decoder_steps, "prior_training_steps": arguments.prior_steps}
     found["rates"] = {"25 + 50, guided": rates(pipe, asked, **settings_of((25, 50), 4.0))}
