@@ -254,6 +254,20 @@ class Checkpoints:
             )
         return None
 
+    def check_settings(self) -> None:
+        """Compare the newest checkpoint with the record, before long work that its refusal would waste.
+
+        Only what the record has is compared; a damaged checkpoint is left to `restore`.
+
+        Raises:
+            TrainingError: for one of another run or a newer version.
+        """
+        for path in self._candidates()[:1]:
+            with contextlib.suppress(CheckpointError):
+                place = self._from_first(functools.partial(self._place, path))
+                if "run" in place:
+                    self._compare(path, place, self.accept_changes)
+
     def _from_first(self, function: Callable[[], T]) -> T:
         return self.hosts.from_first(function, (CheckpointError, TrainingError, OSError))
 

@@ -116,7 +116,7 @@ class Run:
         self._skipped = found.skipped
         if not self.items:
             raise DataError(config.data, found.skipped.faults)
-        check_same_run(self.hosts, run_record(kind, config, self.items, {}))
+        check_same_run(self.hosts, run_record(kind, config, self.items))
         self.trainer = Trainer(
             self.task.loss(),
             config.optimizer,
@@ -144,6 +144,7 @@ class Run:
         assert isinstance(task, DiffusionTask)
         with in_folder(self.run_folder):
             self.run_folder.begin(self.hosts)
+            self._checkpoints(run_record(self.task.kind, self.config)).check_settings()
             reader, unreadable = open_latent_cache(self.run_folder, task, self.items, self.quiet, self.hosts)
             for name, fault in unreadable.items():
                 if self.hosts.first:
@@ -175,13 +176,7 @@ class Run:
         record = self._record()
         self._offload()
         self._write_layout(state)
-        checkpoints = Checkpoints(
-            self.run_folder.whole,
-            record,
-            config.checkpoints_total_limit,
-            hosts=self.hosts,
-            accept_changes=self.accept_changes,
-        )
+        checkpoints = self._checkpoints(record)
         with checkpoints, Metrics(self.folder, config) if self.hosts.first else NoMetrics() as metrics:
             if (found := checkpoints.restore(state)) is not None:
                 state, self.batches.state = found
@@ -214,6 +209,16 @@ class Run:
                     if config.validation_steps and (done % config.validation_steps == 0 or done == last):
                         self._sample(state, done, metrics)
         return state
+
+    def _checkpoints(self, record: Record) -> Checkpoints:
+        """Return the checkpoints of the run with this record."""
+        return Checkpoints(
+            self.run_folder.whole,
+            record,
+            self.config.checkpoints_total_limit,
+            hosts=self.hosts,
+            accept_changes=self.accept_changes,
+        )
 
     def _save(self, checkpoints: Checkpoints, done: int, state: TrainState, position: dict[str, object]) -> None:
         """Write a checkpoint, after the metrics of the steps before it."""

@@ -49,14 +49,19 @@ STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "distillation.lora",
 Record = dict[str, object]
 
 
-def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks: Mapping[str, nnx.Module]) -> Record:
+def run_record(
+    kind: Kind,
+    config: Config,
+    items: Sequence[Captioned] | None = None,
+    networks: Mapping[str, nnx.Module] | None = None,
+) -> Record:
     """Return the settings, data and weights that determine a run's result, as JSON values.
 
     Args:
         kind: which network is trained.
         config: settings of the run.
-        items: the pictures; their names, captions and sizes are compared.
-        networks: parameters of all networks before the first step, by name.
+        items: the pictures; their names, captions and sizes are compared. None leaves them out.
+        networks: parameters of all networks before the first step, by name; None leaves them out.
     """
     unused = _unused_tables(kind, config)
     settings = {
@@ -68,9 +73,8 @@ def run_record(kind: Kind, config: Config, items: Sequence[Captioned], networks:
         "kind": str(kind),
         **settings,
         "average of the weights": config.optimizer.ema_decay is not None,
-        "number of pictures": len(items),
-        "data": data_fingerprint(items)[:16],
-        **{f"weights of {name}": weights_digest(params) for name, params in sorted(networks.items())},
+        **({} if items is None else {"number of pictures": len(items), "data": data_fingerprint(items)[:16]}),
+        **{f"weights of {name}": weights_digest(params) for name, params in sorted((networks or {}).items())},
     }
 
 

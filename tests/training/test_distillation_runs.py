@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -20,6 +21,7 @@ from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import DataError, listing
 from kandinsky_jax.training.distillation import DistillationConfig
+from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.tasks import make_task
@@ -35,6 +37,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def pipe() -> KandinskyV22CombinedPipeline:
     return KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
+
+
+def files_below(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,11 @@ def test_a_distillation(pipe, folder, tmp_path, kind, with_lora):
     assert pipe.scheduler is scheduler
     after = flat_params(module)
     assert all(np.array_equal(after[name], leaf) for name, leaf in before.items())
+    encoded = files_below(tmp_path / "encoded")
+    with pytest.raises(TrainingError, match=r"changed are resolution \(64, now 128\)"):
+        Run(kind, dataclasses.replace(config, resolution=128), pipe, quiet=True)
+    assert encoded
+    assert files_below(tmp_path / "encoded") == encoded  # not encoded anew for a run that is refused
     if with_lora:
         component = "prior." if kind == Kind.DISTILL_PRIOR else "unet."
         assert all(name.startswith(component) for name in load_file(result / lora.FILE))
