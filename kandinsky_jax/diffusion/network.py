@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.common.types import Params
-from kandinsky_jax.models.structure import Identities, Structure, structure
+from kandinsky_jax.models.structure import Identities, Structure, structure, value_of
 from kandinsky_jax.parallel.mesh import DATA_AXIS, mesh_of
 
 
@@ -40,7 +40,7 @@ class Network:
         found = structure(module)
         known = _splits.get(module)
         if known is not None and found.plain and known.is_of(found):
-            params = jax.tree.unflatten(known.treedef, [found.variables[name].get_value() for name in known.names])
+            params = jax.tree.unflatten(known.treedef, [value_of(found.variables[name]) for name in known.names])
             if known.network.mesh != (mesh := _mesh(params)):
                 known.network = cls(known.network.graphdef, mesh)
             return known.network, params

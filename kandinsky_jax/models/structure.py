@@ -32,6 +32,16 @@ class Structure:
     plain: bool = True
 
 
+def value_of(variable: nnx.Variable) -> object:
+    """Return a variable's value, in a fraction of the time of `get_value` where it is an array and nothing else."""
+    raw = variable.get_raw_value()
+    kind = type(raw)
+    if (plain := _arrays.get(kind)) is None:
+        # A tracer may be one of a reference.
+        plain = _arrays[kind] = issubclass(kind, jax.Array) and not isinstance(raw, jax.core.Tracer | jax.Ref)
+    return raw if plain and not variable.has_metadata("on_get_value") else variable.get_value()
+
+
 def structure(module: nnx.Module) -> Structure:
     """Walk over a network and the modules within it."""
     found = Structure()
@@ -56,6 +66,7 @@ class Identities:
 _MODULE, _VARIABLE, _OTHER, _CONSTANT = range(4)
 # Other nodes and containers; and methods, which may be those of the network's owner and would keep it.
 _LEFT_TO_FLAX = (nnx.Pytree, jax.Array, np.ndarray, list, dict, set, types.MethodType, functools.partial)
+_arrays: dict[type, bool] = {}  # whether a type of values is of plain arrays
 _kinds: dict[type, int] = {}  # isinstance is slow for Flax's classes, and a UNet has thousands of attributes
 
 

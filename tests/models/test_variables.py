@@ -157,3 +157,15 @@ def test_what_was_split_is_not_kept():
     del module
     gc.collect()
     assert gone() is None
+
+
+def test_references_and_hooks_are_read_as_by_flax():
+    module = load("unet")
+    network, params = Network.split(module)
+    kernel, bias = module.conv_in.kernel, module.conv_in.bias
+    kernel.set_raw_value(jax.new_ref(kernel.get_value() + 1))
+    bias.set_metadata("on_get_value", lambda _, array: array + 2)
+    again, found = Network.split(module)
+    assert again is network, "else Flax looks at it at every call"
+    np.testing.assert_array_equal(found["conv_in"]["kernel"], params["conv_in"]["kernel"] + 1)
+    np.testing.assert_array_equal(found["conv_in"]["bias"], params["conv_in"]["bias"] + 2)
