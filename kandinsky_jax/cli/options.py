@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import secrets
+import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -166,6 +167,7 @@ class Options:
         found["scheduler"] = self.scheduler or own.scheduler
         completed = CompletedOptions(**found, folder=folder, mode=mode, recommended=own)
         completed.check()  # now with the steps that are run
+        completed.warn_without_guidance()
         return completed
 
     def interval(self) -> list[float] | None:
@@ -196,6 +198,21 @@ class CompletedOptions(Options):
     folder: Path  # of the model
     mode: Mode
     recommended: RecommendedSettings
+
+    def warn_without_guidance(self) -> None:
+        """Warn of what is given and has no effect without guidance, as fast models run."""
+        guided, prior_guided = self.guidance_scale > 1, self.prior_guidance_scale > 1  # type: ignore[operator]
+        unused = []
+        if self.negative_prompt and not guided and not prior_guided:
+            unused.append("--negative-prompt")
+        if self.guidance_interval is not None and not guided:
+            unused.append("--guidance-interval")
+        if unused:
+            warnings.warn(
+                f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without guidance: give "
+                f"--guidance-scale above 1, it is {self.guidance_scale:g}",
+                stacklevel=3,
+            )
 
     def generate(self, call: Callable[[CombinedPipeline, Generator], T]) -> tuple[int, T]:
         """Load a pipeline while compiling for `call`, and return the seed and the result of the call."""

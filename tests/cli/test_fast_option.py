@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 from kandinsky_jax import CheckpointError, KandinskyV22CombinedPipeline
 from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.cli import app
+from kandinsky_jax.cli.options import Options
+from kandinsky_jax.pipelines.modes import MODES
 from tests import fast_model
 from tests.conftest import SHAPES_MODEL
 from tests.fast_model import ARGUMENTS
@@ -56,6 +59,23 @@ def test_the_picture_is_that_of_load_fast_and_says_so(model, tmp_path):
     pipe.load_fast()
     [expected] = pipe(PROMPT, height=64, width=64, generator=5).images
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({}, "--negative-prompt has"),
+        ({"guidance_interval": "0,1"}, "--negative-prompt and --guidance-interval have"),
+        ({"guidance_interval": "0,1", "guidance_scale": 2.0}, None),
+        ({"prior_guidance_scale": 2.0}, None),
+    ],
+)
+def test_what_has_no_effect_without_guidance_is_said(given, unused, model):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Options(model=str(model), fast=True, negative_prompt="blur", **given).completed(MODES["generate"])
+    found = [str(warning.message) for warning in said]
+    assert [text.partition(" no effect without guidance")[0] for text in found] == ([] if unused is None else [unused])
 
 
 @pytest.mark.slow
