@@ -335,8 +335,8 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "model" / lora.FILE)
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_is_never_stopped(folder, tmp_path):
+@pytest.mark.parametrize("kind", slow_and_campaign((Kind.LORA_PRIOR, Kind.DISTILL_DECODER), Kind.LORA_PRIOR))
+def test_killed_and_resumed_is_never_stopped(folder, tmp_path, kind):
     """SIGKILL and SIGTERM at random moments: the weights are those of an undisturbed run, bit for bit."""
     text = (
         'model = "{model}"\ndata = "{data}"\noutput = "{output}"\nresolution = 64\ntrain_batch_size = 4\n'
@@ -347,17 +347,7 @@ def test_killed_and_resumed_is_never_stopped(folder, tmp_path):
         (tmp_path / f"{name}.toml").write_text(text.format(model=SHAPES_MODEL, data=folder, output=tmp_path / name))
 
     def start(name: str) -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-W",
-            "error",
-            "-m",
-            "kandinsky_jax.cli",
-            "train",
-            "lora-prior",
-            f"{name}.toml",
-            "-q",
-        ]
+        command = [sys.executable, "-W", "error", "-m", "kandinsky_jax.cli", "train", kind, f"{name}.toml", "-q"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
 

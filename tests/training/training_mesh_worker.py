@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import PartitionSpec
 
 from kandinsky_jax import KandinskyV22CombinedPipeline
+from kandinsky_jax.parallel.mesh import default_mesh
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.distillation import DistillationConfig
 from kandinsky_jax.training.kinds import Kind
@@ -32,6 +33,7 @@ from kandinsky_jax.training.tasks import TrainingTask, make_task
 from tests.conftest import SHAPES_MODEL
 
 STEPS, BATCH = 10, 16
+TOKENS = 24  # of the longest caption of a batch, without padding
 MESHES = {"alone": (1, 1), "data=8": (8, 1), "fsdp=8": (1, 8), "data=2,fsdp=4": (2, 4)}
 SETTINGS = {
     Kind.DECODER: OptimizerConfig(learning_rate=1e-3, ema_decay=0.9),
@@ -55,11 +57,11 @@ def batches() -> list[dict[str, np.ndarray]]:
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
-    text = {"prompt_embeds": (64,), "text_encoder_hidden_states": (77, 64)}
+    text = {"prompt_embeds": (64,), "text_encoder_hidden_states": (TOKENS, 64)}
     return [
         {"image_embeds": normal(BATCH, 64), "latents": normal(BATCH, 8, 8, 4)}
         | {name: normal(BATCH, *shape) for name, shape in text.items()}
-        | {"text_mask": np.arange(77) < rng.integers(5, 20, (BATCH, 1))}
+        | {"text_mask": np.arange(TOKENS) < rng.integers(5, 20, (BATCH, 1))}
         | {"pixels": np.tanh(normal(BATCH, 32, 32, 3)), "clip_pixels": normal(BATCH, 32, 32, 3)}
         | {"input_ids": rng.integers(0, 500, (BATCH, 77), np.int32)}
         for _ in range(STEPS)
@@ -118,13 +120,13 @@ def resumed(task: TrainingTask) -> list[float]:
 
 def main(target: str, kind: Kind, meshes: list[str]) -> None:
     pipe = KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
-    pipe.shard(None)
     pipe = {Kind.MOVQ: pipe.decoder_pipe, Kind.CLIP: pipe.prior_pipe}.get(kind, pipe)
     options = {"distillation": DISTILLATION} if kind.startswith("distill-") else OPTIONS
     config = Config(model="", data="", output="", resolution=64, optimizer=SETTINGS[kind], **options)
-    task = make_task(kind, config, pipe)
     found: dict[str, dict] = {}
     for name in meshes:
+        pipe.shard(None if name == "alone" else default_mesh())  # as from_pretrained does, with one device or several
+        task = make_task(kind, config, pipe)
         if name == "resumed":
             found[name] = {"losses": resumed(task)}
         elif name == "by a rule":

@@ -2,10 +2,11 @@
 
     python tpu_scripts/few_steps/shapes.py build/shapes
 
-writes captioned pictures, distils the decoder and the prior from their guided selves (`kandinsky-jax train` with the
-two configurations printed on the way), and generates 200 captions that were not in the data: with 50 guided steps of
-the decoder and 25 of the prior, and with few unguided ones. Writes tpu_scripts/results/few-steps-shapes-DATE.json. Both
-trainings go on where they were stopped. About 20 minutes on two CPU cores.
+writes captioned pictures, distils the decoder and the prior from their guided selves, and generates 200 captions that
+are not in the data: with 50 guided steps of the decoder and 25 of the prior, and with few unguided ones. Writes
+tpu_scripts/results/few-steps-shapes-DATE.json. Both trainings go on where they were stopped. About half an hour on two
+CPU cores. With `--choose` it generates 600 captions, counts nothing else than 4 + 4 evaluations by several schedulers,
+and prints what is right: so that the 200 decide nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,31 @@ MODEL = ROOT / "tests" / "shapes_model"
 SEED, OTHER_SEED, COUNT, BATCH = 7, 11, 200, 25
 # Attention, and of the decoder convolutions and projections too.
 LAYERS = r"(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj|conv1|conv2|conv_shortcut|time_emb_proj|linear_1|linear_2)$"
-# (steps of the prior, steps of the decoder) without guidance
-FEW = ((4, 4), (25, 4), (4, 2), (2, 2), (4, 1))
+# Steps of the prior and of the decoder without guidance, and its scheduler. DDIM is TCD without noise, and begins later
+# here, at 750 of 1000: of no use for 1 or 2 steps.
+FEW = (
+    (4, 4, "ddim"),
+    (4, 4, "tcd"),
+    (25, 4, "ddim"),
+    (4, 8, "ddim"),
+    (4, 8, "tcd"),
+    (4, 2, "tcd"),
+    (2, 2, "tcd"),
+    (4, 1, "tcd"),
+)
+CHOICE = ("tcd", "lcm", "ddim", "euler", "dpm++2m")
+CHOICE_SEEDS = (21, 22, 23)
 
 
 def write_pictures(folder: Path, count: int, drawings: int) -> None:
-    """Write captioned pictures, some of each caption: of other positions and sizes."""
+    """Write captioned pictures, some of each caption: of other positions and sizes. Without the captions to count."""
     if (folder / "metadata.jsonl").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     rng, lines = np.random.default_rng(SEED), []
-    for i, asked in enumerate(shapes.captions(count, seed=SEED) * drawings):
+    counted = {asked.text for asked in shapes.captions(COUNT, seed=OTHER_SEED)}
+    used = [asked for asked in shapes.captions(count, seed=SEED) if asked.text not in counted]
+    for i, asked in enumerate(used * drawings):
         picture = (shapes.draw(asked, rng) * 255).round().astype(np.uint8)
         Image.fromarray(picture).save(folder / f"{i:05d}.png")
         lines.append(json.dumps({"file_name": f"{i:05d}.png", "text": asked.text}) + "\n")
@@ -89,11 +104,11 @@ def rates(pipe: Any, asked: Sequence[shapes.Caption], **settings: Any) -> dict[s
     return shapes.rates(found, [one.truth for one in asked])
 
 
-def settings_of(steps: tuple[int, int], scale: float) -> dict[str, Any]:
+def settings_of(prior_steps: int, steps: int, scale: float) -> dict[str, Any]:
     """Arguments of a call with these steps of both stages."""
     return {
-        "prior_num_inference_steps": steps[0],
-        "num_inference_steps": steps[1],
+        "prior_num_inference_steps": prior_steps,
+        "num_inference_steps": steps,
         "guidance_scale": scale,
         "prior_guidance_scale": scale,
     }
@@ -108,31 +123,49 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA, default 32")
     parser.add_argument("--decoder-steps", type=int, default=6000)
     parser.add_argument("--prior-steps", type=int, default=400)
+    parser.add_argument("--choose", action="store_true", help="compare schedulers on 600 other captions")
     parser.add_argument("--output", type=Path, default=ROOT / "tpu_scripts" / "results")
     arguments = parser.parse_args()
     write_pictures(arguments.folder / "data", arguments.captions, arguments.drawings)
     pipe = KandinskyV22CombinedPipeline.from_pretrained(MODEL, dtype="float32")
     pipe.set_progress_bar_config(disable=True)
-    asked = shapes.captions(COUNT, seed=OTHER_SEED)
-    adapters = {}
+    usual, adapters = pipe.scheduler, {}
     for kind, steps in (
         (Kind.DISTILL_DECODER, arguments.decoder_steps),
         (Kind.DISTILL_PRIOR, arguments.prior_steps),
     ):
         adapters[kind] = Run(kind, config_of(arguments.folder, kind, steps, arguments.rank)).train()
+    if arguments.choose:
+        load(pipe, adapters)
+        asked = [caption for seed in CHOICE_SEEDS for caption in shapes.captions(COUNT, seed=seed)]
+        for name in CHOICE:
+            pipe.scheduler = scheduler_named(name, usual.config)
+            print(name, json.dumps(rates(pipe, asked, **settings_of(4, 4, 1.0))), flush=True)
+        return
     found: dict[str, Any] = {"date": datetime.date.today().isoformat(), "cpus": os.cpu_count(), "captions": COUNT}
     found |= {"decoder_training_steps": arguments.decoder_steps, "prior_training_steps": arguments.prior_steps}
-    found["rates"] = {"25 + 50, guided": rates(pipe, asked, **settings_of((25, 50), 4.0))}
-    pipe.scheduler = scheduler_named("tcd", pipe.scheduler.config)
-    found["rates"]["4 + 4, unguided, not distilled"] = rates(pipe, asked, **settings_of((4, 4), 1.0))
-    for kind, adapter in adapters.items():
-        pipe.load_lora_weights(adapter, adapter_name=kind)
-    for steps in FEW:
-        found["rates"][f"{steps[0]} + {steps[1]}, distilled"] = rates(pipe, asked, **settings_of(steps, 1.0))
+    found |= {"rank": arguments.rank, "pictures": len(list((arguments.folder / "data").glob("*.png")))}
+    asked = shapes.captions(COUNT, seed=OTHER_SEED)
+    found["rates"] = {"25 + 50, guided": rates(pipe, asked, **settings_of(25, 50, 4.0))}
+    for name in ("ddim", "tcd"):
+        pipe.scheduler = scheduler_named(name, usual.config)
+        found["rates"][f"4 + 4 by {name}, not distilled"] = rates(pipe, asked, **settings_of(4, 4, 1.0))
+    load(pipe, adapters)
+    for prior_steps, steps, name in FEW:
+        pipe.scheduler = scheduler_named(name, usual.config)
+        what = f"{prior_steps} + {steps} by {name}, distilled"
+        found["rates"][what] = rates(pipe, asked, **settings_of(prior_steps, steps, 1.0))
         print(json.dumps(found["rates"], indent=1), flush=True)
     target = arguments.output / f"few-steps-shapes-{found['date']}.json"
     replace_file(target, (json.dumps(found, indent=1) + "\n").encode())
     print(target)
+
+
+def load(pipe: Any, adapters: Mapping[str, Any]) -> None:
+    """Load both adapters; both are active then."""
+    for name, adapter in adapters.items():
+        pipe.load_lora_weights(adapter, adapter_name=name)
+    pipe.set_adapters(list(adapters))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from kandinsky_jax.common.atomic import replace_file  # noqa: E402
-from kandinsky_jax.training.kinds import Kind  # noqa: E402
+from kandinsky_jax.training.kinds import DISTILLATION, Kind  # noqa: E402
 
 MODEL = ROOT / "tests" / "shapes_model"
 END_SECONDS = 60  # within which the others have to end
@@ -91,10 +91,16 @@ def write_config(
     fsdp: int = 2,
     epsilon: float = 1e-8,
     precompute: bool = False,
+    kind: str | None = None,
 ) -> Path:
-    """Write the configuration of a run with dropout, flips and an average of the weights, so that all is compared."""
+    """Write the configuration of a run with dropout, flips and an average of the weights, so that all is compared.
+
+    Args:
+        kind: of the training, where it may be one that takes no dropout.
+    """
     options: dict[str, object] = {"model": str(MODEL), "data": str(data), "output": str(output), "resolution": 64}
-    options |= {"train_batch_size": 16, "checkpointing_steps": every, "condition_dropout": 0.3}
+    options |= {"train_batch_size": 16, "checkpointing_steps": every}
+    options |= {} if kind in DISTILLATION else {"condition_dropout": 0.3}
     options |= {"precompute": True} if precompute else {"random_flip": True}
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
     lines += ["[optimizer]", f"max_train_steps = {steps}", "learning_rate = 1e-3", "ema_decay = 0.9"]
@@ -231,7 +237,9 @@ def agree(
     outputs = []
     for layout in layouts:
         output = folder / f"{kind}-{layout}"
-        config = write_config(folder / f"{kind}-{layout}.toml", folder / "data", output, steps, steps, fsdp, epsilon)
+        config = write_config(
+            folder / f"{kind}-{layout}.toml", folder / "data", output, steps, steps, fsdp, epsilon, kind=kind
+        )
         finished(layout, kind, config, folder / "logs")
         outputs.append(output)
     found: dict[str, Any] = {}
@@ -251,7 +259,7 @@ def kill(folder: Path, kind: str, layout: Layout, kills: int, steps: int, every:
     rng = random.Random(seed)
     undisturbed, output = folder / "undisturbed", folder / "killed"
     for target in (undisturbed, output):
-        write_config(folder / f"{target.name}.toml", folder / "data", target, steps, every)
+        write_config(folder / f"{target.name}.toml", folder / "data", target, steps, every, kind=kind)
     finished(layout, kind, folder / "undisturbed.toml", folder / "logs")
     seen = []
     victims = rng.sample(range(layout.processes), layout.processes)
@@ -297,7 +305,7 @@ def stop(folder: Path, kind: str, layout: Layout, steps: int, victim: int) -> di
     """Send SIGTERM to one process: all end with one checkpoint of the same step, and the run goes on from there."""
     undisturbed, output = folder / "undisturbed", folder / "stopped"
     for target in (undisturbed, output):
-        write_config(folder / f"{target.name}.toml", folder / "data", target, steps, steps)
+        write_config(folder / f"{target.name}.toml", folder / "data", target, steps, steps, kind=kind)
     if not (undisturbed / "model").exists():
         finished(layout, kind, folder / "undisturbed.toml", folder / "logs")
     run = Run(layout, kind, folder / "stopped.toml", folder / "logs")
@@ -319,10 +327,12 @@ def stop(folder: Path, kind: str, layout: Layout, steps: int, victim: int) -> di
 def resume(folder: Path, kind: str, layouts: Sequence[Layout], steps: int) -> dict[str, Any]:
     """Go on in another layout after every part of the steps, and compare with a run in the last layout alone."""
     undisturbed, output = folder / f"whole-{kind}", folder / f"parts-{kind}"
-    write_config(folder / "whole.toml", folder / "data", undisturbed, steps, steps)
+    write_config(folder / "whole.toml", folder / "data", undisturbed, steps, steps, kind=kind)
     finished(layouts[-1], kind, folder / "whole.toml", folder / "logs")
     for number, layout in enumerate(layouts, 1):
-        config = write_config(folder / "parts.toml", folder / "data", output, steps * number // len(layouts), steps)
+        config = write_config(
+            folder / "parts.toml", folder / "data", output, steps * number // len(layouts), steps, kind=kind
+        )
         finished(layout, kind, config, folder / "logs")
     return {"layouts": [str(layout) for layout in layouts], **compare(output, undisturbed)}
 

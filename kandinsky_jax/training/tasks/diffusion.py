@@ -221,6 +221,8 @@ class DiffusionTask(TrainingTask):
             stage._recommended = before
 
 
-def unpadded(text: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def unpadded(
+    text: Mapping[str, jax.Array | np.ndarray], batch: Mapping[str, jax.Array]
+) -> dict[str, jax.Array | np.ndarray]:
     """Cut arrays of a caption `[1, T, ...]` to the length of a batch's, which leaves out padding."""
     return {n: x[:, : batch[n].shape[1]] if n in TEXT_ARRAYS else x for n, x in text.items()}

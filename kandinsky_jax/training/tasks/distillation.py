@@ -54,7 +54,8 @@ class DistillationTask(DiffusionTask):
     def loss(self) -> Loss:
         network, config = Network.split(self.module)[0], self.config.distillation
         alphas = jnp.asarray(self.alphas_cumprod(), jnp.float32)
-        without = self.dropped_condition() if self._is_guided else None
+        # On the host: arrays that lie on a mesh of their own have no place in a loss on the mesh of training.
+        without = jax.tree.map(np.asarray, self.dropped_condition()) if self._is_guided else None
 
         def loss(
             trained: Params, batch: Mapping[str, jax.Array], frozen: Params, average: Params | None = None
@@ -90,7 +91,7 @@ class DistillationTask(DiffusionTask):
         network: Network,
         params: Params,
         batch: Mapping[str, jax.Array],
-        without: Mapping[str, jax.Array] | None,
+        without: Mapping[str, np.ndarray] | None,
     ) -> Evaluate:
         """Return guided evaluations of the teacher, with cond and uncond in one batch.
 
