@@ -43,6 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=positive, default=4, help="examples per chip, default 4")
     parser.add_argument("--accumulation", type=positive, default=1, help="parts of a batch, default 1")
     parser.add_argument("--size", type=positive, default=512, help="pixels along a side, default 512")
+    parser.add_argument(
+        "--effort",
+        type=float,
+        default=0.0,
+        help="XLA's exec_time_optimization_effort, -1 to 1, default 0; below it compiling takes less time and memory",
+    )
     parser.add_argument("--kinds", nargs="+", default=KINDS[:3], choices=KINDS)
     parser.add_argument("--python", type=Path, help="a Python that has jax[tpu] and this project's dependencies")
     parser.add_argument("--output", type=Path, default=ROOT / "tpu_scripts" / "results")
@@ -51,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     target = arguments.output / f"aot-train-{datetime.date.today().isoformat()}"
     earlier = target.with_suffix(".json")
     found: dict[str, Any] = json.loads(earlier.read_text()) if earlier.exists() else {}
-    names = ("chips", "fsdp", "batch", "accumulation", "size", "kinds")
+    names = ("chips", "fsdp", "batch", "accumulation", "size", "effort", "kinds")
     job = {name: getattr(arguments, name) for name in names}
     rows = found.setdefault("programs", [])
     for folder in filter(None, (arguments.output, arguments.hlo)):
@@ -64,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
             continue
         print(progress(kind, event), flush=True)
         if kind != "compiling":
-            rows[:] = [row for row in rows if any(row[n] != event[n] for n in (*names[:-1], "program"))] + [event]
+            rows[:] = [row for row in rows if any(row.get(n, 0) != event[n] for n in (*names[:-1], "program"))] + [
+                event
+            ]
             write(target, found, table(found))
     check(rows, target)
 
@@ -84,7 +92,8 @@ def table(found: dict[str, Any]) -> str:
     for row in found["programs"]:
         parts = f" in {row['accumulation']} parts" if row["accumulation"] > 1 else ""
         mesh = f"{row['devices'] // row['fsdp']} x {row['fsdp']}"
-        head = f"| {row['chips']} | {row['program']} | {mesh} | {row['batch']}{parts} "
+        effort = f", effort {row['effort']:g}" if row.get("effort") else ""
+        head = f"| {row['chips']} | {row['program']}{effort} | {mesh} | {row['batch']}{parts} "
         if "error" in row:
             lines.append(f"{head}| {row['error']} |")
             continue

@@ -131,7 +131,8 @@ def compiled(program: str, job: dict[str, Any], mesh: Any) -> Any:
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = Shape(key.shape, key.dtype, sharding=NamedSharding(mesh, REPLICATED))
     batch = batch_of(task, job["batch"] * mesh.size, job["size"], mesh)
-    return trainer.lower(state, batch, key, frozen).compile()
+    options = {"exec_time_optimization_effort": job["effort"]} if job["effort"] else None
+    return trainer.lower(state, batch, key, frozen).compile(options)
 
 
 def exchange_figures(text: str, mesh: Any, seconds: float, bound_by: str, chip: Chip) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"event": "versions", "jax": jax.__version__}
     for program in job["kinds"]:
         row = {"chips": job["chips"], "program": program, "devices": len(devices)}
-        row |= {name: job[name] for name in ("fsdp", "batch", "accumulation", "size")}
+        row |= {name: job[name] for name in ("fsdp", "batch", "accumulation", "size", "effort")}
         yield {"event": "compiling", **row}
         began = time.perf_counter()
         try:
