@@ -5,8 +5,8 @@
 writes captioned pictures, distils the decoder and the prior from their guided selves, and generates 200 captions that
 are not in the data: with 50 guided steps of the decoder and 25 of the prior, and with few unguided ones. Writes
 tpu_scripts/results/few-steps-shapes-DATE.json. Both trainings go on where they were stopped. About half an hour on two
-CPU cores. With `--choose` it generates 600 captions, counts nothing else than 4 + 4 evaluations by several schedulers,
-and prints what is right: so that the 200 decide nothing.
+CPU cores. With `--choose` it generates 600 other captions, some of which are in the data, guided and in 4 + 4
+evaluations by several schedulers, and only prints what is right: so that the 200 decide nothing.
 """
 
 from __future__ import annotations
@@ -136,8 +136,9 @@ def main() -> None:
     ):
         adapters[kind] = Run(kind, config_of(arguments.folder, kind, steps, arguments.rank)).train()
     if arguments.choose:
-        load(pipe, adapters)
         asked = [caption for seed in CHOICE_SEEDS for caption in shapes.captions(COUNT, seed=seed)]
+        print("guided", json.dumps(rates(pipe, asked, **settings_of(25, 50, 4.0))), flush=True)
+        load(pipe, adapters)
         for name in CHOICE:
             pipe.scheduler = scheduler_named(name, usual.config)
             print(name, json.dumps(rates(pipe, asked, **settings_of(4, 4, 1.0))), flush=True)
