@@ -19,7 +19,7 @@ from kandinsky_jax.batch import model_files
 from kandinsky_jax.batch.requests import MAX_IMAGES, MAX_SIDE, STRENGTH, check_pixels, text
 from kandinsky_jax.batch.rows import USUAL_DEFAULTS, JobError, RowFile, parquet, scan
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS, Output
-from kandinsky_jax.checkpoint import fast_adapters, hub, recommended_settings
+from kandinsky_jax.checkpoint import fast_adapters, hub
 from kandinsky_jax.checkpoint.networks import network_dtype
 from kandinsky_jax.checkpoint.recommended_settings import BY_OPTION, FALLBACK, RecommendedSettings
 from kandinsky_jax.common import reading
@@ -195,8 +195,7 @@ class OpenJob:
     def recommended(self) -> RecommendedSettings:
         """Settings that the model recommends; in a fast job, first those of its fast adapter."""
         folders = model_files.folders(self.pipeline, self.model, self.job.prior)
-        found = recommended_settings.of_model(folders)
-        return found.with_fast(fast_adapters.settings_of_model(folders)) if self.job.fast else found
+        return fast_adapters.settings_of_model(folders, self.job.fast)
 
     @property
     def usual(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kandinsky_jax.checkpoint import hub, recommended_settings
-from kandinsky_jax.checkpoint.recommended_settings import FILE, FastSettings
+from kandinsky_jax.checkpoint.recommended_settings import FILE, NO_SETTINGS, FastSettings, RecommendedSettings
 from kandinsky_jax.common.errors import CheckpointError, shorten
 
 
@@ -76,9 +76,36 @@ def of_model(folders: Sequence[Path]) -> tuple[FastAdapter | None, FastAdapter |
     return found
 
 
-def settings_of_model(folders: Sequence[Path]) -> FastSettings:
-    """Return the settings of a combined call with a model's fast adapters; see `of_model`."""
-    return merged(*of_model(folders))
+def settings_of_model(folders: Sequence[Path], fast: bool) -> RecommendedSettings:
+    """Return the settings of a combined call that a model recommends.
+
+    Args:
+        folders: see `hub.with_prior`.
+        fast: with its fast adapters, whose settings come first: the decoder's, but for the prior what its folder says.
+    Raises:
+        CheckpointError: see `of_model`.
+    """
+    found = recommended_settings.of_model(folders)
+    if not fast:
+        return found
+    unet, prior = of_model(folders)
+    of_prior = recommended_settings.read(folders[1]) if len(folders) > 1 else NO_SETTINGS
+    adapters = [None if adapter is None else adapter.settings for adapter in (unet, prior)]
+    return with_adapters(found, adapters[0], of_prior, adapters[1])
+
+
+def with_adapters(
+    settings: RecommendedSettings, unet: FastSettings | None, of_prior: RecommendedSettings, prior: FastSettings | None
+) -> RecommendedSettings:
+    """Return settings where fast adapters are applied.
+
+    Args:
+        settings: of the model.
+        unet, prior: settings of the adapters, None for one that is not applied.
+        of_prior: what the prior's own folder recommends, which counts before the UNet's adapter for the prior.
+    """
+    found = settings if unet is None else settings.with_fast(unet).with_prior(of_prior)
+    return found if prior is None else found.with_fast(prior)
 
 
 def no_adapter(folders: Sequence[Path]) -> CheckpointError:

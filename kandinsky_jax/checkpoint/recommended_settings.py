@@ -81,10 +81,13 @@ class RecommendedSettings:
         """Return the recommended arguments of a combined pipeline's call, without the scheduler."""
         return {name: value for name, value in _given(self).items() if name not in ("scheduler", "fast")}
 
+    def prior_arguments(self) -> dict[str, Any]:
+        """Return those arguments that are the prior's."""
+        return {name: value for name, value in self.arguments().items() if name.startswith("prior_")}
+
     def with_prior(self, prior: RecommendedSettings) -> RecommendedSettings:
         """Return the settings with a prior that has its own: those of the prior, else these."""
-        own = {name: value for name, value in prior.arguments().items() if name.startswith("prior_")}
-        return dataclasses.replace(self, **own)
+        return dataclasses.replace(self, **prior.prior_arguments())
 
     def with_fast(self, fast: FastSettings) -> RecommendedSettings:
         """Return the settings of the model with its fast adapter: those of the adapter, else its own."""

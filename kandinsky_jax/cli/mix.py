@@ -33,7 +33,7 @@ def mix(
     shares = [1 / len(items)] * len(items) if weights is None else numbers(weights, "--weights")
     checks.interpolation(mixed, shares)
 
-    completed = options.completed(MODES["generate"])
+    completed = options.completed(MODES["generate"], guides_prior=False)
 
     def embed(pipe: CombinedPipeline, generator: Generator) -> KandinskyPriorPipelineOutput:
         return pipe.prior_pipe.interpolate(

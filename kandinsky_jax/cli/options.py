@@ -16,7 +16,7 @@ import typer
 from PIL import Image
 
 from kandinsky_jax import images
-from kandinsky_jax.checkpoint import fast_adapters, hub, recommended_settings
+from kandinsky_jax.checkpoint import fast_adapters, hub
 from kandinsky_jax.checkpoint.hub import OFFICIAL
 from kandinsky_jax.checkpoint.recommended_settings import (
     BY_OPTION,
@@ -148,9 +148,11 @@ class Options:
         """The same of the prior."""
         return checks.LARGEST if self.prior_steps is None else self.prior_steps
 
-    def completed(self, mode: Mode) -> CompletedOptions:
+    def completed(self, mode: Mode, guides_prior: bool = True) -> CompletedOptions:
         """Find the model, and use its recommended settings where nothing is given; first those of its fast adapter.
 
+        Args:
+            guides_prior: whether the negative prompt guides the prior too, not the decoder alone.
         Raises:
             CheckpointError: for a model that does not exist or has no fast adapter, or recommended settings that are
                 not valid.
@@ -158,16 +160,14 @@ class Options:
         with hub.hint_for_cached_files():
             folder = hub.resolve(self.model or f"{OFFICIAL}/{mode.repository}", mode.repository)
             folders, found = hub.with_prior(folder, self.prior), dict(vars(self))
-            own = recommended_settings.of_model(folders)
-            if self.fast:
-                own = own.with_fast(fast_adapters.settings_of_model(folders))
+            own = fast_adapters.settings_of_model(folders, self.fast)
         for name, setting in BY_OPTION.items():
             choices = (found[name], getattr(own, setting), getattr(FALLBACK, setting))
             found[name] = next(value for value in choices if value is not None)
         found["scheduler"] = self.scheduler or own.scheduler
         completed = CompletedOptions(**found, folder=folder, mode=mode, recommended=own)
         completed.check()  # now with the steps that are run
-        completed.warn_without_guidance()
+        completed.warn_without_guidance(guides_prior)
         return completed
 
     def interval(self) -> list[float] | None:
@@ -199,18 +199,18 @@ class CompletedOptions(Options):
     mode: Mode
     recommended: RecommendedSettings
 
-    def warn_without_guidance(self) -> None:
+    def warn_without_guidance(self, guides_prior: bool) -> None:
         """Warn of what is given and has no effect without guidance, as fast models run."""
         guided, prior_guided = self.guidance_scale > 1, self.prior_guidance_scale > 1  # type: ignore[operator]
         unused = []
-        if self.negative_prompt and not guided and not prior_guided:
+        if self.negative_prompt and not guided and not (prior_guided and guides_prior):
             unused.append("--negative-prompt")
         if self.guidance_interval is not None and not guided:
             unused.append("--guidance-interval")
         if unused:
             warnings.warn(
-                f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without guidance: give "
-                f"--guidance-scale above 1, it is {self.guidance_scale:g}",
+                f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without guidance: "
+                f"{'leave --fast out, or ' * self.fast}give --guidance-scale above 1, it is {self.guidance_scale:g}",
                 stacklevel=3,
             )
 

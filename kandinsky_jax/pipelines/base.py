@@ -63,7 +63,7 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
     REPOSITORY: ClassVar[str]  # name of the official repository, and of the subfolder of a model family
     PREFIX: ClassVar[str] = ""  # of its components' names within a combined pipeline
     STAGE: ClassVar[str] = ""  # label of the progress bar
-    _recommended: RecommendedSettings | CheckpointError = NO_SETTINGS  # of the folder it was loaded from
+    _recommended: RecommendedSettings | CheckpointError = NO_SETTINGS  # of a decoder's or a prior's folder
 
     def _register(self, **components: object) -> None:
         use_compilation_cache()
@@ -92,11 +92,12 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
         stores, *_ = arguments
         pipe = super()._load(*arguments)
         pipe._name_or_path = str(stores[-1].folder)
-        try:
-            folders = dict.fromkeys(store.folder for store in reversed(stores))  # the decoder's first
-            pipe._recommend(recommended_settings.of_model(list(folders)))
-        except CheckpointError as error:  # which is the business of those who ask for the settings
-            pipe._recommended = error
+        for store in stores:
+            stage: Any = pipe._stages()[-1 if store.prefix else 0]
+            try:
+                stage._recommended = recommended_settings.read(store.folder)
+            except CheckpointError as error:  # which is the business of those who ask for the settings
+                stage._recommended = error
         held = pipe._held()
         for store in stores:
             for name in store.folders:
@@ -107,23 +108,18 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
     def recommended_settings(self) -> RecommendedSettings:
         """Settings that the model's folder recommends; the pipeline itself keeps diffusers' defaults.
 
-        `pipe(prompt, **pipe.recommended_settings.arguments())` uses them.
+        `pipe(prompt, **pipe.recommended_settings.arguments())` uses them. In a combined pipeline those of the decoder,
+        and for the prior first its own.
 
         Raises:
             CheckpointError: where the folder's file is not valid.
         """
-        if isinstance(self._recommended, CheckpointError):
-            raise self._recommended
-        return self._recommended
-
-    def _recommend(self, settings: RecommendedSettings | CheckpointError) -> None:
-        """Set the settings of a pipeline, and of the stages of a combined one."""
-        self._recommended = settings
-        for stage in self._stages():
-            if stage is not self and stage.PREFIX and not isinstance(settings, CheckpointError):
-                stage._recommended = NO_SETTINGS.with_prior(settings)
-            else:
-                stage._recommended = settings
+        found = NO_SETTINGS
+        for i, stage in enumerate(self._stages()):
+            if isinstance(stage._recommended, CheckpointError):
+                raise stage._recommended
+            found = found.with_prior(stage._recommended) if i else stage._recommended
+        return found
 
     def _held(self) -> dict[str, Any]:
         """Return the components without loading lazy ones."""
@@ -162,8 +158,7 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
         if pipes:
             new.set_progress_bar_config(**pipes[0]._progress_bar_config)
             new._name_or_path = pipes[0]._name_or_path
-            new._recommend(_recommended_by(pipes))
-            new._keep_fast(pipes)
+            new._keep_settings(pipes)
         return new.to(*dtypes) if dtypes else new
 
     # Compiling ahead ----------------------------------------------------------------------------------------------
@@ -185,7 +180,7 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
         # A second pipeline of the same components: pipelines cache results, and here these are zeros.
         twin: Any = type(self)(**self._held())
         twin.set_progress_bar_config(disable=True)
-        twin._keep_fast([self])
+        twin._keep_settings([self])
         call = {name: value for name, value in defaults.items() if name in inspect.signature(twin.__call__).parameters}
         with compiling_ahead(lambda: twin(**call | arguments)):
             pass
@@ -317,16 +312,6 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
 def is_guided(scale: float) -> bool:
     """Whether classifier-free guidance is on at a scale; 1 would be the conditional prediction alone."""
     return scale > 1
-
-
-def _recommended_by(pipes: Sequence[Pipeline]) -> RecommendedSettings | CheckpointError:
-    """Return the settings of a pipeline that is built from others: the decoder's, and those of a prior by itself."""
-    found = NO_SETTINGS
-    for pipe in sorted(pipes, key=lambda pipe: not hasattr(pipe, "unet")):
-        if isinstance(pipe._recommended, CheckpointError):
-            return pipe._recommended
-        found = pipe._recommended if hasattr(pipe, "unet") else found.with_prior(pipe._recommended)
-    return found
 
 
 def _of_a_call(pipe: Pipeline, name: str) -> Any:

@@ -19,7 +19,7 @@ from flax import nnx
 from kandinsky_jax.checkpoint import CheckpointError, fast_adapters, flat_params, hub, lora_files
 from kandinsky_jax.checkpoint.fast_adapters import FastAdapter
 from kandinsky_jax.checkpoint.lora_files import Adapter
-from kandinsky_jax.checkpoint.recommended_settings import FastSettings, RecommendedSettings
+from kandinsky_jax.checkpoint.recommended_settings import NO_SETTINGS, FastSettings, RecommendedSettings
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.models import PriorTransformer
 from kandinsky_jax.pipelines import lora_weights
@@ -95,8 +95,14 @@ def _is_applied(network: nnx.Module) -> bool:
     if (source := _SOURCES.get(network)) is None:
         return False
     now = adapters_of(network)
-    ours = NAME in now.loaded and now.loaded[NAME] is source.loaded
-    return source.kept or (ours and now.enabled and (NAME in now.weights or NAME in now.fused))
+    active = now.fused or now.weights  # fused ones stand in the place of active ones
+    return source.kept or (_is_loaded(network) and now.enabled and NAME in active)
+
+
+def _is_loaded(network: nnx.Module) -> bool:
+    """Return whether a network's own fast adapter is loaded, and not another one of that name."""
+    now, source = adapters_of(network), _SOURCES.get(network)
+    return source is not None and NAME in now.loaded and now.loaded[NAME] is source.loaded
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,8 @@ class FastLoader(LoraLoader):
         with _LOCK:
             stages = self._stages()
             networks = [stage._own_network() for stage in stages if stage._fast is not None]
+            if any(NAME in adapters_of(network).fused for network in networks):
+                raise ValueError(f"the adapter {NAME!r} is fused; call unfuse_lora first")
             if any(network in _SOURCES and _SOURCES[network].kept for network in networks):
                 raise ValueError("the fast adapter was fused before, so the weights keep it: load the model again")
             for stage in stages:
@@ -190,7 +198,7 @@ class FastLoader(LoraLoader):
         """
         with _LOCK:
             networks = [stage._own_network() for stage in self._stages()]
-            fused = [network for network in networks if NAME in adapters_of(network).fused and _is_applied(network)]
+            fused = [network for network in networks if NAME in adapters_of(network).fused and _is_loaded(network)]
             super().unload_lora_weights()
             for network in fused:
                 _SOURCES[network].kept = True
@@ -262,13 +270,14 @@ class FastLoader(LoraLoader):
             return {}
         return self._fast.settings.arguments()
 
-    def _keep_fast(self, pipes: Sequence[FastLoader]) -> None:
-        """Use the fast settings of other pipelines in the stages that have the same network."""
-        others = [stage for pipe in pipes for stage in pipe._stages() if stage._fast is not None]
+    def _keep_settings(self, pipes: Sequence[FastLoader]) -> None:
+        """Use the settings of other pipelines, the fast ones too, in the stages that have the same network."""
+        others = [stage for pipe in pipes for stage in pipe._stages()]
         for stage in self._stages():
             for other in others:
                 if other._own_network() is stage._own_network():
-                    stage._fast = other._fast
+                    stage._recommended = other._recommended
+                    stage._fast = other._fast or stage._fast
 
     def _settings_to_save(self, folder: Path) -> RecommendedSettings:
         """Return the recommended settings of the weights as they are, and copy the fast adapters' files into a folder.
@@ -277,18 +286,24 @@ class FastLoader(LoraLoader):
         """
         settings = replace(self.recommended_settings, fast=None)
         kept: list[FastAdapter | None] = [None, None]
-        applied = []
+        applied: list[FastSettings | None] = [None, None]
         for i, stage in enumerate(self._stages()):
             source = _SOURCES.get(network := stage._own_network())
             if source is None or not isinstance(source.adapter, FastAdapter):
                 continue
             if _is_applied(network):
-                applied.append(source.adapter.settings)
+                applied[i] = source.adapter.settings
             else:
                 kept[i] = source.adapter
-        for fast in applied:  # where both have one for the prior, that of the prior
-            settings = settings.with_fast(fast)
-        return replace(settings, fast=fast_adapters.copy((kept[0], kept[1]), folder))
+        of_prior = NO_SETTINGS
+        if len(stages := self._stages()) > 1 and isinstance(stages[1]._recommended, RecommendedSettings):
+            of_prior = stages[1]._recommended
+        settings = fast_adapters.with_adapters(settings, applied[0], of_prior, applied[1])
+        fast = fast_adapters.copy((kept[0], kept[1]), folder)
+        if fast is not None and kept[1] is None:  # the prior runs as it is
+            own = of_prior if applied[1] is None else of_prior.with_fast(applied[1])
+            fast = replace(fast, **own.prior_arguments())
+        return replace(settings, fast=fast)
 
 
 def _with_adapter(network: nnx.Module, adapter: FastAdapter) -> tuple[nnx.Module, Adapters]:

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -65,8 +66,8 @@ class PretrainedMixin:
     REPOSITORY: ClassVar[str]
 
     if TYPE_CHECKING:  # of `Pipeline`
-        _recommended: RecommendedSettings | CheckpointError
         _settings_to_save: Callable[[Path], RecommendedSettings]
+        _settle_scheduler: Callable[[], None]
 
         def _held(self) -> dict[str, Any]: ...
 
@@ -189,6 +190,7 @@ class PretrainedMixin:
         check_saving_arguments(f"{type(self).__name__}.save_pretrained", safe_serialization, arguments)
         folder = Path(folder)
         _check_target(type(self), folder, overwrite)
+        self._settle_scheduler()
         parts = self._held()
         needed = sum(_component_bytes(part) for part in parts.values())
         with complete_or_absent(folder, needed, overwrite=overwrite is not False) as scratch:
@@ -204,8 +206,10 @@ class PretrainedMixin:
                     part.save_pretrained(scratch / name)
                 index[name] = _index_entry(part)
             (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-            if isinstance(self._recommended, RecommendedSettings):
+            try:
                 recommended_settings.write(self._settings_to_save(scratch), scratch)
+            except CheckpointError as error:
+                warnings.warn(f"saved without recommended settings: {error}", stacklevel=2)
             write_manifest(scratch)
             _keep_other_files(folder, scratch)
         note_saved(folder, own=False)

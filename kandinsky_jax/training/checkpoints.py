@@ -40,7 +40,7 @@ from kandinsky_jax.training.checksums import checksums, sharded_checksums
 from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.mesh import whole
 from kandinsky_jax.training.run_folder import CHECKPOINTS
-from kandinsky_jax.training.run_record import STRUCTURE, Record, describe_changes, record_changes
+from kandinsky_jax.training.run_record import DATA, PICTURES, STRUCTURE, Record, describe_changes, record_changes
 from kandinsky_jax.training.step import TrainState
 
 CHECKPOINT_VERSION = 3  # 2, with CRC-32 of whole arrays, and 1, without a record and checksums, are read as well
@@ -254,19 +254,27 @@ class Checkpoints:
             )
         return None
 
-    def check_settings(self) -> None:
-        """Compare the newest checkpoint with the record, before long work that its refusal would waste.
+    def check_record(self) -> None:
+        """Compare the newest readable checkpoint with the record, before the data are encoded for nothing.
 
-        Only what the record has is compared; a damaged checkpoint is left to `restore`.
+        Pictures that cannot be read are not left out of the record yet, so data are compared only where there are no
+        more pictures than there were.
 
         Raises:
             TrainingError: for one of another run or a newer version.
         """
-        for path in self._candidates()[:1]:
-            with contextlib.suppress(CheckpointError):
+        for path in self._candidates():
+            try:
                 place = self._from_first(functools.partial(self._place, path))
-                if "run" in place:
-                    self._compare(path, place, self.accept_changes)
+            except CheckpointError:  # which `restore` judges
+                continue
+            if "run" in place:
+                run: dict[str, Any] = place["run"]
+                now: Any = self.record[PICTURES]
+                unsure = (PICTURES, DATA) if run.get(PICTURES, 0) < now else ()
+                known = {name: value for name, value in run.items() if name not in unsure}
+                self._compare(path, place | {"run": known}, self.accept_changes)
+            return
 
     def _from_first(self, function: Callable[[], T]) -> T:
         return self.hosts.from_first(function, (CheckpointError, TrainingError, OSError))

@@ -19,6 +19,7 @@ Process 0 writes everything else. Before each step they agree whether to take it
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import socket
@@ -51,7 +52,7 @@ from kandinsky_jax.training.latent_cache import LatentCache, open_latent_cache
 from kandinsky_jax.training.mesh import check_shared, connect, gathered, local_examples, make_training_mesh, parts
 from kandinsky_jax.training.metrics import Metrics, NoMetrics
 from kandinsky_jax.training.run_folder import MODEL, RunFolder
-from kandinsky_jax.training.run_record import Record, check_same_run, check_same_settings, run_record
+from kandinsky_jax.training.run_record import Record, check_same_run, check_same_settings, run_record, weights_digest
 from kandinsky_jax.training.step import Trainer, TrainState
 from kandinsky_jax.training.tasks import DiffusionTask, LoraTask, make_task, needs_captions
 
@@ -144,7 +145,7 @@ class Run:
         assert isinstance(task, DiffusionTask)
         with in_folder(self.run_folder):
             self.run_folder.begin(self.hosts)
-            self._checkpoints(run_record(self.task.kind, self.config)).check_settings()
+            self._checkpoints(self._record()).check_record()
             reader, unreadable = open_latent_cache(self.run_folder, task, self.items, self.quiet, self.hosts)
             for name, fault in unreadable.items():
                 if self.hosts.first:
@@ -227,10 +228,14 @@ class Run:
 
     def _record(self) -> Record:
         """Return the identity of this run, which is the same in all processes."""
-        networks = {name: flat_params(module) for name, module in self.task.networks.items()}
-        record = run_record(self.task.kind, self.config, self.items, networks)
+        record = run_record(self.task.kind, self.config, self.items, self._digests, self.task.further_settings)
         check_same_run(self.hosts, record)
         return record
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        """Digests of the networks' weights, before the first step."""
+        return {name: weights_digest(flat_params(module)) for name, module in self.task.networks.items()}
 
     def _offload(self) -> None:
         """Leave the devices to the state: keep networks that no step runs on the host, for samples and the result.

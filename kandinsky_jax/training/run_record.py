@@ -8,8 +8,6 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from flax import nnx
-
 from kandinsky_jax.common.errors import shorten, summarize
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.hosts import Hosts
@@ -46,22 +44,27 @@ VERSIONS = ("kandinsky_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 # Settings that determine the structure of the state; a checkpoint with other ones cannot be used.
 STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "distillation.lora", "average of the weights"})
 
+# Names of entries.
+PICTURES, DATA = "number of pictures", "data"
+
 Record = dict[str, object]
 
 
 def run_record(
     kind: Kind,
     config: Config,
-    items: Sequence[Captioned] | None = None,
-    networks: Mapping[str, nnx.Module] | None = None,
+    items: Sequence[Captioned],
+    digests: Mapping[str, str] | None = None,
+    further: Mapping[str, object] | None = None,
 ) -> Record:
     """Return the settings, data and weights that determine a run's result, as JSON values.
 
     Args:
         kind: which network is trained.
         config: settings of the run.
-        items: the pictures; their names, captions and sizes are compared. None leaves them out.
-        networks: parameters of all networks before the first step, by name; None leaves them out.
+        items: the pictures; their names, captions and sizes are compared.
+        digests: of the weights of all networks before the first step (`weights_digest`), by name.
+        further: see `TrainingTask.further_settings`.
     """
     unused = _unused_tables(kind, config)
     settings = {
@@ -73,8 +76,10 @@ def run_record(
         "kind": str(kind),
         **settings,
         "average of the weights": config.optimizer.ema_decay is not None,
-        **({} if items is None else {"number of pictures": len(items), "data": data_fingerprint(items)[:16]}),
-        **{f"weights of {name}": weights_digest(params) for name, params in sorted((networks or {}).items())},
+        PICTURES: len(items),
+        DATA: data_fingerprint(items)[:16],
+        **(further or {}),
+        **{f"weights of {name}": digest for name, digest in sorted((digests or {}).items())},
     }
 
 
@@ -118,11 +123,11 @@ def record_changes(before: Mapping[str, object], now: Mapping[str, object]) -> d
 def describe_changes(changed: Mapping[str, tuple[object, object]]) -> str:
     """Describe changes briefly, such as "seed (0, now 1)"."""
     given = dict(changed)
-    if "number of pictures" in given:
-        given.pop("data", None)
+    if PICTURES in given:
+        given.pop(DATA, None)
     parts = []
     for name, (before, now) in list(given.items())[:4]:
-        opaque = name == "data" or name.startswith("weights of ")  # digests say nothing to a reader
+        opaque = name == DATA or name.startswith("weights of ")  # digests say nothing to a reader
         parts.append(name if opaque else f"{name} ({shorten(before, 24)}, now {shorten(now, 24)})")
     return ", ".join(parts) + (f" and {len(given) - 4} more" if len(given) > 4 else "")
 

@@ -230,11 +230,31 @@ def test_what_a_prior_says_of_itself_comes_before_its_decoder(model, tmp_path):
     for pipes in ([pipe], stages, stages[::-1]):
         made = kandinsky_jax.KandinskyV22CombinedPipeline.from_pipe(*pipes)
         assert made.recommended_settings.arguments() == expected
+    plain = kandinsky_jax.KandinskyV22PriorPipeline.from_pretrained(model.parent / hub.PRIOR)
+    for pipes in ([pipe, plain], [pipe.decoder_pipe, plain]):  # those of the prior that is used
+        made = kandinsky_jax.KandinskyV22CombinedPipeline.from_pipe(*pipes)
+        assert made.recommended_settings == recommended_settings.read(model)
+    pipe.decoder_pipe.save_pretrained(tmp_path / "decoder")
+    pipe.prior_pipe.save_pretrained(tmp_path / "saved")
+    assert recommended_settings.read(tmp_path / "decoder") == recommended_settings.read(model)
+    assert recommended_settings.read(tmp_path / "saved") == recommended_settings.read(prior)
     options = Options(model=str(model), prior=str(prior)).completed(MODES["generate"])
     assert (options.prior_steps, options.prior_guidance_scale, options.guidance_scale) == (5, 3.0, 1.5)
     (tmp_path / "rows.txt").write_text("a red ring\n")
     job = open_job(Job(str(tmp_path / "rows.txt"), str(tmp_path / "out"), model=str(model), prior=str(prior)))
     assert {"prior_steps": 5, "prior_guidance_scale": 3.0, "guidance_scale": 1.5}.items() <= job.settings.items()
+
+
+def test_damaged_settings_of_a_prior_spoil_nothing_of_its_decoder(model, tmp_path):
+    prior = tmp_path / "prior"
+    shutil.copytree(model.parent / hub.PRIOR, prior)
+    (prior / FILE).write_text("{")
+    pipe = kandinsky_jax.KandinskyV22CombinedPipeline.from_pretrained(model, prior=prior)
+    assert pipe.decoder_pipe.recommended_settings == recommended_settings.read(model)
+    with pytest.raises(CheckpointError, match=FILE):
+        _ = pipe.recommended_settings
+    with pytest.warns(UserWarning, match="saved without recommended settings: .*prior"):
+        pipe.save_pretrained(tmp_path / "saved")
 
 
 def test_a_file_that_the_manifest_does_not_know_is_unexpected(model, tmp_path):

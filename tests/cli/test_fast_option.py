@@ -73,9 +73,13 @@ def test_the_picture_is_that_of_load_fast_and_says_so(model, tmp_path):
 def test_what_has_no_effect_without_guidance_is_said(given, unused, model):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        Options(model=str(model), fast=True, negative_prompt="blur", **given).completed(MODES["generate"])
+        options = Options(model=str(model), fast=True, negative_prompt="blur", **given)
+        options.completed(MODES["generate"])
     found = [str(warning.message) for warning in said]
     assert [text.partition(" no effect without guidance")[0] for text in found] == ([] if unused is None else [unused])
+    if "prior_guidance_scale" in given:
+        with pytest.warns(UserWarning, match="--negative-prompt has no effect"):
+            options.completed(MODES["generate"], guides_prior=False)  # as in mix
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from kandinsky_jax import (
     KandinskyV22PriorPipeline,
     scheduler_named,
 )
-from kandinsky_jax.checkpoint import flat_params, hub, load_network, lora_files
+from kandinsky_jax.checkpoint import fast_adapters, flat_params, hub, load_network, lora_files
 from kandinsky_jax.checkpoint.conversion import convert
 from kandinsky_jax.checkpoint.manifest import FAULTS, verify
 from kandinsky_jax.checkpoint.recommended_settings import FILE
@@ -295,9 +295,14 @@ def test_a_model_that_is_saved_fast_is_a_fast_model(pipe, expected, tmp_path):
         saved.load_fast()
 
 
-def test_a_model_whose_adapter_is_fused_and_unloaded_stays_fast(pipe, expected, tmp_path):
+@pytest.mark.parametrize("disabled", ["never", "before", "after"])
+def test_a_model_whose_adapter_is_fused_and_unloaded_stays_fast(pipe, expected, disabled, tmp_path):
     pipe.load_fast()
+    if disabled == "before":
+        pipe.disable_lora()
     pipe.fuse_lora()
+    if disabled == "after":
+        pipe.disable_lora()
     pipe.unload_lora_weights()
     assert pipe.get_list_adapters() == {}
     assert np.array_equal(pipe(PROMPT, **SIZE).images, expected)
@@ -311,6 +316,63 @@ def test_a_model_whose_adapter_is_fused_and_unloaded_stays_fast(pipe, expected, 
     assert saved.recommended_settings.arguments() == ARGUMENTS
     assert saved.recommended_settings.fast is None
     assert_same(before, weights_of(saved))
+
+
+def test_a_model_that_is_saved_while_the_adapter_is_off_is_the_usual_one(pipe, tmp_path):
+    pipe.load_fast()
+    pipe.disable_lora()
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = load(KandinskyV22CombinedPipeline, tmp_path / "saved")
+    assert type(saved.scheduler).__name__ == "DDPMScheduler"
+    assert saved.recommended_settings.scheduler is None
+    assert saved.load_fast() == ARGUMENTS
+
+
+def test_nothing_is_unloaded_where_a_part_is_fused(pipe):
+    pipe.load_fast()
+    pipe.fuse_lora(components=["prior_prior"])
+    with pytest.raises(ValueError, match="the adapter 'fast' is fused; call unfuse_lora first"):
+        pipe.unload_fast()
+    assert pipe._call_defaults() == ARGUMENTS
+
+
+def test_weights_that_have_another_adapter_fused_are_not_fast(pipe, tmp_path):
+    """Since fused adapters stand in the place of active ones."""
+    lora_files.write(tmp_path, {"unet": random_changes(pipe.unet, 3)}, LORA)
+    pipe.load_lora_weights(tmp_path, "style", weight_name=LORA)
+    pipe.load_fast()
+    pipe.fuse_lora(components=["unet"], adapter_names=["style"])
+    assert "num_inference_steps" not in pipe._call_defaults()
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_what_a_prior_says_of_itself_comes_before_the_decoders_adapter(family, has_adapter, tmp_path):
+    """In pipelines, commands and saved models."""
+    model = Path(shutil.copytree(family, tmp_path / "model"))
+    write_table(model / hub.DECODER, DECODER | {"prior_num_inference_steps": 4, "prior_guidance_scale": 2.0})
+    own = {"format_version": 2, "prior_num_inference_steps": 7, "prior_guidance_scale": 3.0}
+    table = {"lora": LORA, "prior_num_inference_steps": 6, "prior_guidance_scale": 1.5}
+    (model / hub.PRIOR / FILE).write_text(json.dumps(own | ({"fast": table} if has_adapter else {})))
+    expected = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    expected |= (
+        {"prior_num_inference_steps": 6, "prior_guidance_scale": 1.5}
+        if has_adapter
+        else {
+            "prior_num_inference_steps": 7,
+            "prior_guidance_scale": 3.0,
+        }
+    )
+    pipe = load(KandinskyV22CombinedPipeline, model / hub.DECODER)
+    assert pipe.load_fast() == expected
+    folders = [model / hub.DECODER, model / hub.PRIOR]
+    assert fast_adapters.settings_of_model(folders, fast=True).arguments() == expected
+    pipe.save_pretrained(tmp_path / "fast")
+    assert load(KandinskyV22CombinedPipeline, tmp_path / "fast").recommended_settings.arguments() == expected
+    pipe.unload_fast()
+    pipe.save_pretrained(tmp_path / "usual")
+    usual = load(KandinskyV22CombinedPipeline, tmp_path / "usual")
+    assert usual.recommended_settings.prior_arguments() == {k: v for k, v in own.items() if k.startswith("prior_")}
+    assert usual.load_fast() == expected
 
 
 def test_saving_without_the_file_warns(family, tmp_path):

@@ -28,7 +28,7 @@ from kandinsky_jax.training.data import Captioned, without_padding
 from kandinsky_jax.training.distillation import DistillationConfig, draw_steps, solver_timesteps
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
-from kandinsky_jax.training.run_record import record_changes, run_record
+from kandinsky_jax.training.run_record import record_changes, run_record, weights_digest
 from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from kandinsky_jax.training.tasks import (
     DecoderTask,
@@ -298,7 +298,7 @@ def apart(found: np.ndarray, wanted: np.ndarray) -> float:
 @pytest.mark.parametrize("scale", [None, 1.0], ids=["guided", "unguided"])
 def test_generated_embeddings_are_those_of_the_prior(shapes_pipe, monkeypatch, scale):
     """With the model's recommended guidance, else 4; and no program is compiled for further batches of a shape."""
-    monkeypatch.setattr(shapes_pipe, "_recommended", RecommendedSettings(prior_guidance_scale=scale))
+    monkeypatch.setattr(shapes_pipe.decoder_pipe, "_recommended", RecommendedSettings(prior_guidance_scale=scale))
     task = task_of(shapes_pipe, "decoder", GENERATED, resolution=64, seed=5)
     batch = read(task, CAPTIONS)
     assert batch.keys() == {"pixels", "input_ids", "text_mask"}
@@ -332,9 +332,9 @@ def test_cache_and_record_notice_what_generates_embeddings(shapes_pipe, monkeypa
 
     def of(pipe=shapes_pipe, config=GENERATED, **changed) -> tuple[str, dict[str, object]]:
         task = task_of(pipe, "decoder", config, resolution=64, **changed)
-        networks = {name: flat_params(module) for name, module in task.networks.items()}
+        digests = {name: weights_digest(flat_params(module)) for name, module in task.networks.items()}
         mark = latent_cache._mark(task, task.reader(), items)
-        return mark, run_record(task.kind, task.config, items, networks)
+        return mark, run_record(task.kind, task.config, items, digests, task.further_settings)
 
     mark, record = of()
     assert of()[0] == mark
@@ -349,8 +349,10 @@ def test_cache_and_record_notice_what_generates_embeddings(shapes_pipe, monkeypa
         assert other_mark != mark, name
         assert [*record_changes(record, other_record)] == [name]
     assert of(config=DistillationConfig())[0] == of(config=DistillationConfig(), seed=1)[0]
-    monkeypatch.setattr(shapes_pipe, "_recommended", RecommendedSettings(prior_guidance_scale=3.0))
-    assert of()[0] != mark
+    monkeypatch.setattr(shapes_pipe.decoder_pipe, "_recommended", RecommendedSettings(prior_guidance_scale=3.0))
+    other_mark, other_record = of()
+    assert other_mark != mark
+    assert [*record_changes(record, other_record)] == ["guidance_scale of the embeddings"]
 
 
 def test_where_generated_embeddings_make_no_sense(shapes_pipe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -43,6 +44,28 @@ def files_below(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+def assert_refused_before_it_encodes(kind: Kind, config: Config, pipe, data: Path) -> None:
+    """Other settings and captions, and fewer pictures; also where the newest checkpoint is damaged."""
+    output = Path(config.output)
+    encoded = files_below(output / "encoded")
+    assert encoded
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    steps = sorted((output / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    for change in ("resolution", "data", "number of pictures", "damaged"):
+        given = dataclasses.replace(config, data=str(data))
+        if change == "resolution":
+            given = dataclasses.replace(given, resolution=128)
+        elif change == "data":
+            (data / "metadata.jsonl").write_text("\n".join([lines[0].replace("a ", "one "), *lines[1:]]))
+        else:
+            (data / "metadata.jsonl").write_text("\n".join(lines[1:]))
+        if change == "damaged":
+            (steps[-1] / "place" / "metadata").write_text("{")
+        with pytest.raises(TrainingError, match=f"changed are {change if change != 'damaged' else 'number'}"):
+            Run(kind, given, pipe, quiet=True)
+        assert files_below(output / "encoded") == encoded
+
+
 @pytest.mark.parametrize(
     ("kind", "with_lora"),
     [
@@ -52,7 +75,7 @@ def files_below(folder: Path) -> dict[Path, int]:
         pytest.param(Kind.DISTILL_PRIOR, True, marks=pytest.mark.campaign),
     ],
 )
-def test_a_distillation(pipe, folder, tmp_path, kind, with_lora):
+def test_a_distillation(pipe, folder, tmp_path_factory, tmp_path, kind, with_lora):
     """Samples are generated in few steps, and the result says how it is used."""
     steps = {"learning_rate": 3e-3, "ema_decay": 0.9}
     distillation = DistillationConfig(lora=with_lora, ema_target=True, num_inference_steps=2)
@@ -69,11 +92,7 @@ def test_a_distillation(pipe, folder, tmp_path, kind, with_lora):
     assert pipe.scheduler is scheduler
     after = flat_params(module)
     assert all(np.array_equal(after[name], leaf) for name, leaf in before.items())
-    encoded = files_below(tmp_path / "encoded")
-    with pytest.raises(TrainingError, match=r"changed are resolution \(64, now 128\)"):
-        Run(kind, dataclasses.replace(config, resolution=128), pipe, quiet=True)
-    assert encoded
-    assert files_below(tmp_path / "encoded") == encoded  # not encoded anew for a run that is refused
+    assert_refused_before_it_encodes(kind, config, pipe, shutil.copytree(folder, tmp_path_factory.mktemp("d") / "d"))
     if with_lora:
         component = "prior." if kind == Kind.DISTILL_PRIOR else "unet."
         assert all(name.startswith(component) for name in load_file(result / lora.FILE))

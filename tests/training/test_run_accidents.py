@@ -30,7 +30,7 @@ from kandinsky_jax.training.latent_cache import open_latent_cache
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.metrics import Metrics
 from kandinsky_jax.training.run_folder import RunFolder
-from kandinsky_jax.training.run_record import FREE, describe_changes, record_changes, run_record
+from kandinsky_jax.training.run_record import FREE, describe_changes, record_changes, run_record, weights_digest
 from kandinsky_jax.training.step import OptimizerConfig, Trainer
 from kandinsky_jax.training.tasks import PriorTask
 from tests.conftest import SHAPES_MODEL
@@ -164,7 +164,7 @@ def test_other_weights_are_another_run():
     base, params = config_of(Path("d"), Path("o")), {"a": {"weight": np.arange(6.0, dtype=np.float32)}}
     other = {"a": {"weight": params["a"]["weight"].copy()}}
     other["a"]["weight"][3] = np.nextafter(np.float32(3), np.float32(4))
-    one, two = (run_record(Kind.PRIOR, base, ITEMS, {"unet": tree}) for tree in (params, other))
+    one, two = (run_record(Kind.PRIOR, base, ITEMS, {"unet": weights_digest(tree)}) for tree in (params, other))
     assert describe_changes(record_changes(one, two)) == "weights of unet"
     assert checksums(params) != checksums(jax.tree.map(lambda leaf: leaf.reshape(2, 3), params))
     assert checksums({"a": np.float32(3)}) == checksums({"a": jax.numpy.float32(3)})

@@ -74,6 +74,11 @@ class TrainingTask(ABC):
         """Whether the loss takes the average of the trained parameters."""
         return False
 
+    @property
+    def further_settings(self) -> dict[str, object]:
+        """What determines the result besides the configuration, data and weights, for the run's record."""
+        return {}
+
     @abstractmethod
     def reader(self) -> Reader:
         """Return the reader of the arrays that `encode` takes."""

@@ -6,7 +6,6 @@ pictures -> CLIP vision -> image embedding --^
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint import hub
-from kandinsky_jax.checkpoint.recommended_settings import NO_SETTINGS, RecommendedSettings
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.pipelines.base import Pipeline
@@ -106,11 +104,6 @@ class DecoderTask(DiffusionTask):
         self, network: Network, params: Params, batch: Mapping[str, jax.Array], alphas: jax.Array
     ) -> jax.Array:
         return decoder_loss(network, params, **batch, alphas_cumprod=alphas, snr_gamma=self.config.snr_gamma)
-
-    def recommended(self) -> RecommendedSettings:
-        """Return the settings of the model that was trained, which are those of its decoder's folder."""
-        own = self.pipe._recommended
-        return dataclasses.replace(own, fast=None) if isinstance(own, RecommendedSettings) else NO_SETTINGS
 
     def sample_pictures(self, items: Sequence[Captioned], count: int) -> dict[str, np.ndarray | list[Image.Image]]:
         if not (self._inpaints or self.takes_hint):

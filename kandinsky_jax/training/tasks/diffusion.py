@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,8 +209,9 @@ class DiffusionTask(TrainingTask):
         return {}
 
     def recommended(self) -> RecommendedSettings:
-        """Return the settings that the result recommends."""
-        return NO_SETTINGS
+        """Return the settings that the result recommends: those of the folder of the network that was trained."""
+        own = self.stage._recommended
+        return dataclasses.replace(own, fast=None) if isinstance(own, RecommendedSettings) else NO_SETTINGS
 
     def export(self, target: Path, trained: PyTree, items: Sequence[Captioned]) -> None:
         stage, before = self.stage, self.stage._recommended

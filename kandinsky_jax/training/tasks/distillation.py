@@ -137,6 +137,13 @@ class DistillDecoderTask(DistillationTask, DecoderTask):
     def encoding_settings(self) -> dict[str, object]:
         return {"embeddings": "prior"} | self._generator.settings if self._generates_embeds else {}
 
+    @property
+    def further_settings(self) -> dict[str, object]:
+        if not self._generates_embeds:
+            return {}
+        names = ("guidance_scale", "schedule")
+        return {f"{name} of the embeddings": self._generator.settings[name] for name in names}
+
     def reader(self) -> Reader:
         return self.text_reader(hints=self.takes_hint) if self._generates_embeds else super().reader()
 
@@ -179,7 +186,8 @@ class DistillPriorTask(DistillationTask, PriorTask):
 
     def recommended(self) -> RecommendedSettings:
         steps = self.config.distillation.num_inference_steps
-        return RecommendedSettings(prior_num_inference_steps=max(2, steps), prior_guidance_scale=1.0)
+        own = {"prior_num_inference_steps": max(2, steps), "prior_guidance_scale": 1.0}
+        return dataclasses.replace(super().recommended(), **own)  # type: ignore[arg-type]
 
 
 def check_unused(config: Config, kind: Kind, train_timesteps: int) -> None:

@@ -85,6 +85,10 @@ class LoraTask(TrainingTask):
         return self.full.draw()
 
     @property
+    def further_settings(self) -> dict[str, object]:
+        return self.full.further_settings
+
+    @property
     def uses_average(self) -> bool:
         return self.full.uses_average
 
