@@ -59,6 +59,7 @@ def assert_refused_before_it_encodes(kind: Kind, config: Config, pipe, data: Pat
             (data / "metadata.jsonl").write_text("\n".join([lines[0].replace("a ", "one "), *lines[1:]]))
         else:
             (data / "metadata.jsonl").write_text("\n".join(lines[1:]))
+            (data / "0.png").unlink(missing_ok=True)
         if change == "damaged":
             (steps[-1] / "place" / "metadata").write_text("{")
         with pytest.raises(TrainingError, match=f"changed are {change if change != 'damaged' else 'number'}"):
