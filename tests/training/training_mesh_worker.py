@@ -42,7 +42,7 @@ SETTINGS = {
     Kind.MOVQ: OptimizerConfig(learning_rate=1e-4, adam_epsilon=1e-3),
     Kind.CLIP: OptimizerConfig(learning_rate=1e-3, gradient_accumulation_steps=2),
     # Small steps: targets come from the average, so that what rounding has changed would come back larger.
-    Kind.DISTILL_DECODER: OptimizerConfig(learning_rate=1e-4, adam_epsilon=1e-3, ema_decay=0.9),
+    Kind.DISTILL_DECODER: OptimizerConfig(learning_rate=2e-5, adam_epsilon=1e-3, ema_decay=0.9),
     Kind.DISTILL_PRIOR: OptimizerConfig(learning_rate=1e-4, adam_epsilon=1e-3, ema_decay=0.9),
 }
 # Dropout too, so that everything random is compared.
