@@ -27,9 +27,11 @@ def folder(tmp_path):
 def check_agreement(found: dict, epsilon: float, kind: Kind) -> None:
     """Several processes are bit-equal among themselves, and one process sums in another order.
 
-    MoVQ's later losses then differ by up to 1e-5: where a latent lies between two codes, rounding chooses.
+    MoVQ's later losses then differ by up to 1e-5: where a latent lies between two codes, rounding chooses. So do those of
+    the distilled decoder, with AdamW's default epsilon: distances of two outputs that nearly agree, by 2e-6.
     """
-    losses = "first_losses" if kind == Kind.MOVQ else "losses"
+    rounded = kind == Kind.MOVQ or (kind == Kind.DISTILL_DECODER and epsilon != EPSILON)
+    losses = "first_losses" if rounded else "losses"
     layouts = list(found)
     for layout in layouts[1:]:
         for other in layouts[: layouts.index(layout)]:
