@@ -27,18 +27,18 @@ def folder(tmp_path):
 def check_agreement(found: dict, epsilon: float, kind: Kind) -> None:
     """Several processes are bit-equal among themselves, and one process sums in another order.
 
-    MoVQ's later losses then differ by up to 1e-5: where a latent lies between two codes, rounding chooses. So do those of
-    the distilled decoder, with AdamW's default epsilon: distances of two outputs that nearly agree, by 2e-6.
+    MoVQ's later losses then differ by up to 1e-5: where a latent lies between two codes, rounding chooses. Losses of the
+    distilled decoder are distances of two outputs that nearly agree, so they differ more with AdamW's default epsilon.
     """
-    rounded = kind == Kind.MOVQ or (kind == Kind.DISTILL_DECODER and epsilon != EPSILON)
-    losses = "first_losses" if rounded else "losses"
+    losses = "first_losses" if kind == Kind.MOVQ else "losses"
+    bound = 1e-5 if kind == Kind.DISTILL_DECODER and epsilon != EPSILON else 1e-6
     layouts = list(found)
     for layout in layouts[1:]:
         for other in layouts[: layouts.index(layout)]:
             difference = found[layout][f"difference from {other}"]
             alone = other.startswith("1x")
             note(difference["losses"], f"all losses, {'to one process' if alone else 'among several'}")
-            assert note(difference[losses], f"losses, {'to one process' if alone else 'among several'}") < 1e-6
+            assert note(difference[losses], f"losses, {'to one process' if alone else 'among several'}") < bound
             if not alone:
                 assert difference["equal_bits"], (layout, other)
             elif epsilon == EPSILON:
