@@ -28,7 +28,7 @@ def check_agreement(found: dict, epsilon: float, kind: Kind) -> None:
     """Several processes are bit-equal among themselves, and one process sums in another order.
 
     MoVQ's later losses then differ by up to 1e-5: where a latent lies between two codes, rounding chooses. Losses of
-    the distilled decoder are distances of two outputs that nearly agree, which differ more with AdamW's default epsilon.
+    the distilled decoder are distances of two outputs that nearly agree, and differ more with AdamW's default epsilon.
     """
     losses = "first_losses" if kind == Kind.MOVQ else "losses"
     bound = 1e-5 if kind == Kind.DISTILL_DECODER and epsilon != EPSILON else 1e-6
