@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kandinsky_jax.checkpoint import CheckpointError, hub
-from kandinsky_jax.checkpoint.recommended_settings import RecommendedSettings
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import (
     CLIPTextModelWithProjection,
@@ -144,8 +143,7 @@ class CombinedPipeline(Pipeline):
 
     def _call_defaults(self) -> dict[str, Any]:
         found = self.decoder_pipe._combined_defaults()
-        if isinstance(own := self.prior_pipe._recommended, RecommendedSettings):
-            found |= {name: value for name, value in own.prior_arguments().items() if name in found}
+        found |= {name: value for name, value in self._of_prior().prior_arguments().items() if name in found}
         return found | self.prior_pipe._combined_defaults()
 
     def set_progress_bar_config(self, **config: object) -> None:

@@ -157,12 +157,7 @@ class FastLoader(LoraLoader):
         if not adapters:
             raise self._no_adapter(list(networks.values()))
         updates = [_with_adapter(networks[stage], adapter) for stage, adapter in adapters.items()]
-        by_prefix = {stage.PREFIX: adapter for stage, adapter in adapters.items()}
-        of_prior = fast_adapters.merged(by_prefix.get(""), by_prefix.get("prior_"))
-        modes = {
-            stage: stage._fast or stage._fast_mode(of_prior if stage.PREFIX else adapter.settings)
-            for stage, adapter in adapters.items()
-        }
+        modes = {stage: stage._fast or stage._fast_mode(adapter.settings) for stage, adapter in adapters.items()}
         try:
             apply_adapters([(network, changed) for network, changed in updates if changed != adapters_of(network)])
         except NotFiniteError as error:
@@ -251,8 +246,6 @@ class FastLoader(LoraLoader):
 
     def _fast_mode(self, settings: FastSettings) -> _FastMode:
         """Choose a stage's settings, and its scheduler, which is not set yet."""
-        if self.PREFIX:
-            return _FastMode(FastSettings(**settings.prior_arguments()))
         if settings.scheduler is None:
             return _FastMode(settings)
         before: Scheduler = self.scheduler
@@ -269,6 +262,11 @@ class FastLoader(LoraLoader):
         if self._fast is None or not _is_applied(self._own_network()):
             return {}
         return self._fast.settings.arguments()
+
+    def _of_prior(self) -> RecommendedSettings:
+        """Return what the folder of a combined pipeline's prior recommends."""
+        own = [stage._recommended for stage in self._stages()[1:]]
+        return own[0] if own and isinstance(own[0], RecommendedSettings) else NO_SETTINGS
 
     def _keep_settings(self, pipes: Sequence[FastLoader]) -> None:
         """Use the settings of other pipelines, the fast ones too, in the stages that have the same network."""
@@ -295,13 +293,12 @@ class FastLoader(LoraLoader):
                 applied[i] = source.adapter.settings
             else:
                 kept[i] = source.adapter
-        of_prior = NO_SETTINGS
-        if len(stages := self._stages()) > 1 and isinstance(stages[1]._recommended, RecommendedSettings):
-            of_prior = stages[1]._recommended
+        of_prior = self._of_prior()
         settings = fast_adapters.with_adapters(settings, applied[0], of_prior, applied[1])
         fast = fast_adapters.copy((kept[0], kept[1]), folder)
-        if fast is not None and kept[1] is None:  # the prior runs as it is
-            own = of_prior if applied[1] is None else of_prior.with_fast(applied[1])
+        if fast is not None:
+            of_adapter = applied[1] if kept[1] is None else kept[1].settings
+            own = fast_adapters.with_adapters(of_prior, None, NO_SETTINGS, of_adapter)
             fast = replace(fast, **own.prior_arguments())
         return replace(settings, fast=fast)
 

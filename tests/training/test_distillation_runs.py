@@ -26,18 +26,7 @@ from kandinsky_jax.training.errors import TrainingError
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.tasks import make_task
-from tests.conftest import SHAPES_MODEL
-from tests.training.test_training_loop import config_of, pictures, write_folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def pipe() -> KandinskyV22CombinedPipeline:
-    return KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
+from tests.training.test_training_loop import config_of, pictures
 
 
 def files_below(folder: Path) -> dict[Path, int]:

@@ -58,16 +58,6 @@ def write_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def pipe() -> KandinskyV22CombinedPipeline:
-    return KandinskyV22CombinedPipeline.from_pretrained(SHAPES_MODEL, dtype="float32")
-
-
 class StopAfter(Stop):
     """A signal after three steps."""
 

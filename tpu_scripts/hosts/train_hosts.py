@@ -96,14 +96,15 @@ def write_config(
     """Write the configuration of a run with dropout, flips and an average of the weights, so that all is compared.
 
     Args:
-        kind: of the training, where it may be one that takes no dropout.
+        kind: of the training. Distillation takes no dropout, and smaller steps, since its targets follow the weights.
     """
     options: dict[str, object] = {"model": str(MODEL), "data": str(data), "output": str(output), "resolution": 64}
     options |= {"train_batch_size": 16, "checkpointing_steps": every}
     options |= {} if kind in DISTILLATION else {"condition_dropout": 0.3}
     options |= {"precompute": True} if precompute else {"random_flip": True}
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
-    lines += ["[optimizer]", f"max_train_steps = {steps}", "learning_rate = 1e-3", "ema_decay = 0.9"]
+    rate = 1e-4 if kind in DISTILLATION else 1e-3
+    lines += ["[optimizer]", f"max_train_steps = {steps}", f"learning_rate = {rate}", "ema_decay = 0.9"]
     lines += [f"adam_epsilon = {epsilon}"]
     lines += ["[mesh]", f"fsdp = {fsdp}", "fsdp_min_size = 1024"]
     path.write_text("\n".join(lines) + "\n")
