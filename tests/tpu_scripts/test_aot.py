@@ -15,8 +15,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kandinsky_jax.diffusion import Network
+from kandinsky_jax.parallel.mesh import make_mesh
+from kandinsky_jax.schedulers.table import STATE_SLOTS
 from kandinsky_jax.training.tasks import DistillDecoderTask, LoraTask
-from tpu_scripts.aot import aot_compile, aot_cost, aot_exchange, aot_gpu, aot_train_worker
+from tpu_scripts.aot import aot_compile, aot_cost, aot_exchange, aot_gpu, aot_train_worker, aot_worker
 
 ROOT = Path(__file__).parents[2]
 CHIP = aot_cost.Chip(flops=1e12, bandwidth=1e11, memory=1e9)
@@ -168,6 +170,24 @@ def test_loops_of_known_length_are_multiplied_out():
     unknown = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda _, y: once(y), x))
     text = unknown.lower(jax.ShapeDtypeStruct((64, 64), jnp.float32), jnp.int32(3)).compile().as_text()
     assert aot_cost.repeated_bytes(text) == 0
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("name", aot_compile.PROGRAMS)
+def test_sampling_programs(name, guided):
+    """Each is traced from shapes as the pipelines call it, with the rows that guidance doubles."""
+    mesh = make_mesh(devices=jax.devices("cpu")[:1])
+    todo = aot_worker.program(name, mesh, 2, 64, guided)
+    traced = todo.function.jitted.trace(*todo.arguments, **todo.options)
+    outputs = [leaf.shape for leaf in jax.tree.leaves(traced.out_info)]
+    assert outputs
+    if name in ("prior", "decoder"):
+        rows = {"prior": (1280,), "decoder": (8, 8, 4)}[name]
+        assert outputs == [(STATE_SLOTS, 2, *rows)]
+        network = "[4,8,8,4]" if guided else "[2,8,8,4]"
+        assert name == "prior" or f"f32{network}" in str(traced.jaxpr)
+    if name == "movq":
+        assert outputs == [(2, 64, 64, 3)]
 
 
 def test_help_and_bad_arguments():

@@ -52,11 +52,9 @@ class Program(NamedTuple):
     options: dict[str, Any]
 
 
-def placed(mesh: Mesh, tree: Any, axis: int | None = None, guidance_axis: bool = False) -> Any:
+def placed(mesh: Mesh, tree: Any, axis: int | None = None) -> Any:
     """Shapes where the pipelines put their arrays; those without an axis of images lie everywhere."""
-    where = jax.tree.map(
-        lambda leaf: REPLICATED if axis is None else batch_specs(mesh, leaf, axis, guidance_axis), tree
-    )
+    where = jax.tree.map(lambda leaf: REPLICATED if axis is None else batch_specs(mesh, leaf, axis), tree)
     return jax.tree.map(
         lambda leaf, spec: Shape(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)), tree, where
     )
@@ -81,43 +79,54 @@ def floats(*shape: int) -> Shape:
     return Shape(shape, jnp.float32)
 
 
-def once(
-    network: Network, params: Any, *arrays: Shape, method: str = "__call__", guidance_axis: bool = False
-) -> Program:
+def once(network: Network, params: Any, *arrays: Shape, method: str = "__call__") -> Program:
     """A method of a network, as it is run before or after a loop."""
     assert network.mesh is not None
-    rows = [placed(network.mesh, array, int(guidance_axis), guidance_axis) for array in arrays]
-    return Program(calls._run, (network, params, *rows), {"method": method, "guidance_axis": guidance_axis})
+    rows = [placed(network.mesh, array, 0) for array in arrays]
+    return Program(calls._call, (network, params, *rows), {"method": method})
 
 
-def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...]) -> Program:
-    """The guided denoising loop under the condition that a program gives."""
+def condition(network: Network, params: Any, arguments: dict[str, Shape], both: bool) -> Program:
+    """A network's `condition`, of cond alone or of cond and uncond."""
+    assert network.mesh is not None
+    rows = placed(network.mesh, arguments, 0)
+    return Program(calls._condition, (network, params, rows, rows if both else None, {}), {})
+
+
+def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...], guided: bool) -> Program:
+    """The denoising loop under the condition that a program gives."""
     mesh = network.mesh
     assert mesh is not None
-    condition = jax.eval_shape(lambda *given: of.function(network, *given, **of.options), *of.arguments[1:])
+    cond, _ = jax.eval_shape(lambda *given: of.function(network, *given, **of.options), *of.arguments[1:])
+    uncond = cond if guided else None
     table = jax.tree.map(lambda column: floats(*column.shape), DDPMScheduler().schedule(50).table)
     noise = KeyNoise(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), sample[0])))
-    loop_inputs = LoopInputs(placed(mesh, condition, 1, guidance_axis=True))
+    loop_inputs = LoopInputs(placed(mesh, cond, 0), placed(mesh, uncond, 0))
     state = placed(mesh, floats(STATE_SLOTS, *sample), 1)
-    scalars = placed(mesh, (floats(), *[Shape((), jnp.int32)] * 2))
+    scale, *bounds = placed(mesh, (floats(), *[Shape((), jnp.int32)] * 2))
+    scalars = (scale if guided else None, *bounds)
     arrays = (params, loop_inputs, placed(mesh, table), state, placed(mesh, noise, 0), *scalars)
     return Program(denoising.denoise_steps, (network, *arrays), {})
 
 
-def program(name: str, mesh: Mesh, batch: int, size: int) -> Program:
-    """One of `aot_compile.PROGRAMS`, for `batch` pictures in all; with guidance, so of twice as many rows."""
+def program(name: str, mesh: Mesh, batch: int, size: int, guided: bool = True) -> Program:
+    """One of `aot_compile.PROGRAMS`, for `batch` pictures in all; with guidance of twice as many rows."""
     side = -(-size // 64) * 8  # of the latents, as the pipelines round it
     network, params = official(NETWORK_OF[name], mesh)
     if name == "text":
         return once(network, params, Shape((batch, 77), jnp.int32))
-    if name.startswith("prior"):
-        text = (floats(2, batch, 1280), floats(2, batch, 77, 1280), Shape((2, batch, 77), jnp.bool_))
-        first = once(network, params, *text, method="condition", guidance_axis=True)
-        return first if name == "prior_condition" else loop(network, params, first, (batch, 1280))
     if name == "movq":
         return once(network, params, floats(batch, side, side, 4), method="decode_in_groups")
-    first = once(network, params, floats(2, batch, 1280), method="condition", guidance_axis=True)
-    return first if name == "condition" else loop(network, params, first, (batch, side, side, 4))
+    if name.startswith("prior"):
+        text = {
+            "proj_embedding": floats(batch, 1280),
+            "encoder_hidden_states": floats(batch, 77, 1280),
+            "attention_mask": Shape((batch, 77), jnp.bool_),
+        }
+        first = condition(network, params, text, both=False)  # that of the empty prompt is kept
+        return first if name == "prior_condition" else loop(network, params, first, (batch, 1280), guided)
+    first = condition(network, params, {"image_embeds": floats(batch, 1280)}, both=guided)
+    return first if name == "condition" else loop(network, params, first, (batch, side, side, 4), guided)
 
 
 # Which network a program runs.
