@@ -30,6 +30,7 @@ from kandinsky_jax.batch.job import OpenJob
 from kandinsky_jax.batch.requests import Checker, ErrorRecord, RowError, RowRequest, Shape
 from kandinsky_jax.batch.shards import GeneratedImage, json_line
 from kandinsky_jax.common.errors import RunError, quote, shorten, summarize
+from kandinsky_jax.compilation import only_good_programs
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.diffusion.rng import image_keys
 from kandinsky_jax.parallel.process import Process
@@ -113,6 +114,7 @@ class Shard:
     checked: float = field(default_factory=time.perf_counter)  # when it was last seen to be incomplete
 
 
+@only_good_programs()
 def run(
     job: OpenJob,
     pipe: CombinedPipeline,
@@ -214,6 +216,7 @@ def finish(job: OpenJob, report: Report | None = None) -> Report:
     return report
 
 
+@only_good_programs()
 def load_pipeline(job: OpenJob) -> CombinedPipeline:
     """Load a job's pipeline, with its scheduler and fast adapter, and compile it meanwhile for the first row.
 

@@ -11,7 +11,8 @@ import typer
 from kandinsky_jax.cli import batch, batch_status, controlnet, generate, img2img, inpaint, mix, train, vary, verify
 from kandinsky_jax.cli.batch_group import BatchGroup
 from kandinsky_jax.cli.mode_command import command_of
-from kandinsky_jax.common.terminal import run
+from kandinsky_jax.common.terminal import report, run
+from kandinsky_jax.compilation.quick import leave
 from kandinsky_jax.pipelines.modes import MODES
 
 app = typer.Typer(
@@ -60,4 +61,8 @@ def main() -> None:
     """Run the `kandinsky-jax` command."""
     # Only the tokenizer of transformers is used, which otherwise warns on every run that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    run(app)
+    try:
+        run(app)
+    except SystemExit as ended:
+        leave(report(ended))  # the pictures are written
+        raise

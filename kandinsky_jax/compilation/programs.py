@@ -19,20 +19,44 @@ import numpy as np
 
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.compilation.local_cache import CacheWarning
+from kandinsky_jax.compilation.quick import QUICK_OPTIONS, GoodPrograms, quick_programs
 
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 class Program:
-    """A jitted function that is compiled instead of run while compiling ahead."""
+    """A jitted function that is compiled instead of run while compiling ahead.
+
+    Where compiling takes minutes it runs as compiled quickly until the good program is complete, see `quick`.
+    """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         self.jitted = jax.jit(function, **options)
+        self.quick = jax.jit(function, compiler_options=dict(QUICK_OPTIONS), **options)
+        self.good = GoodPrograms()
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        rehearsal = _REHEARSAL.get()
-        return self.jitted(*args, **kwargs) if rehearsal is None else rehearsal.compile(self.jitted, args, kwargs)
+        if (rehearsal := _REHEARSAL.get()) is not None:
+            return rehearsal.compile(self, args, kwargs)
+        if quick_programs():
+            call = _Call(args, kwargs)
+            if not self.good.ready(call.key, lambda: call.lower(self.jitted)):
+                return self.quick(*args, **kwargs)
+        return self.jitted(*args, **kwargs)
+
+
+class _Call:
+    """Arguments of a program, and what it depends on."""
+
+    def __init__(self, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]):
+        self.args, self.kwargs = args, kwargs
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        self.key: Hashable = (tree, *map(_described, leaves))
+        self.place = next((place for leaf in leaves if (place := bound_to(leaf)) is not None), None)
+
+    def lower(self, jitted: jax.stages.Wrapped) -> jax.stages.Lowered:
+        return jitted.trace(*self.args, **self.kwargs).lower()
 
 
 def program(**options: Any) -> Callable[[Callable[..., Any]], Program]:
@@ -46,20 +70,28 @@ class _Rehearsal:
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool = pool
         self._results: dict[Hashable, PyTree] = {}
-        self.jobs: list[Future[jax.stages.Compiled]] = []
+        self.jobs: list[Future[object]] = []
 
-    def compile(self, jitted: jax.stages.Wrapped, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> PyTree:
+    def compile(self, program: Program, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> PyTree:
         """Start compiling a program, and return zeros in the shapes of its result."""
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        places = [place for leaf in leaves if (place := bound_to(leaf)) is not None]
-        key = (jitted, tree, *map(_described, leaves))
+        call = _Call(args, kwargs)
+        key = (program, call.key)
         if key not in self._results:
-            traced = jitted.trace(*args, **kwargs)
             # Tracing and lowering hold the GIL; XLA's compilation releases it.
-            self.jobs.append(self._pool.submit(traced.lower().compile))
+            traced = program.jitted.trace(*args, **kwargs)
+            lowered = traced.lower()
+            if quick_programs():
+                quick = call.lower(program.quick)
+                self.jobs.append(self._pool.submit(_compile_first, program.good, call.key, lowered, quick))
+            else:
+                self.jobs.append(self._pool.submit(lowered.compile))
             self._results[key] = traced.out_info
-        where = places[0] if places else None
-        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), where), self._results[key])
+        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), call.place), self._results[key])
+
+
+def _compile_first(good: GoodPrograms, key: Hashable, lowered: jax.stages.Lowered, quick: jax.stages.Lowered) -> object:
+    """Compile what a call will run first; the good program goes on in its own thread."""
+    return None if good.ready(key, lambda: lowered) else quick.compile()
 
 
 def bound_to(leaf: object) -> jax.sharding.Sharding | None:

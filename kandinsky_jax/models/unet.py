@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from kandinsky_jax.common.types import Array, Float
+from kandinsky_jax.common.types import Array, Bool, Float
 from kandinsky_jax.models.checks import Timestep, check_condition, check_shape, timesteps
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.hooks import AttentionFunction, with_attention
@@ -94,6 +94,23 @@ class UNetCondition(NamedTuple):
     channels: (
         jax.Array | None
     )  # extra input channels: latents of the hint, or of the kept picture and the mask; [B, h, w, c]
+
+
+class FeatureCache(NamedTuple):
+    """The deep blocks' output of an earlier evaluation, for DeepCache (Ma et al. 2024, arXiv 2312.00858).
+
+    Every evaluation with the cache uses up one of `refresh`; beyond its end the last one counts.
+
+    Args:
+        features: what the last layer of the last up block takes besides its skip connection, `[B, h, w, C]`, in the
+            UNet's dtype.
+        refresh: bool `[N]`; in which evaluations the deep blocks run. In the others `features` stay.
+        done: int `[]`; the evaluations so far.
+    """
+
+    features: jax.Array
+    refresh: jax.Array
+    done: jax.Array
 
 
 class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
@@ -181,13 +198,34 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
                 "sample's; an inpainting UNet takes 5 besides, one for text none"
             )
 
+    def feature_cache(
+        self, images: int, height: int, width: int, refresh: Bool[Array | np.ndarray, "N"]
+    ) -> FeatureCache:
+        """Make the cache before the first evaluation.
+
+        Args:
+            images: B of the evaluations; twice those that are generated where guidance joins two.
+            height, width: of the latents.
+            refresh: bool `[N]`, see `FeatureCache`; its first must be true where its values are known.
+        Raises:
+            ValueError: for a `refresh` of another shape or without a first evaluation.
+        """
+        refresh = jnp.asarray(refresh, bool)
+        if refresh.ndim != 1 or not len(refresh):
+            raise ValueError(f"refresh has the shape {list(refresh.shape)}; needed is [N], at least one")
+        if not isinstance(refresh, jax.core.Tracer) and not refresh[0]:
+            raise ValueError("refresh[0] is False, but there are no features to keep before the first evaluation")
+        features = jnp.zeros((images, height, width, self.config.block_out_channels[0]), dtype_of(self))
+        return FeatureCache(features, refresh, jnp.zeros((), jnp.int32))
+
     def __call__(
         self,
         sample: Float[Array | np.ndarray, "B h w C"],
         timestep: Timestep,
         condition: UNetCondition,
         attention: AttentionFunction | None = None,
-    ) -> Float[Array, "B h w out"]:
+        cache: FeatureCache | None = None,
+    ) -> Float[Array, "B h w out"] | tuple[Float[Array, "B h w out"], FeatureCache]:
         """Evaluate the network.
 
         Args:
@@ -196,11 +234,14 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
             timestep: one, or one per image `[B]`, 0 .. num_train_timesteps - 1.
             condition: of the same batch, from `condition`.
             attention: in the place of the ordinary attention of all blocks.
+            cache: from `feature_cache` or the evaluation before; where it says so, all but the outermost layers are
+                left out, and their earlier output is used.
         Returns:
-            `[B, h, w, out_channels]`: the noise, and for 8 channels the interpolant of the log-variance.
+            `[B, h, w, out_channels]`: the noise, and for 8 channels the interpolant of the log-variance. With a cache,
+            this and the next cache.
         """
         if attention is not None:
-            return with_attention(self, attention)(sample, timestep, condition)
+            return with_attention(self, attention)(sample, timestep, condition, cache=cache)
         check_shape("sample", np.shape(sample), "B", "h", "w", "C")
         check_condition(condition, UNetCondition, "embedding", len(sample), "unet.condition(image_embeds)")
         dtype, timestep = dtype_of(self), timesteps(timestep, len(sample))
@@ -210,15 +251,52 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         if condition.channels is not None:
             x = jnp.concatenate([x, condition.channels], axis=-1)
         self._check_sample(sample.shape, x.shape)
-        skips = [self.conv_in(x)]
+        first, last_block, last_part = self.conv_in(x), self.up_blocks[-1], condition.up_blocks[-1]
+        if cache is None:
+            x, skips = self._inner_blocks(first, temb, condition)
+            return self._output(last_block(x, temb, last_part, skips))
+
+        def compute() -> jax.Array:
+            x, skips = self._inner_blocks(first, temb, condition)
+            return last_block.layers(x, temb, last_part, skips[1:])
+
+        self._check_cache(cache, first)
+        fresh = cache.refresh[cache.done]  # JAX takes the last one for an index beyond the end
+        features = jax.lax.cond(fresh, compute, lambda: cache.features)
+        x = last_block.layers(features, temb, last_part, [first], start=self.config.layers_per_block)
+        return self._output(x), FeatureCache(features, cache.refresh, cache.done + 1)
+
+    def _inner_blocks(
+        self, first: jax.Array, temb: jax.Array, condition: UNetCondition
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Run all blocks but the last one, for which they give the input and the skip connections.
+
+        Args:
+            first: the first convolution's output, `[B, h, w, C]`.
+            temb: `[B, time_dim]`.
+        """
+        skips = [first]
         for down_block, part in zip(self.down_blocks, condition.down_blocks, strict=True):
             skips += down_block(skips[-1], temb, part)
         x = self.mid_block(skips[-1], temb, condition.mid_block)
         taken = self.config.layers_per_block + 1  # skip connections of an up block
-        for up_block, part in zip(self.up_blocks, condition.up_blocks, strict=True):
+        for up_block, part in zip(self.up_blocks[:-1], condition.up_blocks[:-1], strict=True):
             x = up_block(x, temb, part, skips[-taken:])
             skips = skips[:-taken]
+        return x, skips
+
+    def _output(self, x: jax.Array) -> jax.Array:
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def _check_cache(self, cache: FeatureCache, first: jax.Array) -> None:
+        """Raise for anything but a cache of the first convolution's shape."""
+        if not isinstance(cache, FeatureCache):
+            raise TypeError(f"cache must be what unet.feature_cache(...) returns, got {type(cache).__name__}")
+        if cache.features.shape != first.shape:
+            raise ValueError(
+                f"cache.features has the shape {list(cache.features.shape)}; needed is {list(first.shape)}: make the "
+                "cache for the batch, height and width of the sample"
+            )
 
     def _check_sample(self, sample: tuple[int, ...], x: tuple[int, ...]) -> None:
         """Raise ValueError for a sample that does not fit, with its shape and that with the condition's channels."""

@@ -177,10 +177,30 @@ class UpBlock(nnx.Module):
             condition: from `condition`.
             skips: a skip connection per layer, `[B, h, w, ...]`, that of the first layer last.
         """
-        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
-            x = resnet(jnp.concatenate([x, skip], axis=-1), temb)
-            if self.attentions:
-                x = self.attentions[i](x, condition.attentions[i])
+        if len(skips) != len(self.resnets):
+            raise ValueError(f"skips are {len(skips)}; needed are {len(self.resnets)}, one per layer")
+        x = self.layers(x, temb, condition, skips)
         for upsampler in self.upsamplers:
             x = upsampler(x, temb)
+        return x
+
+    def layers(
+        self,
+        x: Float[Array, "B h w C"],
+        temb: Float[Array, "B temb"],
+        condition: BlockCondition,
+        skips: Sequence[jax.Array],
+        start: int = 0,
+    ) -> Float[Array, "B h w D"]:
+        """Run some of the layers, without the upsampling.
+
+        Args:
+            x, temb, condition: as in `__call__`; x is the output of the layer before.
+            skips: of as many layers, that of the first one last.
+            start: the first layer.
+        """
+        for i, skip in enumerate(reversed(skips), start):
+            x = self.resnets[i](jnp.concatenate([x, skip], axis=-1), temb)
+            if self.attentions:
+                x = self.attentions[i](x, condition.attentions[i])
         return x

@@ -248,13 +248,14 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
         callback: Callback | None,
         callback_inputs: Sequence[str],
         guidance_interval: tuple[int, int] | None = None,
+        cache_interval: int = 1,
     ) -> tuple[list[jax.Array], ConditioningT]:
         """Run the loop under a progress bar, with the user's callback after each step.
 
         Args:
             latents: each batch's first sample.
             guidance_scale: at the first step; a callback may change it.
-            guidance_interval: see `denoise_batches`.
+            guidance_interval, cache_interval: see `denoise_batches`.
         Returns:
             each batch's last sample, and the conditioning as callbacks have left it.
         """
@@ -303,6 +304,7 @@ class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
                 latents,
                 source,
                 interval=guidance_interval,
+                cache_interval=cache_interval,
                 after=after,
                 every_step=callback is not None,
             )

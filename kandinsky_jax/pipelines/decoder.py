@@ -45,6 +45,7 @@ class DecoderRequest(NamedTuple):
     schedule: Schedule  # the steps to run, after `strength` has removed some
     scale: float  # of guidance
     interval: tuple[int, int] | None  # the steps with guidance, None for all
+    cache_interval: int  # the UNet's deep blocks run in one of so many steps
     generator: Generator
     output_type: str
     return_dict: bool
@@ -230,6 +231,7 @@ class DecoderPipeline(Pipeline):
             schedule=schedule,
             scale=checks.guidance(given["guidance_scale"]),
             interval=checks.interval(given["guidance_interval"], len(schedule)),
+            cache_interval=checks.count(given["cache_interval"], "cache_interval"),
             generator=given["generator"],
             output_type=output_type,
             return_dict=given["return_dict"],
@@ -318,6 +320,7 @@ class DecoderPipeline(Pipeline):
             request.callback,
             request.callback_inputs,
             request.interval,
+            request.cache_interval,
         )
         latents = inputs.finish(sample)
         if request.output_type == "latent":

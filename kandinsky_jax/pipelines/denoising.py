@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kandinsky_jax import diffusion
 from kandinsky_jax.common.types import PyTree
@@ -37,9 +38,10 @@ from kandinsky_jax.diffusion import (
 from kandinsky_jax.diffusion.calls import exchanges_guidance, own_condition
 from kandinsky_jax.diffusion.inpainting import Blend
 from kandinsky_jax.diffusion.rng import GivenNoise, KeyNoise, Source
-from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS
+from kandinsky_jax.models.unet import FeatureCache
+from kandinsky_jax.parallel.mesh import DATA_AXIS, GUIDANCE_AXIS, ROWS_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, batch_specs, shard_batch, sharded
-from kandinsky_jax.schedulers.table import Schedule, SolverCoefficients
+from kandinsky_jax.schedulers.table import MAX_STEPS, Schedule, SolverCoefficients
 
 Noise = KeyNoise | GivenNoise
 
@@ -74,7 +76,7 @@ class Conditioning(Protocol):
         """
 
 
-@program(static_argnames="network", donate_argnames="state")
+@program(static_argnames="network", donate_argnames=("state", "cache"))
 def denoise_steps(
     network: Network,
     params: Params,
@@ -85,7 +87,8 @@ def denoise_steps(
     scale: jax.Array | None,
     lo: jax.Array,
     hi: jax.Array,
-) -> jax.Array:
+    cache: FeatureCache | None = None,
+) -> tuple[jax.Array, FeatureCache | None]:
     """Rows lo .. hi - 1 of a table.
 
     Args:
@@ -96,8 +99,9 @@ def denoise_steps(
         noise: one of `kandinsky_jax.diffusion.rng`.
         scale: of guidance, or None for none: then half the work, in a program of its own.
         lo, hi: int; arguments, not constants, of the compiled program.
+        cache: from `first_cache` or an earlier call; donated. None for none: then a program of its own.
     Returns:
-        the state after row hi - 1.
+        the state after row hi - 1, and the cache.
     """
     mesh = network.mesh
 
@@ -107,8 +111,9 @@ def denoise_steps(
         table: SolverCoefficients,
         state: jax.Array,
         noise: Noise,
+        cache: FeatureCache | None,
         *scalars: Any,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, FeatureCache | None]:
         scale, lo, hi = scalars
         cond, uncond = loop_inputs.cond, loop_inputs.uncond
         guider: Guider = NoGuidance() if scale is None else ClassifierFreeGuidance(scale)
@@ -117,7 +122,7 @@ def denoise_steps(
         with matmul_precision(params):
             done = diffusion.denoise(
                 network.bind(params),
-                LoopState(state),
+                LoopState(state, cache=cache),
                 cond,
                 uncond,
                 table,
@@ -127,11 +132,50 @@ def denoise_steps(
                 step_noise=noise,
                 after_step=loop_inputs.blend,
             )
-        return done.solver
+        return done.solver, done.cache
 
     specs, states = functools.partial(batch_specs, mesh), batch_specs(mesh, state, 1)
-    each = (REPLICATED, loop_inputs.map(specs), REPLICATED, states, noise.map(specs), *[REPLICATED] * 3)
-    return sharded(mesh, local, each, states)(params, loop_inputs, table, state, noise, scale, lo, hi)
+    caches = None if cache is None else _cache_specs(mesh, scale is not None)
+    each = (REPLICATED, loop_inputs.map(specs), REPLICATED, states, noise.map(specs), caches, *[REPLICATED] * 3)
+    return sharded(mesh, local, each, (states, caches))(params, loop_inputs, table, state, noise, cache, scale, lo, hi)
+
+
+@program(static_argnames=("network", "guided"))
+def first_cache(network: Network, params: Params, state: jax.Array, refresh: jax.Array, guided: bool) -> FeatureCache:
+    """Make the feature cache before the first step.
+
+    Args:
+        network, params: a UNet's.
+        state: of the loop, `[STATE_SLOTS, B, h, w, C]`.
+        refresh: bool `[N]`; at which steps the deep blocks run, see `FeatureCache`.
+        guided: whether cond and uncond are evaluated at each step.
+    """
+    mesh = network.mesh
+
+    def local(params: Params, state: jax.Array, refresh: jax.Array) -> FeatureCache:
+        _, images, height, width, _ = state.shape
+        evaluations = 2 if guided and not exchanges_guidance(mesh) else 1
+        return network.bind(params).feature_cache(evaluations * images, height, width, refresh)
+
+    each = (REPLICATED, batch_specs(mesh, state, 1), REPLICATED)
+    return sharded(mesh, local, each, _cache_specs(mesh, guided))(params, state, refresh)
+
+
+def _cache_specs(mesh: jax.sharding.Mesh | None, guided: bool) -> Any:
+    """Return a cache of specs over the manual axes: each device keeps the features of what it evaluates."""
+    images = (DATA_AXIS, GUIDANCE_AXIS) if guided and exchanges_guidance(mesh) else DATA_AXIS
+    specs: dict[str, Any] = {"features": PartitionSpec(images), "refresh": REPLICATED, "done": REPLICATED}
+    return FeatureCache(**specs)
+
+
+def _shard_cache(mesh: jax.sharding.Mesh | None, cache: FeatureCache | None, guided: bool) -> FeatureCache | None:
+    """Shard the rows of a cache's pictures too, which the specs over the manual axes leave to XLA."""
+    if mesh is None or cache is None:
+        return cache
+    images, height = _cache_specs(mesh, guided).features[0], cache.features.shape[1]
+    rows = ROWS_AXIS if height % mesh.shape[ROWS_AXIS] == 0 else None
+    features = jax.device_put(cache.features, NamedSharding(mesh, PartitionSpec(images, rows)))
+    return cache._replace(features=features)
 
 
 class _ExchangedGuidance(NamedTuple):
@@ -167,6 +211,7 @@ def denoise_batches(
     source: Source,
     *,
     interval: tuple[int, int] | None = None,
+    cache_interval: int = 1,
     after: AfterSlice | None = None,
     every_step: bool = False,
 ) -> list[jax.Array]:
@@ -179,6 +224,8 @@ def denoise_batches(
         source: the noise.
         interval: the first row with guidance and the first without it again (Kynkaanniemi et al. 2024, arXiv
             2404.07724); the others run on the conditional rows alone. None is all rows.
+        cache_interval: the deep blocks run in one of so many steps, and whenever guidance begins or ends; in the others
+            their last output is used (DeepCache, Ma et al. 2024, arXiv 2312.00858). 1 is every step.
         after: called after each slice.
         every_step: slices of one step, for callbacks; otherwise as many steps as take about `SLICE_SECONDS`.
     Returns:
@@ -188,7 +235,9 @@ def denoise_batches(
     beside = _put_like(network, params)
     states = [beside(_first_state(x), 1) for x in latents]
     table = jax.tree.map(jnp.asarray, schedule.table)
-    done, size = 0, 1
+    refresh = np.arange(MAX_STEPS) % cache_interval == 0
+    caches: list[FeatureCache | None] = [None] * len(states)
+    done, size, was_guided = 0, 1, None
     first, last = (0, len(schedule)) if interval is None else interval
     while done < len(schedule):
         began = time.perf_counter()
@@ -201,12 +250,20 @@ def denoise_batches(
         if mesh is not None:
             under = [one.map(functools.partial(shard_batch, mesh, pictures=False)) for one in under]
             noises = [noise.map(functools.partial(shard_batch, mesh)) for noise in noises]
-        states = [
-            denoise_steps(network, params, one, table, state, noise, guidance, np.int32(done), np.int32(hi))
-            for one, state, noise in zip(under, states, noises, strict=True)
+        guided = guidance is not None
+        if cache_interval > 1 and guided != was_guided:
+            caches = [
+                _shard_cache(mesh, first_cache(network, params, state, refresh, guided), guided) for state in states
+            ]
+            was_guided = guided
+        results = [
+            denoise_steps(network, params, one, table, state, noise, guidance, np.int32(done), np.int32(hi), cache)
+            for one, state, noise, cache in zip(under, states, noises, caches, strict=True)
         ]
+        states, caches = [state for state, _ in results], [cache for _, cache in results]
         if mesh is not None:
             states = shard_batch(mesh, states, 1)
+            caches = [_shard_cache(mesh, cache, guided) for cache in caches]
         jax.block_until_ready(states)  # so that `after` tells of work that is done
         done = hi
         if after is not None:

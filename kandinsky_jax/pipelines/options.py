@@ -281,6 +281,18 @@ class GuidanceIntervalOption(CallOptions):
     guidance_interval: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True)
+class CacheIntervalOption(CallOptions):
+    """Features of the UNet that are kept from step to step.
+
+    Args:
+        cache_interval: n; the deep blocks of the UNet run in one of n steps, and in the others their last output is
+            used. 1 is every step. Source: DeepCache, Ma et al. 2024 (arXiv 2312.00858), whose first branch this is.
+    """
+
+    cache_interval: int = 1
+
+
 # Results ----------------------------------------------------------------------------------------------------------
 
 
@@ -380,7 +392,7 @@ class PriorOptions(
 
 
 @dataclass(frozen=True)
-class ExtensionOptions(GuidanceIntervalOption):
+class ExtensionOptions(GuidanceIntervalOption, CacheIntervalOption):
     """CallOptions of every decoder and combined call that diffusers does not have; a new one goes here."""
 
 

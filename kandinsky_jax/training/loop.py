@@ -40,6 +40,7 @@ from kandinsky_jax.checkpoint import flat_params
 from kandinsky_jax.common.atomic import replace_file
 from kandinsky_jax.common.errors import hide_secrets, shorten
 from kandinsky_jax.common.types import PyTree
+from kandinsky_jax.compilation import only_good_programs
 from kandinsky_jax.parallel.hosts import Hosts
 from kandinsky_jax.preemption import Stop
 from kandinsky_jax.training.bad_data import BadData
@@ -139,6 +140,7 @@ class Run:
         examples = local_examples(mesh, config.train_batch_size)
         self.batches = Batches(rows, self.reader, config.train_batch_size, config.seed, config.data, examples)
 
+    @only_good_programs()
     def _precomputed(self) -> LatentCache:
         """Open the cache of encoded items, and drop items that could not be read."""
         task = self.task.full if isinstance(self.task, LoraTask) else self.task
@@ -153,6 +155,7 @@ class Run:
         self.items = [self.items[i] for i in reader.which]
         return reader
 
+    @only_good_programs()
     def train(self, *, stop: Stop | None = None) -> Path | epath.Path | None:
         """Train to the end; return the folder of the result, or None if a signal stopped the run.
 
