@@ -53,6 +53,7 @@ class Job:
         defaults: by column, for rows without a value; those that are not given are the model's own, see
             `checkpoint.recommended_settings`.
         fast: use the model's fast adapter, see `Pipeline.load_fast`; its settings come before others of the model.
+        cache_interval: the UNet's deep blocks run in one of so many steps, see `CacheIntervalOption`.
     """
 
     rows: str
@@ -70,6 +71,7 @@ class Job:
     root: str | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fast: bool = False
+    cache_interval: int = 1
 
     def faults(self) -> list[str]:
         """Return all faults of the settings, without reading the rows."""
@@ -81,7 +83,7 @@ class Job:
         ):
             if value not in allowed:
                 found.append(f"{name}={quote(value)} is not supported, only {', '.join(repr(x) for x in allowed if x)}")
-        for name in ("rows_per_shard", "batch"):
+        for name in ("rows_per_shard", "batch", "cache_interval"):
             with _listed(found):
                 checks.count(getattr(self, name), name)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**62:
@@ -101,6 +103,12 @@ class Job:
             with _listed(found):
                 parquet()
         return found
+
+    @property
+    def shortcuts(self) -> dict[str, bool | int]:
+        """Settings that make a job faster and change its pictures; nothing for those that are off."""
+        found: dict[str, bool | int] = {"fast": True} if self.fast else {}
+        return found | ({"cache_interval": self.cache_interval} if self.cache_interval > 1 else {})
 
     @property
     def folder(self) -> str:
@@ -254,7 +262,7 @@ class OpenJob:
             "defaults": {name: self.settings[name] for name in sorted(self.settings)},
             "versions": versions,
             **({"size": size} if own.height or own.width else {}),
-            **({"fast": True} if job.fast else {}),  # as in jobs of older releases otherwise
+            **job.shortcuts,
         }
 
     def begin(self) -> None:
@@ -318,7 +326,7 @@ def open_job(job: Job) -> OpenJob:
         rows = scan(job.rows)
     if job.form in OUTPUT_FORMATS:
         try:
-            output = Output(job.output, job.form, job.pictures, job.fast)
+            output = Output(job.output, job.form, job.pictures, job.shortcuts)
         except reading.ReadError as error:
             faults.append(f"output: {reading.of_file(job.output, error)}")
         except OSError as error:

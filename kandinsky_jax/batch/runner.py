@@ -26,7 +26,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kandinsky_jax import images
-from kandinsky_jax.batch.job import OpenJob
+from kandinsky_jax.batch.job import Job, OpenJob
 from kandinsky_jax.batch.requests import Checker, ErrorRecord, RowError, RowRequest, Shape
 from kandinsky_jax.batch.shards import GeneratedImage, json_line
 from kandinsky_jax.common.errors import RunError, quote, shorten, summarize
@@ -242,7 +242,7 @@ def rehearsal(job: OpenJob) -> Callable[[CombinedPipeline], None]:
                 units = [Unit(checker.check(raw), 0)]
             except RowError:
                 continue
-            pipe.generate(**arguments(units, job.job.batch, Network.split(pipe.unet)[0].devices))
+            pipe.generate(**arguments(units, job.job, Network.split(pipe.unet)[0].devices))
             return
 
     return call
@@ -374,7 +374,7 @@ class _Stages:
                 return True
             self._slots.acquire()
             began = time.perf_counter()
-            pending = self._pipe.generate(**arguments(call, self._job.job.batch, self._devices))
+            pending = self._pipe.generate(**arguments(call, self._job.job, self._devices))
             if not self._overlap:  # otherwise the device decodes while the host prepares the next call
                 jax.block_until_ready(pending.array)
             seconds = time.perf_counter() - began
@@ -420,7 +420,7 @@ class _Stages:
         job = self._job
         facts: dict[str, object] = {"mode": job.mode, "model": job.model, "prior": job.job.prior}
         facts |= {"scheduler": job.scheduler, "dtype": job.job.dtype, "batch": job.job.batch}
-        return facts | ({"fast": True} if job.job.fast else {})
+        return facts | job.job.shortcuts
 
     def _write(self, shard: Shard) -> None:
         result = ShardResult(shard.number, False, generating=shard.generating)
@@ -445,11 +445,12 @@ def _expect(bar: tqdm, more: int) -> None:
         bar.total += more
 
 
-def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, object]:
-    """Return the arguments of the pipeline's `generate` for one call, `batch` pictures on every device.
+def arguments(call: list[Unit], job: Job, devices: int) -> dict[str, object]:
+    """Return the arguments of the pipeline's `generate` for one call, `job.batch` pictures on every device.
 
     An incomplete batch of a device is padded with its own last picture, so that it does not depend on other devices.
     """
+    batch = job.batch
     groups = [call[i : i + batch] for i in range(0, len(call), batch)]
     groups += [groups[-1]] * (devices - len(groups))
     units = [unit for group in groups for unit in group + [group[-1]] * (batch - len(group))]
@@ -465,6 +466,7 @@ def arguments(call: list[Unit], batch: int, devices: int) -> dict[str, object]:
         "width": shape.width,
         "num_inference_steps": shape.steps,
         "guidance_scale": shape.guidance_scale,
+        "cache_interval": job.cache_interval,
         "prior_num_inference_steps": shape.prior_steps,
         "prior_guidance_scale": shape.prior_guidance_scale,
         "generator": keys,

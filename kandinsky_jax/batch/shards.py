@@ -65,14 +65,16 @@ class Output:
         url: a local path or an fsspec URL.
         form: one of `OUTPUT_FORMATS`.
         suffix: of the pictures, such as "png".
-        fast: whether the manifest has a column that says that the model's fast adapter was used.
+        further: values that the manifest has columns for, see `Job.shortcuts`.
     Raises:
         ReadError, OSError: as in `open_files`.
     """
 
-    def __init__(self, url: str, form: str, suffix: str, fast: bool = False):
+    def __init__(self, url: str, form: str, suffix: str, further: Mapping[str, bool | int] | None = None):
         self.url, self.form, self.suffix = url, form, suffix
-        self._columns = MANIFEST_COLUMNS | ({"bool": ["fast"]} if fast else {})
+        self._columns = {kind: [*names] for kind, names in MANIFEST_COLUMNS.items()}
+        for name, value in (further or {}).items():
+            self._columns.setdefault("bool" if isinstance(value, bool) else "int64", []).append(name)
         self._files = open_files(url)
         self._begun = False
         self._stale: set[str] | None = None  # error files of an earlier run, for shards that are made again

@@ -18,6 +18,7 @@ from kandinsky_jax.batch.requests import STRENGTH
 from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS
 from kandinsky_jax.checkpoint.recommended_settings import default_text
+from kandinsky_jax.cli.options import CACHE_INTERVAL_HELP
 from kandinsky_jax.cli.process_options import Coordinator, ProcessCount, ProcessIndex
 from kandinsky_jax.common.errors import counted, quote, shorten, summarize
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
@@ -71,6 +72,7 @@ def batch(
     prior_guidance_scale: Annotated[
         float | None, typer.Option(help=f"Of the prior; {default_text('prior_guidance_scale')}.")
     ] = None,
+    cache_interval: Annotated[int, typer.Option(help=CACHE_INTERVAL_HELP)] = 1,
     strength: Annotated[
         float, typer.Option(help="How far to depart from a row's image, above 0, at most 1.")
     ] = STRENGTH,
@@ -152,6 +154,7 @@ def batch(
             seed=seed,
             scheduler=scheduler,
             fast=fast,
+            cache_interval=cache_interval,
             dtype=dtype,
             root=files,
             defaults=defaults,

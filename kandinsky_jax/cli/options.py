@@ -34,6 +34,7 @@ from kandinsky_jax.schedulers import NAMES, scheduler_named
 from kandinsky_jax.schedulers.names import SUFFIXES
 
 T = TypeVar("T")
+CACHE_INTERVAL_HELP = "Run the decoder's deep blocks in one of so many steps, and keep their output; default: in each."
 
 
 class Dtype(StrEnum):
@@ -89,6 +90,7 @@ class Options:
         str | None,
         typer.Option(help="Guidance only in this part of the decoder's steps, such as 0.4,1; default: all."),
     ] = None
+    cache_interval: Annotated[int, typer.Option(help=CACHE_INTERVAL_HELP)] = 1
     prior_guidance_scale: Annotated[
         float | None,
         typer.Option(help=f"Of the prior; guidance is on above 1; {default_text('prior_guidance_scale')}."),
@@ -132,6 +134,7 @@ class Options:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed={self.seed} is not a seed; needed is an integer from 0 to 2**63 - 1")
         checks.interval(self.interval(), max(self.steps_if_given, 1), "--guidance-interval")
+        checks.count(self.cache_interval, "--cache-interval")
         self.devices()
         if self.scheduler is not None:
             scheduler = scheduler_named(self.scheduler, {})
@@ -248,6 +251,7 @@ class CompletedOptions(Options):
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "guidance_interval": self.interval(),
+            "cache_interval": self.cache_interval,
         }
 
     def prior_settings(self) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def capture(function: Callable[P, R], names: str | re.Pattern[str]) -> Callable[
         It is as fit for `jit`, `grad`, `vmap` and `scan` as the network.
     Raises:
         TypeError: for anything but a network or a method of one, or for several names instead of one expression.
-        ValueError: when called, where no module of such a name is called.
+        ValueError: when called, where no module of such a name is called, or with a feature cache.
     """
     network: Any = getattr(function, "__self__", function)
     if not isinstance(network, nnx.Module):
@@ -150,6 +150,8 @@ def capture(function: Callable[P, R], names: str | re.Pattern[str]) -> Callable[
 
     @functools.wraps(getattr(network, method))
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> tuple[R, dict[str, PyTree]]:
+        if kwargs.get("cache") is not None:
+            raise ValueError("capture does not go into an evaluation with a cache; leave cache out")
         attention: Any = kwargs.pop("attention", None)
         copy = _copy(network) if attention is None else with_attention(network, attention)
         captured: dict[str, PyTree] = {}

@@ -115,6 +115,23 @@ def other_meshes(found: dict[str, np.ndarray]) -> None:
     found["sharded"] = generate(pipe, 1)
 
 
+def cached_features(found: dict[str, np.ndarray]) -> None:
+    """Keep features of the UNet; each device keeps those of what it evaluates."""
+    one = pipeline(None)
+    one.shard(None)
+    call = {"cache_interval": 3, "guidance_interval": (0.2, 1.0)}
+    found["cached alone"] = np.concatenate([generate(one, 1, i, **call) for i in range(2)])
+    found["cached batch"] = generate(one, **call)
+    found["not cached"] = generate(one, guidance_interval=(0.2, 1.0))
+    for shape in ((8, 1, 1), (2, 2, 2)):
+        pipe = pipeline(make_mesh(*shape))
+        found[f"cached {shape}"] = generate(pipe, **call)
+        with compilations() as events:
+            generate(pipe, **call | {"cache_interval": 2})
+        assert not events
+    found["cached uneven"] = generate(pipe, 3, **call)
+
+
 def main() -> None:
     """One part of the cases, or several."""
     found: dict[str, np.ndarray] = {}

@@ -57,6 +57,19 @@ def test_a_batch_that_does_not_fill_the_devices(generated):
     assert np.array_equal(generated["uneven"], generated["alone"][:3])
 
 
+@pytest.mark.slow
+def test_cached_features(tmp_path):
+    """On each mesh: the pictures of one device, to rounding; of a device with a picture of its own, to the bit."""
+    found = generated_by(tmp_path, "cached_features")
+    assert np.array_equal(found["cached (8, 1, 1)"][:2], found["cached alone"])
+    for shape in ("(8, 1, 1)", "(2, 2, 2)"):
+        bound = 2 if shape == "(2, 2, 2)" else 0.05
+        difference = np.abs(found[f"cached {shape}"] - found["cached batch"]).max() * 255
+        assert note(difference, f"{shape}, max |d| of 255") <= bound
+    assert np.abs(found["cached uneven"] - found["cached batch"][:3]).max() * 255 <= 2
+    assert np.abs(found["cached batch"] - found["not cached"]).mean() * 255 > 1
+
+
 @pytest.mark.campaign
 def test_a_callback_sees_the_batch(further):
     assert np.array_equal(further["callback"], further["alone"][:3])
