@@ -190,6 +190,37 @@ def test_sampling_programs(name, guided):
         assert outputs == [(2, 64, 64, 3)]
 
 
+def test_cycles_of_loops_and_conditionals():
+    """A loop of unknown length counts once, a conditional as its dearest branch."""
+
+    def cost(cycles):
+        return f'metadata={{}}, backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+
+    text = f"""%cheap (p: f32[8]) -> f32[8] {{
+  ROOT %a = f32[8]{{0}} add(%p, %p), {cost(3)}
+}}
+
+%dear (p.1: f32[8]) -> f32[8] {{
+  ROOT %b = f32[8]{{0}} add(%p.1, %p.1), {cost(50)}
+}}
+
+%body (s: f32[8]) -> f32[8] {{
+  %c = f32[8]{{0}} multiply(%s, %s), {cost(100)}
+  ROOT %d = f32[8]{{0}} conditional(%c, %c, %c), branch_computations={{%cheap, %dear}}
+}}
+
+%body.1 (s.1: f32[8]) -> f32[8] {{
+  ROOT %e = f32[8]{{0}} multiply(%s.1, %s.1), {cost(1000)}
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %f = f32[8]{{0}} while(%x), condition=%more, body=%body
+  ROOT %g = f32[8]{{0}} while(%f), condition=%less, body=%body.1, backend_config={{"known_trip_count":{{"n":"3"}}}}
+}}
+"""
+    assert aot_cost.estimated_cycles(text) == 150 + 3000
+
+
 def test_help_and_bad_arguments():
     """In any Python: the script needs nothing but the standard library."""
     script = [sys.executable, "-S", str(ROOT / "tpu_scripts" / "aot" / "aot_compile.py")]
@@ -263,18 +294,20 @@ def test_results_are_complete_files(tmp_path):
     row = {
         "chips": "v5e:1x1", "devices": 1, "program": "decoder", "compile_seconds": 3.0, "flops": 2e12, "bytes": 8e9,
         "arguments": 3e9, "outputs": 1e9, "temporaries": 2e9, "collectives": {"all-reduce": 2}, "seconds": 0.02,
-        "bound_by": "flops", "batch": 4, "size": 512,
+        "bound_by": "flops", "batch": 4, "size": 512, "estimated_cycles": 45_000_000,
     }  # fmt: skip
+    quick = row | {"guided": False, "effort": -0.6}
     gpu = row | {"chips": "h100:1", "kernels": 9, "kinds": {"cuDNN convolution": [9, 8e9]}, "before": {}}
-    found = {"jax": "0", "resident_bytes": 5e9, "programs": [row, gpu]}
+    found = {"jax": "0", "resident_bytes": 5e9, "programs": [row, quick, gpu]}
     aot_compile.write(tmp_path / "aot", found, aot_compile.table(found))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["aot.json", "aot.md"]
     assert json.loads((tmp_path / "aot.json").read_text()) == found
     table = (tmp_path / "aot.md").read_text()
     assert (
-        "| v5e:1x1 | decoder | 4 | 512 | 2000 | 8.00 | 2.00 | 3.00 | 1.00 | 2.00 | 2 all-reduce | 20.00 | flops | 3 |"
+        "| v5e:1x1 | decoder | 4 | 512 | 2000 | 8.00 | 2.00 | 3.00 | 1.00 | 2.00 | 2 all-reduce | 20.00 | flops | 30.0 | 3 |"
         in table
     )
+    assert "| v5e:1x1 | decoder, unguided, effort -0.6 | 4 |" in table
     assert "leave 8.00 of 16 GB" in table
     assert "| h100:1 | decoder | 4 | 512 | 9 | cuDNN convolution 9, 8.00 |" in table
 

@@ -42,6 +42,7 @@ EXAMPLE = """example:
 
 A chip is v4, v5e, v5p or v6e, a colon, and a slice: 1 for one chip, 2x2 or 4x4 (v4 and v5p: 2x2x1 or 4x4x4); or h100:1
 or h200:1. The decoder takes about five minutes of one core, and 5 GB of memory, for each slice; for a GPU two."""
+EFFORT_HELP = "XLA's exec_time_optimization_effort, -1 to 1, default 0; below it compiling takes less time and memory"
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     gpu = on_gpus(arguments.chips)
     python = arguments.python or own_python("cuda" if gpu else "tpu")
     target = arguments.output / f"aot-{'gpu-' * gpu}{datetime.date.today().isoformat()}"
-    job = {name: getattr(arguments, name) for name in ("chips", "batch", "size", "programs")}
+    job = {name: getattr(arguments, name) for name in ("chips", "batch", "size", "programs", "guided", "effort")}
     found: dict[str, Any] = {"programs": []}
     if arguments.add and target.with_suffix(".json").exists():
         found = json.loads(target.with_suffix(".json").read_text())
@@ -74,7 +75,13 @@ def on_gpus(chips: list[str]) -> bool:
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row is of."""
-    return tuple(row.get(name) for name in ("chips", "program", "batch", "size"))
+    return row["chips"], variant(row), row.get("batch"), row.get("size")
+
+
+def variant(row: dict[str, Any]) -> str:
+    """A program's name, and in which way it differs from the guided one at XLA's usual effort."""
+    unguided = ", unguided" if not row.get("guided", True) else ""
+    return f"{row['program']}{unguided}" + (f", effort {row['effort']:g}" if row.get("effort") else "")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -86,6 +93,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=positive, default=[8], help="pictures per chip, default 8")
     parser.add_argument("--size", nargs="+", type=positive, default=[512], help="pixels along a side, default 512")
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, help="default: all")
+    parser.add_argument("--unguided", dest="guided", action="store_false", help="one evaluation a step, not two")
+    parser.add_argument("--effort", type=float, default=0.0, help=EFFORT_HELP)
     parser.add_argument(
         "--python", type=Path, help="a Python that has jax[tpu] or jax[cuda13], and this project's dependencies"
     )
@@ -204,33 +213,41 @@ def table(found: dict[str, Any]) -> str:
     """The results as Markdown."""
     resident = found["resident_bytes"]
     lines = [
-        f"Guided, bfloat16, batch is pictures per chip; jax {found['jax']}.",
+        f"Guided where nothing is said, bfloat16, batch is pictures per chip; jax {found['jax']}.",
         "`prior` and `decoder` are one step of their loops. The time is what the larger of FLOPs / peak and bytes /",
         "bandwidth allows at the chip's published figures; bytes are XLA's count, which includes on-chip memory (GPUs:",
-        "operands and results of every kernel).",
+        "operands and results of every kernel). The estimate is the sum of what libtpu's cost model writes beside the",
+        "operations of a step, without Pallas kernels and copies that run beside them.",
         "",
         "| chips | program | batch | size | GFLOP | GB | GB a picture | arguments, GB | outputs, GB | temporaries, GB "
-        "| collectives | time, ms | bound by | compiled in, s |",
-        "|---|---|" + "---:|" * 8 + "---|---:|---|---:|",
+        "| collectives | time, ms | bound by | estimate, ms | compiled in, s |",
+        "|---|---|" + "---:|" * 8 + "---|---:|---|---:|---:|",
     ]
     done = [row for row in found["programs"] if "error" not in row]
     for row in done:
         sizes = [row[name] / 1e9 for name in ("arguments", "outputs", "temporaries")]
         kinds = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items()) or "0"
         lines.append(
-            f"| {row['chips']} | {row['program']} | {row['batch']} | {row['size']} | {row['flops'] / 1e9:.0f} "
+            f"| {row['chips']} | {variant(row)} | {row['batch']} | {row['size']} | {row['flops'] / 1e9:.0f} "
             f"| {row['bytes'] / 1e9:.2f} | {row['bytes'] / row['batch'] / 1e9:.2f} "
             f"| {' | '.join(f'{size:.2f}' for size in sizes)} | {kinds} | {row['seconds'] * 1e3:.2f} "
-            f"| {row['bound_by']} | {row['compile_seconds']:.0f} |"
+            f"| {row['bound_by']} | {estimate(row)} | {row['compile_seconds']:.0f} |"
         )
     failed = [row for row in found["programs"] if "error" in row]
     lines += [f"| {' | '.join(str(part) for part in key(row))} | {row['error']} |" for row in failed]
     lines.append("")
     if gpus := [row for row in done if "kinds" in row]:
         lines += aot_gpu.table(gpus)
-    for group in dict.fromkeys((row["chips"], row["batch"], row["size"]) for row in done):
-        lines += total([row for row in done if (row["chips"], row["batch"], row["size"]) == group], resident)
+    plain = [row for row in done if variant(row) == row["program"]]
+    for group in dict.fromkeys((row["chips"], row["batch"], row["size"]) for row in plain):
+        lines += total([row for row in plain if (row["chips"], row["batch"], row["size"]) == group], resident)
     return "\n".join(lines) + "\n"
+
+
+def estimate(row: dict[str, Any]) -> str:
+    """What libtpu expects a run to take, in milliseconds; nothing where it does not say, or the clock is not known."""
+    clock = CHIPS[row["chips"].split(":")[0]].clock
+    return f"{row['estimated_cycles'] / clock * 1e3:.1f}" if clock and row.get("estimated_cycles") else ""
 
 
 def total(rows: list[dict[str, Any]], resident: int) -> list[str]:

@@ -18,6 +18,7 @@ class Chip(NamedTuple):
     bandwidth: float  # of its memory (HBM), bytes per second
     memory: float  # bytes
     links: float = math.inf  # bytes per second that it sends to other chips, by all its links; infinite if not given
+    clock: float = 0.0  # cycles per second, from the peak and the size of its matrix units; 0 if not known
 
 
 # docs.cloud.google.com/tpu/docs/v4, .../v5e (a later version of this page says 800 GiB/s), .../v5p and .../v6e;
@@ -25,7 +26,7 @@ class Chip(NamedTuple):
 # NVIDIA's data sheets of the H100 (SXM) and the H200 (SXM), without sparsity
 CHIPS = {
     "v4": Chip(275e12, 1200e9, 32e9),
-    "v5e": Chip(197e12, 819e9, 16e9, 200e9),
+    "v5e": Chip(197e12, 819e9, 16e9, 200e9, 1.5e9),
     "v5p": Chip(459e12, 2765e9, 95e9, 600e9),
     "v6e": Chip(918e12, 1638e9, 32e9),
     "h100": Chip(989e12, 3350e9, 80e9),
@@ -80,6 +81,33 @@ def repeated_bytes(text: str) -> float:
     return extra
 
 
+def estimated_cycles(text: str) -> int:
+    """The cycles that libtpu's own cost model writes beside the operations of an optimised HLO text, added up.
+
+    It leaves out Pallas kernels and copies that run beside other operations. Loops count as in `repeated_bytes`, of a
+    conditional the dearest branch.
+    """
+    bodies = computations(text)
+
+    def of(name: str) -> int:
+        total = 0
+        for _, _, opcode, rest in bodies.get(name, ()):
+            if opcode == "while" and (body := re.search(r"body=%?([\w.\-]+)", rest)):
+                trips = re.search(r'known_trip_count[^\d]*"?(\d+)', rest)
+                total += (int(trips.group(1)) if trips else 1) * of(body.group(1))
+            elif opcode == "conditional":
+                names = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", rest)
+                if branches := re.search(r"branch_computations=\{([^}]*)\}", rest):
+                    names += re.findall(r"[\w.\-]+", branches.group(1))
+                total += max(map(of, names), default=0)
+            elif cycles := re.search(r'"estimated_cycles":"(\d+)"', rest):
+                total += int(cycles.group(1))
+        return total
+
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    return of(entry.group(1)) if entry else 0
+
+
 def computations(text: str) -> dict[str, list[tuple[str, ...]]]:
     """The instructions of each computation of an HLO text: name, type, opcode, operands and the rest."""
     found: dict[str, list[tuple[str, ...]]] = {}
@@ -121,7 +149,8 @@ def costs(compiled: Any, chip: Chip) -> dict[str, Any]:
     """
     text, counted = compiled.as_text(), compiled.cost_analysis()
     touched = float(counted["bytes accessed"]) + repeated_bytes(text)
-    return figures(float(counted["flops"]), touched, collectives(text), compiled.memory_analysis(), chip)
+    found = figures(float(counted["flops"]), touched, collectives(text), compiled.memory_analysis(), chip)
+    return found | {"estimated_cycles": estimated_cycles(text)}
 
 
 def figures(flops: float, touched: float, found: dict[str, Any], memory: Any, chip: Chip) -> dict[str, Any]:

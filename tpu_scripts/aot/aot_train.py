@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tpu_scripts.aot.aot_compile import check, chips, own_python, positive, progress, worker, write  # noqa: E402
+from tpu_scripts.aot.aot_compile import EFFORT_HELP, check, chips, own_python, positive, progress, worker, write  # noqa: E402
 from tpu_scripts.aot.aot_exchange import Total  # noqa: E402
 
 KINDS = (
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         "--effort",
         type=float,
         default=0.0,
-        help="XLA's exec_time_optimization_effort, -1 to 1, default 0; below it compiling takes less time and memory",
+        help=EFFORT_HELP,
     )
     parser.add_argument("--kinds", nargs="+", default=KINDS[:3], choices=KINDS)
     parser.add_argument("--python", type=Path, help="a Python that has jax[tpu] and this project's dependencies")

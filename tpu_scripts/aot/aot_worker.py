@@ -162,23 +162,27 @@ def mesh_of(chips: str) -> Mesh:
     return make_mesh(devices=described.devices)
 
 
-def measured(kind: str, name: str, mesh: Mesh, batch: int, size: int, hlo: Path | None) -> dict[str, Any]:
+def measured(
+    kind: str, name: str, mesh: Mesh, batch: int, size: int, guided: bool, options: dict[str, Any], hlo: Path | None
+) -> dict[str, Any]:
     """Compile as the pipelines do: on every chip of the mesh, the program on its rows, with all parameters."""
-    todo, began = program(name, mesh, batch * mesh.size, size), time.perf_counter()
-    result = todo.function.jitted.lower(*todo.arguments, **todo.options).compile()
+    todo, began = program(name, mesh, batch * mesh.size, size, guided), time.perf_counter()
+    result = todo.function.jitted.lower(*todo.arguments, **todo.options).compile(options)
     seconds = round(time.perf_counter() - began, 1)
     if hlo is not None:
         hlo.write_text(result.as_text())
     if kind not in GPUS:
         return {"compile_seconds": seconds, **costs(result, CHIPS[kind])}
     # What is compiled for a GPU tells no FLOPs, so they are those of the same program for a CPU.
-    twin = program(name, make_mesh(devices=jax.devices("cpu")[:1]), batch, size)
+    twin = program(name, make_mesh(devices=jax.devices("cpu")[:1]), batch, size, guided)
     counted: Any = twin.function.jitted.lower(*twin.arguments, **twin.options).cost_analysis()
     return {"compile_seconds": seconds, **aot_gpu.costs(float(counted["flops"]), result, CHIPS[kind])}
 
 
 def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Compile what a job asks for, one program after the other."""
+    guided, effort = job.get("guided", True), job.get("effort", 0.0)
+    options = {"exec_time_optimization_effort": effort} if effort else {}
     yield {"event": "versions", "jax": jax.__version__, "resident_bytes": resident_bytes()}
     for chips in job["chips"]:
         try:
@@ -188,11 +192,13 @@ def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             continue
         for name, batch, size in itertools.product(job["programs"], job["batch"], job["size"]):
             row = {"chips": chips, "devices": mesh.size, "program": name, "batch": batch, "size": size}
+            row |= {"guided": guided, "effort": effort}
             yield {"event": "compiling", **row}
-            file = f"{chips.replace(':', '-')}-{name}-{batch}-{size}.txt"
+            kind = f"{name}{'' if guided else '-unguided'}{f'-effort{effort:g}' if effort else ''}"
+            file = f"{chips.replace(':', '-')}-{kind}-{batch}-{size}.txt"
             hlo = Path(job["hlo"]) / file if job.get("hlo") else None
             try:
-                found = measured(chips.split(":")[0], name, mesh, batch, size, hlo)
+                found = measured(chips.split(":")[0], name, mesh, batch, size, guided, options, hlo)
             except Exception as error:  # such as a program that does not fit: the others still count
                 yield {"event": "failed", **row, "error": first_line(error)}
                 continue
