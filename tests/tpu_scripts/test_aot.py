@@ -304,8 +304,8 @@ def test_results_are_complete_files(tmp_path):
     assert json.loads((tmp_path / "aot.json").read_text()) == found
     table = (tmp_path / "aot.md").read_text()
     assert (
-        "| v5e:1x1 | decoder | 4 | 512 | 2000 | 8.00 | 2.00 | 3.00 | 1.00 | 2.00 | 2 all-reduce | 20.00 | flops | 30.0 | 3 |"
-        in table
+        "| v5e:1x1 | decoder | 4 | 512 | 2000 | 8.00 | 2.00 | 3.00 | 1.00 | 2.00 | 2 all-reduce | 20.00 | flops "
+        "| 30.0 | 3 |" in table
     )
     assert "| v5e:1x1 | decoder, unguided, effort -0.6 | 4 |" in table
     assert "leave 8.00 of 16 GB" in table
