@@ -164,7 +164,7 @@ class Checker:
 
     def _shape(self, row: _Row, image: Image.Image | None, negative: str | None) -> Shape:
         pipe, given = self.pipe, self.defaults
-        native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
+        native = pipe.decoder_pipe.native_side
         fitting = (self.recommended.height or native, self.recommended.width or native)
         if image is not None and not all(name in row.values or given.get(name) for name in ("height", "width")):
             fitting = row.checked("image", functools.partial(images.fitting_size, image, native), fitting)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from tqdm.auto import tqdm
@@ -26,12 +26,27 @@ from kandinsky_jax.checkpoint import (
     zero_embed,
 )
 from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
+from kandinsky_jax.checkpoint.networks import bytes_as
+from kandinsky_jax.checkpoint.quantization import InputMaxima, quantize_network
 from kandinsky_jax.common.storage import check_replaceable, complete_or_absent, read_json
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
 
 # Files of components without tensors; others (code, pickles) are not copied.
 _PLAIN = {".json", ".txt", ".md"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What a model's networks are quantized to while it is converted.
+
+    Attributes:
+        dtype: "int8" or "float8_e4m3fn".
+        input_maxima: by component, from calibration, or None for scales at run time; see `quantize_network`.
+    """
+
+    dtype: str
+    input_maxima: Mapping[str, InputMaxima | None]
 
 
 def convert(
@@ -44,17 +59,19 @@ def convert(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    quantization: Quantization | None = None,
 ) -> Path:
     """Convert a model, one component after the other.
 
     Args:
         source: a folder with `model_index.json` in either layout, a Hub repository, or "tiny/kandinsky-2-2-...".
         target: the folder to make; it is complete or absent, also after a kill.
-        layout: of the target; None is the one that the source does not have.
+        layout: of the target; None is the one that the source does not have, or with `quantization` the one it has.
         dtype: of the tensors; None keeps each tensor's own.
         overwrite: replace an existing target.
         revision, cache_dir: of a Hub repository.
         progress: show a bar.
+        quantization: of the networks that it names.
     Returns:
         the target.
     Raises:
@@ -69,7 +86,8 @@ def convert(
     if not networks:
         raise CheckpointError(f"{folder} has none of the networks {', '.join(NETWORKS)}")
     if layout is None:
-        layout = "diffusers" if all((part / orbax.FOLDER).is_dir() for part in networks.values()) else "orbax"
+        stored_by_orbax = all((part / orbax.FOLDER).is_dir() for part in networks.values())
+        layout = "diffusers" if stored_by_orbax == (quantization is None) else "orbax"
     read = {name: stored_bytes(part) for name, part in networks.items()}
     needed = sum(_target_bytes(NETWORKS[classes[name]], part, read[name], dtype) for name, part in networks.items())
     target = Path(target)
@@ -86,6 +104,8 @@ def convert(
             bar.set_description(f"{folder.name}/{name}")
             if name in networks:
                 module = load_network(NETWORKS[classes[name]], part, dtype, cpu, bar)
+                if quantization is not None and name in quantization.input_maxima:
+                    module = quantize_network(module, quantization.input_maxima[name], quantization.dtype)
                 save_network(module, scratch / name, layout)
                 config = module.config
                 del module  # before the next one is read, so that the peak is one component
@@ -107,5 +127,4 @@ def _target_bytes(cls: type[nnx.Module], folder: Path, stored: int, dtype: DType
     if dtype is None:
         return stored
     path = folder / "config.json"
-    params = flat_params(abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path))))
-    return sum(math.prod(leaf.shape) for leaf in params.values()) * jnp.dtype(dtype).itemsize
+    return bytes_as(flat_params(abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path)))), dtype)

@@ -8,6 +8,7 @@ and read when it is needed.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -23,16 +24,21 @@ from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
 from kandinsky_jax.checkpoint import orbax, tensor_files, tensor_names
-from kandinsky_jax.checkpoint.tensor_files import PREFERRED, WEIGHT_DTYPES, WeightSelection
+from kandinsky_jax.checkpoint.tensor_files import PREFERRED, QUANTIZED_DTYPES, WEIGHT_DTYPES, WeightSelection
 from kandinsky_jax.common.errors import MAX_MESSAGE, CheckpointError, shorten, summarize
+from kandinsky_jax.common.reading import of_file
 from kandinsky_jax.common.storage import read_json
-from kandinsky_jax.models.config import NetworkConfig
+from kandinsky_jax.models.config import ConfigError, NetworkConfig
 from kandinsky_jax.models.layers import abstract
+from kandinsky_jax.models.quantization_config import SCALES, has_own_dtype
 from kandinsky_jax.models.structure import structure
 from kandinsky_jax.parallel.mesh import Mesh
 from kandinsky_jax.parallel.sharding import Rules, home, in_memory, parameter_shardings
 
 Layout = Literal["diffusers", "orbax"]
+Leaf = jax.Array | jax.ShapeDtypeStruct
+
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # of quantized weights: the reciprocal of a smaller one is infinite
 
 # Parts of the names of LoRA tensors within a network, of peft and of diffusers before it.
 _LORA = re.compile(r"\.(base_layer|lora_[A-Za-z_]+|\w+_lora|ia3_l|hada_w\d_[ab]|lokr_w\d)\b")
@@ -112,15 +118,20 @@ def describe_network(
     Args:
         mesh, rules: sharding of the parameters, see `kandinsky_jax.parallel.sharding`.
     """
-    module, shapes = _expected(cls, Path(folder))
+    module, expected = _expected(cls, Path(folder))
+    shapes = {name: tuple(leaf.shape) for name, leaf in expected.items()}
     places: Mapping[str, jax.sharding.Sharding | None] = parameter_shardings(mesh, shapes, rules)
     if mesh is None and _is_orbax(Path(folder)):
         places = dict.fromkeys(shapes, home())
     return set_params(
         module,
         {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=in_memory(places[name], shape))
-            for name, shape in shapes.items()
+            name: jax.ShapeDtypeStruct(
+                leaf.shape,
+                _dtype_of_leaf(name, leaf, dtype),
+                sharding=in_memory(places[name], shapes[name]),
+            )
+            for name, leaf in expected.items()
         },
     )
 
@@ -146,7 +157,8 @@ def load_network(
     Args:
         cls: a network class of `kandinsky_jax.models`, or a network from `describe_network`, which gets its arrays.
         folder: holds `config.json` and tensors in either layout.
-        dtype: of the parameters, and so of the computation; None keeps each tensor's dtype.
+        dtype: of the parameters, and so of the computation; None keeps each tensor's dtype. Quantized weights and their
+            scales have the dtypes that the configuration says.
         sharding: of all arrays; None is that of the described network, or else JAX's default device.
         progress: updated by the number of bytes as they are read.
         selection: which files to read, where there are several.
@@ -157,9 +169,8 @@ def load_network(
     """
     folder, dtype = Path(folder), network_dtype(dtype)
     module = describe_network(cls, folder) if isinstance(cls, type) else cls
-    leaves = flat_params(module)
-    expected = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    places = {name: sharding or getattr(leaf, "sharding", None) for name, leaf in leaves.items()}
+    expected = flat_params(module)
+    places = {name: sharding or getattr(leaf, "sharding", None) for name, leaf in expected.items()}
     if _is_orbax(folder, selection):
         params = _read_orbax(folder, expected, dtype, places, progress)
     else:
@@ -176,10 +187,7 @@ def check_network(
     if _is_orbax(folder, selection):
         faults = _orbax_faults(folder, expected, orbax.list_arrays(folder / orbax.FOLDER))
     else:
-        wanted = {
-            tensor_names.torch_name(name): tensor_names.torch_shape(name, shape) for name, shape in expected.items()
-        }
-        faults = _torch_faults(wanted, _torch_tensors(folder, selection))
+        faults = _torch_faults(_by_torch_names(expected), _torch_tensors(folder, selection))
     _report(folder, faults)
     return module.config
 
@@ -228,12 +236,9 @@ class LazyNetwork:
     @property
     def nbytes(self) -> int:
         """Size in bytes of the loaded network."""
-        leaves = flat_params(abstract(self.cls, self.config)).values()
-        return (
-            stored_bytes(self.folder, self.selection)
-            if self.dtype is None
-            else sum(x.size for x in leaves) * self.dtype.itemsize
-        )
+        if self.dtype is None:
+            return stored_bytes(self.folder, self.selection)
+        return bytes_as(flat_params(abstract(self.cls, self.config)), self.dtype)
 
     def load(self) -> nnx.Module:
         """Read the network on the first call, and return it; it stays in memory."""
@@ -263,16 +268,27 @@ class LazyNetwork:
             return load_network(described, self.folder, self.dtype, progress=bar, selection=self.selection)
 
 
+def bytes_as(params: Mapping[str, jax.Array | jax.ShapeDtypeStruct], dtype: DTypeLike) -> int:
+    """Return the bytes of a network's parameters in a dtype; quantized weights and their scales keep their own."""
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(_dtype_of_leaf(name, leaf, dtype)).itemsize for name, leaf in params.items()
+    )
+
+
 def loading_bar(total: int, what: str) -> tqdm:
     """Return a progress bar over the bytes read, disabled below 1 GB."""
     return tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {what}", disable=total < 1e9)
 
 
-def _expected(cls: type[nnx.Module], folder: Path) -> tuple[nnx.Module, dict[str, tuple[int, ...]]]:
-    """Build a network without arrays from the configuration in `folder`; return it and its parameters' shapes."""
+def _expected(cls: type[nnx.Module], folder: Path) -> tuple[nnx.Module, dict[str, Leaf]]:
+    """Build a network without arrays from the configuration in `folder`; return it and its parameters."""
     path = folder / "config.json"
-    module = abstract(cls, cls.CONFIG.from_dict(read_json(path), str(path)))
-    return module, {name: tuple(leaf.shape) for name, leaf in flat_params(module).items()}
+    config = cls.CONFIG.from_dict(read_json(path), str(path))
+    try:
+        module = abstract(cls, config)
+    except ConfigError as error:
+        raise ConfigError(of_file(path, error)) from None
+    return module, dict(flat_params(module))
 
 
 def _is_orbax(folder: Path, selection: WeightSelection = PREFERRED) -> bool:
@@ -310,37 +326,48 @@ def _torch_tensors(folder: Path, selection: WeightSelection) -> dict[str, tensor
     return {modern: t for name, t in stored_tensors.items() if (modern := tensor_names.modern_name(name)) is not None}
 
 
-def _torch_faults(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, tensor_files.Tensor]) -> list[str]:
+def _by_torch_names(expected: Mapping[str, Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return parameters by the names, and in the shapes, of their tensors in PyTorch files."""
+    return {
+        tensor_names.torch_name(name): jax.ShapeDtypeStruct(
+            tensor_names.torch_shape(name, tuple(leaf.shape)), leaf.dtype
+        )
+        for name, leaf in expected.items()
+    }
+
+
+def _torch_faults(wanted: Mapping[str, Leaf], tensors: Mapping[str, tensor_files.Tensor]) -> list[str]:
     """List faults of the tensors in PyTorch files that show before they are read."""
     faults = _differences(wanted, {name: tensor.shape for name, tensor in tensors.items()})
-    return faults + _dtype_faults({name: t.dtype for name, t in tensors.items() if name in wanted}, WEIGHT_DTYPES)
+    names = WEIGHT_DTYPES | QUANTIZED_DTYPES
+    return faults + _dtype_faults(wanted, {name: names.get(t.dtype, t.dtype) for name, t in tensors.items()})
 
 
-def _orbax_faults(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, jax.ShapeDtypeStruct]
-) -> list[str]:
+def _orbax_faults(folder: Path, expected: Mapping[str, Leaf], stored: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
     """List faults of the arrays in an Orbax checkpoint that show before they are read."""
     faults = _differences(expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
-    dtypes = {name: str(leaf.dtype) for name, leaf in stored.items() if name in expected}
-    return faults + _dtype_faults(dtypes, WEIGHT_DTYPES.values())
+    return faults + _dtype_faults(expected, {name: str(leaf.dtype) for name, leaf in stored.items()})
 
 
-def _dtype_faults(dtypes: Mapping[str, str], allowed: Iterable[str]) -> list[str]:
-    allowed = list(allowed)
-    return [
-        f"dtype: {name} is {dtype}, weights are {', '.join(allowed)}"
-        for name, dtype in sorted(dtypes.items())
-        if dtype not in allowed
-    ]
+def _dtype_faults(expected: Mapping[str, Leaf], dtypes: Mapping[str, str]) -> list[str]:
+    """List tensors that are not floats, or where the configuration says so not of a quantized weight's dtype."""
+    faults = []
+    for name in sorted(expected.keys() & dtypes.keys()):
+        dtype = jnp.dtype(expected[name].dtype)
+        allowed = [dtype.name] if dtype.itemsize == 1 else list(WEIGHT_DTYPES.values())
+        if dtypes[name] not in allowed:
+            faults.append(f"dtype: {name} is {dtypes[name]}, weights are {', '.join(allowed)}")
+    return faults
 
 
-def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    faults = [f"missing: {n} {list(expected[n])}" for n in sorted(expected.keys() - found.keys())]
-    faults += [f"unexpected: {n} {list(found[n])}" for n in sorted(found.keys() - expected.keys())]
+def _differences(expected: Mapping[str, Leaf], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    shapes = {name: tuple(leaf.shape) for name, leaf in expected.items()}
+    faults = [f"missing: {n} {list(shapes[n])}" for n in sorted(shapes.keys() - found.keys())]
+    faults += [f"unexpected: {n} {list(found[n])}" for n in sorted(found.keys() - shapes.keys())]
     faults += [
-        f"shape: {n} is {list(found[n])}, config.json asks for {list(expected[n])}"
-        for n in sorted(expected.keys() & found.keys())
-        if found[n] != expected[n]
+        f"shape: {n} is {list(found[n])}, config.json asks for {list(shapes[n])}"
+        for n in sorted(shapes.keys() & found.keys())
+        if found[n] != shapes[n]
     ]
     return faults
 
@@ -360,15 +387,19 @@ def _report(folder: Path, faults: Sequence[str]) -> None:
     )
 
 
-def _not_finite(name: str, array: np.ndarray) -> list[str]:
-    """Report values that are not finite in the requested dtype, which may overflow values of the file."""
-    bad = array.size - int(np.isfinite(array).sum())
-    return [f"not finite as {array.dtype}: {name} in {bad} of {array.size}"] if bad else []
+def _bad_values(name: str, array: np.ndarray) -> list[str]:
+    """Report values that are not finite in the requested dtype, which may overflow values of the file; and scales of
+    quantized weights that are not positive."""
+    if bad := array.size - int(np.isfinite(array).sum()):
+        return [f"not finite as {array.dtype}: {name} in {bad} of {array.size}"]
+    if name.rpartition(".")[2] in SCALES and (bad := int((array < SMALLEST_SCALE).sum())):
+        return [f"not a positive scale: {name} in {bad} of {array.size}"]
+    return []
 
 
 def _read_torch(
     folder: Path,
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, Leaf],
     dtype: DTypeLike | None,
     places: Mapping[str, jax.sharding.Sharding | None],
     progress: Progress | None,
@@ -377,14 +408,14 @@ def _read_torch(
     tensors = _torch_tensors(folder, selection)
     by_torch_name = {tensor_names.torch_name(name): name for name in expected}
     params = {}
-    wanted = {torch: tensor_names.torch_shape(flax, expected[flax]) for torch, flax in by_torch_name.items()}
+    wanted = _by_torch_names(expected)
     faults = _torch_faults(wanted, tensors)
-    for torch_name in sorted(wanted.keys() & tensors.keys()):
-        if tensors[torch_name].dtype not in WEIGHT_DTYPES:
-            continue
+    unread = {name for name, tensor in tensors.items() if tensor.dtype not in WEIGHT_DTYPES | QUANTIZED_DTYPES}
+    for torch_name in sorted(wanted.keys() & tensors.keys() - unread):
         name, array = by_torch_name[torch_name], tensors[torch_name].read()
-        own = _own(tensor_names.to_flax(name, array) if array.shape == wanted[torch_name] else array, dtype)
-        faults += _not_finite(torch_name, own) or _inexact(torch_name, array)
+        ordered = tensor_names.to_flax(name, array) if array.shape == wanted[torch_name].shape else array
+        own = _own(ordered, _dtype_of_leaf(name, expected[name], dtype))
+        faults += _bad_values(torch_name, own) or _inexact(torch_name, array)
         if not faults:
             params[name] = jax.device_put(own, in_memory(places[name], own.shape))
         if progress is not None:
@@ -401,6 +432,11 @@ def _inexact(name: str, array: np.ndarray) -> list[str]:
     return [f"inexact: {name} has {lost} numbers of float64 that float32 does not hold; convert it"] if lost else []
 
 
+def _dtype_of_leaf(name: str, leaf: Leaf, dtype: DTypeLike | None) -> DTypeLike | None:
+    """Return the dtype to read a parameter in; None is that of the file."""
+    return leaf.dtype if has_own_dtype(name, leaf.dtype) else dtype
+
+
 def _own(array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
     # A private, contiguous copy: on a CPU, JAX may otherwise alias the memory-mapped file.
     with np.errstate(over="ignore", invalid="ignore"):  # reported by _not_finite
@@ -410,7 +446,7 @@ def _own(array: np.ndarray, dtype: DTypeLike | None) -> np.ndarray:
 
 def _read_orbax(
     folder: Path,
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, Leaf],
     dtype: DTypeLike | None,
     places: Mapping[str, jax.sharding.Sharding | None],
     progress: Progress | None,
@@ -422,7 +458,9 @@ def _read_orbax(
         _report(folder, faults)
     target = {
         name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype if dtype is None else dtype, sharding=places.get(name) or home()
+            leaf.shape,
+            _dtype_of_leaf(name, expected.get(name, leaf), dtype) or leaf.dtype,
+            sharding=places.get(name) or home(),
         )
         for name, leaf in stored.items()
     }
@@ -433,7 +471,7 @@ def _read_orbax(
     for name, array in params.items():
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
-                faults += _not_finite(name, np.asarray(shard.data))
+                faults += _bad_values(name, np.asarray(shard.data))
         if progress is not None:
             progress.update(array.size * stored[name].dtype.itemsize)
     _report(folder, faults)

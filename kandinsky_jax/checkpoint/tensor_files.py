@@ -67,6 +67,7 @@ ZERO_EMBED = "zero_embed.safetensors"  # in a vision tower's folder, see `kandin
 # What JAX holds without loss: safetensors' and PyTorch's names of the dtypes that weights may have. Float64 is among
 # them because networks saved as such were float32 before; a number that float32 does not hold is an error.
 WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+QUANTIZED_DTYPES = {"I8": "int8", "F8_E4M3": "float8_e4m3fn"}  # of quantized weights
 
 
 def variant_of(name: str) -> str | None:
@@ -248,13 +249,13 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
 
         return read
 
-    own_names = {f"torch.{name}": stored for stored, name in WEIGHT_DTYPES.items()}
+    own_names = {f"torch.{name}": stored for stored, name in (WEIGHT_DTYPES | QUANTIZED_DTYPES).items()}
     return {
         name: Tensor(tuple(t.shape), reader(t), own_names.get(str(t.dtype), str(t.dtype))) for name, t in state.items()
     }
 
 
-_SAFETENSORS_DTYPES = {name: stored for stored, name in WEIGHT_DTYPES.items()}
+_SAFETENSORS_DTYPES = {name: stored for stored, name in (WEIGHT_DTYPES | QUANTIZED_DTYPES).items()}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

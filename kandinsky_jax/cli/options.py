@@ -238,7 +238,7 @@ class CompletedOptions(Options):
 
     def size(self, pipe: CombinedPipeline, picture: Image.Image | None) -> dict[str, int]:
         """Return the size to generate: as given, else that of the given picture, else the model's."""
-        native = (pipe.unet.config.sample_size or 64) * pipe.movq.config.scale_factor
+        native = pipe.decoder_pipe.native_side
         if picture is None:
             height, width = self.recommended.height or native, self.recommended.width or native
         else:

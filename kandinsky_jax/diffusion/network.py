@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.common.types import Params
+from kandinsky_jax.models.layers import dtypes_of
 from kandinsky_jax.models.structure import Identities, Structure, structure, value_of
 from kandinsky_jax.parallel.mesh import DATA_AXIS, mesh_of
 
@@ -107,8 +108,8 @@ def matmul_precision(params: Params) -> Iterator[None]:
     """Compute float32 products in float32 within the block, where any of the parameters is float32.
 
     TPUs and GPUs compute them in bfloat16 or TF32 by default: not what someone who asks for float32 wants, and not the
-    reference's picture. Parameters in bfloat16 leave JAX's setting as it is.
+    reference's picture. Parameters in bfloat16 leave JAX's setting as it is, and so do scales of quantized weights.
     """
-    exact = any(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    exact = any(dtype == jnp.float32 for dtype in dtypes_of(params))
     with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
         yield

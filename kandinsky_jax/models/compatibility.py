@@ -18,6 +18,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.models.layers import dtype_of
+from kandinsky_jax.models.quantization_config import has_own_dtype
 from kandinsky_jax.parallel.mesh import make_mesh
 from kandinsky_jax.parallel.sharding import REPLICATED, in_memory
 
@@ -91,7 +93,9 @@ class Target(NamedTuple):
         """Convert and move a network's parameters in place."""
         state = nnx.state(network, nnx.Param)
         if self.dtype is not None:
-            state = jax.tree.map(lambda leaf: _converted(leaf, self.dtype), state)
+            flat = nnx.to_flat_state(state)
+            changed = [(path, x.replace(_converted(str(path[-1]), x.get_value(), self.dtype))) for path, x in flat]
+            state = nnx.from_flat_state(dict(changed))
         if self.devices is not None and not self._holds(jax.tree.leaves(state)[0]):
             place = NamedSharding(make_mesh(devices=self.devices), REPLICATED)
             state = jax.tree.map(lambda leaf: jax.device_put(leaf, in_memory(place, leaf.shape)), state)
@@ -104,8 +108,13 @@ class Target(NamedTuple):
         return {device.platform for device in leaf.devices()} == {self.devices[0].platform}
 
 
-def _converted(leaf: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
-    """Convert an array's dtype on the host, keeping its sharding, so that no program is compiled for every shape."""
+def _converted(name: str, leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Convert a parameter's dtype on the host, keeping its sharding, so that no program is compiled for every shape.
+
+    Quantized weights and their scales keep their dtypes.
+    """
+    if has_own_dtype(name, leaf.dtype):
+        return leaf
     with np.errstate(over="ignore"):  # overflow of float16 gives infinity, as in PyTorch
         array = np.asarray(leaf).astype(dtype)
     return jax.device_put(array, in_memory(leaf.sharding, leaf.shape) if leaf.committed else None)
@@ -233,8 +242,8 @@ class TorchModuleMixin:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of the first parameter, in which the network computes."""
-        return jnp.dtype(jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype)
+        """The dtype of the first parameter, in which the network computes; quantized weights do not count."""
+        return jnp.dtype(dtype_of(self))
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters.

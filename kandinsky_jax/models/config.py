@@ -14,12 +14,14 @@ from typing import Any, ClassVar, Self
 from kandinsky_jax.common.errors import quote, shorten, summarize
 from kandinsky_jax.common.fields import Bounds, field_faults
 from kandinsky_jax.common.reading import of_file
+from kandinsky_jax.models.quantization_config import QuantizationConfig
 
 
 class ConfigError(ValueError):
     """A configuration is not supported."""
 
 
+QUANTIZATION = "quantization_config"  # field of the networks that can be quantized; not written where it is None
 MAX_BLOCKS = 16
 _SIZES = (1, 1 << 20)  # of a network's whole numbers: the official ones' largest is a vocabulary of 49,408
 _LAYERS: Bounds = dict.fromkeys(("num_layers", "num_hidden_layers", "layers_per_block"), (0, 1000))
@@ -46,6 +48,7 @@ class NetworkConfig(Mapping[str, Any]):
     BOUNDS: ClassVar[Bounds] = {}  # of numbers, beside `_SIZES`
 
     def __post_init__(self) -> None:
+        self._read_quantization()
         whole = {field.name: _SIZES for field in dataclasses.fields(self) if "int" in str(field.type)}
         faults = field_faults(self, {**whole, **_LAYERS, **self.BOUNDS})
         if not faults:
@@ -69,6 +72,16 @@ class NetworkConfig(Mapping[str, Any]):
         if name in self.FIXED:
             return self.FIXED[name][0]
         raise AttributeError(f"the configuration of a {self.CLASS_NAME or 'network'} has no {shorten(name, 80)!r}")
+
+    def _read_quantization(self) -> None:
+        """Convert `quantization_config`, of networks that have the field, from what a `config.json` says."""
+        given = getattr(self, QUANTIZATION, None) if QUANTIZATION in self.__dataclass_fields__ else None
+        if given is None or isinstance(given, QuantizationConfig):
+            return
+        try:
+            object.__setattr__(self, QUANTIZATION, QuantizationConfig.from_dict(given))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def faults(self) -> list[str]:
         """List faults of a configuration whose fields have the right types."""
@@ -110,6 +123,8 @@ class NetworkConfig(Mapping[str, Any]):
     def to_dict(self) -> dict[str, object]:
         """Return the configuration as the reference writes it, for `json.dump`."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if (quantization := own.pop(QUANTIZATION, None)) is not None:
+            own[QUANTIZATION] = quantization.to_dict()
         fixed = {name: values[0] for name, values in self.FIXED.items()}
         listed = {k: list(v) if isinstance(v, tuple) else v for k, v in (fixed | own).items()}
         return {"_class_name": self.CLASS_NAME, **listed} if self.CLASS_NAME else listed

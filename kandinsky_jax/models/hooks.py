@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import jax
@@ -22,6 +22,7 @@ from flax import nnx
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.types import Array, Bool, Float, PyTree
 from kandinsky_jax.models.attention import attend, attend_after, attention_weights
+from kandinsky_jax.models.structure import copy_structure, named_modules, replace_module
 
 KeyValue = tuple[jax.Array, jax.Array]
 P = ParamSpec("P")
@@ -112,8 +113,8 @@ def with_attention(network: N, function: AttentionFunction | None) -> N:
     """
     if function is not None and not callable(function):
         raise TypeError(f"function must be a function such as kandinsky_jax.models.attend, got {quote(function)}")
-    copy = _copy(network)
-    for name, module in list(_named_modules(copy)):
+    copy = copy_structure(network)
+    for name, module in list(named_modules(copy)):
         if isinstance(module, AttentionLayer):
             module.attention_function, module.attention_name = function, name
     return copy
@@ -153,7 +154,7 @@ def capture(function: Callable[P, R], names: str | re.Pattern[str]) -> Callable[
         if kwargs.get("cache") is not None:
             raise ValueError("capture does not go into an evaluation with a cache; leave cache out")
         attention: Any = kwargs.pop("attention", None)
-        copy = _copy(network) if attention is None else with_attention(network, attention)
+        copy = copy_structure(network) if attention is None else with_attention(network, attention)
         captured: dict[str, PyTree] = {}
         known = _install(copy, pattern, captured)
         output = getattr(copy, method)(*args, **kwargs)
@@ -189,33 +190,11 @@ class _Recorded(nnx.Module):
 
 def _install(network: nnx.Module, pattern: re.Pattern[str], captured: dict[str, PyTree]) -> list[str]:
     """Let the modules of matching names write to `captured`; return the names of all modules."""
-    modules = dict(_named_modules(network))
+    modules = dict(named_modules(network))
     for name, module in modules.items():
         weights = f"{name}.weights"
         if isinstance(module, AttentionLayer) and pattern.fullmatch(weights):
             module.record_weights = functools.partial(captured.__setitem__, weights)
         if pattern.fullmatch(name):
-            _replace(network, name, _Recorded(module, functools.partial(captured.__setitem__, name)))
+            replace_module(network, name, _Recorded(module, functools.partial(captured.__setitem__, name)))
     return list(modules)
-
-
-def _replace(network: nnx.Module, name: str, module: nnx.Module) -> None:
-    parent: Any = network
-    *path, last = name.split(".")
-    for part in path:
-        parent = parent[int(part)] if part.isdecimal() else getattr(parent, part)
-    if last.isdecimal():
-        parent[int(last)] = module
-    else:
-        setattr(parent, last, module)
-
-
-def _named_modules(network: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """All modules within a network but lists, by dotted names."""
-    for path, module in nnx.iter_modules(network):
-        if path and not isinstance(module, nnx.List):
-            yield ".".join(map(str, path)), module
-
-
-def _copy(network: N) -> N:
-    return nnx.merge(*nnx.split(network))

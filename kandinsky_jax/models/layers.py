@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import jax
@@ -18,9 +18,10 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from kandinsky_jax.common.types import Array, Float, Num
+from kandinsky_jax.common.types import Array, Float, Num, Params
 from kandinsky_jax.models.config import NetworkConfig
 from kandinsky_jax.models.convolution import Conv
+from kandinsky_jax.models.quantization_config import has_own_dtype
 from kandinsky_jax.parallel.stationary import InOut, multiply
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -33,9 +34,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def dtype_of(module: nnx.Module) -> jnp.dtype:
-    """The dtype in which `module` computes: that of its first floating-point parameter."""
-    leaves = jax.tree.leaves(nnx.state(module, nnx.Param))
-    return next(leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+    """The dtype in which `module` computes: that of its first parameter, but for quantized weights and their scales."""
+    return next(dtypes_of(nnx.to_pure_dict(nnx.state(module, nnx.Param))))
+
+
+def dtypes_of(params: Params) -> Iterator[jnp.dtype]:
+    """Yield the dtypes of parameters, but for quantized weights and their scales."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if not has_own_dtype(name, leaf.dtype) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            yield leaf.dtype
 
 
 class Shapes:

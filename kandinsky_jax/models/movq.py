@@ -23,6 +23,8 @@ from kandinsky_jax.models.config import NetworkConfig, block_faults
 from kandinsky_jax.models.hooks import AttentionLayer
 from kandinsky_jax.models.layers import GroupNorm, Rngs, conv, dtype_of, embed, linear, upsample_nearest
 from kandinsky_jax.models.pretrained import PretrainedNetwork
+from kandinsky_jax.models.quantization_config import QuantizationConfig
+from kandinsky_jax.models.quantized import quantize_layers
 
 NORM_EPS = 1e-6
 GROUP_PIXELS = 1 << 20  # four pictures of 512 x 512
@@ -56,6 +58,7 @@ class MoVQConfig(NetworkConfig):
     vq_embed_dim: int | None = None
     sample_size: int = 32  # neither this nor the scaling factor is read by the Kandinsky 2.2 pipelines
     scaling_factor: float = 0.18215
+    quantization_config: QuantizationConfig | None = None
 
     def faults(self) -> list[str]:
         faults = block_faults(self)
@@ -307,6 +310,7 @@ class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     """The MoVQ autoencoder, NHWC."""
 
     CONFIG = MoVQConfig
+    QUANTIZED: ClassVar[str] = r"decoder\..*\.(conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0)"
 
     def __init__(self, config: MoVQConfig, *, rngs: Rngs):
         self.config = config
@@ -315,6 +319,7 @@ class VQModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         self.quantize = VectorQuantizer(config.num_vq_embeddings, config.embed_dim, rngs=rngs)
         self.post_quant_conv = conv(config.embed_dim, config.latent_channels, rngs, kernel=1)
         self.decoder = Decoder(config, rngs=rngs)
+        quantize_layers(self, config.quantization_config)
 
     def encode(self, pixels: Float[Array, "B H W C_in"]) -> Float[Array, "B h w C"]:
         """Pictures `[B, H, W, 3]` in -1..1, sides multiples of 8 -> latents `[B, H/8, W/8, 4]`, unscaled."""

@@ -34,6 +34,8 @@ from kandinsky_jax.models.layers import (
     timestep_embedding,
 )
 from kandinsky_jax.models.pretrained import PretrainedNetwork
+from kandinsky_jax.models.quantization_config import QuantizationConfig
+from kandinsky_jax.models.quantized import quantize_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class PriorConfig(NetworkConfig):
     time_embed_dim: int | None = None
     embedding_proj_dim: int | None = None
     clip_embed_dim: int | None = None
+    quantization_config: QuantizationConfig | None = None
 
     def faults(self) -> list[str]:
         given = self.additional_embeddings
@@ -149,6 +152,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     """The prior network: `condition` once per prompt, then `__call__` once per step."""
 
     CONFIG = PriorConfig
+    QUANTIZED: ClassVar[str] = r"transformer_blocks\..*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)"
 
     def __init__(self, config: PriorConfig, *, rngs: Rngs):
         self.config = config
@@ -168,6 +172,7 @@ class PriorTransformer(TorchModuleMixin, PretrainedNetwork, nnx.Module):
         self.proj_to_clip_embeddings = linear(inner, out, rngs)
         self.clip_mean = param((1, out), rngs)
         self.clip_std = param((1, out), rngs)
+        quantize_layers(self, config.quantization_config)
 
     def condition(
         self,

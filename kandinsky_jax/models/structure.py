@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+
+N = TypeVar("N", bound=nnx.Module)
 
 
 @dataclass
@@ -100,3 +103,30 @@ def _new_kind(value: object) -> int:
     if isinstance(value, nnx.Variable):
         return _VARIABLE
     return _OTHER if isinstance(value, _LEFT_TO_FLAX) else _CONSTANT
+
+
+# Modules ----------------------------------------------------------------------------------------------------------
+
+
+def named_modules(network: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Yield all modules within a network but lists, by dotted names."""
+    for path, module in nnx.iter_modules(network):
+        if path and not isinstance(module, nnx.List):
+            yield ".".join(map(str, path)), module
+
+
+def replace_module(network: nnx.Module, name: str, module: nnx.Module) -> None:
+    """Put a module in the place of the one with a dotted name."""
+    parent: Any = network
+    *path, last = name.split(".")
+    for part in path:
+        parent = parent[int(part)] if part.isdecimal() else getattr(parent, part)
+    if last.isdecimal():
+        parent[int(last)] = module
+    else:
+        setattr(parent, last, module)
+
+
+def copy_structure(network: N) -> N:
+    """Return a network with the same arrays, whose modules can be replaced."""
+    return nnx.merge(*nnx.split(network))

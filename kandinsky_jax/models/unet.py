@@ -9,7 +9,7 @@ attention, the embedding added to the time embedding, further input channels); `
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from kandinsky_jax.models.layers import (
     timestep_embedding,
 )
 from kandinsky_jax.models.pretrained import PretrainedNetwork
+from kandinsky_jax.models.quantized import quantize_layers
 from kandinsky_jax.models.unet_blocks import BlockCondition, DownBlock, MidBlock, UpBlock
 from kandinsky_jax.models.unet_config import UNetConfig
 
@@ -117,6 +118,9 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
     """The UNet: `condition` once per picture, then `__call__` once per step. NHWC throughout."""
 
     CONFIG = UNetConfig
+    QUANTIZED: ClassVar[str] = (
+        r"(down_blocks|mid_block|up_blocks)\..*\.(conv1|conv2|conv_shortcut|time_emb_proj|to_q|to_k|to_v|to_out\.0)"
+    )
 
     def __init__(self, config: UNetConfig, *, rngs: Rngs):
         self.config = config
@@ -143,6 +147,7 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
 
         self.conv_norm_out = GroupNorm(widths[0], config.norm_num_groups, config.norm_eps, rngs)
         self.conv_out = conv(widths[0], config.out_channels, rngs)
+        quantize_layers(self, config.quantization_config)
 
     def condition(
         self,

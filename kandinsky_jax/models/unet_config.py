@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.models.config import NetworkConfig, block_faults
+from kandinsky_jax.models.quantization_config import QuantizationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class UNetConfig(NetworkConfig):
     attention_head_dim: int = 64
     time_embedding_dim: int | None = None
     addition_embed_type: str = "image"
+    quantization_config: QuantizationConfig | None = None
 
     def faults(self) -> list[str]:
         faults = block_faults(self)

@@ -31,10 +31,11 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
 from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.denoising import Conditioning, denoise_batches
-from kandinsky_jax.pipelines.fast import FastLoader, remember_folder
+from kandinsky_jax.pipelines.fast import remember_folder
 from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names
 from kandinsky_jax.pipelines.loading_arguments import without_diffusers_arguments
 from kandinsky_jax.pipelines.options import Callback
+from kandinsky_jax.pipelines.quantization import Quantizer
 from kandinsky_jax.schedulers import Schedule
 
 ConditioningT = TypeVar("ConditioningT", bound=Conditioning)
@@ -54,7 +55,7 @@ class LazyComponent:
         vars(pipe)[self._name] = part
 
 
-class Pipeline(FastLoader, PretrainedMixin, DiffusionPipeline):
+class Pipeline(Quantizer, PretrainedMixin, DiffusionPipeline):
     """Base of the pipelines.
 
     The constructor of a subclass takes components by diffusers' names and passes them to `_register`.

@@ -215,8 +215,8 @@ def _networks(pipe: DiffusionPipeline) -> list[object]:
 
 
 def _device_and_dtype(pipe: DiffusionPipeline) -> tuple[jax.Device, np.dtype]:
-    leaf = jax.tree.leaves(nnx.state(_networks(pipe)[0], nnx.Param))[0]
-    return min(leaf.devices(), key=lambda device: device.id), np.dtype(leaf.dtype)
+    network: Any = _networks(pipe)[0]
+    return network.device, np.dtype(network.dtype)
 
 
 def _described(part: object) -> str:

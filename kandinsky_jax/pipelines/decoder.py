@@ -251,6 +251,11 @@ class DecoderPipeline(Pipeline):
         function = checks.old_callback(given.get("callback"), given.get("callback_steps", 1), function)
         return function, checks.callback(function, inputs, self._callback_tensor_inputs)
 
+    @property
+    def native_side(self) -> int:
+        """Pixels along a side of the pictures that the UNet was trained for, by its configuration."""
+        return (self.unet.config.sample_size or 64) * self.movq.config.scale_factor
+
     def _latent_side(self, pixels: object, name: str) -> int:
         """Return the latents along a side of `pixels`, rounded up so that the UNet can halve it often enough."""
         factor = self.movq.config.scale_factor

@@ -71,6 +71,12 @@ def remember_folder(network: object, folder: Path, component: str) -> None:
         _SOURCES[network] = _Source(folder, error)
 
 
+def keep_folder(network: nnx.Module, other: nnx.Module) -> None:
+    """Note that a network was made from another one: their model's folder is the same."""
+    if (source := _SOURCES.get(network)) is not None:
+        _SOURCES[other] = replace(source)
+
+
 @contextmanager
 def without_fast_adapter(network: nnx.Module) -> Iterator[None]:
     """Save a network as one that no fast adapter was made for, since its weights are others, within the block."""
@@ -153,7 +159,7 @@ class FastLoader(LoraLoader):
 
     def _load_fast(self) -> dict[str, Any]:
         networks = {stage: stage._own_network() for stage in self._stages()}
-        adapters = {stage: found for stage, network in networks.items() if (found := _adapter_of(network)) is not None}
+        adapters = self._own_adapters()
         if not adapters:
             raise self._no_adapter(list(networks.values()))
         updates = [_with_adapter(networks[stage], adapter) for stage, adapter in adapters.items()]
@@ -227,6 +233,20 @@ class FastLoader(LoraLoader):
     def _stages(self) -> Sequence[FastLoader]:
         """Return the decoder and the prior of a combined pipeline; others are one stage."""
         return [self]
+
+    def _own_adapters(self) -> dict[FastLoader, FastAdapter]:
+        """Return the fast adapters of the stages that have one."""
+        found = {stage: _adapter_of(stage._own_network()) for stage in self._stages()}
+        return {stage: adapter for stage, adapter in found.items() if adapter is not None}
+
+    @property
+    def has_fast_adapter(self) -> bool:
+        """Whether the model has a fast adapter, for `load_fast`.
+
+        Raises:
+            CheckpointError: where the settings that name it are not valid.
+        """
+        return bool(self._own_adapters())
 
     def _own_network(self) -> nnx.Module:
         """Return the network of a stage that LoRA is for."""

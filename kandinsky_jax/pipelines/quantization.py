@@ -1,0 +1,239 @@
+"""Quantization of a pipeline's networks, calibrated by a few pictures that the pipeline generates.
+
+Calibration notes the largest input of each layer that will be quantized. It runs the pipeline itself, with networks
+whose layers report what they get, so every mode, scheduler and guider is calibrated as it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kandinsky_jax.checkpoint.quantization import QUANTIZABLE, check_quantizable, quantize_network
+from kandinsky_jax.common.errors import quote, shorten
+from kandinsky_jax.common.types import PyTree
+from kandinsky_jax.models.quantized import float_layers, layers_to_ignore
+from kandinsky_jax.models.structure import copy_structure, replace_module
+from kandinsky_jax.pipelines.adapters import adapters_of
+from kandinsky_jax.pipelines.fast import FastLoader, keep_folder
+from kandinsky_jax.pipelines.modes import modes_of, pipeline_named
+
+# What is generated where the user names no prompts: pictures of many kinds.
+PROMPTS = (
+    "red cat, 4k photo",
+    "a portrait of an old fisherman, oil painting",
+    "an aerial view of a city at night",
+    "a bowl of fruit on a white table",
+    "a green mountain landscape with a lake, watercolor",
+    "a purple heart icon on a plain background",
+    "a black and white drawing of a tree",
+    "a smiling face with sunglasses",
+)
+STEPS = 10  # of either stage: from the first timestep to the last, which the range of the inputs depends on
+
+Statistic = Callable[[jax.Array], jax.Array]  # of an input of any shape, a number
+
+
+def absolute_maximum(x: jax.Array) -> jax.Array:
+    """Return the largest absolute value of an array, float32 `[]`."""
+    return jnp.max(jnp.abs(x.astype(jnp.float32)))
+
+
+class _Observed(nnx.Module):
+    """Stands in a layer's place and reports a statistic of its input."""
+
+    def __init__(self, layer: nnx.Module, statistic: Statistic, report: Callable[[np.ndarray], None]):
+        self.layer, self.statistic, self.report = layer, statistic, report
+
+    def __call__(self, x: jax.Array) -> PyTree:
+        jax.debug.callback(self.report, self.statistic(x))
+        return self.layer(x)
+
+
+class Observation:
+    """A network like a given one, with the same arrays, that notes the inputs of its layers as it runs.
+
+    Args:
+        network: a UNet, a prior or MoVQ.
+        statistic: of a layer's input; the largest of all calls is kept.
+
+    Attributes:
+        network: to run in the place of the given one.
+        maxima: by the names of the layers that the network's rule quantizes, and that have been called.
+    """
+
+    def __init__(self, network: nnx.Module, statistic: Statistic = absolute_maximum):
+        self.maxima: dict[str, float] = {}
+        self.network = copy_structure(network)
+        ignored = set(layers_to_ignore(network))
+        for name, layer in list(float_layers(self.network)):
+            if name not in ignored:
+                replace_module(self.network, name, _Observed(layer, statistic, self._reporter(name)))
+
+    def _reporter(self, name: str) -> Callable[[np.ndarray], None]:
+        def report(value: np.ndarray) -> None:
+            self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))
+
+        return report
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    statistic: Statistic = absolute_maximum,
+    **arguments: Any,
+) -> dict[str, dict[str, float]]:
+    """Generate a few pictures, and return the largest inputs of the layers to quantize.
+
+    Args:
+        pipe: a combined pipeline of any mode, or a prior; it is as before. Where its model has a fast adapter, pictures
+            are generated with it too.
+        prompts: None is `PROMPTS`.
+        statistic: of an input, the largest of which is kept.
+        arguments: of the calls, such as the size or the numbers of steps, instead of what the model recommends.
+    Returns:
+        by component and layer, what `kandinsky_jax.checkpoint.quantization.quantize_network` takes.
+    Raises:
+        ValueError: for a decoder without a prior.
+    """
+    pipe = _first_mode(pipe)
+    networks = {name: part for name, part in pipe._held().items() if type(part).__name__ in QUANTIZABLE}
+    found: dict[str, dict[str, float]] = {name: {} for name in networks}
+    texts = list(PROMPTS if prompts is None else prompts)
+
+    def observe() -> None:
+        seen = {name: Observation(network, statistic) for name, network in networks.items()}
+        twin = type(pipe)(**pipe._held() | {name: one.network for name, one in seen.items()})
+        twin.set_progress_bar_config(disable=True)
+        _generate(twin, texts, _settings(pipe) | arguments | pipe._call_defaults())
+        jax.effects_barrier()
+        for name, one in seen.items():
+            for layer, value in one.maxima.items():
+                found[name][layer] = max(found[name].get(layer, 0.0), value)
+
+    observe()
+    if pipe.has_fast_adapter and not pipe._call_defaults():
+        pipe.load_fast()
+        try:
+            observe()
+        finally:
+            pipe.unload_fast()
+    return found
+
+
+def _first_mode(pipe: Any) -> Any:
+    """Return a pipeline of the same networks that needs the fewest inputs."""
+    held = pipe._held()
+    if "prior" in held:
+        cls: Any = pipeline_named("KandinskyV22PriorPipeline")
+    elif "prior_prior" in held:
+        cls = modes_of(pipe.REPOSITORY)[0].combined_class
+    else:
+        raise ValueError(
+            f"a {type(pipe).__name__} needs image embeddings to be calibrated: give a prior's pipeline, as "
+            "quantize(prior=...), or scale inputs at run time, by quantize(dynamic=True)"
+        )
+    return pipe if type(pipe) is cls else cls.from_pipe(pipe)
+
+
+def _settings(pipe: Any) -> dict[str, Any]:
+    """Return the arguments of calls that calibrate a pipeline: what its model recommends, in few steps."""
+    settings = pipe.recommended_settings.arguments()
+    settings |= {"num_inference_steps": STEPS, "prior_num_inference_steps": STEPS}
+    if "unet" not in pipe._held():
+        return {name.removeprefix("prior_"): value for name, value in settings.items() if name.startswith("prior_")}
+    side = pipe.decoder_pipe.native_side
+    return {"height": side, "width": side} | settings
+
+
+def _generate(pipe: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Call a pipeline of any mode; whatever it needs besides prompts is made here."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    call = {"generator": 0, "output_type": "np", **settings, "prompt": list(prompts)}
+    if "hint" in parameters:
+        call["hint"] = _ball(call["height"], call["width"])
+    if "mask_image" not in parameters:
+        pipe(**call)
+        return
+    whole = np.ones((call["height"], call["width"]), bool)
+    grey = np.full((*whole.shape, 3), 0.5, np.float32)
+    pictures = pipe(**call, image=grey, mask_image=whole).images
+    rows, columns = np.indices(whole.shape) / np.reshape(whole.shape, (2, 1, 1))
+    pipe(**call, image=list(pictures), mask_image=(abs(rows - 0.5) < 0.25) & (abs(columns - 0.5) < 0.25))
+
+
+def _ball(height: int, width: int) -> np.ndarray:
+    """Return the depth map of a ball before a wall, uint8 `[height, width]`, near is bright."""
+    rows, columns = np.indices((height, width)) / np.reshape((height, width), (2, 1, 1))
+    far = np.hypot(rows - 0.5, columns - 0.5) / 0.4
+    return np.where(far < 1, 240 - 60 * far**4, 25).astype(np.uint8)
+
+
+class Quantizer(FastLoader):
+    """Mixin of pipelines that quantize their networks."""
+
+    def quantize(
+        self,
+        dtype: str = "int8",
+        *,
+        prompts: Sequence[str] | None = None,
+        dynamic: bool = False,
+        components: Sequence[str] | None = None,
+        prior: Any = None,
+        **arguments: Any,
+    ) -> None:
+        """Quantize the UNet, the prior and MoVQ's decoder: weights and inputs of their large layers to 8 bits.
+
+        The full networks are replaced, in this pipeline alone. `save_pretrained` writes the quantized ones, which
+        `from_pretrained` loads like any others.
+
+        Args:
+            dtype: "int8", or "float8_e4m3fn" for chips that have it.
+            prompts: for calibration, of the kind that will be generated; None is a few of many kinds.
+            dynamic: scale inputs by their own maximum at run time, without calibration.
+            components: which networks, by their names in the pipeline; None is all that can be.
+            prior: for a decoder: the pipeline of a prior, for calibration alone.
+            arguments: of the calls that calibrate, such as height and width.
+        Raises:
+            ValueError: for networks that are quantized already, a decoder without a prior, or LoRA that is loaded.
+        """
+        networks = self._to_quantize(dtype, components)
+        maxima: Mapping[str, Mapping[str, float] | None] = dict.fromkeys(networks)
+        if not dynamic:
+            maxima = calibrate(self._with_prior(prior), prompts, **arguments)
+        made = {name: quantize_network(network, maxima[name], dtype) for name, network in networks.items()}
+        for name, network in made.items():
+            keep_folder(networks[name], network)
+            setattr(self, name, network)
+
+    def _to_quantize(self, dtype: str, components: Sequence[str] | None) -> dict[str, nnx.Module]:
+        """Return the networks to quantize, checked."""
+        held = self._held()
+        able = {name: part for name, part in held.items() if type(part).__name__ in QUANTIZABLE}
+        if components is None:
+            components = list(able)
+        if unknown := [name for name in components if name not in able]:
+            raise ValueError(f"{quote(unknown)} cannot be quantized in a {type(self).__name__}, only {list(able)}")
+        for name in components:
+            check_quantizable(able[name], dtype)
+            if loaded := list(adapters_of(able[name]).loaded):
+                raise ValueError(
+                    f"the {name} has the adapters {shorten(loaded)}: unload_lora_weights() first, after fuse_lora() to "
+                    "keep what they change"
+                )
+        return {name: able[name] for name in components}
+
+    def _with_prior(self, prior: Any) -> Any:
+        if prior is None:
+            return self
+        if "unet" not in self._held() or "prior_prior" in self._held():
+            raise ValueError(f"prior= is for decoders; a {type(self).__name__} has a prior of its own")
+        own: Any = self
+        return modes_of(own.REPOSITORY)[0].combined_class.from_pipe(own, prior)
