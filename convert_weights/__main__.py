@@ -13,6 +13,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 EXAMPLE = """\
 Example: python -m convert_weights kandinsky-community/kandinsky-2-2-decoder decoder-orbax --dtype bfloat16
+
+python -m convert_weights tiny/kandinsky-2-2-decoder decoder-int8 --quantize int8
 """
 
 
@@ -26,13 +28,42 @@ def main(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag, commit or refs/pr/N of a Hub repository.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST where it exists.")] = False,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or float8_e4m3fn: of the UNet, the prior and MoVQ's decoder.")
+    ] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository whose embeddings calibrate a decoder; with --quantize.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file of prompts for calibration, one a line; with --quantize.")
+    ] = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Scale inputs at run time, without calibration; with --quantize.")
+    ] = False,
 ) -> None:
-    """Convert a Kandinsky 2.2 model between diffusers' layout and an Orbax checkpoint, in either direction."""
+    """Convert a Kandinsky 2.2 model between diffusers' layout and an Orbax checkpoint, or quantize it.
+
+    The default layout is the one that SRC does not have; with --quantize the one that it has.
+    """
     checked_dtype: Any = _one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
     checked_layout: Any = _one_of("--layout", layout, ("orbax", "diffusers"))
-    from kandinsky_jax.checkpoint.conversion import convert  # after the checks: it takes seconds to import
+    _one_of("--quantize", quantize, ("int8", "float8_e4m3fn"))
+    options: dict[str, Any] = {"layout": checked_layout, "revision": revision, "overwrite": overwrite}
+    # After the checks: what follows takes seconds to import.
+    if quantize is None:
+        if prior is not None or prompts is not None or dynamic:
+            raise ValueError("--prior, --prompts and --dynamic are for calibration: give --quantize int8 too")
+        from kandinsky_jax.checkpoint.conversion import convert
 
-    convert(src, dst, dtype=checked_dtype, layout=checked_layout, revision=revision, overwrite=overwrite)
+        convert(src, dst, dtype=checked_dtype, **options)
+    else:
+        if dynamic and (prior is not None or prompts is not None):
+            raise ValueError("--dynamic needs no calibration: leave --prior and --prompts out")
+        from kandinsky_jax.pipelines.quantization import convert_quantized, read_prompts
+
+        texts = None if prompts is None else read_prompts(prompts)
+        calibration: dict[str, Any] = {"prior": prior, "prompts": texts, "dynamic": dynamic}
+        convert_quantized(src, dst, quantize, weights_dtype=checked_dtype, **calibration, **options)
     print(f"wrote {dst}")
 
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,8 +24,17 @@ from jax.typing import DTypeLike
 from tqdm.auto import tqdm
 
 from kandinsky_jax.checkpoint import orbax, tensor_files, tensor_names
+from kandinsky_jax.checkpoint.tensor_checks import (
+    Leaf,
+    bad_values,
+    by_torch_names,
+    inexact_values,
+    orbax_faults,
+    report_faults,
+    torch_faults,
+)
 from kandinsky_jax.checkpoint.tensor_files import PREFERRED, QUANTIZED_DTYPES, WEIGHT_DTYPES, WeightSelection
-from kandinsky_jax.common.errors import MAX_MESSAGE, CheckpointError, shorten, summarize
+from kandinsky_jax.common.errors import CheckpointError, shorten
 from kandinsky_jax.common.reading import of_file
 from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.models.config import ConfigError, NetworkConfig
@@ -36,9 +45,6 @@ from kandinsky_jax.parallel.mesh import Mesh
 from kandinsky_jax.parallel.sharding import Rules, home, in_memory, parameter_shardings
 
 Layout = Literal["diffusers", "orbax"]
-Leaf = jax.Array | jax.ShapeDtypeStruct
-
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # of quantized weights: the reciprocal of a smaller one is infinite
 
 # Parts of the names of LoRA tensors within a network, of peft and of diffusers before it.
 _LORA = re.compile(r"\.(base_layer|lora_[A-Za-z_]+|\w+_lora|ia3_l|hada_w\d_[ab]|lokr_w\d)\b")
@@ -120,7 +126,7 @@ def describe_network(
     """
     module, expected = _expected(cls, Path(folder))
     shapes = {name: tuple(leaf.shape) for name, leaf in expected.items()}
-    places: Mapping[str, jax.sharding.Sharding | None] = parameter_shardings(mesh, shapes, rules)
+    places: Mapping[str, jax.sharding.Sharding | None] = _shardings(mesh, shapes, rules)
     if mesh is None and _is_orbax(Path(folder)):
         places = dict.fromkeys(shapes, home())
     return set_params(
@@ -139,9 +145,18 @@ def describe_network(
 def move_network(module: nnx.Module, mesh: Mesh | None, rules: Rules = ()) -> None:
     """Move a network's parameters to a mesh, or to JAX's default device, in place."""
     params = flat_params(module)
-    places = parameter_shardings(mesh, {name: tuple(x.shape) for name, x in params.items()}, rules)
+    places = _shardings(mesh, {name: tuple(x.shape) for name, x in params.items()}, rules)
     where = {name: home() if mesh is None else place for name, place in places.items()}
     set_params(module, {name: jax.device_put(x, in_memory(where[name], x.shape)) for name, x in params.items()})
+
+
+def _shardings(
+    mesh: Mesh | None, shapes: Mapping[str, tuple[int, ...]], rules: Rules
+) -> dict[str, jax.sharding.NamedSharding | None]:
+    """Return the sharding of each parameter; rules are for weights, the scales of quantized ones are replicated."""
+    scales = [name for name in shapes if name.rpartition(".")[2] in SCALES]
+    places = parameter_shardings(mesh, {name: shapes[name] for name in shapes if name not in scales}, rules)
+    return places | parameter_shardings(mesh, {name: shapes[name] for name in scales})
 
 
 def load_network(
@@ -185,10 +200,10 @@ def check_network(
     folder = Path(folder)
     module, expected = _expected(cls, folder)
     if _is_orbax(folder, selection):
-        faults = _orbax_faults(folder, expected, orbax.list_arrays(folder / orbax.FOLDER))
+        faults = orbax_faults(folder, expected, orbax.list_arrays(folder / orbax.FOLDER))
     else:
-        faults = _torch_faults(_by_torch_names(expected), _torch_tensors(folder, selection))
-    _report(folder, faults)
+        faults = torch_faults(by_torch_names(expected), _torch_tensors(folder, selection))
+    report_faults(folder, faults)
     return module.config
 
 
@@ -326,77 +341,6 @@ def _torch_tensors(folder: Path, selection: WeightSelection) -> dict[str, tensor
     return {modern: t for name, t in stored_tensors.items() if (modern := tensor_names.modern_name(name)) is not None}
 
 
-def _by_torch_names(expected: Mapping[str, Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return parameters by the names, and in the shapes, of their tensors in PyTorch files."""
-    return {
-        tensor_names.torch_name(name): jax.ShapeDtypeStruct(
-            tensor_names.torch_shape(name, tuple(leaf.shape)), leaf.dtype
-        )
-        for name, leaf in expected.items()
-    }
-
-
-def _torch_faults(wanted: Mapping[str, Leaf], tensors: Mapping[str, tensor_files.Tensor]) -> list[str]:
-    """List faults of the tensors in PyTorch files that show before they are read."""
-    faults = _differences(wanted, {name: tensor.shape for name, tensor in tensors.items()})
-    names = WEIGHT_DTYPES | QUANTIZED_DTYPES
-    return faults + _dtype_faults(wanted, {name: names.get(t.dtype, t.dtype) for name, t in tensors.items()})
-
-
-def _orbax_faults(folder: Path, expected: Mapping[str, Leaf], stored: Mapping[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """List faults of the arrays in an Orbax checkpoint that show before they are read."""
-    faults = _differences(expected, {name: tuple(leaf.shape) for name, leaf in stored.items()})
-    return faults + _dtype_faults(expected, {name: str(leaf.dtype) for name, leaf in stored.items()})
-
-
-def _dtype_faults(expected: Mapping[str, Leaf], dtypes: Mapping[str, str]) -> list[str]:
-    """List tensors that are not floats, or where the configuration says so not of a quantized weight's dtype."""
-    faults = []
-    for name in sorted(expected.keys() & dtypes.keys()):
-        dtype = jnp.dtype(expected[name].dtype)
-        allowed = [dtype.name] if dtype.itemsize == 1 else list(WEIGHT_DTYPES.values())
-        if dtypes[name] not in allowed:
-            faults.append(f"dtype: {name} is {dtypes[name]}, weights are {', '.join(allowed)}")
-    return faults
-
-
-def _differences(expected: Mapping[str, Leaf], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    shapes = {name: tuple(leaf.shape) for name, leaf in expected.items()}
-    faults = [f"missing: {n} {list(shapes[n])}" for n in sorted(shapes.keys() - found.keys())]
-    faults += [f"unexpected: {n} {list(found[n])}" for n in sorted(found.keys() - shapes.keys())]
-    faults += [
-        f"shape: {n} is {list(found[n])}, config.json asks for {list(shapes[n])}"
-        for n in sorted(shapes.keys() & found.keys())
-        if found[n] != shapes[n]
-    ]
-    return faults
-
-
-def _report(folder: Path, faults: Sequence[str]) -> None:
-    """Raise CheckpointError for faults, each "KIND: WHAT"; of every kind, as many as fit are listed."""
-    if not faults:
-        return
-    kinds: dict[str, list[str]] = {}
-    for fault in faults:
-        kind, what = fault.split(": ", 1)
-        kinds.setdefault(kind, []).append(what)
-    head = f"{folder} is not what its config.json describes, {len(faults)} tensors differ: "
-    room = max(MAX_MESSAGE + 30 - len(head), 160) // len(kinds) - len(", and 1,000 more; ")
-    raise CheckpointError(
-        head + "; ".join(f"{kind}: {summarize(which, room - len(kind), ', ')}" for kind, which in kinds.items())
-    )
-
-
-def _bad_values(name: str, array: np.ndarray) -> list[str]:
-    """Report values that are not finite in the requested dtype, which may overflow values of the file; and scales of
-    quantized weights that are not positive."""
-    if bad := array.size - int(np.isfinite(array).sum()):
-        return [f"not finite as {array.dtype}: {name} in {bad} of {array.size}"]
-    if name.rpartition(".")[2] in SCALES and (bad := int((array < SMALLEST_SCALE).sum())):
-        return [f"not a positive scale: {name} in {bad} of {array.size}"]
-    return []
-
-
 def _read_torch(
     folder: Path,
     expected: Mapping[str, Leaf],
@@ -408,28 +352,20 @@ def _read_torch(
     tensors = _torch_tensors(folder, selection)
     by_torch_name = {tensor_names.torch_name(name): name for name in expected}
     params = {}
-    wanted = _by_torch_names(expected)
-    faults = _torch_faults(wanted, tensors)
+    wanted = by_torch_names(expected)
+    faults = torch_faults(wanted, tensors)
     unread = {name for name, tensor in tensors.items() if tensor.dtype not in WEIGHT_DTYPES | QUANTIZED_DTYPES}
     for torch_name in sorted(wanted.keys() & tensors.keys() - unread):
         name, array = by_torch_name[torch_name], tensors[torch_name].read()
         ordered = tensor_names.to_flax(name, array) if array.shape == wanted[torch_name].shape else array
         own = _own(ordered, _dtype_of_leaf(name, expected[name], dtype))
-        faults += _bad_values(torch_name, own) or _inexact(torch_name, array)
+        faults += bad_values(torch_name, own) or inexact_values(torch_name, array)
         if not faults:
             params[name] = jax.device_put(own, in_memory(places[name], own.shape))
         if progress is not None:
             progress.update(array.nbytes)
-    _report(folder, faults)
+    report_faults(folder, faults)
     return params
-
-
-def _inexact(name: str, array: np.ndarray) -> list[str]:
-    """Report float64 values that float32 does not hold; others are accepted, since JAX runs without float64."""
-    if array.dtype != np.float64:
-        return []
-    lost = int((array.astype(np.float32) != array).sum())
-    return [f"inexact: {name} has {lost} numbers of float64 that float32 does not hold; convert it"] if lost else []
 
 
 def _dtype_of_leaf(name: str, leaf: Leaf, dtype: DTypeLike | None) -> DTypeLike | None:
@@ -453,9 +389,9 @@ def _read_orbax(
 ) -> dict[str, jax.Array]:
     path = folder / orbax.FOLDER
     stored = orbax.list_arrays(path)
-    faults = _orbax_faults(folder, expected, stored)
+    faults = orbax_faults(folder, expected, stored)
     if any(fault.startswith("dtype:") for fault in faults):
-        _report(folder, faults)
+        report_faults(folder, faults)
     target = {
         name: jax.ShapeDtypeStruct(
             leaf.shape,
@@ -471,10 +407,10 @@ def _read_orbax(
     for name, array in params.items():
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
-                faults += _bad_values(name, np.asarray(shard.data))
+                faults += bad_values(name, np.asarray(shard.data))
         if progress is not None:
             progress.update(array.size * stored[name].dtype.itemsize)
-    _report(folder, faults)
+    report_faults(folder, faults)
     return params
 
 

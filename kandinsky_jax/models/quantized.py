@@ -175,6 +175,16 @@ def quantize_weight(weight: jax.Array, dtype: str, outputs: int) -> tuple[jax.Ar
     return found.qvalue, found.scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
+def scale_of(parameter: str) -> str:
+    """Return the dotted name of the scale of a quantized weight."""
+    return f"{parameter.rpartition('.')[0]}.weight_scale"
+
+
+def output_axis(parameter: str) -> int:
+    """Return the axis of output channels of a weight with a dotted name."""
+    return QuantizedConv.OUTPUTS if parameter.endswith(f".{QuantizedConv.WEIGHT}") else QuantizedLinear.OUTPUTS
+
+
 def dequantize_weight(weight: np.ndarray, scale: np.ndarray, outputs: int) -> np.ndarray:
     """Return the float32 weight that `quantize_weight` has rounded."""
     shape = [1] * weight.ndim

@@ -25,6 +25,7 @@ from kandinsky_jax.checkpoint.lora_files import Adapter
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.lora import FILE, LayerChange, parameter_of
 from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
+from kandinsky_jax.models.quantized import dequantize_weight, output_axis, quantize_weight, scale_of
 from kandinsky_jax.parallel.sharding import in_memory
 from kandinsky_jax.pipelines import lora_weights
 from kandinsky_jax.pipelines.lora_weights import LayerWeights
@@ -80,12 +81,13 @@ def apply_adapters(updates: Sequence[tuple[nnx.Module, Adapters]]) -> None:
         state = _STATES.get(module) or _State()
         params = flat_params(module)
         changes = adapters.changes()
-        before = state.before | {name: params[name] for name in changes.keys() - state.before.keys()}
+        touched = changes.keys() | {scale_of(name) for name in changes if scale_of(name) in params}
+        before = state.before | {name: params[name] for name in touched - state.before.keys()}
         before = {name: _put_like(array, params[name]) for name, array in before.items()}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy's loops release the GIL
-            arrays = pool.map(lambda name: _changed(name, before[name], changes.get(name, [])), before)  # noqa: B023
-            changed = dict(zip(before, arrays, strict=True))
-        kept = {name: array for name, array in before.items() if name in changes}
+            found = pool.map(lambda name: _changed(name, before, changes[name]), changes)  # noqa: B023
+            changed = before | {name: array for arrays in found for name, array in arrays.items()}
+        kept = {name: array for name, array in before.items() if name in touched}
         ready.append((module, params | changed, _State(adapters, kept)))
     for module, params, state in ready:
         set_params(module, params)
@@ -101,22 +103,43 @@ def _put_like(array: jax.Array, like: jax.Array) -> jax.Array:
     return jax.device_put(array, in_memory(like.sharding, like.shape))
 
 
-def _changed(name: str, before: jax.Array, changes: Sequence[tuple[LayerChange, float]]) -> jax.Array:
-    """Return a parameter with changes added in float32, in its own dtype and sharding."""
-    if not changes:
-        return before
-    parts = []
+def _changed(
+    name: str, arrays: Mapping[str, jax.Array], changes: Sequence[tuple[LayerChange, float]]
+) -> dict[str, jax.Array]:
+    """Return a parameter with changes added in float32, in its own dtype and sharding; if quantized, with its scale.
+
+    Args:
+        arrays: the parameters before.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         (first, amount), *others = changes
         total = first.delta(amount)
         for change, weight in others:
             total += change.delta(weight)
-        for shard in before.addressable_shards:
-            array = np.add(np.asarray(shard.data, np.float32), total[shard.index]).astype(before.dtype)
-            if not np.isfinite(array).all():
-                raise NotFiniteError(f"makes {name} too large for {before.dtype}, or not finite")
-            # An uncommitted array has to stay uncommitted, or programs are compiled anew.
-            parts.append(jax.device_put(array, shard.device if before.committed else None))
+        if scale_of(name) in arrays:
+            return _requantized(name, arrays, total)
+        return {name: _added(name, arrays[name], total)}
+
+
+def _requantized(name: str, arrays: Mapping[str, jax.Array], total: np.ndarray) -> dict[str, jax.Array]:
+    """Return a quantized weight with a change, rounded again by scales of its own, and the scales."""
+    weight, scale, outputs = arrays[name], arrays[scale_of(name)], output_axis(name)
+    whole = dequantize_weight(np.asarray(weight), np.asarray(scale), outputs) + total
+    if not np.isfinite(whole).all():
+        raise NotFiniteError(f"makes {name} not finite")
+    value, new_scale = quantize_weight(whole, weight.dtype.name, outputs)
+    return {name: _put_like(value, weight), scale_of(name): _put_like(new_scale, scale)}
+
+
+def _added(name: str, before: jax.Array, total: np.ndarray) -> jax.Array:
+    """Return a parameter with a change added."""
+    parts = []
+    for shard in before.addressable_shards:
+        array = np.add(np.asarray(shard.data, np.float32), total[shard.index]).astype(before.dtype)
+        if not np.isfinite(array).all():
+            raise NotFiniteError(f"makes {name} too large for {before.dtype}, or not finite")
+        # An uncommitted array has to stay uncommitted, or programs are compiled anew.
+        parts.append(jax.device_put(array, shard.device if before.committed else None))
     if not before.committed:
         return parts[0]
     whole = jax.make_array_from_single_device_arrays(before.shape, before.sharding, parts)

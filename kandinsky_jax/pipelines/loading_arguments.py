@@ -13,7 +13,7 @@ from kandinsky_jax.common.errors import shorten
 
 _PLACEMENT = "give mesh=kandinsky_jax.make_mesh(...) and shard_rules=, or leave it out to use every device"
 _MEMORY = "networks lie on JAX's devices as a whole; leave it out, or shard them with mesh= and shard_rules="
-_QUANTIZATION = "networks are float32, bfloat16 or float16: give dtype="
+_QUANTIZATION = "call pipe.quantize() once it is loaded, or load what `convert_weights --quantize int8` has written"
 _CODE = "no code of a repository is run here: import the class and give it the components"
 
 # Arguments of diffusers' from_pretrained that have no use here, and what to write instead.

@@ -7,7 +7,9 @@ whose layers report what they get, so every mode, scheduler and guider is calibr
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,14 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kandinsky_jax.checkpoint import CheckpointError, hub
+from kandinsky_jax.checkpoint.conversion import Quantization, convert
 from kandinsky_jax.checkpoint.quantization import QUANTIZABLE, check_quantizable, quantize_network
 from kandinsky_jax.common.errors import quote, shorten
+from kandinsky_jax.common.reading import ReadError, of_file, read_text
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.models.quantized import float_layers, layers_to_ignore
 from kandinsky_jax.models.structure import copy_structure, replace_module
 from kandinsky_jax.pipelines.adapters import adapters_of
 from kandinsky_jax.pipelines.fast import FastLoader, keep_folder
-from kandinsky_jax.pipelines.modes import modes_of, pipeline_named
+from kandinsky_jax.pipelines.modes import modes_of, pipeline_named, repository_of
 
 # What is generated where the user names no prompts: pictures of many kinds.
 PROMPTS = (
@@ -126,6 +131,74 @@ def calibrate(
         finally:
             pipe.unload_fast()
     return found
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """Return the prompts of a text file, one a line.
+
+    Raises:
+        ValueError: for a file without any, or that cannot be read.
+    """
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except (OSError, ReadError) as error:
+        raise ValueError(of_file(path, error)) from None
+    if not (found := [line for line in lines if line]):
+        raise ValueError(of_file(path, "has no prompts; needed is one a line"))
+    return found
+
+
+def convert_quantized(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: str = "int8",
+    *,
+    prior: str | os.PathLike[str] | None = None,
+    prompts: Sequence[str] | None = None,
+    dynamic: bool = False,
+    revision: str | None = None,
+    **options: Any,
+) -> Path:
+    """Convert a model, with its UNet, prior and MoVQ's decoder quantized.
+
+    Args:
+        source, target, revision: see `kandinsky_jax.checkpoint.conversion.convert`.
+        dtype: "int8" or "float8_e4m3fn", of quantized weights and inputs.
+        prior: of a decoder, for calibration alone: folder or repository; None finds it as a combined pipeline does.
+        prompts, dynamic: see `Quantizer.quantize`.
+        options: further ones of `convert`; its `dtype`, here `weights_dtype`, is that of what is not quantized.
+    Returns:
+        the target.
+    Raises:
+        CheckpointError: for a decoder whose prior is not found, and as `convert`.
+    """
+    folder = hub.resolve(source, hub.DECODER, revision=revision)
+    able = [name for name, cls in hub.components(folder).items() if cls in QUANTIZABLE]
+    maxima: Mapping[str, Mapping[str, float] | None] = dict.fromkeys(able)
+    if not dynamic:
+        maxima = calibrate(_to_calibrate(folder, prior), prompts)
+    quantization = Quantization(dtype, {name: maxima[name] for name in able})
+    options["dtype"] = options.pop("weights_dtype", None)
+    return convert(folder, target, quantization=quantization, **options)
+
+
+def _to_calibrate(folder: Path, prior: str | os.PathLike[str] | None) -> Any:
+    """Load the pipeline that calibrates a model."""
+    repository = repository_of(hub.pipeline_class(folder))
+    if repository is None:
+        raise CheckpointError(f"{folder} holds a {shorten(hub.pipeline_class(folder))}, which cannot be calibrated")
+    if repository == hub.PRIOR:
+        return pipeline_named("KandinskyV22PriorPipeline").from_pretrained(folder)  # type: ignore[union-attr]
+    try:
+        hub.with_prior(folder, prior)
+    except CheckpointError as error:
+        if prior is not None:
+            raise
+        raise CheckpointError(
+            f"{folder} is calibrated with the embeddings of a prior, and does not say of which: name one (--prior "
+            "FOLDER_OR_REPOSITORY), or scale inputs at run time (--dynamic)"
+        ) from error
+    return modes_of(repository)[0].combined_class.from_pretrained(folder, prior=prior)
 
 
 def _first_mode(pipe: Any) -> Any:

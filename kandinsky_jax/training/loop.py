@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax import images, lora
 from kandinsky_jax.checkpoint import flat_params
+from kandinsky_jax.checkpoint.quantization import is_quantized
 from kandinsky_jax.common.atomic import replace_file
 from kandinsky_jax.common.errors import hide_secrets, shorten
 from kandinsky_jax.common.types import PyTree
@@ -112,6 +113,8 @@ class Run:
         captions = needs_captions(kind, config)
         found = listing(config.data, exclude=[config.output], scratch=self.folder, needs_captions=captions)
         self.task = make_task(kind, config, pipe)
+        if quantized := [name for name, module in self.task.modules.items() if is_quantized(module)]:
+            raise ValueError(f"the {shorten(quantized)} of {config.model} is quantized: train the full weights instead")
         self._loaded = pipe is None
         self.task.pipe.set_progress_bar_config(disable=True)
         self.items: list[Captioned] = self.task.usable(found, found.skipped)
