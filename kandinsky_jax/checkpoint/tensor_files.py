@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -67,6 +68,7 @@ ZERO_EMBED = "zero_embed.safetensors"  # in a vision tower's folder, see `kandin
 # What JAX holds without loss: safetensors' and PyTorch's names of the dtypes that weights may have. Float64 is among
 # them because networks saved as such were float32 before; a number that float32 does not hold is an error.
 WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_UNREAD = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # dtypes that safetensors does not read into NumPy
 QUANTIZED_DTYPES = {"I8": "int8", "F8_E4M3": "float8_e4m3fn"}  # of quantized weights
 
 
@@ -182,7 +184,10 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
     file = _SafetensorsFile(path)
-    return {name: Tensor(shape, functools.partial(file.read, name), dtype) for name, (shape, dtype) in found.items()}
+    return {
+        name: Tensor(shape, functools.partial(file.read, name, _UNREAD.get(dtype)), dtype)
+        for name, (shape, dtype) in found.items()
+    }
 
 
 class _SafetensorsFile(threading.local):
@@ -199,14 +204,24 @@ class _SafetensorsFile(threading.local):
         self._bytes = 0  # read since it was opened
         self._state: tuple[int, ...] = ()  # of the file when it was opened
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        """Read a tensor; `dtype` is of one that the library does not read."""
         about = self._path.stat()
         state = (about.st_ino, about.st_size, about.st_mtime_ns)
         if self._file is None or self._bytes >= MAPPED_BYTES or state != self._state:
             self._file, self._bytes, self._state = safe_open(self._path, framework="numpy"), 0, state
-        array: np.ndarray = self._file.get_tensor(name)
+        array: np.ndarray = self._file.get_tensor(name) if dtype is None else self._stored(name, dtype)
         self._bytes += array.nbytes
         return array
+
+    def _stored(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """Read a tensor of bytes where the header says it is; the library has checked the header."""
+        with self._path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))[name]
+            begin, end = entry["data_offsets"]
+            file.seek(8 + length + begin)
+            return np.frombuffer(file.read(end - begin), dtype).reshape(entry["shape"])
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
@@ -242,8 +257,6 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         def read() -> np.ndarray:
             plain = tensor.detach().resolve_neg()
             if plain.dtype == torch.bfloat16:
-                import ml_dtypes
-
                 return plain.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
             return plain.numpy()
 
