@@ -27,7 +27,7 @@ from kandinsky_jax.checkpoint import (
 )
 from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
 from kandinsky_jax.checkpoint.networks import bytes_as
-from kandinsky_jax.checkpoint.quantization import InputMaxima, quantize_network
+from kandinsky_jax.checkpoint.quantization import InputRanges, quantize_network
 from kandinsky_jax.common.storage import check_replaceable, complete_or_absent, read_json
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
@@ -42,11 +42,11 @@ class Quantization:
 
     Attributes:
         dtype: "int8" or "float8_e4m3fn".
-        input_maxima: by component, from calibration, or None for scales at run time; see `quantize_network`.
+        input_ranges: by component, from calibration, or None for scales at run time; see `quantize_network`.
     """
 
     dtype: str
-    input_maxima: Mapping[str, InputMaxima | None]
+    input_ranges: Mapping[str, InputRanges | None]
 
 
 def convert(
@@ -104,8 +104,8 @@ def convert(
             bar.set_description(f"{folder.name}/{name}")
             if name in networks:
                 module = load_network(NETWORKS[classes[name]], part, dtype, cpu, bar)
-                if quantization is not None and name in quantization.input_maxima:
-                    module = quantize_network(module, quantization.input_maxima[name], quantization.dtype)
+                if quantization is not None and name in quantization.input_ranges:
+                    module = quantize_network(module, quantization.input_ranges[name], quantization.dtype)
                 save_network(module, scratch / name, layout)
                 config = module.config
                 del module  # before the next one is read, so that the peak is one component

@@ -8,16 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, Sharding
 
 from kandinsky_jax.checkpoint.networks import flat_params, set_params
 from kandinsky_jax.common.errors import quote, summarize
 from kandinsky_jax.models.layers import abstract
-from kandinsky_jax.models.quantization_config import DTYPES, QuantizationConfig
+from kandinsky_jax.models.quantization_config import DTYPES, WEIGHT_SUM, QuantizationConfig
 from kandinsky_jax.models.quantized import (
-    dtype_bound,
+    input_scale,
     layers_to_ignore,
     quantize_weight,
     quantized_layers,
@@ -26,7 +25,7 @@ from kandinsky_jax.parallel.sharding import REPLICATED, in_memory
 
 # Classes of networks that can be quantized, and which of their layers are: see `layers_to_ignore`.
 QUANTIZABLE = ("UNet2DConditionModel", "PriorTransformer", "VQModel")
-InputMaxima = Mapping[str, float]  # the largest absolute input of each layer, by its dotted name
+InputRanges = Mapping[str, tuple[float, float]]  # the least and the largest input of each layer, by its dotted name
 
 
 def check_quantizable(network: nnx.Module, dtype: str = "int8") -> None:
@@ -46,7 +45,7 @@ def is_quantized(network: nnx.Module) -> bool:
 
 
 def quantize_network(
-    network: nnx.Module, input_maxima: InputMaxima | None, dtype: str = "int8", keep: str | None = None
+    network: nnx.Module, input_ranges: InputRanges | None, dtype: str = "int8", keep: str | None = None
 ) -> nnx.Module:
     """Return a network of the same class whose layers are quantized by the rule of its class.
 
@@ -54,37 +53,36 @@ def quantize_network(
 
     Args:
         network: a UNet, a prior or MoVQ, with its full weights.
-        input_maxima: from calibration, see `kandinsky_jax.pipelines.calibration`; None scales inputs by their own
+        input_ranges: from calibration, see `kandinsky_jax.pipelines.quantization`; None scales inputs by their own
             maximum at run time.
         dtype: of quantized weights and inputs, "int8" or "float8_e4m3fn".
         keep: a regular expression over whole names of layers that stay as they are besides.
     Raises:
-        ValueError: for a network that cannot be quantized, or layers without a maximum.
+        ValueError: for a network that cannot be quantized, or layers without a range.
     """
     check_quantizable(network, dtype)
     before: Any = network
-    quantization = QuantizationConfig(dtype, input_maxima is None, layers_to_ignore(network, keep))
+    quantization = QuantizationConfig(dtype, input_ranges is None, layers_to_ignore(network, keep))
     made = abstract(type(network), dataclasses.replace(before.config, quantization_config=quantization))
     params = flat_params(network)
     layers = dict(quantized_layers(made))
-    if input_maxima is not None and (missing := [name for name in layers if name not in input_maxima]):
+    if input_ranges is not None and (missing := [name for name in layers if name not in input_ranges]):
         raise ValueError(f"calibration has no inputs of {summarize(missing)}: quantize with dynamic=True, or calibrate")
     found = {name: array for name, array in params.items() if name.rpartition(".")[0] not in layers}
     for name, layer in layers.items():
         weight = params[f"{name}.{layer.WEIGHT}"]
-        value, scale = quantize_weight(weight, dtype, layer.OUTPUTS)
-        found[f"{name}.{layer.WEIGHT}"], found[f"{name}.weight_scale"] = _beside(value, weight), _beside(scale, weight)
+        arrays = quantize_weight(weight, dtype, layer.OUTPUTS)
+        for own, array in zip((layer.WEIGHT, "weight_scale", WEIGHT_SUM), arrays, strict=True):
+            if getattr(layer, own) is not None:
+                found[f"{name}.{own}"] = _beside(array, weight)
         if layer.bias is not None:
             found[f"{name}.bias"] = params[f"{name}.bias"]
-        if input_maxima is not None:
-            found[f"{name}.input_scale"] = _beside(_input_scale(input_maxima[name], dtype), weight)
+        if layer.input_scale is not None and input_ranges is not None:
+            width, zero = input_scale(*input_ranges[name], quantization)
+            found[f"{name}.input_scale"] = _beside(jnp.full((1,), width, jnp.float32), weight)
+            if layer.input_zero_point is not None:
+                found[f"{name}.input_zero_point"] = _beside(jnp.full((1,), zero, dtype), weight)
     return set_params(made, found)
-
-
-def _input_scale(largest: float, dtype: str) -> jax.Array:
-    scale = largest / dtype_bound(dtype)
-    usable = np.isfinite(scale) and scale >= np.finfo(np.float32).tiny  # an input of zeros has no scale of its own
-    return jnp.full((1,), scale if usable else 1.0, jnp.float32)
 
 
 def _beside(array: jax.Array, like: jax.Array) -> jax.Array:

@@ -12,10 +12,9 @@ import numpy as np
 from kandinsky_jax.checkpoint import tensor_files, tensor_names
 from kandinsky_jax.checkpoint.tensor_files import QUANTIZED_DTYPES, WEIGHT_DTYPES
 from kandinsky_jax.common.errors import MAX_MESSAGE, CheckpointError, summarize
-from kandinsky_jax.models.quantization_config import SCALES
+from kandinsky_jax.models.quantization_config import SCALES, SMALLEST_SCALE
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # of quantized weights: the reciprocal of a smaller one is infinite
 
 
 def by_torch_names(expected: Mapping[str, Leaf]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -46,7 +45,8 @@ def _dtype_faults(expected: Mapping[str, Leaf], dtypes: Mapping[str, str]) -> li
     faults = []
     for name in sorted(expected.keys() & dtypes.keys()):
         dtype = jnp.dtype(expected[name].dtype)
-        allowed = [dtype.name] if dtype.itemsize == 1 else list(WEIGHT_DTYPES.values())
+        own = dtype.itemsize == 1 or jnp.issubdtype(dtype, jnp.integer)
+        allowed = [dtype.name] if own else list(WEIGHT_DTYPES.values())
         if dtypes[name] not in allowed:
             faults.append(f"dtype: {name} is {dtypes[name]}, weights are {', '.join(allowed)}")
     return faults

@@ -69,7 +69,7 @@ ZERO_EMBED = "zero_embed.safetensors"  # in a vision tower's folder, see `kandin
 # them because networks saved as such were float32 before; a number that float32 does not hold is an error.
 WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _UNREAD = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # dtypes that safetensors does not read into NumPy
-QUANTIZED_DTYPES = {"I8": "int8", "F8_E4M3": "float8_e4m3fn"}  # of quantized weights
+QUANTIZED_DTYPES = {"I8": "int8", "F8_E4M3": "float8_e4m3fn", "I32": "int32"}  # of quantized weights and their sums
 
 
 def variant_of(name: str) -> str | None:

@@ -1,7 +1,7 @@
 """How a network is quantized: the `quantization_config` of its `config.json`, in the format compressed-tensors.
 
 Source: https://github.com/vllm-project/compressed-tensors; a strict subset of it: one scale per output channel of a
-weight, and one per tensor (or, computed at run time, per token) of a layer's input, all symmetric, of 8 bits.
+weight, and one per tensor (or, computed at run time, per token) of a layer's input, of 8 bits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax.numpy as jnp
+import numpy as np
 
 from kandinsky_jax.common.errors import quote, summarize
 
@@ -20,19 +21,21 @@ DTYPES: Mapping[str, tuple[str, str]] = {
     "float8_e4m3fn": ("float", "float-quantized"),
 }
 SCALES = ("weight_scale", "input_scale")  # parameters of a quantized layer that are float32 whatever its network is
+WEIGHT_SUM = "weight_sum"  # int32, see `QuantizedLayer`
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # the reciprocal of a smaller one is infinite
 _TARGETS = ("Linear", "Conv2d")
 # What a reader of ours may pass over: other programs' bookkeeping, and features that are off.
 _WITHOUT_EFFECT = frozenset({"quantization_status", "global_compression_ratio", "version", "observer", "actorder"})
 
 
 def has_own_dtype(name: str, dtype: Any) -> bool:
-    """Whether a parameter keeps its dtype whatever the network's is: a quantized weight, or a scale of one.
+    """Whether a parameter keeps its dtype whatever the network's is: a quantized weight, its scales and sums.
 
     Args:
         name: dotted, or its last part.
         dtype: of the parameter.
     """
-    return name.rpartition(".")[2] in SCALES or jnp.dtype(dtype).itemsize == 1
+    return name.rpartition(".")[2] in (*SCALES, WEIGHT_SUM) or jnp.dtype(dtype).itemsize == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,11 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"quantization to {quote(self.dtype)} is not supported, only {', '.join(DTYPES)}")
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether 0 stands for an input of 0; calibrated int8 has a zero point."""
+        return self.dynamic or self.dtype != "int8"
 
     @classmethod
     def from_dict(cls, raw: object) -> Self:
@@ -78,9 +86,10 @@ class QuantizationConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` says, as `from_dict` reads it."""
         kind, form = DTYPES[self.dtype]
-        scheme = {"num_bits": 8, "type": kind, "symmetric": True}
-        inputs = scheme | {"strategy": "token" if self.dynamic else "tensor", "dynamic": self.dynamic}
-        weights = scheme | {"strategy": "channel", "dynamic": False}
+        scheme = {"num_bits": 8, "type": kind}
+        strategy = "token" if self.dynamic else "tensor"
+        inputs = scheme | {"symmetric": self.symmetric, "strategy": strategy, "dynamic": self.dynamic}
+        weights = scheme | {"symmetric": True, "strategy": "channel", "dynamic": False}
         group = {"targets": list(_TARGETS), "weights": weights, "input_activations": inputs}
         return {
             "quant_method": "compressed-tensors",

@@ -2,14 +2,17 @@
 
 A layer's weight is int8 (or float8) with a float32 scale per output channel. Its input is rounded to the same dtype by
 one scale, from calibration or, dynamic, from the input itself; the product sums in int32 and is scaled in float32.
-Names are those of HF's compressed-tensors: `weight` (of a convolution `kernel`), `weight_scale`, `input_scale`.
+With calibration an int8 input has a zero point, since what comes out of SiLU and GELU is hardly ever negative: that
+halves its rounding. Names are those of HF's compressed-tensors: `weight` (of a convolution `kernel`), `weight_scale`,
+`input_scale`, `input_zero_point`.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import jax
@@ -23,7 +26,7 @@ from kandinsky_jax.common.types import Array, Float
 from kandinsky_jax.models.config import ConfigError
 from kandinsky_jax.models.convolution import Conv
 from kandinsky_jax.models.layers import Linear
-from kandinsky_jax.models.quantization_config import QuantizationConfig
+from kandinsky_jax.models.quantization_config import SMALLEST_SCALE, WEIGHT_SUM, QuantizationConfig
 from kandinsky_jax.models.structure import named_modules, replace_module
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
@@ -33,8 +36,8 @@ class QuantizedLayer(nnx.Module):
     """Base of quantized layers.
 
     Args:
-        layer: that is replaced, with arrays, which are quantized, or with shapes alone. The input's scale is 1 until
-            `set_params` sets it.
+        layer: that is replaced, with arrays, which are quantized, or with shapes alone. The input's scale is 1 and its
+            zero point 0 until `set_params` sets them.
         config: of the network.
     """
 
@@ -42,37 +45,59 @@ class QuantizedLayer(nnx.Module):
     OUTPUTS: ClassVar[int]  # its axis of output channels
 
     weight_scale: nnx.Param  # float32, [out, 1, ...], as many axes as the weight
+    weight_sum: nnx.Param | None  # int32, [out], of the weight over its inputs; None where the zero point is 0
     input_scale: nnx.Param | None  # float32, [1]; None for dynamic
+    input_zero_point: nnx.Param | None  # int8, [1], what stands for an input of 0; None where it is 0
     bias: nnx.Param | None
 
     def __init__(self, layer: Linear | Conv, config: QuantizationConfig):
         self.dtype = config.dtype
-        weight, scale = _quantized_leaf(getattr(layer, self.WEIGHT).get_value(), config.dtype, self.OUTPUTS)
+        weight, scale, each = _quantized_leaves(getattr(layer, self.WEIGHT).get_value(), config.dtype, self.OUTPUTS)
         setattr(self, self.WEIGHT, nnx.Param(weight))
         self.weight_scale = nnx.Param(scale)
-        self.input_scale = None if config.dynamic else nnx.Param(_like(scale, (1,)))
+        self.weight_sum = None if config.symmetric else nnx.Param(each)
+        self.input_scale = None if config.dynamic else nnx.Param(_filled(scale, 1, jnp.float32))
+        self.input_zero_point = None if config.symmetric else nnx.Param(_filled(scale, 0, config.dtype))
         self.bias = None if layer.bias is None else nnx.Param(layer.bias.get_value())
 
     def _quantized_input(self, x: jax.Array, shared: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        """Return the input in the layer's dtype, and its scale with as many axes.
+        """Return the input in the layer's dtype, and its scale, float32, of as many axes.
 
         Args:
             x: the input.
             shared: the axes that share a scale, where it is dynamic.
         """
-        x, bound = x.astype(jnp.float32), dtype_bound(self.dtype)
+        x, least, most = x.astype(jnp.float32), *dtype_bounds(self.dtype)
         if self.input_scale is None:
             largest = jnp.max(jnp.abs(x), shared, keepdims=True)
-            scale = jnp.where(largest > 0, largest / bound, 1)
+            scale = jnp.where(largest > 0, largest / most, 1)
         else:
             scale = self.input_scale[...].reshape((1,) * x.ndim)
-        x = jnp.clip(x * (1 / scale), -bound, bound)
+        x = x * (1 / scale)
         if jnp.issubdtype(self.dtype, jnp.integer):
             x = jnp.round(x)
-        return x.astype(self.dtype), scale
+        if self.input_zero_point is not None:
+            x = x + self.input_zero_point[...].astype(jnp.float32)
+        return jnp.clip(x, least, most).astype(self.dtype), scale
 
-    def _with_bias(self, y: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _scaled(self, sums: jax.Array, scale: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Return the output in `dtype`.
+
+        Args:
+            sums: of products, int32 (float32 of float8), `[..., out]`.
+            scale: of the input.
+        """
+        # In floats already here: XLA knows a convolution of 8 bits on a GPU by the conversion that follows it.
+        y = sums.astype(jnp.float32)
+        if self.input_zero_point is not None and self.weight_sum is not None:
+            # Computed here, the sum would be read off the weight again at each step of a loop.
+            y = y - (self.weight_sum[...] * self.input_zero_point[...]).astype(jnp.float32)
+        y = y * (scale * self.weight_scale[...].reshape(-1))
         return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(dtype)
+
+    @property
+    def _sums(self) -> DTypeLike:
+        return jnp.int32 if jnp.issubdtype(self.dtype, jnp.integer) else jnp.float32
 
 
 class QuantizedLinear(QuantizedLayer):
@@ -88,14 +113,10 @@ class QuantizedLinear(QuantizedLayer):
 
         last = x.ndim - 1
         value, scale = self._quantized_input(x, (last,))
-        # The precision of float32 products that may be set around a network is nothing to 8 bits.
-        y = qwix.dot_general(
-            qwix.QArray(value, scale),
-            qwix.QArray(self.weight[...], self.weight_scale[...]),
-            (((last,), (1,)), ((), ())),
-            precision=jax.lax.Precision.DEFAULT,
-        )
-        return self._with_bias(y, x.dtype)
+        contracted = (((last,), (1,)), ((), ()))
+        with _default_precision():
+            sums = qwix.dot_general(value, self.weight[...], contracted, preferred_element_type=self._sums)
+        return self._scaled(sums, scale, x.dtype)
 
 
 class QuantizedConv(QuantizedLayer):
@@ -115,15 +136,26 @@ class QuantizedConv(QuantizedLayer):
         import qwix
 
         value, scale = self._quantized_input(x, (1, 2, 3))
-        with jax.default_matmul_precision("default"):
-            y = qwix.conv_general_dilated(
-                qwix.QArray(value, scale),
-                qwix.QArray(self.kernel[...], self.weight_scale[...].reshape(1, 1, 1, -1)),
+        padding = self.padding
+        if self.input_zero_point is not None and any(map(any, padding)):
+            borders = [(0, 0, 0), *((*sides, 0) for sides in padding), (0, 0, 0)]
+            value = jax.lax.pad(value, self.input_zero_point[...][0], borders)
+            padding = ((0, 0), (0, 0))
+        with _default_precision():
+            sums = qwix.conv_general_dilated(
+                value,
+                self.kernel[...],
                 self.strides,
-                self.padding,
+                padding,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                preferred_element_type=self._sums,
             )
-        return self._with_bias(y, x.dtype)
+        return self._scaled(sums, scale, x.dtype)
+
+
+def _default_precision() -> AbstractContextManager[object]:
+    """Products of 8 bits as they are, whatever precision is set for float32 ones."""
+    return jax.default_matmul_precision("default")
 
 
 def _pair(value: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -136,30 +168,41 @@ def _pads(padding: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     return ((padding, padding), (padding, padding)) if isinstance(padding, int) else tuple(padding)
 
 
-def _like(leaf: Leaf, shape: tuple[int, ...]) -> Leaf:
-    """Return ones of a shape, or the shape alone where the other leaf is one."""
+def _filled(leaf: Leaf, value: float, dtype: DTypeLike) -> Leaf:
+    """Return `[value]`, or the shape alone where the other leaf is one."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jnp.ones(shape, jnp.float32)
+        return jax.ShapeDtypeStruct((1,), jnp.dtype(dtype))
+    return jnp.full((1,), value, dtype)
 
 
-def _quantized_leaf(weight: Leaf, dtype: str, outputs: int) -> tuple[Leaf, Leaf]:
+def _quantized_leaves(weight: Leaf, dtype: str, outputs: int) -> tuple[Leaf, Leaf, Leaf]:
     if isinstance(weight, jax.ShapeDtypeStruct):
-        shape = (weight.shape[outputs], *[1] * (len(weight.shape) - 1))
-        return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype)), jax.ShapeDtypeStruct(shape, jnp.float32)
+        count, ones, shape = weight.shape[outputs], [1] * (len(weight.shape) - 1), jax.ShapeDtypeStruct
+        return shape(weight.shape, jnp.dtype(dtype)), shape((count, *ones), jnp.float32), shape((count,), jnp.int32)
     return quantize_weight(weight, dtype, outputs)
 
 
 # Arrays -----------------------------------------------------------------------------------------------------------
 
 
-def dtype_bound(dtype: str) -> float:
-    """Return the largest number of a dtype that an input is rounded to."""
-    return 127.0 if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).max)
+def dtype_bounds(dtype: str) -> tuple[float, float]:
+    """Return the least and the largest number that an input is rounded to."""
+    info = jnp.iinfo(dtype) if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype)
+    return float(info.min), float(info.max)
+
+
+def input_scale(low: float, high: float, config: QuantizationConfig) -> tuple[float, int]:
+    """Return the scale and the zero point of inputs within a range, which is widened to hold 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    least, most = dtype_bounds(config.dtype)
+    width = max(-low, high) / most if config.symmetric else (high - low) / (most - least)
+    if not SMALLEST_SCALE <= width < np.inf:  # an input of zeros has no scale of its own
+        return 1.0, 0
+    return width, 0 if config.symmetric else round(np.clip(least - low / width, least, most))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "outputs"))
-def quantize_weight(weight: jax.Array, dtype: str, outputs: int) -> tuple[jax.Array, jax.Array]:
+def quantize_weight(weight: jax.Array, dtype: str, outputs: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Quantize a weight, with one scale per output channel.
 
     Args:
@@ -167,17 +210,20 @@ def quantize_weight(weight: jax.Array, dtype: str, outputs: int) -> tuple[jax.Ar
         dtype: to quantize to.
         outputs: the axis of output channels.
     Returns:
-        the weight in `dtype`, and the scale, float32 `[out, 1, ...]`.
+        the weight in `dtype`; the scale, float32 `[out, 1, ...]`; the sum over the inputs, int32 `[out]`.
     """
     import qwix
 
     found = qwix.quantize(weight.astype(jnp.float32), jnp.dtype(dtype), channelwise_axes=(outputs,))
-    return found.qvalue, found.scale.reshape(-1, *[1] * (weight.ndim - 1))
+    others = tuple(axis for axis in range(weight.ndim) if axis != outputs)
+    each = jnp.sum(found.qvalue, others, dtype=jnp.int32 if dtype == "int8" else jnp.float32)
+    return found.qvalue, found.scale.reshape(-1, *[1] * (weight.ndim - 1)), each.astype(jnp.int32)
 
 
-def scale_of(parameter: str) -> str:
-    """Return the dotted name of the scale of a quantized weight."""
-    return f"{parameter.rpartition('.')[0]}.weight_scale"
+def weight_parameters(parameter: str, params: Container[str]) -> list[str]:
+    """Return the dotted names of a weight and of what belongs to it: if it is quantized, its scale and its sum."""
+    layer = parameter.rpartition(".")[0]
+    return [parameter, *(name for name in (f"{layer}.weight_scale", f"{layer}.{WEIGHT_SUM}") if name in params)]
 
 
 def output_axis(parameter: str) -> int:

@@ -25,7 +25,7 @@ from kandinsky_jax.checkpoint.lora_files import Adapter
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.lora import FILE, LayerChange, parameter_of
 from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
-from kandinsky_jax.models.quantized import dequantize_weight, output_axis, quantize_weight, scale_of
+from kandinsky_jax.models.quantized import dequantize_weight, output_axis, quantize_weight, weight_parameters
 from kandinsky_jax.parallel.sharding import in_memory
 from kandinsky_jax.pipelines import lora_weights
 from kandinsky_jax.pipelines.lora_weights import LayerWeights
@@ -81,7 +81,7 @@ def apply_adapters(updates: Sequence[tuple[nnx.Module, Adapters]]) -> None:
         state = _STATES.get(module) or _State()
         params = flat_params(module)
         changes = adapters.changes()
-        touched = changes.keys() | {scale_of(name) for name in changes if scale_of(name) in params}
+        touched = {part for name in changes for part in weight_parameters(name, params)}
         before = state.before | {name: params[name] for name in touched - state.before.keys()}
         before = {name: _put_like(array, params[name]) for name, array in before.items()}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy's loops release the GIL
@@ -116,19 +116,24 @@ def _changed(
         total = first.delta(amount)
         for change, weight in others:
             total += change.delta(weight)
-        if scale_of(name) in arrays:
-            return _requantized(name, arrays, total)
+        names = weight_parameters(name, arrays)
+        if len(names) > 1:
+            return _requantized(names, arrays, total)
         return {name: _added(name, arrays[name], total)}
 
 
-def _requantized(name: str, arrays: Mapping[str, jax.Array], total: np.ndarray) -> dict[str, jax.Array]:
-    """Return a quantized weight with a change, rounded again by scales of its own, and the scales."""
-    weight, scale, outputs = arrays[name], arrays[scale_of(name)], output_axis(name)
+def _requantized(names: Sequence[str], arrays: Mapping[str, jax.Array], total: np.ndarray) -> dict[str, jax.Array]:
+    """Return a quantized weight with a change, rounded again by scales of its own, and what belongs to it.
+
+    Args:
+        names: of the weight, its scale and its sum.
+    """
+    weight, scale, outputs = arrays[names[0]], arrays[names[1]], output_axis(names[0])
     whole = dequantize_weight(np.asarray(weight), np.asarray(scale), outputs) + total
     if not np.isfinite(whole).all():
-        raise NotFiniteError(f"makes {name} not finite")
-    value, new_scale = quantize_weight(whole, weight.dtype.name, outputs)
-    return {name: _put_like(value, weight), scale_of(name): _put_like(new_scale, scale)}
+        raise NotFiniteError(f"makes {names[0]} not finite")
+    found = zip(names, quantize_weight(whole, weight.dtype.name, outputs), strict=False)
+    return {name: _put_like(array, arrays[name]) for name, array in found}
 
 
 def _added(name: str, before: jax.Array, total: np.ndarray) -> jax.Array:

@@ -1,7 +1,7 @@
 """Quantization of a pipeline's networks, calibrated by a few pictures that the pipeline generates.
 
-Calibration notes the largest input of each layer that will be quantized. It runs the pipeline itself, with networks
-whose layers report what they get, so every mode, scheduler and guider is calibrated as it is used.
+Calibration notes the range of the inputs of each layer that will be quantized. It runs the pipeline itself, with
+networks whose layers report what they get, so every mode, scheduler and guider is calibrated as it is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax import nnx
 
 from kandinsky_jax.checkpoint import CheckpointError, hub
 from kandinsky_jax.checkpoint.conversion import Quantization, convert
-from kandinsky_jax.checkpoint.quantization import QUANTIZABLE, check_quantizable, quantize_network
+from kandinsky_jax.checkpoint.quantization import QUANTIZABLE, InputRanges, check_quantizable, quantize_network
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.common.reading import ReadError, of_file, read_text
 from kandinsky_jax.common.types import PyTree
@@ -42,22 +42,22 @@ PROMPTS = (
 )
 STEPS = 10  # of either stage: from the first timestep to the last, which the range of the inputs depends on
 
-Statistic = Callable[[jax.Array], jax.Array]  # of an input of any shape, a number
+RangeOf = Callable[[jax.Array], jax.Array]  # of an input of any shape, its range [2]
 
 
-def absolute_maximum(x: jax.Array) -> jax.Array:
-    """Return the largest absolute value of an array, float32 `[]`."""
-    return jnp.max(jnp.abs(x.astype(jnp.float32)))
+def least_and_largest(x: jax.Array) -> jax.Array:
+    """Return the least and the largest value of an array, float32 `[2]`."""
+    return jnp.stack([jnp.min(x), jnp.max(x)]).astype(jnp.float32)
 
 
 class _Observed(nnx.Module):
-    """Stands in a layer's place and reports a statistic of its input."""
+    """Stands in a layer's place and reports the range of its input."""
 
-    def __init__(self, layer: nnx.Module, statistic: Statistic, report: Callable[[np.ndarray], None]):
-        self.layer, self.statistic, self.report = layer, statistic, report
+    def __init__(self, layer: nnx.Module, range_of: RangeOf, report: Callable[[np.ndarray], None]):
+        self.layer, self.range_of, self.report = layer, range_of, report
 
     def __call__(self, x: jax.Array) -> PyTree:
-        jax.debug.callback(self.report, self.statistic(x))
+        jax.debug.callback(self.report, self.range_of(x))
         return self.layer(x)
 
 
@@ -66,42 +66,46 @@ class Observation:
 
     Args:
         network: a UNet, a prior or MoVQ.
-        statistic: of a layer's input; the largest of all calls is kept.
+        range_of: a layer's input; the widest of all calls is kept.
 
     Attributes:
         network: to run in the place of the given one.
-        maxima: by the names of the layers that the network's rule quantizes, and that have been called.
+        ranges: of inputs, by the names of the layers that the network's rule quantizes, and that have been called.
     """
 
-    def __init__(self, network: nnx.Module, statistic: Statistic = absolute_maximum):
-        self.maxima: dict[str, float] = {}
+    def __init__(self, network: nnx.Module, range_of: RangeOf = least_and_largest):
+        self.ranges: dict[str, tuple[float, float]] = {}
         self.network = copy_structure(network)
         ignored = set(layers_to_ignore(network))
         for name, layer in list(float_layers(self.network)):
             if name not in ignored:
-                replace_module(self.network, name, _Observed(layer, statistic, self._reporter(name)))
+                replace_module(self.network, name, _Observed(layer, range_of, self._reporter(name)))
 
     def _reporter(self, name: str) -> Callable[[np.ndarray], None]:
         def report(value: np.ndarray) -> None:
-            self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))
+            self.ranges[name] = _widest(self.ranges.get(name), (float(value[0]), float(value[1])))
 
         return report
+
+
+def _widest(one: tuple[float, float] | None, other: tuple[float, float]) -> tuple[float, float]:
+    return other if one is None else (min(one[0], other[0]), max(one[1], other[1]))
 
 
 def calibrate(
     pipe: Any,
     prompts: Sequence[str] | None = None,
     *,
-    statistic: Statistic = absolute_maximum,
+    range_of: RangeOf = least_and_largest,
     **arguments: Any,
-) -> dict[str, dict[str, float]]:
-    """Generate a few pictures, and return the largest inputs of the layers to quantize.
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Generate a few pictures, and return the ranges of the inputs of the layers to quantize.
 
     Args:
         pipe: a combined pipeline of any mode, or a prior; it is as before. Where its model has a fast adapter, pictures
             are generated with it too.
         prompts: None is `PROMPTS`.
-        statistic: of an input, the largest of which is kept.
+        range_of: an input; the widest of all calls is kept.
         arguments: of the calls, such as the size or the numbers of steps, instead of what the model recommends.
     Returns:
         by component and layer, what `kandinsky_jax.checkpoint.quantization.quantize_network` takes.
@@ -110,18 +114,18 @@ def calibrate(
     """
     pipe = _first_mode(pipe)
     networks = {name: part for name, part in pipe._held().items() if type(part).__name__ in QUANTIZABLE}
-    found: dict[str, dict[str, float]] = {name: {} for name in networks}
+    found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in networks}
     texts = list(PROMPTS if prompts is None else prompts)
 
     def observe() -> None:
-        seen = {name: Observation(network, statistic) for name, network in networks.items()}
+        seen = {name: Observation(network, range_of) for name, network in networks.items()}
         twin = type(pipe)(**pipe._held() | {name: one.network for name, one in seen.items()})
         twin.set_progress_bar_config(disable=True)
         _generate(twin, texts, _settings(pipe) | arguments | pipe._call_defaults())
         jax.effects_barrier()
         for name, one in seen.items():
-            for layer, value in one.maxima.items():
-                found[name][layer] = max(found[name].get(layer, 0.0), value)
+            for layer, seen_here in one.ranges.items():
+                found[name][layer] = _widest(found[name].get(layer), seen_here)
 
     observe()
     if pipe.has_fast_adapter and not pipe._call_defaults():
@@ -174,10 +178,10 @@ def convert_quantized(
     """
     folder = hub.resolve(source, hub.DECODER, revision=revision)
     able = [name for name, cls in hub.components(folder).items() if cls in QUANTIZABLE]
-    maxima: Mapping[str, Mapping[str, float] | None] = dict.fromkeys(able)
+    ranges: Mapping[str, InputRanges | None] = dict.fromkeys(able)
     if not dynamic:
-        maxima = calibrate(_to_calibrate(folder, prior), prompts)
-    quantization = Quantization(dtype, {name: maxima[name] for name in able})
+        ranges = calibrate(_to_calibrate(folder, prior), prompts)
+    quantization = Quantization(dtype, {name: ranges[name] for name in able})
     options["dtype"] = options.pop("weights_dtype", None)
     return convert(folder, target, quantization=quantization, **options)
 
@@ -278,10 +282,10 @@ class Quantizer(FastLoader):
             ValueError: for networks that are quantized already, a decoder without a prior, or LoRA that is loaded.
         """
         networks = self._to_quantize(dtype, components)
-        maxima: Mapping[str, Mapping[str, float] | None] = dict.fromkeys(networks)
+        ranges: Mapping[str, InputRanges | None] = dict.fromkeys(networks)
         if not dynamic:
-            maxima = calibrate(self._with_prior(prior), prompts, **arguments)
-        made = {name: quantize_network(network, maxima[name], dtype) for name, network in networks.items()}
+            ranges = calibrate(self._with_prior(prior), prompts, **arguments)
+        made = {name: quantize_network(network, ranges[name], dtype) for name, network in networks.items()}
         for name, network in made.items():
             keep_folder(networks[name], network)
             setattr(self, name, network)

@@ -21,6 +21,7 @@ from kandinsky_jax.models.quantized import (
     QuantizedConv,
     QuantizedLinear,
     dequantize_weight,
+    input_scale,
     layers_to_ignore,
     quantize_weight,
     quantized_layers,
@@ -36,12 +37,23 @@ def random(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def numpy_inputs(x: np.ndarray, layer, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The integers of an input, and their scale."""
+    """The integers that stand for an input, less the zero point, and their scale."""
     if layer.input_scale is None:
-        scale = np.abs(x).max(axes, keepdims=True) / np.float32(127)
+        scale, zero = np.abs(x).max(axes, keepdims=True) / np.float32(127), 0
     else:
         scale = np.asarray(layer.input_scale[...]).reshape((1,) * x.ndim)
-    return np.clip(np.round(x * (np.float32(1) / scale)), -127, 127).astype(np.int64), scale
+        zero = int(layer.input_zero_point[...][0])
+    integers = np.clip(np.round(x * (np.float32(1) / scale)) + zero, -128, 127).astype(np.int64)
+    return integers - zero, scale
+
+
+def set_input(layer, low: float, high: float, config: QuantizationConfig) -> None:
+    """Set what calibration finds."""
+    if layer.input_scale is not None:
+        width, zero = input_scale(low, high, config)
+        layer.input_scale.set_value(jnp.full(1, width, jnp.float32))
+        if layer.input_zero_point is not None:
+            layer.input_zero_point.set_value(jnp.full(1, zero, jnp.int8))
 
 
 @pytest.mark.parametrize("config", [STATIC, DYNAMIC], ids=["static", "dynamic"])
@@ -49,8 +61,7 @@ def test_a_linear_layer_sums_integers(config):
     full = linear(40, 24, nnx.Rngs(0))
     full.bias.set_value(random(24))
     layer = QuantizedLinear(full, config)
-    if layer.input_scale is not None:
-        layer.input_scale.set_value(jnp.full(1, 0.02))  # cuts off at 2.54
+    set_input(layer, -0.5, 2.5, config)  # cuts off what is beyond
     x = random(5, 7, 40, seed=1)
     integers, scale = numpy_inputs(np.asarray(x), layer, (2,))
     assert layer.weight.dtype == jnp.int8
@@ -68,13 +79,12 @@ def test_a_linear_layer_sums_integers(config):
 def test_a_convolution_sums_integers(options, config):
     full = conv(16, 24, nnx.Rngs(0), **options)
     layer = QuantizedConv(full, config)
-    if layer.input_scale is not None:
-        layer.input_scale.set_value(jnp.full(1, 0.02))
+    set_input(layer, -0.5, 2.5, config)
     x = random(2, 8, 6, 16, seed=1)
     integers, scale = numpy_inputs(np.asarray(x), layer, (1, 2, 3))
     plain = conv(16, 24, nnx.Rngs(0), **options | {"bias": False})
     plain.kernel.set_value(layer.kernel[...].astype(jnp.float32))
-    sums = np.asarray(plain(jnp.asarray(integers, jnp.float32)))  # exact: at most 9 * 16 * 127^2 < 2^24
+    sums = np.asarray(plain(jnp.asarray(integers, jnp.float32)))  # exact: at most 9 * 16 * 255 * 127 < 2^24
     expected = sums * scale * np.asarray(layer.weight_scale[...]).reshape(-1)
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
     if config is DYNAMIC:
@@ -102,7 +112,8 @@ def test_a_picture_is_the_same_in_any_batch(config):
 def test_float8_rounds_as_its_dtype_does():
     full = linear(40, 24, nnx.Rngs(0), bias=False)
     layer = QuantizedLinear(full, QuantizationConfig("float8_e4m3fn"))
-    layer.input_scale.set_value(jnp.full(1, 0.01))
+    set_input(layer, -1.0, 4.48, QuantizationConfig("float8_e4m3fn"))
+    assert layer.input_zero_point is None
     x = random(5, 40, seed=1)
     rounded = np.clip(np.asarray(x) * np.float32(1 / np.float32(0.01)), -448, 448).astype(ml_dtypes.float8_e4m3fn)
     weight = np.asarray(layer.weight[...])
@@ -115,11 +126,24 @@ def test_float8_rounds_as_its_dtype_does():
 @pytest.mark.parametrize("outputs", [0, 3])
 def test_a_weight_is_rounded_by_half_a_step_at_most(outputs):
     weight = random(3, 3, 8, 8) * jnp.arange(1, 9)
-    value, scale = quantize_weight(weight, "int8", outputs)
+    value, scale, each = quantize_weight(weight, "int8", outputs)
     back = dequantize_weight(np.asarray(value), np.asarray(scale), outputs)
     steps = np.asarray(scale).reshape([-1 if axis == outputs else 1 for axis in range(4)])
     assert (np.abs(back - weight) / steps).max() <= 0.5 + 1e-4
     assert scale.shape == (weight.shape[outputs], 1, 1, 1)
+    others = tuple(axis for axis in range(4) if axis != outputs)
+    assert np.array_equal(each, np.asarray(value, np.int64).sum(others))
+
+
+@pytest.mark.parametrize("config", [STATIC, QuantizationConfig("float8_e4m3fn")], ids=["int8", "float8"])
+def test_a_range_is_held_with_zero_in_it(config):
+    bounds = (-128, 127) if config is STATIC else (-448, 448)
+    for low, high in ((-0.28, 5.0), (-3.0, 3.0), (1.0, 2.0), (-2.0, -1.0), (0.0, 1e-3)):
+        scale, zero = input_scale(low, high, config)
+        for end in (low, high, 0.0):
+            assert bounds[0] - 1 <= round(end / scale) + zero <= bounds[1] + 1
+        assert (max(high, 0) - min(low, 0)) / scale > 250
+    assert input_scale(0.0, 0.0, config) == input_scale(0.0, np.inf, config) == (1.0, 0)
 
 
 # Networks ---------------------------------------------------------------------------------------------------------
@@ -242,6 +266,7 @@ GROUP = "config_groups/group_0"
         (changed(f"{GROUP}/weights/num_bits", 8.0), r"num_bits=8\.0 is not supported"),
         (changed(f"{GROUP}/weights/strategy", "group"), r"weights\.strategy='group' is not supported"),
         (changed(f"{GROUP}/weights/symmetric", False), r"symmetric=False is not supported, only True"),
+        (changed(f"{GROUP}/input_activations/symmetric", True), r"input_activations\.symmetric=True is not supported"),
         (changed(f"{GROUP}/input_activations", None), "input_activations must be an object, got None"),
         (changed(f"{GROUP}/targets", ["Linear"]), "targets="),
         (changed(f"{GROUP}/output_activations", {"num_bits": 8}), r"output_activations=.* is not supported"),
@@ -251,7 +276,7 @@ GROUP = "config_groups/group_0"
         ([], "quantization_config must be an object"),
         ("int8", "quantization_config must be an object"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_another_scheme_is_refused_in_a_sentence(raw, says):
     full = described(PriorTransformer, "prior/prior", None).config.to_dict()

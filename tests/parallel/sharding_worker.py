@@ -13,6 +13,7 @@ from tests.xla_flags import devices
 os.environ["XLA_FLAGS"] = devices(8)
 
 import numpy as np
+from jax.sharding import PartitionSpec
 from PIL import Image
 
 import kandinsky_jax as kj
@@ -130,6 +131,21 @@ def cached_features(found: dict[str, np.ndarray]) -> None:
             generate(pipe, **call | {"cache_interval": 2})
         assert not events
     found["cached uneven"] = generate(pipe, 3, **call)
+
+
+def quantized(found: dict[str, np.ndarray]) -> None:
+    """Calibrate on a mesh, and generate with the same networks on others."""
+    pipe = pipeline(None)
+    pipe.quantize(prompts=PROMPTS, num_inference_steps=3, prior_num_inference_steps=2)
+    layer = pipe.unet.down_blocks[0].resnets[0].conv1
+    assert layer.kernel[...].sharding.mesh.shape["data"] == layer.input_scale[...].sharding.mesh.shape["data"] == 8
+    found["data"] = generate(pipe)
+    pipe.shard(None)
+    found["alone"] = np.concatenate([generate(pipe, 1, i) for i in range(3)])
+    found["batch"] = generate(pipe)
+    for shape in ((1, 2, 1), (1, 1, 8)):
+        pipe.shard(make_mesh(*shape), [("attentions.*to_q", PartitionSpec("rows"))])
+        found[f"mesh {shape}"] = generate(pipe)
 
 
 def main() -> None:

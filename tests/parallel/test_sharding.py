@@ -105,6 +105,14 @@ def test_sharded_parameters(further):
     assert np.abs(further["sharded"] - further["alone"][:1]).max() * 255 <= 2
 
 
+@pytest.mark.slow
+def test_quantized_networks_on_meshes(tmp_path):
+    found = generated_by(tmp_path, "quantized")
+    assert np.array_equal(found["data"][:3], found["alone"])
+    for name in ("mesh (1, 2, 1)", "mesh (1, 1, 8)"):
+        assert note(np.abs(found[name] - found["batch"]).mean() * 255, f"int8, {name}, mean |d| of 255") <= 2
+
+
 # One device, no process of its own --------------------------------------------------------------------------------
 
 

@@ -69,7 +69,7 @@ def prior_folder(shapes_pipe, tmp_path_factory) -> Path:
     prior = shapes_pipe.prior_prior
     names = [name.rpartition(".")[0] for name in flat_params(prior)]
     target = tmp_path_factory.mktemp("prior") / "prior"
-    save_network(quantize_network(prior, dict.fromkeys(names, 5.0)), target)
+    save_network(quantize_network(prior, dict.fromkeys(names, (-1.0, 5.0))), target)
     return target
 
 
@@ -83,14 +83,14 @@ def same_weights(one, other) -> bool:
 
 
 def test_calibration_finds_what_each_layer_gets(shapes_pipe):
-    maxima = calibrate(shapes_pipe.prior_pipe, PROMPTS[:2], num_inference_steps=2)
-    assert list(maxima) == ["prior"]
-    layers = [name for name, _ in quantized_layers(quantize_network(shapes_pipe.prior_prior, maxima["prior"]))]
-    assert sorted(maxima["prior"]) == sorted(layers)
+    ranges = calibrate(shapes_pipe.prior_pipe, PROMPTS[:2], num_inference_steps=2)
+    assert list(ranges) == ["prior"]
+    layers = [name for name, _ in quantized_layers(quantize_network(shapes_pipe.prior_prior, ranges["prior"]))]
+    assert sorted(ranges["prior"]) == sorted(layers)
     # A layer norm's output goes into all three projections of an attention.
-    inputs = [maxima["prior"][f"transformer_blocks.0.attn1.to_{name}"] for name in "qkv"]
+    inputs = [ranges["prior"][f"transformer_blocks.0.attn1.to_{name}"] for name in "qkv"]
     assert len(set(inputs)) == 1
-    assert 0 < inputs[0] < 100
+    assert -100 < inputs[0][0] < 0 < inputs[0][1] < 100
 
 
 def test_a_decoder_needs_a_prior(shapes_pipe):
@@ -189,7 +189,9 @@ def test_names_in_the_file_are_those_of_compressed_tensors(prior_folder):
     assert shapes == {
         f"{stem}.weight": ("int8", (width, width)),
         f"{stem}.weight_scale": ("float32", (width, 1)),
+        f"{stem}.weight_sum": ("int32", (width,)),
         f"{stem}.input_scale": ("float32", (1,)),
+        f"{stem}.input_zero_point": ("int8", (1,)),
         f"{stem}.bias": ("float32", (width,)),
     }
 

@@ -60,7 +60,7 @@ from tests import shapes  # noqa: E402
 NETWORKS = ("unet", "prior_prior", "movq")
 CALIBRATION, TRIED = 8, 8  # prompts for calibration, and others for errors
 TINY = {"num_inference_steps": 25, "guidance_scale": 2.0, "prior_guidance_scale": 1.0}
-Maxima = dict[str, dict[str, float]]
+Ranges = dict[str, dict[str, tuple[float, float]]]
 
 
 def load(model: str | Path) -> Any:
@@ -160,7 +160,7 @@ def layer_errors(full: nnx.Module, quantized: nnx.Module, runs: Sequence[Evaluat
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
-def errors(pipe: Any, maxima: Maxima, prompts: Sequence[str]) -> dict[str, Any]:
+def errors(pipe: Any, ranges: Ranges, prompts: Sequence[str]) -> dict[str, Any]:
     """Errors of all networks, and of their worst layers."""
     found: dict[str, Any] = {}
     for name, runs in evaluations(pipe, prompts).items():
@@ -168,9 +168,9 @@ def errors(pipe: Any, maxima: Maxima, prompts: Sequence[str]) -> dict[str, Any]:
         outputs = [run.run(full) for run in runs]
         found[name] = {}
         variants = {
-            "int8": quantize_network(full, maxima[name]),
+            "int8": quantize_network(full, ranges[name]),
             "int8, inputs scaled at run time": quantize_network(full, None),
-            "float8_e4m3fn": quantize_network(full, maxima[name], "float8_e4m3fn"),
+            "float8_e4m3fn": quantize_network(full, ranges[name], "float8_e4m3fn"),
         }
         for variant, quantized in variants.items():
             shares = [relative(run.run(quantized), output) for run, output in zip(runs, outputs, strict=True)]
@@ -248,9 +248,9 @@ def emoji(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     pipe, texts = load("tiny"), [text for _, text in rows]
     judge = Judge(pipe, there, rows)
     chosen = texts[:: len(texts) // (CALIBRATION + TRIED)]
-    maxima = calibrate(pipe, chosen[:CALIBRATION])
+    ranges = calibrate(pipe, chosen[:CALIBRATION])
     if "errors" in arguments.only:
-        found["errors"] = errors(pipe, maxima, chosen[CALIBRATION : CALIBRATION + TRIED])
+        found["errors"] = errors(pipe, ranges, chosen[CALIBRATION : CALIBRATION + TRIED])
         parts = {"unet": "", "prior_prior": "", "movq": "decoder."}
         found["bytes"] = {name: weight_bytes(getattr(pipe, name), part) for name, part in parts.items()}
         print(json.dumps(found, indent=1), flush=True)
@@ -264,7 +264,7 @@ def emoji(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     of_others = calibrate(pipe)
     variants: dict[str, Callable[[nnx.Module, str], nnx.Module]] = {
         "full": lambda network, name: network,
-        "int8": lambda network, name: quantize_network(network, maxima[name]),
+        "int8": lambda network, name: quantize_network(network, ranges[name]),
         "int8, default prompts": lambda network, name: quantize_network(network, of_others[name]),
         "int8, inputs scaled at run time": lambda network, name: quantize_network(network, None),
     }
@@ -287,22 +287,22 @@ def coloured(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     others = [one.text for one in shapes.captions(CALIBRATION + TRIED, seed=few_steps.CHOICE_SEEDS[0])]
     pipe = load(few_steps.MODEL)
     size = {"height": shapes.SIDE, "width": shapes.SIDE}
-    maxima = calibrate(pipe, others[:CALIBRATION], **size)
+    ranges = calibrate(pipe, others[:CALIBRATION], **size)
     if "errors" in arguments.only:
-        found["errors"] = errors(pipe, maxima, others[CALIBRATION:])
+        found["errors"] = errors(pipe, ranges, others[CALIBRATION:])
         print(json.dumps(found, indent=1), flush=True)
     if "rates" not in arguments.only:
         return
     rates = found["rates"] = {"captions": len(asked)}
     guided = few_steps.settings_of(25, 50, 4.0)
 
-    def both(what: str, one: Any, maxima: Maxima, given: dict[str, Any]) -> None:
-        made = {name: quantize_network(getattr(one, name), maxima[name]) for name in NETWORKS}
+    def both(what: str, one: Any, ranges: Ranges, given: dict[str, Any]) -> None:
+        made = {name: quantize_network(getattr(one, name), ranges[name]) for name in NETWORKS}
         rates[what] = {"full": few_steps.rates(one, asked, **given)}
         rates[what]["int8"] = few_steps.rates(with_networks(one, made), asked, **given)
         print(what, json.dumps(rates[what]), flush=True)
 
-    both("25 + 50", pipe, maxima, guided)
+    both("25 + 50", pipe, ranges, guided)
     if arguments.shapes is None:
         return
     fast = load(few_steps.MODEL)
