@@ -38,7 +38,6 @@ from tests.conftest import SHAPES_MODEL, note
 from tests.pipelines.test_adapters import random_changes, weights_of
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 4, "prior_num_inference_steps": 3, "output_type": "np"}
-STEPS = {"num_inference_steps": 2, "prior_num_inference_steps": 2}
 
 
 def again(pipe):
@@ -52,7 +51,7 @@ def again(pipe):
 def quantized(shapes_pipe) -> KandinskyV22CombinedPipeline:
     """The model of shapes, calibrated by two of its own prompts."""
     pipe = again(shapes_pipe)
-    pipe.quantize(prompts=PROMPTS[:2], **STEPS)
+    pipe.quantize(prompts=PROMPTS[:2])
     return pipe
 
 
@@ -163,7 +162,14 @@ def test_a_dtype_is_of_what_is_not_quantized(folder):
     unet = load_network(UNet2DConditionModel, folder / "unet", "bfloat16")
     assert unet.dtype == jnp.bfloat16
     dtypes = {name.rpartition(".")[2]: str(leaf.dtype) for name, leaf in flat_params(unet).items() if "conv1" in name}
-    assert dtypes == {"bias": "bfloat16", "kernel": "int8", "weight_scale": "float32", "input_scale": "float32"}
+    assert dtypes == {
+        "bias": "bfloat16",
+        "kernel": "int8",
+        "weight_scale": "float32",
+        "weight_sum": "int32",
+        "input_scale": "float32",
+        "input_zero_point": "int8",
+    }
     unet.to("float32")
     assert unet.down_blocks[0].resnets[0].conv1.bias.dtype == jnp.float32
     unet.to("float16")
@@ -264,7 +270,7 @@ def test_a_scale_in_another_dtype_is_read_as_float32(prior_folder, tmp_path):
 def test_full_weights_under_a_quantized_configuration_are_refused(prior_folder, tmp_path):
     shutil.copytree(SHAPES_MODEL / hub.PRIOR / "prior", tmp_path, dirs_exist_ok=True)
     shutil.copy(prior_folder / "config.json", tmp_path)
-    with pytest.raises(CheckpointError, match=r"missing: .*weight_scale"):
+    with pytest.raises(CheckpointError, match=r"missing: .*; dtype: .* is float16, weights are int8"):
         load_network(PriorTransformer, tmp_path)
 
 
@@ -330,7 +336,7 @@ def test_other_unets_are_calibrated_too(cls, repository, arguments, tmp_path):
     full = cls.from_pretrained(SHAPES_MODEL, dtype="float32")
     full.set_progress_bar_config(disable=True)
     pipe = again(full)
-    pipe.quantize(prompts=PROMPTS[:2], **STEPS)
+    pipe.quantize(prompts=PROMPTS[:2])
     if repository == hub.INPAINT:
         arguments = arguments | {"mask_image": np.arange(64)[:, None] + np.zeros(64) > 30}
     ours, theirs = (p(PROMPTS[0], generator=0, **CALL, **arguments).images for p in (pipe, full))
