@@ -119,7 +119,8 @@ class UNet2DConditionModel(TorchModuleMixin, PretrainedNetwork, nnx.Module):
 
     CONFIG = UNetConfig
     QUANTIZED: ClassVar[str] = (
-        r"(down_blocks|mid_block|up_blocks)\..*\.(conv1|conv2|conv_shortcut|time_emb_proj|to_q|to_k|to_v|to_out\.0)"
+        r"(down_blocks|mid_block|up_blocks)\..*\."
+        r"(conv1|conv2|conv_shortcut|time_emb_proj|to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj)"
     )
 
     def __init__(self, config: UNetConfig, *, rngs: Rngs):

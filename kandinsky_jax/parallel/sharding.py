@@ -99,7 +99,7 @@ def in_memory(place: Sharding | None, shape: Sequence[int]) -> Sharding | Format
     Args:
         place: None where JAX decides; on GPUs that is `home()`, because an order comes with a place, and a program's
             parameters are all bound to one or none.
-        shape: of the parameter; kernels of convolutions, and nothing else, have four axes.
+        shape: of the parameter; kernels of convolutions, and the scales of quantized ones, alone have four axes.
     """
     bound = home() if place is None else place
     device: jax.Device = next(iter(bound.device_set))

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
+from convert_weights.__main__ import app
 from kandinsky_jax import (
     CheckpointError,
     ConfigError,
@@ -32,7 +34,10 @@ from kandinsky_jax.checkpoint.fingerprint import weights_fingerprint
 from kandinsky_jax.checkpoint.manifest import verify
 from kandinsky_jax.checkpoint.quantization import quantize_network
 from kandinsky_jax.models.quantized import dequantize_weight, quantized_layers
-from kandinsky_jax.pipelines.quantization import calibrate, convert_quantized
+from kandinsky_jax.pipelines.quantization import calibrate, convert_quantized, read_prompts
+from kandinsky_jax.training.config import Config
+from kandinsky_jax.training.kinds import Kind
+from kandinsky_jax.training.loop import Run
 from tests.batch.test_jobs import PROMPTS, job_of, members, run_job
 from tests.conftest import SHAPES_MODEL, note
 from tests.pipelines.test_adapters import random_changes, weights_of
@@ -360,6 +365,41 @@ def test_a_model_is_converted_and_runs(quantized, tmp_path):
         assert all(np.array_equal(ours[key], theirs[key]) for key in weights)
     assert pipe(PROMPTS[:2], generator=0, **CALL).images.shape == (2, 64, 64, 3)
     assert {report.status for report in verify(family / hub.DECODER)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--quantize", "int4"], "--quantize=int4 is not supported, only int8, float8_e4m3fn"),
+        (["--dynamic"], "are for calibration: give --quantize int8 too"),
+        (["--prior", "x"], "are for calibration: give --quantize int8 too"),
+        (["--quantize", "int8", "--dynamic", "--prior", "x"], "--dynamic needs no calibration"),
+        (["--quantize", "int8", "--prompts", "nothing.txt"], "nothing.txt"),
+    ],
+    ids=range(5),
+)
+def test_options_that_do_not_go_together(arguments, says, tmp_path):
+    result = CliRunner().invoke(app, [str(SHAPES_MODEL / hub.DECODER), str(tmp_path / "out"), *arguments])
+    assert isinstance(result.exception, ValueError)
+    assert says in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_are_read_from_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n  a green star \n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a green star"]
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match=r"empty\.txt has no prompts; needed is one a line"):
+        read_prompts(tmp_path / "empty.txt")
+
+
+def test_training_refuses_quantized_weights(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "data" / "0.png")
+    (tmp_path / "data" / "0.txt").write_text("a red picture")
+    config = Config(model=str(folder), data=str(tmp_path / "data"), output=str(tmp_path / "out"), resolution=64)
+    with pytest.raises(ValueError, match=r"the \['unet'\] of .* is quantized: train the full weights instead"):
+        Run(Kind.DECODER, config)
 
 
 def test_a_decoder_without_a_prior_is_converted_with_scales_at_run_time(tmp_path):

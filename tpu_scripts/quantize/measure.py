@@ -7,7 +7,8 @@ network (rms of the difference, as a share of the spread) on other prompts; that
 input; bytes of weights; the memory that loading a prior of the official shape takes, with random weights; and how many
 pictures are right (see train_tiny/evaluate_fast.py and few_steps/shapes.py), with the same noise. `data` is what
 train_tiny/pictures.py has written; --shapes the folder of few_steps/shapes.py, for its distilled adapters. `--only`
-runs some parts. Writes tpu_scripts/results/int8-DATE.json after each part, and a table beside it.
+runs some parts; rates that are there already are not counted again. Writes tpu_scripts/results/int8-DATE.json after
+each part, and a table beside it.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ def memory() -> dict[str, int]:
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def emoji(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+def emoji(arguments: argparse.Namespace, found: dict[str, Any], write: Callable[[], None]) -> None:
     """Measure the embedded model."""
     there = evaluate.known(arguments.data)
     rows = [(code, text) for code in evaluate.common(there, 500) for text in there.captions[code]]
@@ -260,7 +261,7 @@ def emoji(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     def right(one: Any, **settings: Any) -> float:
         return round(float(judge.right(evaluate.generate(one, texts, **settings)[0]).mean()), 4)
 
-    rates = found["rates"] = {"names": len(rows), "25 + 25": {}, "4 + 4": {}}
+    rates = found.setdefault("rates", {"names": len(rows), "25 + 25": {}, "4 + 4": {}})
     of_others = calibrate(pipe)
     variants: dict[str, Callable[[nnx.Module, str], nnx.Module]] = {
         "full": lambda network, name: network,
@@ -272,16 +273,19 @@ def emoji(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     settings = fast.load_fast()
     for variant, change in variants.items():
         for what, one, given in (("25 + 25", pipe, TINY), ("4 + 4", fast, settings)):
+            if variant in rates[what]:
+                continue
             made = with_networks(one, {name: change(getattr(one, name), name) for name in NETWORKS})
             made.scheduler = one.scheduler
             rates[what][variant] = right(made, **given)
             print(what, variant, rates[what][variant], flush=True)
+            write()
     loaded = load("tiny")
     loaded.quantize(prompts=chosen[:CALIBRATION])
     rates["4 + 4"]["int8, LoRA loaded into it"] = right(loaded, **loaded.load_fast())
 
 
-def coloured(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+def coloured(arguments: argparse.Namespace, found: dict[str, Any], write: Callable[[], None]) -> None:
     """Measure the model of coloured shapes."""
     asked = shapes.captions(few_steps.COUNT, seed=few_steps.OTHER_SEED)
     others = [one.text for one in shapes.captions(CALIBRATION + TRIED, seed=few_steps.CHOICE_SEEDS[0])]
@@ -293,14 +297,16 @@ def coloured(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         print(json.dumps(found, indent=1), flush=True)
     if "rates" not in arguments.only:
         return
-    rates = found["rates"] = {"captions": len(asked)}
+    rates = found.setdefault("rates", {"captions": len(asked)})
     guided = few_steps.settings_of(25, 50, 4.0)
 
     def both(what: str, one: Any, ranges: Ranges, given: dict[str, Any]) -> None:
         made = {name: quantize_network(getattr(one, name), ranges[name]) for name in NETWORKS}
-        rates[what] = {"full": few_steps.rates(one, asked, **given)}
-        rates[what]["int8"] = few_steps.rates(with_networks(one, made), asked, **given)
-        print(what, json.dumps(rates[what]), flush=True)
+        for variant, pipe in (("full", one), ("int8", with_networks(one, made))):
+            if variant not in rates.setdefault(what, {}):
+                rates[what][variant] = few_steps.rates(pipe, asked, **given)
+                print(what, variant, json.dumps(rates[what][variant]), flush=True)
+                write()
 
     both("25 + 50", pipe, ranges, guided)
     if arguments.shapes is None:
@@ -369,7 +375,7 @@ def main() -> None:
 
     for name, part in (("tiny", emoji), ("shapes", coloured)):
         if name in arguments.only:
-            part(arguments, found.setdefault(name, {}))
+            part(arguments, found.setdefault(name, {}), write)
             write()
     if "memory" in arguments.only:
         found["memory"] = memory()
