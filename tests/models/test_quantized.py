@@ -160,26 +160,29 @@ def described(cls, folder: str, config: QuantizationConfig | None = STATIC):
 
 
 def calls_of(folder: str):
-    """A described network, one method of it, and the shapes of its arguments."""
+    """A described network, a call of all its quantized layers, and the shapes of the call's arguments."""
     shape = jax.ShapeDtypeStruct
     if folder.endswith("movq"):
-        network = described(VQModel, folder)
-        return network, "decode", (shape((1, 8, 8, 4), jnp.float32),)
+        return described(VQModel, folder), lambda movq, x: movq.decode(x), (shape((1, 8, 8, 4), jnp.float32),)
     if folder.endswith("prior"):
         network = described(PriorTransformer, folder)
         config = network.config
         texts = (config.embedding_dim, (config.num_embeddings, config.embedding_dim), (config.num_embeddings,))
         condition = condition_of(network, *(shape((1, *np.atleast_1d(part)), jnp.float32) for part in texts))
-        return network, "__call__", (shape((1, config.embedding_dim), jnp.float32), shape((), jnp.int32), condition)
+        sample = shape((1, config.embedding_dim), jnp.float32)
+        return network, lambda prior, *args: prior(*args), (sample, shape((), jnp.int32), condition)
     network = described(UNet2DConditionModel, folder)
     extra = network.config.in_channels - 4
-    arguments = [shape((1, network.config.encoder_hid_dim), jnp.float32)]
+    given = [shape((1, network.config.encoder_hid_dim), jnp.float32)]
     if network.config.takes_hint:
-        arguments += [shape((1, 64, 64, 3), jnp.float32)]
+        given += [shape((1, 64, 64, 3), jnp.float32)]
     elif extra:
-        arguments += [None, shape((1, 8, 8, extra), jnp.float32)]
-    condition = condition_of(network, *arguments)
-    return network, "__call__", (shape((1, 8, 8, 4), jnp.float32), shape((), jnp.int32), condition)
+        given += [None, shape((1, 8, 8, extra), jnp.float32)]
+
+    def whole(unet, sample, timestep, *given):
+        return unet(sample, timestep, unet.condition(*given))
+
+    return network, whole, (shape((1, 8, 8, 4), jnp.float32), shape((), jnp.int32), *given)
 
 
 def condition_of(network, *arguments):
@@ -189,11 +192,11 @@ def condition_of(network, *arguments):
 
 @pytest.mark.parametrize("folder", [*(f"{kind}/unet" for kind in KINDS), "prior/prior", "decoder/movq"])
 def test_a_tpu_program_holds_a_product_of_integers_for_each_layer(folder):
-    network, method, arguments = calls_of(folder)
+    network, function, arguments = calls_of(folder)
     structure, params = Network.split(network)
 
     def run(params, *args):
-        return getattr(structure.bind(params), method)(*args)
+        return function(structure.bind(params), *args)
 
     with jax.default_matmul_precision("highest"):  # as around networks in float32
         text = jax.jit(run).trace(params, *arguments).lower(lowering_platforms=("tpu",)).as_text()
