@@ -97,8 +97,9 @@ def test_bfloat16_goes_in_and_comes_out():
     assert layer.weight_scale.dtype == jnp.float32
 
 
-def test_an_input_of_zeros_is_no_nan():
-    layer = QuantizedConv(conv(8, 8, nnx.Rngs(0)), DYNAMIC)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_input_of_zeros_is_no_nan(dtype):
+    layer = QuantizedConv(conv(8, 8, nnx.Rngs(0)), QuantizationConfig(dtype, dynamic=True))
     assert np.array_equal(layer(jnp.zeros((1, 4, 4, 8))), np.zeros((1, 4, 4, 8)))
 
 
