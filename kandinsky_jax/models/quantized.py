@@ -110,13 +110,11 @@ class QuantizedLinear(QuantizedLayer):
 
     def __call__(self, x: Float[Array, "*B cin"]) -> Float[Array, "*B cout"]:
         """x: `[..., in]`; `[..., out]` in the dtype of x."""
-        import qwix
-
         last = x.ndim - 1
         value, scale = self._quantized_input(x, (last,))
         contracted = (((last,), (1,)), ((), ()))
         with _default_precision():
-            sums = qwix.dot_general(value, self.weight[...], contracted, preferred_element_type=self._sums)
+            sums = _qwix().dot_general(value, self.weight[...], contracted, preferred_element_type=self._sums)
         return self._scaled(sums, scale, x.dtype)
 
 
@@ -146,10 +144,8 @@ class QuantizedConv(QuantizedLayer):
 
     def _convolve(self, value: jax.Array, kernel: jax.Array, padding: Padding = ((0, 0), (0, 0))) -> jax.Array:
         """Return the sums of products of 8 bits, `[B, H', W', out]`, with zeros around the input."""
-        import qwix
-
         with _default_precision():
-            return qwix.conv_general_dilated(
+            return _qwix().conv_general_dilated(
                 value,
                 kernel,
                 self.strides,
@@ -166,6 +162,19 @@ class QuantizedConv(QuantizedLayer):
         (top, bottom), (left, right) = self.padding
         sums = self._convolve(value, kernel, self.padding)
         return sums[:, top : sums.shape[1] - bottom, left : sums.shape[2] - right]
+
+
+def _qwix() -> Any:
+    """Import qwix, which only quantized networks need; it takes 30 ms.
+
+    Raises:
+        ImportError: where it is not installed, saying what to do.
+    """
+    try:
+        import qwix
+    except ImportError as error:
+        raise ImportError(f"quantized networks need qwix ({error}): pip install 'kandinsky-jax[quantize]'") from None
+    return qwix
 
 
 def _default_precision() -> AbstractContextManager[object]:
@@ -227,9 +236,7 @@ def quantize_weight(weight: jax.Array, dtype: str, outputs: int) -> tuple[jax.Ar
     Returns:
         the weight in `dtype`; the scale, float32 `[out, 1, ...]`; the sum over the inputs, int32 `[out]`.
     """
-    import qwix
-
-    found = qwix.quantize(weight.astype(jnp.float32), jnp.dtype(dtype), channelwise_axes=(outputs,))
+    found = _qwix().quantize(weight.astype(jnp.float32), jnp.dtype(dtype), channelwise_axes=(outputs,))
     others = tuple(axis for axis in range(weight.ndim) if axis != outputs)
     each = jnp.sum(found.qvalue, others, dtype=jnp.int32 if dtype == "int8" else jnp.float32)
     return found.qvalue, found.scale.reshape(-1, *[1] * (weight.ndim - 1)), each.astype(jnp.int32)
@@ -291,9 +298,11 @@ def quantize_layers(network: nnx.Module, config: QuantizationConfig | None) -> N
         config: None leaves the network as it is.
     Raises:
         ConfigError: where the configuration ignores layers that the network does not have, or all of them.
+        ImportError: where qwix is not installed.
     """
     if config is None:
         return
+    _qwix()  # before anything is read
     layers = dict(float_layers(network))
     if unknown := [name for name in config.ignore if name not in layers]:
         raise ConfigError(f"quantization_config.ignore names no layers of the network: {summarize(unknown)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -293,6 +294,13 @@ def test_layers_that_are_not_there_are_named():
     wrong = dataclasses.replace(config, quantization_config=QuantizationConfig(ignore=("nothing",)))
     with pytest.raises(ConfigError, match="ignore names no layers of the network: nothing"):
         abstract(PriorTransformer, wrong)
+
+
+def test_without_qwix_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(ImportError, match=r"need qwix .*: pip install 'kandinsky-jax\[quantize\]'"):
+        described(PriorTransformer, "prior/prior")
+    described(PriorTransformer, "prior/prior", None)
 
 
 def test_a_configuration_without_it_is_written_as_before():
