@@ -309,14 +309,14 @@ def coloured(arguments: argparse.Namespace, found: dict[str, Any], write: Callab
                 write()
 
     both("25 + 50", pipe, ranges, guided)
+    few = few_steps.settings_of(4, 4, 1.0)
+    fast = load(few_steps.MODEL)
+    fast.scheduler = scheduler_named("tcd", fast.scheduler.config)
+    both("4 + 4, not distilled", fast, calibrate(fast, others[:CALIBRATION], **size, **few), few)
     if arguments.shapes is None:
         return
-    fast = load(few_steps.MODEL)
     few_steps.load(fast, {name: arguments.shapes / name / "model" for name in ("distill-decoder", "distill-prior")})
-    fast.scheduler = scheduler_named("tcd", fast.scheduler.config)
-    given = few_steps.settings_of(4, 4, 1.0)
-    of_fast = calibrate(fast, others[:CALIBRATION], **size, **given)
-    both("4 + 4", fast, of_fast, given)
+    both("4 + 4", fast, calibrate(fast, others[:CALIBRATION], **size, **few), few)
 
 
 # The table --------------------------------------------------------------------------------------------------------
