@@ -209,11 +209,16 @@ def official(cls: type[nnx.Module], folder: str) -> dict[str, Any]:
 
 
 LOADING = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from kandinsky_jax import PriorTransformer, load_network
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def kilobytes(name):  # what getrusage tells of a process begins with its parent's
+    return int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+before = kilobytes("VmRSS")
 network = load_network(PriorTransformer, sys.argv[1], "bfloat16")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print((kilobytes("VmHWM") - before) * 1024)
 """
 
 
