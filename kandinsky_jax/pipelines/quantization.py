@@ -19,9 +19,16 @@ from flax import nnx
 
 from kandinsky_jax.checkpoint import CheckpointError, hub
 from kandinsky_jax.checkpoint.conversion import Quantization, convert
-from kandinsky_jax.checkpoint.quantization import QUANTIZABLE, InputRanges, check_quantizable, quantize_network
+from kandinsky_jax.checkpoint.quantization import (
+    QUANTIZABLE,
+    InputRanges,
+    check_quantizable,
+    is_quantized,
+    quantize_network,
+)
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.common.reading import ReadError, of_file, read_text
+from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.models.quantized import float_layers, layers_to_ignore
 from kandinsky_jax.models.structure import copy_structure, replace_module
@@ -102,8 +109,8 @@ def calibrate(
     """Generate a few pictures, and return the ranges of the inputs of the layers to quantize.
 
     Args:
-        pipe: a combined pipeline of any mode, or a prior; it is as before. Where its model has a fast adapter, pictures
-            are generated with it too.
+        pipe: a combined pipeline of any mode, or a prior; it is as before. Networks that are quantized already run as
+            they are. Where its model has a fast adapter, pictures are generated with it too.
         prompts: None is `PROMPTS`.
         range_of: an input; the widest of all calls is kept.
         arguments: of the calls, such as the size or the numbers of steps, instead of what the model recommends.
@@ -113,7 +120,8 @@ def calibrate(
         ValueError: for a decoder without a prior.
     """
     pipe = _first_mode(pipe)
-    networks = {name: part for name, part in pipe._held().items() if type(part).__name__ in QUANTIZABLE}
+    held = {name: part for name, part in pipe._held().items() if type(part).__name__ in QUANTIZABLE}
+    networks = {name: part for name, part in held.items() if not is_quantized(part)}
     found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in networks}
     texts = list(PROMPTS if prompts is None else prompts)
 
@@ -178,6 +186,10 @@ def convert_quantized(
     """
     folder = hub.resolve(source, hub.DECODER, revision=revision)
     able = [name for name, cls in hub.components(folder).items() if cls in QUANTIZABLE]
+    for name in able:
+        path = hub.component_folder(folder, name) / "config.json"
+        if read_json(path).get("quantization_config") is not None:
+            raise CheckpointError(of_file(path, "describes quantized weights; convert the full ones"))
     ranges: Mapping[str, InputRanges | None] = dict.fromkeys(able)
     if not dynamic:
         ranges = calibrate(_to_calibrate(folder, prior), prompts)
@@ -239,10 +251,9 @@ def _generate(pipe: Any, prompts: Sequence[str], settings: Mapping[str, Any]) ->
     if "mask_image" not in parameters:
         pipe(**call)
         return
-    whole = np.ones((call["height"], call["width"]), bool)
-    grey = np.full((*whole.shape, 3), 0.5, np.float32)
-    pictures = pipe(**call, image=grey, mask_image=whole).images
-    rows, columns = np.indices(whole.shape) / np.reshape(whole.shape, (2, 1, 1))
+    rows, columns = np.indices((call["height"], call["width"])) / np.reshape((call["height"], call["width"]), (2, 1, 1))
+    grey = np.full((*rows.shape, 3), 0.5, np.float32)
+    pictures = pipe(**call, image=grey, mask_image=rows > 0.125).images  # almost all of it: pictures of the prompts
     pipe(**call, image=list(pictures), mask_image=(abs(rows - 0.5) < 0.25) & (abs(columns - 0.5) < 0.25))
 
 

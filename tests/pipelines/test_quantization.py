@@ -365,6 +365,11 @@ def test_a_model_is_converted_and_runs(quantized, tmp_path):
         assert all(np.array_equal(ours[key], theirs[key]) for key in weights)
     assert pipe(PROMPTS[:2], generator=0, **CALL).images.shape == (2, 64, 64, 3)
     assert {report.status for report in verify(family / hub.DECODER)} == {"ok"}
+    # The prior beside a decoder may be quantized already; what is to be converted may not.
+    shutil.copytree(SHAPES_MODEL / hub.DECODER, family / "full")
+    convert_quantized(family / "full", family / "again", prompts=PROMPTS[:1], progress=False)
+    with pytest.raises(CheckpointError, match=r"config\.json describes quantized weights; convert the full ones"):
+        convert_quantized(family / hub.DECODER, tmp_path / "twice", progress=False)
 
 
 @pytest.mark.parametrize(
