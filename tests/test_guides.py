@@ -30,3 +30,13 @@ def test_inside_a_network():
         assert np.isfinite(part["B"]).all(), name
     assert max(np.abs(part["B"]).max() for part in gradient.values()) > 1e-4
     assert not any(np.asarray(part["A"]).any() for part in gradient.values())  # B is zero to begin with
+
+
+@pytest.mark.slow
+def test_int8(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "int8.md").read_text(), re.DOTALL)
+    made: dict = {}
+    exec(compile(block, "int8.md", "exec"), made)
+    assert np.asarray(made["image"]).std() > 10
+    assert (tmp_path / "tiny-int8" / "model_index.json").is_file()
