@@ -39,7 +39,7 @@ from kandinsky_jax.common.reading import of_file
 from kandinsky_jax.common.storage import read_json
 from kandinsky_jax.models.config import ConfigError, NetworkConfig
 from kandinsky_jax.models.layers import abstract
-from kandinsky_jax.models.quantization_config import SCALES, has_own_dtype
+from kandinsky_jax.models.quantization_config import BESIDE_WEIGHTS, has_own_dtype
 from kandinsky_jax.models.structure import structure
 from kandinsky_jax.parallel.mesh import Mesh
 from kandinsky_jax.parallel.sharding import Rules, home, in_memory, parameter_shardings
@@ -153,10 +153,10 @@ def move_network(module: nnx.Module, mesh: Mesh | None, rules: Rules = ()) -> No
 def _shardings(
     mesh: Mesh | None, shapes: Mapping[str, tuple[int, ...]], rules: Rules
 ) -> dict[str, jax.sharding.NamedSharding | None]:
-    """Return the sharding of each parameter; rules are for weights, the scales of quantized ones are replicated."""
-    scales = [name for name in shapes if name.rpartition(".")[2] in SCALES]
-    places = parameter_shardings(mesh, {name: shapes[name] for name in shapes if name not in scales}, rules)
-    return places | parameter_shardings(mesh, {name: shapes[name] for name in scales})
+    """Return the sharding of each parameter; rules are for weights, what quantized ones have beside is replicated."""
+    beside = [name for name in shapes if name.rpartition(".")[2] in BESIDE_WEIGHTS]
+    places = parameter_shardings(mesh, {name: shapes[name] for name in shapes if name not in beside}, rules)
+    return places | parameter_shardings(mesh, {name: shapes[name] for name in beside})
 
 
 def load_network(

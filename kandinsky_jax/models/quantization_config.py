@@ -22,6 +22,7 @@ DTYPES: Mapping[str, tuple[str, str]] = {
 }
 SCALES = ("weight_scale", "input_scale")  # parameters of a quantized layer that are float32 whatever its network is
 WEIGHT_SUM = "weight_sum"  # int32, see `QuantizedLayer`
+BESIDE_WEIGHTS = (*SCALES, WEIGHT_SUM, "input_zero_point")  # what a quantized layer has more than others
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # the reciprocal of a smaller one is infinite
 _TARGETS = ("Linear", "Conv2d")
 # What a reader of ours may pass over: other programs' bookkeeping, and features that are off.
@@ -35,7 +36,7 @@ def has_own_dtype(name: str, dtype: Any) -> bool:
         name: dotted, or its last part.
         dtype: of the parameter.
     """
-    return name.rpartition(".")[2] in (*SCALES, WEIGHT_SUM) or jnp.dtype(dtype).itemsize == 1
+    return name.rpartition(".")[2] in BESIDE_WEIGHTS or jnp.dtype(dtype).itemsize == 1
 
 
 @dataclasses.dataclass(frozen=True)
