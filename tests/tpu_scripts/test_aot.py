@@ -173,21 +173,47 @@ def test_loops_of_known_length_are_multiplied_out():
 
 
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("name", aot_compile.PROGRAMS)
+@pytest.mark.parametrize("name", aot_compile.PROGRAMS + aot_compile.CACHED)
 def test_sampling_programs(name, guided):
     """Each is traced from shapes as the pipelines call it, with the rows that guidance doubles."""
     mesh = make_mesh(devices=jax.devices("cpu")[:1])
-    todo = aot_worker.program(name, mesh, 2, 64, guided)
-    traced = todo.function.jitted.trace(*todo.arguments, **todo.options)
+    traced = aot_worker.program(name, mesh, 2, 64, guided).trace()
     outputs = [leaf.shape for leaf in jax.tree.leaves(traced.out_info)]
-    assert outputs
-    if name in ("prior", "decoder"):
-        rows = {"prior": (1280,), "decoder": (8, 8, 4)}[name]
-        assert outputs == [(STATE_SLOTS, 2, *rows)]
-        network = "[4,8,8,4]" if guided else "[2,8,8,4]"
-        assert name == "prior" or f"f32{network}" in str(traced.jaxpr)
-    if name == "movq":
+    rows = 4 if guided else 2
+    if name == "prior":
+        assert outputs == [(STATE_SLOTS, 2, 1280)]
+    elif name.startswith("decoder"):
+        cache = [(rows, 8, 8, 384), (1024,), ()] if name in aot_compile.CACHED else []
+        assert outputs == [(STATE_SLOTS, 2, 8, 8, 4), *cache]
+        assert f"f32[{rows},8,8,4]" in str(traced.jaxpr)
+    elif name == "movq":
         assert outputs == [(2, 64, 64, 3)]
+    else:
+        assert outputs
+
+
+def test_integer_products_are_counted():
+    """Of MoVQ's decoder most are of integers; of kept steps, the last layer's alone."""
+    mesh = make_mesh(devices=jax.devices("cpu")[:1])
+    traced = {
+        name: aot_worker.program(name, mesh, 1, 64, True, int8=True).trace().jaxpr
+        for name in ("movq", "decoder", "decoder_kept")
+    }
+    assert 0.5 < aot_worker.integer_flops(traced["movq"]) / (2e12 / 64) < 1.1  # of 2 TFLOP at 512 x 512
+    # A 3x3 convolution of C -> D channels at H x W: 2 * 9 * C * D * H * W.
+    last = 2 * (9 * 768 * 384 + 9 * 384 * 384 + 768 * 384) * 64 * 2 + 2 * 1536 * 768 * 2
+    assert aot_worker.integer_flops(traced["decoder_kept"], min) == last
+    assert aot_worker.integer_flops(traced["decoder"]) > 20 * last
+    assert aot_worker.integer_flops(aot_worker.program("movq", mesh, 1, 64).trace().jaxpr) == 0
+    text = """ENTRY %main (x: s8[8,8], y: s8[8,8], z: f32[8,8]) -> s32[8,8] {
+  %x = s8[8,8]{1,0} parameter(0)
+  %y = s8[8,8]{1,0} parameter(1)
+  %z = f32[8,8]{1,0} parameter(2)
+  %a = f32[8,8]{1,0} convolution(%z, %z), dim_labels=bf_io->bf
+  ROOT %b = s32[8,8]{1,0} convolution(%x, %y), dim_labels=bf_io->bf
+}
+"""
+    assert aot_cost.integer_products(text) == {"s8": 1, "other": 1}
 
 
 def test_cycles_of_loops_and_conditionals():

@@ -34,6 +34,8 @@ from tpu_scripts.aot import aot_gpu  # noqa: E402
 from tpu_scripts.aot.aot_cost import CHIPS, GPUS  # noqa: E402
 
 PROGRAMS = ("text", "prior_condition", "prior", "condition", "decoder", "movq")
+# With cached features: the program that is run, and what a step costs whose deep blocks are left out.
+CACHED = ("decoder_cached", "decoder_kept")
 PRIOR_STEPS, STEPS = 25, 50  # of the picture whose time is added up
 EXAMPLE = """example:
   python tpu_scripts/aot/aot_compile.py --chips v5e:1 v5e:2x2 --batch 8 --size 512 --programs decoder movq
@@ -52,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     gpu = on_gpus(arguments.chips)
     python = arguments.python or own_python("cuda" if gpu else "tpu")
     target = arguments.output / f"aot-{'gpu-' * gpu}{datetime.date.today().isoformat()}"
-    job = {name: getattr(arguments, name) for name in ("chips", "batch", "size", "programs", "guided", "effort")}
+    job = {
+        name: getattr(arguments, name) for name in ("chips", "batch", "size", "programs", "guided", "int8", "effort")
+    }
     found: dict[str, Any] = {"programs": []}
     if arguments.add and target.with_suffix(".json").exists():
         found = json.loads(target.with_suffix(".json").read_text())
@@ -80,8 +84,14 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def variant(row: dict[str, Any]) -> str:
     """A program's name, and in which way it differs from the guided one at XLA's usual effort."""
-    unguided = ", unguided" if not row.get("guided", True) else ""
-    return f"{row['program']}{unguided}" + (f", effort {row['effort']:g}" if row.get("effort") else "")
+    parts = [row["program"]]
+    if not row.get("guided", True):
+        parts.append("unguided")
+    if row.get("int8"):
+        parts.append("int8")
+    if row.get("effort"):
+        parts.append(f"effort {row['effort']:g}")
+    return ", ".join(parts)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -92,8 +102,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chips", nargs="+", default=["v5e:1"], type=chips, metavar="CHIP:SLICE", help="default v5e:1")
     parser.add_argument("--batch", nargs="+", type=positive, default=[8], help="pictures per chip, default 8")
     parser.add_argument("--size", nargs="+", type=positive, default=[512], help="pixels along a side, default 512")
-    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, help="default: all")
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS + CACHED)
     parser.add_argument("--unguided", dest="guided", action="store_false", help="one evaluation a step, not two")
+    parser.add_argument("--int8", action="store_true", help="UNet, prior and MoVQ's decoder quantized")
     parser.add_argument("--effort", type=float, default=0.0, help=EFFORT_HELP)
     parser.add_argument(
         "--python", type=Path, help="a Python that has jax[tpu] or jax[cuda13], and this project's dependencies"
@@ -149,7 +160,7 @@ def own_python(extra: str = "tpu") -> Path:
     if python.exists():
         return python
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    jax = project["optional-dependencies"][extra]
+    jax = [*project["optional-dependencies"][extra], *project["optional-dependencies"]["quantize"]]
     print(f"installing {jax[0]} into {folder}", flush=True)
     try:
         venv.create(folder, with_pip=True)

@@ -18,6 +18,7 @@ class Chip(NamedTuple):
     bandwidth: float  # of its memory (HBM), bytes per second
     memory: float  # bytes
     links: float = math.inf  # bytes per second that it sends to other chips, by all its links; infinite if not given
+    int8: float = 0.0  # operations on 8-bit integers per second; 0 if not given
     clock: float = 0.0  # cycles per second, from the peak and the size of its matrix units; 0 if not known
 
 
@@ -26,9 +27,9 @@ class Chip(NamedTuple):
 # NVIDIA's data sheets of the H100 (SXM) and the H200 (SXM), without sparsity
 CHIPS = {
     "v4": Chip(275e12, 1200e9, 32e9),
-    "v5e": Chip(197e12, 819e9, 16e9, 200e9, 1.5e9),
+    "v5e": Chip(197e12, 819e9, 16e9, 200e9, 394e12, 1.5e9),
     "v5p": Chip(459e12, 2765e9, 95e9, 600e9),
-    "v6e": Chip(918e12, 1638e9, 32e9),
+    "v6e": Chip(918e12, 1638e9, 32e9, int8=1836e12),
     "h100": Chip(989e12, 3350e9, 80e9),
     "h200": Chip(989e12, 4800e9, 141e9),
 }
@@ -137,11 +138,12 @@ def size_of(kind: str) -> int:
     return sum(_BYTES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d) for dtype, dims in shapes)
 
 
-def costs(compiled: Any, chip: Chip) -> dict[str, Any]:
+def costs(compiled: Any, chip: Chip, integer: float = 0.0) -> dict[str, Any]:
     """The figures of one compiled program, per chip.
 
     Args:
         compiled: what `jax.jit(...).lower(...).compile()` gives.
+        integer: how many of its FLOPs are of 8-bit integers.
     Returns:
         flops and bytes as XLA counts them (a loop without a known number of trips once; bytes also of what stays in
         on-chip memory between two operations), memory in bytes, collectives, and `seconds`: what the larger of
@@ -149,18 +151,37 @@ def costs(compiled: Any, chip: Chip) -> dict[str, Any]:
     """
     text, counted = compiled.as_text(), compiled.cost_analysis()
     touched = float(counted["bytes accessed"]) + repeated_bytes(text)
-    found = figures(float(counted["flops"]), touched, collectives(text), compiled.memory_analysis(), chip)
+    found = figures(float(counted["flops"]), touched, collectives(text), compiled.memory_analysis(), chip, integer)
+    if integer:
+        found |= {"integer_flops": integer, "integer_products": integer_products(text)}
     return found | {"estimated_cycles": estimated_cycles(text)}
 
 
-def figures(flops: float, touched: float, found: dict[str, Any], memory: Any, chip: Chip) -> dict[str, Any]:
+def integer_products(text: str) -> dict[str, int]:
+    """How many convolutions and products of an optimised HLO text take 8-bit integers, and how many do not."""
+    found = {"s8": 0, "other": 0}
+    for lines in computations(text).values():
+        types = {name: kind for name, kind, _, _ in lines}
+        for _, _, opcode, rest in lines:
+            if opcode in ("convolution", "dot"):
+                operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+                integers = all(types.get(name, "").startswith(("s8", "u8")) for name in operands)
+                found["s8" if integers else "other"] += 1
+    return found
+
+
+def figures(
+    flops: float, touched: float, found: dict[str, Any], memory: Any, chip: Chip, integer: float = 0.0
+) -> dict[str, Any]:
     """What is written of one compiled program.
 
     Args:
-        flops, touched: floating-point operations, and bytes read and written.
+        flops, touched: operations, and bytes read and written.
         found: collectives.
         memory: the program's `memory_analysis()`.
+        integer: how many of the operations are on 8-bit integers.
     """
+    computing, moving = seconds_of(flops, touched, chip, integer)
     return {
         "flops": flops,
         "bytes": touched,
@@ -168,11 +189,15 @@ def figures(flops: float, touched: float, found: dict[str, Any], memory: Any, ch
         "outputs": memory.output_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "collectives": found,
-        "seconds": bound(flops, touched, chip),
-        "bound_by": "flops" if flops / chip.flops > touched / chip.bandwidth else "bytes",
+        "seconds": max(computing, moving),
+        "bound_by": "flops" if computing > moving else "bytes",
     }
 
 
-def bound(flops: float, touched: float, chip: Chip) -> float:
-    """Seconds that the larger of arithmetic and memory traffic takes at the chip's published figures."""
-    return max(flops / chip.flops, touched / chip.bandwidth)
+def seconds_of(flops: float, touched: float, chip: Chip, integer: float = 0.0) -> tuple[float, float]:
+    """Seconds that arithmetic takes at the chip's published figures, and those of memory traffic.
+
+    Args:
+        integer: how many of the operations are on 8-bit integers.
+    """
+    return (flops - integer) / chip.flops + integer / (chip.int8 or chip.flops), touched / chip.bandwidth

@@ -8,11 +8,14 @@ Prints one line of JSON per event: what is compiled now, what it cost, what went
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +24,21 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from kandinsky_jax import models
+from kandinsky_jax import compilation, models
+from kandinsky_jax.checkpoint.quantization import QUANTIZABLE
 from kandinsky_jax.diffusion import Network, calls
 from kandinsky_jax.diffusion.rng import KeyNoise
 from kandinsky_jax.models.layers import abstract
+from kandinsky_jax.models.quantization_config import QuantizationConfig, has_own_dtype
+from kandinsky_jax.models.quantized import layers_to_ignore
+from kandinsky_jax.models.unet import FeatureCache
 from kandinsky_jax.parallel.mesh import make_mesh
 from kandinsky_jax.parallel.sharding import REPLICATED, batch_specs, in_memory
 from kandinsky_jax.pipelines import denoising
 from kandinsky_jax.pipelines.denoising import LoopInputs
 from kandinsky_jax.schedulers import DDPMScheduler
-from kandinsky_jax.schedulers.table import STATE_SLOTS
-from tpu_scripts.aot import aot_gpu
+from kandinsky_jax.schedulers.table import MAX_STEPS, STATE_SLOTS
+from tpu_scripts.aot import aot_compile, aot_gpu
 from tpu_scripts.aot.aot_cost import CHIPS, GPUS, costs
 
 OFFICIAL = Path(__file__).parents[2] / "tests" / "official"
@@ -48,8 +55,12 @@ class Program(NamedTuple):
     """A function of `kandinsky_jax.pipelines.denoising`, and what the pipelines give it: shapes that lie on a mesh."""
 
     function: Any
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # the network first
     options: dict[str, Any]
+
+    def trace(self) -> Any:
+        """Trace it from its shapes."""
+        return self.function.jitted.trace(*self.arguments, **self.options)
 
 
 def placed(mesh: Mesh, tree: Any, axis: int | None = None) -> Any:
@@ -60,14 +71,24 @@ def placed(mesh: Mesh, tree: Any, axis: int | None = None) -> Any:
     )
 
 
-def official(name: str, mesh: Mesh | None = None, dtype: Any = jnp.bfloat16) -> tuple[Network, Any]:
-    """A network of the official configuration: its structure, and the shapes of its parameters."""
+def official(name: str, mesh: Mesh | None = None, int8: bool = False) -> tuple[Network, Any]:
+    """A network of the official configuration: its structure, and the shapes of its parameters, bfloat16.
+
+    Args:
+        int8: whether it is quantized, where it can be.
+    """
     cls, repository = NETWORKS[name]
-    raw = json.loads((OFFICIAL / repository / name / "config.json").read_text())
-    network, params = Network.split(abstract(cls, cls.CONFIG.from_dict(raw)))
-    shapes = jax.tree.map(
-        lambda leaf: Shape(leaf.shape, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype), params
-    )
+    module = abstract(cls, cls.CONFIG.from_dict(json.loads((OFFICIAL / repository / name / "config.json").read_text())))
+    if int8 and cls.__name__ in QUANTIZABLE:
+        quantization = QuantizationConfig(ignore=layers_to_ignore(module))
+        module = abstract(cls, dataclasses.replace(module.config, quantization_config=quantization))
+    network, params = Network.split(module)
+
+    def shape_of(path: Any, leaf: Any) -> Shape:
+        kept = has_own_dtype(jax.tree_util.keystr(path[-1:], simple=True), leaf.dtype)
+        return Shape(leaf.shape, leaf.dtype if kept else jnp.bfloat16)
+
+    shapes = jax.tree_util.tree_map_with_path(shape_of, params)
     if mesh is not None:
         place = NamedSharding(mesh, REPLICATED)
         shapes = jax.tree.map(lambda x: Shape(x.shape, x.dtype, sharding=in_memory(place, x.shape)), shapes)
@@ -93,8 +114,14 @@ def condition(network: Network, params: Any, arguments: dict[str, Shape], both: 
     return Program(calls._condition, (network, params, rows, rows if both else None, {}), {})
 
 
-def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...], guided: bool) -> Program:
-    """The denoising loop under the condition that a program gives."""
+def loop(
+    network: Network, params: Any, of: Program, sample: tuple[int, ...], guided: bool, cached: bool = False
+) -> Program:
+    """The denoising loop under the condition that a program gives.
+
+    Args:
+        cached: with a feature cache.
+    """
     mesh = network.mesh
     assert mesh is not None
     cond, _ = jax.eval_shape(lambda *given: of.function(network, *given, **of.options), *of.arguments[1:])
@@ -106,13 +133,28 @@ def loop(network: Network, params: Any, of: Program, sample: tuple[int, ...], gu
     scale, *bounds = placed(mesh, (floats(), *[Shape((), jnp.int32)] * 2))
     scalars = (scale if guided else None, *bounds)
     arrays = (params, loop_inputs, placed(mesh, table), state, placed(mesh, noise, 0), *scalars)
-    return Program(denoising.denoise_steps, (network, *arrays), {})
+    if not cached:
+        return Program(denoising.denoise_steps, (network, *arrays), {})
+    refresh = placed(mesh, Shape((MAX_STEPS,), jnp.bool_))
+    first = jax.eval_shape(
+        functools.partial(denoising.first_cache.jitted, network, guided=guided), params, state, refresh
+    )
+    features = placed(mesh, first.features, 0)
+    cache = FeatureCache(features, refresh, placed(mesh, Shape((), jnp.int32)))
+    return Program(denoising.denoise_steps, (network, *arrays), {"cache": cache})
 
 
-def program(name: str, mesh: Mesh, batch: int, size: int, guided: bool = True) -> Program:
+@compilation.program(static_argnames="network")
+def kept_steps(network: Network, *arguments: Any, cache: FeatureCache) -> Any:
+    """`denoise_steps` where no step runs the deep blocks, to count what such a step costs."""
+    kept = cache._replace(refresh=jnp.zeros_like(cache.refresh))
+    return denoising.denoise_steps.__wrapped__(network, *arguments, cache=kept)
+
+
+def program(name: str, mesh: Mesh, batch: int, size: int, guided: bool = True, int8: bool = False) -> Program:
     """One of `aot_compile.PROGRAMS`, for `batch` pictures in all; with guidance of twice as many rows."""
     side = -(-size // 64) * 8  # of the latents, as the pipelines round it
-    network, params = official(NETWORK_OF[name], mesh)
+    network, params = official(NETWORK_OF[name], mesh, int8)
     if name == "text":
         return once(network, params, Shape((batch, 77), jnp.int32))
     if name == "movq":
@@ -126,7 +168,10 @@ def program(name: str, mesh: Mesh, batch: int, size: int, guided: bool = True) -
         first = condition(network, params, text, both=False)  # that of the empty prompt is kept
         return first if name == "prior_condition" else loop(network, params, first, (batch, 1280), guided)
     first = condition(network, params, {"image_embeds": floats(batch, 1280)}, both=guided)
-    return first if name == "condition" else loop(network, params, first, (batch, side, side, 4), guided)
+    if name == "condition":
+        return first
+    found = loop(network, params, first, (batch, side, side, 4), guided, cached=name != "decoder")
+    return found._replace(function=kept_steps) if name == "decoder_kept" else found
 
 
 # Which network a program runs.
@@ -136,13 +181,45 @@ NETWORK_OF = {
     "prior": "prior",
     "condition": "unet",
     "decoder": "unet",
+    "decoder_cached": "unet",
+    "decoder_kept": "unet",
     "movq": "movq",
 }
 
 
-def resident_bytes() -> int:
+def integer_flops(jaxpr: Any, branch: Callable[[Iterable[float]], float] = max) -> float:
+    """FLOPs of products of 8-bit integers in a jaxpr, on a device; of a loop's body once.
+
+    Args:
+        branch: which of a conditional's branches counts, `max` or `min`.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, operands = equation.primitive.name, [operand.aval for operand in equation.invars]
+        if name in ("dot_general", "conv_general_dilated") and operands[0].dtype == jnp.int8:
+            total += 2 * equation.outvars[0].aval.size * summed(equation, operands[1])
+        inner = [integer_flops(each, branch) for each in jaxprs_of(equation)]
+        total += branch(inner) if name == "cond" else sum(inner)
+    return total
+
+
+def jaxprs_of(equation: Any) -> list[Any]:
+    """The jaxprs that an equation runs, such as a loop's body and its condition."""
+    params = [each for value in equation.params.values() for each in (value if isinstance(value, tuple) else (value,))]
+    return [getattr(each, "jaxpr", each) for each in params if hasattr(each, "eqns")]
+
+
+def summed(equation: Any, weight: Any) -> float:
+    """How many products are added up for each number of a result."""
+    if equation.primitive.name == "dot_general":
+        (_, contracted), _ = equation.params["dimension_numbers"]
+        return math.prod(weight.shape[axis] for axis in contracted)
+    return weight.size / weight.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+
+
+def resident_bytes(int8: bool = False) -> int:
     """Weights that stay on a chip for text to image: text tower, prior, UNet, MoVQ."""
-    leaves = jax.tree.leaves([official(name)[1] for name in NETWORKS])
+    leaves = jax.tree.leaves([official(name, int8=int8)[1] for name in NETWORKS])
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -162,28 +239,30 @@ def mesh_of(chips: str) -> Mesh:
     return make_mesh(devices=described.devices)
 
 
-def measured(
-    kind: str, name: str, mesh: Mesh, batch: int, size: int, guided: bool, options: dict[str, Any], hlo: Path | None
-) -> dict[str, Any]:
+def measured(kind: str, name: str, mesh: Mesh, row: dict[str, Any], hlo: Path | None) -> dict[str, Any]:
     """Compile as the pipelines do: on every chip of the mesh, the program on its rows, with all parameters."""
-    todo, began = program(name, mesh, batch * mesh.size, size, guided), time.perf_counter()
-    result = todo.function.jitted.lower(*todo.arguments, **todo.options).compile(options)
+    batch, variant = row["batch"], (row["size"], row["guided"], row["int8"])
+    options = {"exec_time_optimization_effort": row["effort"]} if row["effort"] else {}
+    todo, began = program(name, mesh, batch * mesh.size, *variant), time.perf_counter()
+    traced = todo.trace()
+    result = traced.lower().compile(options)
     seconds = round(time.perf_counter() - began, 1)
     if hlo is not None:
         hlo.write_text(result.as_text())
     if kind not in GPUS:
-        return {"compile_seconds": seconds, **costs(result, CHIPS[kind])}
+        branch = min if name == "decoder_kept" else max
+        integer = integer_flops(traced.jaxpr, branch) if row["int8"] else 0.0
+        return {"compile_seconds": seconds, **costs(result, CHIPS[kind], integer)}
     # What is compiled for a GPU tells no FLOPs, so they are those of the same program for a CPU.
-    twin = program(name, make_mesh(devices=jax.devices("cpu")[:1]), batch, size, guided)
-    counted: Any = twin.function.jitted.lower(*twin.arguments, **twin.options).cost_analysis()
+    twin = program(name, make_mesh(devices=jax.devices("cpu")[:1]), batch, *variant)
+    counted: Any = twin.trace().lower().cost_analysis()
     return {"compile_seconds": seconds, **aot_gpu.costs(float(counted["flops"]), result, CHIPS[kind])}
 
 
 def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Compile what a job asks for, one program after the other."""
-    guided, effort = job.get("guided", True), job.get("effort", 0.0)
-    options = {"exec_time_optimization_effort": effort} if effort else {}
-    yield {"event": "versions", "jax": jax.__version__, "resident_bytes": resident_bytes()}
+    resident = {"resident_bytes": resident_bytes(), "resident_bytes_int8": resident_bytes(int8=True)}
+    yield {"event": "versions", "jax": jax.__version__, **resident}
     for chips in job["chips"]:
         try:
             mesh = mesh_of(chips)
@@ -192,13 +271,12 @@ def events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             continue
         for name, batch, size in itertools.product(job["programs"], job["batch"], job["size"]):
             row = {"chips": chips, "devices": mesh.size, "program": name, "batch": batch, "size": size}
-            row |= {"guided": guided, "effort": effort}
+            row |= {name: job[name] for name in ("guided", "int8", "effort")}
             yield {"event": "compiling", **row}
-            kind = f"{name}{'' if guided else '-unguided'}{f'-effort{effort:g}' if effort else ''}"
-            file = f"{chips.replace(':', '-')}-{kind}-{batch}-{size}.txt"
+            file = f"{chips}-{aot_compile.variant(row)}-{batch}-{size}.txt".replace(":", "-").replace(", ", "-")
             hlo = Path(job["hlo"]) / file if job.get("hlo") else None
             try:
-                found = measured(chips.split(":")[0], name, mesh, batch, size, guided, options, hlo)
+                found = measured(chips.split(":")[0], name, mesh, row, hlo)
             except Exception as error:  # such as a program that does not fit: the others still count
                 yield {"event": "failed", **row, "error": first_line(error)}
                 continue
