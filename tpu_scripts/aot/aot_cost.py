@@ -49,6 +49,7 @@ _BYTES |= {"f64": 8, "s64": 8, "u64": 8}
 # An instruction: name, type, opcode, operands and the rest. Types of tuples stand in brackets and contain blanks.
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
+_ARRAY = re.compile(r"\w+\[[\d,]*\](?:\{[^{}]*\})?")  # a type with its layout
 # These move nothing, or what they move is counted elsewhere.
 FREE = frozenset("parameter get-tuple-element tuple bitcast constant while conditional copy-done".split())
 
@@ -80,6 +81,43 @@ def repeated_bytes(text: str) -> float:
     if entry:
         visit(entry.group(1), 1)
     return extra
+
+
+def memory_bytes(text: str) -> int:
+    """Bytes that the operations of a TPU's optimised HLO text read from the chip's memory (HBM) and write there.
+
+    Not those of on-chip memory, `S(1)` in a layout. Of a copy or slice that runs beside other operations, what it
+    moves counts once; loops count as in `repeated_bytes`.
+    """
+    bodies = computations(text)
+
+    def own(lines: list[tuple[str, ...]]) -> int:
+        types = {name: kind for name, kind, _, _ in lines}
+        total = 0
+        for _, kind, opcode, rest in lines:
+            if opcode in FREE or opcode == "reshape" or opcode.endswith("-done") or "ConcatBitcast" in rest:
+                continue
+            if opcode.endswith("-start"):  # its type holds the source and the destination
+                total += min((size_of(array) for array in _ARRAY.findall(kind) if size_of(array) > 4), default=0)
+                continue
+            operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+            total += sum(map(_outside, (kind, *(types.get(name, "") for name in operands))))
+        return total
+
+    def visit(name: str) -> int:
+        total = own(bodies.get(name, []))
+        for _, _, opcode, rest in bodies.get(name, ()):
+            if opcode == "while" and (body := re.search(r"body=%?([\w.\-]+)", rest)):
+                trips = re.search(r'known_trip_count[^\d]*"?(\d+)', rest)
+                total += (int(trips.group(1)) if trips else 1) * visit(body.group(1))
+        return total
+
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    return visit(entry.group(1)) if entry else 0
+
+
+def _outside(kind: str) -> int:
+    return sum(size_of(array) for array in _ARRAY.findall(kind) if "S(1)" not in array)
 
 
 def estimated_cycles(text: str) -> int:
@@ -154,7 +192,7 @@ def costs(compiled: Any, chip: Chip, integer: float = 0.0) -> dict[str, Any]:
     found = figures(float(counted["flops"]), touched, collectives(text), compiled.memory_analysis(), chip, integer)
     if integer:
         found |= {"integer_flops": integer, "integer_products": integer_products(text)}
-    return found | {"estimated_cycles": estimated_cycles(text)}
+    return found | {"estimated_cycles": estimated_cycles(text), "memory_bytes": memory_bytes(text)}
 
 
 def integer_products(text: str) -> dict[str, int]:

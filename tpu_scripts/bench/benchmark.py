@@ -2,6 +2,7 @@
 
     python tpu_scripts/bench/benchmark.py                     # official sizes, random weights; half an hour
     python tpu_scripts/bench/benchmark.py --models tiny --size 64  # the small model, minutes
+    python tpu_scripts/bench/benchmark.py --sides ours openvino    # on a CPU; needs `pip install openvino`
     python tpu_scripts/bench/benchmark.py --run 1 --minutes 9.5 --scratch /tmp/models  # on a GPU, at most 9.5 minutes
 
 Each side has a process of its own, and works while the others wait; what is timed are the pipelines that users call.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -37,13 +39,13 @@ sys.path.insert(0, str(ROOT))  # a machine without our package installed
 
 import benchmark_table  # noqa: E402
 import random_models  # noqa: E402
-from benchmark_worker import COMPILED, OURS, PROMPTS, THEIRS, Job  # noqa: E402
+from benchmark_worker import COMPILED, OPENVINO, OURS, PROMPTS, THEIRS, Job  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 from worker_process import WorkerFailed, WorkerProcess, WorkerTimeout  # noqa: E402
 
 RESULTS = ROOT / "tpu_scripts" / "results"
 WORKER = Path(__file__).with_name("benchmark_worker.py")
-SIDES = (OURS, THEIRS, *COMPILED)
+SIDES = (OURS, THEIRS, *COMPILED, OPENVINO)
 STAGES = ("prior", "unet", "movq", "text2img")
 FURTHER = ("first", "parity", "profile")
 # What --run stands for; whatever else is given counts instead.
@@ -257,6 +259,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if min(arguments.repeats, arguments.rounds, *arguments.batch) < 1 or (arguments.steps or 2) < 2:
         parser.error("--repeats, --rounds and --batch are at least 1, --steps at least 2")
+    if OPENVINO in arguments.sides and importlib.util.find_spec("openvino") is None:
+        parser.error("--sides openvino needs its package: pip install openvino")
     if arguments.fresh and arguments.resident:
         parser.error("--fresh and --resident exclude each other")
     return arguments
@@ -355,6 +359,7 @@ def main(argv: list[str] | None = None) -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores",
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "flax", "torch", "diffusers", "transformers")},
+        **({"openvino": version("openvino")} if OPENVINO in arguments.sides else {}),
         "models": arguments.models or "official sizes, random weights",
         **({"xla_flags": arguments.xla_flags} if arguments.xla_flags else {}),
     }

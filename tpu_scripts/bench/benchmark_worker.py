@@ -31,6 +31,7 @@ PROMPTS = (
 OURS, THEIRS = "ours", "diffusers"
 # Further sides: diffusers with torch.compile, in this mode.
 COMPILED = {"compiled": "default", "compiled-graphs": "reduce-overhead", "compiled-tuned": "max-autotune"}
+OPENVINO = "openvino"  # a further side, for CPUs: diffusers whose networks OpenVINO runs
 
 Tick = Callable[..., dict[str, Any]]  # a pipeline's callback_on_step_end
 # A call of the stage: (steps of the decoder or of the one loop, of the prior in front of it, a tick for each loop).
@@ -138,7 +139,11 @@ def our_call(job: Job) -> Call:
 
 @functools.cache
 def their_pipeline(models: str, dtype: str, which: str, device: str, mode: str | None) -> Any:
-    """The reference's, as its users run it best on this device."""
+    """The reference's, as its users run it best on this device.
+
+    Args:
+        mode: of torch.compile, or `OPENVINO`; None is neither.
+    """
     import diffusers
     import torch
 
@@ -159,6 +164,11 @@ def their_pipeline(models: str, dtype: str, which: str, device: str, mode: str |
         pipe = diffusers.KandinskyV22CombinedPipeline(**decoder.components, **components)
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
+    if mode == OPENVINO:
+        from openvino_pipeline import use_openvino
+
+        use_openvino(pipe)
+        return pipe
     networks = {name: getattr(pipe, name, None) for name in ("unet", "movq", "prior", "prior_prior")}
     for name in ("unet", "movq"):
         if device != "cpu" and networks[name] is not None:
@@ -178,7 +188,7 @@ def their_call(job: Job) -> Call:
     """The call that a stage times, the reference's."""
     import torch
 
-    mode = COMPILED.get(job.side)
+    mode = OPENVINO if job.side == OPENVINO else COMPILED.get(job.side)
     pipe = chosen(job, their_pipeline(job.models, job.dtype, loaded(job), job.device, mode))
     dtype = getattr(torch, job.dtype)
 
