@@ -168,11 +168,20 @@ class GroupNorm(nnx.GroupNorm):
         super().__init__(channels, num_groups=groups, epsilon=eps, scale_init=_ones, bias_init=_zeros, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B *spatial C"]) -> Float[Array, "B *spatial C"]:
-        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
-        whole = x.astype(jnp.float32)
-        mean, variance = (self._once if x.dtype == jnp.bfloat16 else self._twice)(whole)
-        factor = jax.lax.rsqrt(variance + self.epsilon)
-        return ((whole - mean) * (factor * scale) + bias).astype(x.dtype)
+        mean, factor = self.statistics(x)
+        return self.normalized(x, mean, factor)
+
+    def statistics(self, x: Float[Array, "B *spatial C"]) -> tuple[jax.Array, jax.Array]:
+        """Return the mean, and what the distance from it is multiplied by; float32, `[B, 1, .., C]`."""
+        mean, variance = (self._once if x.dtype == jnp.bfloat16 else self._twice)(x.astype(jnp.float32))
+        return mean, jax.lax.rsqrt(variance + self.epsilon) * self.scale[...].astype(jnp.float32)
+
+    def normalized(
+        self, x: Float[Array, "B *spatial C"], mean: jax.Array, factor: jax.Array
+    ) -> Float[Array, "B *spatial C"]:
+        """Return the output for statistics that may be of the same numbers in another shape."""
+        bias = self.bias[...].astype(jnp.float32)
+        return ((x.astype(jnp.float32) - mean) * factor + bias).astype(x.dtype)
 
     def _twice(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and variance, sums channel by channel first and then over each group's few: an order of memory in which

@@ -89,8 +89,27 @@ class SpatialNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"], zq: Float[Array, "B h w zq"] | None) -> Float[Array, "B H W C"]:
         assert zq is not None
         # A 1x1 convolution commutes with nearest resizing: do it on the small picture, then resize.
-        scale, shift = (_nearest(c(zq), x.shape[1], x.shape[2]) for c in (self.conv_y, self.conv_b))
-        return self.norm_layer(x) * scale + shift
+        scale, shift = self.conv_y(zq), self.conv_b(zq)  # [B, h, w, C]
+        arguments = (x, *self.norm_layer.statistics(x), scale, shift)
+        return jax.lax.platform_dependent(*arguments, tpu=self._by_blocks, default=self._resized)
+
+    def _resized(
+        self, x: jax.Array, mean: jax.Array, factor: jax.Array, scale: jax.Array, shift: jax.Array
+    ) -> jax.Array:
+        _, height, width, _ = x.shape
+        normed = self.norm_layer.normalized(x, mean, factor)
+        return normed * _nearest(scale, height, width) + _nearest(shift, height, width)
+
+    def _by_blocks(
+        self, x: jax.Array, mean: jax.Array, factor: jax.Array, scale: jax.Array, shift: jax.Array
+    ) -> jax.Array:
+        """`_resized` with the pixels that share one of the small picture on axes of their own. In any other form, and
+        without the barriers, XLA for TPUs writes the resized scale and shift to memory, or the norm in float32."""
+        (b, height, width, channels), (_, h, w, _) = x.shape, scale.shape
+        blocks = jax.lax.optimization_barrier(x.reshape(b, h, height // h, w, width // w, channels))
+        mean, factor, scale, shift = (part[:, :, None, :, None] for part in (mean, factor, scale, shift))
+        done = jax.lax.optimization_barrier(self.norm_layer.normalized(blocks, mean, factor) * scale + shift)
+        return done.reshape(x.shape)
 
 
 class PlainNorm(GroupNorm):
