@@ -258,6 +258,8 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
             plain = tensor.detach().resolve_neg()
             if plain.dtype == torch.bfloat16:
                 return plain.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+            if plain.dtype == torch.float8_e4m3fn:
+                return plain.contiguous().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
             return plain.numpy()
 
         return read

@@ -142,8 +142,8 @@ def _wait_at_exit() -> None:
     """Wait for good programs: Python aborts where XLA's compiler returns to an interpreter that is ending."""
     if not _pending:
         return
-    print("the good programs are still being compiled, for later runs; Ctrl-C ends without them", file=sys.stderr)
     try:
+        print("the good programs are still being compiled, for later runs; Ctrl-C ends without them", file=sys.stderr)
         wait(list(_pending))
     except KeyboardInterrupt:
         leave(130)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +16,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from convert_weights.__main__ import app
 from kandinsky_jax import (
     CheckpointError,
     ConfigError,
@@ -41,6 +42,10 @@ from kandinsky_jax.training.loop import Run
 from tests.batch.test_jobs import PROMPTS, job_of, members, run_job
 from tests.conftest import SHAPES_MODEL, note
 from tests.pipelines.test_adapters import random_changes, weights_of
+
+app = importlib.import_module("convert_weights.__main__").app
+del sys.modules["convert_weights.__main__"]  # other tests run it as a program, which must not be imported already
+
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 4, "prior_num_inference_steps": 3, "output_type": "np"}
 
