@@ -236,6 +236,8 @@ def seconds_of(flops: float, touched: float, chip: Chip, integer: float = 0.0) -
     """Seconds that arithmetic takes at the chip's published figures, and those of memory traffic.
 
     Args:
-        integer: how many of the operations are on 8-bit integers.
+        integer: how many of the operations are on 8-bit integers; counted in the traced program, and so possibly more
+            than XLA counts in all.
     """
+    integer = min(integer, flops)
     return (flops - integer) / chip.flops + integer / (chip.int8 or chip.flops), touched / chip.bandwidth
