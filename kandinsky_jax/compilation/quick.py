@@ -26,7 +26,12 @@ from kandinsky_jax.common.errors import quote, shorten
 
 QUICK_PROGRAMS = "KANDINSKY_JAX_QUICK_PROGRAMS"  # the environment's variable: "on", "off", or unset for TPUs alone
 QUICK_PLATFORMS = ("tpu",)  # where compiling takes minutes
-QUICK_OPTIONS: Mapping[str, float] = {"exec_time_optimization_effort": -0.6}  # XLA's, for a quick program
+# XLA's options for a quick program: an effort, for which newer versions of JAX have levels.
+QUICK_OPTIONS: Mapping[str, float | str] = (
+    {"exec_time_optimization_effort": -0.6}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort")
+    else {"optimization_level": "O1"}
+)
 GRACE_SECONDS = 5.0  # a good program from the cache is complete by then
 
 
