@@ -110,6 +110,17 @@ def test_a_good_program_that_fails_is_one_warning():
     assert re.search(r"stays as it was compiled quickly.*xla_no_such_option", str(warning.message))
 
 
+def test_within_a_transformation_it_is_part_of_the_whole():
+    call, function = make()
+    x = jnp.eye(16) * 0.1
+    with only_good_programs():
+        expected = call(x)
+    assert np.allclose(jax.jit(call)(x), expected)
+    assert np.isfinite(jax.grad(lambda x: call(x).sum())(x)).all()
+    assert jax.vmap(call)(x[None]).shape == (1, 16, 16)
+    assert not function.good._jobs
+
+
 def test_faulty_arguments_say_what_is_wrong():
     call, function = make()
     with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):

@@ -21,9 +21,10 @@ import re
 import secrets
 import threading
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
+
+from kandinsky_jax.common.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,15 +44,7 @@ LAST_REQUEST_SECONDS = 5.0  # at the end of the process
 
 def within(seconds: float, request: Callable[[], T]) -> T:
     """Return the result of a request that may hang; TimeoutError after `seconds`, when it goes on in its thread."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(request())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="cache-request", daemon=True).start()
+    future = run_in_thread(request, "cache-request")
     try:
         return future.result(max(0.0, seconds))
     except TimeoutError:

@@ -39,11 +39,16 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (rehearsal := _REHEARSAL.get()) is not None:
             return rehearsal.compile(self, args, kwargs)
-        if quick_programs():
+        if quick_programs() and not _is_traced(args, kwargs):
             call = _Call(args, kwargs)
             if not self.good.ready(call.key, lambda: call.lower(self.jitted)):
                 return self.quick(*args, **kwargs)
         return self.jitted(*args, **kwargs)
+
+
+def _is_traced(*trees: PyTree) -> bool:
+    """Whether a call is part of a function that JAX transforms, which compiles it then."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
 class _Call:

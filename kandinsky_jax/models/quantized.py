@@ -3,8 +3,8 @@
 A layer's weight is int8 (or float8) with a float32 scale per output channel. Its input is rounded to the same dtype by
 one scale, from calibration or, dynamic, from the input itself; the product sums in int32 and is scaled in float32.
 With calibration an int8 input has a zero point, since what comes out of SiLU and GELU is hardly ever negative: that
-halves its rounding. Names are those of HF's compressed-tensors: `weight` (of a convolution `kernel`), `weight_scale`,
-`input_scale`, `input_zero_point`.
+makes its rounding half as large. Names are those of HF's compressed-tensors: `weight` (of a convolution `kernel`),
+`weight_scale`, `input_scale`, `input_zero_point`.
 """
 
 from __future__ import annotations

@@ -29,14 +29,6 @@ SIZE = {"height": 64, "width": 64, "output_type": "np"}
 CALL = {"num_inference_steps": 7, "guidance_scale": 4.0} | SIZE
 
 
-@pytest.fixture(scope="module")
-def embeds(ours):
-    prompts = ["a red circle on a blue background", "yellow ring, black background"]
-    return ours["KandinskyV22PriorPipeline"](
-        prompts, num_inference_steps=4, generator=2, output_type="np", return_dict=False
-    )
-
-
 class KeptFeatures:
     """Gives the reference's last layer the features of the last step that is a multiple of `interval`."""
 

@@ -20,14 +20,6 @@ SIZE = {"height": 64, "width": 64, "output_type": "np"}
 CALL = {"num_inference_steps": 6, "guidance_scale": 4.0} | SIZE
 
 
-@pytest.fixture(scope="module")
-def embeds(ours):
-    prompts = ["a red circle on a blue background", "yellow ring, black background"]
-    return ours["KandinskyV22PriorPipeline"](
-        prompts, num_inference_steps=4, generator=2, output_type="np", return_dict=False
-    )
-
-
 @pytest.mark.slow
 def test_one_program_more_for_all_intervals(ours, embeds):
     pipe, rows = ours["KandinskyV22Pipeline"], [x[:1] for x in embeds]
