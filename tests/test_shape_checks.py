@@ -9,7 +9,7 @@ import pytest
 
 from kandinsky_jax import models
 from kandinsky_jax.diffusion import rng, solver
-from kandinsky_jax.models import attention, layers
+from kandinsky_jax.models import attention, convolution
 from kandinsky_jax.training import losses
 
 
@@ -22,7 +22,7 @@ def test_a_wrong_shape_names_the_argument_and_both_shapes():
 @pytest.mark.parametrize(("transform", "shape"), [(jax.jit, (8, 8, 4)), (jax.vmap, (2, 8, 8, 4))])
 def test_shapes_are_checked_while_tracing(transform, shape):
     with pytest.raises(jaxtyping.TypeCheckError, match="upsample_nearest"):
-        transform(layers.upsample_nearest)(jnp.zeros(shape))
+        transform(convolution.upsample_nearest)(jnp.zeros(shape))
 
 
 def test_a_wrong_dtype_is_refused():
@@ -37,5 +37,5 @@ def test_each_package_is_checked():
 
 
 def test_right_shapes_pass():
-    doubled = jax.jit(layers.upsample_nearest)(jnp.zeros((1, 2, 3, 4)))
+    doubled = jax.jit(convolution.upsample_nearest)(jnp.zeros((1, 2, 3, 4)))
     assert doubled.shape == (1, 4, 6, 4)

@@ -11,6 +11,8 @@ The platform is that for which a program is lowered, not the one that lowers it:
   it, 1.6 GB with JAX's kernel, 5.2 GB with neither (v5e, XLA's count).
 - CUDA: `cudnn`, cuDNN's fused kernel, for heads of at most 128 channels in bfloat16 or float16. It reads
   `[B, T, heads, 64]` as it is, and keeps the logits on the chip too, in the gradient as well.
+- CPU: `by_heads` in float32, unless a head's logits are few. XLA gives a softmax over all heads five times as long as
+  over one after the other (`tpu_scripts/results/NOTES.md`).
 - Otherwise XLA: `plain`, or `in_blocks` where the logits would take more than `BLOCK_BYTES`.
 """
 
@@ -29,6 +31,8 @@ KEEP_BYTES = 12 * 2**20  # of the 16 MB of vector memory that a kernel gets by d
 LOGIT_BYTES = 6 * 2**20
 HIDDEN = -1e30  # as a logit: no weight, but finite, so that a row that sees nothing is no NaN
 BLOCK_BYTES = 2**28  # of float32 logits that XLA may write at a time
+HEAD_LEAST_BYTES = 2**20  # of float32 logits of a head: from here on `by_heads` pays
+HEAD_BLOCK_BYTES = 2**24  # of them that a CPU writes at a time
 CUDNN_DIM = 128  # channels of a head that cuDNN takes on every GPU that it serves; from Hopper on it would take 256
 CUDNN_CAPABILITY = 8.0  # Ampere, the first generation for which XLA has cuDNN's fused attention
 
@@ -71,6 +75,8 @@ def implementation(
         return flash
     if platform == "cuda" and cudnn_serves(q) and has_cudnn():
         return cudnn
+    if platform == "cpu" and q.dtype == jnp.float32 and 4 * q.shape[1] * k.shape[1] >= HEAD_LEAST_BYTES:
+        return by_heads
     return in_blocks if logit_bytes(q, k) > BLOCK_BYTES else plain
 
 
@@ -137,6 +143,31 @@ def in_blocks(
     parts = padded.reshape(batch, blocks, block, *q.shape[2:]).swapaxes(0, 1)
     out = jax.lax.map(jax.checkpoint(lambda part: plain(part, k, v)), parts)  # [blocks, B, block, N * H]
     return out.swapaxes(0, 1).reshape(batch, blocks * block, -1)[:, :queries]
+
+
+def by_heads(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]
+) -> Float[Array, "B T N*H"]:
+    """`plain` without a mask, one head of one example after the other, in blocks of queries as `in_blocks`."""
+    (batch, queries, heads, dim), keys = q.shape, k.shape[1]
+    blocks = min(-(-4 * queries * keys // HEAD_BLOCK_BYTES), queries)
+    block = -(-queries // blocks)
+    padded = jnp.pad(q * dim**-0.5, ((0, 0), (0, blocks * block - queries), (0, 0), (0, 0)))
+    rows = [x.swapaxes(1, 2).reshape(batch * heads, -1, dim) for x in (padded, k, v)]
+
+    def one_head(head: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v = head  # [blocks, block, H], [S, H]
+
+        @jax.checkpoint
+        def one_block(q: jax.Array) -> jax.Array:
+            logits = q @ k.T
+            weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+            return (weights @ v) / weights.sum(axis=-1, keepdims=True)
+
+        return jax.lax.map(one_block, q)
+
+    out = jax.lax.map(one_head, (rows[0].reshape(-1, blocks, block, dim), *rows[1:]))
+    return out.reshape(batch, heads, -1, dim)[:, :, :queries].swapaxes(1, 2).reshape(batch, queries, -1)
 
 
 def cudnn_serves(q: Float[Array | jax.ShapeDtypeStruct, "B T N H"]) -> bool:

@@ -259,12 +259,6 @@ def conv(
     )
 
 
-def upsample_nearest(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
-    """Double both sides, `[B, H, W, C] -> [B, 2H, 2W, C]`, each pixel four times."""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-
-
 def downsample_mean(x: Float[Array, "B h w C"]) -> Float[Array, "B h//2 w//2 C"]:
     """Halve both sides, `[B, H, W, C] -> [B, H/2, W/2, C]`, the mean of each 2x2 square (an odd last row or column
     is dropped, as by the reference's average pooling)."""

@@ -21,7 +21,7 @@ from kandinsky_jax.models.checks import check_shape
 from kandinsky_jax.models.compatibility import TorchModuleMixin
 from kandinsky_jax.models.config import NetworkConfig, block_faults
 from kandinsky_jax.models.hooks import AttentionLayer
-from kandinsky_jax.models.layers import GroupNorm, Rngs, conv, dtype_of, embed, linear, upsample_nearest
+from kandinsky_jax.models.layers import GroupNorm, Rngs, conv, dtype_of, embed, linear
 from kandinsky_jax.models.pretrained import PretrainedNetwork
 from kandinsky_jax.models.quantization_config import QuantizationConfig
 from kandinsky_jax.models.quantized import quantize_layers
@@ -170,15 +170,15 @@ class PixelAttention(AttentionLayer):
 
 
 class Resampler(nnx.Module):
-    """A convolution one level down, as the reference names its resamplers' (`downsamplers.0.conv`)."""
+    """A convolution in a module of its own, as the reference names it (`downsamplers.0.conv`)."""
 
     def __init__(self, dim: int, stride: int, *, rngs: Rngs):
         # The reference pads right and bottom only before its strided convolution.
         padding = ((0, 1), (0, 1)) if stride == 2 else 1
         self.conv = conv(dim, dim, rngs, stride=stride, padding=padding)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.conv(x)
+    def __call__(self, x: Float[Array, "B H W C"], *, doubled: bool = False) -> Float[Array, "B H2 W2 C"]:
+        return self.conv(x, doubled=doubled)
 
 
 class Block(nnx.Module):
@@ -216,7 +216,7 @@ class Block(nnx.Module):
         for downsampler in self.downsamplers:
             x = downsampler(x)
         for upsampler in self.upsamplers:
-            x = upsampler(upsample_nearest(x))
+            x = upsampler(x, doubled=True)
         return x
 
 

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from kandinsky_jax.common.errors import summarize
 from kandinsky_jax.common.types import Array, Float
 from kandinsky_jax.models.config import ConfigError
-from kandinsky_jax.models.convolution import Conv
+from kandinsky_jax.models.convolution import Conv, upsample_nearest
 from kandinsky_jax.models.layers import Linear
 from kandinsky_jax.models.quantization_config import SMALLEST_SCALE, WEIGHT_SUM, QuantizationConfig
 from kandinsky_jax.models.structure import named_modules, replace_module
@@ -130,9 +130,10 @@ class QuantizedConv(QuantizedLayer):
         self.strides = _pair(layer.strides)
         self.padding = _pads(layer.padding)
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h2 w2 D"]:
-        """x: `[B, H, W, in]`; `[B, H', W', out]` in the dtype of x."""
+    def __call__(self, x: Float[Array, "B h w C"], *, doubled: bool = False) -> Float[Array, "B h2 w2 D"]:
+        """x: `[B, H, W, in]`; `[B, H', W', out]` in the dtype of x. doubled: as in `Conv`."""
         value, scale = self._quantized_input(x, (1, 2, 3))
+        value = upsample_nearest(value) if doubled else value
         kernel = self.kernel[...]
         if self.input_zero_point is None or not any(map(any, self.padding)):
             sums = self._convolve(value, kernel, self.padding)

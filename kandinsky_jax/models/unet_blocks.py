@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kandinsky_jax.common.types import Array, Float
+from kandinsky_jax.models.convolution import upsample_nearest
 from kandinsky_jax.models.hooks import AttentionLayer, KeyValue
 from kandinsky_jax.models.layers import (
     GroupNorm,
@@ -24,12 +25,10 @@ from kandinsky_jax.models.layers import (
     downsample_mean,
     linear,
     split_heads,
-    upsample_nearest,
 )
 from kandinsky_jax.models.unet_config import UNetConfig
 
 Resample = Literal["down", "up"] | None
-_RESAMPLE = {"down": downsample_mean, "up": upsample_nearest, None: lambda x: x}
 
 
 class BlockCondition(NamedTuple):
@@ -52,12 +51,14 @@ class ResnetBlock2D(nnx.Module):
 
     def __call__(self, x: Float[Array, "B h w C"], temb: Float[Array, "B temb"]) -> Float[Array, "B h2 w2 D"]:
         """x: `[B, h, w, cin]`; temb: `[B, time_dim]`, SiLU already applied."""
-        resample = _RESAMPLE[self.resample]
-        hidden = self.conv1(resample(jax.nn.silu(self.norm1(x))))
+        hidden = jax.nn.silu(self.norm1(x))
+        if self.resample == "down":
+            hidden, x = downsample_mean(hidden), downsample_mean(x)
+        hidden = self.conv1(hidden, doubled=self.resample == "up")
         scale, shift = jnp.split(self.time_emb_proj(temb)[:, None, None], 2, axis=-1)
         hidden = self.conv2(jax.nn.silu(self.norm2(hidden) * (1 + scale) + shift))
-        x = resample(x)
-        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return hidden + (upsample_nearest(x) if self.resample == "up" else x)  # a 1x1 convolution commutes with it
 
 
 class SimpleCrossAttention(AttentionLayer):

@@ -101,6 +101,7 @@ def test_cudnn_is_found_where_the_plugin_is():
         ((64, 96, 24, 64, jnp.bfloat16), attention.flash, CUDNN, attention.plain),
         ((1024, 1056, 12, 64, jnp.float16), attention.plain, CUDNN, attention.plain),
         ((1024, 1056, 12, 64, jnp.float32), attention.plain, attention.plain, attention.plain),
+        ((256, 288, 18, 64, jnp.float32), attention.plain, attention.plain, attention.plain),
         ((257, 257, 16, 104, jnp.bfloat16), attention.plain, CUDNN, attention.plain),  # CLIP's vision tower
         ((16, 48, 2, 64, jnp.bfloat16), attention.plain, attention.plain, attention.plain),  # too small to pay
         ((1024, 1056, 12, 60, jnp.bfloat16), attention.plain, attention.plain, attention.plain),
@@ -113,7 +114,9 @@ def test_which_implementation_a_platform_takes(shape, tpu, cuda, other):
     q, k = shapes(*shape)
     assert attention.implementation("tpu", q, k) is tpu
     assert attention.implementation("cuda", q, k) is cuda
-    assert attention.implementation("cpu", q, k) is attention.implementation("rocm", q, k) is other
+    assert attention.implementation("rocm", q, k) is other
+    by_heads = q.dtype == jnp.float32 and q.shape[1] >= 1024
+    assert attention.implementation("cpu", q, k) is (attention.by_heads if by_heads else other)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -158,41 +161,55 @@ def test_attend_is_plain_where_xla_shards_arrays():
 def three_blocks(monkeypatch):
     """Of 96 queries and 112 keys, in a batch of 2 with one head."""
     monkeypatch.setattr(attention, "BLOCK_BYTES", 2 * 4 * 32 * 112)
+    monkeypatch.setattr(attention, "HEAD_BLOCK_BYTES", 4 * 32 * 112)
 
 
 @pytest.mark.usefixtures("three_blocks")
 @pytest.mark.parametrize(
-    ("queries", "dtype", "tolerance"),
-    [(96, jnp.float32, 1e-6), (95, jnp.float32, 1e-6), (95, jnp.bfloat16, 2**-8), (95, jnp.float16, 2**-11)],
+    ("method", "queries", "heads", "dtype", "tolerance"),
+    [
+        (attention.in_blocks, 96, 1, jnp.float32, 1e-6),
+        (attention.in_blocks, 95, 1, jnp.float32, 1e-6),
+        (attention.in_blocks, 95, 1, jnp.bfloat16, 2**-8),
+        (attention.in_blocks, 95, 1, jnp.float16, 2**-11),
+        (attention.by_heads, 96, 3, jnp.float32, 1e-6),
+        (attention.by_heads, 95, 1, jnp.float32, 1e-6),
+        (attention.by_heads, 20, 3, jnp.float32, 1e-6),  # one block
+    ],
 )
-def test_blocks_are_plain_attention(queries, dtype, tolerance):
+def test_blocks_are_plain_attention(method, queries, heads, dtype, tolerance):
     """`tolerance` in units of the largest value; in 16 bits that of the output's own rounding."""
-    q, k, v = (x.astype(dtype) for x in qkv(queries, 112, 1, 128))
-    plain, blocks = jax.jit(lambda *args: (attention.plain(*args), attention.in_blocks(*args)))(q, k, v)
+    q, k, v = (x.astype(dtype) for x in qkv(queries, 112, heads, 128))
+    plain, blocks = jax.jit(lambda *args: (attention.plain(*args), method(*args)))(q, k, v)
     assert blocks.dtype == dtype
     plain = np.asarray(plain, np.float32)
     assert np.abs(np.asarray(blocks, np.float32) - plain).max() <= tolerance * np.abs(plain).max()
 
 
+BLOCKS = [(attention.in_blocks, 1, 2), (attention.by_heads, 3, 1)]  # heads, and how many heads a block has at once
+
+
 @pytest.mark.usefixtures("three_blocks")
-def test_the_gradient_of_blocks_is_plain_attentions():
-    q, k, v = (x.astype(jnp.float32) for x in qkv(96, 112, 1, 128))
+@pytest.mark.parametrize(("method", "heads", "at_once"), BLOCKS)
+def test_the_gradient_of_blocks_is_plain_attentions(method, heads, at_once):
+    q, k, v = (x.astype(jnp.float32) for x in qkv(96, 112, heads, 128))
 
     def gradient(function):
         return jax.jit(jax.grad(lambda *args: (function(*args) ** 2).sum(), argnums=(0, 1, 2)))
 
-    for mine, reference in zip(gradient(attention.in_blocks)(q, k, v), gradient(attention.plain)(q, k, v), strict=True):
+    for mine, reference in zip(gradient(method)(q, k, v), gradient(attention.plain)(q, k, v), strict=True):
         assert np.abs(mine - reference).max() <= 1e-5 * np.abs(reference).max()
 
 
 @pytest.mark.usefixtures("three_blocks")
-def test_the_gradient_of_blocks_keeps_no_logits():
-    q, k = shapes(96, 112, 1, 128, jnp.float32)
-    gradient = jax.jit(jax.grad(lambda *args: attention.in_blocks(*args).sum(), argnums=(0, 1, 2)))
+@pytest.mark.parametrize(("method", "heads", "at_once"), BLOCKS)
+def test_the_gradient_of_blocks_keeps_no_logits(method, heads, at_once):
+    q, k = shapes(96, 112, heads, 128, jnp.float32)
+    gradient = jax.jit(jax.grad(lambda *args: method(*args).sum(), argnums=(0, 1, 2)))
     text = gradient.trace(q, k, k).lower().as_text()
     logits = {int(np.prod([int(n) for n in found.split("x")])) for found in re.findall(r"<([\dx]+)x112xf32>", text)}
-    assert 2 * 32 in logits  # one block's
-    assert 2 * 96 not in logits
+    assert at_once * 32 in logits  # one block's
+    assert not {at_once * 96, 2 * heads * 96} & logits
 
 
 @pytest.mark.slow

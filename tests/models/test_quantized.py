@@ -16,6 +16,7 @@ from flax import nnx
 
 from kandinsky_jax import ConfigError, PriorTransformer, UNet2DConditionModel, VQModel
 from kandinsky_jax.diffusion import Network
+from kandinsky_jax.models.convolution import upsample_nearest
 from kandinsky_jax.models.layers import abstract, conv, dtype_of, linear
 from kandinsky_jax.models.quantization_config import DTYPES, QuantizationConfig
 from kandinsky_jax.models.quantized import (
@@ -69,6 +70,7 @@ def test_a_linear_layer_sums_integers(config):
     sums = integers @ np.asarray(layer.weight[...], np.int64).T
     expected = sums * scale * np.asarray(layer.weight_scale[...])[:, 0] + np.asarray(full.bias[...])
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(layer(x, doubled=True), layer(upsample_nearest(x)))
     if config is DYNAMIC:
         assert np.abs(layer(x) - full(x)).max() < 0.03 * np.asarray(full(x)).std()
 
