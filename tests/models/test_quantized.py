@@ -70,7 +70,6 @@ def test_a_linear_layer_sums_integers(config):
     sums = integers @ np.asarray(layer.weight[...], np.int64).T
     expected = sums * scale * np.asarray(layer.weight_scale[...])[:, 0] + np.asarray(full.bias[...])
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(layer(x, doubled=True), layer(upsample_nearest(x)))
     if config is DYNAMIC:
         assert np.abs(layer(x) - full(x)).max() < 0.03 * np.asarray(full(x)).std()
 
@@ -90,6 +89,7 @@ def test_a_convolution_sums_integers(options, config):
     sums = np.asarray(plain(jnp.asarray(integers, jnp.float32)))  # exact: at most 9 * 16 * 255 * 127 < 2^24
     expected = sums * scale * np.asarray(layer.weight_scale[...]).reshape(-1)
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(layer(x, doubled=True), layer(upsample_nearest(x)))
     if config is DYNAMIC:
         assert np.abs(layer(x) - full(x)).max() < 0.1 * np.asarray(full(x)).std()
 

@@ -95,6 +95,7 @@ class Bench:
         self.environment: dict[str, str | None] = {
             "KANDINSKY_JAX_CACHE": str(scratch / "programs"),
             "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+            "OPENVINO_PROGRAMS": str(scratch / "openvino"),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the sides share the device
         }
 

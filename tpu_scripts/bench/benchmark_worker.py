@@ -146,12 +146,22 @@ def their_pipeline(models: str, dtype: str, which: str, device: str, mode: str |
     """
     import diffusers
     import torch
+    import transformers
 
     torch.backends.cudnn.benchmark = True
     root = hub.EMBEDDED["tiny"] if models == "tiny" else Path(models)
 
     def load(cls: Any, repository: str) -> Any:
-        return cls.from_pretrained(root / repository, torch_dtype=getattr(torch, dtype))
+        folder, parts = root / repository, {}
+        if mode == OPENVINO:
+            from openvino_pipeline import METHODS, without_weights
+
+            index = json.loads((folder / "model_index.json").read_text())
+            for name in METHODS.keys() & index.keys():
+                library, kind = index[name]
+                network = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+                parts[name] = without_weights(network, folder / name, Path(os.environ["OPENVINO_PROGRAMS"]))
+        return cls.from_pretrained(folder, torch_dtype=getattr(torch, dtype), **parts)
 
     if which == "prior":
         pipe = load(diffusers.KandinskyV22PriorPipeline, hub.PRIOR)
@@ -165,9 +175,6 @@ def their_pipeline(models: str, dtype: str, which: str, device: str, mode: str |
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     if mode == OPENVINO:
-        from openvino_pipeline import use_openvino
-
-        use_openvino(pipe)
         return pipe
     networks = {name: getattr(pipe, name, None) for name in ("unet", "movq", "prior", "prior_prior")}
     for name in ("unet", "movq"):
