@@ -43,19 +43,25 @@ def _first_rows(tree: PyTree, images: int) -> PyTree:
 
 
 def condition(
-    network: Network, params: Params, cond: Arrays, uncond: Arrays | None = None, shared: Arrays | None = None
+    network: Network,
+    params: Params,
+    cond: Arrays,
+    uncond: Arrays | None = None,
+    shared: Arrays | None = None,
+    method: str = "condition",
 ) -> tuple[PyTree, PyTree]:
     """Run a network's `condition` for the examples of a loop.
 
     Args:
         cond, uncond: its arguments by name, arrays `[B, ...]`; uncond is None where guidance is off.
         shared: further arguments, the same for both.
+        method: of the network, in the place of `condition`.
     Returns:
         the conditions for cond and for uncond, None without it; arrays `[B, ...]`. On a mesh, B is what an uneven batch
         is padded to.
     """
     args = shard_condition(network, (dict(cond), None if uncond is None else dict(uncond), dict(shared or {})))
-    return shard_condition(network, _condition(network, params, *args))
+    return shard_condition(network, _condition(network, params, *args, method=method))
 
 
 def shard_condition(network: Network, tree: PyTree) -> PyTree:
@@ -67,14 +73,19 @@ def shard_condition(network: Network, tree: PyTree) -> PyTree:
     return tree if network.mesh is None else shard_batch(network.mesh, tree, pictures=False)
 
 
-@program(static_argnames="network")
+@program(static_argnames=("network", "method"))
 def _condition(
-    network: Network, params: Params, cond: Arrays, uncond: Arrays | None, shared: Arrays
+    network: Network,
+    params: Params,
+    cond: Arrays,
+    uncond: Arrays | None,
+    shared: Arrays,
+    method: str = "condition",
 ) -> tuple[PyTree, PyTree]:
     exchanged = uncond is not None and exchanges_guidance(network.mesh)
 
     def local(params: Params, cond: Arrays, uncond: Arrays | None, shared: Arrays) -> tuple[PyTree, PyTree]:
-        compute = network.bind(params).condition
+        compute = getattr(network.bind(params), method)
         with matmul_precision(params):
             if uncond is None:
                 return compute(**cond, **shared), None

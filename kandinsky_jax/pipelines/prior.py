@@ -340,9 +340,8 @@ class PriorPipeline(Pipeline):
         """
 
         def condition_of(text: TextEncoding) -> PriorCondition:
-            return condition(network, params, {name: jnp.asarray(x) for name, x in zip(_ARGUMENTS, text, strict=True)})[
-                0
-            ]
+            arguments = {name: jnp.asarray(x) for name, x in zip(_ARGUMENTS, text, strict=True)}
+            return condition(network, params, arguments, method="condition_of_texts")[0]
 
         conditional = condition_of(cond)
         if uncond is None:

@@ -63,9 +63,9 @@ class _Observed(nnx.Module):
     def __init__(self, layer: nnx.Module, range_of: RangeOf, report: Callable[[np.ndarray], None]):
         self.layer, self.range_of, self.report = layer, range_of, report
 
-    def __call__(self, x: jax.Array) -> PyTree:
+    def __call__(self, x: jax.Array, **options: object) -> PyTree:
         jax.debug.callback(self.report, self.range_of(x))
-        return self.layer(x)
+        return self.layer(x, **options)
 
 
 class Observation:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kandinsky_jax import KandinskyV22PriorPipeline
+from kandinsky_jax.models import prior
 from kandinsky_jax.models.attention import attend, attend_after
 from tests.conftest import SHAPES_MODEL
 
@@ -21,6 +23,37 @@ def test_attention_to_kept_keys_is_attention():
     past = tuple(x[:, :6].swapaxes(1, 2) for x in (k, v))
     found = attend_after(q[:, 6:], past, k[:, 6:], v[:, 6:], visible)
     np.testing.assert_allclose(found, attend(q[:, 6:], k, v, visible), atol=1e-6)
+
+
+@pytest.mark.parametrize(("longest", "rows_left_out"), [(24, 53), (25, 0), (77, 0)])
+def test_short_texts_without_their_padding(shapes_pipe, monkeypatch, longest, rows_left_out):
+    monkeypatch.setattr(prior, "WIDE", 0)
+    network = shapes_pipe.prior_prior
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((2, 77, network.config.embedding_dim)), jnp.float32)
+    pooled = jnp.asarray(rng.standard_normal((2, network.config.embedding_dim)), jnp.float32)
+    mask = jnp.arange(77) < jnp.asarray([[5], [longest]])
+    whole = network.condition(pooled, hidden, mask)
+    found = jax.jit(network.condition_of_texts)(pooled, hidden, mask)
+    np.testing.assert_array_equal(found.visible, whole.visible)
+    visible = np.asarray(whole.visible)
+    for ours, theirs in zip(jax.tree.leaves(found[0]), jax.tree.leaves(whole[0]), strict=True):
+        ours, theirs = (np.asarray(x).transpose(0, 2, 1, 3) for x in (ours, theirs))  # [B, T + 1, heads, head_dim]
+        np.testing.assert_allclose(ours[visible], theirs[visible], atol=2e-5 * theirs.std())
+        assert (ours == 0).all((2, 3)).sum() == 2 * rows_left_out
+    noisy = jnp.asarray(rng.standard_normal(pooled.shape), jnp.float32)
+    ours, theirs = (network(noisy, 500, given) for given in (found, whole))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.std(theirs))
+
+
+def test_small_priors_have_one_way(shapes_pipe):
+    network = shapes_pipe.prior_prior
+    arrays = [jnp.zeros((1, *shape, network.config.embedding_dim)) for shape in ((), (77,))]
+    texts = [
+        str(jax.make_jaxpr(function)(*arrays, jnp.ones((1, 77), bool)))
+        for function in (network.condition_of_texts, network.condition)
+    ]
+    assert texts[0].count("cond[") == texts[1].count("cond[")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,14 @@ sys.path.insert(0, str(SCRIPT.parent))
 import benchmark  # noqa: E402
 import benchmark_table  # noqa: E402
 import kernel_times  # noqa: E402
-from benchmark_worker import OURS, THEIRS, Job  # noqa: E402
+import random_models  # noqa: E402
+from benchmark_worker import OPENVINO, OURS, PROMPTS, THEIRS, Job, parity  # noqa: E402
 from worker_process import WorkerFailed, WorkerProcess, WorkerTimeout  # noqa: E402
+
+from kandinsky_jax.checkpoint import hub  # noqa: E402
+from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenize  # noqa: E402
+from kandinsky_jax.models.clip import CLIPTextConfig  # noqa: E402
+from tests.conftest import SHAPES_MODEL  # noqa: E402
 
 JOB = Job(
     side=OURS,
@@ -59,6 +66,39 @@ def test_it_runs_on_the_small_model(tmp_path):
     text = (tmp_path / "found.md").read_text()
     assert "text2img, 25 + 50 steps" in text
     assert f"| {profile['kernels'][0]['kernel'][:80]} |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("models", ["tiny", str(SHAPES_MODEL)])
+def test_the_side_of_openvino_makes_the_same_picture(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENVINO_PROGRAMS", str(tmp_path / "programs"))
+    job = JOB._replace(
+        stage="parity",
+        models=models,
+        size=64,
+        steps=4,
+        prior_steps=4,
+        dtype="float32",
+        device="cpu",
+        folder=str(tmp_path),
+    )
+    arrays = [Path(parity(job._replace(side=side))["arrays"]) for side in (OPENVINO, THEIRS)]
+    differences = benchmark_table.differences(*arrays)
+    assert max(differences.values()) < 1e-2, differences
+    kept = [path.name.partition("-")[0] for path in (tmp_path / "programs").glob("*.xml")]
+    assert sorted(kept) == ["image_encoder", "movq", "prior", "text_encoder", "unet"]  # one program of each
+
+
+def test_the_tokenizer_of_random_models_fits_the_official_text_tower(tmp_path):
+    shutil.copytree(hub.EMBEDDED["tiny"] / hub.PRIOR / "tokenizer", tmp_path, dirs_exist_ok=True)
+    tower = random_models.OFFICIAL / hub.PRIOR / "text_encoder" / "config.json"
+    random_models._enlarge_vocabulary(tmp_path / "tokenizer.json", tower, PROMPTS)
+    tokenizer = load_tokenizer(tmp_path)
+    check_tokenizer(tokenizer, CLIPTextConfig.from_dict(json.loads(tower.read_text()), str(tower)))
+    ids, mask = tokenize(tokenizer, list(PROMPTS), 77)
+    assert mask.sum(axis=1).tolist() == [8, 19, 14, 21]  # by the official vocabulary 8, 19, 14, 22
+    assert (ids[:, 0] == 49406).all()
+    assert (ids[~mask] == 49407).all()
 
 
 @pytest.mark.slow

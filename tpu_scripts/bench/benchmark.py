@@ -283,7 +283,10 @@ def random_weights(folder: Path) -> Path:
     complete = folder / "random-weights" / "complete"
     if not complete.exists():
         with ProcessPoolExecutor() as pool:
-            for job in [pool.submit(random_models.write, complete.parent / name, name) for name in random_models.PARTS]:
+            jobs = [
+                pool.submit(random_models.write, complete.parent / name, name, PROMPTS) for name in random_models.PARTS
+            ]
+            for job in jobs:
                 job.result()
         complete.touch()
     return complete.parent

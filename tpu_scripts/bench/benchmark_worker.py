@@ -340,7 +340,8 @@ def parity(job: Job) -> dict[str, Any]:
         import torch
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        pipe = their_pipeline(job.models, job.dtype, "combined", job.device, None)
+        mode = OPENVINO if job.side == OPENVINO else None
+        pipe = their_pipeline(job.models, job.dtype, "combined", job.device, mode)
         generator = torch.Generator("cpu").manual_seed
 
         def host(tensor: Any) -> np.ndarray:

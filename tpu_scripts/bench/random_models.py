@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import re
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from flax import nnx
 
 from kandinsky_jax.checkpoint import flat_params, hub, set_params, tensor_files, tensor_names
@@ -33,8 +37,12 @@ PARTS = {
 }
 
 
-def write(folder: Path, repository: str) -> int:
-    """Write one repository into `folder`; the bytes of its largest part."""
+def write(folder: Path, repository: str, prompts: Sequence[str] = ()) -> int:
+    """Write one repository into `folder`; the bytes of its largest part.
+
+    Args:
+        prompts: that will be measured; the tokenizer knows their words.
+    """
     embedded = hub.EMBEDDED["tiny"] / repository
     sizes = []
     for part in hub.components(embedded):
@@ -42,8 +50,11 @@ def write(folder: Path, repository: str) -> int:
         target.mkdir(parents=True)
         if part in PARTS[repository]:
             sizes.append(_write_network(target, *PARTS[repository][part], OFFICIAL / repository / part / "config.json"))
-        elif part == "tokenizer":  # a small vocabulary; how long a network takes does not depend on it
+        elif part == "tokenizer":
             shutil.copytree(embedded / part, target, dirs_exist_ok=True)
+            _enlarge_vocabulary(
+                target / "tokenizer.json", OFFICIAL / repository / "text_encoder" / "config.json", prompts
+            )
         else:
             shutil.copytree(OFFICIAL / repository / part, target, dirs_exist_ok=True)
     shutil.copy(embedded / "model_index.json", folder / "model_index.json")
@@ -63,6 +74,30 @@ def _write_network(target: Path, name: str, dtype: str, config: Path) -> int:
     stem = "model" if name.startswith("CLIP") else "diffusion_pytorch_model"
     tensor_files.write(target / f"{stem}.safetensors", tensors)
     return np.dtype(dtype).itemsize * sum(math.prod(shape) for shape in shapes.values())
+
+
+def _enlarge_vocabulary(path: Path, tower: Path, prompts: Sequence[str]) -> None:
+    """Give a small tokenizer as many tokens as a text tower has, the start's and the end's the last two.
+
+    Each word of the prompts becomes one token, as common words are in the official vocabulary: how long a prompt is
+    matters for how long it takes. The other new tokens are in no text.
+    """
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    given, size = json.loads(path.read_text()), json.loads(tower.read_text())["vocab_size"]
+    vocab, merges, moved = given["model"]["vocab"], given["model"]["merges"], {}
+    for token in reversed(given["added_tokens"]):
+        moved[token["id"]] = token["id"] = vocab[token["content"]] = size - 1 - len(moved)
+    number = len(vocab) - len(moved)
+    for word in dict.fromkeys(re.findall("[a-z]+", " ".join(prompts).lower())):
+        for start, piece in itertools.pairwise(itertools.accumulate(tokenizer.encode(word).tokens[1:-1])):
+            if piece not in vocab:
+                vocab[piece], number = number, number + 1
+            merges.append([start, piece[len(start) :]])
+    vocab |= {f"unused {each}": each for each in range(number, size - len(moved))}
+    given["padding"] = given["truncation"] = None  # the pipelines say how long a text is
+    for end in (given["post_processor"]["cls"], given["post_processor"]["sep"]):
+        end[1] = moved[end[1]]
+    path.write_text(json.dumps(given))
 
 
 def network(repository: str, part: str, dtype: str, **changes: Any) -> nnx.Module:
