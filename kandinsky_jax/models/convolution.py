@@ -92,8 +92,7 @@ def _by_tiles(x: jax.Array, kernel: jax.Array, transforms: Transforms) -> jax.Ar
     tiles, rows, columns = range(len(transforms.input[0])), h // step, w // step
     # The kernel waits for the input. XLA would otherwise transform the kernels of all layers first, 1 GB of them in the
     # official UNet. (It does away with an `optimization_barrier` before it puts things in order.)
-    first = x[0, 0, 0, 0]
-    kernel = kernel + jnp.where(jnp.isfinite(first), 0 * first, 0)  # one picture's NaN is not its neighbours'
+    kernel = _after(x, kernel)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     # Both transforms work along a row of the tile, then along a column. The 16 products stay separate: stacked into
     # one, XLA spends as long on moving their inputs together as on multiplying.
@@ -103,12 +102,20 @@ def _by_tiles(x: jax.Array, kernel: jax.Array, transforms: Transforms) -> jax.Ar
     kernels = _combine(transforms.kernel, [kernel[:, j] for j in range(3)])  # [3, in, out]
     products = []
     for part, factor in zip(across, kernels, strict=True):
+        if products:
+            part = _after(products[-1], part)
         inputs = _combine(transforms.input, [part[:, i : i + h - step + 1 : step] for i in tiles])
         factors = _combine(transforms.kernel, [factor[i] for i in range(3)])  # [in, out]
         column = [tile.reshape(-1, c) @ f for tile, f in zip(inputs, factors, strict=True)]
         products.append(jnp.stack(_combine(transforms.output, column), axis=1))  # [B H/s W/s, 2, out]
     pixels = jnp.stack(_combine(transforms.output, products), axis=2).reshape(b, rows, columns, 2, 2, -1)
     return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * rows, 2 * columns, -1)
+
+
+def _after(first: jax.Array, then: jax.Array) -> jax.Array:
+    """Return `then` as something that XLA cannot compute before `first`."""
+    number = first.ravel()[0]
+    return then + jnp.where(jnp.isfinite(number), 0 * number, 0)  # one picture's NaN is not its neighbours'
 
 
 def _combine(rows: Weights, terms: Sequence[jax.Array]) -> list[jax.Array]:

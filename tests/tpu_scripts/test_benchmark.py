@@ -25,7 +25,6 @@ from worker_process import WorkerFailed, WorkerProcess, WorkerTimeout  # noqa: E
 from kandinsky_jax.checkpoint import hub  # noqa: E402
 from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenize  # noqa: E402
 from kandinsky_jax.models.clip import CLIPTextConfig  # noqa: E402
-from tests.conftest import SHAPES_MODEL  # noqa: E402
 
 JOB = Job(
     side=OURS,
@@ -69,8 +68,7 @@ def test_it_runs_on_the_small_model(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("models", ["tiny", str(SHAPES_MODEL)])
-def test_the_side_of_openvino_makes_the_same_picture(models, tmp_path, monkeypatch):
+def test_the_side_of_openvino_makes_the_same_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENVINO_PROGRAMS", str(tmp_path / "programs"))
     job = JOB._replace(
         stage="parity",
@@ -84,7 +82,7 @@ def test_the_side_of_openvino_makes_the_same_picture(models, tmp_path, monkeypat
     )
     arrays = [Path(parity(job._replace(side=side))["arrays"]) for side in (OPENVINO, THEIRS)]
     differences = benchmark_table.differences(*arrays)
-    assert max(differences.values()) < 1e-2, differences
+    assert max(differences.values()) < 0.05, differences  # of the spread, and of 255
     kept = [path.name.partition("-")[0] for path in (tmp_path / "programs").glob("*.xml")]
     assert sorted(kept) == ["image_encoder", "movq", "prior", "text_encoder", "unet"]  # one program of each
 

@@ -161,7 +161,7 @@ def their_pipeline(models: str, dtype: str, which: str, device: str, mode: str |
                 library, kind = index[name]
                 network = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
                 parts[name] = without_weights(network, folder / name, Path(os.environ["OPENVINO_PROGRAMS"]))
-        return cls.from_pretrained(folder, torch_dtype=getattr(torch, dtype), **parts)
+        return cls.from_pretrained(folder, dtype=getattr(torch, dtype), **parts)
 
     if which == "prior":
         pipe = load(diffusers.KandinskyV22PriorPipeline, hub.PRIOR)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch.utils import _pytree
 
 OPTIONS = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -28,6 +29,7 @@ METHODS = {
     "text_encoder": "forward",
     "image_encoder": "forward",
 }
+KEPT = {"clip_mean", "clip_std"}  # parameters that pipelines use outside these methods
 
 
 def without_weights(cls: Any, folder: Path, programs: Path) -> Any:
@@ -48,6 +50,9 @@ def without_weights(cls: Any, folder: Path, programs: Path) -> Any:
                 if tensor is not None:
                     one = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
                     tensors[name] = one if tensors is part._buffers else torch.nn.Parameter(one, requires_grad=False)
+    for name in KEPT & dict(module.named_parameters()).keys():
+        with safe_open(folder / "diffusion_pytorch_model.safetensors", "pt") as file:
+            setattr(module, name, torch.nn.Parameter(file.get_tensor(name), requires_grad=False))
     method = METHODS[folder.name]
     setattr(module, method, Compiled(cls, folder, method, programs))
     return module.eval()
@@ -103,7 +108,7 @@ def convert(call: Path, target: Path) -> None:
     given = torch.load(call, weights_only=True)
     name, folder, method = given["network"]
     module, _, attribute = name.rpartition(".")
-    network = getattr(importlib.import_module(module), attribute).from_pretrained(folder, torch_dtype=torch.float32)
+    network = getattr(importlib.import_module(module), attribute).from_pretrained(folder, dtype=torch.float32)
     torch.nn.GroupNorm.forward = _group_norm
     leaves, tree = _pytree.tree_flatten((tuple(given["args"]), given["kwargs"]))
     tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
