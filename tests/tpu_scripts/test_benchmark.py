@@ -72,7 +72,6 @@ def test_the_side_of_openvino_makes_the_same_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENVINO_PROGRAMS", str(tmp_path / "programs"))
     job = JOB._replace(
         stage="parity",
-        models=models,
         size=64,
         steps=4,
         prior_steps=4,
