@@ -100,7 +100,7 @@ def _by_tiles(x: jax.Array, kernel: jax.Array, transforms: Transforms) -> jax.Ar
         transforms.input, [padded[:, :, j : j + w - step + 1 : step] for j in tiles]
     )  # [B, H + 2, W/s, in]
     kernels = _combine(transforms.kernel, [kernel[:, j] for j in range(3)])  # [3, in, out]
-    products = []
+    products: list[jax.Array] = []
     for part, factor in zip(across, kernels, strict=True):
         if products:
             part = _after(products[-1], part)
