@@ -11,8 +11,8 @@ The platform is that for which a program is lowered, not the one that lowers it:
   it, 1.6 GB with JAX's kernel, 5.2 GB with neither (v5e, XLA's count).
 - CUDA: `cudnn`, cuDNN's fused kernel, for heads of at most 128 channels in bfloat16 or float16. It reads
   `[B, T, heads, 64]` as it is, and keeps the logits on the chip too, in the gradient as well.
-- CPU: `by_heads` in float32, unless a head's logits are few. XLA gives a softmax over all heads five times as long as
-  over one after the other (`tpu_scripts/results/NOTES.md`).
+- CPU: `by_heads` in float32, unless a head's logits are few. All heads at once take XLA three times as long
+  (`tpu_scripts/results/NOTES.md`).
 - Otherwise XLA: `plain`, or `in_blocks` where the logits would take more than `BLOCK_BYTES`.
 """
 
@@ -75,7 +75,7 @@ def implementation(
         return flash
     if platform == "cuda" and cudnn_serves(q) and has_cudnn():
         return cudnn
-    if platform == "cpu" and q.dtype == jnp.float32 and 4 * q.shape[1] * k.shape[1] >= HEAD_LEAST_BYTES:
+    if platform == "cpu" and q.dtype == jnp.float32 and _head_bytes(q, k) >= HEAD_LEAST_BYTES:
         return by_heads
     return in_blocks if logit_bytes(q, k) > BLOCK_BYTES else plain
 
@@ -124,8 +124,12 @@ def logit_bytes(
     q: Float[Array | jax.ShapeDtypeStruct, "B T N H"], k: Float[Array | jax.ShapeDtypeStruct, "B S N H"]
 ) -> int:
     """Bytes of the float32 logits `[B, N, T, S]`."""
-    batch, queries, heads, _ = q.shape
-    return 4 * batch * heads * queries * k.shape[1]
+    return q.shape[0] * q.shape[2] * _head_bytes(q, k)
+
+
+def _head_bytes(q: jax.Array | jax.ShapeDtypeStruct, k: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """`logit_bytes` of one head of one example."""
+    return 4 * q.shape[1] * k.shape[1]
 
 
 def in_blocks(
@@ -136,24 +140,33 @@ def in_blocks(
     A softmax is over all keys of a query, so blocks change no sum. The gradient computes each block's logits again
     instead of keeping them.
     """
+    blocks = _query_blocks(q, logit_bytes(q, k), BLOCK_BYTES).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda part: plain(part, k, v)), blocks)  # [blocks, B, block, N * H]
+    return out.swapaxes(0, 1).reshape(len(q), -1, out.shape[-1])[:, : q.shape[1]]
+
+
+def _query_blocks(q: jax.Array, logits: int, at_most: int) -> jax.Array:
+    """Divide queries `[B, T, N, H]` into `[B, blocks, block, N, H]`, filled up by zeros.
+
+    Args:
+        logits: bytes of those of all queries.
+        at_most: bytes of those of a block.
+    """
     batch, queries = q.shape[:2]
-    blocks = min(-(-logit_bytes(q, k) // BLOCK_BYTES), queries)
+    blocks = min(-(-logits // at_most), queries)
     block = -(-queries // blocks)
     padded = jnp.pad(q, ((0, 0), (0, blocks * block - queries), (0, 0), (0, 0)))
-    parts = padded.reshape(batch, blocks, block, *q.shape[2:]).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda part: plain(part, k, v)), parts)  # [blocks, B, block, N * H]
-    return out.swapaxes(0, 1).reshape(batch, blocks * block, -1)[:, :queries]
+    return padded.reshape(batch, blocks, block, *q.shape[2:])
 
 
 def by_heads(
     q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]
 ) -> Float[Array, "B T N*H"]:
     """`plain` without a mask, one head of one example after the other, in blocks of queries as `in_blocks`."""
-    (batch, queries, heads, dim), keys = q.shape, k.shape[1]
-    blocks = min(-(-4 * queries * keys // HEAD_BLOCK_BYTES), queries)
-    block = -(-queries // blocks)
-    padded = jnp.pad(q * dim**-0.5, ((0, 0), (0, blocks * block - queries), (0, 0), (0, 0)))
-    rows = [x.swapaxes(1, 2).reshape(batch * heads, -1, dim) for x in (padded, k, v)]
+    batch, queries, heads, dim = q.shape
+    parts = _query_blocks(q * dim**-0.5, _head_bytes(q, k), HEAD_BLOCK_BYTES)
+    parts = jnp.moveaxis(parts, 3, 1).reshape(batch * heads, *parts.shape[1:3], dim)
+    keys, values = (x.swapaxes(1, 2).reshape(batch * heads, -1, dim) for x in (k, v))
 
     def one_head(head: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v = head  # [blocks, block, H], [S, H]
@@ -166,8 +179,8 @@ def by_heads(
 
         return jax.lax.map(one_block, q)
 
-    out = jax.lax.map(one_head, (rows[0].reshape(-1, blocks, block, dim), *rows[1:]))
-    return out.reshape(batch, heads, -1, dim)[:, :, :queries].swapaxes(1, 2).reshape(batch, queries, -1)
+    out = jax.lax.map(one_head, (parts, keys, values)).reshape(batch, heads, -1, dim)
+    return out[:, :, :queries].swapaxes(1, 2).reshape(batch, queries, -1)
 
 
 def cudnn_serves(q: Float[Array | jax.ShapeDtypeStruct, "B T N H"]) -> bool:

@@ -25,11 +25,11 @@ Weights: TypeAlias = tuple[tuple[float, ...], ...]
 
 
 class Transforms(NamedTuple):
-    """Winograd's algorithm along one side of a tile, as rows of weights."""
+    """Winograd's algorithm along one side of a tile: weights of sums, of which each row is one."""
 
-    input: Weights  # of `len(kernel)` sums of neighbouring pixels
-    kernel: Weights  # of as many sums of three taps
-    output: Weights  # of the two pixels of output, from their products
+    input: Weights  # of neighbouring pixels, a sum for each product
+    kernel: Weights  # of the three taps, a sum for each product
+    output: Weights  # of the products, a sum for each of two pixels of output
     step: int  # pixels of input from tile to tile
 
 
@@ -88,28 +88,30 @@ def winograd_doubled(x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"]
 
 def _by_tiles(x: jax.Array, kernel: jax.Array, transforms: Transforms) -> jax.Array:
     b, h, w, c = x.shape
-    step = transforms.step
-    tiles, rows, columns = range(len(transforms.input[0])), h // step, w // step
+    step = transforms.step  # s below
     # The kernel waits for the input. XLA would otherwise transform the kernels of all layers first, 1 GB of them in the
     # official UNet. (It does away with an `optimization_barrier` before it puts things in order.)
     kernel = _after(x, kernel)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    # Both transforms work along a row of the tile, then along a column. The 16 products stay separate: stacked into
-    # one, XLA spends as long on moving their inputs together as on multiplying.
-    across = _combine(
-        transforms.input, [padded[:, :, j : j + w - step + 1 : step] for j in tiles]
-    )  # [B, H + 2, W/s, in]
+
+    def places(of: jax.Array, axis: int) -> list[jax.Array]:
+        """The pixels of all tiles, by their place in the tile along an axis."""
+        size = x.shape[axis] - step + 1
+        return [jax.lax.slice_in_dim(of, i, i + size, step, axis) for i in range(len(transforms.input[0]))]
+
+    # Both transforms work along a row of the tile, then along a column. The products stay separate: stacked into one,
+    # XLA spends as long on moving their inputs together as on multiplying.
+    across = _combine(transforms.input, places(padded, 2))  # [B, H + 2, W/s, in]
     kernels = _combine(transforms.kernel, [kernel[:, j] for j in range(3)])  # [3, in, out]
     products: list[jax.Array] = []
     for part, factor in zip(across, kernels, strict=True):
-        if products:
-            part = _after(products[-1], part)
-        inputs = _combine(transforms.input, [part[:, i : i + h - step + 1 : step] for i in tiles])
+        # One column of products after the other: all at once, MoVQ has half as much again of temporaries.
+        inputs = _combine(transforms.input, places(_after(products[-1], part) if products else part, 1))
         factors = _combine(transforms.kernel, [factor[i] for i in range(3)])  # [in, out]
         column = [tile.reshape(-1, c) @ f for tile, f in zip(inputs, factors, strict=True)]
         products.append(jnp.stack(_combine(transforms.output, column), axis=1))  # [B H/s W/s, 2, out]
-    pixels = jnp.stack(_combine(transforms.output, products), axis=2).reshape(b, rows, columns, 2, 2, -1)
-    return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * rows, 2 * columns, -1)
+    pixels = jnp.stack(_combine(transforms.output, products), axis=2).reshape(b, h // step, w // step, 2, 2, -1)
+    return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h // step, 2 * w // step, -1)
 
 
 def _after(first: jax.Array, then: jax.Array) -> jax.Array:
@@ -154,9 +156,7 @@ def cpu_method_doubled(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """`cpu_method` for the 3x3 convolution of a picture whose sides are doubled first."""
     both = jax.eval_shape(upsample_nearest, x)
-    if cpu_method(both, kernel) is convolve:
-        return _doubled_first
-    return winograd_doubled
+    return _doubled_first if cpu_method(both, kernel) is convolve else winograd_doubled
 
 
 def _doubled_first(x: jax.Array, kernel: jax.Array) -> jax.Array:

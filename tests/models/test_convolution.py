@@ -146,6 +146,13 @@ def test_other_convolutions_are_flax_own(settings):
     np.testing.assert_array_equal(layer(x), nnx.Conv.__call__(layer, x))
 
 
+@pytest.mark.parametrize("settings", [{"kernel": 1}, {"kernel": 1, "bias": False}, {}])
+def test_the_layer_is_flax_own_but_for_rounding(settings):
+    layer = conv(8, 8, nnx.Rngs(0), **settings)
+    x = jnp.asarray(inputs(1, 8, 8, 8, 8)[0], jnp.float32)
+    np.testing.assert_allclose(layer(x), nnx.Conv.__call__(layer, x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_winograd_has_the_convolutions_gradient():
     x, kernel = (jnp.asarray(a, jnp.float32) for a in inputs(1, 4, 4, 8, 8))

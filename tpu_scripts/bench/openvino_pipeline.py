@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch.utils import _pytree
 
 OPTIONS = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-# What a pipeline calls of its components, by their names without "prior_".
+# What a pipeline calls of its components, by the names of their folders.
 METHODS = {
     "unet": "forward",
     "movq": "decode",
@@ -33,7 +33,7 @@ KEPT = {"clip_mean", "clip_std"}  # parameters that pipelines use outside these 
 
 
 def without_weights(cls: Any, folder: Path, programs: Path) -> Any:
-    """A network whose method `METHODS` has is run by OpenVINO.
+    """Return a network without weights, of which OpenVINO runs the method that pipelines call.
 
     Args:
         cls: its class, diffusers' or transformers'.
@@ -41,8 +41,10 @@ def without_weights(cls: Any, folder: Path, programs: Path) -> Any:
         programs: where converted networks are kept.
     """
     with torch.device("meta"):
-        config = cls.load_config(folder) if hasattr(cls, "load_config") else cls.config_class.from_pretrained(folder)
-        module = cls.from_config(config) if hasattr(cls, "load_config") else cls(config)
+        if hasattr(cls, "load_config"):  # diffusers'
+            module = cls.from_config(cls.load_config(folder))
+        else:
+            module = cls(cls.config_class.from_pretrained(folder))
     # Of the right shape, dtype and device, which pipelines ask for, but one number in memory.
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -133,13 +135,12 @@ class _Flat(torch.nn.Module):
         filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self._leaves]
         args, kwargs = _pytree.tree_unflatten(filled, self._tree)
         found = getattr(self.network, self._method)(*args, **kwargs)
-        # transformers' and diffusers' outputs are dictionaries whose values have names as attributes too
         leaves, self.result = _pytree.tree_flatten(found)
         return tuple(leaves)
 
 
 def _group_norm(self: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """GroupNorm as a norm of each group's row: OpenVINO 2025.4 to 2026.4 crash compiling its own GroupNormalization
+    """GroupNorm as a norm of each group's row: OpenVINO 2025.4.1 to 2026.4.1 crash compiling its own GroupNormalization
     in this UNet, where a CPU has AVX-512."""
     groups = x.reshape(len(x), self.num_groups, -1)
     normed = torch.nn.functional.layer_norm(groups, groups.shape[-1:], eps=self.eps).reshape(x.shape)

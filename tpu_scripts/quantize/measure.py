@@ -137,9 +137,10 @@ class Compared(nnx.Module):
     def __init__(self, full: nnx.Module, quantized: nnx.Module, report: Callable[[np.ndarray], None]):
         self.full, self.quantized, self.report = full, quantized, report
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.full(x)
-        jax.debug.callback(self.report, jnp.stack([jnp.mean((self.quantized(x) - y) ** 2), jnp.var(y)]))
+    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+        y = self.full(x, **options)
+        error = self.quantized(x, **options) - y
+        jax.debug.callback(self.report, jnp.stack([jnp.mean(error**2), jnp.var(y)]))
         return y
 
 
