@@ -15,8 +15,6 @@ from tests.batch.store import object_store
 from tests.conftest import note
 from tpu_scripts.batch.shared_cache import Hosts, compiled, dead_holder, figures, finish
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module", autouse=True)
 def store():
@@ -38,6 +36,7 @@ def check_entries(folder: Path, prefix: str) -> None:
     assert all(map(are_whole, entries.values()))
 
 
+@pytest.mark.slow
 def test_four_cold_processes_compile_each_program_once(tmp_path):
     job = Hosts(tmp_path, "gs://bucket/cold")
     hosts = [job.start(index, 4) for index in range(4)]
@@ -53,6 +52,7 @@ def test_four_cold_processes_compile_each_program_once(tmp_path):
     check_entries(tmp_path, "cold")
 
 
+@pytest.mark.campaign
 def test_a_killed_holder_blocks_nobody_for_longer_than_the_bound(tmp_path):
     found = dead_holder(tmp_path, "gs://bucket/killed", 3, wait=120)
     assert note(found["seconds_after_the_kill"], "seconds after the kill") < 120
@@ -79,6 +79,7 @@ print(float(jax.jit(lambda x: jnp.sin(x) * 3)(jnp.float32(0.5))), len(hits))
 """
 
 
+@pytest.mark.slow
 def test_hosts_of_a_slice_claim_nothing_and_process_0_sends(tmp_path):
     """As after `batch --distributed`, where JAX keeps programs of process 0 alone."""
     outputs = []

@@ -20,6 +20,7 @@ try:
 except ImportError:
     zstandard = None  # type: ignore[assignment]
 
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX reports it in the thread that has compiled
 ENDING = "-cache"  # of an entry's file, as JAX names it
 _ENTRY = re.compile(rf".+-[0-9a-f]{{64}}{ENDING}", re.DOTALL)  # the program's name and a SHA-256
 MAX_CACHE_BYTES = 4 << 30  # of a folder

@@ -17,11 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from kandinsky_jax.common.malloc import return_freed_memory
 from kandinsky_jax.common.types import PyTree
-from kandinsky_jax.compilation.local_cache import CacheWarning
+from kandinsky_jax.compilation.local_cache import COMPILED, CacheWarning
 from kandinsky_jax.compilation.quick import QUICK_OPTIONS, GoodPrograms, quick_programs
 
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+LONG_SECONDS = 1.0  # of compiling, or of reading from the cache, after which memory may have been freed
 
 
 class Program:
@@ -39,11 +42,23 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (rehearsal := _REHEARSAL.get()) is not None:
             return rehearsal.compile(self, args, kwargs)
+        _return_compilers_memory()
         if quick_programs() and not _is_traced(args, kwargs):
             call = _Call(args, kwargs)
             if not self.good.ready(call.key, lambda: call.lower(self.jitted)):
                 return self.quick(*args, **kwargs)
         return self.jitted(*args, **kwargs)
+
+
+@functools.cache
+def _return_compilers_memory() -> None:
+    """From now on, give back what XLA's compiler has freed: over a gigabyte after the official UNet on a CPU."""
+
+    def compiled(event: str, duration_secs: float, **_: object) -> None:
+        if event == COMPILED and duration_secs > LONG_SECONDS:
+            return_freed_memory()
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
 
 
 def _is_traced(*trees: PyTree) -> bool:

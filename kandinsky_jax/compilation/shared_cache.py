@@ -36,9 +36,8 @@ from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.files import Files, open_files
 from kandinsky_jax.common.remote import connect
 from kandinsky_jax.compilation.claims import REQUEST_SECONDS, Claims, Outcome, within
-from kandinsky_jax.compilation.local_cache import ENDING, CacheWarning, are_whole, private
+from kandinsky_jax.compilation.local_cache import COMPILED, ENDING, CacheWarning, are_whole, private
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX reports it in the thread that has compiled
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")  # keys of JAX that can be names of files as they are
 SENDERS = 4  # threads
 SLOWEST_BYTES = 1 << 20  # a second, of an entry that is sent

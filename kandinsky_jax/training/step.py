@@ -18,11 +18,11 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.malloc import keep_freed_memory
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.sharding import REPLICATED, Rules
 from kandinsky_jax.parallel.stationary import EXCHANGED, FSDP_AXIS, to_gather
 from kandinsky_jax.training.distillation import TARGET
-from kandinsky_jax.training.malloc import keep_freed_memory
 from kandinsky_jax.training.mesh import (
     EXAMPLE_AXES,
     EXAMPLES,

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     ("processes", "distributed", "kills"),
     [
-        pytest.param(2, True, 2, marks=pytest.mark.slow),
+        pytest.param(2, True, 1, marks=pytest.mark.slow),
         pytest.param(2, True, 8, marks=pytest.mark.campaign),
         pytest.param(2, False, 4, marks=pytest.mark.campaign),
         pytest.param(4, True, 4, marks=pytest.mark.campaign),

@@ -42,7 +42,7 @@ def download(url: str, target: Path) -> Path:
 
 @pytest.mark.parametrize("processes", slow_and_campaign([1, 2], 2))
 def test_a_run_in_a_bucket_is_a_run_in_a_folder(store, tmp_path, processes):
-    """Stopped after some steps and continued by new machines: the same losses, weights and files as on a disk."""
+    """Stopped after some steps and continued by new machines: losses, weights and files of one run on a disk."""
     layout = Layout(processes, 2 // processes)
     train_hosts.write_data(tmp_path / "data", 20)
     base = f"gs://bucket/{layout}"
@@ -52,7 +52,7 @@ def test_a_run_in_a_bucket_is_a_run_in_a_folder(store, tmp_path, processes):
         ("here", str(tmp_path / "data"), str(tmp_path / "out")),
         ("there", f"{base}/data", f"{base}/out"),
     ):
-        for steps in (STEPS // 2, STEPS):
+        for steps in (STEPS // 2, STEPS) if name == "there" else (STEPS,):
             config = tmp_path / f"{name}.toml"
             train_hosts.write_config(config, data, output, steps, 2, precompute=True)
             if name == "there":
