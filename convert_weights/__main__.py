@@ -40,6 +40,10 @@ def main(
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="Scale inputs at run time, without calibration; with --quantize.")
     ] = False,
+    component: Annotated[
+        list[str] | None,
+        typer.Option(help="unet, prior or movq: this network alone; may be repeated; with --quantize."),
+    ] = None,
 ) -> None:
     """Convert a Kandinsky 2.2 model between diffusers' layout and an Orbax checkpoint, or quantize it.
 
@@ -51,8 +55,8 @@ def main(
     options: dict[str, Any] = {"layout": checked_layout, "revision": revision, "overwrite": overwrite}
     # After the checks: what follows takes seconds to import.
     if quantize is None:
-        if prior is not None or prompts is not None or dynamic:
-            raise ValueError("--prior, --prompts and --dynamic are for calibration: give --quantize int8 too")
+        if prior is not None or prompts is not None or dynamic or component:
+            raise ValueError("--prior, --prompts, --dynamic and --component need --quantize int8 too")
         from kandinsky_jax.checkpoint.conversion import convert
 
         convert(src, dst, dtype=checked_dtype, **options)
@@ -63,7 +67,8 @@ def main(
 
         texts = None if prompts is None else read_prompts(prompts)
         calibration: dict[str, Any] = {"prior": prior, "prompts": texts, "dynamic": dynamic}
-        convert_quantized(src, dst, quantize, weights_dtype=checked_dtype, **calibration, **options)
+        options |= {"components": component or None, "weights_dtype": checked_dtype}
+        convert_quantized(src, dst, quantize, **calibration, **options)
     print(f"wrote {dst}")
 
 

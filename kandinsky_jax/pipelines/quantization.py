@@ -168,6 +168,7 @@ def convert_quantized(
     prior: str | os.PathLike[str] | None = None,
     prompts: Sequence[str] | None = None,
     dynamic: bool = False,
+    components: Sequence[str] | None = None,
     revision: str | None = None,
     **options: Any,
 ) -> Path:
@@ -177,12 +178,13 @@ def convert_quantized(
         source, target, revision: see `kandinsky_jax.checkpoint.conversion.convert`.
         dtype: "int8" or "float8_e4m3fn", of quantized weights and inputs.
         prior: of a decoder, for calibration alone: folder or repository; None finds it as a combined pipeline does.
-        prompts, dynamic: see `Quantizer.quantize`.
+        prompts, dynamic, components: see `Quantizer.quantize`.
         options: further ones of `convert`; its `dtype`, here `weights_dtype`, is that of what is not quantized.
     Returns:
         the target.
     Raises:
         CheckpointError: for a decoder whose prior is not found, and as `convert`.
+        ValueError: for components that the model lacks, or that cannot be quantized.
     """
     folder = hub.resolve(source, hub.DECODER, revision=revision)
     able = [name for name, cls in hub.components(folder).items() if cls in QUANTIZABLE]
@@ -190,10 +192,12 @@ def convert_quantized(
         path = hub.component_folder(folder, name) / "config.json"
         if read_json(path).get("quantization_config") is not None:
             raise CheckpointError(of_file(path, "describes quantized weights; convert the full ones"))
+    if unknown := [name for name in components or () if name not in able]:
+        raise ValueError(f"{quote(unknown)} cannot be quantized in {folder}, only {able}")
     ranges: Mapping[str, InputRanges | None] = dict.fromkeys(able)
     if not dynamic:
         ranges = calibrate(_to_calibrate(folder, prior), prompts)
-    quantization = Quantization(dtype, {name: ranges[name] for name in able})
+    quantization = Quantization(dtype, {name: ranges[name] for name in components or able})
     options["dtype"] = options.pop("weights_dtype", None)
     return convert(folder, target, quantization=quantization, **options)
 

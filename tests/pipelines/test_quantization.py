@@ -26,6 +26,7 @@ from kandinsky_jax import (
     KandinskyV22PriorPipeline,
     PriorTransformer,
     UNet2DConditionModel,
+    VQModel,
     load_network,
     save_network,
 )
@@ -382,12 +383,14 @@ def test_a_model_is_converted_and_runs(quantized, tmp_path):
     ("arguments", "says"),
     [
         (["--quantize", "int4"], "--quantize=int4 is not supported, only int8, float8_e4m3fn"),
-        (["--dynamic"], "are for calibration: give --quantize int8 too"),
-        (["--prior", "x"], "are for calibration: give --quantize int8 too"),
+        (["--dynamic"], "--component need --quantize int8 too"),
+        (["--prior", "x"], "--component need --quantize int8 too"),
+        (["--component", "unet"], "--component need --quantize int8 too"),
+        (["--quantize", "int8", "--component", "image_encoder"], "['image_encoder'] cannot be quantized in"),
         (["--quantize", "int8", "--dynamic", "--prior", "x"], "--dynamic needs no calibration"),
         (["--quantize", "int8", "--prompts", "nothing.txt"], "nothing.txt"),
     ],
-    ids=range(5),
+    ids=range(7),
 )
 def test_options_that_do_not_go_together(arguments, says, tmp_path):
     result = CliRunner().invoke(app, [str(SHAPES_MODEL / hub.DECODER), str(tmp_path / "out"), *arguments])
@@ -424,3 +427,14 @@ def test_a_decoder_without_a_prior_is_converted_with_scales_at_run_time(tmp_path
     assert unet.config.quantization_config.dynamic
     assert not any(name.endswith("input_scale") for name in flat_params(unet))
     assert unet.dtype == jnp.bfloat16
+
+
+def test_one_network_is_quantized_and_the_others_stay_as_they_were(tmp_path):
+    source, target = SHAPES_MODEL / hub.DECODER, tmp_path / "out"
+    result = CliRunner().invoke(
+        app, [str(source), str(target), "--quantize", "int8", "--dynamic", "--component", "unet"]
+    )
+    assert result.exception is None, result.output
+    assert load_network(UNet2DConditionModel, target / "unet").config.quantization_config is not None
+    assert "quantization_config" not in json.loads((target / "movq" / "config.json").read_text())
+    assert same_weights(load_network(VQModel, target / "movq"), load_network(VQModel, source / "movq"))

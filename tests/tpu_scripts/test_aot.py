@@ -18,7 +18,15 @@ from kandinsky_jax.diffusion import Network
 from kandinsky_jax.parallel.mesh import make_mesh
 from kandinsky_jax.schedulers.table import STATE_SLOTS
 from kandinsky_jax.training.tasks import DistillDecoderTask, LoraTask
-from tpu_scripts.aot import aot_compile, aot_cost, aot_exchange, aot_gpu, aot_train_worker, aot_worker
+from tpu_scripts.aot import (
+    aot_compile,
+    aot_cost,
+    aot_exchange,
+    aot_gpu,
+    aot_train_worker,
+    aot_worker,
+    pictures_per_second,
+)
 
 ROOT = Path(__file__).parents[2]
 CHIP = aot_cost.Chip(flops=1e12, bandwidth=1e11, memory=1e9)
@@ -336,6 +344,22 @@ def test_results_are_complete_files(tmp_path):
     assert "| v5e:1x1 | decoder, unguided, effort -0.6 | 4 |" in table
     assert "leave 8.00 of 16 GB" in table
     assert "| h100:1 | decoder | 4 | 512 | 9 | cuDNN convolution 9, 8.00 |" in table
+
+
+def test_pictures_a_second_are_the_sums_of_a_calls_programs():
+    """Each program takes a millisecond by its bytes, and two by the estimate."""
+    chip = aot_cost.CHIPS["v5e"]
+    row = {"chips": "v5e:1x1", "batch": 8, "size": 512, "flops": 1.0, "memory_bytes": chip.bandwidth / 1e3}
+    row["estimated_cycles"] = chip.clock / 500
+    rows = [row | {"program": name} for name in ("text", "prior_condition", "prior", "condition", "decoder", "movq")]
+    rows += [row | {"program": name, "int8": True} for name in ("prior", "decoder", "movq")]
+    lines = [line.strip("| ").split(" | ") for line in pictures_per_second.table(rows).splitlines()]
+    found = {name: cells for name, *cells in lines}
+    assert found["25 + 50 guided steps"] == ["9.9", "3.2", "6.2", "0.1", "101.27", "1.0", "50.63", "1.0"]
+    assert found["25 + 50 guided steps, int8 but for MoVQ"] == found["25 + 50 guided steps"]
+    assert found["25 + 20 guided steps, dpm++2m-karras"][4:6] == ["163.27", "1.6"]
+    assert found["25 + 50 guided steps, `cache_interval=3`"] == ["not compiled: decoder_kept"]
+    assert found["4 + 4 unguided evaluations"][0].startswith("not compiled: prior, unguided, condition, unguided")
 
 
 def test_bytes_of_a_gpu_program_are_those_counted_in_its_text():

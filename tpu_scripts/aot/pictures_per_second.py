@@ -39,6 +39,7 @@ class Way(NamedTuple):
     steps: int
     guided: bool = True
     int8: bool = False
+    int8_movq: bool = False
     cache_interval: int = 1
 
     def programs(self) -> dict[str, int]:
@@ -52,7 +53,7 @@ class Way(NamedTuple):
             f"prior{of_loops}{int8}": self.prior_steps,
             f"condition{of_loops}": 1,
             f"decoder{of_loops}{int8}": whole,
-            f"movq{int8}": 1,
+            f"movq{', int8' * self.int8_movq}": 1,
         }
         return found | ({f"decoder_kept{of_loops}{int8}": self.steps - whole} if self.steps > whole else {})
 
@@ -61,9 +62,11 @@ WAYS = (
     Way("25 + 50 guided steps", 25, 50),
     Way("25 + 20 guided steps, dpm++2m-karras", 25, 20),
     Way("25 + 50 guided steps, `cache_interval=3`", 25, 50, cache_interval=3),
-    Way("25 + 50 guided steps, int8", 25, 50, int8=True),
+    Way("25 + 50 guided steps, int8", 25, 50, int8=True, int8_movq=True),
+    Way("25 + 50 guided steps, int8 but for MoVQ", 25, 50, int8=True),
     Way("4 + 4 unguided evaluations", 4, 4, guided=False),
-    Way("4 + 4 unguided evaluations, int8", 4, 4, guided=False, int8=True),
+    Way("4 + 4 unguided evaluations, int8", 4, 4, guided=False, int8=True, int8_movq=True),
+    Way("4 + 4 unguided evaluations, int8 but for MoVQ", 4, 4, guided=False, int8=True),
 )
 
 
