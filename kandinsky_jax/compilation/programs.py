@@ -40,9 +40,9 @@ class Program:
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _return_compilers_memory()
         if (rehearsal := _REHEARSAL.get()) is not None:
             return rehearsal.compile(self, args, kwargs)
-        _return_compilers_memory()
         if quick_programs() and not _is_traced(args, kwargs):
             call = _Call(args, kwargs)
             if not self.good.ready(call.key, lambda: call.lower(self.jitted)):
