@@ -172,6 +172,7 @@ time.sleep(0.2)
 assert not function.good.ready("slow", lambda: lowered), "compiled too fast for this test"
 print("begun", flush=True)
 """
+SLOWER = SLOW.replace("range(500)", "range(1500)")  # ten seconds, for tests that end it before
 WAITS = "the good programs are still being compiled, for later runs; Ctrl-C ends without them\n"
 
 
@@ -181,7 +182,7 @@ def test_a_script_waits_for_good_programs_at_its_end():
 
 
 def test_control_c_ends_the_wait():
-    with subprocess.Popen([sys.executable, "-c", SLOW], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", SLOWER], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr.readline() == WAITS
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
@@ -189,6 +190,6 @@ def test_control_c_ends_the_wait():
 
 
 def test_the_command_does_not_wait():
-    ends = f"{SLOW}\nbegan = time.monotonic()\nquick.leave(3)\n"
+    ends = f"{SLOWER}\nbegan = time.monotonic()\nquick.leave(3)\n"
     done = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (3, "begun\n", "")
