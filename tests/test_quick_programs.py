@@ -153,10 +153,11 @@ def test_the_environment_is_checked(monkeypatch):
 
 
 SLOW = """
-import sys, threading, time
+import signal, sys, threading, time
 import jax, jax.numpy as jnp
 from kandinsky_jax.compilation import program, quick, set_compilation_cache
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
 set_compilation_cache(None)
 quick.GRACE_SECONDS = 0.0
 
