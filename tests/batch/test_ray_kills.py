@@ -19,13 +19,6 @@ def job(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_workers_and_nodes(job):
-    """A worker and a node; the campaign kills and stops in all ways."""
-    kinds = ("worker KILL", "node")
-    assert ray_kill.kills(job, 2, random.Random(1), kinds=kinds)["kinds"] == dict.fromkeys(kinds, 1)
-
-
-@pytest.mark.slow
 def test_a_killed_driver_that_is_started_again(job):
     assert ray_scenes.driver_killed(job, 1, random.Random(2))["kills"] == 1
 

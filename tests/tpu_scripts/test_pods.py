@@ -311,7 +311,7 @@ esac
 """
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_script_for_queued_resources_completes_a_training_after_one_host_had_to_stop(tmp_path):
     """With a stand-in for gcloud that runs the command in two processes; the first time, one of them gets SIGTERM."""
     make_pictures(tmp_path / "pictures")

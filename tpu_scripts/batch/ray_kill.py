@@ -26,7 +26,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,11 @@ def open_job(folder: Path, rows: int, options: list[str]) -> Job:
     return Job(folder, rows, options, str(folder / "cache"))
 
 
-def kills(
-    job: Job,
-    count: int,
-    rng: random.Random,
-    nodes: int = 3,
-    options: list[str] | None = None,
-    kinds: Sequence[str] = KINDS,
-) -> dict[str, Any]:
+def kills(job: Job, count: int, rng: random.Random, nodes: int = 3, options: list[str] | None = None) -> dict[str, Any]:
     """Kill processes of a cluster, which gets another node for each that is lost; jobs follow each other."""
-    plan = [kinds[i % len(kinds)] for i in range(count)]
+    plan = [KINDS[i % len(KINDS)] for i in range(count)]
     rng.shuffle(plan)
-    killed: collections.Counter[str] = collections.Counter()
+    kinds: collections.Counter[str] = collections.Counter()
     moments: collections.Counter[str] = collections.Counter()
     found: dict[str, Any] = {"jobs": 0, "writing": 0, "loading": 0, "seconds": [], "shards_when_killed": []}
     whole = "whole" if options is None else "whole-folder"
@@ -81,9 +74,9 @@ def kills(
                 found["loading"] += any(process.seconds < 4 for process in victim.workers())
                 found["shards_when_killed"].append(driver.shards)
                 _kill(victim, plan[-1], rng)
-                killed[plan.pop()] += 1
+                kinds[plan.pop()] += 1
                 moments[moment] += 1
-                print(f"kill {killed.total()}: {killed}, {driver.shards} shards", flush=True)
+                print(f"kill {kinds.total()}: {kinds}, {driver.shards} shards", flush=True)
             last = time.monotonic()
             while driver.running and time.monotonic() - last < ray_scenes.SECONDS:
                 nursery.tend()
@@ -92,7 +85,7 @@ def kills(
             job.check(Path(driver.output), whole)
             shutil.rmtree(driver.output)
             found["jobs"] += 1
-    return {"kills": killed.total(), "kinds": killed, "moments": moments} | found
+    return {"kills": kinds.total(), "kinds": kinds, "moments": moments} | found
 
 
 class _Nursery:
