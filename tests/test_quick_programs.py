@@ -190,6 +190,23 @@ def test_control_c_ends_the_wait():
         assert process.stderr.read() == ""
 
 
+REFUSED = """
+def refused(self):
+    raise RuntimeError("can't start new thread")
+
+threading.Thread.start = refused
+"""
+
+
+def test_a_thread_that_cannot_be_started_leaves_the_quick_program():
+    """As where a limit of threads is reached: nothing waits for it at the end."""
+    code = SLOW.replace("assert not function", f"{REFUSED}assert not function", 1)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "begun\n"), done.stderr
+    assert "since the good one failed: can't start new thread" in done.stderr
+    assert WAITS not in done.stderr
+
+
 def test_the_command_does_not_wait():
     ends = f"{SLOWER}\nbegan = time.monotonic()\nquick.leave(3)\n"
     done = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True, timeout=300, check=False)

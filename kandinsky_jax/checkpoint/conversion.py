@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ from kandinsky_jax.checkpoint import (
 from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
 from kandinsky_jax.checkpoint.networks import bytes_as
 from kandinsky_jax.checkpoint.quantization import InputRanges, quantize_network
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.storage import check_replaceable, complete_or_absent, read_json
 from kandinsky_jax.models import NETWORKS
 from kandinsky_jax.models.layers import abstract
@@ -42,11 +44,12 @@ class Quantization:
 
     Attributes:
         dtype: "int8" or "float8_e4m3fn".
-        input_ranges: by component, from calibration, or None for scales at run time; see `quantize_network`.
+        input_ranges: gives, by component, the ranges from calibration, or None for scales at run time; see
+            `quantize_network`. It is called after all else has been checked, because it may take long.
     """
 
     dtype: str
-    input_ranges: Mapping[str, InputRanges | None]
+    input_ranges: Callable[[], Mapping[str, InputRanges | None]]
 
 
 def convert(
@@ -77,7 +80,10 @@ def convert(
     Raises:
         CheckpointError, ConfigError: the source cannot be used; every fault is listed.
         OSError: if the disk is too small, before anything is written where possible.
+        ValueError: for another layout.
     """
+    if layout not in (None, "orbax", "diffusers"):
+        raise ValueError(f'layout must be "orbax", "diffusers" or None, got {quote(layout)}')
     folder = hub.resolve(source, hub.DECODER, revision=revision, cache_dir=cache_dir)
     parts = {name: hub.component_folder(folder, name) for name in hub.components(folder)}
     classes = hub.components(folder)
@@ -93,10 +99,10 @@ def convert(
     target = Path(target)
     check_replaceable(target)
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    with (
-        complete_or_absent(target, needed, overwrite) as scratch,
-        tqdm(total=sum(read.values()), unit="B", unit_scale=True, disable=not progress) as bar,
-    ):
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(complete_or_absent(target, needed, overwrite))
+        input_ranges = {} if quantization is None else quantization.input_ranges()
+        bar = stack.enter_context(tqdm(total=sum(read.values()), unit="B", unit_scale=True, disable=not progress))
         for path in folder.iterdir():
             if path.is_file() and (path.suffix in _PLAIN or path.name in adapters) and path.name != MANIFEST:
                 shutil.copy(path, scratch / path.name)
@@ -104,8 +110,8 @@ def convert(
             bar.set_description(f"{folder.name}/{name}")
             if name in networks:
                 module = load_network(NETWORKS[classes[name]], part, dtype, cpu, bar)
-                if quantization is not None and name in quantization.input_ranges:
-                    module = quantize_network(module, quantization.input_ranges[name], quantization.dtype)
+                if quantization is not None and name in input_ranges:
+                    module = quantize_network(module, input_ranges[name], quantization.dtype)
                 save_network(module, scratch / name, layout)
                 config = module.config
                 del module  # before the next one is read, so that the peak is one component

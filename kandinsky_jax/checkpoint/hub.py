@@ -445,7 +445,7 @@ def find_prior(
             return resolve(named, PRIOR, **options)
     raise CheckpointError(
         f"{decoder} does not say which prior belongs to it: there is no folder {sibling} and no `prior:` in the front "
-        "matter of its README.md. Name one: from_pretrained(..., prior=FOLDER_OR_REPOSITORY)"
+        "matter of its README.md. Name one: from_pretrained(..., prior=FOLDER_OR_REPOSITORY), or --prior"
     )
 
 

@@ -28,11 +28,16 @@ QUANTIZABLE = ("UNet2DConditionModel", "PriorTransformer", "VQModel")
 InputRanges = Mapping[str, tuple[float, float]]  # the least and the largest input of each layer, by its dotted name
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError for a dtype that is not supported."""
+    if dtype not in DTYPES:
+        raise ValueError(f"quantization to {quote(dtype)} is not supported, only {', '.join(DTYPES)}")
+
+
 def check_quantizable(network: nnx.Module, dtype: str = "int8") -> None:
     """Raise ValueError for a network that is quantized already or cannot be, or a dtype that is not supported."""
     name = type(network).__name__
-    if dtype not in DTYPES:
-        raise ValueError(f"quantization to {quote(dtype)} is not supported, only {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if name not in QUANTIZABLE:
         raise ValueError(f"a {name} cannot be quantized, only {', '.join(QUANTIZABLE)}")
     if is_quantized(network):

@@ -131,7 +131,7 @@ def _is_working_directory(folder: Path) -> bool:
 
 def _check_absent(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already; choose another folder, or ask to overwrite it")
+        raise FileExistsError(f"{target} exists already; choose another folder, or overwrite=True (--overwrite)")
 
 
 def _swap(scratch: Path, target: Path, old: Path) -> None:

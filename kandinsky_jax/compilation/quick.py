@@ -133,7 +133,10 @@ def _compile_in_thread(job: Future[object], compile_program: Callable[[], object
         atexit.register(_wait_at_exit)
     _pending.add(job)
     job.add_done_callback(_pending.discard)
-    run_in_thread(compile_program, "compile-good", job)
+    try:
+        run_in_thread(compile_program, "compile-good", job)
+    except RuntimeError as error:  # no thread can be started
+        job.set_exception(error)
 
 
 def _wait_at_exit() -> None:

@@ -22,6 +22,7 @@ from kandinsky_jax.checkpoint.conversion import Quantization, convert
 from kandinsky_jax.checkpoint.quantization import (
     QUANTIZABLE,
     InputRanges,
+    check_dtype,
     check_quantizable,
     is_quantized,
     quantize_network,
@@ -123,12 +124,12 @@ def calibrate(
     held = {name: part for name, part in pipe._held().items() if type(part).__name__ in QUANTIZABLE}
     networks = {name: part for name, part in held.items() if not is_quantized(part)}
     found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in networks}
-    texts = list(PROMPTS if prompts is None else prompts)
+    texts = list(PROMPTS if prompts is None else as_list("prompts", prompts))
 
     def observe() -> None:
         seen = {name: Observation(network, range_of) for name, network in networks.items()}
         twin = type(pipe)(**pipe._held() | {name: one.network for name, one in seen.items()})
-        twin.set_progress_bar_config(disable=True)
+        twin.set_progress_bar_config(**pipe._progress_bar_config)
         _generate(twin, texts, _settings(pipe) | arguments | pipe._call_defaults())
         jax.effects_barrier()
         for name, one in seen.items():
@@ -142,6 +143,18 @@ def calibrate(
             observe()
         finally:
             pipe.unload_fast()
+    return found
+
+
+def as_list(name: str, values: Sequence[str]) -> list[str]:
+    """Return an argument's strings; a single one stands for itself.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    found = [values] if isinstance(values, str) else list(values)
+    if not found:
+        raise ValueError(f"{name} is empty: give one or more, or leave it out")
     return found
 
 
@@ -188,18 +201,26 @@ def convert_quantized(
     """
     folder = hub.resolve(source, hub.DECODER, revision=revision)
     able = [name for name, cls in hub.components(folder).items() if cls in QUANTIZABLE]
+    check_dtype(dtype)
+    chosen = able if components is None else as_list("components", components)
     for name in able:
         path = hub.component_folder(folder, name) / "config.json"
         if read_json(path).get("quantization_config") is not None:
             raise CheckpointError(of_file(path, "describes quantized weights; convert the full ones"))
-    if unknown := [name for name in components or () if name not in able]:
+    if unknown := [name for name in chosen if name not in able]:
         raise ValueError(f"{quote(unknown)} cannot be quantized in {folder}, only {able}")
-    ranges: Mapping[str, InputRanges | None] = dict.fromkeys(able)
-    if not dynamic:
-        ranges = calibrate(_to_calibrate(folder, prior), prompts)
-    quantization = Quantization(dtype, {name: ranges[name] for name in components or able})
+    texts = None if prompts is None else as_list("prompts", prompts)
+
+    def input_ranges() -> Mapping[str, InputRanges | None]:
+        if dynamic:
+            return dict.fromkeys(chosen)
+        pipe = _to_calibrate(folder, prior)
+        pipe.set_progress_bar_config(disable=not options.get("progress", True))
+        found = calibrate(pipe, texts)
+        return {name: found[name] for name in chosen}
+
     options["dtype"] = options.pop("weights_dtype", None)
-    return convert(folder, target, quantization=quantization, **options)
+    return convert(folder, target, quantization=Quantization(dtype, input_ranges), **options)
 
 
 def _to_calibrate(folder: Path, prior: str | os.PathLike[str] | None) -> Any:
@@ -294,8 +315,11 @@ class Quantizer(FastLoader):
             prior: for a decoder: the pipeline of a prior, for calibration alone.
             arguments: of the calls that calibrate, such as height and width.
         Raises:
-            ValueError: for networks that are quantized already, a decoder without a prior, or LoRA that is loaded.
+            ValueError: for networks that are quantized already, a decoder without a prior, LoRA that is loaded, or
+                prompts without calibration.
         """
+        if dynamic and prompts is not None:
+            raise ValueError("dynamic=True needs no calibration: leave prompts out")
         networks = self._to_quantize(dtype, components)
         ranges: Mapping[str, InputRanges | None] = dict.fromkeys(networks)
         if not dynamic:
@@ -311,9 +335,16 @@ class Quantizer(FastLoader):
         able = {name: part for name, part in held.items() if type(part).__name__ in QUANTIZABLE}
         if components is None:
             components = list(able)
+        # A combined pipeline's own names, and those of the prior's pipeline and of files.
+        prefixed = {name.removeprefix("prior_"): name for name in able}
+        components = [prefixed.get(name, name) for name in as_list("components", components)]
         if unknown := [name for name in components if name not in able]:
             raise ValueError(f"{quote(unknown)} cannot be quantized in a {type(self).__name__}, only {list(able)}")
         for name in components:
+            if is_quantized(able[name]):
+                raise ValueError(
+                    f"the {name} is quantized already: name the others in components=, or load the full weights again"
+                )
             check_quantizable(able[name], dtype)
             if loaded := list(adapters_of(able[name]).loaded):
                 raise ValueError(

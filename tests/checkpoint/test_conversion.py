@@ -211,7 +211,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, out, err = run_in_place(monkeypatch, capsys, "tiny/kandinsky-2-2-prior", "target")
     assert (code, out) == (1, "")
-    assert err == f"error: {tmp_path / 'target'} exists already; choose another folder, or ask to overwrite it\n"
+    assert (
+        err == f"error: {tmp_path / 'target'} exists already; choose another folder, or overwrite=True (--overwrite)\n"
+    )
     assert files_of(tmp_path / "target") == before
     code, out, _ = run_in_place(monkeypatch, capsys, DECODER, "target", "--overwrite", "--layout", "diffusers")
     assert (code, out) == (0, "wrote target\n")

@@ -36,7 +36,7 @@ from kandinsky_jax.checkpoint.fingerprint import weights_fingerprint
 from kandinsky_jax.checkpoint.manifest import verify
 from kandinsky_jax.checkpoint.quantization import quantize_network
 from kandinsky_jax.models.quantized import dequantize_weight, quantized_layers
-from kandinsky_jax.pipelines.quantization import calibrate, convert_quantized, read_prompts
+from kandinsky_jax.pipelines.quantization import as_list, calibrate, convert_quantized, read_prompts
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
@@ -117,7 +117,7 @@ def test_what_cannot_be_quantized(shapes_pipe, quantized):
         pipe.quantize("int4")
     with pytest.raises(ValueError, match=r"prior_text_encoder.* cannot be quantized"):
         pipe.quantize(components=["prior_text_encoder"])
-    with pytest.raises(ValueError, match="UNet2DConditionModel is quantized already; quantize the full weights"):
+    with pytest.raises(ValueError, match="the unet is quantized already: name the others in components="):
         quantized.quantize()
     with pytest.raises(ValueError, match="calibration has no inputs of transformer_blocks"):
         quantize_network(shapes_pipe.prior_prior, {})
@@ -397,6 +397,41 @@ def test_options_that_do_not_go_together(arguments, says, tmp_path):
     assert isinstance(result.exception, ValueError)
     assert says in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "out exists already"),
+        ({"layout": "flax"}, "layout must be .* or None, got 'flax'"),
+        ({"dtype": "int4"}, "'int4' is not supported"),
+        ({"components": []}, "components is empty: give one or more, or leave it out"),
+        ({"prompts": []}, "prompts is empty"),
+        ({"weights_dtype": "int3"}, "int3"),
+    ],
+    ids=range(6),
+)
+def test_nothing_is_calibrated_before_all_else_is_checked(options, says, tmp_path, monkeypatch):
+    def calibrated(*_):
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr("kandinsky_jax.pipelines.quantization.calibrate", calibrated)
+    if not options:
+        (tmp_path / "out").mkdir()
+    with pytest.raises((ValueError, OSError, TypeError), match=says):
+        convert_quantized(SHAPES_MODEL / hub.DECODER, tmp_path / "out", progress=False, **options)
+
+
+def test_one_name_and_one_prompt_stand_for_themselves(shapes_pipe):
+    pipe = again(shapes_pipe)
+    with pytest.raises(ValueError, match="dynamic=True needs no calibration: leave prompts out"):
+        pipe.quantize(prompts=PROMPTS, dynamic=True)
+    with pytest.raises(ValueError, match="components is empty"):
+        pipe.quantize(components=[])
+    pipe.quantize(components="prior", dynamic=True)
+    assert pipe.prior_prior.config.quantization_config is not None
+    assert pipe.unet.config.quantization_config is None
+    assert as_list("prompts", "red cat") == ["red cat"]
 
 
 def test_prompts_are_read_from_a_file(tmp_path):
