@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 }}
 """
     assert aot_cost.estimated_cycles(text) == 150 + 3000
+    unknown = re.sub(r'("estimated_cycles":)"\d+"', rf'\1"{2**63 - 1}"', text, count=1)
+    assert aot_cost.estimated_cycles(unknown) is None
 
 
 def test_help_and_bad_arguments():

@@ -120,11 +120,11 @@ def _outside(kind: str) -> int:
     return sum(size_of(array) for array in _ARRAY.findall(kind) if "S(1)" not in array)
 
 
-def estimated_cycles(text: str) -> int:
+def estimated_cycles(text: str) -> int | None:
     """The cycles that libtpu's own cost model writes beside the operations of an optimised HLO text, added up.
 
     It leaves out Pallas kernels and copies that run beside other operations. Loops count as in `repeated_bytes`, of a
-    conditional the dearest branch.
+    conditional the dearest branch. None where it has no estimate of an operation, and writes the largest number.
     """
     bodies = computations(text)
 
@@ -144,7 +144,8 @@ def estimated_cycles(text: str) -> int:
         return total
 
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
-    return of(entry.group(1)) if entry else 0
+    total = of(entry.group(1)) if entry else 0
+    return None if total >= 2**62 else total
 
 
 def computations(text: str) -> dict[str, list[tuple[str, ...]]]:
