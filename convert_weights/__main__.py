@@ -61,8 +61,6 @@ def main(
 
         convert(src, dst, dtype=checked_dtype, **options)
     else:
-        if dynamic and (prior is not None or prompts is not None):
-            raise ValueError("--dynamic needs no calibration: leave --prior and --prompts out")
         from kandinsky_jax.pipelines.quantization import convert_quantized, read_prompts
 
         texts = None if prompts is None else read_prompts(prompts)

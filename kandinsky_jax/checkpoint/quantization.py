@@ -34,14 +34,18 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"quantization to {quote(dtype)} is not supported, only {', '.join(DTYPES)}")
 
 
-def check_quantizable(network: nnx.Module, dtype: str = "int8") -> None:
-    """Raise ValueError for a network that is quantized already or cannot be, or a dtype that is not supported."""
-    name = type(network).__name__
+def check_quantizable(network: nnx.Module, dtype: str = "int8", name: str | None = None) -> None:
+    """Raise ValueError for a network that is quantized already or cannot be, or a dtype that is not supported.
+
+    Args:
+        name: of the network in its pipeline, for the error; None is its class.
+    """
     check_dtype(dtype)
-    if name not in QUANTIZABLE:
-        raise ValueError(f"a {name} cannot be quantized, only {', '.join(QUANTIZABLE)}")
+    cls = type(network).__name__
+    if cls not in QUANTIZABLE:
+        raise ValueError(f"a {cls} cannot be quantized, only {', '.join(QUANTIZABLE)}")
     if is_quantized(network):
-        raise ValueError(f"this {name} is quantized already; quantize the full weights")
+        raise ValueError(f"the {name or cls} is quantized already: leave it out, or load the full weights again")
 
 
 def is_quantized(network: nnx.Module) -> bool:

@@ -158,6 +158,12 @@ def as_list(name: str, values: Sequence[str]) -> list[str]:
     return found
 
 
+def check_no_calibration(prompts: object, prior: object) -> None:
+    """Raise ValueError for arguments that would be ignored, since scales come from the inputs at run time."""
+    if prompts is not None or prior is not None:
+        raise ValueError("dynamic=True or --dynamic needs no calibration: leave prompts and prior out")
+
+
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """Return the prompts of a text file, one a line.
 
@@ -197,11 +203,13 @@ def convert_quantized(
         the target.
     Raises:
         CheckpointError: for a decoder whose prior is not found, and as `convert`.
-        ValueError: for components that the model lacks, or that cannot be quantized.
+        ValueError: for components that the model lacks or that cannot be quantized, and as `Quantizer.quantize`.
     """
     folder = hub.resolve(source, hub.DECODER, revision=revision)
     able = [name for name, cls in hub.components(folder).items() if cls in QUANTIZABLE]
     check_dtype(dtype)
+    if dynamic:
+        check_no_calibration(prompts, prior)
     chosen = able if components is None else as_list("components", components)
     for name in able:
         path = hub.component_folder(folder, name) / "config.json"
@@ -316,10 +324,10 @@ class Quantizer(FastLoader):
             arguments: of the calls that calibrate, such as height and width.
         Raises:
             ValueError: for networks that are quantized already, a decoder without a prior, LoRA that is loaded, or
-                prompts without calibration.
+                prompts or a prior without calibration.
         """
-        if dynamic and prompts is not None:
-            raise ValueError("dynamic=True needs no calibration: leave prompts out")
+        if dynamic:
+            check_no_calibration(prompts, prior)
         networks = self._to_quantize(dtype, components)
         ranges: Mapping[str, InputRanges | None] = dict.fromkeys(networks)
         if not dynamic:
@@ -341,11 +349,7 @@ class Quantizer(FastLoader):
         if unknown := [name for name in components if name not in able]:
             raise ValueError(f"{quote(unknown)} cannot be quantized in a {type(self).__name__}, only {list(able)}")
         for name in components:
-            if is_quantized(able[name]):
-                raise ValueError(
-                    f"the {name} is quantized already: name the others in components=, or load the full weights again"
-                )
-            check_quantizable(able[name], dtype)
+            check_quantizable(able[name], dtype, name)
             if loaded := list(adapters_of(able[name]).loaded):
                 raise ValueError(
                     f"the {name} has the adapters {shorten(loaded)}: unload_lora_weights() first, after fuse_lora() to "

@@ -24,6 +24,12 @@ def test_a_killed_driver_that_is_started_again(job):
 
 
 @pytest.mark.campaign
+def test_each_kind_of_kill(job):
+    found = ray_kill.kills(job, 5, random.Random(1))
+    assert found["kinds"] == dict.fromkeys(ray_kill.KINDS, 1)
+
+
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", ray_kill.SCENES)
 def test_campaign(job, name):
     ray_kill.SCENES[name](job, 10, random.Random(name))

@@ -117,7 +117,7 @@ def test_what_cannot_be_quantized(shapes_pipe, quantized):
         pipe.quantize("int4")
     with pytest.raises(ValueError, match=r"prior_text_encoder.* cannot be quantized"):
         pipe.quantize(components=["prior_text_encoder"])
-    with pytest.raises(ValueError, match="the unet is quantized already: name the others in components="):
+    with pytest.raises(ValueError, match="the unet is quantized already: leave it out"):
         quantized.quantize()
     with pytest.raises(ValueError, match="calibration has no inputs of transformer_blocks"):
         quantize_network(shapes_pipe.prior_prior, {})
@@ -407,9 +407,10 @@ def test_options_that_do_not_go_together(arguments, says, tmp_path):
         ({"dtype": "int4"}, "'int4' is not supported"),
         ({"components": []}, "components is empty: give one or more, or leave it out"),
         ({"prompts": []}, "prompts is empty"),
+        ({"prompts": ["a"], "dynamic": True}, "needs no calibration: leave prompts and prior out"),
         ({"weights_dtype": "int3"}, "int3"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_nothing_is_calibrated_before_all_else_is_checked(options, says, tmp_path, monkeypatch):
     def calibrated(*_):
@@ -424,7 +425,7 @@ def test_nothing_is_calibrated_before_all_else_is_checked(options, says, tmp_pat
 
 def test_one_name_and_one_prompt_stand_for_themselves(shapes_pipe):
     pipe = again(shapes_pipe)
-    with pytest.raises(ValueError, match="dynamic=True needs no calibration: leave prompts out"):
+    with pytest.raises(ValueError, match="dynamic=True or --dynamic needs no calibration: leave prompts and prior out"):
         pipe.quantize(prompts=PROMPTS, dynamic=True)
     with pytest.raises(ValueError, match="components is empty"):
         pipe.quantize(components=[])

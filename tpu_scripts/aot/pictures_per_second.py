@@ -77,8 +77,9 @@ def at_most(row: dict[str, Any]) -> float:
 
 
 def estimated(row: dict[str, Any]) -> float:
-    """Seconds that libtpu expects a program to take."""
-    return float(row["estimated_cycles"] / CHIPS[row["chips"].split(":")[0]].clock)
+    """Seconds that libtpu expects a program to take; not a number where it has no estimate."""
+    cycles = math.nan if row["estimated_cycles"] is None else row["estimated_cycles"]
+    return float(cycles / CHIPS[row["chips"].split(":")[0]].clock)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
