@@ -26,9 +26,15 @@ from kandinsky_jax.common import reading
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten
 from kandinsky_jax.common.remote import connect
 from kandinsky_jax.common.storage import read_json
+from kandinsky_jax.diffusion import Autoguidance, guider_named
+from kandinsky_jax.models import PriorTransformer, UNet2DConditionModel
 from kandinsky_jax.pipelines import CombinedPipeline, checks
+from kandinsky_jax.pipelines.guidance import Guidance, weak_folder
 from kandinsky_jax.pipelines.modes import MODES, PICTURE_COLUMNS, class_names, repository_of
 from kandinsky_jax.schedulers import Scheduler, scheduler_from_config, scheduler_named
+
+CHECKED_STEPS = 20  # of a schedule that is asked whether a guider can serve it
+SCALES = {"guider": "guidance_scale", "prior_guider": "prior_guidance_scale"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Job:
             `checkpoint.recommended_settings`.
         fast: use the model's fast adapter, see `Pipeline.load_fast`; its settings come before others of the model.
         cache_interval: the UNet's deep blocks run in one of so many steps, see `CacheIntervalOption`.
+        guider, prior_guider: of the decoder and the prior, by name, see `GuiderOption`; None is classifier-free.
+        guidance_interval, prior_guidance_interval: guidance in a part of the steps, see `GuidanceIntervalOption`.
     """
 
     rows: str
@@ -72,6 +80,10 @@ class Job:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fast: bool = False
     cache_interval: int = 1
+    guider: str | None = None
+    prior_guider: str | None = None
+    guidance_interval: tuple[float, float] | None = None
+    prior_guidance_interval: tuple[float, float] | None = None
 
     def faults(self) -> list[str]:
         """Return all faults of the settings, without reading the rows."""
@@ -95,6 +107,13 @@ class Job:
         if self.scheduler is not None:
             with _listed(found):
                 scheduler_named(self.scheduler, {})
+        for name in ("guider", "prior_guider"):
+            if getattr(self, name) is not None:
+                with _listed(found, name):
+                    guider_named(text(getattr(self, name)), self.defaults.get(SCALES[name]))
+        for name in ("guidance_interval", "prior_guidance_interval"):
+            with _listed(found):
+                checks.interval(getattr(self, name), checks.LARGEST, name)
         found += _default_faults(self.defaults)
         if self.root is not None:
             with _listed(found):
@@ -105,10 +124,16 @@ class Job:
         return found
 
     @property
-    def shortcuts(self) -> dict[str, bool | int]:
-        """Settings that make a job faster and change its pictures; nothing for those that are off."""
-        found: dict[str, bool | int] = {"fast": True} if self.fast else {}
-        return found | ({"cache_interval": self.cache_interval} if self.cache_interval > 1 else {})
+    def extensions(self) -> dict[str, bool | int | str]:
+        """Settings of the whole job that diffusers does not have; nothing for those that are off."""
+        found: dict[str, bool | int | str] = {"fast": True} if self.fast else {}
+        found |= {"cache_interval": self.cache_interval} if self.cache_interval > 1 else {}
+        for name in ("guider", "prior_guider"):
+            found |= {} if getattr(self, name) is None else {name: getattr(self, name)}
+        for name in ("guidance_interval", "prior_guidance_interval"):
+            if (ends := getattr(self, name)) is not None:
+                found[name] = ",".join(f"{float(end):g}" for end in ends)
+        return found
 
     @property
     def folder(self) -> str:
@@ -262,8 +287,19 @@ class OpenJob:
             "defaults": {name: self.settings[name] for name in sorted(self.settings)},
             "versions": versions,
             **({"size": size} if own.height or own.width else {}),
-            **job.shortcuts,
+            **job.extensions,
+            **self._weak_models(),
         }
+
+    def _weak_models(self) -> dict[str, dict[str, str]]:
+        """Compute the digests of the weak models that guide, by the setting that names them."""
+        found = {}
+        for name, cls in (("guider", UNet2DConditionModel), ("prior_guider", PriorTransformer)):
+            if getattr(self.job, name) is not None:
+                guider = guider_named(getattr(self.job, name), self.settings[SCALES[name]])
+                if isinstance(guider, Autoguidance):
+                    found[f"{name}_model"] = model_files.network_digests(weak_folder(cls, guider.model))
+        return found
 
     def begin(self) -> None:
         """Start the job in the output folder, or check that it was started there.
@@ -295,12 +331,20 @@ class OpenJob:
         for name, scheduler in (("steps", decoder_scheduler), ("prior_steps", prior_scheduler)):
             if self._may_be_unused(name):
                 continue
+            self._check_guider("guider" if name == "steps" else "prior_guider", scheduler, faults)
             steps, strength = self.settings[name], None
             if name == "steps" and mode.takes_strength and not self._may_be_unused("strength"):
                 strength = self.settings["strength"]
             with _listed(faults, name):
                 scheduler.schedule(steps, checks.skipped(strength, scheduler.steps(steps)))
         return faults
+
+    def _check_guider(self, name: str, scheduler: Scheduler, faults: list[str]) -> None:
+        """Add what is wrong with a guider beside the job's scale and the scheduler."""
+        text = getattr(self.job, name)
+        if text is not None and not self._may_be_unused(SCALES[name]):
+            with _listed(faults, name):
+                Guidance(guider_named(text, self.settings[SCALES[name]])).check(scheduler.schedule(CHECKED_STEPS))
 
     def _may_be_unused(self, name: str) -> bool:
         """Return whether rows may override a setting that has its default value."""
@@ -326,7 +370,7 @@ def open_job(job: Job) -> OpenJob:
         rows = scan(job.rows)
     if job.form in OUTPUT_FORMATS:
         try:
-            output = Output(job.output, job.form, job.pictures, job.shortcuts)
+            output = Output(job.output, job.form, job.pictures, job.extensions)
         except reading.ReadError as error:
             faults.append(f"output: {reading.of_file(job.output, error)}")
         except OSError as error:

@@ -35,6 +35,12 @@ def digests(pipeline: type[CombinedPipeline], model: str, prior: str | None, fas
     return {name: known[path] for name, path in found.items()}
 
 
+def network_digests(folder: Path) -> dict[str, str]:
+    """Compute SHA-256 of each file that a network is loaded from, by its path in the network's folder."""
+    known = sha256_of_files(_read_files(folder))
+    return {path.relative_to(folder).as_posix(): digest for path, digest in known.items()}
+
+
 def folders(pipeline: type[CombinedPipeline], model: str, prior: str | None) -> list[Path]:
     """Return the folder of a decoder and that of its prior, or one folder that has both."""
     return hub.with_prior(hub.resolve(model, pipeline.REPOSITORY), prior)

@@ -23,6 +23,7 @@ from kandinsky_jax import images
 from kandinsky_jax.batch.rows import ROW_COLUMNS, USUAL_DEFAULTS, Raw, default_id
 from kandinsky_jax.checkpoint.recommended_settings import NO_SETTINGS, RecommendedSettings
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten, summarize
+from kandinsky_jax.diffusion import guider_named
 from kandinsky_jax.diffusion.inpainting import latent_repaint_mask
 from kandinsky_jax.pipelines import CombinedPipeline, checks
 from kandinsky_jax.pipelines.modes import MODES, PICTURE_COLUMNS
@@ -113,6 +114,7 @@ class Checker:
         seed: default of row 0; that of each later row is one higher.
         taken: numbers of rows that repeat an identifier.
         recommended: the model's own settings, for the size.
+        guiders: the job's, by the columns of their scales.
     """
 
     pipe: CombinedPipeline
@@ -122,6 +124,7 @@ class Checker:
     seed: int = 0
     taken: Set[int] = frozenset()
     recommended: RecommendedSettings = NO_SETTINGS
+    guiders: Mapping[str, str | None] = field(default_factory=dict)
     _schedulable: set[tuple[str, int, float | None]] = field(default_factory=set, repr=False)
 
     def check(self, raw: Raw) -> RowRequest:
@@ -184,6 +187,9 @@ class Checker:
             name: row.get(name, functools.partial(_guidance, name=name), given[name])
             for name in ("guidance_scale", "prior_guidance_scale")
         }
+        for name, guider in self.guiders.items():
+            if guider is not None:
+                row.checked(name, functools.partial(guider_named, guider, scales[name]))
         return Shape(
             height,
             width,

@@ -26,7 +26,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kandinsky_jax import images
-from kandinsky_jax.batch.job import Job, OpenJob
+from kandinsky_jax.batch.job import SCALES, Job, OpenJob
 from kandinsky_jax.batch.requests import Checker, ErrorRecord, RowError, RowRequest, Shape
 from kandinsky_jax.batch.shards import GeneratedImage, json_line
 from kandinsky_jax.common.errors import RunError, quote, shorten, summarize
@@ -249,7 +249,8 @@ def rehearsal(job: OpenJob) -> Callable[[CombinedPipeline], None]:
 
 
 def _checker(job: OpenJob, pipe: CombinedPipeline) -> Checker:
-    return Checker(pipe, job.mode, job.job.folder, job.settings, job.job.seed, job.rows.taken, job.recommended)
+    guiders = {scale: getattr(job.job, name) for name, scale in SCALES.items()}
+    return Checker(pipe, job.mode, job.job.folder, job.settings, job.job.seed, job.rows.taken, job.recommended, guiders)
 
 
 def progress_bar(job: OpenJob, name: str, left: Iterable[int], quiet: bool) -> tqdm:
@@ -420,7 +421,7 @@ class _Stages:
         job = self._job
         facts: dict[str, object] = {"mode": job.mode, "model": job.model, "prior": job.job.prior}
         facts |= {"scheduler": job.scheduler, "dtype": job.job.dtype, "batch": job.job.batch}
-        return facts | job.job.shortcuts
+        return facts | job.job.extensions
 
     def _write(self, shard: Shard) -> None:
         result = ShardResult(shard.number, False, generating=shard.generating)
@@ -466,9 +467,13 @@ def arguments(call: list[Unit], job: Job, devices: int) -> dict[str, object]:
         "width": shape.width,
         "num_inference_steps": shape.steps,
         "guidance_scale": shape.guidance_scale,
+        "guider": job.guider,
+        "guidance_interval": job.guidance_interval,
         "cache_interval": job.cache_interval,
         "prior_num_inference_steps": shape.prior_steps,
         "prior_guidance_scale": shape.prior_guidance_scale,
+        "prior_guider": job.prior_guider,
+        "prior_guidance_interval": job.prior_guidance_interval,
         "generator": keys,
         "output_type": "np",
     }

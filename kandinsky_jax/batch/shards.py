@@ -65,16 +65,17 @@ class Output:
         url: a local path or an fsspec URL.
         form: one of `OUTPUT_FORMATS`.
         suffix: of the pictures, such as "png".
-        further: values that the manifest has columns for, see `Job.shortcuts`.
+        further: values that the manifest has columns for, see `Job.extensions`.
     Raises:
         ReadError, OSError: as in `open_files`.
     """
 
-    def __init__(self, url: str, form: str, suffix: str, further: Mapping[str, bool | int] | None = None):
+    def __init__(self, url: str, form: str, suffix: str, further: Mapping[str, bool | int | str] | None = None):
         self.url, self.form, self.suffix = url, form, suffix
         self._columns = {kind: [*names] for kind, names in MANIFEST_COLUMNS.items()}
         for name, value in (further or {}).items():
-            self._columns.setdefault("bool" if isinstance(value, bool) else "int64", []).append(name)
+            kind = next(kind for kind, cls in KINDS.items() if isinstance(value, cls))
+            self._columns.setdefault(kind, []).append(name)
         self._files = open_files(url)
         self._begun = False
         self._stale: set[str] | None = None  # error files of an earlier run, for shards that are made again
@@ -408,6 +409,7 @@ def tar_members(files: Files, name: str) -> Iterator[tuple[tarfile.TarFile, tarf
         raise ValueError(f"{name} cannot be read: {shorten(error, 200)}") from None
 
 
+KINDS = {"bool": bool, "int64": int, "string": str}  # of further columns; a bool is an int, too
 # Columns of the manifest, the same in every shard even where one is empty.
 MANIFEST_COLUMNS = {
     "string": "file_name id prompt negative_prompt mode model prior scheduler dtype image mask hint metadata".split(),

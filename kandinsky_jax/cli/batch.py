@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,14 @@ from kandinsky_jax.batch.requests import STRENGTH
 from kandinsky_jax.batch.rows import ROW_COLUMNS
 from kandinsky_jax.batch.shards import OUTPUT_FORMATS
 from kandinsky_jax.checkpoint.recommended_settings import default_text
-from kandinsky_jax.cli.options import CACHE_INTERVAL_HELP
+from kandinsky_jax.cli.options import (
+    CACHE_INTERVAL_HELP,
+    GUIDER_HELP,
+    INTERVAL_HELP,
+    PRIOR_GUIDER_HELP,
+    PRIOR_INTERVAL_HELP,
+    numbers,
+)
 from kandinsky_jax.cli.process_options import Coordinator, ProcessCount, ProcessIndex
 from kandinsky_jax.common.errors import counted, quote, shorten, summarize
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
@@ -72,6 +79,10 @@ def batch(
     prior_guidance_scale: Annotated[
         float | None, typer.Option(help=f"Of the prior; {default_text('prior_guidance_scale')}.")
     ] = None,
+    guider: Annotated[str | None, typer.Option(metavar="NAME", help=GUIDER_HELP)] = None,
+    prior_guider: Annotated[str | None, typer.Option(metavar="NAME", help=PRIOR_GUIDER_HELP)] = None,
+    guidance_interval: Annotated[str | None, typer.Option(metavar="FROM,TO", help=INTERVAL_HELP)] = None,
+    prior_guidance_interval: Annotated[str | None, typer.Option(metavar="FROM,TO", help=PRIOR_INTERVAL_HELP)] = None,
     cache_interval: Annotated[int, typer.Option(help=CACHE_INTERVAL_HELP)] = 1,
     strength: Annotated[
         float, typer.Option(help="How far to depart from a row's image, above 0, at most 1.")
@@ -155,6 +166,10 @@ def batch(
             scheduler=scheduler,
             fast=fast,
             cache_interval=cache_interval,
+            guider=guider,
+            prior_guider=prior_guider,
+            guidance_interval=_interval(guidance_interval, "--guidance-interval"),
+            prior_guidance_interval=_interval(prior_guidance_interval, "--prior-guidance-interval"),
             dtype=dtype,
             root=files,
             defaults=defaults,
@@ -190,6 +205,10 @@ batch.__doc__ = f"{batch.__doc__}\n\n{_COLUMNS}"
 GO_ON = "start it again to continue"
 STOPPED_TEXT = f"stopped; {GO_ON}"
 EXAMPLE = 'Example: printf "purple heart\\nslice of pizza\\n" > p.txt && kandinsky-jax batch p.txt -o out --model tiny'
+
+
+def _interval(given: str | None, name: str) -> Any:
+    return None if given is None else tuple(numbers(given, name))
 
 
 def _leave() -> None:

@@ -26,14 +26,22 @@ from kandinsky_jax.checkpoint.recommended_settings import (
 )
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
+from kandinsky_jax.diffusion import GUIDERS, Guider, guider_named
 from kandinsky_jax.diffusion.rng import Generator, TorchGenerator
 from kandinsky_jax.parallel.mesh import Mesh, make_mesh
 from kandinsky_jax.pipelines import CombinedPipeline, checks
+from kandinsky_jax.pipelines.guidance import Guidance
 from kandinsky_jax.pipelines.modes import Mode
 from kandinsky_jax.schedulers import NAMES, scheduler_named
 from kandinsky_jax.schedulers.names import SUFFIXES
 
 T = TypeVar("T")
+GUIDER_HELP = (
+    f"The decoder's guider: {', '.join(GUIDERS)}, with settings such as apg:eta=0,momentum=-0.5; default: cfg."
+)
+INTERVAL_HELP = "Guidance only in this part of the decoder's steps, such as 0.4,1; default: all."
+PRIOR_GUIDER_HELP = "The prior's guider, as --guider; default: cfg."
+PRIOR_INTERVAL_HELP = "Guidance only in this part of the prior's steps; default: all."
 CACHE_INTERVAL_HELP = "Run the decoder's deep blocks in one of so many steps, and keep their output; default: in each."
 
 
@@ -86,15 +94,15 @@ class Options:
     guidance_scale: Annotated[
         float | None, typer.Option(help=f"Of the decoder; guidance is on above 1; {default_text('guidance_scale')}.")
     ] = None
-    guidance_interval: Annotated[
-        str | None,
-        typer.Option(help="Guidance only in this part of the decoder's steps, such as 0.4,1; default: all."),
-    ] = None
+    guider: Annotated[str | None, typer.Option(metavar="NAME", help=GUIDER_HELP)] = None
+    guidance_interval: Annotated[str | None, typer.Option(metavar="FROM,TO", help=INTERVAL_HELP)] = None
     cache_interval: Annotated[int, typer.Option(help=CACHE_INTERVAL_HELP)] = 1
     prior_guidance_scale: Annotated[
         float | None,
         typer.Option(help=f"Of the prior; guidance is on above 1; {default_text('prior_guidance_scale')}."),
     ] = None
+    prior_guider: Annotated[str | None, typer.Option(metavar="NAME", help=PRIOR_GUIDER_HELP)] = None
+    prior_guidance_interval: Annotated[str | None, typer.Option(metavar="FROM,TO", help=PRIOR_INTERVAL_HELP)] = None
     seed: Annotated[int | None, typer.Option(help="Default: a fresh one, which is printed.")] = None
     torch_noise: Annotated[
         bool,
@@ -134,6 +142,10 @@ class Options:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed={self.seed} is not a seed; needed is an integer from 0 to 2**63 - 1")
         checks.interval(self.interval(), max(self.steps_if_given, 1), "--guidance-interval")
+        prior_steps = max(self.prior_steps_if_given, 1)
+        checks.interval(self.prior_interval(), prior_steps, "--prior-guidance-interval")
+        named_guider(self.guider, self.guidance_scale, "--guider")
+        named_guider(self.prior_guider, self.prior_guidance_scale, "--prior-guider")
         checks.count(self.cache_interval, "--cache-interval")
         self.devices()
         if self.scheduler is not None:
@@ -177,6 +189,11 @@ class Options:
         """Return the interval of guidance as numbers."""
         return numbers(self.guidance_interval, "--guidance-interval") if self.guidance_interval is not None else None
 
+    def prior_interval(self) -> list[float] | None:
+        """Return the interval of the prior's guidance as numbers."""
+        given = self.prior_guidance_interval
+        return numbers(given, "--prior-guidance-interval") if given is not None else None
+
     def devices(self) -> Mesh | None:
         """Make the mesh of the `mesh` option, None without one."""
         if self.mesh is None:
@@ -204,11 +221,12 @@ class CompletedOptions(Options):
 
     def warn_without_guidance(self, guides_prior: bool) -> None:
         """Warn of what is given and has no effect without guidance, as fast models run."""
-        guided, prior_guided = self.guidance_scale > 1, self.prior_guidance_scale > 1  # type: ignore[operator]
+        own = Guidance(named_guider(self.guider, self.guidance_scale, "--guider"))
+        prior = Guidance(named_guider(self.prior_guider, self.prior_guidance_scale, "--prior-guider"))
         unused = []
-        if self.negative_prompt and not guided and not (prior_guided and guides_prior):
+        if self.negative_prompt and not own.uses_uncond and not (prior.uses_uncond and guides_prior):
             unused.append("--negative-prompt")
-        if self.guidance_interval is not None and not guided:
+        if self.guidance_interval is not None and not own.is_on:
             unused.append("--guidance-interval")
         if unused:
             warnings.warn(
@@ -250,13 +268,19 @@ class CompletedOptions(Options):
         return {
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
+            "guider": self.guider,
             "guidance_interval": self.interval(),
             "cache_interval": self.cache_interval,
         }
 
     def prior_settings(self) -> dict[str, Any]:
         """Return the arguments of a prior."""
-        return {"num_inference_steps": self.prior_steps, "guidance_scale": self.prior_guidance_scale}
+        return {
+            "num_inference_steps": self.prior_steps,
+            "guidance_scale": self.prior_guidance_scale,
+            "guider": self.prior_guider,
+            "guidance_interval": self.prior_interval(),
+        }
 
 
 def takes_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -286,6 +310,14 @@ ImagePaths = Annotated[
     list[Path], typer.Option("--image", "-i", help="A picture to start from; one for all prompts, or one for each.")
 ]
 Strength = Annotated[float, typer.Option(help="How far to depart from the picture, above 0, at most 1.")]
+
+
+def named_guider(text: str | None, scale: float | None, name: str) -> Guider:
+    """Return a guider by its name, None for classifier-free guidance; ValueError names the option."""
+    try:
+        return guider_named("cfg" if text is None else text, scale)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def numbers(text: str, name: str) -> list[float]:

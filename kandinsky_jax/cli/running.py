@@ -46,8 +46,7 @@ def generate_pictures(
     settings |= {
         "negative_prompt": options.negative_prompt,
         **options.decoder_settings(),
-        "prior_guidance_scale": options.prior_guidance_scale,
-        "prior_num_inference_steps": options.prior_steps,
+        **{f"prior_{name}": value for name, value in options.prior_settings().items()},
     }
 
     def call(pipe: Any, generator: Generator) -> Any:

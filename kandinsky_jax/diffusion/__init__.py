@@ -25,6 +25,7 @@ For gradients to the weights, `network, params = diffusion.Network.split(pipe.un
 
 from kandinsky_jax.diffusion.guidance import (
     ClassifierFreeGuidance,
+    CondUncondGuider,
     Evaluation,
     Guider,
     Model,
@@ -33,6 +34,16 @@ from kandinsky_jax.diffusion.guidance import (
     batch_evaluations,
     predict,
     split_output,
+)
+from kandinsky_jax.diffusion.guider_names import GUIDERS, guider_named
+from kandinsky_jax.diffusion.guiders import (
+    AdaptiveProjectedGuidance,
+    Autoguidance,
+    CFGPlusPlus,
+    IntervalGuidance,
+    PerturbedAttentionGuidance,
+    RescaledGuidance,
+    perturbed_attention,
 )
 from kandinsky_jax.diffusion.loop import (
     AfterStep,
@@ -61,12 +72,18 @@ from kandinsky_jax.schedulers.table import Schedule
 
 __all__ = [
     "DECODER_STREAM",
+    "GUIDERS",
     "PRIOR_STREAM",
+    "AdaptiveProjectedGuidance",
     "AfterStep",
+    "Autoguidance",
+    "CFGPlusPlus",
     "ClassifierFreeGuidance",
+    "CondUncondGuider",
     "Evaluation",
     "GivenNoise",
     "Guider",
+    "IntervalGuidance",
     "KeyNoise",
     "LoopState",
     "Model",
@@ -74,7 +91,9 @@ __all__ = [
     "NetworkCall",
     "NoGuidance",
     "Params",
+    "PerturbedAttentionGuidance",
     "Prediction",
+    "RescaledGuidance",
     "Schedule",
     "SolverCoefficients",
     "Step",
@@ -82,12 +101,14 @@ __all__ = [
     "batch_evaluations",
     "denoise",
     "dynamic_threshold",
+    "guider_named",
     "initial_loop_state",
     "initial_state",
     "matmul_precision",
     "noise_source",
     "output_for_x0",
     "per_image",
+    "perturbed_attention",
     "predict",
     "predict_x0",
     "prediction_from_output",

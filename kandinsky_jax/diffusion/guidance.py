@@ -3,7 +3,8 @@
 A guider names its evaluations once, before the loop, so that their conditions are joined once; those that share the
 model are done in one batched call at every step. What it returns is a prediction of x0 and eps, see
 `kandinsky_jax.diffusion.solver`. An own guider is a class with the three methods of `Guider`; a NamedTuple or another
-pytree of its numbers makes it fit for `jit`, `vmap` and `grad`.
+pytree of its numbers makes it fit for `jit`, `vmap` and `grad`, and for pipelines. Those by other papers are in
+`kandinsky_jax.diffusion.guiders`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class Evaluation:
     model: Model | None = None
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one of the sampler's own model without options."""
+        return self.model is None and not self.options
+
     def shares_call(self, other: Evaluation) -> bool:
         """Whether the two can be done in one batched call: the same model and the very same options."""
         mine, others = self.options, other.options
@@ -49,7 +55,15 @@ class Evaluation:
 
 
 class Guider(Protocol):
-    """Turns one or more evaluations of the network into one prediction."""
+    """Turns one or more evaluations of the network into one prediction.
+
+    Pipelines also look at what a guider may have besides:
+
+    - `is_on` (bool): where it is False, the conditional prediction alone is evaluated;
+    - `uses_uncond` (bool): where it is False, `evaluations` gets None as uncond, and no negative embedding is needed;
+    - `scale`: what callbacks know as guidance_scale;
+    - `check_schedule(schedule)`: raises ValueError for a schedule that it cannot serve.
+    """
 
     def init(self, sample: jax.Array) -> PyTree:
         """Make the state that the loop carries from step to step (a momentum, a counter).
@@ -82,8 +96,18 @@ class Guider(Protocol):
         """
 
 
-class NoGuidance(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoGuidance:
     """The conditional prediction alone: one evaluation per step, and no unconditional condition is needed."""
+
+    @property
+    def is_on(self) -> bool:
+        return False
+
+    @property
+    def uses_uncond(self) -> bool:
+        return False
 
     def init(self, sample: jax.Array) -> None:
         return None
@@ -102,32 +126,62 @@ class NoGuidance(NamedTuple):
         return prediction_from_output(coefficients, sample, output, variance), None
 
 
-class ClassifierFreeGuidance(NamedTuple):
-    """uncond + scale * (cond - uncond); the variance, if the network gives one, is the conditional one.
+class CondUncondGuider:
+    """Base of guiders that evaluate uncond and cond in one call, and keep no state.
 
-    Source: Ho & Salimans 2022 (arXiv 2207.12598), in diffusers' parametrisation: 1 is no guidance.
+    A subclass, a dataclass registered as a pytree, has a `scale` that is 1 for no guidance, and `guide`.
     """
 
-    scale: float | jax.Array = 4.0  # `[]`, or one per image `[B]`
+    scale: float | jax.Array
 
-    def init(self, sample: jax.Array) -> None:
+    @property
+    def is_on(self) -> bool:
+        return self.uses_uncond
+
+    @property
+    def uses_uncond(self) -> bool:
+        return bool(np.any(np.asarray(self.scale) > 1))
+
+    def init(self, sample: jax.Array) -> PyTree:
         return None
 
     def evaluations(self, cond: PyTree, uncond: PyTree) -> Sequence[Evaluation]:
         if uncond is None:
-            raise ValueError("classifier-free guidance needs uncond, the unconditional condition; or use NoGuidance()")
+            raise ValueError(
+                f"{type(self).__name__} needs uncond, the unconditional condition; or use NoGuidance() instead"
+            )
         return [Evaluation(uncond), Evaluation(cond)]
+
+    def guide(self, uncond: Float[Array, "B *s C"], cond: Float[Array, "B *s C"]) -> jax.Array:
+        """Combine the two outputs of a network, without the learned variance."""
+        raise NotImplementedError
 
     def combine(
         self,
         outputs: Sequence[jax.Array],
         sample: Float[Array, "B *s C"],
         coefficients: SolverCoefficients,
-        state: None,
-    ) -> tuple[Prediction, None]:
+        state: PyTree,
+    ) -> tuple[Prediction, PyTree]:
         (uncond, _), (cond, variance) = (split_output(output, sample.shape[-1]) for output in outputs)
-        guided = uncond + per_image(self.scale, sample.ndim) * (cond - uncond)
-        return prediction_from_output(coefficients, sample, guided, variance), None
+        return prediction_from_output(coefficients, sample, self.guide(uncond, cond), variance), state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClassifierFreeGuidance(CondUncondGuider):
+    """uncond + scale * (cond - uncond); the variance, if the network gives one, is the conditional one.
+
+    Source: Ho & Salimans 2022 (arXiv 2207.12598), in diffusers' parametrisation: 1 is no guidance.
+
+    Args:
+        scale: `[]`, or one per image `[B]`.
+    """
+
+    scale: float | jax.Array = 4.0
+
+    def guide(self, uncond: Float[Array, "B *s C"], cond: Float[Array, "B *s C"]) -> jax.Array:
+        return uncond + per_image(self.scale, cond.ndim) * (cond - uncond)
 
 
 def split_output(output: Float[Array, "B *s D"], channels: int) -> tuple[jax.Array, jax.Array | None]:
@@ -147,11 +201,13 @@ class NetworkCall(NamedTuple):
     """Evaluations that are done in one call of a network; from `batch_evaluations`."""
 
     evaluation: Evaluation  # whose condition is that of all members, one after the other, [members * B, ...]
-    members: tuple[int, ...]  # places in the guider's sequence
+    members: tuple[tuple[int, ...], ...]  # of each member, its places in the guider's sequence
 
 
 def batch_evaluations(evaluations: Sequence[Evaluation]) -> tuple[NetworkCall, ...]:
     """Join the conditions of evaluations that share a call; done once, before a loop.
+
+    What is asked for twice, with the very same condition, is evaluated once.
 
     Raises:
         TypeError: for anything but a sequence of `Evaluation`.
@@ -164,14 +220,20 @@ def batch_evaluations(evaluations: Sequence[Evaluation]) -> tuple[NetworkCall, .
         )
     if not evaluations:
         raise ValueError("a guider's evaluations are an empty list; needed is at least one Evaluation")
-    groups: list[list[int]] = []
+    groups: list[list[list[int]]] = []  # calls, their members, and the places of each
     for i, evaluation in enumerate(evaluations):
-        group = next((group for group in groups if evaluations[group[0]].shares_call(evaluation)), None)
+        group = next((group for group in groups if evaluations[group[0][0]].shares_call(evaluation)), None)
         if group is None:
-            groups.append([i])
+            groups.append([[i]])
+            continue
+        same = next((member for member in group if evaluations[member[0]].condition is evaluation.condition), None)
+        if same is None:
+            group.append([i])
         else:
-            group.append(i)
-    return tuple(NetworkCall(_joined([evaluations[i] for i in group]), tuple(group)) for group in groups)
+            same.append(i)
+    return tuple(
+        NetworkCall(_joined([evaluations[member[0]] for member in group]), tuple(map(tuple, group))) for group in groups
+    )
 
 
 def _joined(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -217,7 +279,7 @@ def predict(
         timestep = jnp.broadcast_to(coefficients.timestep, sample.shape[:1])
         timestep = jnp.concatenate([timestep] * len(members))
         function, options = evaluation.model or model, dict(evaluation.options)
-        if cache is None or evaluation.model is not None or options:
+        if cache is None or not evaluation.is_plain:
             output = function(batch, timestep, evaluation.condition, **options)
         else:
             output, cache = function(batch, timestep, evaluation.condition, cache=cache)
@@ -227,7 +289,8 @@ def predict(
                 "the loop by a cache, see predict"
             )
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))  # once, before the evaluations part
-        outputs.update(zip(members, jnp.split(output, len(members)), strict=True))
+        for places, part in zip(members, jnp.split(output, len(members)), strict=True):
+            outputs |= dict.fromkeys(places, part)
     combined = guider.combine([outputs[i] for i in range(len(outputs))], sample, coefficients, state)
     _check_combined(f"{type(guider).__name__}.combine", combined, sample, state)
     return *combined, cache

@@ -30,6 +30,7 @@ class Prediction(NamedTuple):
     x0: jax.Array  # [B, ..., C], the clean sample, clipped or thresholded
     eps: jax.Array  # [B, ..., C], the noise in the sample; zeros where the solver does not use it
     variance: jax.Array | None = None  # [B, ..., C], the network's second half of channels, as it is
+    sample: jax.Array | None = None  # [B, ..., C], what the step goes on from; None is the state's own sample
 
 
 def solver_coefficients(schedule: Schedule) -> SolverCoefficients:
@@ -206,6 +207,8 @@ def solver_step(
     Returns:
         the next state, like `state`.
     """
+    if prediction.sample is not None:
+        state = state.at[0].set(prediction.sample)
     stddev = noise_stddev(coefficients, prediction.variance, noise.ndim)
     terms = jnp.stack([prediction.x0, prediction.eps, stddev * noise])
     terms = jnp.concatenate([state, terms])  # [slots + 3, B, ..., C]

@@ -23,15 +23,16 @@ from kandinsky_jax.checkpoint.recommended_settings import NO_SETTINGS, Recommend
 from kandinsky_jax.common.arrays import to_numpy
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.compilation import compiling_ahead, use_compilation_cache
-from kandinsky_jax.diffusion import Network
+from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.diffusion.rng import Source
 from kandinsky_jax.parallel.mesh import Mesh
 from kandinsky_jax.parallel.sharding import Rules
 from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.compatibility import DiffusionPipeline
 from kandinsky_jax.pipelines.components import as_component
-from kandinsky_jax.pipelines.denoising import Conditioning, denoise_batches
+from kandinsky_jax.pipelines.denoising import Conditioning, LoopInputs, denoise_batches
 from kandinsky_jax.pipelines.fast import remember_folder
+from kandinsky_jax.pipelines.guidance import Guidance
 from kandinsky_jax.pipelines.loading import PretrainedMixin, component_names
 from kandinsky_jax.pipelines.loading_arguments import without_diffusers_arguments
 from kandinsky_jax.pipelines.options import Callback
@@ -215,23 +216,25 @@ class Pipeline(Quantizer, PretrainedMixin, DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Classifier-free guidance scale of the current or last call.
+        """Scale of the guider of the current or last call.
 
         A `callback_on_step_end` may set it (`pipe.guidance_scale = 2.0`) for the following steps; values up to 1 turn
-        guidance off. `_guidance_scale`, as in diffusers, is an alias.
+        classifier-free guidance off. `_guidance_scale`, as in diffusers, is an alias.
         """
-        return _of_a_call(self, "guidance_scale")
+        return _of_a_call(self, "guidance").scale
 
     @guidance_scale.setter
     def guidance_scale(self, value: float) -> None:
-        self._call_state["guidance_scale"] = checks.guidance(value)
+        scale = checks.guidance(value)
+        self._call_state["guidance"] = _of_a_call(self, "guidance").with_scale(scale)
 
     _guidance_scale = guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether guidance is on in the next step of the current call, or was in the last step of the last one."""
-        return is_guided(self.guidance_scale)
+        """Whether unconditional predictions are evaluated in the next step of the current call, or were in the last one
+        of the last call."""
+        return _of_a_call(self, "guidance").uses_uncond
 
     @property
     def num_timesteps(self) -> int:
@@ -245,7 +248,7 @@ class Pipeline(Quantizer, PretrainedMixin, DiffusionPipeline):
         schedule: Schedule,
         latents: Sequence[jax.Array],
         source: Source,
-        guidance_scale: float,
+        guidance: Guidance,
         callback: Callback | None,
         callback_inputs: Sequence[str],
         guidance_interval: tuple[int, int] | None = None,
@@ -255,21 +258,22 @@ class Pipeline(Quantizer, PretrainedMixin, DiffusionPipeline):
 
         Args:
             latents: each batch's first sample.
-            guidance_scale: at the first step; a callback may change it.
+            guidance: at the first step; a callback may change its scale.
             guidance_interval, cache_interval: see `denoise_batches`.
         Returns:
             each batch's last sample, and the conditioning as callbacks have left it.
         """
         network, params = Network.split(module)
-        scale, guided = guidance_scale, is_guided(guidance_scale)
-        inputs, given = conditioning.loop_inputs(network, params, guided), conditioning
-        state: dict[str, Any] = {"guidance_scale": scale, "num_timesteps": len(schedule)}
+        weak = None if guidance.weak is None else Network.split(guidance.weak)
+        guided = guidance.uses_uncond
+        inputs, given = _loop_inputs(conditioning, network, params, guided, weak), conditioning
+        state: dict[str, Any] = {"guidance": guidance, "num_timesteps": len(schedule)}
         self._call_state = state
         original = {} if callback is None else conditioning.callback_tensors(guided)
         tensors, guided_at_first = dict(original), guided
 
         def call_back(done: int, samples: list[jax.Array]) -> list[jax.Array] | None:
-            nonlocal inputs, scale, guided, given
+            nonlocal inputs, guidance, guided, given
             seen = tensors | {"latents": _join(samples)}
             requested = {name: seen[name] for name in callback_inputs}
             assert callback is not None
@@ -282,13 +286,13 @@ class Pipeline(Quantizer, PretrainedMixin, DiffusionPipeline):
                 )
             changed = {k: to_numpy(v, k) for k, v in returned.items() if k in seen and v is not seen[k]}
             new = {k: v for k, v in changed.items() if k != "latents"}
-            before, scale = guided, state["guidance_scale"]
-            guided = is_guided(scale)
+            before, guidance = guided, state["guidance"]
+            guided = guidance.uses_uncond
             if new or before != guided:
                 tensors.update(new)
                 changes = {k: v for k, v in tensors.items() if v is not original[k]}
                 given = conditioning.with_callback_tensors(changes, guided_at_first)
-                inputs = given.loop_inputs(network, params, guided)
+                inputs = _loop_inputs(given, network, params, guided, weak)
             return _part(changed["latents"], samples) if "latents" in changed else None
 
         with tqdm(**({"total": len(schedule), "desc": self.STAGE} | self._progress_bar_config)) as bar:
@@ -300,16 +304,28 @@ class Pipeline(Quantizer, PretrainedMixin, DiffusionPipeline):
             last = denoise_batches(
                 network,
                 params,
-                lambda: (inputs, scale if guided else None),
+                lambda: (inputs, guidance.guider if guidance.is_on else None),
                 schedule,
                 latents,
                 source,
+                weak=weak,
                 interval=guidance_interval,
                 cache_interval=cache_interval,
                 after=after,
                 every_step=callback is not None,
             )
         return last, given
+
+
+def _loop_inputs(
+    conditioning: Conditioning, network: Network, params: Params, guided: bool, weak: tuple[Network, Params] | None
+) -> list[LoopInputs]:
+    """Compute the inputs of each batch, and what the weak model of autoguidance takes."""
+    inputs = list(conditioning.loop_inputs(network, params, guided))
+    if weak is None:
+        return inputs
+    others = conditioning.loop_inputs(*weak, False)
+    return [one._replace(weak=other.cond) for one, other in zip(inputs, others, strict=True)]
 
 
 def is_guided(scale: float) -> bool:

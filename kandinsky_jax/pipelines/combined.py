@@ -70,6 +70,7 @@ class CombinedPipeline(Pipeline):
     guidance_scale = _component("decoder_pipe", "guidance_scale")
     _guidance_scale = guidance_scale
     prior_guidance_scale = _component("prior_pipe", "guidance_scale")
+    do_classifier_free_guidance = _component("decoder_pipe", "do_classifier_free_guidance")
     num_timesteps = _component("decoder_pipe", "num_timesteps")
     prior_num_timesteps = _component("prior_pipe", "num_timesteps")
 
@@ -172,6 +173,8 @@ class CombinedPipeline(Pipeline):
             generator=given["generator"],
             latents=given["latents"],
             guidance_scale=given["prior_guidance_scale"],
+            guidance_interval=given["prior_guidance_interval"],
+            guider=given["prior_guider"],
             callback_on_step_end=given["prior_callback_on_step_end"],
             callback_on_step_end_tensor_inputs=given["prior_callback_on_step_end_tensor_inputs"],
         )

@@ -14,6 +14,7 @@ from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline
 from kandinsky_jax.pipelines.img2img import Img2ImgBase
 from kandinsky_jax.pipelines.options import (
+    CombinedExtensionOptions,
     CombinedNoiseOptions,
     CombinedOutputOptions,
     CombinedStepOptions,
@@ -113,7 +114,7 @@ class KandinskyV22ControlnetImg2ImgPipeline(Img2ImgBase):
 @dataclass(frozen=True)
 class ControlnetCombinedOptions(
     OldCallbackOption,
-    ExtensionOptions,
+    CombinedExtensionOptions,
     CombinedOutputOptions,
     CombinedNoiseOptions,
     CombinedStepOptions,
@@ -143,7 +144,7 @@ class KandinskyV22ControlnetCombinedPipeline(CombinedPipeline):
 @dataclass(frozen=True)
 class ControlnetImg2ImgCombinedOptions(
     OldCallbackOption,
-    ExtensionOptions,
+    CombinedExtensionOptions,
     CombinedOutputOptions,
     CombinedNoiseOptions,
     StrengthOption,

@@ -24,9 +24,10 @@ from kandinsky_jax.diffusion.inpainting import Blend
 from kandinsky_jax.diffusion.rng import DECODER_STREAM, Generator, noise_source
 from kandinsky_jax.models import UNet2DConditionModel, VQModel
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import Pipeline, is_guided
+from kandinsky_jax.pipelines.base import Pipeline
 from kandinsky_jax.pipelines.components import as_component
 from kandinsky_jax.pipelines.denoising import LoopInputs
+from kandinsky_jax.pipelines.guidance import Guidance, choose_guider
 from kandinsky_jax.pipelines.modes import class_names
 from kandinsky_jax.pipelines.options import Callback, CallOptions, DecoderLatentsOption
 from kandinsky_jax.pipelines.outputs import ImagePipelineOutput, ImageResult
@@ -43,7 +44,7 @@ class DecoderRequest(NamedTuple):
     h: int  # height and width of the latents
     w: int
     schedule: Schedule  # the steps to run, after `strength` has removed some
-    scale: float  # of guidance
+    guidance: Guidance
     interval: tuple[int, int] | None  # the steps with guidance, None for all
     cache_interval: int  # the UNet's deep blocks run in one of so many steps
     generator: Generator
@@ -57,11 +58,6 @@ class DecoderRequest(NamedTuple):
     hint: np.ndarray | None  # [batch, H, W, 3] in 0..1
     paste_back: bool
     options: CallOptions  # as given, for options that only one mode has
-
-    @property
-    def guided(self) -> bool:
-        """Whether guidance is on at the first step."""
-        return is_guided(self.scale)
 
 
 @dataclass(frozen=True)
@@ -193,8 +189,10 @@ class DecoderPipeline(Pipeline):
         dim, negative_embeds = self.unet.config.encoder_hid_dim, given["negative_image_embeds"]
         positive = checks.embeds(given["image_embeds"], "image_embeds", dim)
         request = self._request(options, len(positive))
-        if negative_embeds is None and request.guided:
-            raise ValueError("negative_image_embeds is needed where guidance_scale is above 1")
+        if negative_embeds is None and request.guidance.uses_uncond:
+            raise ValueError(
+                "negative_image_embeds is needed where guidance_scale is above 1, and by the guider cfg++ at any scale"
+            )
         repeats, negative = request.batch // len(positive), None
         if negative_embeds is not None:
             negative = checks.embeds(negative_embeds, "negative_image_embeds", dim)
@@ -216,6 +214,8 @@ class DecoderPipeline(Pipeline):
             raise ValueError("paste_back works on pixels; it needs another output_type than 'latent'")
         callback, callback_inputs = self._callback(given)
         schedule = self._schedule(given["num_inference_steps"], given.get("strength"))
+        guidance = choose_guider(given["guider"], checks.guidance(given["guidance_scale"]), self.unet)
+        guidance.check(schedule)
         repeats = checks.count(given["num_images_per_prompt"], "num_images_per_prompt")
         factor, pictures = self.movq.config.scale_factor, {}
         for name, reader in _READERS.items():
@@ -229,7 +229,7 @@ class DecoderPipeline(Pipeline):
             h=h,
             w=w,
             schedule=schedule,
-            scale=checks.guidance(given["guidance_scale"]),
+            guidance=guidance,
             interval=checks.interval(given["guidance_interval"], len(schedule)),
             cache_interval=checks.count(given["cache_interval"], "cache_interval"),
             generator=given["generator"],
@@ -321,7 +321,7 @@ class DecoderPipeline(Pipeline):
             request.schedule,
             [inputs.start],
             source,
-            request.scale,
+            request.guidance,
             request.callback,
             request.callback_inputs,
             request.interval,

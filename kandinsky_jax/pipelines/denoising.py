@@ -3,13 +3,14 @@
 A network reaches the loop as a `Network` (its structure, hashable) and its parameters (arrays). Two things are asked of
 it: `module.condition(...)` once, and `module(sample, timestep, condition)` at every evaluation. The loop knows tables,
 not schedulers (see `kandinsky_jax.schedulers.table`), and its bounds are arguments of the compiled program: one program
-per network, shape and guidance on or off serves every prompt, seed, number of steps and scheduler.
+per network, shape and kind of guider serves every prompt, seed, number of steps, scheduler and scale.
 
 What a mode adds stays outside: its first latents, its further input channels (in the condition), its `Blend`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from kandinsky_jax import diffusion
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.compilation import bound_to, program
 from kandinsky_jax.diffusion import (
-    ClassifierFreeGuidance,
+    CondUncondGuider,
     Evaluation,
     Guider,
     LoopState,
@@ -50,20 +51,25 @@ class LoopInputs(NamedTuple):
     """What one batch is denoised under; the conditions are for `module(sample, timestep, condition)`."""
 
     cond: PyTree  # arrays [B, ...], from `diffusion.calls.condition`
-    uncond: PyTree = None  # likewise; None where guidance is off
+    uncond: PyTree = None  # likewise; None where it is not evaluated
     blend: Blend | None = None
+    weak: PyTree = None  # cond of the guider's own model, for autoguidance
 
     def map(self, function: Callable[[PyTree, int | None], PyTree]) -> LoopInputs:
         """A function of each array and its axis of images, None where it has none."""
         blend = None if self.blend is None else self.blend.map(function)
-        return LoopInputs(function(self.cond, 0), function(self.uncond, 0), blend)
+        return LoopInputs(function(self.cond, 0), function(self.uncond, 0), blend, function(self.weak, 0))
 
 
 class Conditioning(Protocol):
     """Conditioning of a loop, which a user's callback may change between two steps."""
 
     def loop_inputs(self, network: Network, params: Params, guided: bool) -> Sequence[LoopInputs]:
-        """Compute the inputs of each batch; with uncond where guidance is on."""
+        """Compute the inputs of each batch.
+
+        Args:
+            guided: whether uncond is evaluated.
+        """
 
     def callback_tensors(self, guided: bool) -> dict[str, PyTree]:
         """Return what a callback sees besides the latents, by diffusers' names and in PyTorch's order of axes."""
@@ -76,32 +82,41 @@ class Conditioning(Protocol):
         """
 
 
-@program(static_argnames="network", donate_argnames=("state", "cache"))
+class Steps(NamedTuple):
+    """What `denoise_steps` carries from slice to slice."""
+
+    state: jax.Array  # of the solver, float32 [STATE_SLOTS, B, ...]
+    memory: PyTree = None  # of the guider, from `first_memory`
+    cache: FeatureCache | None = None  # from `first_cache`; None for none: then a program of its own
+
+
+@program(static_argnames=("network", "weak"), donate_argnames="steps")
 def denoise_steps(
     network: Network,
     params: Params,
     loop_inputs: LoopInputs,
     table: SolverCoefficients,
-    state: jax.Array,
+    steps: Steps,
     noise: Noise,
-    scale: jax.Array | None,
+    guider: Guider,
     lo: jax.Array,
     hi: jax.Array,
-    cache: FeatureCache | None = None,
-) -> tuple[jax.Array, FeatureCache | None]:
+    weak: Network | None = None,
+    weak_params: Params | None = None,
+) -> Steps:
     """Rows lo .. hi - 1 of a table.
 
     Args:
         network, params: what predicts; `module(sample, timestep, condition)`.
-        loop_inputs: with uncond where `scale` is given, without where it is None.
+        loop_inputs: with uncond and weak where the guider evaluates them, else without.
         table: float32, `[MAX_STEPS, ...]`.
-        state: float32 `[STATE_SLOTS, B, ...]`; donated.
+        steps: donated.
         noise: one of `kandinsky_jax.diffusion.rng`.
-        scale: of guidance, or None for none: then half the work, in a program of its own.
+        guider: its numbers are arguments; its class has a program of its own.
         lo, hi: int; arguments, not constants, of the compiled program.
-        cache: from `first_cache` or an earlier call; donated. None for none: then a program of its own.
+        weak, weak_params: the weak model of autoguidance.
     Returns:
-        the state after row hi - 1, and the cache.
+        the same after row hi - 1.
     """
     mesh = network.mesh
 
@@ -109,20 +124,20 @@ def denoise_steps(
         params: Params,
         loop_inputs: LoopInputs,
         table: SolverCoefficients,
-        state: jax.Array,
+        steps: Steps,
         noise: Noise,
-        cache: FeatureCache | None,
-        *scalars: Any,
-    ) -> tuple[jax.Array, FeatureCache | None]:
-        scale, lo, hi = scalars
+        *others: Any,
+    ) -> Steps:
+        guider, lo, hi, weak_params = others
         cond, uncond = loop_inputs.cond, loop_inputs.uncond
-        guider: Guider = NoGuidance() if scale is None else ClassifierFreeGuidance(scale)
-        if scale is not None and exchanges_guidance(mesh):
-            guider, cond, uncond = _ExchangedGuidance(scale), own_condition(cond, uncond), None
+        if weak is not None:
+            guider = dataclasses.replace(guider, model=weak.bind(weak_params), condition=loop_inputs.weak)
+        if _is_exchanged(mesh, guider):
+            guider, cond, uncond = _ExchangedGuidance(guider), own_condition(cond, uncond), None
         with matmul_precision(params):
             done = diffusion.denoise(
                 network.bind(params),
-                LoopState(state, cache=cache),
+                LoopState(*steps),
                 cond,
                 uncond,
                 table,
@@ -132,68 +147,96 @@ def denoise_steps(
                 step_noise=noise,
                 after_step=loop_inputs.blend,
             )
-        return done.solver, done.cache
+        return Steps(*done)
 
-    specs, states = functools.partial(batch_specs, mesh), batch_specs(mesh, state, 1)
-    caches = None if cache is None else _cache_specs(mesh, scale is not None)
-    each = (REPLICATED, loop_inputs.map(specs), REPLICATED, states, noise.map(specs), caches, *[REPLICATED] * 3)
-    return sharded(mesh, local, each, (states, caches))(params, loop_inputs, table, state, noise, cache, scale, lo, hi)
+    specs, held = functools.partial(batch_specs, mesh), _step_specs(mesh, steps, guider)
+    each = (REPLICATED, loop_inputs.map(specs), REPLICATED, held, noise.map(specs), *[REPLICATED] * 4)
+    arguments = (params, loop_inputs, table, steps, noise, guider, lo, hi, weak_params)
+    return sharded(mesh, local, each, held)(*arguments)
 
 
-@program(static_argnames=("network", "guided"))
-def first_cache(network: Network, params: Params, state: jax.Array, refresh: jax.Array, guided: bool) -> FeatureCache:
+@program()
+def first_memory(guider: Guider, state: jax.Array) -> PyTree:
+    """Make the guider's memory before the first guided step, for a solver's state `[STATE_SLOTS, B, ...]`."""
+    return guider.init(state[0])
+
+
+@program(static_argnames=("network", "evaluations", "exchanged"))
+def first_cache(
+    network: Network, params: Params, state: jax.Array, refresh: jax.Array, evaluations: int, exchanged: bool
+) -> FeatureCache:
     """Make the feature cache before the first step.
 
     Args:
         network, params: a UNet's.
         state: of the loop, `[STATE_SLOTS, B, h, w, C]`.
         refresh: bool `[N]`; at which steps the deep blocks run, see `FeatureCache`.
-        guided: whether cond and uncond are evaluated at each step.
+        evaluations: of an image at each step on a device.
+        exchanged: whether each device of the `guidance` axis does its own.
     """
     mesh = network.mesh
 
     def local(params: Params, state: jax.Array, refresh: jax.Array) -> FeatureCache:
         _, images, height, width, _ = state.shape
-        evaluations = 2 if guided and not exchanges_guidance(mesh) else 1
         return network.bind(params).feature_cache(evaluations * images, height, width, refresh)
 
     each = (REPLICATED, batch_specs(mesh, state, 1), REPLICATED)
-    return sharded(mesh, local, each, _cache_specs(mesh, guided))(params, state, refresh)
+    return sharded(mesh, local, each, _cache_specs(exchanged))(params, state, refresh)
 
 
-def _cache_specs(mesh: jax.sharding.Mesh | None, guided: bool) -> Any:
+def _step_specs(mesh: jax.sharding.Mesh | None, steps: Steps, guider: Guider) -> Any:
+    """Return the partition specs of a slice's state."""
+    if mesh is None:
+        return REPLICATED
+    images = steps.state.shape[1]
+    memory = jax.tree.map(lambda x: batch_specs(mesh, x) if x.shape[:1] == (images,) else REPLICATED, steps.memory)
+    cache = None if steps.cache is None else _cache_specs(_is_exchanged(mesh, guider))
+    return Steps(batch_specs(mesh, steps.state, 1), memory, cache)
+
+
+def _cache_specs(exchanged: bool) -> Any:
     """Return a cache of specs over the manual axes: each device keeps the features of what it evaluates."""
-    images = (DATA_AXIS, GUIDANCE_AXIS) if guided and exchanges_guidance(mesh) else DATA_AXIS
+    images = (DATA_AXIS, GUIDANCE_AXIS) if exchanged else DATA_AXIS
     specs: dict[str, Any] = {"features": PartitionSpec(images), "refresh": REPLICATED, "done": REPLICATED}
     return FeatureCache(**specs)
 
 
-def _shard_cache(mesh: jax.sharding.Mesh | None, cache: FeatureCache | None, guided: bool) -> FeatureCache | None:
-    """Shard the rows of a cache's pictures too, which the specs over the manual axes leave to XLA."""
-    if mesh is None or cache is None:
-        return cache
-    images, height = _cache_specs(mesh, guided).features[0], cache.features.shape[1]
-    rows = ROWS_AXIS if height % mesh.shape[ROWS_AXIS] == 0 else None
-    features = jax.device_put(cache.features, NamedSharding(mesh, PartitionSpec(images, rows)))
-    return cache._replace(features=features)
+def _sharded_steps(mesh: jax.sharding.Mesh | None, steps: Steps, guider: Guider) -> Steps:
+    """Shard the rows of pictures too, which the specs over the manual axes leave to XLA."""
+    if mesh is None:
+        return steps
+    images = steps.state.shape[1]
+    memory = jax.tree.map(lambda x: shard_batch(mesh, x) if x.shape[:1] == (images,) else x, steps.memory)
+    cache = steps.cache
+    if cache is not None:
+        axes, height = _cache_specs(_is_exchanged(mesh, guider)).features[0], cache.features.shape[1]
+        rows = ROWS_AXIS if height % mesh.shape[ROWS_AXIS] == 0 else None
+        features = jax.device_put(cache.features, NamedSharding(mesh, PartitionSpec(axes, rows)))
+        cache = cache._replace(features=features)
+    return Steps(shard_batch(mesh, steps.state, 1), memory, cache)
+
+
+def _is_exchanged(mesh: jax.sharding.Mesh | None, guider: Guider) -> bool:
+    """Whether a guider's evaluations of uncond and cond are done on a device each; others are done on both."""
+    return exchanges_guidance(mesh) and getattr(type(guider), "evaluations", None) is CondUncondGuider.evaluations
 
 
 class _ExchangedGuidance(NamedTuple):
-    """Classifier-free guidance where each device of a mesh's `guidance` axis evaluates one condition of the two."""
+    """A guider of uncond and cond where each device of a mesh's `guidance` axis evaluates one of the two."""
 
-    scale: jax.Array
+    guider: Guider
 
-    def init(self, sample: jax.Array) -> None:
-        return None
+    def init(self, sample: jax.Array) -> PyTree:
+        return self.guider.init(sample)
 
     def evaluations(self, cond: PyTree, uncond: None) -> Sequence[Evaluation]:
         return [Evaluation(cond)]  # on the first device, this is the unconditional one
 
     def combine(
-        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: SolverCoefficients, state: None
-    ) -> tuple[Prediction, None]:
+        self, outputs: Sequence[jax.Array], sample: jax.Array, coefficients: SolverCoefficients, state: PyTree
+    ) -> tuple[Prediction, PyTree]:
         both = jax.lax.all_gather(outputs[0], GUIDANCE_AXIS)  # [2, B, ...]
-        return ClassifierFreeGuidance(self.scale).combine([both[0], both[1]], sample, coefficients, state)
+        return self.guider.combine([both[0], both[1]], sample, coefficients, state)
 
 
 SLICE_SECONDS = 0.1  # how long the host lets the device run before it looks up: progress, Ctrl-C
@@ -205,11 +248,12 @@ AfterSlice = Callable[[int, list[jax.Array]], list[jax.Array] | None]
 def denoise_batches(
     network: Network,
     params: Params,
-    inputs: Callable[[], tuple[Sequence[LoopInputs], float | None]],
+    inputs: Callable[[], tuple[Sequence[LoopInputs], Guider | None]],
     schedule: Schedule,
     latents: Sequence[jax.Array],
     source: Source,
     *,
+    weak: tuple[Network, Params] | None = None,
     interval: tuple[int, int] | None = None,
     cache_interval: int = 1,
     after: AfterSlice | None = None,
@@ -218,10 +262,11 @@ def denoise_batches(
     """Run a whole schedule over one or more batches of the same shape, which share one compiled program.
 
     Args:
-        inputs: gives each batch's `LoopInputs` and the scale of guidance, None for none; asked again before every
-            slice, so that `after` can change them. Without guidance, a batch's uncond is not read.
+        inputs: gives each batch's `LoopInputs` and the guider, its numbers float32, None for none; asked again before
+            every slice, so that `after` can change them. Without a guider, a batch's uncond and weak are not read.
         latents: each batch's first sample, float32 `[B, ...]`, already scaled.
         source: the noise.
+        weak: the weak model of autoguidance.
         interval: the first row with guidance and the first without it again (Kynkaanniemi et al. 2024, arXiv
             2404.07724); the others run on the conditional rows alone. None is all rows.
         cache_interval: the deep blocks run in one of so many steps, and whenever guidance begins or ends; in the others
@@ -233,46 +278,78 @@ def denoise_batches(
     """
     shape, images, mesh = latents[0].shape, len(latents[0]), network.mesh
     beside = _put_like(network, params)
-    states = [beside(_first_state(x), 1) for x in latents]
+    batches = [Steps(beside(_first_state(x), 1)) for x in latents]
+    memories: list[PyTree] | None = None  # of the guider; steps without guidance leave them as they are
     table = jax.tree.map(jnp.asarray, schedule.table)
     refresh = np.arange(MAX_STEPS) % cache_interval == 0
-    caches: list[FeatureCache | None] = [None] * len(states)
     done, size, was_guided = 0, 1, None
     first, last = (0, len(schedule)) if interval is None else interval
     while done < len(schedule):
         began = time.perf_counter()
         hi = min(done + size, len(schedule), *(end for end in (first, last) if end > done))
-        under, scale = inputs()
-        guidance = jnp.float32(scale) if scale is not None and first <= done < last else None
-        if guidance is None:
-            under = [one._replace(uncond=None) for one in under]
-        noises: list[KeyNoise | GivenNoise] = [*source.steps(done, hi - done, schedule.draws_noise, shape, len(states))]
+        under, chosen = inputs()
+        guided = chosen is not None and first <= done < last
+        guider: Guider = chosen if chosen is not None and guided else NoGuidance()
+        if not guided:
+            under = [one._replace(uncond=None, weak=None) for one in under]
+        noises: list[KeyNoise | GivenNoise] = [
+            *source.steps(done, hi - done, schedule.draws_noise, shape, len(batches))
+        ]
         if mesh is not None:
             under = [one.map(functools.partial(shard_batch, mesh, pictures=False)) for one in under]
             noises = [noise.map(functools.partial(shard_batch, mesh)) for noise in noises]
-        guided = guidance is not None
+        if guided and memories is None:
+            memories = [_first_memory(guider, steps.state) for steps in batches]
+        memory = [None] * len(batches) if memories is None or not guided else memories
+        batches = [steps._replace(memory=own) for steps, own in zip(batches, memory, strict=True)]
         if cache_interval > 1 and guided != was_guided:
-            caches = [
-                _shard_cache(mesh, first_cache(network, params, state, refresh, guided), guided) for state in states
-            ]
+            evaluations = _plain_evaluations(mesh, guider, under[0])
+            caches = [first_cache(network, params, x.state, refresh, *evaluations) for x in batches]
+            batches = [steps._replace(cache=cache) for steps, cache in zip(batches, caches, strict=True)]
             was_guided = guided
-        results = [
-            denoise_steps(network, params, one, table, state, noise, guidance, np.int32(done), np.int32(hi), cache)
-            for one, state, noise, cache in zip(under, states, noises, caches, strict=True)
+        batches = [
+            denoise_steps(
+                network,
+                params,
+                one,
+                table,
+                _sharded_steps(mesh, steps, guider),
+                noise,
+                guider,
+                np.int32(done),
+                np.int32(hi),
+                *(weak if guided and weak is not None else ()),
+            )
+            for one, steps, noise in zip(under, batches, noises, strict=True)
         ]
-        states, caches = [state for state, _ in results], [cache for _, cache in results]
-        if mesh is not None:
-            states = shard_batch(mesh, states, 1)
-            caches = [_shard_cache(mesh, cache, guided) for cache in caches]
-        jax.block_until_ready(states)  # so that `after` tells of work that is done
-        done = hi
+        jax.block_until_ready([steps.state for steps in batches])  # so that `after` tells of work that is done
+        done, memories = hi, [steps.memory for steps in batches] if guided else memories
         if after is not None:
-            changed = after(done, [_sample_of(state, images) for state in states])
+            changed = after(done, [_sample_of(steps.state, images) for steps in batches])
             if changed is not None:
-                states = [_with_sample(state, beside(x, 0)) for state, x in zip(states, changed, strict=True)]
+                batches = [
+                    steps._replace(state=_with_sample(steps.state, beside(x, 0)))
+                    for steps, x in zip(batches, changed, strict=True)
+                ]
         if not every_step and time.perf_counter() - began < SLICE_SECONDS:
             size = min(2 * size, source.chunk or len(schedule))
-    return [_sample_of(state, images) for state in states]
+    return [_sample_of(steps.state, images) for steps in batches]
+
+
+def _first_memory(guider: Guider, state: jax.Array) -> PyTree:
+    """Make a guider's memory, by a program only where it has one."""
+    shapes = jax.eval_shape(lambda state: guider.init(state[0]), state)
+    return first_memory(guider, state) if jax.tree.leaves(shapes) else shapes
+
+
+def _plain_evaluations(mesh: jax.sharding.Mesh | None, guider: Guider, inputs: LoopInputs) -> tuple[int, bool]:
+    """Count an image's evaluations at each step on a device that take the cache, and whether devices exchange them."""
+    if _is_exchanged(mesh, guider):
+        return 1, True
+    if inputs.weak is not None:
+        return 1, False
+    conditions = [one.condition for one in guider.evaluations(inputs.cond, inputs.uncond) if one.is_plain]
+    return len({id(condition) for condition in conditions}), False
 
 
 _first_state = jax.jit(initial_state)

@@ -10,6 +10,7 @@ from kandinsky_jax.pipelines.options import (
     GuidanceScaleOption,
     ImagesPerPromptOption,
     NegativePromptOption,
+    PriorExtensionOptions,
     PriorImageOption,
     PriorStepsOption,
     PromptOption,
@@ -24,6 +25,7 @@ from kandinsky_jax.pipelines.prior import PriorPipeline
 
 @dataclass(frozen=True)
 class Emb2EmbOptions(
+    PriorExtensionOptions,
     StepEndOption,
     ReturnDictOption,
     EmbedsOutputOption,

@@ -15,6 +15,7 @@ from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import DecoderInputs, DecoderPipeline, DecoderRequest
 from kandinsky_jax.pipelines.options import (
+    CombinedExtensionOptions,
     CombinedNoiseOptions,
     CombinedStepOptions,
     DecoderOutputOptions,
@@ -86,7 +87,7 @@ class KandinskyV22Img2ImgPipeline(Img2ImgBase):
 
 @dataclass(frozen=True)
 class Img2ImgCombinedOptions(
-    ExtensionOptions,
+    CombinedExtensionOptions,
     StepEndOption,
     PriorStepEndOption,
     ReturnDictOption,

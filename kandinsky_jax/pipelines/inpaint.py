@@ -22,6 +22,7 @@ from kandinsky_jax.pipelines import checks
 from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import DecoderInputs, DecoderPipeline, DecoderRequest
 from kandinsky_jax.pipelines.options import (
+    CombinedExtensionOptions,
     CombinedNoiseOptions,
     CombinedOutputOptions,
     CombinedStepOptions,
@@ -155,7 +156,7 @@ class KandinskyV22InpaintPipeline(DecoderPipeline):
 @dataclass(frozen=True)
 class InpaintCombinedOptions(
     OldCallbackOption,
-    ExtensionOptions,
+    CombinedExtensionOptions,
     PasteBackOption,
     CombinedOutputOptions,
     CombinedNoiseOptions,

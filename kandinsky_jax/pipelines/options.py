@@ -20,27 +20,19 @@ Names, order and defaults are those of diffusers' pipelines; ours come after the
 
 from __future__ import annotations
 
-import difflib
-import functools
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
+from kandinsky_jax.diffusion.guidance import Guider
 from kandinsky_jax.diffusion.rng import Generator
-from kandinsky_jax.pipelines.call_defaults import with_defaults
+from kandinsky_jax.pipelines.option_arguments import CallOptions as CallOptions
+from kandinsky_jax.pipelines.option_arguments import check_arguments as check_arguments
+from kandinsky_jax.pipelines.option_arguments import option_docs as option_docs
+from kandinsky_jax.pipelines.option_arguments import takes as takes
 
 Callback: TypeAlias = Callable[[Any, int, int, dict[str, Any]], dict[str, Any]]  # (pipe, step, timestep, tensors)
 OldCallback: TypeAlias = Callable[[int, int, Any], None]  # (step, timestep, latents)
-
-P = ParamSpec("P")
-OptionsT = TypeVar("OptionsT")
-ResultT = TypeVar("ResultT")
-
-
-class CallOptions:
-    """Base of a call's options; their values are the user's, not checked yet."""
 
 
 # What to generate -------------------------------------------------------------------------------------------------
@@ -182,7 +174,7 @@ class GuidanceScaleOption(CallOptions):
     """Classifier-free guidance.
 
     Args:
-        guidance_scale: guidance is on above 1.
+        guidance_scale: guidance is on above 1, but for other guiders than classifier-free guidance.
     """
 
     guidance_scale: float = 4.0
@@ -273,12 +265,37 @@ class GuidanceIntervalOption(CallOptions):
     """Guidance in some of the steps.
 
     Args:
-        guidance_interval: apply guidance only between two fractions of this call's steps, such as (0.4, 1); a step
-            outside costs half as much. None, as (0, 1), is guidance at every step. Source: Kynkaanniemi et al. 2024
-            (arXiv 2404.07724).
+        guidance_interval: apply guidance only between two fractions of this call's steps, such as (0.4, 1), with any
+            guider; a step outside is the conditional evaluation alone. None, as (0, 1), is all steps. Source:
+            Kynkaanniemi et al. 2024 (arXiv 2404.07724).
     """
 
     guidance_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class GuiderOption(CallOptions):
+    """The way to guide.
+
+    Args:
+        guider: None is classifier-free guidance by guidance_scale. A name, "rescaled-cfg", "apg", "cfg++", "pag" or
+            "autoguidance:model=FOLDER", with settings such as "apg:eta=0,momentum=-0.5", takes guidance_scale too where
+            it has no scale of its own. Or an object with the methods of `diffusion.Guider`, whose scale is its own.
+    """
+
+    guider: str | Guider | None = None
+
+
+@dataclass(frozen=True)
+class CombinedPriorGuidanceOption(CallOptions):
+    """Ways to guide the prior in a combined call.
+
+    Args:
+        prior_guider, prior_guidance_interval: the prior's own.
+    """
+
+    prior_guider: str | Guider | None = None
+    prior_guidance_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -373,7 +390,13 @@ class OldCallbackOption(CallOptions):
 
 
 @dataclass(frozen=True)
+class PriorExtensionOptions(GuidanceIntervalOption, GuiderOption):
+    """CallOptions of a prior's call that diffusers does not have; a new one goes here."""
+
+
+@dataclass(frozen=True)
 class PriorOptions(
+    PriorExtensionOptions,
     StepEndOption,
     ReturnDictOption,
     EmbedsOutputOption,
@@ -392,8 +415,13 @@ class PriorOptions(
 
 
 @dataclass(frozen=True)
-class ExtensionOptions(GuidanceIntervalOption, CacheIntervalOption):
+class ExtensionOptions(GuiderOption, GuidanceIntervalOption, CacheIntervalOption):
     """CallOptions of every decoder and combined call that diffusers does not have; a new one goes here."""
+
+
+@dataclass(frozen=True)
+class CombinedExtensionOptions(CombinedPriorGuidanceOption, ExtensionOptions):
+    """The same of combined calls."""
 
 
 @dataclass(frozen=True)
@@ -424,75 +452,3 @@ class CombinedNoiseOptions(PriorLatentsOption, GeneratorOption, CombinedPriorOpt
 @dataclass(frozen=True)
 class CombinedOutputOptions(StepEndOption, PriorStepEndOption, ReturnDictOption, PictureOutputOption):
     """output_type, return_dict, the callbacks of both stages."""
-
-
-# From an object to arguments --------------------------------------------------------------------------------------
-
-
-def takes(
-    options: Callable[P, OptionsT],
-) -> Callable[[Callable[[Any, OptionsT], ResultT]], Callable[Concatenate[Any, P], ResultT]]:
-    """Decorate a method that takes one options object, to take the options as arguments.
-
-    Args:
-        options: a dataclass composed of this module's. Its signature and documentation become the method's.
-    """
-
-    def decorate(method: Callable[[Any, OptionsT], ResultT]) -> Callable[Concatenate[Any, P], ResultT]:
-        own, fields = inspect.signature(method), inspect.signature(options)
-        parameters = [next(iter(own.parameters.values())), *fields.parameters.values()]
-
-        @functools.wraps(method)
-        def call(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
-            check_arguments(f"{type(self).__name__}.{method.__name__}", fields, args, kwargs)
-            return method(self, options(*args, **with_defaults(self, fields.parameters, args, kwargs)))
-
-        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            parameters, return_annotation=own.return_annotation
-        )
-        call.__doc__ = _with_arguments(inspect.getdoc(method) or "", options)
-        return call
-
-    return decorate
-
-
-def check_arguments(
-    function: str, signature: inspect.Signature, args: Sequence[object], kwargs: Mapping[str, object]
-) -> None:
-    """Raise TypeError, in the name of a function, for arguments that its options do not take."""
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        unknown = next((name for name in kwargs if name not in signature.parameters), "")
-        close = difflib.get_close_matches(unknown, signature.parameters, 1)
-        close = close or [name for name in signature.parameters if unknown in name.split("_")]
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise TypeError(f"{function}: {error}{hint}") from None
-
-
-def _with_arguments(text: str, options: Callable[..., object]) -> str:
-    """Insert the documentation of the options after the first paragraph of a method's."""
-    summary, _, rest = text.partition("\n\n")
-    return "\n".join([summary, "", "Args:", *_argument_blocks(options), rest.strip("\n")]).rstrip() + "\n"
-
-
-def _argument_blocks(options: Callable[..., object]) -> list[str]:
-    """Return the documentation of each group of options, in the order of the arguments."""
-    assert isinstance(options, type)
-    groups = [group for group in reversed(options.__mro__) if group is not options and issubclass(group, CallOptions)]
-    docs = [inspect.getdoc(group) or "" for group in groups]
-    return [doc.partition("\nArgs:\n")[2].rstrip() for doc in docs if "\nArgs:\n" in doc]
-
-
-def option_docs(options: Callable[..., object]) -> dict[str, str]:
-    """Return the documentation of each option of a call, on one line.
-
-    Args:
-        options: a dataclass composed of this module's.
-    """
-    found: dict[str, str] = {}
-    for block in _argument_blocks(options):
-        for entry in re.split(r"\n(?=    \S)", block):
-            names, _, text = " ".join(entry.split()).partition(": ")
-            found |= dict.fromkeys(names.split(", "), text)
-    return found

@@ -22,16 +22,17 @@ from kandinsky_jax.common.arrays import to_numpy
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.compilation import program
-from kandinsky_jax.diffusion import Network, Params
+from kandinsky_jax.diffusion import Guider, Network, Params
 from kandinsky_jax.diffusion.calls import call, condition, shard_condition
 from kandinsky_jax.diffusion.rng import PRIOR_STREAM, Generator, Source, noise_source
 from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.models import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PriorTransformer
 from kandinsky_jax.models.prior import PriorCondition
 from kandinsky_jax.pipelines import checks
-from kandinsky_jax.pipelines.base import LazyComponent, Pipeline, is_guided
+from kandinsky_jax.pipelines.base import LazyComponent, Pipeline
 from kandinsky_jax.pipelines.call_defaults import takes_defaults
 from kandinsky_jax.pipelines.denoising import LoopInputs
+from kandinsky_jax.pipelines.guidance import Guidance, choose_guider
 from kandinsky_jax.pipelines.options import Callback, CallOptions, PriorOptions
 from kandinsky_jax.pipelines.outputs import Embeds, KandinskyPriorPipelineOutput, PriorResult
 from kandinsky_jax.schedulers import Schedule, Scheduler
@@ -61,7 +62,8 @@ class PriorRequest(NamedTuple):
     negatives: list[str] | None
     repeats: int
     schedule: Schedule
-    scale: float
+    guidance: Guidance
+    interval: tuple[int, int] | None  # the steps with guidance, None for all
     generator: Generator
     latents: np.ndarray | None  # the user's initial noise
     image: np.ndarray | list[Image.Image] | None  # to start from, see `_pictures`
@@ -176,6 +178,8 @@ class PriorPipeline(Pipeline):
         negative_prior_prompt: str | None = None,
         negative_prompt: str = "",
         guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guider: str | Guider | None = None,
     ) -> KandinskyPriorPipelineOutput:
         """Mix prompts and pictures: the weighted sum of their image embeddings.
 
@@ -185,7 +189,8 @@ class PriorPipeline(Pipeline):
                 an image embedding.
             weights: one number for each item; they are not normalised.
             num_images_per_prompt: embeddings to generate.
-            num_inference_steps, latents, guidance_scale: of the prior, for each prompt; see `__call__`.
+            num_inference_steps, latents, guidance_scale, guidance_interval, guider: of the prior, for each prompt; see
+                `__call__`.
             generator: a `TorchGenerator` continues from item to item. With a seed or a key, every prompt gets the noise
                 that it would get alone.
             negative_prior_prompt: the negative prompt for each of the prompts.
@@ -205,6 +210,8 @@ class PriorPipeline(Pipeline):
             generator=generator,
             latents=latents,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guider=guider,
         )
         negative = self._request(dataclasses.replace(shared, prompt=negative_prompt))
         parts: list[PriorRequest | np.ndarray | list[Image.Image]] = [
@@ -240,6 +247,8 @@ class PriorPipeline(Pipeline):
         negatives = checks.negative_texts(given["negative_prompt"], prompts)
         steps = given["num_inference_steps"]
         schedule = self.scheduler.schedule(steps, checks.skipped(given.get("strength"), self.scheduler.steps(steps)))
+        guidance = choose_guider(given["guider"], checks.guidance(given["guidance_scale"]), self.prior)
+        guidance.check(schedule)
         pictures = self._pictures(given["image"], "") if "image" in given else None
         if pictures is not None:
             checks.picture_count(len(pictures), "image", len(prompts), repeats)
@@ -250,7 +259,8 @@ class PriorPipeline(Pipeline):
             negatives=negatives,
             repeats=repeats,
             schedule=schedule,
-            scale=checks.guidance(given["guidance_scale"]),
+            guidance=guidance,
+            interval=checks.interval(given["guidance_interval"], len(schedule)),
             generator=given["generator"],
             latents=checks.latents(given.get("latents"), (total, self.prior.config.embedding_dim)),
             image=pictures,
@@ -312,16 +322,17 @@ class PriorPipeline(Pipeline):
         """Generate image embeddings and negative ones, float32 `[images, D]`."""
         source = noise_source(request.generator, request.images, PRIOR_STREAM)
         cond = self._encode_cond(request)
-        uncond = self._encode_uncond(request, cond) if is_guided(request.scale) else None
+        uncond = self._encode_uncond(request, cond) if request.guidance.uses_uncond else None
         samples, _ = self._denoise(
             self.prior,
             PriorInputs(self, request, cond, uncond),
             request.schedule,
             self._initial_latents(request, source),
             source,
-            request.scale,
+            request.guidance,
             request.callback,
             request.callback_inputs,
+            request.interval,
         )
         network, params = Network.split(self.prior)
         embeds = [np.asarray(call(network, params, x, method="post_process_latents"), np.float32) for x in samples]

@@ -12,6 +12,7 @@ from kandinsky_jax.checkpoint import hub
 from kandinsky_jax.pipelines.combined import CombinedPipeline
 from kandinsky_jax.pipelines.decoder import DecoderPipeline
 from kandinsky_jax.pipelines.options import (
+    CombinedExtensionOptions,
     CombinedNoiseOptions,
     CombinedStepOptions,
     DecoderNoiseOptions,
@@ -65,7 +66,7 @@ class KandinskyV22Pipeline(DecoderPipeline):
 
 @dataclass(frozen=True)
 class CombinedOptions(
-    ExtensionOptions,
+    CombinedExtensionOptions,
     StepEndOption,
     PriorStepEndOption,
     ReturnDictOption,

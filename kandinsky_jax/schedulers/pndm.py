@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kandinsky_jax.schedulers.base import BetaScheduler, Scheduler, vp_levels
+from kandinsky_jax.schedulers.base import BetaScheduler, Scheduler, predictions, vp_levels
 from kandinsky_jax.schedulers.noise_schedule import SchedulerError, spaced_timesteps
 from kandinsky_jax.schedulers.table import BASIS, EPS, MAX_STEPS, STATE_SLOTS, Schedule, build
 
@@ -61,7 +61,8 @@ class PNDMScheduler(BetaScheduler):
         stride = self.num_train_timesteps // steps
         ways, matrix = self._multistep(visited, stride) if self.skip_prk_steps else self._runge_kutta(visited, stride)
         alpha = self.alphas_cumprod[ways]
-        return build(timesteps=ways, levels=vp_levels(alpha), matrix=matrix, **_raw(len(ways)))
+        x0_from, _ = predictions(self.prediction_type, alpha)  # for guiders; the solver takes the output
+        return build(timesteps=ways, levels=vp_levels(alpha), matrix=matrix, **_raw(len(ways)) | {"x0_from": x0_from})
 
     def _way(self, start: int, end: int, sample: np.ndarray, output: np.ndarray) -> np.ndarray:
         """The sample after the way between two timesteps, as a line of a matrix (the paper's equation 11)."""

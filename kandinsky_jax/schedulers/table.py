@@ -40,6 +40,7 @@ class SolverCoefficients(NamedTuple):
         clip: `[N]`; x0 is clipped to +-clip, infinite for none.
         threshold: `[N, 3]`: on (1 or 0), quantile, largest bound of dynamic thresholding.
         matrix: `[N, STATE_SLOTS, STATE_SLOTS + 3]`: state' = matrix @ [state, x0, eps, z].
+        levels: `[N, 2]`, the factors of signal and noise in the sample, see `Schedule`.
     """
 
     timestep: np.ndarray
@@ -51,6 +52,7 @@ class SolverCoefficients(NamedTuple):
     clip: np.ndarray
     threshold: np.ndarray
     matrix: np.ndarray
+    levels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def build(
         clip=np.full(n, clip),
         threshold=np.tile([float(threshold is not None), quantile, largest], (n, 1)),
         matrix=matrix,
+        levels=levels,
     )
     table = SolverCoefficients(*(_padded(column[begin:]) for column in table))
     if broken := [name for name in ("x0_from", "eps_from", "matrix") if not np.isfinite(getattr(table, name)).all()]:

@@ -92,9 +92,9 @@ def test_an_interval_of_all_steps_is_the_call_without_one(ours, embeds):
 def test_slices_end_where_the_interval_does(ours, embeds, monkeypatch):
     seen, real = [], denoising.denoise_steps
 
-    def watched(network, params, loop_inputs, table, state, noise, scale, lo, hi, cache):
-        seen.append((int(lo), int(hi), scale is not None, loop_inputs.uncond is not None))
-        return real(network, params, loop_inputs, table, state, noise, scale, lo, hi, cache)
+    def watched(network, params, loop_inputs, table, steps, noise, guider, lo, hi):
+        seen.append((int(lo), int(hi), guider.is_on, loop_inputs.uncond is not None))
+        return real(network, params, loop_inputs, table, steps, noise, guider, lo, hi)
 
     monkeypatch.setattr(denoising, "denoise_steps", watched)
     monkeypatch.setattr(denoising, "SLICE_SECONDS", 60)  # so that slices grow as far as they may

@@ -26,7 +26,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from kandinsky_jax import compilation, models
 from kandinsky_jax.checkpoint.quantization import QUANTIZABLE
-from kandinsky_jax.diffusion import Network, calls
+from kandinsky_jax.diffusion import ClassifierFreeGuidance, Network, NoGuidance, calls
+from kandinsky_jax.diffusion.calls import exchanges_guidance
 from kandinsky_jax.diffusion.rng import KeyNoise
 from kandinsky_jax.models.layers import abstract
 from kandinsky_jax.models.quantization_config import QuantizationConfig, has_own_dtype
@@ -35,7 +36,7 @@ from kandinsky_jax.models.unet import FeatureCache
 from kandinsky_jax.parallel.mesh import make_mesh
 from kandinsky_jax.parallel.sharding import REPLICATED, batch_specs, in_memory
 from kandinsky_jax.pipelines import denoising
-from kandinsky_jax.pipelines.denoising import LoopInputs
+from kandinsky_jax.pipelines.denoising import LoopInputs, Steps
 from kandinsky_jax.schedulers import DDPMScheduler
 from kandinsky_jax.schedulers.table import MAX_STEPS, STATE_SLOTS
 from tpu_scripts.aot import aot_compile, aot_gpu
@@ -131,24 +132,28 @@ def loop(
     loop_inputs = LoopInputs(placed(mesh, cond, 0), placed(mesh, uncond, 0))
     state = placed(mesh, floats(STATE_SLOTS, *sample), 1)
     scale, *bounds = placed(mesh, (floats(), *[Shape((), jnp.int32)] * 2))
-    scalars = (scale if guided else None, *bounds)
-    arrays = (params, loop_inputs, placed(mesh, table), state, placed(mesh, noise, 0), *scalars)
-    if not cached:
-        return Program(denoising.denoise_steps, (network, *arrays), {})
-    refresh = placed(mesh, Shape((MAX_STEPS,), jnp.bool_))
-    first = jax.eval_shape(
-        functools.partial(denoising.first_cache.jitted, network, guided=guided), params, state, refresh
-    )
-    features = placed(mesh, first.features, 0)
-    cache = FeatureCache(features, refresh, placed(mesh, Shape((), jnp.int32)))
-    return Program(denoising.denoise_steps, (network, *arrays), {"cache": cache})
+    guider = ClassifierFreeGuidance(scale) if guided else NoGuidance()
+    steps = Steps(state)
+    if cached:
+        refresh = placed(mesh, Shape((MAX_STEPS,), jnp.bool_))
+        settings = {"evaluations": 2 if guided else 1, "exchanged": False}
+        if guided and exchanges_guidance(mesh):
+            settings = {"evaluations": 1, "exchanged": True}
+        first = jax.eval_shape(
+            functools.partial(denoising.first_cache.jitted, network, **settings), params, state, refresh
+        )
+        features = placed(mesh, first.features, 0)
+        steps = Steps(state, cache=FeatureCache(features, refresh, placed(mesh, Shape((), jnp.int32))))
+    arrays = (params, loop_inputs, placed(mesh, table), steps, placed(mesh, noise, 0), guider, *bounds)
+    return Program(denoising.denoise_steps, (network, *arrays), {})
 
 
 @compilation.program(static_argnames="network")
-def kept_steps(network: Network, *arguments: Any, cache: FeatureCache) -> Any:
+def kept_steps(network: Network, params: Any, loop_inputs: LoopInputs, table: Any, steps: Steps, *others: Any) -> Steps:
     """`denoise_steps` where no step runs the deep blocks, to count what such a step costs."""
-    kept = cache._replace(refresh=jnp.zeros_like(cache.refresh))
-    return denoising.denoise_steps.__wrapped__(network, *arguments, cache=kept)
+    assert steps.cache is not None
+    kept = steps._replace(cache=steps.cache._replace(refresh=jnp.zeros_like(steps.cache.refresh)))
+    return denoising.denoise_steps.__wrapped__(network, params, loop_inputs, table, kept, *others)
 
 
 def program(name: str, mesh: Mesh, batch: int, size: int, guided: bool = True, int8: bool = False) -> Program:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kandinsky_jax.checkpoint.recommended_settings import USUAL_PRIOR_STEPS, USUAL_SCALE
-from kandinsky_jax.diffusion import PRIOR_STREAM, noise_source
+from kandinsky_jax.diffusion import PRIOR_STREAM, ClassifierFreeGuidance, noise_source
 from kandinsky_jax.diffusion.calls import call, condition
 from kandinsky_jax.diffusion.rng import image_keys
 from kandinsky_jax.pipelines.base import is_guided
@@ -41,7 +41,8 @@ class EmbedsGenerator:
     @property
     def settings(self) -> dict[str, object]:
         """What determines the embeddings besides captions and weights."""
-        schedule = weights_digest(self._schedule.table._asdict())
+        columns = {name: column for name, column in self._schedule.table._asdict().items() if name != "levels"}
+        schedule = weights_digest(columns)  # levels were no part of it, and follow from the rest
         return {"seed": self._seed, "guidance_scale": self.scale, "schedule": schedule}
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray) -> jax.Array:
@@ -55,10 +56,11 @@ class EmbedsGenerator:
         inputs = LoopInputs(*condition(network, params, _arguments(text), self._uncond(text)))
         source = noise_source(caption_keys(self._seed, ids, mask), len(ids), PRIOR_STREAM)
         noise = source.initial((len(ids), self._task.pipe.prior_prior.config.embedding_dim))
+        guider = None if self._empty is None else ClassifierFreeGuidance(jnp.float32(self.scale))
         [sample] = denoise_batches(
             network,
             params,
-            lambda: ([inputs], None if self._empty is None else self.scale),
+            lambda: ([inputs], guider),
             self._schedule,
             [x * self._schedule.init_noise_sigma for x in noise],
             source,
