@@ -286,6 +286,11 @@ class IntervalGuidance:
     def uses_uncond(self) -> bool:
         return self.guider.uses_uncond
 
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raise ValueError for a schedule that the guider cannot serve."""
+        if hasattr(self.guider, "check_schedule"):
+            self.guider.check_schedule(schedule)
+
     def evaluations(self, cond: PyTree, uncond: PyTree) -> Sequence[Evaluation]:
         wanted = self.guider.evaluations(cond, uncond)
         if not any(one.condition is cond and one.is_plain for one in wanted):

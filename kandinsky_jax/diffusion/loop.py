@@ -218,6 +218,8 @@ def sample(
     coefficients = _checked(schedule, rng)
     _check_conditions(model, len(noise), cond, uncond)
     _check_guider(guider)
+    if isinstance(schedule, Schedule) and hasattr(guider, "check_schedule"):
+        guider.check_schedule(schedule)
     if not callable(step):
         raise TypeError(f"step must be a function such as solver_step, got {quote(step)}")
     steps = _rows(coefficients)
