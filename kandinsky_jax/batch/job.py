@@ -296,7 +296,7 @@ class OpenJob:
         found = {}
         for name, cls in (("guider", UNet2DConditionModel), ("prior_guider", PriorTransformer)):
             if getattr(self.job, name) is not None:
-                guider = guider_named(getattr(self.job, name), self.settings[SCALES[name]])
+                guider = guider_named(getattr(self.job, name))
                 if isinstance(guider, Autoguidance):
                     found[f"{name}_model"] = model_files.network_digests(weak_folder(cls, guider.model))
         return found

@@ -66,6 +66,13 @@ BAD = [
     ("rows.txt", "--dtype int8", "dtype=int8 is not supported"),
     ("rows.txt", "--scheduler dmd", "there is no scheduler 'dmd'"),
     ("rows.txt", "--guidance-scale inf", "guidance_scale must be a finite number"),
+    ("rows.txt", "--guider agp", "guider: there is no guider 'agp'"),
+    ("rows.txt", "--prior-guider apg:eta=x", "prior_guider: guider 'apg:eta=x': eta must be a finite number"),
+    ("rows.txt", "--guider cfg++", "guider 'cfg[+][+]': scale is 2, needed is 0 to 1"),
+    ("rows.txt", "--guider cfg++:scale=0.5 --scheduler dpm++2m", "guider: the guider cfg.. is for solvers whose"),
+    ("rows.txt", "--guider autoguidance:model=nowhere/", "nowhere/ is not a folder here"),
+    ("rows.txt", "--guidance-interval 0.8,0.2", "guidance_interval must be two rising numbers"),
+    ("rows.txt", "--prior-guidance-interval a", "--prior-guidance-interval must be numbers with commas"),
     ("rows.txt", "--model tiny/kandinsky-2-2-prior", "holds a .*, which the mode generate cannot use"),
     ("rows.csv", "--model tiny/kandinsky-2-2-controlnet-depth", "which the mode img2img cannot use; it needs a Kand"),
 ]

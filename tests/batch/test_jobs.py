@@ -92,6 +92,31 @@ def test_every_picture_is_that_of_a_call(whole, rows, shapes_pipe):
             assert about["steps"] == row.get("steps", 3)
 
 
+def test_a_job_guides_both_stages_as_a_call_does(shapes_pipe, tmp_path):
+    row = {"prompt": "a green star", "seed": 7, "id": "star", "guidance_scale": 3.0}
+    settings = {"guider": "apg:eta=0.5", "prior_guider": "rescaled-cfg", "prior_guidance_interval": (0, 0.5)}
+    job = job_of(tmp_path, [row], batch=1, **settings)
+    run_job(job, shapes_pipe)
+    found = members(tmp_path / "out")
+    about = json.loads(found["star.json"])
+    text = {name: about[name] for name in settings}
+    assert text == settings | {"prior_guidance_interval": "0,0.5"}
+    call = {"num_inference_steps": 3, "prior_num_inference_steps": 2, "guidance_scale": 3.0, "generator": 7}
+    [picture] = shapes_pipe("a green star", height=64, width=64, **call, **settings).images
+    with Image.open(io.BytesIO(found["star.png"])) as written:
+        assert np.abs(np.asarray(written, int) - np.asarray(picture, int)).max() <= 1
+    with pytest.raises(JobError, match=r"guider.*apg:eta=0\.5"):
+        run_job(job_of(tmp_path, [row], batch=1), shapes_pipe)
+
+
+def test_a_row_whose_scale_the_guider_does_not_take_is_an_error(shapes_pipe, tmp_path):
+    rows = [{"prompt": "a green star", "guidance_scale": scale} for scale in (0.5, 3.0)]
+    report = run_job(job_of(tmp_path, rows, guider="cfg++", scheduler="ddim"), shapes_pipe)
+    assert (report.images, report.errors) == (1, 1)
+    [error] = map(json.loads, (tmp_path / "out" / "errors.jsonl").read_text().splitlines())
+    assert "guidance_scale: guider 'cfg++': scale is 3, needed is 0 to 1" in error["error"]
+
+
 def test_it_is_a_web_dataset(whole):
     """As that library groups samples: neighbours with one key, in shards that are named by number."""
     assert sorted(path.name for path in whole.iterdir()) == ["000000.tar", "000001.tar", "000002.tar", "job.json"]

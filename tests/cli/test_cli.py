@@ -91,6 +91,9 @@ def test_torch_noise_is_the_references_picture(tmp_path, shapes_pipe):
         (["x", *SHORT[:2], "--steps", "0"], "num_inference_steps=0 is out of range"),
         (["x", "--model", "tiny", "--seed", "-1"], "--seed=-1 is not a seed"),
         (["x", "--scheduler", "dpm2m"], "there is no scheduler 'dpm2m'; did you mean dpm"),
+        (["x", "--guider", "agp"], "--guider: there is no guider 'agp'; did you mean"),
+        (["x", "--guider", "cfg++", "--model", "tiny"], "--guider: guider 'cfg++': scale is 2, needed is 0 to 1"),
+        (["x", "--prior-guidance-interval", "0.5,0.2"], "--prior-guidance-interval must be two rising numbers"),
         (["x", "--scheduler", "heun", "--steps", "600"], "num_inference_steps=600 is out of range"),
     ],
 )
@@ -214,6 +217,28 @@ def test_a_mix_has_the_given_proportions(folder, ours):
     )
     [expected] = ours["KandinskyV22Pipeline"](**embeds, height=64, width=64, num_inference_steps=4, generator=5).images
     assert np.abs(pixels(folder / "out.png") - np.asarray(expected, int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_guiders_of_both_stages(folder, ours):
+    short = ["--steps", "4", "--prior-steps", "4", "-m", str(SHAPES_MODEL), "-q", "--seed", "5", "-o", "out.png"]
+    text = "--guider apg:eta=0.5 --guidance-interval 0.2,1 --prior-guider rescaled-cfg --prior-guidance-interval 0,0.5"
+    prior = {"guider": "rescaled-cfg", "guidance_interval": (0, 0.5), "num_inference_steps": 4, "generator": 5}
+    decoder = {"guider": "apg:eta=0.5", "guidance_interval": (0.2, 1), "num_inference_steps": 4, "generator": 5}
+    pipe = ours["KandinskyV22CombinedPipeline"]
+    for command in ("generate", "mix"):
+        done = invoke([command, "a green star", *short, *text.split()], folder)
+        assert done.exit_code == 0, done.output
+        if command == "generate":
+            embeds = pipe.prior_pipe("a green star", **prior)
+        else:
+            embeds = pipe.prior_pipe.interpolate(["a green star"], [1.0], **prior)
+        [expected] = pipe.decoder_pipe(*embeds.values(), height=64, width=64, **decoder).images
+        assert np.abs(pixels(folder / "out.png") - np.asarray(expected, int)).max() <= 1
+        with Image.open(folder / "out.png") as picture:
+            about = json.loads(picture.text["kandinsky_jax"])
+        assert about["guider"] == "apg:eta=0.5"
+        assert "rescaled-cfg" in (about.get("prior_guider"), about.get("prior", {}).get("guider"))
 
 
 @pytest.mark.parametrize(

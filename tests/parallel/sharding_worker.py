@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 
 from tests.xla_flags import devices
 
@@ -131,6 +132,25 @@ def cached_features(found: dict[str, np.ndarray]) -> None:
             generate(pipe, **call | {"cache_interval": 2})
         assert not events
     found["cached uneven"] = generate(pipe, 3, **call)
+
+
+def guiders(found: dict[str, np.ndarray]) -> None:
+    """A guider with a memory, whose evaluations are exchanged, and two that are done whole on every device."""
+    one = pipeline(None)
+    one.shard(None)
+    weak = os.path.join(tempfile.mkdtemp(), "unet")
+    noisy = kj.UNet2DConditionModel.from_pretrained(SHAPES_MODEL / "kandinsky-2-2-decoder", subfolder="unet")
+    noisy.conv_out.kernel[...] *= 0.8
+    noisy.save_pretrained(weak)
+    calls = {
+        "apg": {"guider": "apg:eta=0.3", "prior_guider": "apg", "cache_interval": 2},
+        "pag": {"guider": r"pag:layers=down_blocks\..*,perturbed_scale=2", "prior_guider": "rescaled-cfg"},
+        "autoguidance": {"guider": f"autoguidance:model={weak}", "prior_guider": "cfg++:scale=0.4"},
+    }
+    for name, call in calls.items():
+        found[name] = generate(one, **call)
+        for shape in ((8, 1, 1), (2, 2, 2)):
+            found[f"{name} {shape}"] = generate(pipeline(make_mesh(*shape)), **call)
 
 
 def quantized(found: dict[str, np.ndarray]) -> None:

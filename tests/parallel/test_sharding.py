@@ -70,6 +70,17 @@ def test_cached_features(tmp_path):
     assert np.abs(found["cached batch"] - found["not cached"]).mean() * 255 > 1
 
 
+@pytest.mark.slow
+def test_guiders(tmp_path):
+    """On each mesh: the pictures of one device, to rounding."""
+    found = generated_by(tmp_path, "guiders")
+    for name in ("apg", "pag", "autoguidance"):
+        for shape in ("(8, 1, 1)", "(2, 2, 2)"):
+            difference = np.abs(found[f"{name} {shape}"] - found[name]).max() * 255
+            assert note(difference, f"{name}, {shape}, max |d| of 255") <= 0.05
+    assert np.abs(found["apg"] - found["pag"]).mean() * 255 > 1
+
+
 @pytest.mark.campaign
 def test_a_callback_sees_the_batch(further):
     assert np.array_equal(further["callback"], further["alone"][:3])
