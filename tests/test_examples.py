@@ -17,8 +17,9 @@ from kandinsky_jax import KandinskyV22CombinedPipeline, diffusion
 
 FOLDER = Path(__file__).parents[1] / "examples"
 ENGINES = sorted(FOLDER.glob("batch_on_*.py"))  # run by batch/test_engine_examples.py
-EXAMPLES = sorted(set(FOLDER.glob("*.py")) - set(ENGINES))
-MAX_LINES = {path: 50 if path in ENGINES else 20 for path in (*EXAMPLES, *ENGINES)}
+LABORATORY = sorted(FOLDER.glob("*/*.py"))  # run here, or by the tests of the folder's name
+EXAMPLES = [*sorted(set(FOLDER.glob("*.py")) - set(ENGINES)), *FOLDER.glob("guiders/*.py")]
+MAX_LINES = dict.fromkeys(EXAMPLES, 20) | dict.fromkeys(ENGINES, 50) | dict.fromkeys(LABORATORY, 60)
 NAMES = ["snowman", "red apple", "red heart", "rocket", "penguin", "slice of pizza", "christmas tree", "skull", "tulip"]
 
 
@@ -88,10 +89,21 @@ def check_gradient_to_noise(made: dict, printed: str) -> None:
     assert similarities[-1] > similarities[0] + 0.01
 
 
+def check_high_scales(made: dict, printed: str) -> None:
+    """At scale 8 the guiders other than CFG still show an apple, and at 16 they are nearer to it than CFG."""
+    assert picture("high_scales").size == (4 * 64, 4 * 64)
+    rows = {name: [Image.fromarray((x * 255).astype("uint8")) for x in row] for name, row in made["rows"].items()}
+    for name in ("apg:norm_threshold=1.9", "cfg++"):
+        assert taken_for(made["pipe"], rows[name]) == ["red apple"] * 4
+    distances = {line.split()[0]: float(line.split()[-1]) for line in printed.splitlines()[:4]}
+    assert distances["cfg"] > 1.5 * max(value for name, value in distances.items() if name != "cfg")
+
+
 CHECKS = {
     "attention_maps": check_attention_maps,
     "gradient_to_noise": check_gradient_to_noise,
     "guidance_grid": check_guidance_grid,
+    "high_scales": check_high_scales,
     "own_guider": check_own_guider,
     "own_sampler": check_own_sampler,
     "swapped_block": check_swapped_block,
@@ -104,6 +116,14 @@ def test_an_example_shows_what_it_says(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     made = runpy.run_path(str(path))
     CHECKS[path.stem](made, capsys.readouterr().out)
+
+
+def test_every_example_of_a_method_is_run():
+    """Those in a folder of their own are run by tests of that name, which check what they show."""
+    for path in LABORATORY:
+        topic = path.parent.name
+        tests = FOLDER.parent / "tests" / topic / "test_examples.py"
+        assert topic == "guiders" or path.stem in tests.read_text(), path
 
 
 @pytest.mark.parametrize("path", MAX_LINES, ids=lambda path: path.stem)
