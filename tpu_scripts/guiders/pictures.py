@@ -1,6 +1,6 @@
 """Write docs/guiders.png: the pictures of examples/guiders/high_scales.py, with the names of rows and columns.
 
-    python tpu_scripts/guiders/pictures.py
+python tpu_scripts/guiders/pictures.py
 """
 
 from __future__ import annotations
