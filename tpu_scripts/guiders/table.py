@@ -33,7 +33,7 @@ from tests import shapes  # noqa: E402
 
 SEED, BATCH, CAPTIONS = 11, 25, 200
 STEPS = {"tiny": 25, "shapes": 50}
-SCALES = (2.0, 4.0, 8.0)
+SCALES = (4.0, 2.0, 8.0)  # in the order of measuring
 # Guiders with their scales; of the prior too, but where a second text stands. The length that APG cuts at is the
 # paper's 15 for latents of 64 x 64 x 4 numbers, and as much for each number here.
 APG = "apg:norm_threshold=1.9"
