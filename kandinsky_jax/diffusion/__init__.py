@@ -25,6 +25,7 @@ For gradients to the weights, `network, params = diffusion.Network.split(pipe.un
 
 from kandinsky_jax.diffusion.guidance import (
     ClassifierFreeGuidance,
+    DifferentiatingGuider,
     Evaluation,
     Guider,
     Model,
@@ -64,6 +65,7 @@ __all__ = [
     "PRIOR_STREAM",
     "AfterStep",
     "ClassifierFreeGuidance",
+    "DifferentiatingGuider",
     "Evaluation",
     "GivenNoise",
     "Guider",

@@ -113,6 +113,9 @@ def _advance(
         _check_same("step_noise", "noise", noise, sample)
         solver = step(coefficients, loop.solver, prediction, noise.astype(sample.dtype))
         _check_same("step", "next state", solver, loop.solver)
+        correction = getattr(prediction, "correction", None)
+        if correction is not None:
+            solver = jnp.asarray(solver).at[0].add(correction)
         if after_step is not None:
             changed = after_step(index, solver[0])
             _check_same("after_step", "next sample", changed, sample)

@@ -30,6 +30,7 @@ class Prediction(NamedTuple):
     x0: jax.Array  # [B, ..., C], the clean sample, clipped or thresholded
     eps: jax.Array  # [B, ..., C], the noise in the sample; zeros where the solver does not use it
     variance: jax.Array | None = None  # [B, ..., C], the network's second half of channels, as it is
+    correction: jax.Array | None = None  # [B, ..., C], what the loop adds to the sample after the solver's step
 
 
 def solver_coefficients(schedule: Schedule) -> SolverCoefficients:
