@@ -46,7 +46,7 @@ def slerp(start: Float[Array, "B *s"], end: Float[Array, "C *s"], share: ArrayLi
     """
     u, v = (_direction(x.reshape(len(x), -1)) for x in (start, end))
     half_sine, half_cosine = _norm(u - v), _norm(u + v)  # of half the angle, times 2; exact for small angles
-    curved = (half_sine > 1e-6) & (half_cosine > 1e-6)
+    curved = (half_sine > 1e-6) & (half_cosine > 1e-6) & u.any(axis=1) & v.any(axis=1)
     angle = 2 * jnp.arctan2(jnp.where(curved, half_sine, 1), jnp.where(curved, half_cosine, 1))
     share = jnp.asarray(share)
     weights = [

@@ -127,9 +127,12 @@ class Panorama:
         """
         if "cache" in options:
             raise ValueError("a panorama takes no feature cache, which is of one window's size")
+        windows, used = self._windows(*sample.shape[1:3])
+        if self.regions is None and used == 1:
+            with self._precision():
+                return self.model(sample, timestep, condition, **options)
         if self.regions is None:
             condition = stack_conditions([condition])
-        windows, used = self._windows(*sample.shape[1:3])
         evaluate = functools.partial(self._evaluate, sample, timestep, condition, options)
         groups = jax.tree.map(jnp.asarray, (windows.rows, windows.columns, windows.region))
         if len(windows.rows) == 1:

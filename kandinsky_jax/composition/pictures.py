@@ -13,11 +13,10 @@ from PIL import Image
 from kandinsky_jax import images
 from kandinsky_jax.common import atomic
 from kandinsky_jax.common.errors import quote
-from kandinsky_jax.common.types import Array, Float
 from kandinsky_jax.utils import make_image_grid
 
 
-def to_pictures(pixels: Float[Array | np.ndarray, "B H W 3"]) -> list[Image.Image]:
+def to_pictures(pixels: jax.Array | np.ndarray) -> list[Image.Image]:
     """Convert what MoVQ decodes, `[B, H, W, 3]` about -1..1, to PIL pictures in RGB."""
     if np.ndim(pixels) != 4 or np.shape(pixels)[-1] != 3:
         raise ValueError(
