@@ -7,6 +7,7 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from kandinsky_jax import composition
 from tests import shapes
 from tests.conftest import SHAPES_MODEL
 
+GUIDE = Path(__file__).parents[2] / "docs" / "composition.md"
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "composition").glob("*.py"))
 
 
@@ -100,3 +102,26 @@ def test_an_example_is_short_and_has_public_names_only(path):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "composition":
             assert node.attr in composition.__all__
     assert not [word for word in words if word.startswith("_") and not word.endswith("__")]
+
+
+@pytest.mark.slow
+def test_the_guide_runs_as_printed(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "shapes_model").symlink_to(SHAPES_MODEL)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(blocks) == 7
+    made: dict = {}
+    for block in blocks:
+        exec(compile(block, GUIDE.name, "exec"), made)
+    pictures, noise = made["pictures"], made["noise"]
+    found = [shapes.classify(np.clip(np.asarray(picture) / 2 + 0.5, 0, 1)) for picture in pictures]
+    assert [verdict.background for verdict in found] == ["blue", "yellow"]
+    assert made["latents"].shape == (1, 8, 32, 4)
+    assert np.asarray(made["image"]).shape == (64, 64, 3)
+    for name, arguments, shape in (
+        ("restored", (noise,), (2, 64, 64, 3)),
+        ("of_seeds_and_prompts", (noise, made["embeds"], made["negatives"]), (2, 2, 64, 64, 3)),
+        ("panorama", (made["canvas"],), (2, 64, 256, 3)),
+    ):
+        assert jax.eval_shape(made[name], *arguments).shape == shape

@@ -73,6 +73,8 @@ def test_the_original_fades_in_from_the_new_part():
     np.testing.assert_array_equal(found[:, :24], 100)
     np.testing.assert_array_equal(found[:, 34:], 200)  # also at the canvas's own borders
     np.testing.assert_allclose(found[32, 24:34], 100 + 10 * (np.arange(10) + 0.5), atol=1)
+    other = np.asarray(composition.paste_original(generated, picture, (0, 0, 40, 64), feather=10))[..., 0]
+    np.testing.assert_array_equal(other, found[:, ::-1])
     hard = np.asarray(composition.paste_original(generated, picture, (24, 0, 64, 64), feather=0))[..., 0]
     np.testing.assert_array_equal(hard, np.where(np.arange(64) < 24, 100, 200)[None].repeat(64, 0))
     with pytest.raises(ValueError, match=r"box=\(0, 0, 64, 64\) does not fit a picture of \(40, 64\)"):
