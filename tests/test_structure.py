@@ -19,12 +19,12 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 LAYERS = (
     ("kandinsky_jax.common",),
     ("kandinsky_jax.parallel", "kandinsky_jax.compilation", "kandinsky_jax.preemption", "kandinsky_jax.images"),
-    ("kandinsky_jax.models", "kandinsky_jax.schedulers"),
+    ("kandinsky_jax.models", "kandinsky_jax.schedulers", "kandinsky_jax.utils"),
     ("kandinsky_jax.diffusion",),
-    ("kandinsky_jax.lora",),
+    ("kandinsky_jax.lora", "kandinsky_jax.composition"),
     ("kandinsky_jax.checkpoint",),
     ("kandinsky_jax.pipelines",),
-    ("kandinsky_jax.batch", "kandinsky_jax.training", "kandinsky_jax.utils"),
+    ("kandinsky_jax.batch", "kandinsky_jax.training"),
     ("kandinsky_jax.cli", "convert_weights"),
 )
 

@@ -26,6 +26,7 @@ For gradients to the weights, `network, params = diffusion.Network.split(pipe.un
 from kandinsky_jax.diffusion.guidance import (
     ClassifierFreeGuidance,
     CondUncondGuider,
+    DifferentiatingGuider,
     Evaluation,
     Guider,
     Model,
@@ -80,6 +81,7 @@ __all__ = [
     "CFGPlusPlus",
     "ClassifierFreeGuidance",
     "CondUncondGuider",
+    "DifferentiatingGuider",
     "Evaluation",
     "GivenNoise",
     "Guider",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,31 @@ class Guider(Protocol):
             state: from `init` or the step before.
         Returns:
             the prediction, as `prediction_from_output` gives it, and the next state.
+        """
+
+
+@runtime_checkable
+class DifferentiatingGuider(Guider, Protocol):
+    """A guider that runs the evaluations itself, so that it can differentiate through the network.
+
+    Where a guider has this method, the loop calls it in the place of `combine`.
+    """
+
+    def predict(
+        self,
+        evaluate: Callable[[jax.Array], Sequence[jax.Array]],
+        sample: jax.Array,
+        coefficients: SolverCoefficients,
+        state: PyTree,
+    ) -> tuple[Prediction, PyTree]:
+        """Predict one step.
+
+        Args:
+            evaluate: `evaluate(sample)` runs the guider's evaluations on a sample `[B, ..., C]`, before `input_scale`,
+                and returns what `combine` gets as outputs.
+            sample, coefficients, state: as in `combine`.
+        Returns:
+            as `combine`.
         """
 
 
@@ -272,6 +297,26 @@ def predict(
     Returns:
         the prediction, the guider's next state and the next cache.
     """
+    if not isinstance(guider, DifferentiatingGuider):
+        outputs, cache = _evaluate(model, calls, coefficients, sample, cache)
+        combined = guider.combine(outputs, sample, coefficients, state)
+        _check_combined(f"{type(guider).__name__}.combine", combined, sample, state)
+        return *combined, cache
+    if cache is not None:
+        raise ValueError(f"{type(guider).__name__} differentiates through the network, which must be without a cache")
+
+    def evaluate(sample: jax.Array) -> list[jax.Array]:
+        return _evaluate(model, calls, coefficients, sample, None)[0]
+
+    combined = guider.predict(evaluate, sample, coefficients, state)
+    _check_combined(f"{type(guider).__name__}.predict", combined, sample, state)
+    return *combined, cache
+
+
+def _evaluate(
+    model: Model, calls: Sequence[NetworkCall], coefficients: SolverCoefficients, sample: jax.Array, cache: PyTree
+) -> tuple[list[jax.Array], PyTree]:
+    """Run the evaluations of a step; return their outputs in the guider's order, and the next cache."""
     scaled = sample * per_image(coefficients.input_scale, sample.ndim)
     outputs: dict[int, jax.Array] = {}
     for evaluation, members in calls:
@@ -291,9 +336,7 @@ def predict(
         output = output.astype(jnp.promote_types(output.dtype, jnp.float32))  # once, before the evaluations part
         for places, part in zip(members, jnp.split(output, len(members)), strict=True):
             outputs |= dict.fromkeys(places, part)
-    combined = guider.combine([outputs[i] for i in range(len(outputs))], sample, coefficients, state)
-    _check_combined(f"{type(guider).__name__}.combine", combined, sample, state)
-    return *combined, cache
+    return [outputs[i] for i in range(len(outputs))], cache
 
 
 def _check_combined(name: str, combined: PyTree, sample: jax.Array, state: PyTree) -> None:
@@ -302,8 +345,9 @@ def _check_combined(name: str, combined: PyTree, sample: jax.Array, state: PyTre
     if not pair or isinstance(combined[0], jax.Array):
         raise TypeError(f"{name} must return a Prediction and the next state, returned {shorten(combined, 80)}")
     prediction, following = combined
-    for field in ("x0", "eps"):
-        shape = jnp.shape(getattr(prediction, field, sample))  # a step of one's own may take other fields
+    for field in ("x0", "eps", "correction"):
+        value = getattr(prediction, field, sample)  # a step of one's own may take other fields
+        shape = sample.shape if field == "correction" and value is None else jnp.shape(value)
         if shape != sample.shape:
             raise TypeError(
                 f"{name} must return a Prediction of the sample's shape {list(sample.shape)}, returned {field} of "

@@ -140,7 +140,10 @@ class CFGPlusPlus(CondUncondGuider):
         shift = per_image(self.scale, sample.ndim) * (x0_cond - x0_uncond)
         moved = sample + per_image(coefficients.levels[..., 0], sample.ndim) * shift
         output = _output(coefficients, moved, x0_uncond + shift, uncond)
-        return prediction_from_output(coefficients, moved, output, variance)._replace(sample=moved), None
+        prediction = prediction_from_output(coefficients, moved, output, variance)
+        # What the step would make of the moved sample beside the sample as it is.
+        kept = per_image(coefficients.matrix[..., 0, 0], sample.ndim)
+        return prediction._replace(correction=kept * (moved - sample)), None
 
     def check_schedule(self, schedule: Schedule) -> None:
         """Raise ValueError for a solver that keeps earlier samples or predictions."""
@@ -314,8 +317,8 @@ class IntervalGuidance:
         def choose(guided: jax.Array, other: jax.Array) -> jax.Array:
             return jnp.where(per_image(inside, guided.ndim), guided, other)
 
-        if guided.sample is not None:
-            alone = alone._replace(sample=sample)
+        if guided.correction is not None:
+            alone = alone._replace(correction=jnp.zeros_like(sample))
         return jax.tree.map(choose, guided, alone), jax.tree.map(choose, following, state)
 
 

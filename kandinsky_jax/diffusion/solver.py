@@ -5,9 +5,10 @@ linear happens here (clipping, dynamic thresholding). `solver_step` is the linea
 
     state' = matrix @ [state, x0, eps, stddev * noise]
 
-The coefficients come from a schedule (`kandinsky_jax.schedulers`), or are made by hand. Their fields have no leading
-axis, one row for the whole batch, or a leading axis `[B, ...]`, one row per image, so that images of one batch may be
-at different steps, or under different schedules.
+and a guider's correction of the sample, if it makes one. The coefficients come from a schedule
+(`kandinsky_jax.schedulers`), or are made by hand. Their fields have no leading axis, one row for the whole batch, or a
+leading axis `[B, ...]`, one row per image, so that images of one batch may be at different steps, or under different
+schedules.
 
 No `where` here differentiates an unselected branch to NaN: what is not selected is replaced before it is computed.
 """
@@ -30,7 +31,7 @@ class Prediction(NamedTuple):
     x0: jax.Array  # [B, ..., C], the clean sample, clipped or thresholded
     eps: jax.Array  # [B, ..., C], the noise in the sample; zeros where the solver does not use it
     variance: jax.Array | None = None  # [B, ..., C], the network's second half of channels, as it is
-    sample: jax.Array | None = None  # [B, ..., C], what the step goes on from; None is the state's own sample
+    correction: jax.Array | None = None  # [B, ..., C], what the step adds to its sample
 
 
 def solver_coefficients(schedule: Schedule) -> SolverCoefficients:
@@ -207,10 +208,9 @@ def solver_step(
     Returns:
         the next state, like `state`.
     """
-    if prediction.sample is not None:
-        state = state.at[0].set(prediction.sample)
     stddev = noise_stddev(coefficients, prediction.variance, noise.ndim)
     terms = jnp.stack([prediction.x0, prediction.eps, stddev * noise])
     terms = jnp.concatenate([state, terms])  # [slots + 3, B, ..., C]
     equation = "ij,j...->i..." if coefficients.matrix.ndim == 2 else "bij,jb...->ib..."
-    return jnp.einsum(equation, coefficients.matrix, terms, precision="highest").astype(state.dtype)
+    following = jnp.einsum(equation, coefficients.matrix, terms, precision="highest").astype(state.dtype)
+    return following if prediction.correction is None else following.at[0].add(prediction.correction)
