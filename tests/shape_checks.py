@@ -11,8 +11,10 @@ import jaxtyping
 MODULES = (
     "kandinsky_jax.models",
     "kandinsky_jax.diffusion",
+    "kandinsky_jax.rewards",
     "kandinsky_jax.training.losses",
     "kandinsky_jax.training.distillation",
+    "kandinsky_jax.training.dpo",
 )
 
 

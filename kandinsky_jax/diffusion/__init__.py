@@ -56,6 +56,7 @@ from kandinsky_jax.diffusion.solver import (
     prediction_from_output,
     solver_coefficients,
     solver_step,
+    step_log_prob,
 )
 from kandinsky_jax.schedulers.table import Schedule
 
@@ -95,4 +96,5 @@ __all__ = [
     "solver_coefficients",
     "solver_step",
     "split_output",
+    "step_log_prob",
 ]
