@@ -1,6 +1,6 @@
 # %% [markdown]
 # # A LoRA by policy gradients
-# DDPO (arXiv 2305.13301) needs no gradient of the reward: here the size of a picture as a JPEG file, which Pillow counts.
+# DDPO (arXiv 2305.13301) needs no gradient of the reward: here the size of a picture as a JPEG file, counted by Pillow.
 # It needs a solver that draws noise at its steps, since their probabilities are what is differentiated.
 
 # %%
