@@ -39,9 +39,9 @@ with (folder / "metadata.jsonl").open("w") as file:
 # `kandinsky-jax train dpo-decoder pairs.toml` does the same from a file.
 
 # %%
-optimizer = OptimizerConfig(learning_rate=1e-3, max_train_steps=60)
-common = {"model": "tiny", "data": str(folder), "output": "run", "resolution": 64, "train_batch_size": 12}
-config = Config(**common, precompute=True, dpo=DPOConfig(beta=1000.0), optimizer=optimizer)
+optimizer, dpo = OptimizerConfig(learning_rate=1e-3, max_train_steps=60), DPOConfig(beta=1000.0)
+files = {"model": "tiny", "data": str(folder), "output": "run"}
+config = Config(**files, resolution=64, train_batch_size=11, precompute=True, optimizer=optimizer, dpo=dpo)
 before = pipe(unseen, generator=1, **options).images
 pipe.load_lora_weights(Run(Kind.DPO_DECODER, config, pipe).train())
 after = pipe(unseen, generator=1, **options).images

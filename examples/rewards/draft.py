@@ -28,7 +28,7 @@ sampler = rewards.DecoderSampler.from_pipeline(
     width=64,
 )
 of_seen, of_unseen = (rewards.ClipSimilarity.from_pipeline(pipe.prior_pipe, names) for names in (seen, unseen))
-config = rewards.DraftConfig(updates=40, batch_size=12, gradient_steps=1, learning_rate=1e-3)
+config = rewards.DraftConfig(updates=40, batch_size=11, gradient_steps=1, learning_rate=1e-3)
 trained = rewards.train_draft(sampler, embeddings(seen), of_seen, config)
 
 # %% [markdown]

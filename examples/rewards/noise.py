@@ -27,9 +27,8 @@ reward = rewards.ClipSimilarity.from_pipeline(pipe.prior_pipe, names)
 noise = sampler.noise(0, len(names))
 config = rewards.NoiseConfig(iterations=20, learning_rate=1.0, regularization=0.001)
 found = rewards.optimize_noise(sampler, jnp.asarray(embeds), noise, reward, config)
-print(
-    f"similarity {found.rewards[0].mean():.4f}, after {config.iterations} iterations {found.rewards.max(0).mean():.4f}"
-)
+before, after = found.rewards[0].mean(), found.rewards.max(0).mean()
+print(f"similarity {before:.4f}, after {config.iterations} iterations {after:.4f}")
 print(f"norm of the noise {found.norms[0].mean():.1f}, then {found.norms[-1].mean():.1f}")
 
 # %%

@@ -185,6 +185,7 @@ def test_a_reward_of_the_host_rises(sampler, tmp_path):
     assert set(first) == {"epoch", "reward", "standard_error", "loss", "clipped", "kl", "gradient_norm"}
 
 
+@pytest.mark.slow
 def test_a_reward_of_another_shape(sampler):
     config = rewards.DDPOConfig(epochs=1, samples_per_epoch=4, sample_batch_size=4, train_batch_size=4)
     with pytest.raises(ValueError, match=r"the reward returned the shape \[\]; needed is \[4\]"):
