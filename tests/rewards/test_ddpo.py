@@ -119,7 +119,7 @@ def test_advantages_are_normalised_prompt_by_prompt():
     """ddpo-pytorch's PerPromptStatTracker: all rewards until a prompt has enough of its own, of the last ones."""
     rng = np.random.default_rng(0)
     tracker, kept = rewards.PerPromptStatTracker(buffer_size=6, min_count=4), {0: [], 1: []}
-    for count in (3, 3, 5):
+    for count in (3, 1, 5):
         prompts = np.array([0] * count + [1])
         scores = rng.normal(size=count + 1) + 10 * prompts
         found = tracker.update(prompts, scores)
