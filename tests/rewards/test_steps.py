@@ -13,8 +13,13 @@ import scipy.stats
 import torch
 
 from kandinsky_jax import diffusion
-from kandinsky_jax.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from tests.conftest import nchw, nhwc
+from kandinsky_jax.schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    SASolverScheduler,
+)
+from tests.conftest import nchw
 from tests.diffusion.toy import SHAPE, assert_close, inputs, network, normal, row, with_variance
 
 STEPS = 6
@@ -77,6 +82,19 @@ def test_ancestral_steps_have_the_probability_of_their_own_normal_distribution(k
         logs = scipy.stats.norm.logpdf(torch_of(following), mean, stddev)
         found = log_prob(row(schedule, i), sample, output, following, variance)
         assert_close(found, logs.mean(axis=(1, 2, 3)), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["sde-dpmsolver++", "sa"])
+def test_a_multistep_solvers_step_is_as_probable_as_its_noise(name):
+    """With what it remembers in the other slots of the state."""
+    scheduler = SASolverScheduler() if name == "sa" else DPMSolverMultistepScheduler(algorithm_type=name)
+    coefficients = row(scheduler.schedule(STEPS), 3)
+    state, drawn = normal(0, 6, *SHAPE), normal(1, *SHAPE)
+    prediction = diffusion.prediction_from_output(coefficients, state[0], normal(2, *SHAPE))
+    following = diffusion.solver_step(coefficients, state, prediction, drawn)[0]
+    found = diffusion.step_log_prob(coefficients, state, prediction, following)
+    expected = scipy.stats.norm.logpdf(drawn) - np.log(coefficients.matrix[0, -1])
+    assert_close(found, expected.mean(axis=(1, 2, 3)), 1e-4)
 
 
 def test_a_row_per_image_has_each_images_own_probability():
@@ -223,4 +241,3 @@ def test_the_learned_variance_is_part_of_the_sample_and_the_probability():
     share = (prediction.variance + 1) / 2
     logs = scipy.stats.norm.logpdf(drawn) - (share * high + (1 - share) * low) / 2
     assert_close(found, logs.mean(axis=(1, 2, 3)), 1e-4)
-    assert nhwc(torch_of(noise)).shape == SHAPE
