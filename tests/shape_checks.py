@@ -12,8 +12,10 @@ MODULES = (
     "kandinsky_jax.models",
     "kandinsky_jax.diffusion",
     "kandinsky_jax.composition",
+    "kandinsky_jax.rewards",
     "kandinsky_jax.training.losses",
     "kandinsky_jax.training.distillation",
+    "kandinsky_jax.training.dpo",
 )
 
 

@@ -21,9 +21,9 @@ LAYERS = (
     ("kandinsky_jax.parallel", "kandinsky_jax.compilation", "kandinsky_jax.preemption", "kandinsky_jax.images"),
     ("kandinsky_jax.models", "kandinsky_jax.schedulers", "kandinsky_jax.utils"),
     ("kandinsky_jax.diffusion",),
-    ("kandinsky_jax.lora", "kandinsky_jax.composition"),
+    ("kandinsky_jax.lora", "kandinsky_jax.composition", "kandinsky_jax.editing"),
     ("kandinsky_jax.checkpoint",),
-    ("kandinsky_jax.pipelines",),
+    ("kandinsky_jax.pipelines", "kandinsky_jax.rewards"),
     ("kandinsky_jax.batch", "kandinsky_jax.training"),
     ("kandinsky_jax.cli", "convert_weights"),
 )

@@ -68,6 +68,7 @@ from kandinsky_jax.diffusion.solver import (
     prediction_from_output,
     solver_coefficients,
     solver_step,
+    step_log_prob,
 )
 from kandinsky_jax.schedulers.table import Schedule
 
@@ -118,4 +119,5 @@ __all__ = [
     "solver_coefficients",
     "solver_step",
     "split_output",
+    "step_log_prob",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,10 @@ class LoopState(NamedTuple):
     cache: PyTree = None  # a feature cache of the network, see `predict`
 
 
+# The loop's body: (index of the step, its coefficients, state) -> next state.
+Advance: TypeAlias = Callable[[jax.Array, SolverCoefficients, LoopState], LoopState]
+
+
 def initial_loop_state(
     noise: Float[Array, "B *s C"], guider: Guider, cache: PyTree = None, slots: int = STATE_SLOTS
 ) -> LoopState:
@@ -102,8 +106,8 @@ def _advance(
     step: Step,
     step_noise: StepNoise | None,
     after_step: AfterStep | None,
-) -> Callable[[jax.Array, SolverCoefficients, LoopState], LoopState]:
-    """The loop's body: (index of the step, its coefficients, state) -> next state. `denoise` and `sample` share it."""
+) -> Advance:
+    """The loop's body, which `denoise` and `sample` share."""
     calls = batch_evaluations(guider.evaluations(cond, uncond))
 
     def advance(index: jax.Array, coefficients: SolverCoefficients, loop: LoopState) -> LoopState:
@@ -181,6 +185,7 @@ def sample(
     after_step: AfterStep | None = None,
     cache: PyTree = None,
     segment: int = 1,
+    gradient_steps: int | jax.Array | None = None,
 ) -> Float[Array, "B *s C"]:
     """Sample by a whole schedule; differentiable, and fit for `jit`, `vmap`, `grad` and `jvp`.
 
@@ -202,10 +207,13 @@ def sample(
         after_step: changes the sample after each step.
         cache: the network's feature cache before the first step, see `predict`.
         segment: steps between two states that reverse mode keeps of the whole loop; see below.
+        gradient_steps: differentiate the last K evaluations alone: what they get from those before is a constant, as in
+            DRaFT-K (Clark et al. 2023, arXiv 2309.17400). An int, with which reverse mode does the K evaluations only,
+            or an int array `[]`, which may be traced, with which it does all of them. None differentiates all.
     Returns:
         the last sample `[B, ..., C]`, float32 (float64 for float64 noise).
     Raises:
-        ValueError: where a stochastic schedule has no `rng`, or the conditions or segment do not fit.
+        ValueError: where a stochastic schedule has no `rng`, or the conditions, segment or gradient_steps do not fit.
 
     Reverse mode keeps no activations of the network but recomputes each step's. With `segment=1` it keeps the state of
     every step and evaluates the network twice. With S steps to a segment it keeps `N / S + S` states and evaluates
@@ -228,13 +236,34 @@ def sample(
     advance = _advance(model, cond, uncond, guider, step, _step_noise(rng, noise.shape, steps), after_step)
     matrix = getattr(coefficients, "matrix", None)
     loop = initial_loop_state(noise, guider, cache, STATE_SLOTS if matrix is None else matrix.shape[-2])
+    rows, constant = (jnp.arange(steps), coefficients), 0
+    if isinstance(gradient_steps, jax.Array):
+        advance = _with_gradient_from(advance, steps - gradient_steps)
+    elif gradient_steps is not None:
+        if isinstance(gradient_steps, bool) or not isinstance(gradient_steps, int) or gradient_steps < 1:
+            raise ValueError(f"gradient_steps must be an integer of at least 1, got {quote(gradient_steps)}")
+        constant = max(0, steps - gradient_steps)
     with _precision(model):
-        return _scan(advance, coefficients, loop, steps, min(segment, steps)).solver[0]
+        if constant:
+            before = jax.tree.map(lambda column: column[:constant], rows)
+            loop = jax.lax.stop_gradient(_scan(advance, before, loop, constant, min(segment, constant)))
+            rows, steps = jax.tree.map(lambda column: column[constant:], rows), steps - constant
+        return _scan(advance, rows, loop, steps, min(segment, steps)).solver[0]
+
+
+def _with_gradient_from(advance: Advance, first: jax.Array) -> Advance:
+    """The loop's body, whose results before the step `first` are constants."""
+
+    def truncated(index: jax.Array, coefficients: SolverCoefficients, loop: LoopState) -> LoopState:
+        done = advance(index, coefficients, loop)
+        return _chosen(index >= first, done, jax.lax.stop_gradient(done))
+
+    return truncated
 
 
 def _scan(
-    advance: Callable[[jax.Array, SolverCoefficients, LoopState], LoopState],
-    coefficients: SolverCoefficients,
+    advance: Advance,
+    rows: tuple[jax.Array, SolverCoefficients],
     loop: LoopState,
     steps: int,
     segment: int,
@@ -245,7 +274,6 @@ def _scan(
     def one(loop: LoopState, row: tuple[jax.Array, SolverCoefficients]) -> tuple[LoopState, None]:
         return advance(*row, loop), None
 
-    rows = (jnp.arange(steps), coefficients)
     if segment == 1:
         return jax.lax.scan(one, loop, rows)[0]
     # Segments of equal length, filled up with steps whose result is dropped: a shorter one would compile the network

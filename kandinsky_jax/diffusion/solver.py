@@ -15,6 +15,7 @@ No `where` here differentiates an unselected branch to NaN: what is not selected
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -214,3 +215,31 @@ def solver_step(
     equation = "ij,j...->i..." if coefficients.matrix.ndim == 2 else "bij,jb...->ib..."
     following = jnp.einsum(equation, coefficients.matrix, terms, precision="highest").astype(state.dtype)
     return following if prediction.correction is None else following.at[0].add(prediction.correction)
+
+
+def step_log_prob(
+    coefficients: SolverCoefficients,
+    state: Float[Array, "slots *sample"],
+    prediction: Prediction,
+    next_sample: Float[Array, "*sample"],
+) -> Float[Array, "B"]:
+    """Compute the log-probability of a stochastic solver's step, for policy gradients.
+
+    A step of `solver_step` is a sample from a normal distribution: its mean is the step without noise, and its standard
+    deviation the matrix's factor of the noise, times that of a learned variance. The mean over all elements of an image
+    is taken, not the sum, as in DDPO's implementation (Black et al. 2023, arXiv 2305.13301), of whose
+    `ddim_step_with_logprob` this is the generalisation.
+
+    Args:
+        coefficients, state, prediction: of the step, as in `solver_step`.
+        next_sample: slot 0 of the state after the step, `[B, ..., C]`; a constant of the policy's gradient.
+    Returns:
+        `[B]`, float32 (float64 where the state is). A step without noise has no density: 0, with a gradient of zero.
+    """
+    mean = solver_step(coefficients, state, prediction, jnp.zeros_like(next_sample))[0]
+    factor = per_image(coefficients.matrix[..., 0, -1], mean.ndim)
+    stddev = factor * noise_stddev(coefficients, prediction.variance, mean.ndim)
+    noisy = stddev > 0
+    scale = jnp.where(noisy, stddev, 1.0)
+    logs = -0.5 * jnp.square((next_sample - mean) / scale) - jnp.log(scale) - 0.5 * math.log(2 * math.pi)
+    return jnp.where(noisy, logs, 0.0).mean(axis=tuple(range(1, mean.ndim))).astype(state.dtype)

@@ -17,6 +17,7 @@ from kandinsky_jax.common.remote import is_url, read_bytes
 from kandinsky_jax.lora import LoraConfig
 from kandinsky_jax.schedulers.base import near
 from kandinsky_jax.training.distillation import DistillationConfig
+from kandinsky_jax.training.dpo import DPOConfig
 from kandinsky_jax.training.mesh import MeshConfig
 from kandinsky_jax.training.step import OptimizerConfig
 
@@ -64,6 +65,7 @@ class Config:
         optimizer: see `kandinsky_jax.training.step.OptimizerConfig`.
         lora: see `kandinsky_jax.lora.LoraConfig`.
         distillation: see `kandinsky_jax.training.distillation.DistillationConfig`.
+        dpo: see `kandinsky_jax.training.dpo.DPOConfig`.
     """
 
     model: str
@@ -89,6 +91,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
+    dpo: DPOConfig = dataclasses.field(default_factory=DPOConfig)
 
     def __post_init__(self) -> None:
         faults = []

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """The trained network: the prior or the decoder's UNet, fully, with LoRA, or distilled; MoVQ, or CLIP's towers."""
+    """The trained network, and how.
+
+    The prior or the decoder's UNet, fully, with LoRA, distilled, or by preferred pictures; MoVQ, or CLIP's towers.
+    """
 
     PRIOR = "prior"
     DECODER = "decoder"
@@ -18,14 +21,19 @@ class Kind(StrEnum):
     LORA_DECODER = "lora-decoder"
     DISTILL_PRIOR = "distill-prior"
     DISTILL_DECODER = "distill-decoder"
+    DPO_PRIOR = "dpo-prior"
+    DPO_DECODER = "dpo-decoder"
     MOVQ = "movq"
     CLIP = "clip"
 
 
 DISTILLATION = (Kind.DISTILL_PRIOR, Kind.DISTILL_DECODER)
+DPO = (Kind.DPO_PRIOR, Kind.DPO_DECODER)
 LORA = (Kind.LORA_PRIOR, Kind.LORA_DECODER)
 
 
 def trains_lora(kind: Kind, config: Config) -> bool:
     """Whether a kind of training ends with a LoRA file."""
+    if kind in DPO:
+        return config.dpo.lora
     return config.distillation.lora if kind in DISTILLATION else kind in LORA

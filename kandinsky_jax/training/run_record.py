@@ -15,7 +15,7 @@ from kandinsky_jax.training.checksums import checksums
 from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.data import Captioned, data_fingerprint
 from kandinsky_jax.training.errors import TrainingError
-from kandinsky_jax.training.kinds import DISTILLATION, Kind, trains_lora
+from kandinsky_jax.training.kinds import DISTILLATION, DPO, Kind, trains_lora
 
 # Settings that may change between starts: they affect neither the result nor the random numbers. Paths may change
 # because the content of the files is compared.
@@ -42,7 +42,7 @@ FREE = frozenset(
 PATHS = frozenset({"model", "prior", "data", "output"})
 VERSIONS = ("kandinsky_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 # Settings that determine the structure of the state; a checkpoint with other ones cannot be used.
-STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "distillation.lora", "average of the weights"})
+STRUCTURE = frozenset({"kind", "lora.rank", "lora.pattern", "distillation.lora", "dpo.lora", "average of the weights"})
 
 # Names of entries.
 PICTURES, DATA = "number of pictures", "data"
@@ -85,7 +85,7 @@ def run_record(
 
 def _unused_tables(kind: Kind, config: Config) -> set[str]:
     """Return the tables of a configuration that a kind of training does not read."""
-    read = {"lora": trains_lora(kind, config), "distillation": kind in DISTILLATION}
+    read = {"lora": trains_lora(kind, config), "distillation": kind in DISTILLATION, "dpo": kind in DPO}
     return {table for table, is_read in read.items() if not is_read}
 
 

@@ -16,7 +16,7 @@ from kandinsky_jax.training.run_record import FREE, STRUCTURE
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 ROW = r"^\| `(\w+)`( \*{1,2})? \| (.*?) \| (.+) \|$"
 TABLES = {"": "## Fields", "mesh": "### [mesh]", "optimizer": "### [optimizer]", "lora": "### [lora]"}
-TABLES["distillation"] = "### [distillation]"
+TABLES |= {"distillation": "### [distillation]", "dpo": "### [dpo]"}
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from kandinsky_jax.common.atomic import replace_file  # noqa: E402
-from kandinsky_jax.training.kinds import DISTILLATION, Kind  # noqa: E402
+from kandinsky_jax.training.kinds import DISTILLATION, DPO, Kind  # noqa: E402
 
 MODEL = ROOT / "tests" / "shapes_model"
 END_SECONDS = 60  # within which the others have to end
@@ -69,7 +69,8 @@ class Layout(NamedTuple):
 
 
 def write_data(folder: Path, count: int = 40) -> None:
-    """Write captioned pictures."""
+    """Write captioned pictures, each of which is preferred to the next one."""
+    lines = []
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i in range(count):
@@ -79,7 +80,9 @@ def write_data(folder: Path, count: int = 40) -> None:
         ImageDraw.Draw(picture).ellipse((left, top, left + 30, top + 30), fill=str(inside))
         picture.save(folder / f"{i:03d}.png")
         text = f"a {inside} circle" + (f" on a {outside} background" if i % 2 else "")
-        (folder / f"{i:03d}.txt").write_text(text)
+        others = {"rejected_file_name": f"{(i + 1) % count:03d}.png"}
+        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": text, **others}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def write_config(
@@ -96,14 +99,15 @@ def write_config(
     """Write the configuration of a run with dropout, flips and an average of the weights, so that all is compared.
 
     Args:
-        kind: of the training. Distillation takes no dropout, and smaller steps, since its targets follow the weights.
+        kind: of the training. Distillation takes no dropout, and smaller steps, since its targets follow the weights;
+            so does DPO, whose loss is steep.
     """
     options: dict[str, object] = {"model": str(MODEL), "data": str(data), "output": str(output), "resolution": 64}
     options |= {"train_batch_size": 16, "checkpointing_steps": every}
     options |= {} if kind in DISTILLATION else {"condition_dropout": 0.3}
     options |= {"precompute": True} if precompute else {"random_flip": True}
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
-    rate = 1e-4 if kind in DISTILLATION else 1e-3
+    rate = 1e-4 if kind in (*DISTILLATION, *DPO) else 1e-3
     lines += ["[optimizer]", f"max_train_steps = {steps}", f"learning_rate = {rate}", "ema_decay = 0.9"]
     lines += [f"adam_epsilon = {epsilon}"]
     lines += ["[mesh]", f"fsdp = {fsdp}", "fsdp_min_size = 1024"]

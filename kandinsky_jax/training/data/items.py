@@ -35,8 +35,9 @@ class Captioned(NamedTuple):
         text: the caption.
         read: returns the bytes of the picture's file.
         hint: returns the bytes of its depth map, if it has one.
-        size: bytes of both files; in a Parquet file, of the row group's column.
+        size: bytes of all its files; in a Parquet file, of the row group's column.
         modified: modification time of the file in nanoseconds; for a remote file without one, a digest of its version.
+        rejected: returns the bytes of the picture to which this one is preferred, if there is one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Captioned(NamedTuple):
     hint: Callable[[], bytes] | None = None
     size: int = 0
     modified: int = 0
+    rejected: Callable[[], bytes] | None = None
 
 
 class Skipped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from kandinsky_jax.common.errors import shorten
@@ -40,8 +40,9 @@ def listing(
 
     All of these may be mixed: `metadata.jsonl` (`file_name`, and `text`, `caption` or `prompt`), WebDataset
     tars, Parquet files, and pictures with a .txt or .json of their name. A depth map is `hint_file_name` in
-    metadata.jsonl, `KEY.hint.png` next to `KEY.png` in a folder or a tar, and the column `hint` in Parquet. Files with
-    a suffix of any format in `images.READABLE`, in upper or lower case, are pictures. Names that begin with a dot are
+    metadata.jsonl, `KEY.hint.png` next to `KEY.png` in a folder or a tar, and the column `hint` in Parquet. The picture
+    to which this one is preferred is `rejected_file_name`, and in Parquet the column `rejected_image`. Files with a
+    suffix of any format in `images.READABLE`, in upper or lower case, are pictures. Names that begin with a dot are
     hidden, and skipped.
 
     Args:
@@ -159,9 +160,9 @@ def _of_row(
     given = row.get("file_name")
     if text is None or given is None:
         raise ValueError("needed are file_name and text")
-    names = [given] + ([row["hint_file_name"]] if row.get("hint_file_name") is not None else [])
-    files = [_inside(folder, below, name) for name in names]
-    used.update(file.name for file in files)
+    names = {"read": given, "hint": row.get("hint_file_name"), "rejected": row.get("rejected_file_name")}
+    files = {part: _inside(folder, below, name) for part, name in names.items() if name is not None}
+    used.update(file.name for file in files.values())
     return _item(str(given), text, files)
 
 
@@ -181,13 +182,18 @@ def _inside(folder: Folder, below: PurePosixPath, name: object) -> DataFile:
     return file
 
 
-def _item(name: str, text: str, files: Sequence[DataFile]) -> Captioned:
-    stats = [file.stat() for file in files]
+def _item(name: str, text: str, files: Mapping[str, DataFile]) -> Captioned:
+    """Return a captioned picture.
+
+    Args:
+        files: by the fields of `Captioned` that read them.
+    """
+    stats = [file.stat() for file in files.values()]
     size, modified = sum(size for size, _ in stats), max(modified for _, modified in stats)
     if size > MAX_PICTURE_BYTES:
         raise ValueError(f"{name} has {size:,} bytes, at most {MAX_PICTURE_BYTES:,} are read")
-    read = [file.read for file in files]
-    return Captioned(name, text, read[0], read[1] if len(read) > 1 else None, size, modified)
+    read = {part: file.read for part, file in files.items()}
+    return Captioned(name, text, size=size, modified=modified, **read)
 
 
 # Pictures with a caption file each --------------------------------------------------------------------------------
@@ -221,7 +227,8 @@ def _of_pairs(
             try:
                 if isinstance(text, Exception):
                     raise text
-                yield _item(str(file.name), text, [file, hints[stem]] if stem in hints else [file])
+                hint = {"hint": hints[stem]} if stem in hints else {}
+                yield _item(str(file.name), text, {"read": file, **hint})
             except (ValueError, OSError) as error:
                 about = "" if caption is None else f"{caption.name.name}: "
                 skipped.add(f"{file.name}: {about}{error}")

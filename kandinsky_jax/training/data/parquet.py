@@ -1,4 +1,4 @@
-"""Parquet files as written by `datasets`: `image` (and optionally `hint`) holds bytes, `text` the caption.
+"""Parquet files as written by `datasets`: `image` holds bytes, `text` the caption; `hint`, `rejected_image` may too.
 
 Parquet is read by row groups, while training needs rows in any order. So a row group's pictures are copied to a
 temporary file on first access, and read from there one by one; memory holds few pictures, whatever the size of the row
@@ -58,7 +58,7 @@ def read_parquet(
         if missing:
             skipped.add(f"{name}: there is no column {' and '.join(missing)}")
             return
-        columns = tuple(column for column in ("image", "hint") if column in names)
+        columns = tuple(column for column in ("image", "hint", "rejected_image") if column in names)
         for column in columns:
             _check_bytes(parquet.schema_arrow.field(column).type, column)
         pictures, (_, modified) = PictureReader(file, columns, scratch), file.stat()
@@ -79,8 +79,9 @@ def read_parquet(
                 if not isinstance(caption, str):
                     skipped.add(f"{full}: needed are a picture's bytes and a text")
                     continue
-                read = [partial(pictures.read, column, group, row) for column in columns]
-                yield Captioned(full, clean(caption), read[0], read[1] if read[1:] else None, size, modified)
+                read = {column: partial(pictures.read, column, group, row) for column in columns}
+                others = (read.get("hint"), size, modified, read.get("rejected_image"))
+                yield Captioned(full, clean(caption), read["image"], *others)
         except Exception as error:
             skipped.add(f"{name}: row group {group} cannot be read: {shorten(str(error), 120)}")
 

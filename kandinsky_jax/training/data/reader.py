@@ -38,6 +38,7 @@ class Reader:
         processor: for CLIP's vision tower; None if that is not needed.
         tokenizer, length: for the text tower; None if that is not needed.
         hints: whether to read depth maps.
+        pairs: whether to read the pictures to which others are preferred.
         random_flip: mirror half of the pictures.
     """
 
@@ -46,13 +47,15 @@ class Reader:
     tokenizer: CLIPTokenizer | None = None
     length: int = 77
     hints: bool = False
+    pairs: bool = False
     random_flip: bool = False
     random_crop: bool = False
     unreadable: dict[str, str] = field(default_factory=dict)  # reasons by picture name
 
     def __call__(self, item: Captioned, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
         """Read an item: pixels uint8 `[R, R, 3]`, clip_pixels float32 `[S, S, 3]`, input_ids int32 `[77]`, text_mask
-        bool `[77]`, hint float32 `[R, R, 3]` in 0..1.
+        bool `[77]`, hint float32 `[R, R, 3]` in 0..1; rejected_pixels and rejected_clip_pixels of the other picture of
+        a pair, which is flipped as the first one is.
 
         Returns None for an unreadable picture, whose name is added to `unreadable`.
         """
@@ -71,22 +74,36 @@ class Reader:
         return {"input_ids": ids, "text_mask": mask}
 
     def _pictures(self, item: Captioned, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Return the arrays of the picture and its depth map."""
+        """Return the arrays of the picture, of its depth map, and of the other picture of a pair."""
         picture = images.rgb(images.read(io.BytesIO(item.read()), item.name), item.name)
-        hint = None
+        hint = rejected = None
         if self.hints and item.hint is not None:
             hint = images.read(io.BytesIO(item.hint()), f"the hint of {item.name}").resize(
                 picture.size, Image.Resampling.BILINEAR
             )
+        if self.pairs and item.rejected is not None:
+            name = f"the rejected picture of {item.name}"
+            rejected = images.rgb(images.read(io.BytesIO(item.rejected()), name), name)
         if self.random_flip and rng.random() < 0.5:
             flip = Image.Transpose.FLIP_LEFT_RIGHT
-            picture, hint = picture.transpose(flip), None if hint is None else hint.transpose(flip)
-        box, size = self._box(picture, rng), (self.resolution, self.resolution)
+            picture = picture.transpose(flip)
+            hint, rejected = (None if x is None else x.transpose(flip) for x in (hint, rejected))
+        box = self._box(picture, rng)
+        arrays = self._arrays(picture, box)
+        if hint is not None:
+            size = (self.resolution, self.resolution)
+            arrays["hint"] = images.hints(hint.crop(box), f"the hint of {item.name}", *size)[0]
+        if rejected is not None:
+            others = self._arrays(rejected, self._box(rejected, rng))
+            arrays |= {f"rejected_{name}": array for name, array in others.items()}
+        return arrays
+
+    def _arrays(self, picture: Image.Image, box: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
+        """Return pixels and clip_pixels of one picture."""
         # As the reference: the largest square, resized (bicubic).
+        size = (self.resolution, self.resolution)
         square = picture.crop(box).resize(size, Image.Resampling.BICUBIC, reducing_gap=1)
         arrays = {"pixels": np.asarray(square)}
-        if hint is not None:
-            arrays["hint"] = images.hints(hint.crop(box), f"the hint of {item.name}", *size)[0]
         if self.processor is not None:
             arrays["clip_pixels"] = self.processor(picture)[0]
         return arrays

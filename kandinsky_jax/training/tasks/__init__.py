@@ -10,12 +10,16 @@ from kandinsky_jax.training.tasks.clip import CLIPTask
 from kandinsky_jax.training.tasks.decoder import DecoderTask
 from kandinsky_jax.training.tasks.diffusion import DiffusionTask
 from kandinsky_jax.training.tasks.distillation import DistillationTask, DistillDecoderTask, DistillPriorTask
+from kandinsky_jax.training.tasks.dpo import DPODecoderTask, DPOPriorTask, DPOTask
 from kandinsky_jax.training.tasks.lora import LoraTask
 from kandinsky_jax.training.tasks.movq import MoVQTask
 from kandinsky_jax.training.tasks.prior import PriorTask
 
 __all__ = [
     "CLIPTask",
+    "DPODecoderTask",
+    "DPOPriorTask",
+    "DPOTask",
     "DecoderTask",
     "DiffusionTask",
     "DistillDecoderTask",
@@ -29,7 +33,11 @@ __all__ = [
     "needs_captions",
 ]
 
-_DIFFUSION: tuple[type[DiffusionTask], ...] = (PriorTask, DecoderTask, DistillPriorTask, DistillDecoderTask)
+_DIFFUSION: tuple[type[DiffusionTask], ...] = (
+    *(PriorTask, DecoderTask),
+    *(DistillPriorTask, DistillDecoderTask),
+    *(DPOPriorTask, DPODecoderTask),
+)
 _TASKS: tuple[type[TrainingTask], ...] = (*_DIFFUSION, MoVQTask, CLIPTask)
 _FULL: dict[Kind, type[TrainingTask]] = {task.kind: task for task in _TASKS}
 _LORA: dict[Kind, type[DiffusionTask]] = {task.lora_kind: task for task in _DIFFUSION}

@@ -1,0 +1,36 @@
+# %% [markdown]
+# # A LoRA by policy gradients
+# DDPO (arXiv 2305.13301) needs no gradient of the reward: here the size of a picture as a JPEG file, counted by Pillow.
+# It needs a solver that draws noise at its steps, since their probabilities are what is differentiated.
+
+# %%
+import kandinsky_jax as kj
+from kandinsky_jax import diffusion, images, rewards
+from kandinsky_jax.utils import make_image_grid
+
+names = ["red heart", "christmas tree", "mushroom", "slice of pizza"]
+pipe = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
+embeds = pipe.prior_pipe(names, guidance_scale=1.0, generator=[0] * len(names)).image_embeds
+sampler = rewards.DecoderSampler.from_pipeline(
+    pipe,
+    kj.DDIMScheduler.from_config(pipe.scheduler.config, eta=1.0).schedule(8),
+    guider=diffusion.ClassifierFreeGuidance(2.0),
+    height=64,
+    width=64,
+)
+
+# %% [markdown]
+# Each epoch samples 64 pictures, compares the rewards of a prompt's pictures with each other, and makes what was better
+# than usual more probable.
+
+# %%
+config = rewards.DDPOConfig(
+    epochs=6, samples_per_epoch=64, sample_batch_size=32, min_count=8, learning_rate=2e-3, clip_range=1e-3
+)
+trained = rewards.train_ddpo(sampler, embeds, rewards.jpeg_compressibility, config, log="ddpo.jsonl")
+for epoch in trained.history:
+    print(f"epoch {epoch['epoch']:.0f}: {-epoch['reward']:.3f} +- {epoch['standard_error']:.3f} kB")
+
+# %%
+before, after = (s.generate(embeds, seed=1) for s in (sampler, sampler.with_lora(trained.changes)))
+make_image_grid(images.to_output([*before, *after], "pil"), 2, len(names)).save("ddpo.png")
