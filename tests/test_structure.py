@@ -25,6 +25,7 @@ LAYERS = (
     ("kandinsky_jax.checkpoint",),
     ("kandinsky_jax.pipelines", "kandinsky_jax.rewards"),
     ("kandinsky_jax.batch", "kandinsky_jax.training"),
+    ("kandinsky_jax.evaluation",),
     ("kandinsky_jax.cli", "convert_weights"),
 )
 
