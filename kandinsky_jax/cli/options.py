@@ -179,15 +179,7 @@ class Options:
 
     def devices(self) -> Mesh | None:
         """Make the mesh of the `mesh` option, None without one."""
-        if self.mesh is None:
-            return None
-        parts = numbers(self.mesh, "--mesh")
-        if len(parts) != 3 or any(part != int(part) for part in parts):
-            raise ValueError(
-                f"--mesh must be three whole numbers with commas between, such as 1,2,4, got {quote(self.mesh)}"
-            )
-        data, guidance, rows = map(int, parts)
-        return make_mesh(data, guidance, rows)
+        return mesh_of_option(self.mesh)
 
     def generator(self, seed: int) -> Generator:
         """Return the generator of a seed."""
@@ -286,6 +278,17 @@ ImagePaths = Annotated[
     list[Path], typer.Option("--image", "-i", help="A picture to start from; one for all prompts, or one for each.")
 ]
 Strength = Annotated[float, typer.Option(help="How far to depart from the picture, above 0, at most 1.")]
+
+
+def mesh_of_option(text: str | None) -> Mesh | None:
+    """Make the mesh that `--mesh` describes, None without it; ValueError for what is none."""
+    if text is None:
+        return None
+    parts = numbers(text, "--mesh")
+    if len(parts) != 3 or any(part != int(part) for part in parts):
+        raise ValueError(f"--mesh must be three whole numbers with commas between, such as 1,2,4, got {quote(text)}")
+    data, guidance, rows = map(int, parts)
+    return make_mesh(data, guidance, rows)
 
 
 def numbers(text: str, name: str) -> list[float]:
