@@ -13,7 +13,7 @@ from kandinsky_jax.batch import Job
 from kandinsky_jax.checkpoint.recommended_settings import default_text
 from kandinsky_jax.cli.options import mesh_of_option
 from kandinsky_jax.common.reading import ReadError, of_file, read_text
-from kandinsky_jax.evaluation import METRICS, EvaluationError, Resampling, evaluate
+from kandinsky_jax.evaluation import METRICS, Resampling, evaluate
 from kandinsky_jax.evaluation.runner import BATCH, PICTURES, is_rows
 
 EXAMPLE = (
@@ -139,8 +139,6 @@ def evaluate_command(
         devices = mesh_of_option(mesh)
     except ValueError as error:
         faults.append(str(error))
-    if faults:
-        raise EvaluationError(faults)
     result = evaluate(
         found,
         output,
@@ -157,6 +155,7 @@ def evaluate_command(
         resampling=Resampling(level, resamples),
         incomplete=incomplete,
         quiet=quiet,
+        further_faults=faults,
     )
     print(json.dumps(result.as_json(), indent=1) if as_json else result.table())
     if result.faults:

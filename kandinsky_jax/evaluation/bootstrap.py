@@ -63,17 +63,18 @@ class Resampling:
         for _ in range(self.resamples if resamples is None else resamples):
             yield np.bincount(rng.integers(pictures, size=pictures), minlength=pictures)
 
-    def interval(self, results: np.ndarray, value: float | None = None) -> Interval | None:
+    def interval(self, results: np.ndarray, value: float | None = None, least: float = -np.inf) -> Interval | None:
         """Return the interval of the resamples' results `[R]`; None for fewer than two.
 
         Args:
             value: the result of all pictures, about which the interval is moved; None leaves it where it is.
+            least: the least that a result can be.
         """
         if len(results) < 2:
             return None
-        bias = 0.0 if value is None else float(np.mean(results)) - value
+        bias = 0.0 if value is None else float(np.mean(results)) - float(value)
         low, high = np.quantile(results, [(1 - self.level) / 2, (1 + self.level) / 2]) - bias
-        return Interval(float(low), float(high), self.level, len(results), bias)
+        return Interval(max(float(low), least), max(float(high), least), self.level, len(results), bias)
 
 
 def bootstrap_interval(

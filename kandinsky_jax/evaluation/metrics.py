@@ -29,7 +29,6 @@ from kandinsky_jax.evaluation.distances import (
     projected,
     shared_directions,
     unbiased_mmd,
-    unit_length,
 )
 from kandinsky_jax.evaluation.extractors import CLIPImages, CLIPTexts, Extractor, FunctionFeatures, Picture
 from kandinsky_jax.evaluation.feature_store import FeatureSet
@@ -263,12 +262,12 @@ class CLIPMaximumMeanDiscrepancy:
         x, y = (_Normalised(rows) for rows in _both(self.images.name, pictures, reference))
         sums = kernel_sums(gaussian_kernel(CMMD_SIGMA), x, y, _counts(resampling, len(x)))
         values = CMMD_SCALE * biased_mmd(sums, len(x), len(y))
-        interval = resampling.interval(values[1:], values[0])
+        interval = resampling.interval(values[1:], values[0], least=0.0)
         return [Measurement(self.name, float(values[0]), interval, "lower", {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE})]
 
 
 class _Normalised:
-    """Rows of unit length."""
+    """Rows of unit length, float64."""
 
     def __init__(self, rows: Rows):
         self._rows = rows
@@ -277,7 +276,9 @@ class _Normalised:
         return len(self._rows)
 
     def __getitem__(self, which: Any) -> np.ndarray:
-        return np.asarray(unit_length(np.asarray(self._rows[which], np.float32)))
+        rows = np.asarray(self._rows[which], np.float64)
+        lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+        return rows / np.where(lengths > 0, lengths, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,13 +364,15 @@ class FrechetInceptionDistance:
         value = distance(None)
         repeats = min(self.resamples, resampling.resamples)
         results = [distance(counts) for counts in resampling.counts(len(x), repeats)]
-        return [Measurement(self.name, value, resampling.interval(np.array(results), value), "lower")]
+        return [Measurement(self.name, value, resampling.interval(np.array(results), value, least=0.0), "lower")]
 
 
 def _both(key: str, pictures: FeatureSet, reference: FeatureSet | None, least: int = 1) -> tuple[Rows, Rows]:
     """Return the features of both sets."""
     if reference is None or key not in reference.features:
-        known = "means and covariances alone" if reference and key in reference.moments else "no such features"
+        known = (
+            "means and covariances alone" if reference is not None and key in reference.moments else "no such features"
+        )
         raise ValueError(f"needs the reference's {key} features; it has {known}")
     x, y = pictures.features[key], reference.features[key]
     if len(x) < least or len(y) < least:

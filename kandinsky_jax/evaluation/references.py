@@ -85,6 +85,7 @@ class SavedFeatures:
                     self._prints = dict(file.metadata() or {})
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"reference: {shown} cannot be read: {shorten(error, 120)}") from None
+            self._prints.pop("format", None)  # safetensors' own
             if self._prints.pop(_FORMAT, None) != "1":
                 raise ValueError(
                     f"reference: {shown} holds no features of this version; --save-features writes such files"

@@ -85,8 +85,9 @@ class Evaluation:
             "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
         ]
         lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        lines = lines if self.measurements else []
         notes = [f"{name} could not be measured: {fault}" for name, fault in self.faults.items()]
-        return "\n".join([head, "", *lines, *([""] if notes else []), *notes])
+        return "\n".join([head, *([""] if lines else []), *lines, *([""] if notes else []), *notes])
 
 
 def _number(value: float) -> str:

@@ -82,6 +82,7 @@ def evaluate(
     resampling: Resampling | None = None,
     incomplete: bool = False,
     quiet: bool = False,
+    further_faults: Sequence[str] = (),
 ) -> Evaluation:
     """Measure a set of pictures, and write the result.
 
@@ -106,6 +107,7 @@ def evaluate(
         resampling: how intervals are made.
         incomplete: evaluate the shards that a job has, though others are missing.
         quiet: no progress bars.
+        further_faults: what the caller has found to be wrong, to be raised with what is found here.
     Raises:
         EvaluationError: listing everything that is wrong with the arguments.
         ValueError: where no picture can be evaluated.
@@ -125,7 +127,7 @@ def evaluate(
         resampling=Resampling() if resampling is None else resampling,
         incomplete=incomplete,
     )
-    prepared = plan.check(source, os.fspath(output))
+    prepared = plan.check(source, os.fspath(output), further_faults)
     if prepared.job is not None:
         _generate(prepared.job, quiet)
     return _evaluate(plan, prepared, quiet)
@@ -161,13 +163,13 @@ class _Plan:
     resampling: Resampling
     incomplete: bool
 
-    def check(self, source: str | os.PathLike[str] | Job, output: str) -> _Prepared:
+    def check(self, source: str | os.PathLike[str] | Job, output: str, further: Sequence[str]) -> _Prepared:
         """Check everything, and open what is there.
 
         Raises:
             EvaluationError: listing all faults.
         """
-        faults: list[str] = []
+        faults = list(further)
         with _listed(faults):
             checks.count(self.batch, "batch")
         faults += self.resampling.faults()
@@ -178,7 +180,7 @@ class _Plan:
         reference = self._reference(metrics, faults)
         if self.save is not None:
             faults += _saving_faults(self.save)
-        if not metrics and not saved:
+        if not metrics and not saved and not faults:
             faults.append("there is nothing to measure: name a metric, or a file to save features in")
         if faults or files is None:
             raise EvaluationError(faults)
@@ -252,7 +254,8 @@ class _Plan:
         return None, None
 
     def _reference(self, metrics: Sequence[Metric], faults: list[str]) -> PictureSource | SavedFeatures | None:
-        needing = [metric.name for metric in metrics if metric.needs_reference]
+        chosen = self._usual() if self.metrics is None else self.metrics
+        needing = [one if isinstance(one, str) else one.name for one in chosen if _needs_reference(one)]
         if self.reference is None:
             if needing:
                 faults.append(f"{' and '.join(needing)} needs a reference set to compare with (--reference)")
@@ -269,6 +272,10 @@ class _Plan:
             faults += saved.faults(needed_extractors(metrics, of_reference=True))
             return saved
         return None
+
+
+def _needs_reference(metric: str | Metric) -> bool:
+    return metric in (CLIP_MMD, FID, KID) if isinstance(metric, str) else metric.needs_reference
 
 
 def _of_clip(name: str, towers: CLIPTowers, names: Sequence[str]) -> Metric:
