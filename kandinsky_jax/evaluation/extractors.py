@@ -102,6 +102,7 @@ class CLIPTowers:
         self.image_processor = CLIPImageProcessor.from_pretrained(parts["image_processor"])
         self.tokenizer = load_tokenizer(parts["tokenizer"])
         self.tokenizer_folder = parts["tokenizer"]
+        self._values: dict[Path, str] = {}  # fingerprints of towers, which are expensive
         check_tokenizer(self.tokenizer, self.text_encoder.config)
 
     @classmethod
@@ -136,8 +137,16 @@ class CLIPTowers:
 
     def fingerprint_of(self, network: LazyNetwork, *further: object) -> str:
         """Return a digest of a tower's values and configuration, and of what prepares its inputs."""
-        values = weights_fingerprint(network.cls, network.config, network.folder, network.selection)
-        parts = (FEATURES_VERSION, self.dtype, values, sorted(network.config.to_dict().items()), further)
+        if network.folder not in self._values:
+            found = weights_fingerprint(network.cls, network.config, network.folder, network.selection)
+            self._values[network.folder] = found
+        parts = (
+            FEATURES_VERSION,
+            self.dtype,
+            self._values[network.folder],
+            sorted(network.config.to_dict().items()),
+            further,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -224,13 +233,16 @@ class InceptionFeatures:
         check_inception(path)
         self._path, self._mesh = Path(path), mesh or default_mesh()
         self._network: InceptionV3 | None = None
+        self._fingerprint: str | None = None
 
     @property
     def devices(self) -> int:
         return 1 if self._mesh is None else self._mesh.shape["data"]
 
     def fingerprint(self) -> str:
-        return f"{FEATURES_VERSION} {inception_fingerprint(self._path)}"
+        if self._fingerprint is None:
+            self._fingerprint = f"{FEATURES_VERSION} {inception_fingerprint(self._path)}"
+        return self._fingerprint
 
     def prepare(self, picture: Picture) -> np.ndarray:
         return resize_like_tensorflow(np.asarray(picture.image))

@@ -78,22 +78,19 @@ def wide(picture: Picture) -> np.ndarray:
     return np.tanh(small.reshape(-1) @ MIX / 10)
 
 
-def worker(pictures: str, reference: str, output: str, wide_too: bool) -> None:
+def worker(pictures: str, reference: str, output: str) -> None:
     """Evaluate in this process, and print its peak of resident memory in MB and what was found."""
     began, towers = time.perf_counter(), CLIPTowers.from_pretrained("tiny")
-    metrics: list[Any] = [
+    features = FunctionFeatures("wide", wide)
+    metrics = [
         CLIPScore(towers.images, towers.texts),
         NearestName(towers.images, towers.texts),
         CLIPMaximumMeanDiscrepancy(towers.images),
         FrechetInceptionDistance(towers.images, "frechet-clip"),
         KernelInceptionDistance(towers.images, "kernel-clip"),
+        FrechetInceptionDistance(features, "frechet-wide", resamples=2),
+        KernelInceptionDistance(features, "kernel-wide"),
     ]
-    if wide_too:
-        features = FunctionFeatures("wide", wide)
-        metrics += [
-            FrechetInceptionDistance(features, "frechet-wide", 2),
-            KernelInceptionDistance(features, "kernel-wide"),
-        ]
     found = evaluate(
         pictures, output, metrics=metrics, reference=reference, quiet=True, resampling=Resampling(resamples=200)
     )
@@ -107,14 +104,14 @@ def worker(pictures: str, reference: str, output: str, wide_too: bool) -> None:
     )
 
 
-def measure(count: int, wide_too: bool) -> dict[str, Any]:
+def measure(count: int) -> dict[str, Any]:
     """Evaluate so many pictures in a process of its own."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_job(folder / "pictures", count, 0)
         write_job(folder / "reference", count, 1)
         paths = [str(folder / name) for name in ("pictures", "reference", "out")]
-        command = [sys.executable, __file__, "--worker", *paths, *(["--wide"] if wide_too else [])]
+        command = [sys.executable, __file__, "--worker", *paths]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-3000:])
@@ -126,15 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10000])
     parser.add_argument("--output", type=Path, default=ROOT / "tpu_scripts" / "results")
-    parser.add_argument("--wide", action="store_true", help="of a worker")
     parser.add_argument("--worker", nargs=3, help="of this script alone")
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(*arguments.worker, arguments.wide)
+        worker(*arguments.worker)
         return
     found: dict[str, Any] = {"date": datetime.date.today().isoformat(), "cpus": os.cpu_count(), "runs": []}
     for count in arguments.counts:
-        found["runs"].append(measure(count, wide_too=True))
+        found["runs"].append(measure(count))
         print(json.dumps(found["runs"][-1]), flush=True)
     target = arguments.output / f"evaluation-memory-{found['date']}.json"
     replace_file(target, (json.dumps(found, indent=1) + "\n").encode())
