@@ -1,26 +1,19 @@
-"""A contact sheet of a shard: its pictures as thumbnails, with their identifiers and prompts below them.
-
-Pictures are read one at a time, from memory; nothing is extracted under a name that a file gives.
-"""
+"""A contact sheet of a shard: its pictures as thumbnails, with their identifiers and prompts below them."""
 
 from __future__ import annotations
 
 import bisect
 import io
 import math
-import re
-import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from kandinsky_jax import images
-from kandinsky_jax.batch.requests import MAX_FILE
-from kandinsky_jax.batch.rows import parquet
-from kandinsky_jax.batch.shards import FoundShards, Output, tar_members
+from kandinsky_jax.batch.shards import FoundShards, Output
 from kandinsky_jax.batch.status import JobFacts, open_job_folder
-from kandinsky_jax.common import reading
+from kandinsky_jax.batch.stored_pictures import stored_pictures
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.common.files import Files
 
@@ -29,7 +22,6 @@ GAP = 8
 LINE = 14  # pixels from line to line of a caption
 PROMPT_LINES = 2
 MOST = 500  # pictures of a sheet: 23 columns, 53 MB in memory
-MAX_ABOUT = 1 << 20  # bytes of a picture's settings that are read
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _BACKGROUND, _INK, _FAINT, _EMPTY = (255, 255, 255), (20, 20, 20), (110, 110, 110), (225, 225, 225)
 
@@ -102,72 +94,14 @@ def shard_pictures(files: Files, job: JobFacts, output: Output, shard: int) -> I
     Raises:
         ValueError, OSError: where the shard cannot be read.
     """
-    name = output.file_name(shard)
-    try:
-        yield from _of_manifest(files, name, shard) if job.form == "folder" else _of_tar(files, name, job.encoding)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{shorten(output.url, 240)}/{name} cannot be read: {shorten(error, 200)}") from None
+    for stored in stored_pictures(files, job, output, shard):
+        yield ShardPicture(stored.id, stored.prompt, _thumbnail(stored.data))
 
 
-def _of_tar(files: Files, name: str, encoding: str) -> Iterator[ShardPicture]:
-    """Yield the pictures of a WebDataset shard: ID.png, and ID.json right after it."""
-    waiting: tuple[str, Image.Image | str] | None = None
-    for tar, member in tar_members(files, name):
-        if not member.isfile():
-            continue
-        key, _, ending = member.name.rpartition(".")
-        if waiting is not None:
-            settings = _read_member(tar, member, MAX_ABOUT) if (key, ending) == (waiting[0], "json") else None
-            yield ShardPicture(waiting[0], _prompt(settings), waiting[1])
-            waiting = None
-        if ending == encoding:
-            waiting = key, _thumbnail(_read_member(tar, member, MAX_FILE))
-    if waiting is not None:
-        yield ShardPicture(waiting[0], "", waiting[1])
-
-
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes | None:
-    """Return the bytes of a file in a tar; None if there are more than `limit`."""
-    file = tar.extractfile(member) if member.size <= limit else None
-    return None if file is None else file.read()
-
-
-def _prompt(settings: bytes | None) -> str:
-    """Return the prompt of a picture's settings; empty where they are damaged."""
-    if settings is None:
-        return ""
-    try:
-        about = reading.parse_json(settings)
-    except reading.ReadError:
-        return ""
-    prompt = about.get("prompt") if isinstance(about, dict) else None
-    return prompt if isinstance(prompt, str) else ""
-
-
-def _of_manifest(files: Files, name: str, shard: int) -> Iterator[ShardPicture]:
-    """Yield the pictures that a manifest lists, which lie in the shard's folder."""
-    try:
-        table = parquet().read_table(io.BytesIO(files.read(name)), columns=["file_name", "prompt"])
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{name} cannot be read: {shorten(error, 200)}") from None
-    pattern = re.compile(rf"images/{shard:06d}/([^/\\\0]+)\.[a-z]+")
-    for row in table.to_pylist():
-        path, prompt = row["file_name"], row["prompt"]
-        match = pattern.fullmatch(path) if isinstance(path, str) else None
-        key = match[1] if match else shorten(str(path), 60)
-        image = _thumbnail(_read_picture(files, path)) if match else "is not in the shard's folder"
-        yield ShardPicture(key, prompt if isinstance(prompt, str) else "", image)
-
-
-def _read_picture(files: Files, path: str) -> bytes | None:
-    size = files.size(path)
-    return files.read(path) if size is not None and size <= MAX_FILE else None
-
-
-def _thumbnail(data: bytes | None) -> Image.Image | str:
+def _thumbnail(data: bytes | str) -> Image.Image | str:
     """Decode a picture and reduce it, or return the reason why it cannot be read."""
-    if data is None:
-        return "is not there, or too large"
+    if isinstance(data, str):
+        return data
     try:
         picture = images.rgb(images.read(io.BytesIO(data), "picture"), "picture")
     except ValueError as error:

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from kandinsky_jax.cli import batch, batch_status, controlnet, generate, img2img, inpaint, mix, train, vary, verify
+from kandinsky_jax.cli import (
+    batch,
+    batch_status,
+    controlnet,
+    evaluate,
+    generate,
+    img2img,
+    inpaint,
+    mix,
+    train,
+    vary,
+    verify,
+)
 from kandinsky_jax.cli.batch_group import BatchGroup
 from kandinsky_jax.cli.mode_command import command_of
 from kandinsky_jax.common.terminal import report, run
@@ -53,6 +65,7 @@ batch_app = typer.Typer(cls=BatchGroup, subcommand_metavar="", invoke_without_co
 batch_app.callback()(batch.batch)
 batch_app.command("status", epilog=batch_status.EXAMPLE)(batch_status.batch_status)
 app.add_typer(batch_app, name="batch")
+app.command("evaluate", epilog=evaluate.EXAMPLE)(evaluate.evaluate_command)
 app.command(epilog=train.EXAMPLE)(train.train)
 app.command(epilog=verify.EXAMPLE)(verify.verify)
 

@@ -196,15 +196,7 @@ class Options:
 
     def devices(self) -> Mesh | None:
         """Make the mesh of the `mesh` option, None without one."""
-        if self.mesh is None:
-            return None
-        parts = numbers(self.mesh, "--mesh")
-        if len(parts) != 3 or any(part != int(part) for part in parts):
-            raise ValueError(
-                f"--mesh must be three whole numbers with commas between, such as 1,2,4, got {quote(self.mesh)}"
-            )
-        data, guidance, rows = map(int, parts)
-        return make_mesh(data, guidance, rows)
+        return mesh_of_option(self.mesh)
 
     def generator(self, seed: int) -> Generator:
         """Return the generator of a seed."""
@@ -318,6 +310,17 @@ def named_guider(text: str | None, scale: float | None, name: str) -> Guider:
         return guider_named("cfg" if text is None else text, scale)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def mesh_of_option(text: str | None) -> Mesh | None:
+    """Make the mesh that `--mesh` describes, None without it; ValueError for what is none."""
+    if text is None:
+        return None
+    parts = numbers(text, "--mesh")
+    if len(parts) != 3 or any(part != int(part) for part in parts):
+        raise ValueError(f"--mesh must be three whole numbers with commas between, such as 1,2,4, got {quote(text)}")
+    data, guidance, rows = map(int, parts)
+    return make_mesh(data, guidance, rows)
 
 
 def numbers(text: str, name: str) -> list[float]:

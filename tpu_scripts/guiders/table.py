@@ -39,6 +39,7 @@ SCALES = (4.0, 2.0, 8.0)  # in the order of measuring
 APG = "apg:norm_threshold=1.9"
 PAG = r"pag:perturbed_scale={extra},layers=(down|up)_blocks\..*"
 LAMBDAS = {2.0: 0.2, 4.0: 0.4, 8.0: 0.7}  # of CFG++, for scales of CFG
+PERTURBED = {2.0: 0.1, 4.0: 0.3, 8.0: 1.0}  # scales of perturbed attention in so many layers, likewise
 
 
 class Case(dict):
@@ -68,8 +69,8 @@ def cases(weak: Path | None, model: str) -> list[Case]:
             case(
                 "pag",
                 scale,
-                {"guidance_scale": 1.0, "guider": PAG.format(extra=scale - 1)},
-                {"guidance_scale": 1.0, "guider": f"pag:perturbed_scale={scale - 1}"},
+                {"guidance_scale": 1.0, "guider": PAG.format(extra=PERTURBED[scale])},
+                {"guidance_scale": 1.0, "guider": f"pag:perturbed_scale={PERTURBED[scale]}"},
             ),
         ]
         if weak is not None:

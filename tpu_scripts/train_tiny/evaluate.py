@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from kandinsky_jax import KandinskyV22CombinedPipeline
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.diffusion.calls import call
+from kandinsky_jax.evaluation import nearest_candidates
 from kandinsky_jax.training.data import listing
 from kandinsky_jax.training.tasks.base import to_movq_pixels
 
@@ -81,8 +82,7 @@ def generate(pipe: Any, prompts: list[str], **settings: Any) -> tuple[np.ndarray
 
 def nearest(generated: np.ndarray, there: np.ndarray) -> np.ndarray:
     """Of each row, the position of the nearest one; rows are flattened."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (generated, there))
-    return np.argmin((b**2).sum(1) - 2 * a @ b.T, axis=1)
+    return nearest_candidates(*(x.reshape(len(x), -1) for x in (generated, there)), distance="euclidean")
 
 
 def latents(pipe: Any, pixels: np.ndarray) -> np.ndarray:
