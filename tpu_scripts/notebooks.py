@@ -39,6 +39,7 @@ def run(path: Path) -> nbformat.NotebookNode:
     """Return the notebook of an example with its outputs, and the pictures it wrote behind those of its last cell."""
     notebook = of_example(path)
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tests").symlink_to(ROOT / "tests")  # some take the model of shapes from there
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": folder}}).execute()
         written = sorted(file for file in Path(folder).iterdir() if file.suffix in PICTURES)
