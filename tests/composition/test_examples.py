@@ -30,7 +30,7 @@ def cells(name: str, columns: int, rows: int = 1) -> list[np.ndarray]:
 
 def check_posterior_sampling(made: dict, printed: str) -> None:
     ordinary, posterior = (float(value) for value in re.findall(r"missed by ([\d.]+) of", printed))
-    assert posterior < 0.6 * ordinary
+    assert posterior < 0.5 * ordinary
     truth, _, _, fitting = cells("posterior_sampling.png", 4)
     assert shapes.classify(truth) == shapes.classify(fitting) == shapes.Verdict("green", "white", "star")
 

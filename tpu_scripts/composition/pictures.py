@@ -1,7 +1,7 @@
 """Generate docs/composition-*.png and the figures of docs/composition.md.
 
 Posterior sampling of 8 drawn pictures of coloured shapes, which no model has generated; the other pictures are those of
-the programs in examples/composition. Takes about ten minutes on two cores.
+the programs in examples/composition. Takes about five minutes on two cores.
 
 python tpu_scripts/composition/pictures.py --output tpu_scripts/results/composition-DATE.json
 """
@@ -33,7 +33,7 @@ from kandinsky_jax.common import atomic  # noqa: E402
 from kandinsky_jax.schedulers import DDIMScheduler  # noqa: E402
 from tests import shapes  # noqa: E402
 
-COUNT, STEPS, GUIDANCE, SHOWN = 8, 40, 4.0, 4
+COUNT, STEPS, GUIDANCE, SHOWN = 8, 25, 4.0, 4
 HOLE = np.pad(np.zeros((32, 32)), 16, constant_values=1)
 OPERATORS = {  # with the step size
     "super-resolution, 16 x 16 to 64 x 64": (composition.downsampling(4), 0.6),
