@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -17,6 +20,7 @@ from tests import shapes
 from tests.conftest import SHAPES_MODEL
 
 GUIDE = Path(__file__).parents[2] / "docs" / "composition.md"
+LONG = ("posterior_sampling",)  # runs far longer than it compiles: in a process without the suite's XLA flags
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "composition").glob("*.py"))
 
 
@@ -30,7 +34,7 @@ def cells(name: str, columns: int, rows: int = 1) -> list[np.ndarray]:
 
 def check_posterior_sampling(made: dict, printed: str) -> None:
     ordinary, posterior = (float(value) for value in re.findall(r"missed by ([\d.]+) of", printed))
-    assert posterior < 0.6 * ordinary
+    assert posterior < 0.5 * ordinary
     truth, _, _, fitting = cells("posterior_sampling.png", 4)
     assert shapes.classify(truth) == shapes.classify(fitting) == shapes.Verdict("green", "white", "star")
 
@@ -86,8 +90,14 @@ def test_an_example_shows_what_it_says(path, tmp_path, monkeypatch, capsys):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "shapes_model").symlink_to(SHAPES_MODEL)
     monkeypatch.chdir(tmp_path)
-    made = runpy.run_path(str(path))
-    CHECKS[path.stem](made, capsys.readouterr().out)
+    if path.stem in LONG:
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        CHECKS[path.stem]({}, done.stdout)
+    else:
+        made = runpy.run_path(str(path))
+        CHECKS[path.stem](made, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
