@@ -30,7 +30,7 @@ def slerp(start: Float[Array, "*B D"], end: Float[Array, "*B D"], share: ArrayLi
     norms = [_norm(x) for x in (start, end)]
     units = [x / jnp.where(norm > 0, norm, 1) for x, norm in zip((start, end), norms, strict=True)]
     cosine = jnp.clip(jnp.sum(units[0] * units[1], axis=-1, keepdims=True), -1, 1)
-    apart = jnp.abs(cosine) < 1 - 1e-6
+    apart = (jnp.abs(cosine) < 1 - 1e-6) & (norms[0] > 0) & (norms[1] > 0)
     angle = jnp.arccos(jnp.where(apart, cosine, 0))
     weights = [jnp.sin((1 - share) * angle) / jnp.sin(angle), jnp.sin(share * angle) / jnp.sin(angle)]
     norm = (1 - share) * norms[0] + share * norms[1]
