@@ -11,6 +11,7 @@ import jaxtyping
 MODULES = (
     "kandinsky_jax.models",
     "kandinsky_jax.diffusion",
+    "kandinsky_jax.editing",
     "kandinsky_jax.training.losses",
     "kandinsky_jax.training.distillation",
 )
