@@ -13,7 +13,7 @@ from kandinsky_jax.common.types import Array, Float, PyTree
 from kandinsky_jax.diffusion import Model, Schedule, SolverCoefficients, model_precision
 
 
-def slerp(start: Float[Array, "*B D"], end: Float[Array, "*B D"], share: ArrayLike) -> Float[Array, "*B D"]:
+def slerp(start: Float[Array, "*#B D"], end: Float[Array, "*#B D"], share: ArrayLike) -> Float[Array, "*out D"]:
     """Interpolate embeddings along the great circle between their directions, and their norms linearly.
 
     Source: Shoemake 1985, "Animating rotation with quaternion curves"; Ramesh et al. 2022 (arXiv 2204.06125), section
@@ -45,8 +45,8 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def shift_embeds(
-    embeds: Float[Array, "*B D"], source: Float[Array, "*B D"], target: Float[Array, "*B D"], strength: ArrayLike = 1.0
-) -> Float[Array, "*B D"]:
+    embeds: Float[Array, "*#B D"], source: Float[Array, "*#B D"], target: Float[Array, "*#B D"], strength: ArrayLike = 1.0
+) -> Float[Array, "*out D"]:
     """Move image embeddings along the direction from one embedding to another.
 
     Args:
@@ -61,8 +61,8 @@ def shift_embeds(
 
 
 def rotate_embeds(
-    embeds: Float[Array, "*B D"], source: Float[Array, "*B D"], target: Float[Array, "*B D"], share: ArrayLike
-) -> Float[Array, "*B D"]:
+    embeds: Float[Array, "*#B D"], source: Float[Array, "*#B D"], target: Float[Array, "*#B D"], share: ArrayLike
+) -> Float[Array, "*out D"]:
     """Rotate image embeddings towards the difference of two text embeddings: text diffs.
 
     Source: Ramesh et al. 2022 (arXiv 2204.06125), section 3.3, with share from 0.25 to 0.5.

@@ -43,6 +43,15 @@ def test_slerp_of_what_has_no_angle_is_linear_and_has_a_gradient():
         assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
+def test_one_direction_and_several_strengths():
+    strengths = jnp.array([0.0, 0.5, 1.0])
+    for found, expected in (
+        (shift_embeds(START[:1], END[0], THIRD[0], strengths), START[0] + strengths[:, None] * (THIRD[0] - END[0])),
+        (slerp(START[:1], END[:1], strengths), jnp.stack([slerp(START[0], END[0], share) for share in strengths])),
+    ):
+        assert_close(found, expected)
+
+
 def test_shift():
     assert_close(shift_embeds(START, END, THIRD, 0.5), START + 0.5 * (THIRD - END))
     strengths = jnp.array([0.0, 1.0, 2.0])
