@@ -47,6 +47,7 @@ class EditFriendlyInversion(NamedTuple):
         """Return what `diffusion.sample` needs to go on after the first `skip` steps.
 
         The more steps are skipped, the more of the picture stays whatever the condition is; the paper skips 36 of 100.
+        A multistep solver misses its earlier predictions there, and gives the latents back less exactly.
 
         Returns:
             the sample `[B, ..., C]` to begin with, the coefficients `[N - skip, ...]`, and the noise for `rng`.
