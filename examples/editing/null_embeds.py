@@ -28,7 +28,7 @@ guider = diffusion.ClassifierFreeGuidance(3.0)
 def optimize(latents):
     cond = unet.condition(own)
     trajectory = editing.ddim_inversion(unet, latents, cond, None, schedule, fixed_point_iterations=3)
-    options = {"guider": guider, "iterations": 10}
+    options = {"guider": guider, "iterations": 10, "learning_rate": 0.3}
     found = editing.optimize_null_embeds(unet, unet.condition, trajectory, cond, negative, schedule, **options)
     return trajectory[0], found
 

@@ -45,7 +45,10 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def shift_embeds(
-    embeds: Float[Array, "*#B D"], source: Float[Array, "*#B D"], target: Float[Array, "*#B D"], strength: ArrayLike = 1.0
+    embeds: Float[Array, "*#B D"],
+    source: Float[Array, "*#B D"],
+    target: Float[Array, "*#B D"],
+    strength: ArrayLike = 1.0,
 ) -> Float[Array, "*out D"]:
     """Move image embeddings along the direction from one embedding to another.
 

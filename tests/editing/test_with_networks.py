@@ -93,7 +93,7 @@ def test_edit_friendly_inversion_is_exact(name):
 
 
 def test_null_embeds_make_guided_sampling_reconstruct():
-    given, steps = of_model("shapes"), 20
+    given, steps = of_model("shapes"), 8
     unet, schedule = given.pipe.unet, given.schedule(steps=steps, **EXACT)
     null = given.pipe.prior_pipe.get_zero_embed(len(NAMES))
     guider = diffusion.ClassifierFreeGuidance(4.0)
@@ -102,7 +102,7 @@ def test_null_embeds_make_guided_sampling_reconstruct():
     )(given.latents)
     found = jax.jit(
         lambda path: editing.optimize_null_embeds(
-            unet, unet.condition, path, given.cond, null, schedule, guider=guider, iterations=10
+            unet, unet.condition, path, given.cond, null, schedule, guider=guider, iterations=8, learning_rate=0.1
         )
     )(trajectory)
     model = editing.embeds_by_step(unet, unet.condition, schedule)
