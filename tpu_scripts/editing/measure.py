@@ -189,12 +189,12 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("none", "prompt", 0, 4.0),
-    Setting("ddim", "prompt", 25, 1.0),
-    Setting("edit-friendly", "prompt", 25, 1.0),
-    Setting("edit-friendly", "prompt", 25, 1.0, mask=True),
-    Setting("edit-friendly", "difference", 25, 1.0),
-    Setting("edit-friendly", "other shapes", 25, 1.0),
+    Setting("none", "prompt", 0, 3.0),
+    Setting("ddim", "prompt", 46, 3.0),
+    Setting("edit-friendly", "prompt", 46, 3.0),
+    Setting("edit-friendly", "prompt", 46, 3.0, mask=True),
+    Setting("edit-friendly", "difference", 46, 3.0),
+    Setting("edit-friendly", "other shapes", 46, 3.0),
 )
 
 
@@ -315,7 +315,10 @@ def edits(pipe: KandinskyV22CombinedPipeline) -> dict[str, Any]:
     """Rates of the chosen settings on 100 drawings that chose nothing."""
     given = drawn(pipe, 100, SEED)
     made = Edits(given, SEED)
-    round_trip = shapes.rates(map(shapes.classify, decoded(given, given.latents)), made.truths)
+    seen = decoded(given, given.latents)
+    round_trip = shapes.rates(map(shapes.classify, seen), made.truths)
+    overlaps = [overlap(*pair) for pair in zip(given.pixels, seen, strict=True)]
+    round_trip["silhouettes_overlap"] = round(float(np.mean(overlaps)), 3)
     rows = [{**setting._asdict(), **made.rates(setting)} for setting in tqdm(SETTINGS, desc="edits")]
     return {"pictures": 100, "seed": SEED, "round_trip": round_trip, "settings": rows}
 
