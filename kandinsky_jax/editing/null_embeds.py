@@ -71,7 +71,7 @@ def optimize_null_embeds(
         guider: with the guidance of the edit; one without a state.
         iterations: at most, for each step.
         learning_rate: Adam's, for embeddings whose numbers are of about 1; it falls by half from the first step to the
-            last. 0.3 came closer in ten iterations on our small models; the paper's 0.01 is for 77 tokens.
+            last. The paper's 0.01 is for 77 tokens.
         tolerance: of the mean squared distance.
     Returns:
         embeddings `[B, N, D]`, and what they reach; sample with them by `embeds_by_step`.
