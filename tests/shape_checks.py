@@ -13,6 +13,7 @@ MODULES = (
     "kandinsky_jax.diffusion",
     "kandinsky_jax.composition",
     "kandinsky_jax.rewards",
+    "kandinsky_jax.editing",
     "kandinsky_jax.training.losses",
     "kandinsky_jax.training.distillation",
     "kandinsky_jax.training.dpo",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,12 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.types import Array, Float, PyTree
-from kandinsky_jax.diffusion import Model, matmul_precision
+from kandinsky_jax.diffusion import Model, model_precision
 from kandinsky_jax.models.unet import UNetCondition
 
 
@@ -129,7 +127,7 @@ class Panorama:
             raise ValueError("a panorama takes no feature cache, which is of one window's size")
         windows, used = self._windows(*sample.shape[1:3])
         if self.regions is None and used == 1:
-            with self._precision():
+            with model_precision(self.model):
                 return self.model(sample, timestep, condition, **options)
         if self.regions is None:
             condition = stack_conditions([condition])
@@ -165,7 +163,7 @@ class Panorama:
         if channels is not None:
             chosen = chosen._replace(channels=channels.reshape(images * windows, *channels.shape[2:]))
         crops = sample[:, rows[:, :, None], columns[:, None, :]]  # [N, V, h, w, C]
-        with self._precision():
+        with model_precision(self.model):
             output = self.model(
                 crops.reshape(images * windows, *crops.shape[2:]), jnp.repeat(timestep, windows), chosen, **options
             )
@@ -199,10 +197,6 @@ class Panorama:
         groups = -(-len(found) // size)
         filled = np.minimum(np.arange(groups * size), len(found) - 1).reshape(groups, size)
         return _Windows(*(array[filled] for array in windows)), len(found)
-
-    def _precision(self) -> contextlib.AbstractContextManager[None]:
-        module = isinstance(self.model, nnx.Module)
-        return matmul_precision(nnx.to_pure_dict(nnx.state(self.model, nnx.Param)) if module else ())
 
 
 def decode_wrapped(

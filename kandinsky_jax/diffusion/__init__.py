@@ -55,13 +55,14 @@ from kandinsky_jax.diffusion.loop import (
     initial_loop_state,
     sample,
 )
-from kandinsky_jax.diffusion.network import Network, Params, matmul_precision
+from kandinsky_jax.diffusion.network import Network, Params, matmul_precision, model_precision
 from kandinsky_jax.diffusion.rng import DECODER_STREAM, PRIOR_STREAM, GivenNoise, KeyNoise, noise_source
 from kandinsky_jax.diffusion.solver import (
     Prediction,
     SolverCoefficients,
     dynamic_threshold,
     initial_state,
+    noise_stddev,
     output_for_x0,
     per_image,
     predict_x0,
@@ -108,7 +109,9 @@ __all__ = [
     "initial_loop_state",
     "initial_state",
     "matmul_precision",
+    "model_precision",
     "noise_source",
+    "noise_stddev",
     "output_for_x0",
     "per_image",
     "perturbed_attention",

@@ -7,20 +7,18 @@ arguments of the compiled program, so that one program serves every number of st
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.types import Array, Float, PyTree
 from kandinsky_jax.diffusion.guidance import ClassifierFreeGuidance, Guider, Model, batch_evaluations, predict
-from kandinsky_jax.diffusion.network import matmul_precision
+from kandinsky_jax.diffusion.network import model_precision
 from kandinsky_jax.diffusion.rng import DECODER_STREAM, GivenNoise, noise_source
 from kandinsky_jax.diffusion.solver import (
     STATE_SLOTS,
@@ -243,7 +241,7 @@ def sample(
         if isinstance(gradient_steps, bool) or not isinstance(gradient_steps, int) or gradient_steps < 1:
             raise ValueError(f"gradient_steps must be an integer of at least 1, got {quote(gradient_steps)}")
         constant = max(0, steps - gradient_steps)
-    with _precision(model):
+    with model_precision(model):
         if constant:
             before = jax.tree.map(lambda column: column[:constant], rows)
             loop = jax.lax.stop_gradient(_scan(advance, before, loop, constant, min(segment, constant)))
@@ -355,10 +353,3 @@ def _step_noise(rng: int | jax.Array | StepNoise | None, shape: tuple[int, ...],
         )
     [noise] = noise_source(rng, shape[0], DECODER_STREAM).steps(0, steps, np.ones(steps, bool), shape)
     return noise
-
-
-@contextlib.contextmanager
-def _precision(model: Model) -> Iterator[None]:
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param)) if isinstance(model, nnx.Module) else ()
-    with matmul_precision(params):
-        yield

@@ -113,3 +113,11 @@ def matmul_precision(params: Params) -> Iterator[None]:
     exact = any(dtype == jnp.float32 for dtype in dtypes_of(params))
     with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def model_precision(model: object) -> Iterator[None]:
+    """`matmul_precision` of a module's parameters; around any other function, JAX's setting stays as it is."""
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param)) if isinstance(model, nnx.Module) else ()
+    with matmul_precision(params):
+        yield
