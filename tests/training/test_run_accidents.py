@@ -102,6 +102,7 @@ CHANGED = {
     "distillation.ema_target": True,
     "distillation.embeddings": "prior",
 }
+CHANGED_DPO = {"dpo.beta": 100.0, "dpo.lora": False}
 FREELY = {
     "model": "m",
     "prior": "p",
@@ -135,6 +136,9 @@ def test_every_setting_either_is_compared_or_may_change():
         found = record_changes(record, run_record(Kind.DISTILL_PRIOR, replaced(base, name, value), ITEMS, {}))
         assert name in found, name
         assert name in describe_changes(found)
+    of_dpo = run_record(Kind.DPO_DECODER, base, ITEMS, {})
+    for name, value in CHANGED_DPO.items():
+        assert name in record_changes(of_dpo, run_record(Kind.DPO_DECODER, replaced(base, name, value), ITEMS, {}))
     for name, value in FREELY.items():
         assert not record_changes(record, run_record(Kind.DISTILL_PRIOR, replaced(base, name, value), ITEMS, {})), name
     settings = dataclasses.asdict(base)
@@ -143,7 +147,7 @@ def test_every_setting_either_is_compared_or_may_change():
         for n, v in settings.items()
         for m in (v if isinstance(v, dict) else [0])
     }
-    assert names == CHANGED.keys() | FREELY.keys()
+    assert names == CHANGED.keys() | CHANGED_DPO.keys() | FREELY.keys()
     assert FREELY.keys() == FREE
     assert json.loads(json.dumps(record)) == record
 
