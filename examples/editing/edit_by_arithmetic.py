@@ -23,7 +23,7 @@ latents = jax.jit(movq.encode)(images.pictures(picture, "image", 64, 64))
 own = jax.jit(pipe.prior_image_encoder)(pipe.prior_image_processor(picture))
 strengths = jnp.array([0.0, 0.5, 1.0])
 shifted = editing.shift_embeds(own, red, green, strengths)  # [3, D]
-between = editing.slerp(own, green[None], jnp.array([0.33, 0.67, 1.0]))
+between = diffusion.slerp(own, green[None], jnp.array([0.33, 0.67, 1.0]))
 schedule = kj.DDIMScheduler.from_config(pipe.scheduler.config, eta=1.0).schedule(50)
 
 

@@ -3,7 +3,7 @@
 All of it is built on `kandinsky_jax.diffusion`: a guider, a model around a model, and functions of noises and pictures.
 """
 
-from kandinsky_jax.composition.interpolation import Interpolation, interpolation_grid, lerp, slerp
+from kandinsky_jax.composition.interpolation import Interpolation, interpolation_grid
 from kandinsky_jax.composition.operators import Operator, downsampling, gaussian_blur, masking, of_decoded
 from kandinsky_jax.composition.outpainting import OutpaintCanvas, outpaint_canvas, paste_original
 from kandinsky_jax.composition.panorama import Panorama, decode_wrapped, stack_conditions, window_starts
@@ -20,7 +20,6 @@ __all__ = [
     "downsampling",
     "gaussian_blur",
     "interpolation_grid",
-    "lerp",
     "masking",
     "measurement_distance",
     "of_decoded",
@@ -28,7 +27,6 @@ __all__ = [
     "paste_original",
     "save_gif",
     "save_grid",
-    "slerp",
     "stack_conditions",
     "to_pictures",
     "window_starts",

@@ -46,6 +46,7 @@ from kandinsky_jax.diffusion.guiders import (
     RescaledGuidance,
     perturbed_attention,
 )
+from kandinsky_jax.diffusion.interpolation import lerp, slerp
 from kandinsky_jax.diffusion.loop import (
     AfterStep,
     LoopState,
@@ -108,6 +109,7 @@ __all__ = [
     "guider_named",
     "initial_loop_state",
     "initial_state",
+    "lerp",
     "matmul_precision",
     "model_precision",
     "noise_source",
@@ -119,6 +121,7 @@ __all__ = [
     "predict_x0",
     "prediction_from_output",
     "sample",
+    "slerp",
     "solver_coefficients",
     "solver_step",
     "split_output",

@@ -5,7 +5,7 @@ A picture becomes noise by `ddim_inversion`, or the noises of a stochastic sampl
 """
 
 from kandinsky_jax.editing.edit_friendly import EditFriendlyInversion, edit_friendly_inversion
-from kandinsky_jax.editing.embeds import embeds_by_step, rotate_embeds, shift_embeds, slerp
+from kandinsky_jax.editing.embeds import embeds_by_step, rotate_embeds, shift_embeds
 from kandinsky_jax.editing.inversion import ddim_inversion
 from kandinsky_jax.editing.masks import KeepOutside, difference_mask
 from kandinsky_jax.editing.null_embeds import NullEmbeds, optimize_null_embeds
@@ -21,5 +21,4 @@ __all__ = [
     "optimize_null_embeds",
     "rotate_embeds",
     "shift_embeds",
-    "slerp",
 ]

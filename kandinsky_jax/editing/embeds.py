@@ -10,32 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from kandinsky_jax.common.types import Array, Float, PyTree
-from kandinsky_jax.diffusion import Model, Schedule, SolverCoefficients, model_precision
-
-
-def slerp(start: Float[Array, "*#B D"], end: Float[Array, "*#B D"], share: ArrayLike) -> Float[Array, "*out D"]:
-    """Interpolate embeddings along the great circle between their directions, and their norms linearly.
-
-    Source: Shoemake 1985, "Animating rotation with quaternion curves"; Ramesh et al. 2022 (arXiv 2204.06125), section
-    3.2, mix CLIP embeddings so.
-
-    Args:
-        start, end: `[..., D]`.
-        share: 0 is start, 1 is end; `[]` or `[...]`. Others extrapolate.
-    Returns:
-        `[..., D]`. Where the two have the same direction, or one is zeros, linear interpolation; opposite ones have no
-        great circle of their own, and the result passes zero.
-    """
-    share = jnp.asarray(share)[..., None]
-    norms = [_norm(x) for x in (start, end)]
-    units = [x / jnp.where(norm > 0, norm, 1) for x, norm in zip((start, end), norms, strict=True)]
-    cosine = jnp.clip(jnp.sum(units[0] * units[1], axis=-1, keepdims=True), -1, 1)
-    apart = (jnp.abs(cosine) < 1 - 1e-6) & (norms[0] > 0) & (norms[1] > 0)
-    angle = jnp.arccos(jnp.where(apart, cosine, 0))
-    weights = [jnp.sin((1 - share) * angle) / jnp.sin(angle), jnp.sin(share * angle) / jnp.sin(angle)]
-    norm = (1 - share) * norms[0] + share * norms[1]
-    along = norm * (weights[0] * units[0] + weights[1] * units[1])
-    return jnp.where(apart, along, (1 - share) * start + share * end)
+from kandinsky_jax.diffusion import Model, Schedule, SolverCoefficients, model_precision, slerp
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -64,18 +39,18 @@ def shift_embeds(
 
 
 def rotate_embeds(
-    embeds: Float[Array, "*#B D"], source: Float[Array, "*#B D"], target: Float[Array, "*#B D"], share: ArrayLike
-) -> Float[Array, "*out D"]:
+    embeds: Float[Array, "#B D"], source: Float[Array, "#B D"], target: Float[Array, "#B D"], share: ArrayLike
+) -> Float[Array, "out D"]:
     """Rotate image embeddings towards the difference of two text embeddings: text diffs.
 
     Source: Ramesh et al. 2022 (arXiv 2204.06125), section 3.3, with share from 0.25 to 0.5.
 
     Args:
-        embeds: of the pictures, `[..., D]`.
-        source, target: text embeddings of what is there and of what shall be, `[..., D]`.
-        share: of the way to the normalised difference, 0..1; `[]` or `[...]`.
+        embeds: of the pictures, `[B, D]`.
+        source, target: text embeddings of what is there and of what shall be, `[B, D]`; one serves all.
+        share: of the way to the normalised difference, 0..1; `[]` or `[B]`.
     Returns:
-        `[..., D]`, of the norms of `embeds`.
+        `[B, D]`, of the norms of `embeds`.
     """
     difference = target - source
     norm = _norm(difference)
