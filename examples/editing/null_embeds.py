@@ -13,7 +13,7 @@ from kandinsky_jax import diffusion, editing, images
 from kandinsky_jax.utils import make_image_grid
 
 pipe = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
-unet, movq, steps = pipe.unet, pipe.movq, 20
+unet, movq, steps = pipe.unet, pipe.movq, 8
 size = {"height": 64, "width": 64, "guidance_scale": 2.0, "prior_guidance_scale": 1.0}
 picture = pipe("grinning face", generator=0, **size).images[0]
 latents = jax.jit(movq.encode)(images.pictures(picture, "image", 64, 64))
@@ -28,7 +28,7 @@ guider = diffusion.ClassifierFreeGuidance(3.0)
 def optimize(latents):
     cond = unet.condition(own)
     trajectory = editing.ddim_inversion(unet, latents, cond, None, schedule, fixed_point_iterations=3)
-    options = {"guider": guider, "iterations": 10, "learning_rate": 0.3}
+    options = {"guider": guider, "iterations": 5, "learning_rate": 0.3}
     found = editing.optimize_null_embeds(unet, unet.condition, trajectory, cond, negative, schedule, **options)
     return trajectory[0], found
 

@@ -15,8 +15,6 @@ from kandinsky_jax import diffusion, editing, images
 from tests import shapes
 from tests.conftest import SHAPES_MODEL, note
 
-pytestmark = pytest.mark.slow
-
 NAMES = ["snowman", "red apple", "red heart", "rocket"]
 EXACT = {"clip_sample": False, "thresholding": False}
 UNGUIDED = diffusion.NoGuidance()
@@ -59,6 +57,7 @@ def away(given: Pictures, latents: jax.Array) -> float:
     return float(np.abs(ours - round_trip).mean() * 127.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "shapes"])
 def test_ddim_inversion_and_back_is_within_a_level_of_movqs_round_trip(name):
     given = of_model(name)
@@ -75,6 +74,7 @@ def test_ddim_inversion_and_back_is_within_a_level_of_movqs_round_trip(name):
     assert note(plain, f"{name}: of 255, the usual inversion") > 2 * iterated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "shapes"])
 def test_edit_friendly_inversion_is_exact(name):
     """By the model's own scheduler, DDPM; that of shapes has thresholding and a learned variance."""
@@ -92,8 +92,9 @@ def test_edit_friendly_inversion_is_exact(name):
     assert note(error, f"{name}: largest error of latents") <= 1e-3
 
 
+@pytest.mark.campaign  # hundreds of gradients; the slow suite's programs run ten times as long
 def test_null_embeds_make_guided_sampling_reconstruct():
-    given, steps = of_model("shapes"), 8
+    given, steps = of_model("shapes"), 20
     unet, schedule = given.pipe.unet, given.schedule(steps=steps, **EXACT)
     null = given.pipe.prior_pipe.get_zero_embed(len(NAMES))
     guider = diffusion.ClassifierFreeGuidance(4.0)
@@ -102,7 +103,7 @@ def test_null_embeds_make_guided_sampling_reconstruct():
     )(given.latents)
     found = jax.jit(
         lambda path: editing.optimize_null_embeds(
-            unet, unet.condition, path, given.cond, null, schedule, guider=guider, iterations=8, learning_rate=0.1
+            unet, unet.condition, path, given.cond, null, schedule, guider=guider, iterations=10
         )
     )(trajectory)
     model = editing.embeds_by_step(unet, unet.condition, schedule)
