@@ -52,7 +52,8 @@ def names(count: int) -> list[str]:
 def job(folder: Path, what: str, seed: int, **settings: Any) -> Job:
     """A batch job of all names, in a folder named by its settings."""
     name = "".join(c if c.isalnum() else "-" for c in what)
-    return Job(str(folder / "names.txt"), str(folder / "jobs" / name), model="tiny", seed=seed, batch=25, **settings)
+    options = {"rows_per_shard": 20} | settings
+    return Job(str(folder / "names.txt"), str(folder / "jobs" / name), model="tiny", seed=seed, batch=20, **options)
 
 
 def row(what: str, found: Evaluation) -> dict[str, Any]:
