@@ -97,7 +97,7 @@ def test_examples_are_short_cells_and_name_nothing_private(path):
     assert not [word for word in words if word.startswith("_") and word != "_"]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign  # with 50 steps, as a reader would run it
 def test_the_guide():
     made: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "editing.md").read_text(), re.DOTALL)
