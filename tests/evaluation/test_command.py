@@ -85,7 +85,7 @@ def test_prompts_are_generated_first(tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     """By SIGKILL, as soon as the first features are there."""
-    write_job(str(tmp_path / "job"), drawn(60) * 20, per_shard=40)
+    write_job(str(tmp_path / "job"), drawn(60) * 10, per_shard=20)
     features = tmp_path / "out" / "features"
     command = [sys.executable, "-m", "kandinsky_jax.cli", "evaluate", str(tmp_path / "job"), "--clip", MODEL, "-q"]
     with subprocess.Popen(

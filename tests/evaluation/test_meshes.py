@@ -22,7 +22,7 @@ def features(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [None, "3,1,1", "2,2,1"])
+@pytest.mark.parametrize("mesh", [None, "2,2,1"])
 def test_features_on_a_mesh_are_those_of_one_device(mesh, tmp_path):
     """The last batch does not fill the devices."""
     write_job(str(tmp_path / "job"), drawn(21), per_shard=21)
