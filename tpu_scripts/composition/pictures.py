@@ -119,7 +119,7 @@ def example_figures() -> dict[str, object]:
             elif name == "outpainting":
                 kept = np.asarray(made["picture"], np.float32)[:, :24]
                 away = [np.abs(np.asarray(image, np.float32)[:, :24] - kept).mean() for image in made["images"]]
-                found["outpainting: kept pixels beside the picture, mean difference, of 255"] = round(max(away), 2)
+                found["outpainting: kept pixels beside the picture, mean difference, of 255"] = round(float(max(away)), 2)
         os.chdir(ROOT)
     return found
 
@@ -131,7 +131,7 @@ def main() -> None:
     output = parser.parse_args().output.absolute()
     settings = {"pictures": COUNT, "steps": STEPS, "solver": "DDIM, no thresholding", "guidance": GUIDANCE}
     figures = {"jax": jax.__version__, "posterior sampling": settings | posterior_figures(), **example_figures()}
-    atomic.replace_file(output, (json.dumps(figures, indent=2) + "\n").encode())
+    atomic.replace_file(output, (json.dumps(figures, indent=2, default=float) + "\n").encode())
 
 
 if __name__ == "__main__":
