@@ -4,6 +4,8 @@
 # It needs a solver that draws noise at its steps, since their probabilities are what is differentiated.
 
 # %%
+import numpy as np
+
 import kandinsky_jax as kj
 from kandinsky_jax import diffusion, images, rewards
 from kandinsky_jax.utils import make_image_grid
@@ -33,4 +35,4 @@ for epoch in trained.history:
 
 # %%
 before, after = (s.generate(embeds, seed=1) for s in (sampler, sampler.with_lora(trained.changes)))
-make_image_grid(images.to_output([*before, *after], "pil"), 2, len(names)).save("ddpo.png")
+make_image_grid(images.to_output(np.concatenate([before, after]), "pil"), 2, len(names)).save("ddpo.png")

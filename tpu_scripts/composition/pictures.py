@@ -119,7 +119,9 @@ def example_figures() -> dict[str, object]:
             elif name == "outpainting":
                 kept = np.asarray(made["picture"], np.float32)[:, :24]
                 away = [np.abs(np.asarray(image, np.float32)[:, :24] - kept).mean() for image in made["images"]]
-                found["outpainting: kept pixels beside the picture, mean difference, of 255"] = round(float(max(away)), 2)
+                found["outpainting: kept pixels beside the picture, mean difference, of 255"] = round(
+                    float(max(away)), 2
+                )
         os.chdir(ROOT)
     return found
 
