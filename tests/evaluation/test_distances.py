@@ -86,6 +86,7 @@ def test_a_kernel_distance_is_its_formula():
     assert apart(found.std, np.std(expected)) < 1e-6
 
 
+@pytest.mark.fidelity
 def test_a_kernel_distance_is_the_references():
     """The same subsets for the same seed, by default 100 of them."""
     reference = fidelity.module("metric_kid").kid_features_to_metric(
@@ -136,6 +137,7 @@ def test_a_frechet_distance_is_its_formula(block):
     assert apart(ours(X, Y, block), formula(X, Y)) < 1e-6
 
 
+@pytest.mark.fidelity
 def test_a_frechet_distance_is_the_references():
     """Also of close sets, and of sets of different spread along each axis."""
     metric = fidelity.module("metric_fid")

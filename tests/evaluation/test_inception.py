@@ -54,6 +54,7 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.fidelity
 @pytest.mark.parametrize("shape", [(64, 64), (299, 299), (37, 500), (512, 300)])
 def test_resizing_is_the_references_to_the_bit(shape):
     picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -64,7 +65,7 @@ def test_resizing_is_the_references_to_the_bit(shape):
     assert np.array_equal(resize_like_tensorflow(picture), reference[0].numpy().transpose(1, 2, 0))
 
 
-@pytest.mark.slow
+@pytest.mark.fidelity
 def test_features_are_the_references(weights):
     pictures = np.random.default_rng(1).integers(0, 256, (2, 64, 48, 3), dtype=np.uint8)
     pictures[1, :, 20:] //= 4
