@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,6 +93,17 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cuda,cpu")
     elif selected != "campaign":
         os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
+
+
+def run_program(path: Path, folder: Path) -> str:
+    """Run an example as its user would: a process of its own, without the suite's XLA flags, since it runs longer than
+    it compiles. Returns what it printed.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, path.resolve()]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 BEGAN = time.monotonic()

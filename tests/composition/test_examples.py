@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,7 +14,7 @@ from PIL import Image
 
 from kandinsky_jax import composition
 from tests import shapes
-from tests.conftest import SHAPES_MODEL
+from tests.conftest import SHAPES_MODEL, run_program
 
 GUIDE = Path(__file__).parents[2] / "docs" / "composition.md"
 LONG = ("posterior_sampling",)  # runs far longer than it compiles: in a process without the suite's XLA flags
@@ -91,10 +88,7 @@ def test_an_example_shows_what_it_says(path, tmp_path, monkeypatch, capsys):
     (tmp_path / "tests" / "shapes_model").symlink_to(SHAPES_MODEL)
     monkeypatch.chdir(tmp_path)
     if path.stem in LONG:
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
-        CHECKS[path.stem]({}, done.stdout)
+        CHECKS[path.stem]({}, run_program(path, tmp_path))
     else:
         made = runpy.run_path(str(path))
         CHECKS[path.stem](made, capsys.readouterr().out)
