@@ -38,7 +38,7 @@ COUNT, STEPS, GUIDANCE, SHOWN = 8, 25, 4.0, 4
 HOLE = np.pad(np.zeros((32, 32)), 16, constant_values=1)
 OPERATORS = {  # with the step size
     "super-resolution, 16 x 16 to 64 x 64": (composition.downsampling(4), 0.6),
-    "inpainting, the middle 32 x 32 missing": (composition.masking(HOLE), 0.3),
+    "inpainting, the middle 32 x 32 missing": (composition.masking(HOLE), 0.2),
     "deblurring, sigma 3 pixels": (composition.gaussian_blur(3.0), 0.3),
 }
 

@@ -26,7 +26,7 @@ GUIDANCE = 2.0  # what `tiny` recommends
 STEPS = 10
 
 
-def names(count: int) -> list[str]:
+def names(count: int | None = None) -> list[str]:
     """The Unicode names of the commonest emoji of one code point, all of which `tiny` has been trained on."""
     lines = [line.split("-")[0] for line in COMMON.read_text().splitlines() if not line.startswith("#")]
     found = dict.fromkeys(unicodedata.name(chr(int(code, 16)), "").lower() for code in lines if code.strip())
@@ -51,10 +51,10 @@ def embeddings(pipe: Any, prompts: Sequence[str], seed: int = 0) -> np.ndarray:
     return np.concatenate(found)[: len(prompts)]
 
 
-def sampler(pipe: Any, eta: float = 0.0, steps: int = STEPS) -> rewards.DecoderSampler:
-    """The decoder with DDIM and guidance."""
+def sampler(pipe: Any, eta: float = 0.0, steps: int = STEPS, scale: float = GUIDANCE) -> rewards.DecoderSampler:
+    """The decoder with DDIM and guidance; none at scale 1."""
     schedule = DDIMScheduler.from_config(pipe.scheduler.config, eta=eta).schedule(steps)
-    guider = diffusion.ClassifierFreeGuidance(GUIDANCE)
+    guider = diffusion.NoGuidance() if scale == 1 else diffusion.ClassifierFreeGuidance(scale)
     return rewards.DecoderSampler.from_pipeline(pipe, schedule, guider=guider, height=SIDE, width=SIDE)
 
 

@@ -1,6 +1,7 @@
 """Diffusion-DPO on the model of shapes: pairs that prefer one colour, measured on captions without a colour.
 
-    python tpu_scripts/rewards/dpo.py dpo-decoder
+    python tpu_scripts/rewards/dpo.py dpo-prior
+    python tpu_scripts/rewards/dpo.py dpo-decoder --learning-rate 1e-3 --beta 200
 
 Trains by `kandinsky-jax train KIND`, on pairs of true pictures of the same shape and ground, one of them preferred.
 Measures on captions that training did not see, whose shape and ground are counted too, with the same noise before and
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--preferred", default="blue")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--beta", type=float, default=2500.0)
+    parser.add_argument("--beta", type=float, default=30.0)
     parser.add_argument("--rank", type=int, default=8)
     args = parser.parse_args()
     began = time.time()
