@@ -1,10 +1,10 @@
-"""Train weak models for autoguidance: the networks of `tiny` and of the tests' shapes from nothing, for a short time.
+"""Train weak decoders for autoguidance: the UNets of `tiny` and of the tests' shapes from nothing, for a short time.
 
     python tpu_scripts/guiders/weak.py build/emoji/data build/guiders
 
-writes build/guiders/{tiny,shapes}/{decoder,prior}/model, which `autoguidance:model=FOLDER` takes. Autoguidance wants a
-model with the same faults, only more of them: less trained, as here, or smaller. A quarter of an hour on two CPU cores;
-each training goes on where it was stopped.
+writes build/guiders/{tiny,shapes}/decoder/model, which `autoguidance:model=FOLDER` takes. Autoguidance wants a
+model with the same faults, only more of them: less trained, as here, or smaller. Ten minutes on two CPU cores; each
+training goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -25,25 +25,21 @@ from kandinsky_jax.training.step import OptimizerConfig  # noqa: E402
 from tpu_scripts.few_steps.shapes import write_pictures  # noqa: E402
 
 MODELS = {"tiny": "tiny", "shapes": ROOT / "tests" / "shapes_model"}
-STEPS = {Kind.DECODER: 700, Kind.PRIOR: 300}
-RATES = {Kind.DECODER: 1.5e-3, Kind.PRIOR: 1e-3}
+STEPS, RATE = 700, 1.5e-3
 PICTURES = (600, 2)  # captions of shapes, and drawings of each
 
 
 def untrained(model: str | Path, folder: Path) -> Path:
-    """Write a family with random weights in its UNet and prior."""
+    """Write a family with random weights in its UNet."""
     if not folder.exists():
         pipe: Any = KandinskyV22CombinedPipeline.from_pretrained(model, dtype="float32")
         pipe.unet = type(pipe.unet).from_config(pipe.unet.config.to_dict())
-        prior = type(pipe.prior_prior).from_config(pipe.prior_prior.config.to_dict())
-        prior.clip_mean[...], prior.clip_std[...] = pipe.prior_prior.clip_mean[...], pipe.prior_prior.clip_std[...]
-        pipe.prior_prior = prior
         pipe.save_pretrained(folder)
     return folder
 
 
-def train(kind: Kind, model: Path, data: Path, output: Path) -> None:
-    """Train a network for a tenth of what the model was trained."""
+def train(model: Path, data: Path, output: Path) -> None:
+    """Train a decoder for a tenth of what the model was trained."""
     if (output / "model").exists():
         return
     config = Config(
@@ -52,20 +48,19 @@ def train(kind: Kind, model: Path, data: Path, output: Path) -> None:
         output=str(output),
         resolution=64,
         train_batch_size=64,
-        text_length=24,
-        snr_gamma=5.0 if kind == Kind.DECODER else None,
+        snr_gamma=5.0,
         condition_dropout=0.1,
         precompute=True,
         optimizer=OptimizerConfig(
-            learning_rate=RATES[kind],
+            learning_rate=RATE,
             lr_scheduler="cosine",
             lr_warmup_steps=50,
-            max_train_steps=STEPS[kind],
+            max_train_steps=STEPS,
             adam_weight_decay=0.0,
             ema_decay=0.98,
         ),
     )
-    Run(kind, config).train()
+    Run(Kind.DECODER, config).train()
 
 
 def main() -> None:
@@ -75,15 +70,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     given = parser.parse_args()
     write_pictures(given.output / "shapes-data", *PICTURES)
-    data = {
-        ("tiny", Kind.DECODER): given.data / "pictures.tar",
-        ("tiny", Kind.PRIOR): given.data / "captions.tar",
-        ("shapes", Kind.DECODER): given.output / "shapes-data",
-        ("shapes", Kind.PRIOR): given.output / "shapes-data",
-    }
-    for (name, kind), pictures in data.items():
+    data = {"tiny": given.data / "pictures.tar", "shapes": given.output / "shapes-data"}
+    for name, pictures in data.items():
         model = untrained(MODELS[name], given.output / f"untrained-{name}")
-        train(kind, model, pictures, given.output / name / kind)
+        train(model, pictures, given.output / name / Kind.DECODER)
 
 
 if __name__ == "__main__":
