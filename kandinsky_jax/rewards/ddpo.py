@@ -61,9 +61,11 @@ class DDPOConfig:
         sample_batch_size: pictures sampled at once.
         train_batch_size: pictures of an update, all steps of the sampler of each; divides `samples_per_epoch`.
         inner_epochs: how often an epoch learns from its pictures.
-        clip_range: of the ratio of probabilities to 1. It is small because log-probabilities are means over pixels.
+        clip_range: of the ratio of probabilities to 1. It is small because log-probabilities are means over the numbers
+            of the latents: the fewer they are, the larger it may be.
         max_advantage: bound of normalised rewards.
-        buffer_size, min_count: of `PerPromptStatTracker`.
+        buffer_size, min_count: of `PerPromptStatTracker`. A buffer of fewer rewards than an epoch has of a prompt
+            compares with a part of them.
         learning_rate, weight_decay: of AdamW.
         max_grad_norm: largest norm of the gradients.
         lora: which layers of the UNet are changed, and how.

@@ -38,6 +38,7 @@ SCALES = (4.0, 2.0, 8.0)  # in the order of measuring
 # The length that APG cuts at is the paper's 15 for latents of 64 x 64 x 4 numbers, and as much for each number here.
 APG = "apg:norm_threshold=1.9"
 LAMBDAS = {2.0: 0.6, 4.0: 0.8, 8.0: 1.0}  # of CFG++, for scales of CFG
+PAG = r"pag:perturbed_scale={extra},layers=down_blocks\..*"  # their middle blocks have a single place at 64 x 64
 PERTURBED = {2.0: 0.25, 4.0: 0.5, 8.0: 1.0}  # scales of perturbed attention, likewise
 NONE = {"guidance_scale": 1.0}
 
@@ -66,7 +67,7 @@ def cases(weak: Path | None, model: str) -> list[Case]:
             case("apg", scale, cfg | {"guider": APG}),
             case("cfg++", scale, {"guidance_scale": LAMBDAS[scale], "guider": "cfg++"}),
             case("interval", scale, cfg | {"guidance_interval": (0.2, 0.8)}),
-            case("pag", scale, NONE | {"guider": f"pag:perturbed_scale={PERTURBED[scale]}"}, NONE),
+            case("pag", scale, NONE | {"guider": PAG.format(extra=PERTURBED[scale])}, NONE),
         ]
         if weak is not None:
             weaker = cfg | {"guider": f"autoguidance:model={weak / model / 'decoder' / 'model'}"}
