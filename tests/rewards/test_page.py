@@ -33,7 +33,8 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     namespace = types.SimpleNamespace(**{**vars(rewards), **stand_ins})
     made = {"sampler": small.sampler(), "embeds": small.embeds(4), "names": ["a"] * 4}
     made |= {"rewards": namespace, "diffusion": diffusion, "pipe": pipe}
-    fewer = {"updates=100": "updates=2", "iterations=50": "iterations=2", "epochs=6": "epochs=1", "epoch=128": "epoch=32"}
+    fewer = {"updates=100": "updates=2", "iterations=50": "iterations=2"}
+    fewer |= {"epochs=6": "epochs=1", "samples_per_epoch=128": "samples_per_epoch=32"}
     for block in blocks:
         for long, short in fewer.items():
             block = block.replace(long, short)

@@ -124,7 +124,8 @@ def main() -> None:
     found |= {"pictures": MEASURED, "pairs": len(seen), "loss": [round(row["loss"], 4) for row in rows[::10]]}
     common.write(args.kind, began, {name: getattr(args, name) for name in vars(args)} | found)
     some = {name: images[:SHOWN] for name, images in pictures.items()}
-    common.sheet(common.ROOT / "docs" / f"rewards-{args.kind}.png", some, [f"{each.truth.shape}, {each.truth.background}" for each in unseen[:SHOWN]])
+    labels = [f"{each.truth.shape}, {each.truth.background}" for each in unseen[:SHOWN]]
+    common.sheet(common.ROOT / "docs" / f"rewards-{args.kind}.png", some, labels)
 
 
 if __name__ == "__main__":
