@@ -102,6 +102,8 @@ class Job:
             found.append(f"seed must be a whole number from 0 to 2**62 - 1, got {quote(self.seed)}")
         if not isinstance(self.fast, bool):
             found.append(f"fast must be True or False, got {quote(self.fast)}")
+        if self.fast and (guiders := [name for name in SCALES if getattr(self, name) is not None]):
+            found.append(f"{' and '.join(guiders)}: fast adapters have been distilled for no guidance; leave fast out")
         with _listed(found):
             network_dtype(self.dtype)
         if self.scheduler is not None:

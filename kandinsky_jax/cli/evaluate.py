@@ -11,7 +11,7 @@ import typer
 
 from kandinsky_jax.batch import Job
 from kandinsky_jax.checkpoint.recommended_settings import default_text
-from kandinsky_jax.cli.options import mesh_of_option
+from kandinsky_jax.cli.options import GUIDER_HELP, PRIOR_GUIDER_HELP, mesh_of_option
 from kandinsky_jax.common.reading import ReadError, of_file, read_text
 from kandinsky_jax.evaluation import METRICS, Resampling, evaluate
 from kandinsky_jax.evaluation.runner import BATCH, PICTURES, is_rows
@@ -94,6 +94,10 @@ def evaluate_command(
         float | None,
         typer.Option(help=f"Of the prior; {default_text('prior_guidance_scale')}.", rich_help_panel=_GENERATING),
     ] = None,
+    guider: Annotated[str | None, typer.Option(metavar="NAME", help=GUIDER_HELP, rich_help_panel=_GENERATING)] = None,
+    prior_guider: Annotated[
+        str | None, typer.Option(metavar="NAME", help=PRIOR_GUIDER_HELP, rich_help_panel=_GENERATING)
+    ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Use the model's fast adapter.", rich_help_panel=_GENERATING)
     ] = False,
@@ -118,12 +122,14 @@ def evaluate_command(
         "prior_guidance_scale": prior_guidance_scale,
     }
     given = {name: value for name, value in defaults.items() if value is not None}
-    generating = given | ({"fast": True} if fast else {}) | ({} if seed is None else {"seed": seed})
+    guiders: dict[str, Any] = {"guider": guider, "prior_guider": prior_guider}
+    guiders = {name: value for name, value in guiders.items() if value is not None}
+    generating = given | guiders | ({"fast": True} if fast else {}) | ({} if seed is None else {"seed": seed})
     found: str | Job = source
     faults = []
     if is_rows(source):
         pictures = f"{output.rstrip('/')}/{PICTURES}"
-        found = Job(source, pictures, model=model, prior=prior, fast=fast, seed=seed or 0, defaults=given)
+        found = Job(source, pictures, model=model, prior=prior, fast=fast, seed=seed or 0, defaults=given, **guiders)
     elif generating:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in generating)
         faults.append(

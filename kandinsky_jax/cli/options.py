@@ -220,10 +220,18 @@ class CompletedOptions(Options):
             unused.append("--negative-prompt")
         if self.guidance_interval is not None and not own.is_on:
             unused.append("--guidance-interval")
+        if self.guider is not None and not own.is_on:
+            unused.append("--guider")
         if unused:
             warnings.warn(
                 f"{' and '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect without guidance: "
                 f"{'leave --fast out, or ' * self.fast}give --guidance-scale above 1, it is {self.guidance_scale:g}",
+                stacklevel=3,
+            )
+        if self.fast and (own.is_on or prior.is_on):
+            warnings.warn(
+                "the fast adapter has been distilled for no guidance and may give noise with it: leave --fast out, or "
+                "the guiders and scales of guidance",
                 stacklevel=3,
             )
 

@@ -131,6 +131,11 @@ class Panorama:
                 return self.model(sample, timestep, condition, **options)
         if self.regions is None:
             condition = stack_conditions([condition])
+        elif {jnp.shape(leaf)[1:2] for leaf in jax.tree.leaves(condition)} != {(len(self.regions),)}:
+            raise ValueError(
+                f"there are {len(self.regions)} regions; needed is a condition for each, of stack_conditions, for cond "
+                "and uncond"
+            )
         evaluate = functools.partial(self._evaluate, sample, timestep, condition, options)
         groups = jax.tree.map(jnp.asarray, (windows.rows, windows.columns, windows.region))
         if len(windows.rows) == 1:

@@ -17,6 +17,7 @@ from kandinsky_jax.diffusion import (
     Evaluation,
     Guider,
     Prediction,
+    Schedule,
     SolverCoefficients,
     per_image,
 )
@@ -83,7 +84,15 @@ class PosteriorSampling:
             return distances.sum(), (prediction, following)  # images do not depend on each other
 
         gradient, (prediction, following) = jax.grad(distance, has_aux=True)(sample)
-        return prediction._replace(correction=-per_image(self.scale, sample.ndim) * gradient), following
+        correction = -per_image(self.scale, sample.ndim) * gradient
+        if prediction.correction is not None:
+            correction = correction + prediction.correction
+        return prediction._replace(correction=correction), following
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raise ValueError for a schedule that the inner guider cannot serve."""
+        if hasattr(self.guider, "check_schedule"):
+            self.guider.check_schedule(schedule)
 
 
 def measurement_distance(operator: Operator, measurement: jax.Array, x0: Float[Array, "B *s"]) -> Float[Array, "B"]:

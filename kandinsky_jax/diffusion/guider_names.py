@@ -27,7 +27,7 @@ GUIDERS: dict[str, type[Any]] = {
     "pag": PerturbedAttentionGuidance,
 }
 TEXTS = ("layers", "model")  # settings that are no numbers
-# Least and largest values of settings; all others are any finite number.
+# Least and largest values of settings; all others are any number up to `LARGEST`.
 RANGES: dict[str, tuple[float, float]] = {
     "rescale": (0, 1),
     "momentum": (-1, 1),
@@ -35,6 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "perturbed_scale": (0, math.inf),
 }
 LAMBDA = (0, 1)  # of cfg++
+LARGEST = 1e30  # of other settings; float32 ends at 3e38
 
 
 def guider_named(text: str, scale: float | None = None) -> Guider:
@@ -51,6 +52,7 @@ def guider_named(text: str, scale: float | None = None) -> Guider:
         raise ValueError(f"there is no guider {quote(name)}; {_nearest(name)}")
     cls = GUIDERS[name]
     known = [field.name for field in dataclasses.fields(cls) if field.name != "condition"]
+    given: set[str] = set()
     settings: dict[str, Any] = {} if scale is None else {"scale": scale}
     for part in re.split(r",(?=\w+=)", rest) if colon else []:
         key, equals, value = part.partition("=")
@@ -59,9 +61,12 @@ def guider_named(text: str, scale: float | None = None) -> Guider:
                 f"guider {quote(text)}: {quote(part)} is no setting of {name}; needed is NAME=VALUE, of "
                 f"{', '.join(known)}"
             )
+        if key in given:
+            raise ValueError(f"guider {quote(text)}: {key} is given twice")
+        given.add(key)
         settings[key] = _text(key, value) if key in TEXTS else _number(text, key, value)
     for key, value in settings.items():
-        low, high = LAMBDA if cls is CFGPlusPlus and key == "scale" else RANGES.get(key, (-math.inf, math.inf))
+        low, high = LAMBDA if cls is CFGPlusPlus and key == "scale" else RANGES.get(key, (-LARGEST, LARGEST))
         if key not in TEXTS and not low <= value <= high:
             raise ValueError(
                 f"guider {quote(text)}: {key} is {value:g}, needed is {_range(low, high)}{_hint(cls, key)}"
@@ -77,8 +82,8 @@ def guider_named(text: str, scale: float | None = None) -> Guider:
 def _nearest(name: str) -> str:
     if name == "interval":
         return "guidance in some of the steps is guidance_interval=(0.4, 1), with any guider"
-    close = difflib.get_close_matches(name, GUIDERS, 1)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(GUIDERS)}"
+    close = difflib.get_close_matches(name.replace("pp", "++"), GUIDERS, 1)
+    return f"{f'did you mean {close[0]!r}? ' if close else ''}there are {', '.join(GUIDERS)}"
 
 
 def _text(key: str, value: str) -> str:

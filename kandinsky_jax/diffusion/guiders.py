@@ -20,6 +20,7 @@ from kandinsky_jax.common.types import Array, Bool, Float, PyTree
 from kandinsky_jax.diffusion.guidance import (
     ClassifierFreeGuidance,
     CondUncondGuider,
+    DifferentiatingGuider,
     Evaluation,
     NoGuidance,
     split_output,
@@ -149,8 +150,8 @@ class CFGPlusPlus(CondUncondGuider):
         """Raise ValueError for a solver that keeps earlier samples or predictions."""
         if schedule.table.matrix[:, 0, 1:STATE_SLOTS].any():
             raise ValueError(
-                "the guider cfg++ is for solvers whose steps keep nothing, such as ddim, ddpm, euler and euler-a; this "
-                "one keeps earlier predictions: give another scheduler, or another guider"
+                "the guider cfg++ is for solvers whose steps keep nothing: ddim, ddpm, euler, euler-a, lcm and tcd; "
+                "this one keeps earlier predictions. Give another scheduler, or another guider"
             )
 
 
@@ -295,6 +296,11 @@ class IntervalGuidance:
             self.guider.check_schedule(schedule)
 
     def evaluations(self, cond: PyTree, uncond: PyTree) -> Sequence[Evaluation]:
+        if isinstance(self.guider, DifferentiatingGuider):
+            raise TypeError(
+                f"{type(self.guider).__name__} differentiates, which an interval does not know; give it the "
+                "IntervalGuidance as its own guider"
+            )
         wanted = self.guider.evaluations(cond, uncond)
         if not any(one.condition is cond and one.is_plain for one in wanted):
             raise ValueError(

@@ -54,7 +54,8 @@ def rotate_embeds(
     """
     difference = target - source
     norm = _norm(difference)
-    return slerp(embeds, _norm(embeds) * difference / jnp.where(norm > 0, norm, 1), share)
+    rotated = slerp(embeds, _norm(embeds) * difference / jnp.where(norm > 0, norm, 1), share)
+    return jnp.where(norm > 0, rotated, embeds)
 
 
 def embeds_by_step(

@@ -33,6 +33,11 @@ class KeepOutside(NamedTuple):
 
     def __call__(self, index: Int[Array, ""], sample: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         """Return the sample after the step of an index, with what is kept put back."""
+        shape = jnp.shape(self.edit_mask)
+        if len(shape) != sample.ndim or any(n not in (1, m) for n, m in zip(shape, sample.shape, strict=True)):
+            raise ValueError(
+                f"edit_mask has the shape {list(shape)}; needed is one of the latents, {[*sample.shape[:-1], 1]}"
+            )
         return self.edit_mask * sample + (1 - self.edit_mask) * self.trajectory[index + 1]
 
 
@@ -69,6 +74,8 @@ def difference_mask(
     step = len(schedule) // 2 if step is None else step
     if not 0 <= step < len(schedule):
         raise ValueError(f"step={step} is out of range; needed is 0 to {len(schedule) - 1}")
+    if draws < 1 or not np.isfinite(threshold).all():
+        raise ValueError(f"draws={draws} must be at least 1, and threshold={threshold} a number")
     signal, sigma = map(float, schedule.levels[step])
     timestep = jnp.full(2 * len(latents), schedule.table.timestep[step])
     [call] = batch_evaluations([Evaluation(source), Evaluation(target)])

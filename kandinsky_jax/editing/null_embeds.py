@@ -28,7 +28,7 @@ from kandinsky_jax.diffusion import (
     solver_coefficients,
     solver_step,
 )
-from kandinsky_jax.editing.inversion import check_stateless
+from kandinsky_jax.editing.inversion import check_invertible, check_stateless
 
 Condition = Callable[[jax.Array], PyTree]  # embeddings [B, D] -> what the model takes as condition
 _CFG = ClassifierFreeGuidance()
@@ -85,6 +85,10 @@ def optimize_null_embeds(
             f"trajectory has {len(trajectory)} samples; needed are {steps + 1} for {steps} steps, as ddim_inversion "
             "with the same schedule returns them"
         )
+    if isinstance(schedule, Schedule):
+        check_invertible(schedule)
+    if iterations < 0 or not tolerance >= 0:
+        raise ValueError(f"iterations={iterations} and tolerance={tolerance} must be at least 0")
     check_stateless(guider, trajectory[0])
     optimizer = optax.scale_by_adam()
 

@@ -79,6 +79,8 @@ def nearest_candidates(
     Returns:
         indices of candidates, int64 `[N]`.
     """
+    if distance not in ("cosine", "euclidean"):
+        raise ValueError(f"distance must be 'cosine' or 'euclidean', got {distance!r}")
     found = []
     for rows in blocks(features, block):
         best, which = np.full(len(rows), -np.inf), np.zeros(len(rows), np.int64)

@@ -134,9 +134,8 @@ class FeatureStore:
             tqdm(total=total, desc=what, unit="image", disable=quiet or not missing, smoothing=0.1) as bar,
         ):
             for part, some in missing.items():
-                entries, arrays = _extract(self._source.read(part), some, batch, threads, bar)
-                for one in some:
-                    self._write(part, one.name, entries, arrays[one.name], listed[one.name])
+                for name, (entries, features) in _extract(self._source.read(part), some, batch, threads, bar).items():
+                    self._write(part, name, entries, features, listed[name])
         return len(missing)
 
     def _write(
@@ -230,19 +229,19 @@ class _Entry(NamedTuple):
 
 def _extract(
     pictures: Iterator[StoredImage], extractors: Sequence[Extractor], batch: int, threads: Executor, bar: tqdm
-) -> tuple[list[_Entry], dict[str, np.ndarray]]:
-    """Compute the features of a part by some extractors; a row of NaN for each picture that has none."""
-    entries: list[_Entry] = []
+) -> dict[str, tuple[list[_Entry], np.ndarray]]:
+    """Compute the features of a part: by extractor its entries, and a row for each, of NaN where there are none."""
+    entries: list[_Entry] = []  # with the faults of the pictures themselves
+    faults: dict[str, dict[int, str]] = {one.name: {} for one in extractors}  # those of an extractor, by entry
     found: dict[str, list[tuple[int, np.ndarray]]] = {one.name: [] for one in extractors}
-    waiting: list[tuple[list[int], dict[str, Any]]] = []
+    waiting: list[tuple[str, list[int], Any]] = []
 
     def collect() -> None:
-        for rows, arrays in waiting:
-            for name, array in arrays.items():
-                for row, values in zip(rows, np.asarray(array, np.float32), strict=False):  # the rest is padding
-                    if not np.isfinite(values).all():
-                        entries[row] = entries[row]._replace(fault=f"its {name} features are not finite")
-                    found[name].append((row, values))
+        for name, rows, array in waiting:
+            for row, values in zip(rows, np.asarray(array, np.float32), strict=False):  # the rest is padding
+                if not np.isfinite(values).all():
+                    faults[name][row] = f"its {name} features are not finite"
+                found[name].append((row, values))
         waiting.clear()
 
     size = batch * max(one.devices for one in extractors)
@@ -252,18 +251,26 @@ def _extract(
         for stored, arrays in zip(chunk, prepared, strict=True):
             fault = arrays if isinstance(arrays, str) else ""
             entries.append(_Entry(stored.name, stored.prompt, fault, stored.retry))
-        good = [(first + i, arrays) for i, arrays in enumerate(prepared) if not isinstance(arrays, str)]
-        if good:
-            computing = {}
-            for i, one in enumerate(extractors):
-                some = np.stack([arrays[i] for _, arrays in good])
+        computing: list[tuple[str, list[int], Any]] = []
+        for i, one in enumerate(extractors):
+            own = {first + k: arrays[i] for k, arrays in enumerate(prepared) if not isinstance(arrays, str)}
+            faults[one.name] |= {row: array for row, array in own.items() if isinstance(array, str)}
+            good = {row: array for row, array in own.items() if not isinstance(array, str)}
+            if good:
+                some = np.stack(list(good.values()))
                 padded = np.concatenate([some, np.repeat(some[-1:], size - len(some), axis=0)])
-                computing[one.name] = one.encode(padded)
-            collect()  # the previous batch, while the devices compute this one
-            waiting.append(([row for row, _ in good], computing))
+                computing.append((one.name, list(good), one.encode(padded)))
+        collect()  # the previous batch, while the devices compute this one
+        waiting += computing
         bar.update(len(chunk))
     collect()
-    return entries, {name: _with_gaps(rows, len(entries)) for name, rows in found.items()}
+    return {
+        name: (
+            [entry._replace(fault=entry.fault or faults[name].get(i, "")) for i, entry in enumerate(entries)],
+            _with_gaps(rows, len(entries)),
+        )
+        for name, rows in found.items()
+    }
 
 
 def _in_chunks(pictures: Iterator[StoredImage], size: int, entries: list[_Entry]) -> Iterator[list[StoredImage]]:
@@ -286,18 +293,25 @@ def _in_chunks(pictures: Iterator[StoredImage], size: int, entries: list[_Entry]
         entries.append(_Entry("", "", damage))
 
 
-def _prepare(stored: StoredImage, extractors: Sequence[Extractor]) -> list[np.ndarray] | str:
-    """Decode a picture and prepare it for every extractor, or return the reason why that cannot be done."""
+def _prepare(stored: StoredImage, extractors: Sequence[Extractor]) -> list[np.ndarray | str] | str:
+    """Decode a picture and prepare it for every extractor, or say why that cannot be done: at all, or for one."""
     if isinstance(stored.data, str):
         return stored.data
     try:
         image = images.rgb(images.read(io.BytesIO(stored.data), "picture"), "picture")
-        picture = Picture(stored.name, stored.prompt, image, stored.about)
-        if not stored.prompt.strip() and any(one.needs_prompt for one in extractors):
-            raise ValueError("it has no prompt")
-        return [np.asarray(one.prepare(picture)) for one in extractors]
     except (ValueError, OSError, MemoryError) as error:
         return shorten(str(error).removeprefix("picture: it ") or type(error).__name__, 300)
+    picture = Picture(stored.name, stored.prompt, image, stored.about)
+    return [_prepared_for(one, picture) for one in extractors]
+
+
+def _prepared_for(extractor: Extractor, picture: Picture) -> np.ndarray | str:
+    if extractor.needs_prompt and not picture.prompt.strip():
+        return "it has no prompt"
+    try:
+        return np.asarray(extractor.prepare(picture))
+    except (ValueError, OSError, MemoryError) as error:
+        return shorten(f"{extractor.name}: {error or type(error).__name__}", 300)
 
 
 def _with_gaps(rows: Sequence[tuple[int, np.ndarray]], count: int) -> np.ndarray:

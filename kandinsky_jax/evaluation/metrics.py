@@ -57,6 +57,12 @@ class Measurement:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     values: np.ndarray | None = None
 
+    def with_finite_interval(self) -> Measurement:
+        """Return the same without an interval whose ends are not finite, as of a distance of two pictures."""
+        if self.interval is None or np.isfinite([self.interval.low, self.interval.high]).all():
+            return self
+        return dataclasses.replace(self, interval=None)
+
 
 class Metric(Protocol):
     """A public extension point: anything with these attributes can be measured, see `evaluate`."""
@@ -160,7 +166,9 @@ class NearestName:
             raise ValueError("needs at least two different prompts or names to choose from")
         number = {label: i for i, label in enumerate(labels)}
         wanted = np.array([number[prompt] for prompt in pictures.prompts])
-        right = nearest_candidates(pictures.features[self.images.name], candidates) == wanted
+        found = nearest_candidates(pictures.features[self.images.name], candidates)
+        # Prompts that differ in capitals or spaces alone are one to CLIP.
+        right = (found == wanted) | (candidates[found] == candidates[wanted]).all(axis=1)
         return [mean_measurement(self.name, right, resampling, "higher", candidates=len(labels))]
 
 
@@ -192,6 +200,12 @@ class NearestCandidate:
     ) -> Sequence[Measurement]:
         found = nearest_candidates(pictures.features[self.extractor.name], self.candidates, self.distance)
         wanted = [self.wanted(*both) for both in zip(pictures.names, pictures.prompts, strict=True)]
+        if odd := [
+            one for one in wanted if not (isinstance(one, int | np.integer) and 0 <= one < len(self.candidates))
+        ]:
+            raise ValueError(
+                f"wanted must return 0 to {len(self.candidates) - 1}, the number of a candidate, got {odd[0]!r}"
+            )
         right = found == np.array(wanted)
         return [mean_measurement(self.name, right, resampling, "higher", candidates=len(self.candidates))]
 

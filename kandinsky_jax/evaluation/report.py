@@ -21,7 +21,8 @@ class Evaluation:
     Attributes:
         pictures: how many were evaluated.
         reference_pictures: of the reference set; 0 without one, or where that is not known.
-        failed: pictures that could not be evaluated, of both sets; errors.jsonl has the reasons.
+        failed: pictures that could not be evaluated; errors.jsonl has the reasons.
+        reference_failed: the same of the reference set.
         measurements: in the order of the metrics.
         faults: reasons why metrics could not be measured, by their names.
         source, reference: what the sets are; None for no reference.
@@ -31,6 +32,7 @@ class Evaluation:
     pictures: int
     reference_pictures: int
     failed: int
+    reference_failed: int
     measurements: Sequence[Measurement]
     faults: Mapping[str, str]
     source: Mapping[str, object]
@@ -57,6 +59,7 @@ class Evaluation:
             "pictures": self.pictures,
             "reference_pictures": self.reference_pictures,
             "failed": self.failed,
+            "reference_failed": self.reference_failed,
             "metrics": metrics,
             "faults": dict(self.faults),
             "source": dict(self.source),
@@ -69,8 +72,9 @@ class Evaluation:
         reference = ""
         if self.reference is not None:
             many = counted(self.reference_pictures, "picture") if self.reference_pictures else "moments alone"
-            reference = f"; reference {shorten(self.reference['path'], 120)} ({many})"
-        failed = f"; {self.failed:,} failed" if self.failed else ""
+            failed = _failed(self.reference_failed)
+            reference = f"; reference {shorten(self.reference['path'], 120)} ({many}{failed})"
+        failed = _failed(self.failed)
         head = f"{shorten(self.source['path'], 120)}: {counted(self.pictures, 'picture')}{failed}{reference}"
         rows = [["metric", "value", "interval", "resamples", "better"]]
         for found in self.measurements:
@@ -88,6 +92,10 @@ class Evaluation:
         lines = lines if self.measurements else []
         notes = [f"{name} could not be measured: {fault}" for name, fault in self.faults.items()]
         return "\n".join([head, *([""] if lines else []), *lines, *([""] if notes else []), *notes])
+
+
+def _failed(count: int) -> str:
+    return f"; {count:,} failed, see errors.jsonl" if count else ""
 
 
 def _number(value: float) -> str:

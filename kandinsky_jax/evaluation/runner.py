@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from kandinsky_jax.batch import Job, JobError, OpenJob, load_pipeline, open_job, run
 from kandinsky_jax.batch.rows import ROW_FORMATS
 from kandinsky_jax.batch.shards import json_line
+from kandinsky_jax.checkpoint import CheckpointError
 from kandinsky_jax.common import atomic
 from kandinsky_jax.common.errors import MAX_MESSAGE, quote, shorten, summarize
 from kandinsky_jax.common.files import Files, open_files
@@ -174,7 +176,13 @@ class _Plan:
             checks.count(self.batch, "batch")
         faults += self.resampling.faults()
         files, folder = _open_output(output, faults)
+        for name in ("metrics", "names"):
+            if isinstance(getattr(self, name), str):
+                raise EvaluationError([*faults, f"{name} must be a list of them, got {quote(getattr(self, name))}"])
         metrics, saved = self._metrics(faults)
+        names = [one.name for one in metrics]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            faults.append(f"two metrics are named {', '.join(twice)}; give each a name of its own")
         needs_prompts = any(one.needs_prompt for one in [*needed_extractors(metrics), *saved])
         job, found = self._source(source, output, needs_prompts, faults)
         reference = self._reference(metrics, faults)
@@ -206,12 +214,15 @@ class _Plan:
                 inception = InceptionFeatures(self.inception, self.mesh)
         elif needs_inception:
             faults.append(
-                f"{' and '.join(needs_inception)} needs the weights of FID's Inception network: name a file of them "
-                "(--inception), such as pt_inception-2015-12-05-6726825d.pth of pytorch-fid"
+                f"{' and '.join(needs_inception)}: needed are the weights of FID's Inception network; name a file of "
+                "them (--inception), such as pt_inception-2015-12-05-6726825d.pth of pytorch-fid"
             )
         metrics: list[Metric] = []
         for one in chosen:
             if not isinstance(one, str):
+                if not hasattr(one, "extractors"):
+                    faults.append(f"{quote(one, 60)} is no metric; for a function, PictureMetric(name, function)")
+                    continue
                 metrics.append(one)
             elif one in OF_CLIP and towers is not None:
                 metrics.append(_of_clip(one, towers, self.names))
@@ -238,7 +249,12 @@ class _Plan:
     def _towers(self) -> CLIPTowers:
         if self.clip is not None:
             return CLIPTowers.from_pretrained(self.clip, mesh=self.mesh)
-        return CLIPTowers.from_pretrained(self.model, self.prior, mesh=self.mesh)
+        try:
+            return CLIPTowers.from_pretrained(self.model, self.prior, mesh=self.mesh)
+        except CheckpointError as error:
+            if self._has_clip:
+                raise
+            raise CheckpointError(f"{error}; name another model whose CLIP shall judge: clip (--clip)") from None
 
     def _source(
         self, source: str | os.PathLike[str] | Job, output: str, needs_prompts: bool, faults: list[str]
@@ -275,7 +291,7 @@ class _Plan:
 
 
 def _needs_reference(metric: str | Metric) -> bool:
-    return metric in (CLIP_MMD, FID, KID) if isinstance(metric, str) else metric.needs_reference
+    return metric in (CLIP_MMD, FID, KID) if isinstance(metric, str) else getattr(metric, "needs_reference", False)
 
 
 def _of_clip(name: str, towers: CLIPTowers, names: Sequence[str]) -> Metric:
@@ -295,8 +311,13 @@ def is_rows(source: str) -> bool:
 def _open_output(output: str, faults: list[str]) -> tuple[Files | None, Path | None]:
     """Return the files of the output folder, and its path if it is local."""
     with _listed(faults):
+        if not output:
+            raise ValueError("the output is empty; needed is a folder to write into")
         fs, path = connect(output)
-        return open_files(output), Path(path) if isinstance(fs, LocalFileSystem) else None
+        files = open_files(output)
+        if files.size("job.json") is not None:
+            raise ValueError(f"{shorten(output, 240)} is a batch job's folder, whose errors.jsonl would be replaced")
+        return files, Path(path) if isinstance(fs, LocalFileSystem) else None
     return None, None
 
 
@@ -351,13 +372,13 @@ def _evaluate(plan: _Plan, prepared: _Prepared, quiet: bool) -> Evaluation:
     with _scratch(prepared.folder) as scratch:
         pictures, faults = store.collect(scratch, "")
         reference: FeatureSet | None = None
+        of_other: list[PictureFault] = []
         if of_reference is not None:
-            reference, further = of_reference.collect(scratch, "reference-")
-            faults += further
+            reference, of_other = of_reference.collect(scratch, "reference-")
         elif isinstance(prepared.reference, SavedFeatures):
             names = [one.name for one in needed_extractors(prepared.metrics, of_reference=True)]
             reference = prepared.reference.collect(scratch, "reference-", names)
-        _write_errors(prepared.files, faults, source.skipped)
+        _write_errors(prepared.files, [*faults, *of_other], source.skipped)
         if not len(pictures):
             raise ValueError(f"none of {len(faults)} pictures could be evaluated; see errors.jsonl in the output")
         if plan.save is not None:
@@ -368,6 +389,7 @@ def _evaluate(plan: _Plan, prepared: _Prepared, quiet: bool) -> Evaluation:
             pictures=len(pictures),
             reference_pictures=0 if reference is None else len(reference),
             failed=len(faults),
+            reference_failed=len(of_other),
             measurements=found,
             faults=unmeasured,
             source=source.about,
@@ -400,7 +422,10 @@ def _measure(
         try:
             if metric.needs_reference and reference is not None and not (len(reference) or reference.moments):
                 raise ValueError("no picture of the reference could be evaluated")
-            found += metric.measure(pictures, reference, resampling)
+            for one in metric.measure(pictures, reference, resampling):
+                if not math.isfinite(one.value):
+                    raise ValueError("the number is not finite; look at the features of the set and of the reference")
+                found.append(one.with_finite_interval())
         except ValueError as error:
             faults[metric.name] = shorten(error, 300)
     return found, faults

@@ -35,13 +35,15 @@ from kandinsky_jax.diffusion import (
 from kandinsky_jax.diffusion.rng import image_keys
 from kandinsky_jax.parallel.mesh import DATA_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, shard_batch, sharded
-from kandinsky_jax.rewards.functions import Reward
+from kandinsky_jax.rewards.functions import Reward, check_texts
 from kandinsky_jax.rewards.sampler import DecoderSampler
 from kandinsky_jax.rewards.training import (
     MetricsLog,
     TrainedLora,
     check_divides,
     check_embeds,
+    check_finite,
+    check_rewards,
     faults_of,
     optimizer_of,
     replicate,
@@ -130,17 +132,17 @@ class PerPromptStatTracker:
 
         Args:
             prompts: numbers `[S]`.
-            rewards: `[S]`.
+            rewards: `[S]`; one that is not finite counts for nothing.
         """
         prompts, rewards = np.asarray(prompts), np.asarray(rewards, np.float64)
         found = np.empty(len(rewards), np.float32)
         for prompt in np.unique(prompts):
             own = rewards[prompts == prompt]
             buffer = self._rewards[int(prompt)]
-            buffer.extend(own)
-            known = rewards if len(buffer) < self._min_count else np.array(buffer)
-            found[prompts == prompt] = (own - known.mean()) / (known.std() + LEAST_STDDEV)
-        return found
+            buffer.extend(own[np.isfinite(own)])
+            known = rewards[np.isfinite(rewards)] if len(buffer) < self._min_count else np.array(buffer)
+            found[prompts == prompt] = (own - known.mean()) / (known.std() + LEAST_STDDEV) if len(known) else 0
+        return np.where(np.isfinite(rewards), found, np.float32(0))
 
 
 def check_policy(sampler: DecoderSampler) -> None:
@@ -253,6 +255,7 @@ def train_ddpo(
     config = DDPOConfig() if config is None else config
     check_policy(sampler)
     embeds = check_embeds(embeds)
+    check_texts(reward, len(embeds))
     for name in ("sample_batch_size", "train_batch_size"):
         check_divides(mesh, name, getattr(config, name))
     optimizer = optimizer_of(config.learning_rate, config.max_grad_norm, config.weight_decay)
@@ -263,11 +266,13 @@ def train_ddpo(
     tracker = PerPromptStatTracker(config.buffer_size, config.min_count)
     rng, metrics = np.random.default_rng(config.seed), MetricsLog(log)
     with tqdm(range(config.epochs), desc="ddpo", unit="epoch", disable=quiet) as bar:
+        bar.set_postfix_str("compiling the first epoch")
         for epoch in bar:
             prompts = rng.permutation(np.resize(rng.permutation(len(embeds)), config.samples_per_epoch))
             images = np.arange(len(prompts)) + epoch * len(prompts)
             keys = image_keys([config.seed] * len(prompts), images)
             trajectories, scores = _epoch_samples(config, mesh, sample, changes, sampler, embeds, prompts, keys, reward)
+            scores = scores if epoch else check_finite(scores)
             advantages = tracker.update(prompts, scores).clip(-config.max_advantage, config.max_advantage)
             found = []
             for rows in _shuffled(rng, len(prompts), config):
@@ -275,8 +280,11 @@ def train_ddpo(
                 changes, state, values = update(changes, state, sampler, *batch)
                 found.append(jax.device_get(values))
             means = {name: np.mean([values[name] for values in found]) for name in found[0]}
-            error = standard_error(scores)
-            row = metrics.add({"epoch": epoch, "reward": scores.mean(), "standard_error": error, **means})
+            kept = scores[np.isfinite(scores)]
+            error = standard_error(kept)
+            row = metrics.add(
+                {"epoch": epoch, "reward": np.mean(kept) if len(kept) else np.nan, "standard_error": error, **means}
+            )
             bar.set_postfix(reward=f"{row['reward']:.4f}")
     return TrainedLora(changes, config.lora, metrics.history)
 
@@ -296,9 +304,7 @@ def _epoch_samples(
     parts, scores = [], []
     for rows in np.arange(len(prompts)).reshape(-1, config.sample_batch_size):
         trajectories, images = sample(changes, sampler, *_on(mesh, (embeds[prompts[rows]], keys[rows])))
-        found = np.asarray(reward(np.asarray(images), prompts[rows]))  # type: ignore[arg-type]
-        if found.shape != rows.shape:
-            raise ValueError(f"the reward returned the shape {list(found.shape)}; needed is {list(rows.shape)}")
+        found = check_rewards(np.asarray(reward(np.asarray(images), prompts[rows])), len(rows))  # type: ignore[arg-type]
         parts.append(trajectories)
         scores.append(found)
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts), np.concatenate(scores)

@@ -23,7 +23,7 @@ from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.diffusion.rng import image_keys
 from kandinsky_jax.parallel.mesh import DATA_AXIS
 from kandinsky_jax.parallel.sharding import REPLICATED, shard_batch, sharded
-from kandinsky_jax.rewards.functions import Reward
+from kandinsky_jax.rewards.functions import Reward, check_texts
 from kandinsky_jax.rewards.sampler import DecoderSampler
 from kandinsky_jax.rewards.training import (
     MetricsLog,
@@ -31,6 +31,7 @@ from kandinsky_jax.rewards.training import (
     as_pytree,
     check_divides,
     check_embeds,
+    check_rewards,
     faults_of,
     optimizer_of,
     replicate,
@@ -65,7 +66,8 @@ class DraftConfig:
     def __post_init__(self) -> None:
         faults = faults_of(self, ("updates", "batch_size"), ("learning_rate", "max_grad_norm"))
         steps = self.gradient_steps if isinstance(self.gradient_steps, tuple) else (self.gradient_steps or 1,) * 2
-        if len(steps) != 2 or not 1 <= steps[0] <= steps[1] or self.gradient_steps == 0:
+        whole = all(isinstance(one, int) and not isinstance(one, bool) for one in steps)
+        if len(steps) != 2 or not whole or not 1 <= steps[0] <= steps[1] or self.gradient_steps == 0:
             faults.append(
                 "gradient_steps must be a whole number of at least 1, a pair such as (1, 25), or None for all, got "
                 f"{self.gradient_steps!r}"
@@ -102,6 +104,7 @@ def train_draft(
     """
     config = DraftConfig() if config is None else config
     embeds = check_embeds(embeds)
+    check_texts(reward, len(embeds))
     check_divides(mesh, "batch_size", config.batch_size)
     optimizer = optimizer_of(config.learning_rate, config.max_grad_norm, config.weight_decay)
     changes = lora.init(sampler.params["unet"], config.lora, jax.random.key(config.seed))
@@ -110,6 +113,7 @@ def train_draft(
     update = _update(optimizer, config, mesh)
     rng, metrics = np.random.default_rng(config.seed), MetricsLog(log)
     with tqdm(range(config.updates), desc="draft", unit="update", disable=quiet) as bar:
+        bar.set_postfix_str("compiling the first update")
         for number in bar:
             prompts = rng.choice(len(embeds), config.batch_size, replace=len(embeds) < config.batch_size)
             images = np.arange(config.batch_size) + number * config.batch_size
@@ -145,7 +149,7 @@ def _update(optimizer: optax.GradientTransformation, config: DraftConfig, mesh: 
             changed = sampler.with_lora(changes, config.lora.scale)
             rng = keys if sampler.stochastic else None
             images = changed(changed.noise(keys, len(keys)), embeds, rng, fixed if steps is None else steps)
-            rewards = jnp.asarray(reward(images, prompts))
+            rewards = check_rewards(jnp.asarray(reward(images, prompts)), len(prompts))
             return -rewards.mean(), rewards
 
         gradient, rewards = jax.grad(loss, has_aux=True)(changes)

@@ -65,9 +65,10 @@ class ClipSimilarity:
         """Take the towers of a prior's pipeline, and encode prompts.
 
         Args:
-            prior_pipe: such as `pipe.prior_pipe` of a combined pipeline.
+            prior_pipe: of the prior, or a combined one, which has it.
             prompts: texts; number i is prompt i of the reward.
         """
+        prior_pipe = getattr(prior_pipe, "prior_pipe", prior_pipe)
         if isinstance(prompts, str):
             prompts = [prompts]
         ids, _ = tokenize(prior_pipe.tokenizer, list(prompts), prior_pipe.text_encoder.config.max_position_embeddings)
@@ -76,11 +77,19 @@ class ClipSimilarity:
         return cls(tower, params, _normalized(texts), prior_pipe.image_processor)
 
     def __call__(self, images: Float[Array, "B H W 3"], prompts: Int[Array, "B"] | None = None) -> Float[Array, "B"]:
-        texts = self.texts if prompts is None else self.texts[jnp.asarray(prompts)]
+        texts = self.texts
+        if prompts is not None:  # NaN for a prompt that there is not
+            texts = texts.at[jnp.asarray(prompts)].get(mode="fill", fill_value=jnp.nan)
         with matmul_precision(self.params):
             tower: Any = self.tower.bind(self.params)
             embeds = tower(preprocess(jnp.asarray(images), self.processor)).astype(jnp.float32)
         return jnp.sum(_normalized(embeds) * texts, axis=-1)
+
+
+def check_texts(reward: object, count: int) -> None:
+    """Raise ValueError for a CLIP similarity that knows fewer prompts than there are embeddings."""
+    if isinstance(reward, ClipSimilarity) and len(reward.texts) < count:
+        raise ValueError(f"the reward has {len(reward.texts)} prompts; needed is one for each of {count} embeddings")
 
 
 def _normalized(embeds: jax.Array) -> jax.Array:

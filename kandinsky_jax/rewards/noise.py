@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from kandinsky_jax.common.types import Array, Float
 from kandinsky_jax.diffusion import per_image
-from kandinsky_jax.rewards.functions import Reward
+from kandinsky_jax.rewards.functions import Reward, check_texts
 from kandinsky_jax.rewards.sampler import DecoderSampler
-from kandinsky_jax.rewards.training import MetricsLog, as_pytree, check_embeds, faults_of
+from kandinsky_jax.rewards.training import MetricsLog, as_pytree, check_embeds, check_finite, check_rewards, faults_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,7 @@ def optimize_noise(
             f"the noise has the shape {list(first.shape)}; needed is {[len(embeds), *sampler.latent_shape]}, one for "
             "each embedding"
         )
+    check_texts(reward, len(embeds) if prompts is None else int(np.max(prompts)) + 1)
     prompts = jnp.arange(len(embeds)) if prompts is None else jnp.asarray(prompts)
     optimizer = optax.sgd(config.learning_rate, config.momentum, nesterov=True)
     reward = as_pytree(reward)
@@ -117,7 +118,7 @@ def optimize_noise(
 
         def objective(noise: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             images = sampler(noise, embeds, rng)
-            rewards = jnp.asarray(reward(images, prompts))
+            rewards = check_rewards(jnp.asarray(reward(images, prompts)), len(prompts))
             each = config.regularization * noise_regularization(noise) - rewards
             return each.sum(), (rewards, images)
 
@@ -133,7 +134,7 @@ def optimize_noise(
         for iteration in bar:
             gradient, rewards, images = evaluate(now, sampler, reward, embeds)
             best = _better(best, (now, images, rewards))
-            rewards_of.append(np.asarray(rewards))
+            rewards_of.append(np.asarray(rewards) if iteration else check_finite(np.asarray(rewards)))
             norms.append(np.asarray(norms_of(now)))
             means = {"reward": rewards_of[-1].mean(), "best_reward": np.mean(best[2]), "norm": norms[-1].mean()}
             row = metrics.add({"iteration": iteration, **means})

@@ -72,10 +72,12 @@ class DecoderSampler:
         Args:
             pipe: such as `KandinskyV22CombinedPipeline`.
             schedule: of its decoder, such as `DDIMScheduler.from_config(pipe.scheduler.config).schedule(25)`.
-            guider: None is classifier-free guidance of 4.
+            guider: an object, such as `diffusion.guider_named("apg", 2.0)`; None is classifier-free guidance of 4.
             height, width: of the pictures, in pixels.
         """
         (unet, unet_params), (movq, movq_params) = Network.split(pipe.unet), Network.split(pipe.movq)
+        if isinstance(guider, str):
+            raise TypeError(f"guider must be an object here: diffusion.guider_named({guider!r}, scale)")
         factor = pipe.movq.config.scale_factor
         if height % factor or width % factor:
             raise ValueError(f"height={height} and width={width} must be multiples of {factor}, as MoVQ needs")

@@ -19,6 +19,7 @@ from kandinsky_jax.checkpoint import lora_files
 from kandinsky_jax.common.types import PyTree
 from kandinsky_jax.parallel.mesh import DATA_AXIS
 
+T = TypeVar("T", jax.Array, np.ndarray)
 Function = TypeVar("Function", bound=Callable[..., object])
 Metrics = dict[str, float]
 
@@ -69,6 +70,20 @@ def check_embeds(embeds: jax.Array | np.ndarray) -> jax.Array:
             f"embeds have the shape {list(embeds.shape)}; needed are image embeddings [P, D], one a prompt"
         )
     return embeds
+
+
+def check_rewards(rewards: T, count: int) -> T:
+    """Return rewards, if there is one for each picture."""
+    if rewards.shape != (count,):
+        raise ValueError(f"the reward returned the shape {list(rewards.shape)}; needed is {[count]}, one a picture")
+    return rewards
+
+
+def check_finite(rewards: np.ndarray) -> np.ndarray:
+    """Return the rewards of the first pictures, if all are numbers."""
+    if odd := int(np.sum(~np.isfinite(rewards))):
+        raise ValueError(f"the reward of {odd} of {len(rewards)} pictures is not finite; needed is a number for each")
+    return rewards
 
 
 def standard_error(values: np.ndarray) -> float:

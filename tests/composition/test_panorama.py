@@ -188,6 +188,9 @@ def test_regions_are_averaged_by_their_masks():
     assert_close(found, averaged(parts, places, sample.shape, weights))
     assert calls == [2 * len(parts)]
     assert len(parts) == 2 * (3 + 3)
+    for few_or_many in ([first], [first, second, first]):
+        with pytest.raises(ValueError, match="there are 2 regions; needed is a condition for each"):
+            panorama(sample, timestep, composition.stack_conditions(few_or_many))
 
 
 def test_everything_in_one_region_is_that_condition_alone():

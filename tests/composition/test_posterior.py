@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from kandinsky_jax import composition, diffusion
-from kandinsky_jax.schedulers import DDIMScheduler, DDPMScheduler
+from kandinsky_jax.schedulers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 from tests import shapes
 from tests.conftest import note
 from tests.diffusion.toy import SHAPE, assert_close, inputs, network, normal, row
@@ -20,6 +20,29 @@ SCHEDULE = DDIMScheduler(clip_sample=False).schedule(5)
 def squares(x0):
     """An operator that is not linear, `[B, h, w, C]` -> `[B, w]`."""
     return (x0**2).sum((1, 3))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+def test_without_a_scale_it_is_the_inner_guider(scheduler):
+    """Also one whose predictions have a correction of their own."""
+    schedule = scheduler(clip_sample=False).schedule(5)
+    inner = diffusion.CFGPlusPlus(0.6)
+    guider = composition.PosteriorSampling(squares, squares(normal(9, *SHAPE)), 0.0, inner)
+    options = {"schedule": schedule, "rng": 0}
+    alone = diffusion.sample(network, *inputs(), guider=inner, **options)
+    assert_close(diffusion.sample(network, *inputs(), guider=guider, **options), alone)
+
+
+def test_an_inner_guider_that_does_not_fit_the_solver():
+    guider = composition.PosteriorSampling(squares, squares(normal(9, *SHAPE)), 1.0, diffusion.CFGPlusPlus(0.6))
+    with pytest.raises(ValueError, match="whose steps keep nothing"):
+        diffusion.sample(network, *inputs(), UniPCMultistepScheduler().schedule(5), guider=guider)
+
+
+def test_an_interval_of_it_is_refused():
+    guider = diffusion.IntervalGuidance(composition.PosteriorSampling(squares, squares(normal(9, *SHAPE))), 0, 1000)
+    with pytest.raises(TypeError, match=r"PosteriorSampling differentiates.*as its own guider"):
+        diffusion.sample(network, *inputs(), SCHEDULE, guider=guider)
 
 
 def test_one_step_is_algorithm_1():

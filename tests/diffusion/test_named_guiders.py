@@ -225,7 +225,7 @@ def test_cfg_plus_plus_refuses_solvers_with_a_memory(name):
     if name in keeps:
         diffusion.CFGPlusPlus().check_schedule(schedule)
     else:
-        with pytest.raises(ValueError, match="such as ddim, ddpm, euler and euler-a"):
+        with pytest.raises(ValueError, match="keep nothing: ddim, ddpm, euler, euler-a, lcm and tcd"):
             diffusion.sample(network, *inputs(), schedule, guider=diffusion.CFGPlusPlus(), rng=0)
 
 
@@ -376,6 +376,9 @@ def test_names_have_settings():
     ("text", "message"),
     [
         ("cfg+", "there is no guider 'cfg[+]'; did you mean 'cfg[+][+]'"),
+        ("cfgpp", "did you mean 'cfg[+][+]'. there are cfg, rescaled-cfg"),
+        ("apg:eta=0,eta=1", "eta is given twice"),
+        ("cfg:scale=1e39", "scale is 1e[+]39, needed is"),
         ("nonsense", "there are cfg, rescaled-cfg, apg"),
         ("interval", r"guidance_interval=\(0.4, 1\), with any guider"),
         ("apg:", "'' is no setting of apg; needed is NAME=VALUE, of scale, eta, momentum, norm_threshold"),

@@ -42,6 +42,16 @@ def test_the_kept_part_is_as_noisy_as_the_step():
     trajectory, sample = normal(0, STEPS + 1, *SHAPE), normal(1, *SHAPE)
     mask = jnp.full((*SHAPE[:3], 1), 0.25)
     assert_close(KeepOutside(trajectory, mask)(jnp.array(2), sample), 0.25 * sample + 0.75 * trajectory[3])
+    for wrong in (mask[0, :, :, 0], jnp.ones((1, 64, 64, 1))):
+        with pytest.raises(ValueError, match=r"edit_mask has the shape .*; needed is one of the latents"):
+            KeepOutside(trajectory, wrong)(jnp.array(2), sample)
+
+
+def test_no_draws_find_no_mask():
+    latents, source, target = inputs()
+    for wrong in ({"draws": 0}, {"threshold": np.nan}):
+        with pytest.raises(ValueError, match=r"draws=.* must be at least 1, and threshold=.* a number"):
+            difference_mask(where, latents, source, target, schedule(STEPS), rng=0, **wrong)
 
 
 def test_the_mask_is_where_conditions_differ():

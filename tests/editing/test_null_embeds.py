@@ -114,6 +114,9 @@ def test_wrong_arguments():
         optimized(trajectory[1:], embeds, null)
     with pytest.raises(ValueError, match="Momentum keeps a state"):
         optimized(trajectory, embeds, null, guider=Momentum())
+    for wrong in ({"iterations": -1}, {"tolerance": float("nan")}):
+        with pytest.raises(ValueError, match=r"iterations=.* and tolerance=.* must be at least 0"):
+            optimized(trajectory, embeds, null, **wrong)
 
 
 def test_embeds_by_step_takes_those_of_the_step():

@@ -246,9 +246,67 @@ def test_bad_pictures_are_reported_and_the_others_evaluated(pictures, tmp_path):
     assert [error["picture"] for error in errors] == [f"{i:05d}.png" for i in (3, 5, 6, 7)]
     assert errors[0]["error"].startswith("cannot be read as a picture: cannot identify")
     assert [error["error"] for error in errors[1:3]] == [
-        "is not to be measured",
+        "darkness: is not to be measured",
         "its darkness features are not finite",
     ]
+
+
+def test_a_fault_of_one_metric_is_not_kept_for_others(pictures, tmp_path):
+    folder = write_folder(tmp_path / "plain", pictures)
+
+    def fails(picture) -> float:
+        raise ValueError("fails")
+
+    metrics = [PictureMetric("failing", fails), Counter().metric]
+    with pytest.raises(ValueError, match="none of 20 pictures could be evaluated"):
+        evaluate(folder, tmp_path / "out", metrics=metrics, **QUIET)
+    counted = Counter()
+    found = evaluate(folder, tmp_path / "out", metrics=[counted.metric], **QUIET)
+    assert (found.pictures, found.failed, counted.looked) == (20, 0, 0)
+
+
+def test_failures_of_the_reference_are_its_own(pictures, job, tmp_path):
+    folder = write_folder(tmp_path / "reference", pictures)
+    (folder / "00003.png").write_bytes(b"no picture")
+    metric = FrechetInceptionDistance(COLOURS)
+    found = evaluate(job, tmp_path / "out", metrics=[metric], reference=folder, **QUIET)
+    assert (found.pictures, found.failed, found.reference_pictures, found.reference_failed) == (20, 0, 19, 1)
+    assert "(19 pictures; 1 failed, see errors.jsonl)" in found.table()
+
+
+@pytest.mark.parametrize(
+    ("output", "metrics", "message"),
+    [
+        ("", None, "the output is empty"),
+        ("job", None, "is a batch job's folder, whose errors.jsonl would be replaced"),
+        ("out", [Counter().metric, Counter().metric], "two metrics are named brightness"),
+        ("out", [len], r"no metric; for a function, PictureMetric\(name, function\)"),
+        ("out", "clip-score", "metrics must be a list of them"),
+    ],
+)
+def test_what_would_do_harm_or_nothing_is_refused(job, tmp_path, monkeypatch, output, metrics, message):
+    monkeypatch.chdir(tmp_path)
+    Path(job, "errors.jsonl").write_text("{}\n")
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(job, output, metrics=metrics, clip=str(SHAPES_MODEL), **QUIET)
+    assert Path(job, "errors.jsonl").read_text() == "{}\n"
+
+
+def test_prompts_that_clip_reads_alike_are_one_candidate(pictures, tmp_path):
+    both = [(prompt.upper() if i % 2 else f"{prompt} ", picture) for i, (prompt, picture) in enumerate(pictures)]
+    write_job(str(tmp_path / "job"), [*pictures, *both])
+    found = evaluate(tmp_path / "job", tmp_path / "out", metrics=["nearest-name"], clip=str(SHAPES_MODEL), **QUIET)
+    assert found["nearest-name"].value >= 0.9
+
+
+def test_an_interval_that_is_no_number_is_left_out(pictures, tmp_path):
+    folder = write_folder(tmp_path / "two", pictures[:2])
+    reference = write_folder(tmp_path / "reference", pictures)
+    metric = KernelInceptionDistance(COLOURS)
+    with np.errstate(all="ignore"):
+        found = evaluate(folder, tmp_path / "out", metrics=[metric], reference=reference, **QUIET)
+    assert np.isfinite(found["kid"].value)
+    json.loads((tmp_path / "out" / "evaluation.json").read_text(), parse_constant=pytest.fail)
 
 
 def test_the_rest_of_a_damaged_shard_is_reported(job, tmp_path):
@@ -331,7 +389,7 @@ def test_all_faults_at_once_and_before_anything_is_read(tmp_path):
         "level must be a number above 0 and below 1, got 2.0",
         "there is no metric 'clip-scores'; there are clip-score, kandinsky-clip-mmd, fid, kid, nearest-name",
         "has no model_index.json",
-        "fid needs the weights of FID's Inception network",
+        "fid: needed are the weights of FID's Inception network",
         "names are candidates of nearest-name",
         "nothing",
         "features.bin should end in .safetensors",

@@ -12,7 +12,8 @@ import pytest
 from kandinsky_jax import DDIMScheduler, UNet2DConditionModel, diffusion, scheduler_named
 from kandinsky_jax.checkpoint import CheckpointError
 from kandinsky_jax.pipelines.denoising import denoise_steps
-from tests.conftest import note
+from kandinsky_jax.pipelines.guidance import choose_guider
+from tests.conftest import SHAPES_MODEL, note
 
 SEED, STEPS, SCALE = 5, 4, 3.0
 SIZE = {"height": 64, "width": 64}
@@ -52,7 +53,7 @@ def text_of(name: str, folder) -> str:
     return NAMES[name][1] or f"autoguidance:model={folder}"
 
 
-DOWN = r"down_blocks\..*"  # the middle block has one place at 64 x 64 pixels, which sees nothing but itself anyway
+DOWN = r"down_blocks\..*"  # the middle block has 2 x 2 places at 64 x 64 pixels
 
 
 def guider_of(name: str, layers: str) -> diffusion.Guider:
@@ -242,6 +243,23 @@ def test_a_solver_that_the_guider_cannot_serve_is_said(ours, embeds):
     other = type(pipe).from_pipe(pipe, scheduler=scheduler_named("dpm++2m", pipe.scheduler.config))
     with pytest.raises(ValueError, match=r"cfg\+\+ is for solvers whose steps keep nothing"):
         other(*embeds, guider="cfg++:scale=0.5", **SIZE)
+
+
+def test_a_weak_model_is_read_again_where_its_files_are_others(decoder, weak, tmp_path, monkeypatch):
+    """Also by the same relative name in another folder, and from a family of models."""
+    module, _ = weak["unet"]
+    from_file = "autoguidance:model=weak"
+    for number in (0, 1):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))
+        network, params = diffusion.Network.split(module)
+        network.bind(jax.tree.map(lambda x, number=number: (1 + number) * x, params)).save_pretrained("weak")
+        loaded = choose_guider(from_file, 2.0, decoder.unet).weak
+        leaves = [jax.tree.leaves(diffusion.Network.split(one)[1]) for one in (loaded, module)]
+        np.testing.assert_array_equal(leaves[0][0], (1 + number) * leaves[1][0])
+    assert choose_guider(from_file, 2.0, decoder.unet).weak is loaded
+    family = choose_guider(f"autoguidance:model={SHAPES_MODEL}", 2.0, decoder.unet).weak
+    assert family.config == decoder.unet.config
 
 
 def test_a_weak_model_of_another_kind_is_said(decoder, embeds):

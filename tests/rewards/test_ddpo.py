@@ -130,6 +130,20 @@ def test_advantages_are_normalised_prompt_by_prompt():
             np.testing.assert_allclose(found[prompts == prompt], (own - known.mean()) / (known.std() + 1e-6), rtol=1e-5)
 
 
+def test_rewards_that_are_no_numbers_count_for_nothing():
+    tracker = rewards.PerPromptStatTracker(buffer_size=4, min_count=2)
+    first = tracker.update(np.zeros(3, int), np.array([1.0, np.nan, 3.0]))
+    np.testing.assert_allclose(first, [-1, 0, 1], rtol=1e-5)
+    np.testing.assert_allclose(tracker.update(np.zeros(2, int), np.array([2.0, 2.0])), 0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_first_rewards_that_are_no_numbers_are_an_error(sampler):
+    config = rewards.DDPOConfig(epochs=1, samples_per_epoch=4, sample_batch_size=4, train_batch_size=4)
+    with pytest.raises(ValueError, match="the reward of 4 of 4 pictures is not finite"):
+        rewards.train_ddpo(sampler, small.embeds(4), lambda images, prompts: np.full(4, np.nan), config, quiet=True)
+
+
 def test_a_deterministic_solver_is_refused():
     with pytest.raises(
         ValueError, match=r"this solver is deterministic.*use DDPMScheduler, or DDIMScheduler\(eta=1.0\)"

@@ -162,12 +162,21 @@ def test_alignprop_draws_the_number_of_steps(sampler):
     [
         ({"gradient_steps": 0}, "gradient_steps must be a whole number of at least 1, a pair"),
         ({"gradient_steps": (3, 2)}, "gradient_steps must be"),
+        ({"gradient_steps": 1.0}, "gradient_steps must be"),
+        ({"gradient_steps": (1.5, 2.5)}, "gradient_steps must be"),
         ({"updates": 0, "learning_rate": -1.0}, "updates must be .*; learning_rate must be"),
     ],
 )
 def test_settings_that_are_not_valid(options, message):
     with pytest.raises(ValueError, match=message):
         rewards.DraftConfig(**options)
+
+
+def test_a_reward_of_another_shape_and_a_guider_by_name(sampler):
+    with pytest.raises(ValueError, match=r"the reward returned the shape \[\]; needed is \[4\], one a picture"):
+        rewards.train_draft(sampler, small.embeds(4), lambda images, prompts: images.mean(), CONFIG, quiet=True)
+    with pytest.raises(TypeError, match=r"guider must be an object here: diffusion\.guider_named"):
+        small.sampler(guider="apg")
 
 
 def test_embeddings_of_another_shape(sampler):

@@ -16,6 +16,7 @@ from kandinsky_jax.images import CLIPImageProcessor
 from kandinsky_jax.rewards.functions import preprocess
 from tests import shapes
 from tests.conftest import nchw, note
+from tests.rewards import small
 
 PROMPTS = ["a red circle on a white background", "blue star, yellow background", "a cross"]
 
@@ -63,6 +64,16 @@ def test_preprocessing_is_the_processors(size):
         assert ours.shape == theirs.shape
         difference = np.abs(ours - theirs) * np.array(processor.image_std)
         assert note(255 * difference.max(), "levels of 255") < levels
+
+
+def test_prompts_that_the_reward_does_not_know(clip, pictures):
+    assert np.isnan(clip(pictures, jnp.array([0, 2, 3]))).tolist() == [False, False, True]
+    with pytest.raises(ValueError, match="the reward has 3 prompts; needed is one for each of 4 embeddings"):
+        rewards.train_draft(small.sampler(), small.embeds(4), clip)
+
+
+def test_a_combined_pipeline_has_the_towers_too(clip, shapes_pipe):
+    np.testing.assert_array_equal(rewards.ClipSimilarity.from_pipeline(shapes_pipe, PROMPTS).texts, clip.texts)
 
 
 def test_a_crop_larger_than_the_picture_is_refused():

@@ -37,7 +37,7 @@ def test_batches_of_every_size(monkeypatch, count, batch):
 def test_data_without_a_readable_picture_is_an_error_with_its_path(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DataError, match=r"cannot be trained on:\n  a\.png: ") as caught:
+    with pytest.raises(DataError, match=r"cannot be used:\n  a\.png: ") as caught:
         next(Batches(listing(tmp_path), Reader(64), 1, seed=0, where=str(tmp_path)))
     assert str(tmp_path) in str(caught.value)
 

@@ -335,7 +335,7 @@ def test_a_run_with_a_batch_of_one_goes_on_past_damage_and_refuses_another_seed(
     # Data that cannot be read any more ends the run, and what was done is kept.
     for path in data.glob("*.png"):
         path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(DataError, match="cannot be trained on") as caught:
+    with pytest.raises(DataError, match="cannot be used") as caught:
         run("out", optimizer={"max_train_steps": 9}).train()
     assert str(data) in str(caught.value)
     assert len(str(caught.value)) < 500

@@ -6,7 +6,7 @@ generates the names of the 500 commonest emoji in 25 steps (see train_tiny/evalu
 50, both stages guided by the same guider and scale, with the prior's usual 25 steps; by perturbed attention and by
 autoguidance the decoder alone, because they make these priors worse. Autoguidance takes the weak models that weak.py
 has made. Writes tpu_scripts/results/guiders-DATE.json after every row, goes on where it was stopped, and
-prints the table. An hour and a half on two quiet cores.
+prints the table. Forty minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SCALES = (4.0, 2.0, 8.0)  # in the order of measuring
 # The length that APG cuts at is the paper's 15 for latents of 64 x 64 x 4 numbers, and as much for each number here.
 APG = "apg:norm_threshold=1.9"
 LAMBDAS = {2.0: 0.6, 4.0: 0.8, 8.0: 1.0}  # of CFG++, for scales of CFG
-PAG = r"pag:perturbed_scale={extra},layers=down_blocks\..*"  # their middle blocks have a single place at 64 x 64
+PAG = r"pag:perturbed_scale={extra},layers=down_blocks\..*"  # the middle block has 2 x 2 places
 PERTURBED = {2.0: 0.25, 4.0: 0.5, 8.0: 1.0}  # scales of perturbed attention, likewise
 NONE = {"guidance_scale": 1.0}
 

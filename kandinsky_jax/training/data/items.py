@@ -24,7 +24,7 @@ class DataError(ValueError):
     def __init__(self, where: str, faults: Sequence[str]):
         self.faults = list(faults)
         found = summarize(self.faults, separator="\n  ")
-        super().__init__(f"{shorten(where, 300)} cannot be trained on:\n  {found}")
+        super().__init__(f"{shorten(where, 300)} cannot be used:\n  {found}")
 
 
 class Captioned(NamedTuple):
