@@ -111,5 +111,5 @@ def _range(low: float, high: float) -> str:
 
 def _hint(cls: type[Any], key: str) -> str:
     if cls is CFGPlusPlus and key == "scale":
-        return "; about a twelfth of cfg's: give guidance_scale=0.6, or guider='cfg++:scale=0.6'"
+        return "; about a twelfth of cfg's: give a guidance scale such as 0.6, or cfg++:scale=0.6"
     return ""

@@ -74,7 +74,7 @@ class Evaluation:
             many = counted(self.reference_pictures, "picture") if self.reference_pictures else "moments alone"
             failed = _failed(self.reference_failed)
             reference = f"; reference {shorten(self.reference['path'], 120)} ({many}{failed})"
-        failed = _failed(self.failed)
+        failed = _left_out(self.source) + _failed(self.failed)
         head = f"{shorten(self.source['path'], 120)}: {counted(self.pictures, 'picture')}{failed}{reference}"
         rows = [["metric", "value", "interval", "resamples", "better"]]
         for found in self.measurements:
@@ -92,6 +92,13 @@ class Evaluation:
         lines = lines if self.measurements else []
         notes = [f"{name} could not be measured: {fault}" for name, fault in self.faults.items()]
         return "\n".join([head, *([""] if lines else []), *lines, *([""] if notes else []), *notes])
+
+
+def _left_out(source: Mapping[str, object]) -> str:
+    """Say what of the source has not come to an evaluation."""
+    if rows := source.get("rows_failed"):
+        return f"; {rows:,} rows of the job had failed"
+    return f"; {skipped:,} left out, see errors.jsonl" if (skipped := source.get("skipped")) else ""
 
 
 def _failed(count: int) -> str:

@@ -93,6 +93,10 @@ class DDPOConfig:
         whole = ("epochs", "samples_per_epoch", "sample_batch_size", "train_batch_size", "inner_epochs")
         positive = ("clip_range", "max_advantage", "learning_rate", "max_grad_norm")
         faults = faults_of(self, (*whole, "buffer_size", "min_count"), positive)
+        if not faults and self.min_count > self.buffer_size:
+            faults.append(
+                f"min_count={self.min_count} is above buffer_size={self.buffer_size}, so that it is never reached"
+            )
         for name in ("sample_batch_size", "train_batch_size"):
             if not faults and self.samples_per_epoch % getattr(self, name):
                 faults.append(

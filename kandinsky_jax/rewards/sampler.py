@@ -79,7 +79,7 @@ class DecoderSampler:
         if isinstance(guider, str):
             raise TypeError(f"guider must be an object here: diffusion.guider_named({guider!r}, scale)")
         factor = pipe.movq.config.scale_factor
-        if height % factor or width % factor:
+        if not all(isinstance(side, int) and side > 0 and side % factor == 0 for side in (height, width)):
             raise ValueError(f"height={height} and width={width} must be multiples of {factor}, as MoVQ needs")
         return cls(
             unet,

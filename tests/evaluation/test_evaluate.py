@@ -77,6 +77,7 @@ def test_every_kind_of_source_has_the_same_numbers(pictures, job, towers, tmp_pa
     first = evaluate(job, tmp_path / "first", metrics=metrics, **QUIET)
     assert first.pictures == 20
     assert first.source["rows_failed"] == 2
+    assert ": 20 pictures; 2 rows of the job had failed" in first.table()
     assert 20 < first["clip-score"].value < 100
     for number, source in enumerate([tmp_path / "as_folder", "memory://evaluation/job", tmp_path / "plain"]):
         found = evaluate(source, tmp_path / f"out{number}", metrics=metrics, **QUIET)

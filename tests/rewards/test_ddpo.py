@@ -163,6 +163,8 @@ def test_a_guider_with_a_state_is_refused(sampler):
 def test_settings_that_are_not_valid():
     with pytest.raises(ValueError, match="train_batch_size=5 does not divide samples_per_epoch=64"):
         rewards.DDPOConfig(train_batch_size=5)
+    with pytest.raises(ValueError, match="min_count=16 is above buffer_size=4"):
+        rewards.DDPOConfig(buffer_size=4)
     with pytest.raises(ValueError, match=r"epochs must be .*clip_range must be"):
         rewards.DDPOConfig(epochs=0, clip_range=0.0)
 
