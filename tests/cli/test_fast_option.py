@@ -89,7 +89,8 @@ def test_what_has_no_effect_without_guidance_is_said(given, unused, model):
 @pytest.mark.slow
 def test_what_is_given_wins(model, tmp_path):
     given = ["--steps", 2, "--prior-steps", 3, "--guidance-scale", 3, "--scheduler", "ddim"]
-    facts = facts_of(tmp_path / "a.png", "generate", PROMPT, "-m", model, "--fast", *given)
+    with pytest.warns(UserWarning, match="distilled for no guidance"):
+        facts = facts_of(tmp_path / "a.png", "generate", PROMPT, "-m", model, "--fast", *given)
     found = [facts[name] for name in ("num_inference_steps", "prior_num_inference_steps", "guidance_scale")]
     assert [*found, facts["prior_guidance_scale"], facts["scheduler"]] == [2, 3, 3.0, 1.0, "ddim"]
     facts = facts_of(tmp_path / "b.png", "generate", PROMPT, "-m", model, *given[:4])

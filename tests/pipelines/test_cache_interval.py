@@ -115,14 +115,14 @@ def test_features_are_computed_anew_where_guidance_begins_or_ends(ours, embeds):
     call = CALL | {"num_inference_steps": 8, "guidance_interval": (0.25, 0.75)}
     parts, real = [], denoising.first_cache
 
-    def watched(network, params, state, refresh, guided):
-        parts.append((guided, refresh[:6].tolist()))
-        return real(network, params, state, refresh, guided)
+    def watched(network, params, state, refresh, evaluations, exchanged):
+        parts.append((evaluations, refresh[:6].tolist()))
+        return real(network, params, state, refresh, evaluations, exchanged)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(denoising, "first_cache", watched)
         kept = pipe(*rows, generator=TorchGenerator(4), cache_interval=3, **call).images
-    assert parts == [(guided, [True, False, False] * 2) for guided in (False, True, False)]
+    assert parts == [(evaluations, [True, False, False] * 2) for evaluations in (1, 2, 1)]
     whole = pipe(*rows, generator=TorchGenerator(4), **call).images
     assert 0 < np.abs(kept - whole).mean() * 255 < 20
 
