@@ -98,7 +98,7 @@ def _left_out(source: Mapping[str, object]) -> str:
     """Say what of the source has not come to an evaluation."""
     if rows := source.get("rows_failed"):
         return f"; {rows:,} rows of the job had failed"
-    return f"; {skipped:,} left out, see errors.jsonl" if (skipped := source.get("skipped")) else ""
+    return f"; {skipped:,} left out" if (skipped := source.get("skipped")) else ""
 
 
 def _failed(count: int) -> str:

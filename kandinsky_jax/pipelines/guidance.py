@@ -120,9 +120,9 @@ def _weak_model(model: object, network: nnx.Module, name: str) -> nnx.Module:
     """Return the weak model, loaded where it is named."""
     if isinstance(model, str):
         first, cls = jax.tree.leaves(nnx.state(network, nnx.Param))[0], cast(Hashable, type(network))
-        with hub.hint_for_cached_files():
-            folder = weak_folder(type(network), model).resolve()
-            model = _loaded(cls, folder, _stamps(folder), str(first.dtype), mesh_of(first))
+        folder = Path(model).resolve()
+        key = (str(folder), _stamps(folder)) if folder.is_dir() else (model, ())  # the Hub is not asked at every call
+        model = _loaded(cls, *key, str(first.dtype), mesh_of(first))
     if type(model) is not type(network):
         raise TypeError(
             f"the weak model of {name} must be a {type(network).__name__}, or the folder of one, got {quote(model)}"
@@ -136,14 +136,15 @@ def _weak_model(model: object, network: nnx.Module, name: str) -> nnx.Module:
 
 
 def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Return what is another value when a network's files are others."""
+    """Return what is another value when the files of a folder are others."""
     found = [(str(path), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
     return tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in found)
 
 
 @functools.lru_cache(maxsize=2)  # a decoder's and a prior's
-def _loaded(cls: Any, folder: Path, stamps: Hashable, dtype: str, mesh: Mesh | None) -> nnx.Module:
-    network = load_network(cls, folder, jnp.dtype(dtype))
+def _loaded(cls: Any, name: str, stamps: Hashable, dtype: str, mesh: Mesh | None) -> nnx.Module:
+    with hub.hint_for_cached_files():
+        network = load_network(cls, weak_folder(cls, name), jnp.dtype(dtype))
     if mesh is not None:
         move_network(network, mesh)
     return network

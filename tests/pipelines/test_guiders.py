@@ -249,9 +249,9 @@ def test_a_weak_model_is_read_again_where_its_files_are_others(decoder, weak, tm
     """Also by the same relative name in another folder, and from a family of models."""
     module, _ = weak["unet"]
     from_file = "autoguidance:model=weak"
-    for number in (0, 1):
-        (tmp_path / str(number)).mkdir()
-        monkeypatch.chdir(tmp_path / str(number))
+    for number, where in enumerate(("a", "b", "b")):
+        (tmp_path / where).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / where)
         network, params = diffusion.Network.split(module)
         network.bind(jax.tree.map(lambda x, number=number: (1 + number) * x, params)).save_pretrained("weak")
         loaded = choose_guider(from_file, 2.0, decoder.unet).weak

@@ -3,8 +3,8 @@
     python tpu_scripts/guiders/weak.py build/emoji/data build/guiders
 
 writes build/guiders/{tiny,shapes}/decoder/model, which `autoguidance:model=FOLDER` takes. Autoguidance wants a
-model with the same faults, only more of them: less trained, as here, or smaller. Ten minutes on two CPU cores; each
-training goes on where it was stopped.
+model with the same faults, only more of them: less trained, as here, or smaller. A training goes
+on where it was stopped.
 """
 
 from __future__ import annotations
