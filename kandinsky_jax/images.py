@@ -17,20 +17,20 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 
 from kandinsky_jax.common import atomic
 from kandinsky_jax.common.arrays import to_numpy
 from kandinsky_jax.common.errors import CheckpointError, quote, shorten, summarize
 from kandinsky_jax.common.fields import Bounds, field_faults
 from kandinsky_jax.common.reading import check_regular, of_file, read_json_object
+from kandinsky_jax.picture_records import save_arguments
 
 MAX_EDGE = 4096  # of a vision tower's input; the official one takes 224 pixels
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -365,26 +365,26 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"the folder {path.absolute().parent} is not writable")
 
 
-def write(path: Path, picture: Image.Image, about: dict[str, object] | None = None) -> None:
-    """Write a picture atomically; a PNG also contains `about`, the settings that reproduce it."""
-    info = PngInfo()
-    if about is not None:
-        info.add_itxt("kandinsky_jax", json.dumps(about, ensure_ascii=False))
-    kind, options = ENCODINGS[path.suffix.lower().removeprefix(".")]
-    given = options | ({"pnginfo": info} if kind == "PNG" else {})
-    atomic.sweep(path.parent, path.name)
-    atomic.fill_file(path, lambda file: picture.save(file, kind, **given))
+def write(path: Path, picture: Image.Image, about: Mapping[str, object] | None = None) -> None:
+    """Write a picture atomically, with `about`, the settings that reproduce it (see `picture_records`)."""
+    atomic.replace_file(path, encode(picture, path.suffix.lower().removeprefix("."), about))
 
 
-def encode(picture: Image.Image, ending: str) -> bytes:
+def encode(
+    picture: Image.Image, ending: str, about: Mapping[str, object] | None = None, quality: int | None = None
+) -> bytes:
     """Encode a picture as the bytes of a file.
 
     Args:
         ending: one of `ENCODINGS`.
+        about: the settings that reproduce it, which the file then carries (see `picture_records`).
+        quality: of JPEG and WebP, 1..100; None is 95.
     """
     kind, options = ENCODINGS[ending]
+    if quality is not None and "quality" in options:
+        options = options | {"quality": quality}
     data = io.BytesIO()
-    picture.save(data, kind, **options)
+    picture.save(data, kind, **options, **save_arguments(kind, about))
     return data.getvalue()
 
 

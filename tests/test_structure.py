@@ -18,6 +18,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 # A module may import modules of lower layers, and of its own package.
 LAYERS = (
     ("kandinsky_jax.common",),
+    ("kandinsky_jax.picture_records",),
     ("kandinsky_jax.parallel", "kandinsky_jax.compilation", "kandinsky_jax.preemption", "kandinsky_jax.images"),
     ("kandinsky_jax.models", "kandinsky_jax.schedulers", "kandinsky_jax.utils"),
     ("kandinsky_jax.diffusion",),
@@ -26,6 +27,7 @@ LAYERS = (
     ("kandinsky_jax.pipelines", "kandinsky_jax.rewards"),
     ("kandinsky_jax.batch", "kandinsky_jax.training"),
     ("kandinsky_jax.evaluation",),
+    ("kandinsky_jax.serve",),
     ("kandinsky_jax.cli", "convert_weights"),
 )
 
