@@ -334,6 +334,7 @@ def solver_and_schedule(sampler: str, schedule_type: str = "") -> tuple[str, str
     names = {label.lower(): name for name, label in SAMPLERS.items()} | {name: name for name in SAMPLERS}
     suffixes = {label.lower(): suffix for suffix, label in SCHEDULE_TYPES.items()}
     given, kind = sampler.strip().lower(), schedule_type.strip().lower()
-    if given not in names and " " in given and given.rsplit(" ", 1)[1] in suffixes:
-        given, kind = given.rsplit(" ", 1)
+    for label in suffixes:
+        if given not in names and given.endswith(f" {label}"):
+            given, kind = given.removesuffix(f" {label}"), label
     return (names[given], suffixes.get(kind, "")) if given in names else None

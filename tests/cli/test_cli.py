@@ -47,6 +47,7 @@ def test_generate(tmp_path):
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (64, 64)
         about = json.loads(picture.text["kandinsky_jax"])
+        assert picture.text["parameters"].startswith(f"{prompt}\nSteps: {about['num_inference_steps']}, ")
     assert about["prompt"] == prompt
     assert about["seed"] == 7
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
