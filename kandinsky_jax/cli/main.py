@@ -17,6 +17,7 @@ from kandinsky_jax.cli import (
     img2img,
     inpaint,
     mix,
+    serve,
     train,
     vary,
     verify,
@@ -66,6 +67,7 @@ batch_app.callback()(batch.batch)
 batch_app.command("status", epilog=batch_status.EXAMPLE)(batch_status.batch_status)
 app.add_typer(batch_app, name="batch")
 app.command("evaluate", epilog=evaluate.EXAMPLE)(evaluate.evaluate_command)
+app.command(epilog=serve.EXAMPLE)(serve.serve)
 app.command(epilog=train.EXAMPLE)(train.train)
 app.command(epilog=verify.EXAMPLE)(verify.verify)
 

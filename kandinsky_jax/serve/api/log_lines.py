@@ -1,0 +1,60 @@
+"""One log line for each request; the prompt is in it only if asked for."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from kandinsky_jax.common.errors import quote
+from kandinsky_jax.serve.requests import ImageRequest
+
+logger = logging.getLogger("kandinsky_jax.serve")
+_QUIET = ("page", "/health", "/metrics")  # logged at DEBUG where they succeed
+
+
+@dataclass
+class Facts:
+    """What is known of a request once it is answered.
+
+    Args:
+        method: of HTTP.
+        id: of the request, which the response has too.
+        route: its path, as the API names it.
+        status: of the response.
+        request: for pictures, complete.
+        images: that were generated.
+        queue_seconds: until the first picture was begun.
+        code: of an error.
+    """
+
+    method: str
+    id: str
+    route: str = ""
+    status: int = 0
+    request: ImageRequest | None = None
+    images: int = 0
+    queue_seconds: float | None = None
+
+
+def log_request(facts: Facts, seconds: float, prompts: bool) -> None:
+    """Write the line of a request.
+
+    Args:
+        facts: of the request.
+        seconds: that it took.
+        prompts: whether the line has the prompt.
+    """
+    parts = [
+        f"{facts.method} {facts.route} {facts.status} {seconds * 1000:.0f} ms id={facts.id}",
+    ]
+    if (request := facts.request) is not None:
+        parts.append(
+            f"mode={request.mode} size={request.width}x{request.height} steps={request.num_inference_steps} "
+            f"n={request.num_images} seed={request.seed}"
+        )
+        if facts.queue_seconds is not None:
+            parts.append(f"queue={facts.queue_seconds * 1000:.0f} ms")
+        if prompts:
+            parts.append(f"prompt={quote(request.prompt, 400)}")
+    quiet = facts.route == "/health" or (facts.route in _QUIET and facts.status < 400)
+    logger.log(logging.DEBUG if quiet else logging.INFO, "%s", " ".join(parts))

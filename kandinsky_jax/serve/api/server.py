@@ -1,0 +1,217 @@
+"""Listening, and stopping in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from kandinsky_jax.serve.server_settings import ServerSettings
+from kandinsky_jax.serve.service import Service
+
+HEADER_SECONDS = 15.0  # in which the headers of a request have to arrive
+STALLED_SECONDS = 60.0  # after which a client that does not read its response is dropped
+MAX_HEADERS = 32 * 2**10  # bytes
+MAX_CONNECTIONS = 1000
+CLOSING_SECONDS = 5  # for responses that are being sent when the server ends
+logger = logging.getLogger("kandinsky_jax.serve")
+
+
+class Protocol(H11Protocol):
+    """uvicorn's protocol, which also drops clients that send headers or read responses too slowly."""
+
+    _late: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._late, self._stalled):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state is h11.IDLE:
+            self._await_headers()
+        elif self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _await_headers(self) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+
+class Server(uvicorn.Server):
+    """A server that on SIGTERM or Ctrl-C refuses new requests, finishes those that run, and ends.
+
+    Args:
+        service: that is stopped.
+        settings: of the server.
+        app: that is served.
+    """
+
+    def __init__(self, service: Service, settings: ServerSettings, app: FastAPI):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Protocol,
+                ws="none",
+                loop="asyncio",
+                lifespan="on",
+                log_config=None,
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_graceful_shutdown=CLOSING_SECONDS,
+                h11_max_incomplete_event_size=MAX_HEADERS,
+            )
+        )
+        self._service, self._grace, self._stopping = service, settings.grace, app.state.stopping
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGTERM and SIGINT; without effect outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping.is_set() and number == signal.SIGINT:
+            self.should_exit = self.force_exit = True
+        self.begin_stop()
+
+    def begin_stop(self) -> None:
+        """Refuse new requests, and end once those that run are done."""
+        if not self._stopping.is_set():
+            self._stopping.set()
+            threading.Thread(target=self._stop, name="kandinsky-jax stop", daemon=True).start()
+
+    def _stop(self) -> None:
+        try:
+            self._service.stop(self._grace)
+        finally:
+            self.should_exit = True
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """Return a socket at the address of the settings; ValueError where it cannot be had."""
+    host, port = settings.host, settings.port
+    try:
+        [family, kind, protocol, _, address] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.set_inheritable(False)
+        return found
+    except (OSError, OverflowError, UnicodeError) as error:
+        number = getattr(error, "errno", None)
+        if number == errno.EADDRINUSE:
+            raise ValueError(
+                f"port {port} of {host} is in use; choose another one, or 0 for any that is free"
+            ) from None
+        if number in (errno.EACCES, errno.EPERM):
+            raise ValueError(f"port {port} of {host} is not open to this user; choose one from 1024 on") from None
+        raise ValueError(f"{host}, port {port}, is no address of this machine: {error}") from None
+
+
+def address_of(listening: socket.socket) -> str:
+    """Return the URL of a socket."""
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(
+    service: Service, settings: ServerSettings, app: FastAPI, listening: socket.socket | None = None
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; the service has been started, and is stopped.
+
+    Args:
+        service: that generates.
+        settings: of the server.
+        app: of `make_app`.
+        listening: of `bind`; None binds one.
+    """
+    found = bind(settings) if listening is None else listening
+    Server(service, settings, app).run([found])
+
+
+class ServerThread:
+    """A server in a thread, for notebooks and tests; a context that ends it.
+
+    Args:
+        service, settings, app: see `run_server`.
+    """
+
+    def __init__(self, service: Service, settings: ServerSettings, app: FastAPI):
+        self._listening = bind(settings)
+        self.url = address_of(self._listening)
+        self._server = Server(service, settings, app)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._listening],), name="kandinsky-jax http", daemon=True
+        )
+
+    def start(self) -> ServerThread:
+        """Start to listen; returns once it does."""
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise RuntimeError("the server ended before it listened")
+            time.sleep(0.01)
+        return self
+
+    def stop(self) -> None:
+        """Finish what runs, and end."""
+        self._server.begin_stop()
+        self._thread.join()
+
+    def __enter__(self) -> ServerThread:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def no_telemetry() -> None:
+    """Tell Gradio and the Hub's client, before they are imported, to report nothing."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
