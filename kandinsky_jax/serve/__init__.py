@@ -1,0 +1,1 @@
+"""The web page and the HTTP API: `kandinsky-jax serve`, and `launch(pipe)` in a notebook."""

@@ -1,0 +1,175 @@
+"""Compiling a server's programs before they are needed: the usual request first, then everything that may be asked for.
+
+A thread sends a small request of each kind through the same functions that serve them, beside the engine.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.pipelines.modes import MODES
+from kandinsky_jax.serve.batching.image_task import ImageTask
+from kandinsky_jax.serve.batching.plan import RequestPlan
+from kandinsky_jax.serve.batching.slots import SlotBatch, SlotJob
+from kandinsky_jax.serve.requests import MIX, VARY, ImageRequest
+from kandinsky_jax.serve.served_model import ServedModel
+from kandinsky_jax.serve.server_settings import ServerSettings, Size
+
+OFF = 1.0  # a guidance scale
+
+
+class Kind(NamedTuple):
+    """Requests that share their programs."""
+
+    mode: str
+    size: Size
+    guided: bool
+    prior_guided: bool
+    batch_size: int  # padded, over all devices
+
+
+def programs_of(plan: RequestPlan, stage: str, batch_size: int) -> Hashable:
+    """Return a name of the programs that a stage of a plan needs."""
+    if stage == "prior":
+        return "prior", plan.request.mode in (MIX, VARY) and plan.request.mode, plan.prior_guided, batch_size
+    own = plan.decoder_request
+    return plan.request.mode, own.h, own.w, plan.guided, batch_size
+
+
+class Warmup:
+    """Compiles the programs of a server in a thread.
+
+    Args:
+        model, settings: what is served.
+        batch_sizes: padded, over all devices.
+        devices: of the mesh.
+        changed: called when something is ready.
+    """
+
+    def __init__(
+        self, model: ServedModel, settings: ServerSettings, batch_sizes: Sequence[int], changed: Callable[[], None]
+    ):
+        self.model, self.settings, self.changed = model, settings, changed
+        self.kinds = kinds(model, settings, batch_sizes)
+        self.compiled = 0
+        self.failed: str | None = None
+        self._left: deque[Kind] = deque(self.kinds)
+        self._batch_sizes = batch_sizes
+        self._known: set[Kind] = set(self.kinds)
+        self._ready: set[Hashable] = set()
+        self._work = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._loop, name="kandinsky-jax compile", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the program that it compiles now."""
+        with self._work:
+            self._stopped = True
+            self._work.notify_all()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all programs that were planned are compiled."""
+        return self.compiled >= len(self.kinds)
+
+    def is_compiled(self, plan: RequestPlan, stage: str, batch_size: int) -> bool:
+        """Whether the programs of a stage are ready; where they were not planned, they are compiled next."""
+        if programs_of(plan, stage, batch_size) in self._ready:
+            return True
+        own, request = plan.decoder_request, plan.request
+        factor = plan.decoder.movq.config.scale_factor
+        kind = Kind(request.mode, (own.h * factor, own.w * factor), plan.guided, plan.prior_guided, batch_size)
+        with self._work:
+            if kind not in self._known:
+                self._known.add(kind)
+                self._left.appendleft(kind)
+                self._work.notify_all()
+        return False
+
+    def _loop(self) -> None:
+        while True:
+            with self._work:
+                while not self._left and not self._stopped:
+                    self._work.wait()
+                if self._stopped:
+                    return
+                kind = self._left.popleft()
+            try:
+                self._ready |= run_kind(self.model, kind)
+            except Exception as error:  # a request of this kind would say the same
+                self.failed = f"{kind}: {error}"
+                traceback.print_exc()
+            if kind in self.kinds:
+                self.compiled += 1
+            self.changed()
+
+
+def kinds(model: ServedModel, settings: ServerSettings, batch_sizes: Sequence[int]) -> list[Kind]:
+    """Return all kinds of requests that a server announces, the usual ones first."""
+    found: list[Kind] = []
+    for mode in model.modes:
+        own = model.settings(mode)
+        usual = [(own.guidance_scale or 0) > OFF, (own.prior_guidance_scale or 0) > OFF]
+        for size in settings.sizes or (model.native_size(mode),):
+            for i, guided in enumerate((usual[0], not usual[0])):
+                for batch_size in batch_sizes:
+                    prior_guided = usual[1] if i == 0 else not usual[1]
+                    found.append(Kind(mode, size, guided, prior_guided, batch_size))
+    first = [kind for kind in found if kind.mode == found[0].mode and kind.guided == found[0].guided]
+    return first + [kind for kind in found if kind not in first]
+
+
+def run_kind(model: ServedModel, kind: Kind) -> set[Hashable]:
+    """Run a small request of a kind, and return the names of the programs that are compiled then."""
+    plan = RequestPlan(model, model.complete(_request(model, kind), ServerSettings(any_size=True)))
+    task = ImageTask(plan, 0)
+    _run_jobs(task.start_prior(), plan.pipe.prior_prior, plan.prior_guided, kind.batch_size)
+    job = task.start_decoder()
+    _run_jobs([job], plan.decoder.unet, plan.guided, kind.batch_size)
+    np.asarray(task.decode(job).array)
+    return {programs_of(plan, stage, kind.batch_size) for stage in ("prior", "decoder")}
+
+
+def _run_jobs(jobs: Sequence[SlotJob], module: nnx.Module, guided: bool, batch_size: int) -> None:
+    network, params = Network.split(module)
+    for job in jobs:
+        batch = SlotBatch(network, params, batch_size, guided)
+        batch.add(job)
+        while batch.jobs:
+            batch.advance()
+        batch.predicted()
+
+
+def _request(model: ServedModel, kind: Kind) -> ImageRequest:
+    """Return a request of a kind with as few steps as it takes."""
+    picture = Image.new("RGB", (64, 64), (90, 120, 150))
+    given: dict[str, Any] = {"items": ("a", picture), "weights": (0.5, 0.5)} if kind.mode == MIX else {}
+    pictures = {"image": picture, "mask_image": Image.linear_gradient("L"), "hint": Image.linear_gradient("L")}
+    needed = ("image",) if kind.mode == VARY else MODES[kind.mode].pictures if kind.mode in MODES else ()
+    return ImageRequest(
+        mode=kind.mode,
+        prompt="a",
+        height=kind.size[0],
+        width=kind.size[1],
+        seed=0,
+        torch_noise=not kind.guided,
+        num_inference_steps=2,
+        prior_num_inference_steps=2,
+        strength=1.0,
+        guidance_scale=2.0 if kind.guided else OFF,
+        prior_guidance_scale=2.0 if kind.prior_guided else OFF,
+        **given | {name: pictures[name] for name in needed},
+    )

@@ -1,0 +1,72 @@
+"""Which LoRA files, or fast adapter, the networks have: requests with others wait until those that run are done."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from flax import nnx
+
+from kandinsky_jax.diffusion import Network
+from kandinsky_jax.pipelines.adapters import Adapters, adapters_of, apply_adapters
+from kandinsky_jax.serve.requests import ImageRequest
+from kandinsky_jax.serve.served_model import ServedModel
+
+# Mode, whether it is fast, and names and weights of LoRA files; () for the networks as they were loaded.
+WeightsKey: TypeAlias = tuple[()] | tuple[str, bool, tuple[tuple[str, float], ...]]
+PLAIN: WeightsKey = ()
+
+
+def key_of(request: ImageRequest) -> WeightsKey:
+    """Return the weights that a request needs."""
+    if not request.fast and not request.loras:
+        return PLAIN
+    return request.mode, request.fast, tuple(sorted(request.loras.items()))
+
+
+class AdapterWeights:
+    """The networks of a served model, with one set of adapters at a time.
+
+    Args:
+        model: what is served.
+    """
+
+    def __init__(self, model: ServedModel):
+        self.model = model
+        self.current: WeightsKey = PLAIN
+        networks: list[nnx.Module] = []
+        for pipe in model.by_repository.values():
+            networks += [part for part in (pipe.unet, pipe.prior_prior) if all(part is not one for one in networks)]
+        self._as_loaded: list[tuple[nnx.Module, Adapters]] = [(network, adapters_of(network)) for network in networks]
+        self.devices = Network.split(networks[0])[0].devices
+
+    def use(self, key: WeightsKey) -> None:
+        """Change the networks' weights in place.
+
+        Raises:
+            ValueError: for a file that cannot be used; the networks are as they were loaded then.
+        """
+        if key == self.current:
+            return
+        self._reset()
+        if not key:
+            return
+        mode, fast, loras = key
+        pipe = self.model.pipe(mode)
+        try:
+            for name, _ in loras:
+                pipe.load_lora_weights(self.model.lora_files[name], adapter_name=name)
+            if loras:
+                pipe.set_adapters([name for name, _ in loras], [weight for _, weight in loras])
+            if fast:
+                pipe.load_fast()
+        except Exception:
+            self._reset()
+            raise
+        self.current = key
+
+    def _reset(self) -> None:
+        """Give the networks back the weights that they were loaded with, bit for bit."""
+        if self.current and self.current[1]:
+            self.model.pipe(self.current[0]).unload_fast()
+        apply_adapters(self._as_loaded)
+        self.current = PLAIN

@@ -1,0 +1,76 @@
+"""What the operator of a server decides: where it listens, who may use it, and how much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kandinsky_jax.serve.requests import ImageRequest, RequestError
+
+Size = tuple[int, int]  # height, width in pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Settings of a server.
+
+    Args:
+        host, port: where it listens; only this machine unless told otherwise.
+        api_key: what clients of API and page have to know; None for none.
+        sizes: (height, width) of the pictures that are served, compiled before the server is ready; empty for the
+            model's own.
+        any_size: whether other sizes are served too, and compiled when first asked for.
+        batch_sizes: padded numbers of images per device that share a step; each is a program.
+        max_body: bytes of a request.
+        max_pixels: of one generated picture; those of a request's uploaded pictures may have 16 times as many together.
+        max_images: pictures of a request.
+        max_steps: of decoder and prior.
+        max_queue: requests that wait or run.
+        time_limit: seconds of a request, waiting included.
+        log_prompts: whether log lines have the prompt.
+        body_time: seconds in which the body of a request has to arrive.
+        grace: seconds in which a server that is told to stop finishes what runs.
+        hosts: further names under which it is reached; "*" for any.
+        origins: of other sites, such as https://example.org, whose pages may use it.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    api_key: str | None = None
+    sizes: tuple[Size, ...] = ()
+    any_size: bool = False
+    batch_sizes: tuple[int, ...] = (1, 8)
+    max_body: int = 32 * 2**20
+    max_pixels: int = 2**21
+    max_images: int = 10
+    max_steps: int = 200
+    max_queue: int = 64
+    time_limit: float = 600.0
+    log_prompts: bool = False
+    body_time: float = 60.0
+    grace: float = 30.0
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+
+    @property
+    def max_upload_pixels(self) -> int:
+        """Pixels of the pictures of a request."""
+        return 16 * self.max_pixels
+
+    def check(self, request: ImageRequest) -> None:
+        """Raise RequestError for a complete request that exceeds the limits."""
+        assert request.height is not None
+        assert request.width is not None
+        for name, most in (
+            ("num_images", self.max_images),
+            ("num_inference_steps", self.max_steps),
+            ("prior_num_inference_steps", self.max_steps),
+        ):
+            given = getattr(request, name)
+            if isinstance(given, int) and given > most:
+                raise RequestError(f"{name} is {given}; this server takes at most {most}", name)
+        if request.height * request.width > self.max_pixels:
+            raise RequestError(
+                f"height x width is {request.height} x {request.width}; this server takes at most {self.max_pixels:,} "
+                "pixels",
+                "size",
+            )

@@ -1,0 +1,256 @@
+"""The service behind the API and the page: takes requests, runs them in a thread, and passes their events on."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.serve.batching.engine import Engine, ImageRun, RequestWork, Stage
+from kandinsky_jax.serve.batching.plan import RequestPlan
+from kandinsky_jax.serve.batching.warmup import Warmup
+from kandinsky_jax.serve.batching.weights import AdapterWeights, key_of
+from kandinsky_jax.serve.requests import ImageRequest, RequestError
+from kandinsky_jax.serve.served_model import ServedModel
+from kandinsky_jax.serve.server_settings import ServerSettings
+from kandinsky_jax.serve.tickets import (
+    Cancelled,
+    Failed,
+    Finished,
+    GeneratedImage,
+    ImageDone,
+    Progress,
+    QueueFull,
+    Ticket,
+    Waiting,
+)
+
+PROGRESS_SECONDS = 0.1  # between two events of a request's progress
+PREVIEW_SECONDS = 0.3  # between two with previews
+IDLE_SECONDS = 1.0  # after which an idle engine looks whether a request is too old
+
+
+@dataclass(frozen=True)
+class ServiceState:
+    """What a service is doing.
+
+    Args:
+        ready: whether all programs are compiled.
+        compiled, programs: kinds of requests whose programs are compiled, and all.
+        waiting, running: requests.
+        images: that are generated now.
+        evaluations: of a network for an image, since the start.
+        stopping: whether it takes no more requests.
+    """
+
+    ready: bool
+    compiled: int
+    programs: int
+    waiting: int
+    running: int
+    images: int
+    evaluations: int
+    stopping: bool
+
+
+class Service:
+    """Runs requests by continuous batching in a thread of its own.
+
+    Args:
+        model: what is served.
+        settings: limits.
+    """
+
+    def __init__(self, model: ServedModel, settings: ServerSettings):
+        self.model, self.settings = model, settings
+        weights = AdapterWeights(model)
+        sizes = [size * weights.devices for size in sorted(set(settings.batch_sizes))]
+        self._changed = threading.Condition()
+        self.warmup = Warmup(model, settings, sizes, self._wake)
+        self._engine = Engine(weights, sizes, self._deliver, self._fail, self.warmup.is_compiled)
+        self._incoming: list[RequestWork] = []
+        self._tickets: set[Ticket] = set()
+        self._shown: dict[Ticket, tuple[float, float]] = {}  # when progress and previews were last sent
+        self._stopping = False
+        self._deliverers = ThreadPoolExecutor(2, "kandinsky-jax deliver")
+        self._thread = threading.Thread(target=self._loop, name="kandinsky-jax serve", daemon=True)
+        self._seconds_per_image = 0.0
+
+    def start(self) -> None:
+        """Start compiling, and the thread that generates."""
+        self.warmup.start()
+        self._thread.start()
+
+    def stop(self, grace: float = 30.0) -> None:
+        """Take no more requests, finish those that run, cancel those that wait, and end the threads.
+
+        Args:
+            grace: seconds for the requests that run; then they are cancelled.
+        """
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self.warmup.stop()
+        if not self._thread.is_alive():
+            return
+        self._thread.join(grace)
+        for ticket in list(self._tickets):
+            ticket.cancel()
+        self._wake()
+        self._thread.join(grace)
+        self._deliverers.shutdown(wait=True)
+
+    @property
+    def state(self) -> ServiceState:
+        """What the service is doing now."""
+        with self._changed:
+            running = sum(work.began is not None for work in self._engine.active)
+            return ServiceState(
+                ready=self.warmup.is_ready,
+                compiled=self.warmup.compiled,
+                programs=len(self.warmup.kinds),
+                waiting=len(self._tickets) - running,
+                running=running,
+                images=self._engine.images,
+                evaluations=self._engine.evaluations,
+                stopping=self._stopping,
+            )
+
+    def submit(self, request: ImageRequest, previews: bool = False) -> Ticket:
+        """Accept a request.
+
+        Raises:
+            RequestError: for a request that cannot be served.
+            QueueFull: where there are too many, or the server stops.
+        """
+        self._check_room()
+        complete = self.model.complete(request, self.settings)
+        try:
+            plan = RequestPlan(self.model, complete)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise RequestError(shorten(str(error), 400)) from None
+        ticket = Ticket(complete, previews, self.settings.time_limit)
+        with self._changed:
+            self._check_room()
+            ticket.send(Waiting(len(self._tickets)))
+            self._tickets.add(ticket)
+            self._incoming.append(RequestWork(ticket, plan, key_of(complete)))
+            self._changed.notify_all()
+        return ticket
+
+    def _check_room(self) -> None:
+        """Raise QueueFull where no request can be taken."""
+        with self._changed:
+            if self._stopping:
+                raise QueueFull("the server is stopping", 10.0)
+            if len(self._tickets) >= self.settings.max_queue:
+                seconds = max(1.0, self._seconds_per_image * len(self._tickets) / 2)
+                raise QueueFull(f"{self.settings.max_queue} requests are waiting or running already", seconds)
+
+    # The engine's thread ------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _loop(self) -> None:
+        engine = self._engine
+        while True:
+            with self._changed:
+                engine.waiting.extend(self._incoming)
+                self._incoming = []
+                if self._stopping:
+                    for work in [work for work in engine.waiting if work.began is None]:
+                        work.ticket.cancel()
+                    if engine.is_idle:
+                        return
+            ran = False
+            try:
+                ran = engine.turn()
+            except Exception as error:  # of the device: the requests that run are lost, others may not be
+                traceback.print_exc()
+                for work in [*engine.active, *(work for work in engine.waiting if work.began is not None)]:
+                    engine.end(work, error)
+                engine.batches.clear()
+            for work in engine.active:
+                self._show_progress(work)
+            with self._changed:
+                if not ran and not self._incoming and not (self._stopping and engine.is_idle):
+                    self._changed.wait(IDLE_SECONDS if engine.is_idle else 0.05)
+
+    def _show_progress(self, work: RequestWork) -> None:
+        """Send a request's progress, if the last time was a while ago."""
+        ticket, now = work.ticket, time.monotonic()
+        shown, previewed = self._shown.get(ticket, (0.0, 0.0))
+        if now - shown < PROGRESS_SECONDS or work.began is None:
+            return
+        previews: tuple[Image.Image | None, ...] = (None,) * len(work.runs)
+        if ticket.previews and now - previewed >= PREVIEW_SECONDS:
+            previews, previewed = self._previews(work), now
+        self._shown[ticket] = now, previewed
+        prior, decoder = work.plan.evaluations
+        done = [self._evaluations_done(run, prior, decoder) for run in work.runs]
+        share = sum(done) / (len(done) * (prior + decoder))
+        elapsed = now - work.began
+        left = elapsed / share * (1 - share) if share > 0 else None
+        ticket.send(Progress(share, max(0, min(done) - prior), decoder, left, previews))
+
+    def _evaluations_done(self, run: ImageRun, prior: int, decoder: int) -> int:
+        """Return the evaluations of an image that are done."""
+        own = sum(job.done for job in run.jobs)
+        before = {Stage.WAITING: 0, Stage.PRIOR: 0, Stage.DECODER: prior, Stage.DECODING: prior}[run.stage]
+        return before + own
+
+    def _previews(self, work: RequestWork) -> tuple[Image.Image | None, ...]:
+        return tuple(None for _ in work.runs)
+
+    # Results ------------------------------------------------------------------------------------------------------
+
+    def _deliver(self, run: ImageRun, pending: Any) -> None:
+        self._deliverers.submit(self._finish, run, pending)
+
+    def _finish(self, run: ImageRun, pending: Any) -> None:
+        """Wait for a decoded image, and send it; in a thread of its own."""
+        work, ticket = run.work, run.work.ticket
+        try:
+            [picture] = pending.result().images
+            record = ticket.request.record(self.model.name, run.task.index)
+            record["batch_sizes"] = [run.sizes.get(stage, 0) for stage in ("prior", "decoder")]
+            image = GeneratedImage(picture, record)
+        except Exception as error:
+            self._fail(work, error)
+            return
+        with self._changed:
+            work.images[run.task.index] = image
+            complete = len(work.images) == len(work.runs)
+        ticket.send(ImageDone(run.task.index, image))
+        if complete:
+            self._forget(ticket)
+            ticket.send(Finished(tuple(work.images[i] for i in range(len(work.runs)))))
+            if work.began is not None:
+                seconds = (time.monotonic() - work.began) / len(work.runs)
+                self._seconds_per_image = 0.8 * self._seconds_per_image + 0.2 * seconds
+
+    def _fail(self, work: RequestWork, error: Exception) -> None:
+        self._forget(work.ticket)
+        if not isinstance(error, Cancelled | TimeoutError):
+            work.ticket.cancelled.set()
+        work.ticket.send(Failed(error))
+
+    def _forget(self, ticket: Ticket) -> None:
+        with self._changed:
+            self._tickets.discard(ticket)
+            self._shown.pop(ticket, None)
+            self._changed.notify_all()
+
+
+def summary(state: ServiceState) -> dict[str, Any]:
+    """Return a state as JSON."""
+    return dataclasses.asdict(state)
