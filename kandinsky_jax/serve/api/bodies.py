@@ -159,9 +159,11 @@ async def read_multipart(request: Request) -> dict[str, Any]:
         fault = shorten(str(error), 150)
         raise ApiError(400, f"the multipart body cannot be read: {fault}", code="invalid_body") from None
     found: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        content = value.file.read() if isinstance(value, UploadFile) else value
-        _add(found, name, content)
+    try:
+        for name, value in form.multi_items():
+            _add(found, name, value.file.read() if isinstance(value, UploadFile) else value)
+    finally:
+        await form.close()
     return found
 
 

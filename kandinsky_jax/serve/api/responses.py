@@ -17,6 +17,7 @@ from kandinsky_jax import images
 from kandinsky_jax.serve.api.errors import ApiError
 from kandinsky_jax.serve.api.fields import CommonFields
 from kandinsky_jax.serve.api.running import Running, Workers
+from kandinsky_jax.serve.records import encode_image
 from kandinsky_jax.serve.requests import ImageRequest
 from kandinsky_jax.serve.tickets import Finished, GeneratedImage, ImageDone, Progress
 
@@ -66,7 +67,11 @@ class Form:
 
     def encode(self, picture: Image.Image, record: dict[str, Any] | None = None) -> str:
         """Return a picture in base64, with its record in its file."""
-        return base64.b64encode(images.encode(picture, self.ending, record, self.quality)).decode()
+        if record is None:
+            data = images.encode(picture, self.ending, quality=self.quality)
+        else:
+            data = encode_image(picture, record, self.ending, self.quality)
+        return base64.b64encode(data).decode()
 
     def shared(self, request: ImageRequest) -> dict[str, Any]:
         """Return what responses and events say of all pictures."""

@@ -135,17 +135,16 @@ def bind(settings: ServerSettings) -> socket.socket:
         [family, kind, protocol, _, address] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.set_inheritable(False)
+        with contextlib.ExitStack() as stack:
+            found = stack.enter_context(socket.socket(family, kind, protocol))
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            stack.pop_all()
         return found
     except (OSError, OverflowError, UnicodeError) as error:
         number = getattr(error, "errno", None)
         if number == errno.EADDRINUSE:
-            raise ValueError(
-                f"port {port} of {host} is in use; choose another one, or 0 for any that is free"
-            ) from None
+            raise ValueError(f"port {port} of {host} is in use; choose another one, or 0 for any that is free") from None
         if number in (errno.EACCES, errno.EPERM):
             raise ValueError(f"port {port} of {host} is not open to this user; choose one from 1024 on") from None
         raise ValueError(f"{host}, port {port}, is no address of this machine: {error}") from None
