@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from kandinsky_jax import images
 from kandinsky_jax.checkpoint import CheckpointError, hub
 from kandinsky_jax.checkpoint.recommended_settings import FALLBACK, NO_SETTINGS, RecommendedSettings
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.compilation import use_compilation_cache
+from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.parallel.mesh import Mesh
 from kandinsky_jax.pipelines import CombinedPipeline, KandinskyV22PriorEmb2EmbPipeline, checks
 from kandinsky_jax.pipelines.base import check_pipelines
@@ -62,6 +65,7 @@ class ServedModel:
         self.lora_files = find_loras(lora_folder)
         self._pipes: dict[str, CombinedPipeline] = {}
         self._decoders: dict[tuple[str, str], Any] = {}
+        self._networks: dict[int, tuple[Network, Params]] = {}
         self._vary_prior: KandinskyV22PriorEmb2EmbPipeline | None = None
 
     @classmethod
@@ -146,6 +150,17 @@ class ServedModel:
             cls = entry.combined_class
             self._pipes[mode] = own if type(own) is cls else cls.from_pipe(own)
         return self._pipes[mode]
+
+    def network(self, module: nnx.Module) -> tuple[Network, Params]:
+        """Split a network of a pipeline, as `Network.split`; kept until `weights_changed`."""
+        found = self._networks.get(id(module))
+        if found is None:
+            found = self._networks[id(module)] = Network.split(module)
+        return found
+
+    def weights_changed(self) -> None:
+        """Look at the networks anew, since their weights have changed."""
+        self._networks = {}
 
     @property
     def vary_prior(self) -> KandinskyV22PriorEmb2EmbPipeline:

@@ -20,6 +20,7 @@ class ServerSettings:
             model's own.
         any_size: whether other sizes are served too, and compiled when first asked for.
         batch_sizes: padded numbers of images per device that share a step; each is a program.
+        prior_batch_sizes: the same of the prior; empty for powers of two between the decoder's least and largest.
         max_body: bytes of a request.
         max_pixels: of one generated picture; those of a request's uploaded pictures may have 16 times as many together.
         max_images: pictures of a request.
@@ -39,6 +40,7 @@ class ServerSettings:
     sizes: tuple[Size, ...] = ()
     any_size: bool = False
     batch_sizes: tuple[int, ...] = (1, 8)
+    prior_batch_sizes: tuple[int, ...] = ()
     max_body: int = 32 * 2**20
     max_pixels: int = 2**21
     max_images: int = 10

@@ -15,7 +15,7 @@ from PIL import Image
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.serve.batching.engine import Engine, ImageRun, RequestWork, Stage
 from kandinsky_jax.serve.batching.plan import RequestPlan
-from kandinsky_jax.serve.batching.warmup import Warmup
+from kandinsky_jax.serve.batching.warmup import BatchSizes, Warmup
 from kandinsky_jax.serve.batching.weights import AdapterWeights, key_of
 from kandinsky_jax.serve.requests import ImageRequest, RequestError
 from kandinsky_jax.serve.served_model import ServedModel
@@ -71,7 +71,7 @@ class Service:
     def __init__(self, model: ServedModel, settings: ServerSettings):
         self.model, self.settings = model, settings
         weights = AdapterWeights(model)
-        sizes = [size * weights.devices for size in sorted(set(settings.batch_sizes))]
+        sizes = BatchSizes.of(settings, weights.devices)
         self._changed = threading.Condition()
         self.warmup = Warmup(model, settings, sizes, self._wake)
         self._engine = Engine(weights, sizes, self._deliver, self._fail, self.warmup.is_compiled)
@@ -227,6 +227,7 @@ class Service:
         except Exception as error:
             self._fail(work, error)
             return
+        self._engine.delivered(run)
         with self._changed:
             work.images[run.task.index] = image
             complete = len(work.images) == len(work.runs)

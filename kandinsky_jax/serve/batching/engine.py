@@ -10,20 +10,24 @@ from __future__ import annotations
 import enum
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import jax
 
-from kandinsky_jax.diffusion import Network
 from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS, ROWS_AXIS
 from kandinsky_jax.pipelines.decoder import PendingImages
 from kandinsky_jax.serve.batching.image_task import ImageTask
 from kandinsky_jax.serve.batching.plan import RequestPlan
 from kandinsky_jax.serve.batching.slots import SlotBatch, SlotJob
+from kandinsky_jax.serve.batching.warmup import BatchSizes
 from kandinsky_jax.serve.batching.weights import AdapterWeights, WeightsKey
 from kandinsky_jax.serve.tickets import Cancelled, GeneratedImage, Ticket, TimedOut
 
+PEAK_SECONDS = 2.0  # how long a number of images counts for the choice of batch sizes
+HOLD_SECONDS = 0.1  # that a prompt waits for others while other images are generated
+DELIVERING_SECONDS = 0.5  # the same while images are on their way to clients, who may ask for more
+ANSWER_SECONDS = 0.02  # in which a program that has its picture asks for the next one
 MOST_BATCHES = 8  # that are kept with their arrays; those without images leave first
 
 
@@ -86,7 +90,7 @@ class Engine:
 
     Args:
         weights: switches LoRA and the fast adapter.
-        batch_sizes: padded numbers of images over all devices.
+        sizes: padded batch sizes of prior and decoder.
         deliver: called with each decoded image, which may still be computed; must not wait.
         fail: called for each request that ends early, with the error.
         is_compiled: whether the programs of a stage of a plan are ready at a padded size; until then its images wait.
@@ -95,13 +99,13 @@ class Engine:
     def __init__(
         self,
         weights: AdapterWeights,
-        batch_sizes: Sequence[int],
+        sizes: BatchSizes,
         deliver: Callable[[ImageRun, PendingImages], None],
         fail: Callable[[RequestWork, Exception], None],
         is_compiled: Callable[[RequestPlan, str, int], bool],
     ):
         self.weights = weights
-        self.batch_sizes = sorted(batch_sizes)
+        self.sizes = sizes
         self.deliver, self.fail, self.is_compiled = deliver, fail, is_compiled
         self.waiting: deque[RequestWork] = deque()
         self.active: list[RequestWork] = []
@@ -109,6 +113,10 @@ class Engine:
         self.evaluations = 0
         self._queues: dict[str, deque[tuple[ImageRun, SlotJob]]] = {"prior": deque(), "decoder": deque()}
         self._of_job: dict[int, ImageRun] = {}
+        self._decoding: set[ImageRun] = set()
+        self._last_delivered = 0.0
+        self._held_since: float | None = None
+        self._peaks: deque[tuple[float, int]] = deque()  # when there were how many images
 
     @property
     def images(self) -> int:
@@ -124,21 +132,31 @@ class Engine:
         """Do one turn; return whether anything was run."""
         self._drop_ended()
         self._admit()
-        self._fill("prior")
+        self._note_peak()
+        if not self._hold_prior():
+            self._fill("prior")
         self._fill("decoder")
-        started = []
-        for batch in list(self.batches.values()):
-            if batch.jobs:
-                began, before = time.perf_counter(), batch.steps_done
-                images = len(batch.jobs)
-                finished = batch.advance()
-                batch.wait(began, batch.steps_done - before)
-                self.evaluations += images * (batch.steps_done - before)
-                started.append(batch)
-                for job in finished:
-                    self._job_done(self._of_job.pop(id(job)))
+        chosen = self._next_batches()
+        for batch in chosen:
+            began, before, images = time.perf_counter(), batch.steps_done, len(batch.jobs)
+            finished = batch.advance()
+            batch.wait(began, batch.steps_done - before)
+            self.evaluations += images * (batch.steps_done - before)
+            for job in finished:
+                self._job_done(self._of_job.pop(id(job)))
         self._forget_batches()
-        return bool(started)
+        return bool(chosen)
+
+    def _next_batches(self) -> list[SlotBatch]:
+        """Return the batches to advance in this turn.
+
+        While the decoder has free slots, the prior comes first: its images fill them, and a step takes as long with free
+        slots as without.
+        """
+        running = [batch for batch in self.batches.values() if batch.jobs]
+        prior = [batch for batch in running if batch.is_prior]
+        full = any(not batch.is_prior and not batch.free for batch in running)
+        return prior if prior and not full else running
 
     # Requests -----------------------------------------------------------------------------------------------------
 
@@ -171,7 +189,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Start images of waiting requests, in their order, as far as there is room."""
-        room = 2 * self.batch_sizes[-1] - self.images
+        room = 2 * self.sizes.decoder[-1] - self.images
         while self.waiting and room > 0:
             work = self.waiting[0]
             if work.key != self.weights.current:
@@ -200,8 +218,10 @@ class Engine:
 
     def _ready(self, plan: RequestPlan) -> bool:
         """Whether a plan can run at some padded size."""
-        stages = ("prior", "decoder")
-        return all(any(self.is_compiled(plan, stage, size) for size in self.batch_sizes) for stage in stages)
+        return all(
+            any(self.is_compiled(plan, stage, size) for size in getattr(self.sizes, stage))
+            for stage in ("prior", "decoder")
+        )
 
     def _start(self, run: ImageRun) -> None:
         run.stage = Stage.PRIOR
@@ -224,6 +244,7 @@ class Engine:
                 self._to_decoder(run)
                 return
             run.stage = Stage.DECODING
+            self._decoding.add(run)
             self.deliver(run, run.task.decode(run.jobs[0]))
         except Exception as error:
             self.end(run.work, error)
@@ -231,7 +252,48 @@ class Engine:
         if all(run.stage is Stage.DECODING for run in run.work.runs):
             self.active.remove(run.work)
 
+    def delivered(self, run: ImageRun) -> None:
+        """Note that an image is on its way to its client; from any thread."""
+        self._decoding.discard(run)
+        self._last_delivered = time.monotonic()
+
     # Batches ------------------------------------------------------------------------------------------------------
+
+    def _note_peak(self) -> None:
+        """Note how many images there are, for the choice of batch sizes."""
+        now, images = time.monotonic(), self.images + len(self._decoding)
+        while self._peaks and (self._peaks[0][0] < now - PEAK_SECONDS):
+            self._peaks.popleft()
+        while self._peaks and self._peaks[-1][1] <= images:
+            self._peaks.pop()
+        self._peaks.append((now, images))
+
+    @property
+    def _peak(self) -> int:
+        """The most images that there have been at once of late."""
+        return self._peaks[0][1] if self._peaks else 0
+
+    def _hold_prior(self) -> bool:
+        """Whether prompts wait a moment for others, to share the prior's steps: never where nothing else runs."""
+        queue = self._queues["prior"]
+        now, running = time.monotonic(), any(batch.jobs for batch in self.batches.values())
+        delivering = bool(self._decoding) or now - self._last_delivered < ANSWER_SECONDS
+        enough = len(queue) >= min(self._peak, self.sizes.prior[-1])
+        if not queue or enough or not (running or delivering) or self._joins_prior(queue[0][1]):
+            self._held_since = None
+            return False
+        self._held_since = self._held_since or now
+        if now - self._held_since < (DELIVERING_SECONDS if delivering else HOLD_SECONDS):
+            return True
+        self._held_since = None
+        return False
+
+    def _joins_prior(self, job: SlotJob) -> bool:
+        """Whether a job has place in a batch of the prior that is running."""
+        guided = job.inputs.uncond is not None
+        return any(
+            batch.jobs and batch.free and batch.guided == guided for batch in self.batches.values() if batch.is_prior
+        )
 
     def _fill(self, stage: str) -> None:
         """Give waiting jobs of a stage their slots."""
@@ -254,7 +316,7 @@ class Engine:
         """
         plan = run.work.plan
         module = plan.pipe.prior_pipe.prior if stage == "prior" else plan.decoder.unet
-        network, params = Network.split(module)
+        network, params = self.weights.model.network(module)
         guided = job.inputs.uncond is not None
         base = (network, guided, job.start.shape[1:])
         running = [batch for key, batch in self.batches.items() if key[:3] == base and batch.jobs]  # type: ignore[index]
@@ -264,11 +326,13 @@ class Engine:
                 if batch.free >= len(run.jobs):
                     return batch
             demand += sum(len(batch.jobs) for batch in running)
-            sizes = [size for size in self.batch_sizes if self.is_compiled(plan, stage, size)]
+            if stage == "decoder" and self.images + len(self._decoding) > 1:
+                demand = max(demand, self._peak)
+            sizes = [size for size in getattr(self.sizes, stage) if self.is_compiled(plan, stage, size)]
             chosen = next((size for size in sizes if size >= demand), sizes[-1])
         key = (*base, chosen)
         if key not in self.batches:
-            self.batches[key] = SlotBatch(network, params, chosen, guided)
+            self.batches[key] = SlotBatch(network, params, chosen, guided, is_prior=stage == "prior")
         batch = self.batches[key]
         return batch if batch.free else None
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kandinsky_jax.diffusion import DECODER_STREAM, PRIOR_STREAM, GivenNoise, Network, noise_source
+from kandinsky_jax.diffusion import DECODER_STREAM, PRIOR_STREAM, GivenNoise, noise_source
 from kandinsky_jax.diffusion.calls import call
 from kandinsky_jax.diffusion.rng import Generator, TorchGenerator, image_keys
 from kandinsky_jax.pipelines.decoder import DecoderInputs, PendingImages
@@ -56,7 +56,7 @@ class ImageTask:
             return []
         assert plan.rows is not None
         source = noise_source(self._generator, 1, PRIOR_STREAM)
-        network, params = Network.split(pipe.prior)
+        network, params = self.plan.model.network(pipe.prior)
         inputs = PriorInputs(pipe, request, *plan.encoded()).loop_inputs(network, params, request.guidance.uses_uncond)
         starts = pipe._initial_latents(request, source)
         noises = _noises(source, request.schedule, (1, pipe.prior.config.embedding_dim), len(inputs))
@@ -68,7 +68,7 @@ class ImageTask:
         """Return the image embedding and the negative one, float32 `[1, D]`, once the prior's jobs are done."""
         request, prior = self.plan.request, self.plan.pipe.prior_pipe
         found = [
-            [plan.picture_embed()] if plan.request is None else [_embed(plan, job) for job in jobs]
+            [plan.picture_embed()] if plan.request is None else [self._embed(plan, job) for job in jobs]
             for plan, jobs in zip(self.plan.priors, self._prior_jobs, strict=True)
         ]
         if request.mode != MIX:
@@ -79,6 +79,11 @@ class ImageTask:
             mixed += np.float32(weight) * embeds[0]
         return mixed, found[-1][0] if request.negative_prompt else prior._zero_embed()
 
+    def _embed(self, plan: PriorPlan, job: SlotJob) -> np.ndarray:
+        """Return the embedding of a finished job, float32 `[1, D]`; waits for the device."""
+        network, params = self.plan.model.network(plan.pipe.prior)
+        return np.asarray(call(network, params, job.result, method="post_process_latents"), np.float32)[:1]
+
     def start_decoder(self) -> SlotJob:
         """Return the job of the decoder, once those of the prior are done."""
         plan = self.plan
@@ -87,7 +92,7 @@ class ImageTask:
         source = noise_source(self._generator, 1, DECODER_STREAM)
         shape = (1, own.h, own.w, plan.decoder.movq.config.latent_channels)
         inputs = self._inputs = plan.decoder._inputs(own, source.initial(shape)[0], cond, negative)
-        network, params = Network.split(plan.decoder.unet)
+        network, params = plan.model.network(plan.decoder.unet)
         [loop_inputs] = inputs.loop_inputs(network, params, plan.guided)
         [noise] = _noises(source, own.schedule, shape, 1)
         return SlotJob(loop_inputs, inputs.start, plan.decoder_rows, *noise)
@@ -96,15 +101,9 @@ class ImageTask:
         """Start MoVQ's decoding of the decoder's finished job."""
         assert self._inputs is not None
         assert job.result is not None
-        network, params = Network.split(self.plan.decoder.movq)
+        network, params = self.plan.model.network(self.plan.decoder.movq)
         latents = self._inputs.finish(job.result)
         return PendingImages(self.plan.decoder_request, call(network, params, latents, method="decode_in_groups"))
-
-
-def _embed(plan: PriorPlan, job: SlotJob) -> np.ndarray:
-    """Return the embedding of a finished job, float32 `[1, D]`; waits for the device."""
-    network, params = Network.split(plan.pipe.prior)
-    return np.asarray(call(network, params, job.result, method="post_process_latents"), np.float32)[:1]
 
 
 def _noises(

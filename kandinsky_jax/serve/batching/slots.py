@@ -219,12 +219,14 @@ class SlotBatch:
         network, params: what predicts.
         size: number of slots; a multiple of the mesh's devices.
         guided: whether uncond is evaluated.
+        is_prior: whether the network is the prior.
     """
 
     network: Network
     params: Params
     size: int
     guided: bool
+    is_prior: bool = False
     jobs: dict[int, SlotJob] = field(default_factory=dict)
     seconds_per_step: float = 0.0  # as measured, 0 before
     steps_done: int = 0

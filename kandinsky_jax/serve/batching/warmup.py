@@ -27,6 +27,21 @@ from kandinsky_jax.serve.server_settings import ServerSettings, Size
 OFF = 1.0  # a guidance scale
 
 
+class BatchSizes(NamedTuple):
+    """Padded numbers of images that share a step, over all devices, rising."""
+
+    prior: tuple[int, ...]
+    decoder: tuple[int, ...]
+
+    @classmethod
+    def of(cls, settings: ServerSettings, devices: int) -> BatchSizes:
+        """Return the sizes of a server; the prior, whose programs are small, has powers of two between the others."""
+        decoder = sorted(set(settings.batch_sizes))
+        between = [2**i for i in range(16) if decoder[0] < 2**i < decoder[-1]]
+        prior = sorted(set(settings.prior_batch_sizes) or {*decoder, *between})
+        return cls(tuple(size * devices for size in prior), tuple(size * devices for size in decoder))
+
+
 class Kind(NamedTuple):
     """Requests that share their programs."""
 
@@ -34,13 +49,14 @@ class Kind(NamedTuple):
     size: Size
     guided: bool
     prior_guided: bool
-    batch_size: int  # padded, over all devices
+    batch_size: int  # of the decoder, padded, over all devices
+    prior_batch_size: int
 
 
 def programs_of(plan: RequestPlan, stage: str, batch_size: int) -> Hashable:
     """Return a name of the programs that a stage of a plan needs."""
     if stage == "prior":
-        return "prior", plan.request.mode in (MIX, VARY) and plan.request.mode, plan.prior_guided, batch_size
+        return "prior", plan.prior_guided, batch_size
     own = plan.decoder_request
     return plan.request.mode, own.h, own.w, plan.guided, batch_size
 
@@ -50,20 +66,16 @@ class Warmup:
 
     Args:
         model, settings: what is served.
-        batch_sizes: padded, over all devices.
-        devices: of the mesh.
+        sizes: padded batch sizes of prior and decoder, over all devices.
         changed: called when something is ready.
     """
 
-    def __init__(
-        self, model: ServedModel, settings: ServerSettings, batch_sizes: Sequence[int], changed: Callable[[], None]
-    ):
+    def __init__(self, model: ServedModel, settings: ServerSettings, sizes: BatchSizes, changed: Callable[[], None]):
         self.model, self.settings, self.changed = model, settings, changed
-        self.kinds = kinds(model, settings, batch_sizes)
+        self.kinds = kinds(model, settings, sizes)
         self.compiled = 0
         self.failed: str | None = None
         self._left: deque[Kind] = deque(self.kinds)
-        self._batch_sizes = batch_sizes
         self._known: set[Kind] = set(self.kinds)
         self._ready: set[Hashable] = set()
         self._work = threading.Condition()
@@ -91,7 +103,8 @@ class Warmup:
             return True
         own, request = plan.decoder_request, plan.request
         factor = plan.decoder.movq.config.scale_factor
-        kind = Kind(request.mode, (own.h * factor, own.w * factor), plan.guided, plan.prior_guided, batch_size)
+        size = own.h * factor, own.w * factor
+        kind = Kind(request.mode, size, plan.guided, plan.prior_guided, batch_size, batch_size)
         with self._work:
             if kind not in self._known:
                 self._known.add(kind)
@@ -117,7 +130,7 @@ class Warmup:
             self.changed()
 
 
-def kinds(model: ServedModel, settings: ServerSettings, batch_sizes: Sequence[int]) -> list[Kind]:
+def kinds(model: ServedModel, settings: ServerSettings, sizes: BatchSizes) -> list[Kind]:
     """Return all kinds of requests that a server announces, the usual ones first."""
     found: list[Kind] = []
     for mode in model.modes:
@@ -125,22 +138,29 @@ def kinds(model: ServedModel, settings: ServerSettings, batch_sizes: Sequence[in
         usual = [(own.guidance_scale or 0) > OFF, (own.prior_guidance_scale or 0) > OFF]
         for size in settings.sizes or (model.native_size(mode),):
             for i, guided in enumerate((usual[0], not usual[0])):
-                for batch_size in batch_sizes:
-                    prior_guided = usual[1] if i == 0 else not usual[1]
-                    found.append(Kind(mode, size, guided, prior_guided, batch_size))
+                prior_guided = usual[1] if i == 0 else not usual[1]
+                for pair in _pairs(sizes) if mode == model.modes[0] else zip(sizes.decoder, sizes.decoder, strict=True):
+                    found.append(Kind(mode, size, guided, prior_guided, *pair))
     first = [kind for kind in found if kind.mode == found[0].mode and kind.guided == found[0].guided]
     return first + [kind for kind in found if kind not in first]
+
+
+def _pairs(sizes: BatchSizes) -> list[tuple[int, int]]:
+    """Return pairs of a decoder's and a prior's batch size in which each size is."""
+    longest = max(len(sizes.decoder), len(sizes.prior))
+    decoder, prior = ([*own, *[own[-1]] * (longest - len(own))] for own in (sizes.decoder, sizes.prior))
+    return list(zip(decoder, prior, strict=True))
 
 
 def run_kind(model: ServedModel, kind: Kind) -> set[Hashable]:
     """Run a small request of a kind, and return the names of the programs that are compiled then."""
     plan = RequestPlan(model, model.complete(_request(model, kind), ServerSettings(any_size=True)))
     task = ImageTask(plan, 0)
-    _run_jobs(task.start_prior(), plan.pipe.prior_prior, plan.prior_guided, kind.batch_size)
+    _run_jobs(task.start_prior(), plan.pipe.prior_prior, plan.prior_guided, kind.prior_batch_size)
     job = task.start_decoder()
     _run_jobs([job], plan.decoder.unet, plan.guided, kind.batch_size)
     np.asarray(task.decode(job).array)
-    return {programs_of(plan, stage, kind.batch_size) for stage in ("prior", "decoder")}
+    return {programs_of(plan, "prior", kind.prior_batch_size), programs_of(plan, "decoder", kind.batch_size)}
 
 
 def _run_jobs(jobs: Sequence[SlotJob], module: nnx.Module, guided: bool, batch_size: int) -> None:

@@ -62,6 +62,8 @@ class AdapterWeights:
         except Exception:
             self._reset()
             raise
+        finally:
+            self.model.weights_changed()
         self.current = key
 
     def _reset(self) -> None:
@@ -69,4 +71,5 @@ class AdapterWeights:
         if self.current and self.current[1]:
             self.model.pipe(self.current[0]).unload_fast()
         apply_adapters(self._as_loaded)
+        self.model.weights_changed()
         self.current = PLAIN
