@@ -150,8 +150,8 @@ class Engine:
     def _next_batches(self) -> list[SlotBatch]:
         """Return the batches to advance in this turn.
 
-        While the decoder has free slots, the prior comes first: its images fill them, and a step takes as long with free
-        slots as without.
+        While the decoder has free slots, the prior comes first: its images fill them, and a step takes as long with
+        free slots as without.
         """
         running = [batch for batch in self.batches.values() if batch.jobs]
         prior = [batch for batch in running if batch.is_prior]
