@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,8 @@ from kandinsky_jax.common.errors import counted, quote
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from kandinsky_jax.serve.server_settings import ServerSettings
     from kandinsky_jax.serve.service import Service
 
@@ -166,7 +169,7 @@ def serve(
         model, prior=prior, modes=mode, dtype=dtype and dtype.value, mesh=devices, lora_folder=lora_folder
     )
     service = Service(served, settings)
-    app = api.make_app(service, settings, _page(service, settings) if page else None)
+    app = api.make_app(service, settings, _page() if page else None)
     _log_to_stderr(quiet)
     service.start()
     url = api.address_of(listening)
@@ -193,10 +196,10 @@ def _check_installed(page: bool) -> None:
         raise ValueError(f"serve needs {error.name}; install it by pip install 'kandinsky-jax[serve]'") from None
 
 
-def _page(service: Service, settings: ServerSettings):  # type: ignore[no-untyped-def]
-    from kandinsky_jax.serve.page import mount_page
+def _page() -> Callable[[FastAPI, Service, ServerSettings], object]:
+    from kandinsky_jax.serve.page import mount_page  # takes seconds
 
-    return lambda app: mount_page(app, service, settings)
+    return mount_page
 
 
 def _check_access(settings: ServerSettings, without_key: bool) -> None:

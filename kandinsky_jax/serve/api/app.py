@@ -24,13 +24,17 @@ from kandinsky_jax.serve.service import Service
 _ABOUT = "Pictures by Kandinsky 2.2, as OpenAI's clients ask for them, with further options as extra fields."
 
 
-def make_app(service: Service, settings: ServerSettings, add_page: Callable[[FastAPI], str] | None = None) -> FastAPI:
+def make_app(
+    service: Service,
+    settings: ServerSettings,
+    add_page: Callable[[FastAPI, Service, ServerSettings], object] | None = None,
+) -> FastAPI:
     """Make the application.
 
     Args:
         service: that generates.
         settings: of the server.
-        add_page: adds the web page to the application, and returns its path; None for the API alone.
+        add_page: adds the web page and the route `/`, as `kandinsky_jax.serve.page.mount_page`; None for the API alone.
     Returns:
         the application. Its `state.stopping` is an event; once set, new requests are refused.
     """
@@ -49,15 +53,20 @@ def make_app(service: Service, settings: ServerSettings, add_page: Callable[[Fas
     app.include_router(ImageRoutes(service).router())
     app.include_router(model_router(service))
     _add_operation(app, service, metrics)
-    home = "/docs" if add_page is None else add_page(app)
-    if home != "/":
-        app.add_api_route("/", lambda: RedirectResponse(home, 307), include_in_schema=False)
+    if add_page is not None:
+        add_page(app, service, settings)
+    else:
+        app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(Guard, settings=settings, metrics=metrics, stopping=app.state.stopping)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return app
+
+
+def _to_docs() -> Response:
+    return RedirectResponse("/docs", 307)
 
 
 def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:

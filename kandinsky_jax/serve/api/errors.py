@@ -86,12 +86,11 @@ def retry_after(seconds: float) -> dict[str, str]:
 
 def from_request_error(error: RequestError) -> ApiError:
     """Convert an error of the service's, with the names of the API."""
-    name = error.param
-    message = str(error)
-    for own, ours in API_NAMES.items():
-        if name == own:
-            message = message.replace(own, ours)
-    return ApiError(400, message, None if name == "mode" else API_NAMES.get(name or "", name), "invalid_value")
+    name, message = error.param or "", str(error)
+    ours = API_NAMES.get(name, name)
+    if name in API_NAMES:
+        message = message.replace(name, ours).replace(name.removeprefix("prior_"), ours)
+    return ApiError(400, message, None if name in ("", "mode") else ours, "invalid_value")
 
 
 def from_failure(error: Exception) -> ApiError:

@@ -24,6 +24,7 @@ from kandinsky_jax.serve.api.metrics import Metrics
 from kandinsky_jax.serve.server_settings import ServerSettings
 
 OPEN_PATHS = ("/health",)  # without the key, and while the server stops
+OWN_PATHS = (*OPEN_PATHS, "/metrics", "/docs", "/openapi.json")
 CONCURRENT_BODIES = 8  # of the largest size
 logger = logging.getLogger("kandinsky_jax.serve")
 
@@ -62,7 +63,6 @@ class Guard:
         try:
             refused = await self._refused(scope, body)
             if refused is not None:
-                await body.drain()
                 await refused(scope, receive, answer)
             else:
                 await self.app(scope, body, answer)
@@ -86,15 +86,13 @@ class Guard:
             logger.error("%s failed", answer.facts.id, exc_info=error)
             known = internal()
         if not answer.started:
-            await body.drain()
             await known.response()(scope, body, answer)
 
     def _route(self, scope: Scope) -> str:
-        """Return a name of few: the route's path, or "page", or "refused" for what did not get there."""
-        route = scope.get("route")
-        path = getattr(route, "path", None)
-        if path:
-            return str(path)
+        """Return the path of an API's route, "page" for any other, and "refused" for what got to none."""
+        path = str(getattr(scope.get("route"), "path", ""))
+        if path in OWN_PATHS or path.startswith("/v1/"):
+            return path
         return "page" if "router" in scope else "refused"
 
     # What is refused ------------------------------------------------------------------------------------------------
@@ -171,6 +169,8 @@ class _Answer:
         if self._dropped:
             return
         if message["type"] == "http.response.start":
+            if message["status"] >= 400:
+                await self._body.drain()  # a client reads the answer once it has sent everything
             if self._body.error is not None and message["status"] >= 500:  # what the page makes of it
                 await self._replace(self._body.error)
                 return

@@ -95,6 +95,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=MAX_HEADERS,
             )
         )
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what clients send
         self._service, self._grace, self._stopping = service, settings.grace, app.state.stopping
 
     @contextlib.contextmanager
@@ -144,7 +145,9 @@ def bind(settings: ServerSettings) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         number = getattr(error, "errno", None)
         if number == errno.EADDRINUSE:
-            raise ValueError(f"port {port} of {host} is in use; choose another one, or 0 for any that is free") from None
+            raise ValueError(
+                f"port {port} of {host} is in use; choose another one, or 0 for any that is free"
+            ) from None
         if number in (errno.EACCES, errno.EPERM):
             raise ValueError(f"port {port} of {host} is not open to this user; choose one from 1024 on") from None
         raise ValueError(f"{host}, port {port}, is no address of this machine: {error}") from None
