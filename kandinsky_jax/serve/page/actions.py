@@ -1,0 +1,196 @@
+"""What the page's buttons do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import gradio as gr
+from gradio.blocks import Block
+from gradio.components import Component
+
+from kandinsky_jax.serve.page import views
+from kandinsky_jax.serve.page.context import Job, PageContext
+from kandinsky_jax.serve.page.grids import plan_grid, shown_grid
+from kandinsky_jax.serve.page.restore import read_record, restored_updates
+from kandinsky_jax.serve.page.runs import Done, shown
+from kandinsky_jax.serve.page.sessions import Session
+from kandinsky_jax.serve.page.settings_panel import NEXT, SettingsPanel
+from kandinsky_jax.serve.page.tabs import PageTab
+from kandinsky_jax.serve.page.widgets import encode_value
+from kandinsky_jax.serve.records import read_settings
+from kandinsky_jax.serve.requests import RequestError
+
+Updates = dict[Any, Any]  # new values by component
+# Of all events: no second public interface, and no queue besides the service's.
+EVENT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
+
+
+class Actions:
+    """Connects the page's components.
+
+    Args:
+        context: of the page.
+        panel: shared settings.
+        tabs: that are shown.
+        parts: other components by their names, see `layout.build_page`.
+        axes: inputs of a grid.
+    """
+
+    def __init__(
+        self,
+        context: PageContext,
+        panel: SettingsPanel,
+        tabs: Sequence[PageTab],
+        parts: dict[str, Any],
+        axes: dict[str, Component],
+    ):
+        self.context, self.panel, self.tabs, self.parts, self.axes = context, panel, tabs, parts, axes
+
+    # Generating ---------------------------------------------------------------------------------------------------
+
+    def connect_tab(self, tab: PageTab, item: gr.Tab, generate: gr.Button, grid: gr.Button) -> None:
+        """Connect a tab's buttons, and what it shows when it is selected."""
+        inputs: set[Block] = {*self.panel.inputs.values(), *tab.inputs.values()}
+        outputs = [self.parts[name] for name in ("result", "gallery", "selected")] + [self.panel.inputs["seed"]]
+
+        async def on_generate(values: Updates, request: gr.Request) -> AsyncIterator[Updates]:
+            session = self.session(request)
+            async for event in shown(lambda: self.job(tab, values), session, self.context):
+                yield self.updates(event, session, values[self.panel.inputs["after"]] == NEXT)
+
+        async def on_grid(values: Updates, request: gr.Request) -> AsyncIterator[Updates]:
+            session = self.session(request)
+            axes = {name: values[component] for name, component in self.axes.items()}
+            async for event in shown_grid(
+                lambda: plan_grid(self.job(tab, values), axes, self.context), session, self.context
+            ):
+                yield self.updates(event, session, False)
+
+        generate.click(on_generate, inputs, outputs, **EVENT)
+        grid.click(on_grid, inputs | set(self.axes.values()), outputs, **EVENT)
+        self._connect_recommended(tab, item)
+
+    def _connect_recommended(self, tab: PageTab, item: gr.Tab) -> None:
+        prompt, fast, mode = self.panel.inputs["prompt"], self.panel.inputs["fast"], self.parts["mode"]
+
+        def on_select(fast: bool) -> Updates:
+            return {
+                prompt: gr.update(visible=tab.uses_prompt),
+                mode: tab.mode,
+                **self.panel.show_recommended(tab.mode, fast),
+            }
+
+        outputs = [prompt, mode, *(self.panel.inputs[name] for name in self.panel.recommended(tab.mode, False))]
+        item.select(on_select, [fast], outputs, **EVENT)
+
+    def job(self, tab: PageTab, values: Updates) -> Job:
+        """Return the job of a tab's inputs."""
+        shared = self.panel.fields({name: values[component] for name, component in self.panel.inputs.items()})
+        return tab.job({name: values[component] for name, component in tab.inputs.items()}, shared)
+
+    def updates(self, event: str | Done, session: Session, next_seed: bool) -> Updates:
+        """Return what an event of a run changes on the page."""
+        if isinstance(event, str):
+            return {self.parts["result"]: event}
+        session.selected = event.kept[-1 if event.kept[-1].record is None else 0].number
+        changed = self.gallery(session)
+        if next_seed and event.request.seed is not None:
+            changed[self.panel.inputs["seed"]] = str(event.request.seed + 1)
+        return changed
+
+    def gallery(self, session: Session) -> Updates:
+        """Return the gallery and the selected picture."""
+        return {self.parts["gallery"]: views.gallery(session), self.parts["selected"]: views.selected(session)}
+
+    def session(self, request: gr.Request) -> Session:
+        """Return the session of a tab of a browser."""
+        return self.context.sessions.get(request.session_hash)
+
+    # Other buttons ------------------------------------------------------------------------------------------------
+
+    def connect(self, page: gr.Blocks, container: gr.Tabs) -> None:
+        """Connect what is not a tab's own."""
+        self._connect_session(page)
+        self._connect_restore(container)
+        for name, target in (("use", "img2img"), ("repaint", "inpaint")):
+            tab = next((tab for tab in self.tabs if tab.name == target), None)
+            if tab is None:
+                self.parts[name].visible = False
+            else:
+                self._connect_source(self.parts[name], tab, container)
+
+        fast, mode = self.panel.inputs["fast"], self.parts["mode"]
+        names = [name for name in self.panel.recommended(self.tabs[0].mode, False) if name != "fast"]
+
+        def on_fast(fast: bool, mode: str) -> Updates:
+            shown = self.panel.show_recommended(mode, fast)
+            return {self.panel.inputs[name]: shown[self.panel.inputs[name]] for name in names}
+
+        assert isinstance(fast, gr.Checkbox)
+        fast.change(on_fast, [fast, mode], [self.panel.inputs[name] for name in names], **EVENT)
+
+    def _connect_session(self, page: gr.Blocks) -> None:
+        def on_cancel(request: gr.Request) -> None:
+            self.session(request).cancel()
+
+        def on_pick(event: gr.EventData, request: gr.Request) -> Updates:
+            session, number = self.session(request), event._data.get("number") if event._data else None
+            if isinstance(number, int) and number in session.pictures:
+                session.selected = number
+            return self.gallery(session)
+
+        def on_unload(request: gr.Request) -> None:
+            self.context.sessions.leave(request.session_hash)
+
+        self.parts["cancel"].click(on_cancel, None, None, **EVENT)
+        self.parts["gallery"].select(on_pick, None, [self.parts["gallery"], self.parts["selected"]], **EVENT)
+        page.unload(on_unload)
+
+    def _connect_source(self, button: gr.Button, tab: PageTab, container: gr.Tabs) -> None:
+        assert tab.source is not None
+        source = tab.inputs[tab.source]
+
+        def on_use(request: gr.Request) -> Updates:
+            chosen = self.session(request).selection
+            if chosen is None:
+                return {}
+            return {source: encode_value(chosen.picture()), container: gr.Tabs(selected=tab.name)}
+
+        button.click(on_use, None, [source, container], **EVENT)
+
+    def _connect_restore(self, container: gr.Tabs) -> None:
+        area, message, mode = self.parts["restore"], self.parts["message"], self.parts["mode"]
+        inputs = [component for tab in self.tabs for component in tab.inputs.values()]
+        outputs = [area, message, mode, container, *self.panel.inputs.values(), *inputs]
+
+        def restore(read: Callable[[], dict[str, Any]]) -> Updates:
+            try:
+                updates, tab, text = restored_updates(read(), self.tabs, self.panel, container)
+            except RequestError as error:
+                return {area: "", message: views.notice(f"Not restored: {error}.", wrong=True)}
+            prompt = self.panel.inputs["prompt"]
+            updates[prompt] = gr.update(**{**updates[prompt], "visible": tab.uses_prompt})
+            return {area: "", message: views.notice(text), mode: tab.mode, **updates}
+
+        def on_drop(text: str) -> Updates:
+            return restore(lambda: read_record(text))
+
+        def on_settings(request: gr.Request) -> Updates:
+            return restore(lambda: self.record(self.session(request)))
+
+        area.upload(on_drop, [area], outputs, **EVENT)
+        self.parts["settings"].click(on_settings, None, outputs, **EVENT)
+
+    def record(self, session: Session) -> dict[str, Any]:
+        """Return the settings of the selected picture.
+
+        Raises:
+            RequestError: where there is none, or it is a grid.
+        """
+        chosen = session.selection
+        if chosen is None or chosen.record is None:
+            raise RequestError(
+                "choose a picture of the gallery" if chosen is None else "a grid has no settings of its own"
+            )
+        return read_settings(chosen.png)

@@ -1,0 +1,103 @@
+"""Adding the page to a FastAPI app."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from importlib import resources
+
+import gradio as gr
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import RedirectResponse, Response
+
+from kandinsky_jax.serve.page.context import PageContext
+from kandinsky_jax.serve.page.gate import PageGate
+from kandinsky_jax.serve.page.layout import build_page
+from kandinsky_jax.serve.page.sessions import Sessions
+from kandinsky_jax.serve.page.theme import page_theme
+from kandinsky_jax.serve.server_settings import ServerSettings
+from kandinsky_jax.serve.service import Service
+
+PREFIX = "/ui"
+FILES = {"page.js": "text/javascript; charset=utf-8", "page.css": "text/css; charset=utf-8"}
+_PRIVATE = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
+
+
+def mount_page(app: FastAPI, service: Service, settings: ServerSettings) -> FastAPI:
+    """Add the page to an app at `/ui`, and a redirect from `/`.
+
+    Args:
+        app: with the routes of the API, which keep precedence.
+        service: takes the requests.
+        settings: limits of what a client sends.
+    Returns:
+        the same app.
+    """
+    context = PageContext(service)
+    _add_routes(app, context.sessions)
+    _use_private_folder()
+    page = build_page(context)
+    gr.mount_gradio_app(
+        app,
+        page,
+        PREFIX,
+        server_name=settings.host,
+        server_port=settings.port,
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=1,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=page_theme(),
+        css=_file("page.css").decode(),
+    )
+    app.add_middleware(PageGate, prefix=PREFIX, max_body=settings.max_body)
+    app.state.page = context
+    return app
+
+
+def _use_private_folder() -> None:
+    """Give Gradio a folder that only this user can read, though the page sends it no files."""
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="kandinsky-jax-page-")
+
+
+def _add_routes(app: FastAPI, sessions: Sessions) -> None:
+    """Add the routes of the page's own files, and of the pictures of its sessions, all in memory."""
+
+    @app.get("/", include_in_schema=False)
+    def to_page() -> Response:
+        return RedirectResponse(PREFIX.lstrip("/") + "/", 307)
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    def icon() -> Response:
+        return Response(_file("icon.svg"), media_type="image/svg+xml")
+
+    @app.get(PREFIX + "/own/{name}", include_in_schema=False)
+    def own_file(name: str) -> Response:
+        if name not in FILES:
+            raise HTTPException(404, "there is no such file")
+        return Response(_file(name), media_type=FILES[name], headers={"Cache-Control": "no-cache"})
+
+    @app.get(PREFIX + "/session/{key}/{name}", include_in_schema=False)
+    def session_file(key: str, name: str) -> Response:
+        session = sessions.with_key(key)
+        stem, _, ending = name.partition(".")
+        if session is None:
+            raise HTTPException(404, "there is no such session")
+        if name == "all.zip":
+            return Response(
+                session.zipped(), media_type="application/zip", headers=_PRIVATE | {"Cache-Control": "no-store"}
+            )
+        kept = session.pictures.get(int(stem)) if stem.isascii() and stem.isdigit() and len(stem) < 10 else None
+        if kept is None or ending not in ("png", "webp"):
+            raise HTTPException(404, "there is no such picture")
+        return Response(kept.png if ending == "png" else kept.thumbnail, media_type=f"image/{ending}", headers=_PRIVATE)
+
+
+def _file(name: str) -> bytes:
+    return resources.files("kandinsky_jax.serve.page").joinpath(name).read_bytes()

@@ -1,0 +1,330 @@
+// The parts of the page that Gradio has no component for: pictures that are chosen, painted on and sent as text, so
+// that nothing is uploaded to a file; keys; the theme's button. Loaded once; `window.kandinskyPage` is its interface.
+(() => {
+  "use strict";
+  if (window.kandinskyPage) return;
+
+  // Pictures --------------------------------------------------------------------------------------------------------
+
+  const announce = (element, text) => {
+    const line = element.querySelector(".kj-note");
+    if (line) line.textContent = text;
+  };
+
+  const readAsText = (file) =>
+    new Promise((resolve, reject) => {
+      const reader = new FileReader();
+      reader.onload = () => resolve(reader.result);
+      reader.onerror = () => reject(reader.error);
+      reader.readAsDataURL(file);
+    });
+
+  const firstImage = (transfer) => Array.from(transfer?.files ?? []).find((file) => file.type.startsWith("image/"));
+
+  async function bitmapOf(source) {
+    if (typeof source !== "string") return createImageBitmap(source);
+    const image = new Image();
+    image.src = source; // a data: URL
+    await image.decode();
+    return image;
+  }
+
+  function takeFiles(element, take) {
+    const input = element.querySelector("input[type=file]");
+    input.addEventListener("change", () => {
+      if (input.files[0]) take(input.files[0]);
+      input.value = "";
+    });
+    const over = (on) => element.firstElementChild.classList.toggle("kj-over", on);
+    element.addEventListener("dragover", (event) => {
+      event.preventDefault();
+      event.stopPropagation();
+      over(true);
+    });
+    element.addEventListener("dragleave", () => over(false));
+    element.addEventListener("drop", (event) => {
+      event.preventDefault();
+      event.stopPropagation();
+      over(false);
+      const file = firstImage(event.dataTransfer);
+      if (file) take(file);
+      else announce(element, "That is not a picture.");
+    });
+    element.addEventListener("paste", (event) => {
+      const file = firstImage(event.clipboardData);
+      if (file) take(file);
+    });
+  }
+
+  // A picture, and with `paint` a mask on it. The value is "", or JSON with data: URLs: {"picture", "mask"}.
+  function picture(element, props, watch, paint, side) {
+    const find = (selector) => element.querySelector(selector);
+    const canvas = find(".kj-image");
+    const stage = find(".kj-stage");
+    const painter = paint ? mask(element, send) : null;
+    let url = "";
+
+    function send() {
+      props.value = url ? JSON.stringify({ picture: url, mask: painter ? painter.url() : "" }) : "";
+    }
+
+    async function show(source, maskUrl) {
+      let bitmap;
+      try {
+        bitmap = await bitmapOf(source);
+      } catch {
+        announce(element, "This file cannot be read as a picture.");
+        return false;
+      }
+      const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
+      canvas.width = Math.max(1, Math.round(bitmap.width * scale));
+      canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+      canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+      url = canvas.toDataURL("image/png");
+      stage.hidden = false;
+      stage.style.width = `${Math.max(320, canvas.width)}px`;
+      find(".kj-remove").hidden = false;
+      element.firstElementChild.classList.add("kj-filled");
+      announce(element, `${canvas.width} x ${canvas.height} pixels.`);
+      if (painter) await painter.reset(canvas.width, canvas.height, maskUrl);
+      return true;
+    }
+
+    function clear() {
+      url = "";
+      stage.hidden = true;
+      find(".kj-remove").hidden = true;
+      element.firstElementChild.classList.remove("kj-filled");
+      announce(element, "");
+    }
+
+    takeFiles(element, async (file) => (await show(file)) && send());
+    find(".kj-remove").addEventListener("click", () => {
+      clear();
+      send();
+      find("input[type=file]").focus();
+    });
+    async function refresh() {
+      if (!props.value) return clear();
+      const given = JSON.parse(props.value);
+      if (given.picture !== url) await show(given.picture, given.mask);
+    }
+    watch("value", refresh);
+    refresh(); // a tab's parts are made when it is first shown
+  }
+
+  // Painting: strokes on a transparent canvas over the picture, by mouse, finger, pen or keys.
+  const COLOUR = "#7c3aed"; // of the mask; it is sent white on black
+
+  // Paint a canvas where it has alpha: in one colour, on another.
+  function recolour(canvas, colour, ground) {
+    const paper = canvas.getContext("2d");
+    paper.globalCompositeOperation = "source-in";
+    paper.fillStyle = colour;
+    paper.fillRect(0, 0, canvas.width, canvas.height);
+    paper.globalCompositeOperation = "destination-over";
+    paper.fillStyle = ground;
+    paper.fillRect(0, 0, canvas.width, canvas.height);
+  }
+
+  function mask(element, changed) {
+    const find = (selector) => element.querySelector(selector);
+    const canvas = find(".kj-mask");
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    const size = find(".kj-brush");
+    const eraser = find(".kj-eraser");
+    const ring = find(".kj-ring");
+    const past = [];
+    let last = null;
+    let at = [0, 0];
+
+    const width = () => (Number(size.value) / 100) * Math.max(canvas.width, canvas.height);
+    const erasing = () => eraser.getAttribute("aria-pressed") === "true";
+
+    function keep() {
+      past.push(context.getImageData(0, 0, canvas.width, canvas.height));
+      if (past.length > 12) past.shift();
+    }
+
+    function stroke(from, to) {
+      context.globalCompositeOperation = erasing() ? "destination-out" : "source-over";
+      context.strokeStyle = COLOUR;
+      context.lineCap = "round";
+      context.lineWidth = width();
+      context.beginPath();
+      context.moveTo(...from);
+      context.lineTo(to[0] + 0.01, to[1]);
+      context.stroke();
+      context.globalCompositeOperation = "source-over";
+    }
+
+    function moveRing(point) {
+      const scale = canvas.clientWidth / canvas.width;
+      at = point;
+      ring.style.width = ring.style.height = `${width() * scale}px`;
+      ring.style.left = `${point[0] * scale}px`;
+      ring.style.top = `${point[1] * scale}px`;
+    }
+
+    const place = (event) => {
+      const box = canvas.getBoundingClientRect();
+      return [
+        ((event.clientX - box.left) * canvas.width) / box.width,
+        ((event.clientY - box.top) * canvas.height) / box.height,
+      ];
+    };
+
+    canvas.addEventListener("pointerdown", (event) => {
+      event.preventDefault();
+      canvas.focus({ preventScroll: true });
+      canvas.setPointerCapture(event.pointerId);
+      keep();
+      last = place(event);
+      stroke(last, last);
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      const point = place(event);
+      moveRing(point);
+      if (last === null) return;
+      stroke(last, point);
+      last = point;
+    });
+    const lift = () => {
+      if (last === null) return;
+      last = null;
+      changed();
+    };
+    canvas.addEventListener("pointerup", lift);
+    canvas.addEventListener("pointercancel", lift);
+
+    canvas.addEventListener("keydown", (event) => {
+      const step = Math.max(1, width() / 4);
+      const move = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] }[event.key];
+      const stamp = event.key === " ";
+      if (!move && !stamp) return;
+      event.preventDefault();
+      const to = move
+        ? [Math.min(canvas.width, Math.max(0, at[0] + move[0])), Math.min(canvas.height, Math.max(0, at[1] + move[1]))]
+        : at;
+      if (stamp || event.shiftKey) {
+        keep();
+        stroke(at, to);
+        changed();
+      }
+      moveRing(to);
+    });
+
+    size.addEventListener("input", () => moveRing(at));
+    eraser.addEventListener("click", () => eraser.setAttribute("aria-pressed", String(!erasing())));
+    find(".kj-undo").addEventListener("click", () => {
+      if (!past.length) return;
+      context.putImageData(past.pop(), 0, 0);
+      changed();
+    });
+    find(".kj-wipe").addEventListener("click", () => {
+      keep();
+      context.clearRect(0, 0, canvas.width, canvas.height);
+      changed();
+    });
+    find(".kj-invert").addEventListener("click", () => {
+      keep();
+      context.globalCompositeOperation = "source-out";
+      context.fillStyle = COLOUR;
+      context.fillRect(0, 0, canvas.width, canvas.height);
+      context.globalCompositeOperation = "source-over";
+      changed();
+    });
+
+    return {
+      async reset(w, h, maskUrl) {
+        canvas.width = w;
+        canvas.height = h;
+        past.length = 0;
+        moveRing([w / 2, h / 2]);
+        if (!maskUrl) return;
+        context.drawImage(await bitmapOf(maskUrl), 0, 0, w, h);
+        const pixels = context.getImageData(0, 0, w, h);
+        for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = pixels.data[i]; // black is transparent
+        context.putImageData(pixels, 0, 0);
+        context.globalCompositeOperation = "source-in";
+        context.fillStyle = COLOUR;
+        context.fillRect(0, 0, w, h);
+        context.globalCompositeOperation = "source-over";
+      },
+      url() {
+        const out = document.createElement("canvas");
+        out.width = canvas.width;
+        out.height = canvas.height;
+        out.getContext("2d").drawImage(canvas, 0, 0);
+        recolour(out, "#fff", "#000");
+        return out.toDataURL("image/png");
+      },
+    };
+  }
+
+  // A file whose settings are restored: its bytes as they are, for its metadata.
+  function restore(element, props, trigger) {
+    const limit = Number(element.firstElementChild.dataset.limit);
+    async function take(file) {
+      if (file.size > limit) return announce(element, `This file is larger than ${Math.floor(limit / 2 ** 20)} MiB.`);
+      announce(element, "");
+      props.value = await readAsText(file);
+      trigger("upload");
+    }
+    takeFiles(element, take);
+    // What is dropped elsewhere on the page is restored too.
+    document.addEventListener("dragover", (event) => event.preventDefault());
+    document.addEventListener("drop", (event) => {
+      event.preventDefault();
+      const file = firstImage(event.dataTransfer);
+      if (file) take(file);
+    });
+  }
+
+  function gallery(element, trigger) {
+    element.addEventListener("click", (event) => {
+      const thumb = event.target.closest("button[data-number]");
+      if (thumb) trigger("select", { number: Number(thumb.dataset.number) });
+    });
+  }
+
+  // Keys and theme --------------------------------------------------------------------------------------------------
+
+  const shown = (element) => element && element.offsetParent !== null;
+  const running = () => document.querySelector("#kj-result [data-running=true]") !== null;
+
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      const button = Array.from(document.querySelectorAll(".kj-generate")).find(shown);
+      if (!button) return;
+      event.preventDefault();
+      event.stopPropagation();
+      document.activeElement?.dispatchEvent(new Event("change", { bubbles: true }));
+      setTimeout(() => button.click(), 0);
+    } else if (event.key === "Escape" && running()) {
+      document.querySelector("#kj-cancel")?.click();
+    }
+  }, true);
+
+  const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const scrollTo = (selector) =>
+    document.querySelector(selector)?.scrollIntoView({ behavior: calm() ? "auto" : "smooth", block: "start" });
+  document.addEventListener("click", (event) => {
+    const on = (selector) => event.target.closest?.(selector);
+    if (on(".kj-generate, .kj-grid-button") && matchMedia("(max-width: 760px)").matches) scrollTo("#kj-result");
+    if (on("#kj-use, #kj-repaint, #kj-reuse")) scrollTo("#kj-inputs");
+  });
+
+  function header(element) {
+    document.documentElement.lang = "en";
+    const button = element.querySelector(".kj-theme");
+    const label = () => button.setAttribute("aria-pressed", String(document.body.classList.contains("dark")));
+    button.addEventListener("click", () => {
+      document.body.classList.toggle("dark");
+      label();
+    });
+    label();
+  }
+
+  window.kandinskyPage = { picture, restore, gallery, header };
+})();

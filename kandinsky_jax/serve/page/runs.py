@@ -1,0 +1,168 @@
+"""Running a job: its events, and its pictures in the session's gallery."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from kandinsky_jax.serve.page import views
+from kandinsky_jax.serve.page.context import Job, PageContext
+from kandinsky_jax.serve.page.encoding import duration
+from kandinsky_jax.serve.page.sessions import KeptPicture, Session
+from kandinsky_jax.serve.records import encode_image, parameters_text
+from kandinsky_jax.serve.requests import MIX, ImageRequest, RequestError
+from kandinsky_jax.serve.tickets import (
+    Cancelled,
+    Event,
+    Failed,
+    Finished,
+    GeneratedImage,
+    Progress,
+    QueueFull,
+    Ticket,
+    TimedOut,
+    Waiting,
+)
+
+BETWEEN_VIEWS = 0.15  # seconds
+log = logging.getLogger(__name__)
+
+
+class AlreadyRunning(Exception):
+    """The tab has a request that runs."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job's pictures.
+
+    Args:
+        kept: in the session's gallery.
+        request: as it was run.
+    """
+
+    kept: tuple[KeptPicture, ...]
+    request: ImageRequest
+
+
+@contextmanager
+def run_of(session: Session) -> Iterator[None]:
+    """Mark a session as busy; what still runs at the end is cancelled.
+
+    Raises:
+        AlreadyRunning: where it is busy.
+    """
+    if session.busy:
+        raise AlreadyRunning
+    session.busy, session.cancelled = True, False
+    try:
+        yield
+    finally:
+        session.busy = False
+        for ticket in session.tickets:
+            ticket.cancel()
+        session.tickets.clear()
+
+
+async def events(ticket: Ticket) -> AsyncIterator[Event]:
+    """Yield a ticket's events until the last one; of progress, the newest."""
+    loop = asyncio.get_running_loop()
+    inbox: asyncio.Queue[Event] = asyncio.Queue()
+
+    def pass_on(event: Event) -> None:
+        with suppress(RuntimeError):  # of a server that has ended
+            loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+    ticket.listen(pass_on)
+    while True:
+        event = await inbox.get()
+        while isinstance(event, Progress) and not inbox.empty():
+            event = inbox.get_nowait()
+        yield event
+        if isinstance(event, Finished | Failed):
+            return
+        if isinstance(event, Progress):
+            await asyncio.sleep(BETWEEN_VIEWS)
+
+
+async def run(job: Job, session: Session, context: PageContext, of: str = "") -> AsyncIterator[str | Done]:
+    """Run a job; yield views of its progress, and what became of it.
+
+    Args:
+        job: what to generate.
+        session: keeps its pictures.
+        context: of the page.
+        of: which of several it is, for the view.
+    Raises:
+        Exception: that of the service, or of the ticket.
+    """
+    ticket = await asyncio.to_thread(context.service.submit, job.request, True)
+    session.tickets.add(ticket)
+    if session.cancelled:
+        ticket.cancel()
+    try:
+        async for event in events(ticket):
+            if isinstance(event, Waiting):
+                ahead = f", {event.ahead} before it" if event.ahead else ""
+                yield views.working(f"Waiting{ahead}", job.note)
+            elif isinstance(event, Progress):
+                yield views.progress(event, alt_text(ticket.request), job.note, of)
+            elif isinstance(event, Failed):
+                raise event.error
+            elif isinstance(event, Finished):
+                kept = [await asyncio.to_thread(keep, image, job, session) for image in event.images]
+                yield Done(tuple(kept), ticket.request)
+    finally:
+        session.tickets.discard(ticket)
+        if ticket.end is None:
+            ticket.cancel()
+
+
+async def shown(job: Callable[[], Job], session: Session, context: PageContext) -> AsyncIterator[str | Done]:
+    """Run a job, and say in words what went wrong."""
+    began = time.monotonic()
+    try:
+        with run_of(session):
+            yield views.working("Starting")
+            made = await asyncio.to_thread(job)
+            async for event in run(made, session, context):
+                if isinstance(event, Done):
+                    note = made.note
+                    yield views.finished(event.kept, session.key, note, time.monotonic() - began)
+                yield event
+    except Exception as error:
+        if view := failure_view(error):
+            yield view
+
+
+def failure_view(error: Exception) -> str:
+    """Return the view of an error; "" where the view of what already runs is to stay."""
+    if isinstance(error, AlreadyRunning):
+        return ""
+    if isinstance(error, Cancelled):
+        return views.stopped("Cancelled")
+    if isinstance(error, QueueFull):
+        return views.failed(f"The server is busy: {error}. Try again in {duration(error.retry_after)}.")
+    if isinstance(error, RequestError | TimedOut):
+        message = str(error)
+        return views.failed(message[:1].upper() + message[1:] + ".")
+    log.error("a request of the page failed", exc_info=error)
+    return views.failed("The server failed; its log says why.")
+
+
+def keep(image: GeneratedImage, job: Job, session: Session) -> KeptPicture:
+    """Put a picture into the session's gallery."""
+    picture = job.finish(image.picture)
+    about = parameters_text(image.record) or ", ".join(f"{name}: {value}" for name, value in image.record.items())
+    return session.add(picture, encode_image(picture, image.record, "png"), image.record, alt_text(job.request), about)
+
+
+def alt_text(request: ImageRequest) -> str:
+    """Return what a request's pictures show, as far as it is known."""
+    if request.mode == MIX:
+        return "a mix of " + ", ".join(item if isinstance(item, str) else "a picture" for item in request.items)
+    return request.prompt.strip() or "a variation of a picture"

@@ -1,0 +1,154 @@
+"""What the server keeps of each browser tab, in memory: its pictures, and the requests that run."""
+
+from __future__ import annotations
+
+import io
+import secrets
+import threading
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from kandinsky_jax.serve.tickets import Ticket
+
+MAX_PICTURES = 100  # of a session
+MAX_BYTES = 2**26  # of a session's pictures
+MAX_SESSIONS = 32
+KEPT_SECONDS = 900.0  # after its tab was closed: a phone that sleeps closes it for a while
+THUMBNAIL = 192  # pixels
+
+
+@dataclass(frozen=True)
+class KeptPicture:
+    """A picture of the gallery.
+
+    Args:
+        number: in its session, from 1.
+        png: the file, with its settings in it.
+        thumbnail: a WebP.
+        record: its settings, None for a grid.
+        alt: what it shows, for those who do not see it.
+        about: its settings as text.
+        size: width and height in pixels.
+    """
+
+    number: int
+    png: bytes
+    thumbnail: bytes
+    record: dict[str, Any] | None
+    alt: str
+    about: str
+    size: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """Name of the file when it is downloaded."""
+        return f"kandinsky-{self.number:04d}.png"
+
+    def picture(self) -> Image.Image:
+        """Decode the picture."""
+        with Image.open(io.BytesIO(self.png), formats=["PNG"]) as image:
+            return image.convert("RGB")
+
+
+@dataclass
+class Session:
+    """A browser tab.
+
+    Args:
+        key: a secret part of the addresses of its pictures.
+    """
+
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(18))
+    pictures: OrderedDict[int, KeptPicture] = field(default_factory=OrderedDict)
+    selected: int | None = None
+    tickets: set[Ticket] = field(default_factory=set)
+    busy: bool = False
+    cancelled: bool = False
+    left: float | None = None  # when its tab was closed
+    _made: int = 0
+
+    def add(self, picture: Image.Image, png: bytes, record: dict[str, Any] | None, alt: str, about: str) -> KeptPicture:
+        """Keep a picture; the oldest ones are dropped where there are too many."""
+        small = picture.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        thumbnail = io.BytesIO()
+        small.save(thumbnail, "WEBP", quality=80)
+        self._made += 1
+        kept = KeptPicture(self._made, png, thumbnail.getvalue(), record, alt, about, picture.size)
+        self.pictures[kept.number] = kept
+        while len(self.pictures) > 1 and (
+            len(self.pictures) > MAX_PICTURES or sum(len(one.png) for one in self.pictures.values()) > MAX_BYTES
+        ):
+            dropped, _ = self.pictures.popitem(last=False)
+            self.selected = None if self.selected == dropped else self.selected
+        return kept
+
+    @property
+    def selection(self) -> KeptPicture | None:
+        """The selected picture, else the newest."""
+        if self.selected is not None and self.selected in self.pictures:
+            return self.pictures[self.selected]
+        return next(reversed(self.pictures.values()), None)
+
+    def cancel(self) -> bool:
+        """Stop what runs; return whether anything did."""
+        self.cancelled = self.busy
+        for ticket in list(self.tickets):
+            ticket.cancel()
+        return self.busy
+
+    def zipped(self) -> bytes:
+        """Return all pictures as a ZIP file."""
+        target = io.BytesIO()
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+            for kept in list(self.pictures.values()):
+                archive.writestr(kept.name, kept.png)
+        return target.getvalue()
+
+
+class Sessions:
+    """The sessions of a server, by the names that Gradio gives them."""
+
+    def __init__(self) -> None:
+        self._by_name: OrderedDict[str, Session] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: str | None) -> Session:
+        """Return a session; a new one where there is none. The one that was used longest ago makes room."""
+        with self._lock:
+            session = self._by_name.setdefault(name or "", Session())
+            self._by_name.move_to_end(name or "")
+            session.left = None
+            self._make_room()
+            return session
+
+    def _make_room(self) -> None:
+        now = time.monotonic()
+        gone = [name for name, one in self._by_name.items() if one.left is not None and now - one.left > KEPT_SECONDS]
+        idle = [name for name, one in self._by_name.items() if not one.busy and name not in gone]
+        surplus = len(self._by_name) - len(gone) - MAX_SESSIONS
+        for name in gone + idle[: max(0, min(surplus, len(idle) - 1))]:
+            del self._by_name[name]
+
+    def with_key(self, key: str) -> Session | None:
+        """Return the session with a secret key."""
+        with self._lock:
+            return next((one for one in self._by_name.values() if secrets.compare_digest(one.key, key)), None)
+
+    def leave(self, name: str | None) -> None:
+        """Cancel what a tab that was closed has left running; its pictures are dropped after `KEPT_SECONDS`."""
+        with self._lock:
+            session = self._by_name.get(name or "")
+        if session is not None:
+            session.left = time.monotonic()
+            session.cancel()
+
+    def __iter__(self) -> Iterator[Session]:
+        with self._lock:
+            return iter(list(self._by_name.values()))
