@@ -21,6 +21,7 @@ from kandinsky_jax.checkpoint import (
     hub,
     load_network,
     orbax,
+    preview_map,
     recommended_settings,
     save_network,
     stored_bytes,
@@ -113,6 +114,8 @@ def convert(
                 if quantization is not None and name in input_ranges:
                     module = quantize_network(module, input_ranges[name], quantization.dtype)
                 save_network(module, scratch / name, layout)
+                if classes[name] == "VQModel":
+                    preview_map.copy_stored(module, scratch / name, part)
                 config = module.config
                 del module  # before the next one is read, so that the peak is one component
                 if classes[name] == "CLIPVisionModelWithProjection":

@@ -16,7 +16,7 @@ from flax import nnx
 
 from kandinsky_jax.checkpoint import tensor_names
 from kandinsky_jax.checkpoint.networks import flat_params, read_params
-from kandinsky_jax.checkpoint.tensor_files import PREFERRED, ZERO_EMBED, WeightSelection
+from kandinsky_jax.checkpoint.tensor_files import PREFERRED, PREVIEW_MAP, ZERO_EMBED, WeightSelection
 from kandinsky_jax.common.atomic import replace_file
 from kandinsky_jax.common.reading import ReadError, read_text
 from kandinsky_jax.common.storage import files_below, user_cache
@@ -97,11 +97,11 @@ def _groups(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 
 def _stored_files(folder: Path) -> list[Path]:
-    """Return all files of a component except the embedding of zeros, which is itself sealed with a fingerprint.
+    """Return all files of a component except those that are themselves sealed with a fingerprint.
 
     An index of shards may give these any names.
     """
-    return sorted(path for path in files_below(folder) if path.is_file() and path.name != ZERO_EMBED)
+    return sorted(path for path in files_below(folder) if path.is_file() and path.name not in (ZERO_EMBED, PREVIEW_MAP))
 
 
 def _identity(folder: Path, selection: WeightSelection, wanted: list[str]) -> str:

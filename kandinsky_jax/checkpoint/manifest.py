@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from kandinsky_jax.checkpoint import orbax, recommended_settings, tokenizer
-from kandinsky_jax.checkpoint.tensor_files import WEIGHT_FILE, ZERO_EMBED
+from kandinsky_jax.checkpoint.tensor_files import PREVIEW_MAP, WEIGHT_FILE, ZERO_EMBED
 from kandinsky_jax.common.atomic import replace_file
 from kandinsky_jax.common.errors import CheckpointError, quote, shorten
 from kandinsky_jax.common.reading import ReadError, check_regular, of_file, read_text
@@ -208,7 +208,7 @@ def _is_read(name: str, components: set[str]) -> bool:
 
 def _is_read_in_component(name: str) -> bool:
     return (
-        name in (*COMPONENT_FILES, ZERO_EMBED)
+        name in (*COMPONENT_FILES, ZERO_EMBED, PREVIEW_MAP)
         or name.startswith(f"{orbax.FOLDER}/")
         or WEIGHT_FILE.fullmatch(name) is not None
     )

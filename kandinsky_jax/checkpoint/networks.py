@@ -12,6 +12,7 @@ import math
 import os
 import re
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -190,7 +191,16 @@ def load_network(
         params = _read_orbax(folder, expected, dtype, places, progress)
     else:
         params = _read_torch(folder, expected, dtype, places, progress, selection)
+    _folders[module] = folder.absolute()
     return set_params(module, params)
+
+
+def folder_of(network: nnx.Module) -> Path | None:
+    """Return the folder that a network was read from by `load_network`, None for others; it may have changed since."""
+    return _folders.get(network)
+
+
+_folders: weakref.WeakKeyDictionary[nnx.Module, Path] = weakref.WeakKeyDictionary()
 
 
 def check_network(

@@ -63,6 +63,7 @@ WEIGHT_FILE = re.compile(
 
 MAPPED_BYTES = 64 << 20  # of a file, at most, besides one tensor
 
+PREVIEW_MAP = "preview_map.json"  # in MoVQ's folder, see `kandinsky_jax.checkpoint.preview_map`
 ZERO_EMBED = "zero_embed.safetensors"  # in a vision tower's folder, see `kandinsky_jax.checkpoint.zero_embed`
 
 # What JAX holds without loss: safetensors' and PyTorch's names of the dtypes that weights may have. Float64 is among

@@ -23,6 +23,7 @@ from kandinsky_jax.checkpoint import (
     hub,
     load_network,
     loading_bar,
+    preview_map,
     recommended_settings,
     save_network,
     stored_bytes,
@@ -39,7 +40,7 @@ from kandinsky_jax.common.reading import of_file
 from kandinsky_jax.common.storage import check_replaceable, complete_or_absent, read_json
 from kandinsky_jax.compilation import compiling_ahead
 from kandinsky_jax.images import CLIPImageProcessor
-from kandinsky_jax.models import NETWORKS, CLIPVisionModelWithProjection
+from kandinsky_jax.models import NETWORKS, CLIPVisionModelWithProjection, VQModel
 from kandinsky_jax.parallel.mesh import Mesh, default_mesh
 from kandinsky_jax.parallel.sharding import Rules
 from kandinsky_jax.pipelines.loading_arguments import Dtypes, without_diffusers_arguments
@@ -199,6 +200,8 @@ class PretrainedMixin:
                 part = held.read_once() if isinstance(held, LazyNetwork) else held
                 if isinstance(part, nnx.Module):
                     save_network(part, scratch / name, layout, None, variant, max_shard_size)
+                    if isinstance(part, VQModel):
+                        preview_map.copy_stored(part, scratch / name)
                     if isinstance(held, LazyNetwork):
                         saved = WeightSelection(variant)
                         zero_embed.copy_stored(held.folder, scratch / name, held.config, held.selection, saved)
