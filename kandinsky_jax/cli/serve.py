@@ -130,7 +130,7 @@ def serve(
             help=f"Cache of compiled programs; hosts share a URL's; default: ${CACHE}, else the user's folder.",
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No log lines of requests that succeed.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No log lines of requests.")] = False,
 ) -> None:
     """Serve a web page, and an HTTP API for OpenAI's clients; Ctrl-C or SIGTERM finishes what runs."""
     _check_installed(page)

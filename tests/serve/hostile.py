@@ -76,36 +76,14 @@ FIELDS = (
 )
 URLS = (
     *("/", "/docs", "/openapi.json", "/metrics", "/health", "/v1/models", "/v1/models/tiny", "/login", "/favicon.ico"),
-    *(
-        "/../../etc/passwd",
-        "//etc/passwd",
-        "/%2e%2e/%2e%2e/etc/passwd",
-        "/v1/models/../../../etc/passwd",
-        "/v1//images",
-    ),
-    *("/ui/", "/ui/config", "/ui/theme.css", "/ui/own/../mount.py", "/ui/own/%2e%2e%2fmount.py", "/ui/own/page.js"),
-    *(
-        "/ui/session/x/0.png",
-        "/ui/gradio_api/file=/etc/passwd",
-        "/ui/gradio_api/file/etc/passwd",
-        "/ui/file=/etc/passwd",
-    ),
-    *("/ui/gradio_api/proxy=http://127.0.0.1:1/", "/ui/gradio_api/upload", "/ui/gradio_api/queue/join", "/ui/assets/x"),
-    *("/ui/gradio_api/queue/data?session_hash=x", "/ui/static/../../x", "/ui/gradio_api/run/predict", "/ui/monitoring"),
-    *(
-        "/ui/gradio_api/heartbeat/../x",
-        "/gradio_api/file=/etc/passwd",
-        "/ui/gradio_api/info",
-        "/ui/?deep_link=/etc/passwd",
-    ),
-    *(
-        "/ui/custom_component/x/y/z/../../../etc/passwd",
-        "/ui/gradio_api/stream/x/y",
-        "/" + "a" * 5000,
-        "*",
-        "x",
-        "/%00",
-    ),
+    *("/../../etc/passwd", "//etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/models/../../../etc/passwd"),
+    *("/v1//images", "/ui/", "/ui/config", "/ui/theme.css", "/ui/own/../mount.py", "/ui/own/%2e%2e%2fmount.py"),
+    *("/ui/own/page.js", "/ui/session/x/0.png", "/ui/gradio_api/file=/etc/passwd", "/ui/gradio_api/file/etc/passwd"),
+    *("/ui/file=/etc/passwd", "/ui/gradio_api/proxy=http://127.0.0.1:1/", "/ui/gradio_api/upload", "/ui/assets/x"),
+    *("/ui/gradio_api/queue/join", "/ui/gradio_api/queue/data?session_hash=x", "/ui/static/../../x", "/ui/monitoring"),
+    *("/ui/gradio_api/run/predict", "/ui/gradio_api/heartbeat/../x", "/gradio_api/file=/etc/passwd", "/%00"),
+    *("/ui/gradio_api/info", "/ui/?deep_link=/etc/passwd", "/ui/custom_component/x/y/z/../../../etc/passwd"),
+    *("/ui/gradio_api/stream/x/y", "/" + "a" * 5000, "*", "x"),
 )
 FEW = {"steps": 1, "prior_steps": 2, "fast": True}
 

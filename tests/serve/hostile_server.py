@@ -18,6 +18,7 @@ OWN = tuple(
     str(Path(path).resolve())
     for path in (ROOT / "kandinsky_jax", sys.prefix, sys.base_prefix, os.environ.get("JAX_COMPILATION_CACHE_DIR", ROOT))
 )
+WATCHED = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "urllib.Request")
 MAX_QUEUE = 4
 
 

@@ -1,0 +1,88 @@
+"""`kandinsky-jax serve`: what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from kandinsky_jax.cli.main import app
+from kandinsky_jax.cli.serve import EXAMPLE, KEY
+
+COMMAND = [
+    sys.executable,
+    "-m",
+    "kandinsky_jax.cli",
+    "serve",
+    "--model",
+    "tiny",
+    "--port",
+    "0",
+    "--no-page",
+    "--batch-size",
+    "1",
+]
+
+
+def test_help_has_an_example_and_the_keys_variable():
+    shown = " ".join(CliRunner().invoke(app, ["serve", "--help"]).output.split())
+    assert EXAMPLE in shown
+    assert KEY in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--host", "0.0.0.0"], "is reached from other machines"),
+        (["--api-key", " "], "the API key is empty"),
+        (["--size", "64"], "needed is WIDTHxHEIGHT"),
+        (["--size", "65x64"], "needed are multiples of 64"),
+        (["--host", "203.0.113.1"], "is reached from other machines"),
+        (["--host", "203.0.113.1", "--without-key"], "is no address of this machine"),
+        (["--allow-origin", "example.org"], "is no origin"),
+        (["--mesh", "1"], "three whole numbers"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_before_a_model_is_loaded(arguments, says):
+    done = CliRunner().invoke(app, ["serve", "--model", "/nowhere", "--no-page", "--port", "0", *arguments])
+    assert done.exit_code == 1
+    assert says in str(done.exception)
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_runs(tmp_path):
+    key = tmp_path / "key"
+    key.write_text("from a file\n")
+    with subprocess.Popen([*COMMAND, "--api-key-file", str(key)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+            assert address is not None
+            client = httpx.Client(base_url=address[0], headers={"authorization": "Bearer from a file"}, timeout=120)
+            assert process.stdout.readline().startswith("ready: ")
+            assert client.get("/health").json()["status"] == "ready"
+            assert httpx.get(f"{address[0]}/v1/models").status_code == 401
+            with ThreadPoolExecutor(1) as pool:
+                body = {"prompt": "x", "steps": 200, "n": 4}
+                running = pool.submit(client.post, "/v1/images/generations", json=body)
+                while client.get("/health").json()["running"] == 0:
+                    assert not running.done()
+                process.send_signal(signal.SIGTERM)
+                while client.get("/health").json()["status"] != "stopping":
+                    assert not running.done()
+                refused = client.post("/v1/images/generations", json={"prompt": "y"})
+                assert refused.status_code == 503
+                assert refused.json()["error"]["code"] == "server_stopping"
+                assert len(running.result().json()["data"]) == 4
+            assert process.wait(60) == 0
+            assert process.stdout.read() == "stopped\n"
+        finally:
+            process.kill()
+            client.close()
