@@ -1,9 +1,13 @@
 """A linear map from latents to a small picture, for previews while a picture forms.
 
 Each latent and its eight neighbours give `SIDE` x `SIDE` pixels: 3 x 3 x 4 latents to 12 numbers, and a bias. It is
-fitted by least squares to what MoVQ decodes from the latents of drawn pictures, since there is no data; figures are in
-`tpu_scripts/results/previews-2026-12-01.md`. The fit depends on the weights alone, so it is kept: in the model's folder
-beside MoVQ's weights (`store`), else in the user's cache, both under a fingerprint of the weights.
+fitted by least squares to what MoVQ decodes from the latents of drawn pictures, since there is no data. On 50 emoji of
+`tiny`, R^2 is 0.87 and the mean error 15 of 255; with the drawn pictures themselves as the target 0.85 and 18, without
+the neighbours 0.78 and 20. One pixel for each latent has 0.93 and 10, of what are too few pixels to see anything
+(tpu_scripts/serve/previews.py, tpu_scripts/results/previews-2026-12-01.md).
+
+The fit depends on the weights alone, so it is kept: in the model's folder beside MoVQ's weights (`store`), else in the
+user's cache, both under a fingerprint of the weights.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ DIGITS = 5  # of the stored numbers
 MAX_BYTES = 1 << 17  # of a stored map
 
 _LARGE = 20_000_000  # parameters, from which on few and larger pictures are encoded
-_PICTURES = ((256, 64), (6, 256))  # number and side, for small and for large networks
+_PICTURES = ((128, 64), (6, 256))  # number and side, for small and for large networks
 _PIXELS = 1 << 16  # at once
 _VERSION = 1  # of the fit and the fingerprint
 
@@ -129,8 +133,8 @@ def copy_stored(movq: VQModel, target: Path, source: Path | None = None) -> None
 def fit(movq: VQModel) -> PreviewMap:
     """Fit the map to what MoVQ decodes from the latents of drawn pictures.
 
-    It takes seconds for the embedded model on a CPU, and about two minutes for the official one; on a mesh, it runs on
-    one device.
+    On two busy CPU cores it takes 10 seconds for the embedded model, and 6 minutes and 0.6 GB besides the weights for
+    one of the official shape, most of it for compiling. On a mesh, it runs on one device.
     """
     size = sum(array.size for array in flat_params(movq).values())
     count, side = _PICTURES[size > _LARGE]

@@ -42,7 +42,7 @@ class LatentPreview:
 def preview_map(movq: VQModel) -> LatentPreview:
     """Return the previews of a MoVQ, fitted to it once where they are not kept with the model.
 
-    The fit takes seconds for `tiny`, and minutes for the official MoVQ on a CPU.
+    The fit takes seconds for small networks, and minutes for the official MoVQ on a CPU; `tiny` has its map.
 
     Raises:
         CheckpointError: where MoVQ gives numbers that are not finite.

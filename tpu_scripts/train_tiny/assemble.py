@@ -16,8 +16,10 @@ from kandinsky_jax import (
     KandinskyV22InpaintPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
+    VQModel,
+    load_network,
 )
-from kandinsky_jax.checkpoint import flat_params, hub, lora_files, recommended_settings, zero_embed
+from kandinsky_jax.checkpoint import flat_params, hub, lora_files, preview_map, recommended_settings, zero_embed
 from kandinsky_jax.checkpoint.lora_files import layers_of
 from kandinsky_jax.checkpoint.manifest import MANIFEST, write_manifest
 
@@ -55,7 +57,9 @@ def assemble(runs: Path, output: Path) -> None:
         pipe.save_pretrained(target, overwrite=True)
         if name == hub.PRIOR:
             zero_embed.store(target / "image_encoder", pipe.image_encoder.config)
-        elif name != hub.DECODER:
+        elif name == hub.DECODER:
+            preview_map.store(load_network(VQModel, target / "movq", "float32"), target / "movq")
+        else:
             shutil.rmtree(target / "movq")
         if name != hub.PRIOR:
             recommended_settings.write(RECOMMENDED, target)
