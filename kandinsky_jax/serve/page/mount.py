@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
+from collections.abc import Callable
 from importlib import resources
 
 import gradio as gr
@@ -36,7 +38,13 @@ def mount_page(app: FastAPI, service: Service, settings: ServerSettings) -> Fast
     context = PageContext(service)
     _add_routes(app, context.sessions)
     _use_private_folder()
-    page = build_page(context)
+    _within_loop(lambda: _mount(app, build_page(context), settings))
+    app.add_middleware(PageGate, prefix=PREFIX, max_body=settings.max_body)
+    app.state.page = context
+    return app
+
+
+def _mount(app: FastAPI, page: gr.Blocks, settings: ServerSettings) -> None:
     gr.mount_gradio_app(
         app,
         page,
@@ -55,9 +63,20 @@ def mount_page(app: FastAPI, service: Service, settings: ServerSettings) -> Fast
         theme=page_theme(),
         css=_file("page.css").decode(),
     )
-    app.add_middleware(PageGate, prefix=PREFIX, max_body=settings.max_body)
-    app.state.page = context
-    return app
+
+
+def _within_loop(make: Callable[[], None]) -> None:
+    """Run a function within an event loop: without one, Gradio makes one for each of its locks and leaves it open."""
+
+    async def made() -> None:
+        make()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(made())
+    else:
+        make()
 
 
 def _use_private_folder() -> None:

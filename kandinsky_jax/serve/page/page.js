@@ -306,6 +306,10 @@
     }
   }, true);
 
+  document.addEventListener("focusin", (event) => {
+    if (event.target.closest?.(".kj-number")) event.target.inputMode = "decimal"; // a phone's keyboard
+  });
+
   const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
   const scrollTo = (selector) =>
     document.querySelector(selector)?.scrollIntoView({ behavior: calm() ? "auto" : "smooth", block: "start" });

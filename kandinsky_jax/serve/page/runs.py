@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+
+from PIL import Image
 
 from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job, PageContext
@@ -104,12 +108,15 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
     session.tickets.add(ticket)
     if session.cancelled:
         ticket.cancel()
+    previews: tuple[Image.Image | None, ...] = ()
     try:
         async for event in events(ticket):
             if isinstance(event, Waiting):
                 ahead = f", {event.ahead} before it" if event.ahead else ""
                 yield views.working(f"Waiting{ahead}", job.note)
             elif isinstance(event, Progress):
+                previews = latest(previews, event.previews)
+                event = dataclasses.replace(event, previews=previews)
                 yield views.progress(event, alt_text(ticket.request), job.note, of)
             elif isinstance(event, Failed):
                 raise event.error
@@ -120,6 +127,13 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
         session.tickets.discard(ticket)
         if ticket.end is None:
             ticket.cancel()
+
+
+def latest(
+    before: tuple[Image.Image | None, ...], now: tuple[Image.Image | None, ...]
+) -> tuple[Image.Image | None, ...]:
+    """Return the newest preview of each picture; not each event has them."""
+    return tuple(new or old for new, old in itertools.zip_longest(now, before))
 
 
 async def shown(job: Callable[[], Job], session: Session, context: PageContext) -> AsyncIterator[str | Done]:

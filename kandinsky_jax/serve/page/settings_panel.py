@@ -62,7 +62,11 @@ class SettingsPanel:
             )
         with gr.Row():
             self.inputs["seed"] = gr.Textbox(
-                label="Seed", placeholder="empty: a new one each time", max_lines=1, min_width=160, elem_id="kj-seed"
+                label="Seed",
+                placeholder="empty: a new one each time",
+                max_lines=1,
+                min_width=160,
+                elem_classes="kj-number",
             )
             self.inputs["after"] = gr.Radio([KEEP, NEXT], value=KEEP, label="After generating", min_width=160)
         self.inputs["fast"] = gr.Checkbox(
@@ -81,15 +85,8 @@ class SettingsPanel:
             ):
                 with gr.Row():
                     for name in pair:
-                        whole = name.endswith("steps")
-                        self.inputs[name] = gr.Number(
-                            label=NUMBERS[name],
-                            value=None,
-                            precision=0 if whole else None,
-                            minimum=1 if whole else 0,
-                            maximum=self.context.settings.max_steps if whole else None,
-                            min_width=140,
-                            **shown[name],
+                        self.inputs[name] = gr.Textbox(
+                            label=NUMBERS[name], max_lines=1, min_width=140, elem_classes="kj-number", **shown[name]
                         )
             with gr.Row():
                 self.inputs["scheduler"] = gr.Dropdown(label="Scheduler", value="", min_width=160, **shown["scheduler"])
@@ -147,8 +144,7 @@ class SettingsPanel:
         found["negative_prompt"] = (values["negative_prompt"] or "").strip() or None
         found["seed"] = read_seed(values["seed"])
         for name in NUMBERS:
-            given = values[name]
-            found[name] = int(given) if given is not None and name.endswith("steps") else given
+            found[name] = read_number(values[name], NUMBERS[name], whole=name.endswith("steps"))
         found |= read_size(values["size"])
         if values["scheduler"]:
             found["scheduler"] = "-".join(filter(None, (values["scheduler"], values["suffix"])))
@@ -166,6 +162,7 @@ class SettingsPanel:
         missing: list[str] = []
         names = ("prompt", "negative_prompt", "num_images", *NUMBERS)
         found = {name: record.get(name) for name in names}
+        found |= {name: "" if record.get(name) is None else f"{record[name]:g}" for name in NUMBERS}
         found |= {"prompt": found["prompt"] or "", "negative_prompt": found["negative_prompt"] or ""}
         found["num_images"] = min(record.get("num_images", 1), self.context.settings.max_images)
         found["seed"] = str(record.get("seed", ""))
@@ -215,6 +212,21 @@ def read_seed(text: str | None) -> int | None:
     if not (given.isascii() and given.isdigit() and len(given) < 20 and int(given) <= MAX_SEED):
         raise RequestError(f"the seed is {given[:40]!r}; needed is a whole number from 0 to {MAX_SEED}", "seed")
     return int(given)
+
+
+def read_number(text: str | None, label: str, whole: bool) -> float | int | None:
+    """Return a number, None for an empty text.
+
+    Raises:
+        RequestError: for what is none.
+    """
+    given = (text or "").strip()
+    if not given:
+        return None
+    try:
+        return int(given[:20]) if whole else float(given[:40].replace(",", "."))
+    except ValueError:
+        raise RequestError(f"{label} is {given[:40]!r}; needed is a {'whole ' if whole else ''}number") from None
 
 
 def read_size(text: str | None) -> dict[str, int]:

@@ -1,0 +1,37 @@
+"""`kandinsky_jax.serve.launch`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from kandinsky_jax import serve
+from tests.serve.servers import tiny
+
+
+def test_settings_that_launch_refuses():
+    with pytest.raises(ValueError, match="share"):
+        serve.launch(share=True)
+    with pytest.raises(ValueError, match="no setting colour"):
+        serve.launch(tiny().pipe("generate"), colour="red")
+    with pytest.raises(ValueError, match="no pipeline"):
+        serve.launch()
+
+
+def test_launch_serves_the_page_in_a_frame_until_it_is_closed():
+    with serve.launch(tiny().pipe("generate"), batch_sizes=(1,), grace=1.0) as page:
+        assert f'src="{page.url}/ui/"' in page._repr_html_()
+        answer = httpx.get(f"{page.url}/ui/")
+        assert answer.status_code == 200
+        assert "http://localhost:*" in answer.headers["content-security-policy"]
+    page.close()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{page.url}/ui/")
+
+
+def test_importing_serve_imports_no_server():
+    program = "import sys, kandinsky_jax.serve; assert not {'gradio', 'fastapi', 'uvicorn'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

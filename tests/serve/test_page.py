@@ -1,0 +1,222 @@
+"""The page's parts by themselves, and what is open of Gradio's routes."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from kandinsky_jax.serve.page.gate import event_fault
+from kandinsky_jax.serve.page.grids import label_grid, read_values
+from kandinsky_jax.serve.page.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
+from kandinsky_jax.serve.page.settings_panel import read_number, read_seed, read_size, split_scheduler
+from kandinsky_jax.serve.page.tabs.outpainting import fitting_canvas, lay_out
+from kandinsky_jax.serve.page.widgets import decode, encode_value
+from kandinsky_jax.serve.requests import RequestError
+from tests.serve.browsers import site
+
+PLAIN = Image.new("RGB", (64, 64), "red")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with site(generates=False) as running:
+        yield running
+
+
+# Gradio's routes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gradio_api/file=/etc/passwd",
+        "gradio_api/file=http://127.0.0.1:1/",
+        "gradio_api/file%3D/etc/passwd",
+        "gradio_api/file/etc/passwd",
+        "gradio_api/proxy=http://127.0.0.1:1/",
+        "gradio_api/info",
+        "gradio_api/openapi.json",
+        "gradio_api/runs",
+        "gradio_api/upload_progress?upload_id=1",
+        "gradio_api/vibe-code/",
+        "gradio_api/deep_link?session_hash=1",
+        "gradio_api/stream/a/b/1/playlist-file",
+        "gradio_api/custom_component/1/client/component/style.css",
+        "gradio_api/mcp/sse",
+        "monitoring",
+        "login",
+        "?deep_link=..%2Fx",
+        "config?deep_link=x",
+        "static/../../../../etc/passwd",
+        "static/%2e%2e/%2e%2e/theme.css",
+        "assets/..%2f..%2fgradio.js",
+        "svelte/x.js",
+        "own/../gate.py",
+        "own/gate.py",
+        "session/x/1.png",
+        "session/%2e%2e/1.png",
+    ],
+)
+def test_routes_that_the_page_does_not_need_are_closed(server, path):
+    with httpx.Client(base_url=server.url) as client:
+        assert client.get(f"/ui/{path}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["upload", "component_server", "run/predict", "api/predict", "call/generate", "process_recording", "vibe-edit/"],
+)
+def test_nothing_is_uploaded_or_called_beside_the_page(server, path):
+    files = {"files": ("x.png", b"x", "image/png")}
+    assert httpx.post(f"{server.url}/ui/gradio_api/{path}", files=files).status_code == 404
+    assert httpx.post(f"{server.url}/ui/gradio_api/{path}", json={"data": []}).status_code == 404
+    assert httpx.put(f"{server.url}/ui/gradio_api/{path}", json={"data": []}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+        {"path": "http://127.0.0.1:1/x.png", "meta": {"_type": "gradio.FileData"}},
+        {"url": "http://127.0.0.1:1/x.png"},
+        [[{"path": "/etc/passwd"}]],
+    ],
+)
+def test_a_file_in_an_event_is_refused(server, value):
+    event = {"data": [value], "fn_index": 0, "session_hash": "abc"}
+    answer = httpx.post(f"{server.url}/ui/gradio_api/queue/join", json=event)
+    assert answer.status_code == 400
+    assert "object" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b'{"data": 1}', b"[" * 100_000, b'{"data": [' + b"1," * 2000 + b"1]}"]
+)
+def test_events_that_are_none_are_refused(server, body):
+    assert event_fault(body)
+    assert httpx.post(f"{server.url}/ui/gradio_api/queue/join", content=body).status_code == 400
+
+
+def test_the_page_is_there_and_names_no_other_host(server):
+    first = httpx.get(f"{server.url}/")
+    assert (first.status_code, first.headers["location"]) == (307, "ui/")
+    page = httpx.get(f"{server.url}/ui/")
+    assert page.status_code == 200
+    assert "fonts.googleapis" not in page.text
+    assert json.loads(httpx.get(f"{server.url}/ui/config").text)["analytics_enabled"] is False
+    assert httpx.get(f"{server.url}/ui/own/page.js").headers["content-type"].startswith("text/javascript")
+    assert httpx.get(f"{server.url}/favicon.ico").status_code == 200
+
+
+def test_the_page_needs_the_servers_key():
+    with site(generates=False, api_key="secret") as running:
+        for path in ("ui/", "ui/own/page.js", "ui/config", "ui/session/a/1.png"):
+            assert httpx.get(f"{running.url}/{path}").status_code == 401, path
+        assert httpx.get(f"{running.url}/ui/config", headers={"authorization": "Bearer secret"}).status_code == 200
+
+
+# Values -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_an_event_may_hold():
+    assert event_fault(json.dumps({"data": ["x", 1, None, True, ["a"]], "event_data": {"number": 1}}).encode()) is None
+
+
+@pytest.mark.parametrize(
+    "value", ["/etc/passwd", "http://127.0.0.1/x.png", "{}", '{"picture": 1}', 7, '{"picture": "x"}']
+)
+def test_a_picture_is_never_a_path_or_an_address(value):
+    with pytest.raises(RequestError):
+        decode(value, "the picture", 10**6)
+
+
+def test_a_picture_as_text():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 3), np.uint8))
+    found = decode(encode_value(noise), "the picture", 100)
+    assert found is not None
+    assert np.array_equal(np.asarray(found.picture), np.asarray(noise))
+    assert decode("", "the picture", 100) is None
+    with pytest.raises(RequestError, match="9 x 8 pixels"):
+        decode(encode_value(noise), "the picture", 71)
+
+
+def test_settings_are_read():
+    assert read_seed(" 9223372036854775807 ") == 2**63 - 1
+    assert read_seed("") is None
+    assert read_size("768 x 512") == {"height": 512, "width": 768}
+    assert read_number("2,5", "Guidance scale", whole=False) == 2.5
+    assert split_scheduler("dpm++2m-sde-karras", ("karras",)) == ("dpm++2m-sde", "karras")
+    assert split_scheduler("dpm++2m-sde", ("karras",)) == ("dpm++2m-sde", "")
+    for read in (read_seed, read_size, lambda text: read_number(text, "Steps", whole=True)):
+        for wrong in ("x", "-", "9223372036854775808x", "1e", "²"):
+            with pytest.raises(RequestError):
+                read(wrong)
+
+
+def test_values_of_a_grid():
+    assert read_values("Steps", "2, 3,", "X") == [2, 3]
+    assert read_values("Prompt", "a cat, black | a dog", "X") == ["a cat, black", "a dog"]
+    for setting, text in (("Steps", ""), ("Steps", "two"), ("Colour", "1")):
+        with pytest.raises(RequestError):
+            read_values(setting, text, "X")
+
+
+def test_a_grid_has_its_cells_in_place():
+    cells = [Image.new("RGB", (64, 64), colour) for colour in ("red", "lime", "blue", "white", "black", "yellow")]
+    sheet = label_grid(cells, ["Steps: 1", "Steps: 2", "Steps: 3"], ["Seed: 1", "Seed: 2"])
+    left, top = sheet.width - 3 * 64, sheet.height - 2 * 64
+    assert [
+        sheet.getpixel((left + 64 * column + 32, top + 64 * row + 32)) for row in (0, 1) for column in (0, 1, 2)
+    ] == [cell.getpixel((0, 0)) for cell in cells]
+    labels = np.asarray(sheet.convert("L"))
+    assert (labels[:top, left:] < 128).any()
+    assert (labels[top:, :left] < 128).any()
+
+
+# Outpainting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("picture", [(64, 64), (1000, 300), (300, 1000), (7, 900)])
+@pytest.mark.parametrize("shares", [(0.25, 0.25, 0, 0), (1, 0, 0, 0), (0, 0, 0, 0.05), (0.1, 0.2, 0.3, 0.4)])
+def test_the_canvas_is_filled_and_the_picture_keeps_its_proportions(picture, shares):
+    named = dict(zip(("left", "right", "top", "bottom"), shares, strict=True))
+    size = (512, 768)
+    layout = lay_out(picture, named, size)
+    margins = layout.margins
+    assert layout.width + margins["left"] + margins["right"] == size[1]
+    assert layout.height + margins["top"] + margins["bottom"] == size[0]
+    assert min(margins.values()) >= 0
+    exact = layout.height * picture[0] / picture[1]
+    assert abs(layout.width - exact) <= max(1, 0.5 * picture[0] / picture[1] + 0.5)
+    assert sum(margins.values()) > 0
+
+
+def test_the_canvas_of_a_picture():
+    assert fitting_canvas(200, 100, [(512, 512), (512, 768)], 0) == (512, 768)
+    height, width = fitting_canvas(200, 100, None, 512 * 512)
+    assert (height % 64, width % 64) == (0, 0)
+    assert 1.8 < width / height < 2.2
+
+
+# Sessions ---------------------------------------------------------------------------------------------------------
+
+
+def test_galleries_are_bounded():
+    session = Session()
+    for number in range(MAX_PICTURES + 5):
+        session.add(PLAIN, b"x", {"seed": number}, "red", "red")
+    assert len(session.pictures) == MAX_PICTURES
+    assert session.selection is not None
+    assert session.selection.number == MAX_PICTURES + 5
+    sessions = Sessions()
+    first = sessions.get("0")
+    for number in range(3 * MAX_SESSIONS):
+        sessions.get(str(number))
+    assert len(list(sessions)) <= MAX_SESSIONS
+    assert sessions.with_key(first.key) is None
+    newest = sessions.get(str(3 * MAX_SESSIONS - 1))
+    assert sessions.with_key(newest.key) is newest
