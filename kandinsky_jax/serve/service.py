@@ -209,7 +209,10 @@ class Service:
         return before + own
 
     def _previews(self, work: RequestWork) -> tuple[Image.Image | None, ...]:
-        return tuple(None for _ in work.runs)
+        """Return small pictures of what is predicted for a request's images; None before the decoder's first step."""
+        preview = self.warmup.preview
+        latents = [None if preview is None else self._engine.predicted(run) for run in work.runs]
+        return tuple(None if clean is None or preview is None else preview(clean)[0] for clean in latents)
 
     # Results ------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 
 from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS, ROWS_AXIS
 from kandinsky_jax.pipelines.decoder import PendingImages
@@ -256,6 +257,16 @@ class Engine:
         """Note that an image is on its way to its client; from any thread."""
         self._decoding.discard(run)
         self._last_delivered = time.monotonic()
+
+    def predicted(self, run: ImageRun) -> np.ndarray | None:
+        """Return the predicted clean latents of an image, float32 `[h, w, 4]`; None before the decoder's first step."""
+        if run.stage is not Stage.DECODER or not run.jobs[0].done:
+            return None
+        for batch in self.batches.values():
+            for slot, job in batch.jobs.items():
+                if job is run.jobs[0]:
+                    return batch.predicted(slot)
+        return None
 
     # Batches ------------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,8 @@ def schedule_rows(schedule: Schedule, guidance_scale: float, kept_levels: np.nda
 
 def idle_row() -> np.ndarray:
     """Return the row of a slot without an image, which leaves its state as it is; float32 `[WIDTH]`."""
-    own: dict[str, Any] = {"input_scale": 1.0, "clip": np.inf, "guidance_scale": 1.0, "matrix": np.eye(STATE_SLOTS, STATE_SLOTS + 3)}
+    own: dict[str, Any] = {"input_scale": 1.0, "clip": np.inf, "guidance_scale": 1.0}
+    own["matrix"] = np.eye(STATE_SLOTS, STATE_SLOTS + 3)
     fields = [np.broadcast_to(own.get(name, 0.0), shape) for name, shape in SHAPES.items()]
     return np.concatenate([np.ravel(field) for field in fields]).astype(np.float32)
 

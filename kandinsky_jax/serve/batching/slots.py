@@ -175,10 +175,10 @@ def insert(arrays: SlotArrays, inputs: LoopInputs, start: jax.Array, key: jax.Ar
     return SlotArrays(jax.tree.map(put, arrays.inputs, inputs), state, put(arrays.keys, key))
 
 
-@program()
-def take(state: jax.Array, slot: jax.Array) -> jax.Array:
-    """Return the sample of a slot, `[1, ...]`."""
-    return jax.lax.dynamic_slice_in_dim(state[0], slot, 1)
+@program(static_argnames="row")
+def take(state: jax.Array, slot: jax.Array, row: int) -> jax.Array:
+    """Return a row of a slot's state, `[1, ...]`: 0 is the sample, `STATE_SLOTS` the predicted clean one."""
+    return jax.lax.dynamic_slice_in_dim(state[row], slot, 1)
 
 
 @dataclass
@@ -281,7 +281,7 @@ class SlotBatch:
         for slot, job in list(self.jobs.items()):
             job.done += steps
             if not job.left:
-                job.result = take(state, np.int32(slot))
+                job.result = take(state, np.int32(slot), 0)
                 self.remove(job)
                 finished.append(job)
         return finished
@@ -299,10 +299,10 @@ class SlotBatch:
             before = self.seconds_per_step or seconds
             self.seconds_per_step = 0.7 * before + 0.3 * seconds
 
-    def predicted(self) -> np.ndarray:
-        """Return the predicted clean samples of all slots, float32 `[B, ...]`; waits for the device."""
+    def predicted(self, slot: int) -> np.ndarray:
+        """Return the predicted clean sample of a slot, float32 `[...]`; waits for the device."""
         assert self._arrays is not None
-        return np.asarray(self._arrays.state[-1])
+        return np.asarray(take(self._arrays.state, np.int32(slot), STATE_SLOTS))[0]
 
     def _rows(self, steps: int) -> np.ndarray:
         rows = np.tile(_IDLE, (MOST_STEPS, self.size, 1))

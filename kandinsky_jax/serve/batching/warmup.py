@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +16,13 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
+from kandinsky_jax.checkpoint import CheckpointError
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.serve.batching.image_task import ImageTask
 from kandinsky_jax.serve.batching.plan import RequestPlan
 from kandinsky_jax.serve.batching.slots import SlotBatch, SlotJob
+from kandinsky_jax.serve.preview import LatentPreview, preview_map
 from kandinsky_jax.serve.requests import MIX, VARY, ImageRequest
 from kandinsky_jax.serve.served_model import ServedModel
 from kandinsky_jax.serve.server_settings import ServerSettings, Size
@@ -75,6 +78,7 @@ class Warmup:
         self.kinds = kinds(model, settings, sizes)
         self.compiled = 0
         self.failed: str | None = None
+        self.preview: LatentPreview | None = None  # once it is read, or fitted
         self._left: deque[Kind] = deque(self.kinds)
         self._known: set[Kind] = set(self.kinds)
         self._ready: set[Hashable] = set()
@@ -128,6 +132,15 @@ class Warmup:
             if kind in self.kinds:
                 self.compiled += 1
             self.changed()
+            if self.preview is None:
+                self.preview = self._fit_preview(kind.mode)
+
+    def _fit_preview(self, mode: str) -> LatentPreview | None:
+        try:
+            return preview_map(self.model.pipe(mode).movq)
+        except CheckpointError as error:
+            warnings.warn(f"there are no previews: {error}", stacklevel=2)
+            return None
 
 
 def kinds(model: ServedModel, settings: ServerSettings, sizes: BatchSizes) -> list[Kind]:
@@ -170,7 +183,7 @@ def _run_jobs(jobs: Sequence[SlotJob], module: nnx.Module, guided: bool, batch_s
         batch.add(job)
         while batch.jobs:
             batch.advance()
-        batch.predicted()
+        batch.predicted(0)
 
 
 def _request(model: ServedModel, kind: Kind) -> ImageRequest:
