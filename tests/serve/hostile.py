@@ -5,6 +5,7 @@ slow bodies, clients that leave. Each is bytes, sent as they are.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import random
@@ -85,6 +86,7 @@ URLS = (
     *("/ui/gradio_api/info", "/ui/?deep_link=/etc/passwd", "/ui/custom_component/x/y/z/../../../etc/passwd"),
     *("/ui/gradio_api/stream/x/y", "/" + "a" * 5000, "*", "x"),
 )
+MOST = 4 * 2**20  # bytes of a body, twice what the server takes
 FEW = {"steps": 1, "prior_steps": 2, "fast": True}
 
 
@@ -160,7 +162,7 @@ class Made:
             value = str(self.value()).encode("utf-8", "surrogatepass")
             parts.append((name, value, r.choice((None, None, r.choice(PATHS)))))
         if r.random() < 0.1:
-            parts = parts * r.choice((20, 200))
+            parts += parts[1:] * r.choice((20, 200))
         return Attack("multipart values", (self.multipart_request(r.choice((EDIT, VARY)), parts),))
 
     def multipart_bytes(self) -> Attack:
@@ -179,6 +181,8 @@ class Made:
         names = r.choice((["image"], ["image", "mask"], ["image[]", "image[]"], ["image", "hint"], ["mask"], ["hint"]))
         parts = [(name, self.picture(), r.choice(("a.png", *PATHS))) for name in names]
         parts += [("prompt", b"x", None), *((name, str(value).encode(), None) for name, value in FEW.items())]
+        if r.random() < 0.5:
+            parts.append(("strength", b"1", None))
         return Attack("pictures", (self.multipart_request(r.choice((EDIT, EDIT, VARY)), parts),))
 
     def urls(self) -> Attack:
@@ -254,13 +258,9 @@ class Made:
         mode = r.choice(("RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"))
         kind = r.choice(("PNG", "PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "ICO"))
         size = r.choice(((64, 64), (64, 64), (1, 1), (3, 500), (640, 20), (9000, 9000), (1, 20_000)))
-        image = Image.new("1" if size[0] > 1000 else mode, size, r.choice((0, 1)))
-        data = io.BytesIO()
-        try:
-            image.save(data, kind)
-        except (OSError, ValueError):
-            image.convert("RGB").resize((64, 64)).save(data, "PNG")
-        found = data.getvalue()
+        if max(size) > 1000:
+            mode, kind = "1", "PNG"  # many pixels in few bytes
+        found = file_of(mode, kind, size, r.choice((0, 1)))
         choice = r.random()
         if choice < 0.3:
             return self.damaged(found)
@@ -286,13 +286,25 @@ class Made:
         return self.request(b"POST", GENERATE, body, b"application/json")
 
     def multipart_request(self, url: str, parts: list[tuple[str, bytes, str | None]]) -> bytes:
-        body = b""
+        found = []
         for name, value, filename in parts:
-            body += b'--b\r\ncontent-disposition: form-data; name="%s"' % name.encode()
-            if filename is not None:
-                body += b'; filename="%s"' % filename.encode()
-            body += b"\r\n\r\n" + value + b"\r\n"
-        return self.request(b"POST", url, body + b"--b--\r\n", b"multipart/form-data; boundary=b")
+            file = b"" if filename is None else b'; filename="%s"' % filename.encode()
+            head = b'--b\r\ncontent-disposition: form-data; name="%s"%s' % (name.encode(), file)
+            found.append(b"%s\r\n\r\n%s\r\n" % (head, value))
+        return self.request(b"POST", url, b"".join(found)[:MOST] + b"--b--\r\n", b"multipart/form-data; boundary=b")
+
+
+@functools.cache
+def file_of(mode: str, kind: str, size: tuple[int, int], colour: int) -> bytes:
+    """The file of a picture of one colour, in the format if that takes the mode, else a small PNG."""
+    image = Image.new(mode, size, colour)
+    data = io.BytesIO()
+    try:
+        image.save(data, kind)
+    except (OSError, ValueError):
+        data = io.BytesIO()
+        image.convert("RGB").resize((64, 64)).save(data, "PNG")
+    return data.getvalue()
 
 
 def send(attack: Attack, port: int) -> int | None:

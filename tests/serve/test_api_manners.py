@@ -24,7 +24,7 @@ KEY = "a key of the tests"
 
 @pytest.fixture(scope="module")
 def plain():
-    with server(generates=False, max_body=200_000, body_time=1.0) as running:
+    with server(generates=False, max_body=200_000, body_time=1.0, time_limit=5.0) as running:
         yield running
 
 
@@ -155,11 +155,12 @@ def test_slow_bodies_are_refused(plain):
     assert b"slow_body" in answer
 
 
-def test_slow_headers_end_the_connection(plain, monkeypatch):
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\n"])
+def test_slow_headers_end_the_connection(plain, monkeypatch, sent):
     monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.3)
     with plain.connect() as connection:
         began = time.monotonic()
-        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        connection.sendall(sent)
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(100) == b""
         assert time.monotonic() - began < 5

@@ -102,7 +102,9 @@ class LimitedBody:
         self.bytes = 0
 
     async def drain(self) -> None:
-        """Drop what still arrives, for a short time."""
+        """Drop what still arrives, for a short time; nothing of a body that was too slow already."""
+        if self.error is not None and self.error.status == 408:
+            return
         until, dropped = time.monotonic() + DRAIN_SECONDS, 0
         while not (self.complete or self.left) and dropped <= self.most:
             try:

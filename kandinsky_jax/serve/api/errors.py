@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ API_NAMES = {
     "height": "size",
     "width": "size",
 }
+_NAMES = re.compile(r"\b(prior_num_inference_steps|num_inference_steps|num_images|mask_image)\b")
 
 
 class ApiError(Exception):
@@ -86,10 +88,11 @@ def retry_after(seconds: float) -> dict[str, str]:
 
 def from_request_error(error: RequestError) -> ApiError:
     """Convert an error of the service's, with the names of the API."""
-    name, message = error.param or "", str(error)
+    name = error.param or ""
     ours = API_NAMES.get(name, name)
-    if name in API_NAMES:
-        message = message.replace(name, ours).replace(name.removeprefix("prior_"), ours)
+    message = _NAMES.sub(lambda found: API_NAMES[found[0]], str(error))
+    if name.startswith("prior_"):
+        message = re.sub(rf"\b{API_NAMES['num_inference_steps']}\b", ours, message)  # the prior's check names its own
     return ApiError(400, message, None if name in ("", "mode") else ours, "invalid_value")
 
 

@@ -187,7 +187,11 @@ def _as_api_error(error: ValidationError, kind: type[CommonFields]) -> ApiError:
     if fault["type"] == "missing":
         return ApiError(400, f"{top} is missing", top, "missing_required_parameter")
     value = fault["input"]
-    shown = f"{len(value)} bytes" if isinstance(value, bytes) else quote(value, 60)
+    shown = quote(value, 60)
+    if isinstance(value, bytes):
+        shown = f"{len(value)} bytes"
+    elif isinstance(value, list) and any(isinstance(one, bytes) for one in value):
+        shown = f"{len(value)} files"
     return ApiError(400, f"{top} is {shown}: {shorten(fault['msg'], 150)}", top, "invalid_value")
 
 
