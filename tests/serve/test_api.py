@@ -156,7 +156,7 @@ def test_formats(client, kind):
 
 
 def test_a_stream_has_partial_images(client, picture):
-    slow = FEW | {"steps": 150}
+    slow = FEW | {"steps": 200}
     events = list(client.images.generate(prompt="a red heart", n=2, stream=True, partial_images=2, extra_body=slow))
     kinds = [event.type.partition(".")[2] for event in events]
     assert kinds[-1] == "completed"
@@ -172,7 +172,7 @@ def test_a_stream_has_partial_images(client, picture):
     done = {event.image_index: event for event in events if "completed" in event.type}
     assert all(np.abs(pixels(done[i]) - pixels(image)).mean() <= CLOSE for i, image in enumerate(whole.data))
     assert done[0].usage.total_tokens == 0
-    [event] = client.images.edit(image=encoded(picture), prompt="x", stream=True, extra_body=FEW)
+    [event] = client.images.edit(image=encoded(picture), prompt="x", stream=True, extra_body=FEW | {"strength": 1.0})
     assert event.type == "image_edit.completed"
 
 
