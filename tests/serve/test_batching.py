@@ -179,9 +179,9 @@ def run_at_random_times(service: Service, requests: list[ImageRequest], rng: ran
 def check_all(recorder: Recorder, tickets: list[Ticket], beside: int) -> None:
     """Compare every image with itself alone, bit for bit, and those of the first tickets with the pipeline's.
 
-    On average over its pixels, each is within the tolerance. The worst pixel of most is too; PNDM, PLMS and LMS with few
-    steps divide by little signal and make more of the last bits, by which the pipeline differs from itself in batches of
-    another size as well.
+    On average over its pixels, each is within the tolerance. The worst pixel of most is too; PNDM, PLMS and LMS with
+    few steps divide by little signal and make more of the last bits, by which the pipeline differs from itself in
+    batches of another size as well.
     """
     worst = []
     for i, ticket in enumerate(tickets):

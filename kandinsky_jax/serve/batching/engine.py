@@ -13,10 +13,8 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 
-from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS, ROWS_AXIS
 from kandinsky_jax.pipelines.decoder import PendingImages
 from kandinsky_jax.serve.batching.image_task import ImageTask
 from kandinsky_jax.serve.batching.plan import RequestPlan
@@ -352,12 +350,3 @@ class Engine:
         empty = [key for key, batch in self.batches.items() if not batch.jobs]
         for key in empty[: max(0, len(self.batches) - MOST_BATCHES)]:
             del self.batches[key]
-
-
-def check_mesh(mesh: jax.sharding.Mesh | None) -> None:
-    """Raise ValueError for a mesh whose devices do not have their own images."""
-    if mesh is not None and mesh.shape[GUIDANCE_AXIS] * mesh.shape[ROWS_AXIS] > 1:
-        raise ValueError(
-            "a server shards images over devices, each with its own: give a mesh with guidance and rows of 1, such as "
-            "--mesh 8,1,1"
-        )

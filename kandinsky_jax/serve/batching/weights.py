@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import jax
 from flax import nnx
 
 from kandinsky_jax.diffusion import Network
+from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS, ROWS_AXIS
 from kandinsky_jax.pipelines.adapters import Adapters, adapters_of, apply_adapters
 from kandinsky_jax.serve.requests import ImageRequest
 from kandinsky_jax.serve.served_model import ServedModel
@@ -37,7 +39,9 @@ class AdapterWeights:
         for pipe in model.by_repository.values():
             networks += [part for part in (pipe.unet, pipe.prior_prior) if all(part is not one for one in networks)]
         self._as_loaded: list[tuple[nnx.Module, Adapters]] = [(network, adapters_of(network)) for network in networks]
-        self.devices = Network.split(networks[0])[0].devices
+        network = Network.split(networks[0])[0]
+        check_mesh(network.mesh)
+        self.devices = network.devices
 
     def use(self, key: WeightsKey) -> None:
         """Change the networks' weights in place.
@@ -73,3 +77,12 @@ class AdapterWeights:
         apply_adapters(self._as_loaded)
         self.model.weights_changed()
         self.current = PLAIN
+
+
+def check_mesh(mesh: jax.sharding.Mesh | None) -> None:
+    """Raise ValueError for a mesh whose devices do not have their own images."""
+    if mesh is not None and mesh.shape[GUIDANCE_AXIS] * mesh.shape[ROWS_AXIS] > 1:
+        raise ValueError(
+            "a server shards images over devices, each with its own: give a mesh with guidance and rows of 1, such as "
+            "--mesh 8,1,1"
+        )
