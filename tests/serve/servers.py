@@ -32,10 +32,12 @@ class Running:
 
     url: str
     service: Service
+    clients: contextlib.ExitStack  # are closed with the server
 
     def client(self, **given: Any) -> openai.OpenAI:
         """OpenAI's client, which does not try again."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", max_retries=0, **({"api_key": "none"} | given))
+        made = openai.OpenAI(base_url=f"{self.url}/v1", max_retries=0, **({"api_key": "none"} | given))
+        return self.clients.enter_context(made)
 
     def send(self, method: str, path: str, **given: Any) -> httpx.Response:
         """Send a request."""
@@ -59,8 +61,8 @@ def server(generates: bool = True, **given: Any) -> Iterator[Running]:
     service = Service(tiny(), settings)
     if generates:
         service.start()
-    with ServerThread(service, settings, make_app(service, settings)) as thread:
-        yield Running(thread.url, service)
+    with ServerThread(service, settings, make_app(service, settings)) as thread, contextlib.ExitStack() as clients:
+        yield Running(thread.url, service, clients)
 
 
 def encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
