@@ -34,8 +34,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny", help='"tiny", a folder or a Hub repository')
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of the pictures")
-    parser.add_argument("--prompt", default="a yellow lemon")
-    parser.add_argument("--repaint", default="a green leaf")
+    parser.add_argument("--prompt", default="red apple")
+    parser.add_argument("--repaint", default="purple heart")
     given = parser.parse_args()
     api.no_telemetry()
     settings = ServerSettings(port=0, batch_sizes=(1,))
@@ -78,8 +78,6 @@ def take(browser: Browser, url: str, size: dict[str, int], scheme: str, repaint:
             generate(page, 5)
         page.mouse.move(0, 0)
     page.evaluate("scrollTo(0, 0); document.activeElement.blur()")
-    if size is PHONE and not repaint:
-        page.locator("#kj-result").scroll_into_view_if_needed()
     shot = page.screenshot()
     context.close()
     return shot

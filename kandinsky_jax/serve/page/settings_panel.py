@@ -51,13 +51,13 @@ class SettingsPanel:
         shown = self.recommended(self.mode, False)
         with gr.Row():
             self.inputs["num_images"] = gr.Slider(
-                1, self.context.settings.max_images, value=1, step=1, label="Pictures", min_width=140
+                1, self.context.settings.max_images, value=1, step=1, label="Pictures", min_width=170
             )
             self.inputs["size"] = gr.Dropdown(
                 label="Size, width x height",
                 value="",
                 allow_custom_value=self.context.settings.any_size,
-                min_width=160,
+                min_width=170,
                 **shown["size"],
             )
         with gr.Row():

@@ -31,7 +31,7 @@ _PICTURE = """<fieldset class="kj-picture">
 <input type="file" id="{id}" accept="image/png,image/jpeg,image/webp" aria-label="{label}: choose a file">
 <label for="{id}" aria-hidden="true">Choose a picture</label>
 <span class="kj-hint">or drop or paste one here</span>
-<button type="button" class="kj-remove" hidden>Remove<span class="kj-unseen"> the {lower}</span></button>
+<button type="button" class="kj-remove" hidden>Remove<span class="kj-unseen"> the picture of: {label}</span></button>
 </div>
 {tools}<p class="kj-note" role="status"></p>
 </fieldset>"""
@@ -70,7 +70,6 @@ def picture_input(label: str, name: str, paint: bool = False, side: int = 1536) 
     """
     template = _PICTURE.format(
         label=html.escape(label),
-        lower=html.escape(label.lower()),
         id=f"kj-file-{next(_ids)}",
         mask=_MASK if paint else "",
         tools=_TOOLS if paint else "",

@@ -21,7 +21,7 @@ class InpaintingTab(PageTab):
     name, title, mode, modes, source = "inpaint", "Inpainting", "inpaint", ("inpaint",), "image"
 
     def build(self) -> None:
-        self.inputs["image"] = picture_input("Picture, painted where it is repainted", "inpaint-image", paint=True)
+        self.inputs["image"] = picture_input("Paint on what is to change", "inpaint-image", paint=True)
         self.inputs["paste_back"] = gr.Checkbox(
             True, label="Keep the rest exactly", info="Puts the picture's own pixels back where nothing is painted."
         )
