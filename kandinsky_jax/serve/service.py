@@ -21,7 +21,6 @@ from kandinsky_jax.serve.requests import ImageRequest, RequestError
 from kandinsky_jax.serve.served_model import ServedModel
 from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.tickets import (
-    Cancelled,
     Failed,
     Finished,
     GeneratedImage,
@@ -77,7 +76,6 @@ class Service:
         self._engine = Engine(weights, sizes, self._deliver, self._fail, self.warmup.is_compiled)
         self._incoming: list[RequestWork] = []
         self._tickets: set[Ticket] = set()
-        self._shown: dict[Ticket, tuple[float, float]] = {}  # when progress and previews were last sent
         self._stopping = False
         self._deliverers = ThreadPoolExecutor(2, "kandinsky-jax deliver")
         self._thread = threading.Thread(target=self._loop, name="kandinsky-jax serve", daemon=True)
@@ -188,13 +186,13 @@ class Service:
     def _show_progress(self, work: RequestWork) -> None:
         """Send a request's progress, if the last time was a while ago."""
         ticket, now = work.ticket, time.monotonic()
-        shown, previewed = self._shown.get(ticket, (0.0, 0.0))
+        shown, previewed = work.shown
         if now - shown < PROGRESS_SECONDS or work.began is None:
             return
         previews: tuple[Image.Image | None, ...] = (None,) * len(work.runs)
         if ticket.previews and now - previewed >= PREVIEW_SECONDS:
             previews, previewed = self._previews(work), now
-        self._shown[ticket] = now, previewed
+        work.shown = now, previewed
         prior, decoder = work.plan.evaluations
         done = [self._evaluations_done(run, prior, decoder) for run in work.runs]
         share = sum(done) / (len(done) * (prior + decoder))
@@ -244,14 +242,12 @@ class Service:
 
     def _fail(self, work: RequestWork, error: Exception) -> None:
         self._forget(work.ticket)
-        if not isinstance(error, Cancelled | TimeoutError):
-            work.ticket.cancelled.set()
+        work.ticket.cancelled.set()
         work.ticket.send(Failed(error))
 
     def _forget(self, ticket: Ticket) -> None:
         with self._changed:
             self._tickets.discard(ticket)
-            self._shown.pop(ticket, None)
             self._changed.notify_all()
 
 

@@ -78,6 +78,7 @@ class RequestWork:
     key: WeightsKey
     runs: list[ImageRun] = field(default_factory=list)
     began: float | None = None
+    shown: tuple[float, float] = (0.0, 0.0)  # when progress and previews were last sent
     images: dict[int, GeneratedImage] = field(default_factory=dict)  # those that are done
 
     def __post_init__(self) -> None:
@@ -189,8 +190,11 @@ class Engine:
     def _admit(self) -> None:
         """Start images of waiting requests, in their order, as far as there is room."""
         room = 2 * self.sizes.decoder[-1] - self.images
-        while self.waiting and room > 0:
-            work = self.waiting[0]
+        for work in list(self.waiting):
+            if room <= 0:
+                return
+            if not self._ready(work.plan):
+                continue
             if work.key != self.weights.current:
                 if self.active:
                     return  # others run with other weights
@@ -200,8 +204,6 @@ class Engine:
                     self.end(work, error)
                     continue
                 self.batches.clear()
-            if not self._ready(work.plan):
-                return
             if work not in self.active:
                 self.active.append(work)
                 work.began = time.monotonic()

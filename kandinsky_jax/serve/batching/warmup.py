@@ -6,7 +6,6 @@ A thread sends a small request of each kind through the same functions that serv
 from __future__ import annotations
 
 import threading
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -77,7 +76,7 @@ class Warmup:
         self.model, self.settings, self.changed = model, settings, changed
         self.kinds = kinds(model, settings, sizes)
         self.compiled = 0
-        self.failed: str | None = None
+        self._failed: set[Kind] = set()
         self.preview: LatentPreview | None = None  # once it is read, or fitted
         self._left: deque[Kind] = deque(self.kinds)
         self._known: set[Kind] = set(self.kinds)
@@ -109,6 +108,8 @@ class Warmup:
         factor = plan.decoder.movq.config.scale_factor
         size = own.h * factor, own.w * factor
         kind = Kind(request.mode, size, plan.guided, plan.prior_guided, batch_size, batch_size)
+        if kind in self._failed:
+            return True  # so that the request says why
         with self._work:
             if kind not in self._known:
                 self._known.add(kind)
@@ -127,8 +128,8 @@ class Warmup:
             try:
                 self._ready |= run_kind(self.model, kind)
             except Exception as error:  # a request of this kind would say the same
-                self.failed = f"{kind}: {error}"
-                traceback.print_exc()
+                self._failed.add(kind)
+                warnings.warn(f"{kind} cannot be compiled: {error}", stacklevel=2)
             if kind in self.kinds:
                 self.compiled += 1
             self.changed()

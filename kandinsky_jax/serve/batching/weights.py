@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TypeAlias
 
 import jax
 from flax import nnx
 
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.parallel.mesh import GUIDANCE_AXIS, ROWS_AXIS
 from kandinsky_jax.pipelines.adapters import Adapters, adapters_of, apply_adapters
-from kandinsky_jax.serve.requests import ImageRequest
+from kandinsky_jax.serve.requests import ImageRequest, RequestError
 from kandinsky_jax.serve.served_model import ServedModel
 
 # Mode, whether it is fast, and names and weights of LoRA files; () for the networks as they were loaded.
@@ -47,7 +49,7 @@ class AdapterWeights:
         """Change the networks' weights in place.
 
         Raises:
-            ValueError: for a file that cannot be used; the networks are as they were loaded then.
+            RequestError: for a file that cannot be used; the networks are as they were loaded then.
         """
         if key == self.current:
             return
@@ -63,9 +65,13 @@ class AdapterWeights:
                 pipe.set_adapters([name for name, _ in loras], [weight for _, weight in loras])
             if fast:
                 pipe.load_fast()
-        except Exception:
+        except Exception as error:
             self._reset()
-            raise
+            named = ", ".join(name for name, _ in loras) or "fast adapter"
+            warnings.warn(f"LoRA of a request cannot be used: {error}", stacklevel=2)  # with paths, for the operator
+            raise RequestError(
+                f"the LoRA {quote(named, 200)} cannot be used; the server's log says why", "loras"
+            ) from None
         finally:
             self.model.weights_changed()
         self.current = key

@@ -1,0 +1,111 @@
+"""LoRA files and the fast adapter in the server: requests with other weights wait, and each gets its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kandinsky_jax as kj
+from kandinsky_jax.checkpoint import flat_params, lora_files
+from kandinsky_jax.serve.requests import ImageRequest, RequestError
+from kandinsky_jax.serve.served_model import ServedModel, find_loras
+from kandinsky_jax.serve.server_settings import ServerSettings
+from kandinsky_jax.serve.service import Service
+from kandinsky_jax.serve.tickets import Failed
+from tests.pipelines.test_adapters import random_changes
+
+STEPS = {"num_inference_steps": 8, "prior_num_inference_steps": 5}
+TOLERANCE = 1  # level: pictures are rounded
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with two LoRA files, one that is damaged, and a link that leaves it."""
+    root = tmp_path_factory.mktemp("loras")
+    pipe = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
+    for i, name in enumerate(("style", "other")):
+        parts = {"unet": random_changes(pipe.unet, i), "prior": random_changes(pipe.prior_prior, i + 5)}
+        lora_files.write(root, parts, f"{name}.safetensors")
+    (root / "damaged.safetensors").write_bytes(b"\x08" + bytes(7) + b"{nothing")
+    (root / "notes.txt").write_text("no LoRA")
+    outside = tmp_path_factory.mktemp("outside")
+    shutil.copy(root / "style.safetensors", outside / "linked.safetensors")
+    (root / "linked.safetensors").symlink_to(outside / "linked.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def service(folder) -> Iterator[Service]:
+    service = Service(
+        ServedModel.load("tiny", modes=["generate"], lora_folder=folder), ServerSettings(batch_sizes=(2,))
+    )
+    service.start()
+    yield service
+    service.stop()
+
+
+def by_pipeline(request: ImageRequest, folder: Path) -> np.ndarray:
+    """Generate a complete request by a pipeline of its own."""
+    pipe: Any = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
+    pipe.set_progress_bar_config(disable=True)
+    for name in request.loras:
+        pipe.load_lora_weights(folder / f"{name}.safetensors", adapter_name=name)
+    if request.loras:
+        pipe.set_adapters(list(request.loras), list(request.loras.values()))
+    if request.fast:
+        pipe.load_fast()
+    [image] = pipe(
+        request.prompt,
+        height=64,
+        width=64,
+        generator=request.seed,
+        num_inference_steps=request.num_inference_steps,
+        prior_num_inference_steps=request.prior_num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        prior_guidance_scale=request.prior_guidance_scale,
+    ).images
+    return np.asarray(image, int)
+
+
+def test_a_folders_files_have_names_and_links_that_leave_it_do_not(folder):
+    assert sorted(find_loras(folder)) == ["damaged", "other", "style"]
+    with pytest.raises(ValueError, match="is not a folder"):
+        find_loras(folder / "none")
+
+
+def test_each_request_gets_its_own_weights(service, folder):
+    before = {name: np.asarray(leaf) for name, leaf in flat_params(service.model.pipe("generate").unet).items()}
+    requests = [
+        ImageRequest(prompt="purple heart", seed=1, **STEPS),
+        ImageRequest(prompt="purple heart", seed=1, loras={"style": 0.7}, **STEPS),
+        ImageRequest(prompt="purple heart", seed=1, loras={"style": 0.4, "other": -0.3}, **STEPS),
+        ImageRequest(prompt="purple heart", seed=1, fast=True),
+        ImageRequest(prompt="purple heart", seed=1, fast=True, loras={"other": 0.5}),
+        ImageRequest(prompt="purple heart", seed=1, **STEPS),
+    ]
+    tickets = [service.submit(request) for request in requests]
+    pictures = [np.asarray(ticket.result(120)[0].picture, int) for ticket in tickets]
+    assert np.array_equal(pictures[0], pictures[-1])
+    for ticket, picture in zip(tickets[:-1], pictures, strict=False):
+        assert np.abs(picture - by_pipeline(ticket.request, folder)).max() <= TOLERANCE, ticket.request
+    assert all(np.abs(a - b).mean() > 1 for i, a in enumerate(pictures[:5]) for b in pictures[:i])
+    assert tickets[3].request.num_inference_steps == 4
+    assert tickets[3].request.scheduler == "tcd"
+    after = flat_params(service.model.pipe("generate").unet)
+    assert all(np.array_equal(before[name], leaf) for name, leaf in after.items())
+
+
+@pytest.mark.filterwarnings("ignore:LoRA of a request cannot be used:UserWarning")
+def test_a_damaged_file_fails_its_request_alone(service):
+    bad = service.submit(ImageRequest(prompt="purple heart", loras={"damaged": 1.0}, **STEPS))
+    good = service.submit(ImageRequest(prompt="purple heart", seed=2, **STEPS))
+    assert good.result(60)
+    assert isinstance(bad.end, Failed)
+    with pytest.raises(RequestError, match="the LoRA 'damaged' cannot be used") as raised:
+        bad.result(1)
+    assert "/" not in str(raised.value), "no path of the server"
