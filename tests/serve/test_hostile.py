@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,7 +38,12 @@ def attack_server(count: int, seed: int) -> Seen:
     """Send hostile requests to a server in a process of its own."""
     command = [sys.executable, "-m", "tests.serve.hostile_server", "--page"]
     root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=root
+        ) as process,
+    ):
         assert process.stdin is not None
         assert process.stdout is not None
         seen = Seen({})
@@ -55,6 +61,9 @@ def attack_server(count: int, seed: int) -> Seen:
             process.stdin.close()
             seen.report = json.loads(process.stdout.read())
             assert process.wait(60) == 0
+            log.seek(0)
+            if "Traceback" in (logged := log.read()):
+                seen.faults.append(f"the server's log: {logged[:3000]}")
         finally:
             process.kill()
     return seen

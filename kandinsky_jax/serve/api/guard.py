@@ -11,6 +11,7 @@ import time
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -80,6 +81,9 @@ class Guard:
     async def _failed(self, error: Exception, scope: Scope, body: LimitedBody, answer: _Answer) -> None:
         """Answer what was raised, unless a response has begun or nobody is there."""
         if isinstance(error, ClientLeft) or body.left:
+            return
+        if answer.started and isinstance(error.__cause__, HTTPException):  # Gradio's, of a stream of no session
+            await answer({"type": "http.response.body", "body": b""})
             return
         known = body.error or (error if isinstance(error, ApiError) else None)
         if known is None:
