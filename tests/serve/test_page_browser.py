@@ -185,11 +185,13 @@ def test_a_closed_tab_cancels_what_it_has_left(browser, server):
         opened.prompt("a red circle")
         opened.page.locator(".kj-generate:visible").click()
         opened.page.get_by_text("of 200").first.wait_for()
-        [ticket] = [ticket for one in server.context.sessions for ticket in one.tickets]
+        [session] = [one for one in server.context.sessions if one.tickets]
+        [ticket] = session.tickets
         opened.page.close()
         wait_until(lambda: ticket.end is not None, 10)
         assert isinstance(ticket.end.error, Cancelled)
         wait_until(lambda: server.service.state.running == 0, 5)
+        wait_until(lambda: session.left is not None, 5)
 
 
 def test_a_dropped_picture_restores_its_settings(opened):
