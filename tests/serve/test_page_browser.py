@@ -92,7 +92,7 @@ def test_every_tab_generates(opened):
 def test_a_mix_of_a_prompt_and_a_picture(opened):
     opened.few_steps()
     opened.tab("Mix")
-    assert not opened.page.get_by_label("Prompt", exact=True).is_visible()
+    opened.page.get_by_label("Prompt", exact=True).wait_for(state="hidden")
     opened.page.get_by_label("Prompt 1", exact=True).fill("a blue star")
     chosen(opened, "mix-picture-2", picture())
     opened.page.locator("input[type=number][aria-label*='Weight 2']").fill("0.25")
