@@ -57,7 +57,7 @@ def test_a_batch_that_does_not_fill_the_devices(generated):
     assert np.array_equal(generated["uneven"], generated["alone"][:3])
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_cached_features(tmp_path):
     """On each mesh: the pictures of one device, to rounding; of a device with a picture of its own, to the bit."""
     found = generated_by(tmp_path, "cached_features")
@@ -116,7 +116,7 @@ def test_sharded_parameters(further):
     assert np.abs(further["sharded"] - further["alone"][:1]).max() * 255 <= 2
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_quantized_networks_on_meshes(tmp_path):
     found = generated_by(tmp_path, "quantized")
     assert np.array_equal(found["data"][:3], found["alone"])

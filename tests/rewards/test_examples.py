@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import SHAPES_MODEL, run_program
+from tests.conftest import SHAPES_MODEL, run_program, slow_and_campaign
 
 FOLDER = Path(__file__).parents[2] / "examples" / "rewards"
 NUMBER = r"-?[\d.]*\d"
@@ -56,8 +56,7 @@ def check_dpo(printed: str) -> None:
 CHECKS = {"ddpo": check_ddpo, "dpo": check_dpo, "draft": check_draft, "noise": check_noise}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", slow_and_campaign(CHECKS, "noise"))
 def test_an_example_shows_what_it_says(name, tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "shapes_model").symlink_to(SHAPES_MODEL)

@@ -67,7 +67,7 @@ def test_it_runs_on_the_small_model(tmp_path):
     assert f"| {profile['kernels'][0]['kernel'][:80]} |" in text
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_side_of_openvino_makes_the_same_picture(tmp_path):
     """Each side in a process of its own, as in the benchmark: OpenVINO's forks, and JAX warns of that."""
     job = JOB._replace(
