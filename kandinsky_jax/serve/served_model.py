@@ -28,6 +28,7 @@ from kandinsky_jax.serve.server_settings import ServerSettings, Size
 
 DEFAULT_STRENGTH = 0.3
 LORA_FILES = (".safetensors", ".bin")
+MOST_CHARACTERS = 10_000  # of a prompt, of which CLIP reads 77 tokens
 MOST_DECODERS = 64  # that are kept, one for each mode and scheduler
 
 
@@ -275,6 +276,8 @@ class ServedModel:
             raise RequestError("prompt is empty; say what to generate", "prompt")
         texts = [("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")]
         for name, text in texts + [("items", item) for item in request.items if isinstance(item, str)]:
+            if len(text) > MOST_CHARACTERS:
+                raise RequestError(f"{name} has {len(text)} characters; at most are {MOST_CHARACTERS}", name)
             _field(name, checks.texts, text, name)
         if isinstance(request.seed, bool) or not isinstance(request.seed, int) or not 0 <= request.seed < 2**63:
             raise RequestError(f"seed is {quote(request.seed)}; needed is an integer from 0 to 2**63 - 1", "seed")

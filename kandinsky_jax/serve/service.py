@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 import traceback
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from kandinsky_jax.serve.tickets import (
 
 PROGRESS_SECONDS = 0.1  # between two events of a request's progress
 PREVIEW_SECONDS = 0.3  # between two with previews
+BUSY_SECONDS = 0.01  # between two looks whether what a request waits for is there
 IDLE_SECONDS = 1.0  # after which an idle engine looks whether a request is too old
 
 
@@ -83,6 +85,8 @@ class Service:
 
     def start(self) -> None:
         """Start compiling, and the thread that generates."""
+        # Tickets have notes of it; what clients ask for is not written into logs.
+        warnings.filterwarnings("ignore", message="CLIP reads at most", module=r"kandinsky_jax\.serve")
         self.warmup.start()
         self._thread.start()
 
@@ -132,9 +136,11 @@ class Service:
         complete = self.model.complete(request, self.settings)
         try:
             plan = RequestPlan(self.model, complete)
+        except RequestError:
+            raise
         except (ValueError, TypeError, ArithmeticError) as error:
             raise RequestError(shorten(str(error), 400)) from None
-        ticket = Ticket(complete, previews, self.settings.time_limit)
+        ticket = Ticket(complete, previews, self.settings.time_limit, plan.notes)
         with self._changed:
             self._check_room()
             ticket.send(Waiting(len(self._tickets)))
@@ -181,7 +187,7 @@ class Service:
                 self._show_progress(work)
             with self._changed:
                 if not ran and not self._incoming and not (self._stopping and engine.is_idle):
-                    self._changed.wait(IDLE_SECONDS if engine.is_idle else 0.05)
+                    self._changed.wait(IDLE_SECONDS if engine.is_idle else BUSY_SECONDS)
 
     def _show_progress(self, work: RequestWork) -> None:
         """Send a request's progress, if the last time was a while ago."""

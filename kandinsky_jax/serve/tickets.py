@@ -126,14 +126,22 @@ class Ticket:
         request: complete, as it is run.
         previews: whether `Progress` has previews.
         time_limit: seconds until it must be done, waiting included.
+        notes: what its client should know, such as that the end of the prompt is not used.
     """
 
-    def __init__(self, request: ImageRequest, previews: bool = False, time_limit: float = math.inf):
+    def __init__(
+        self,
+        request: ImageRequest,
+        previews: bool = False,
+        time_limit: float = math.inf,
+        notes: tuple[str, ...] = (),
+    ):
         self.id = f"req-{next(_numbers)}"
         self.request = request
         self.previews = previews
         self.created = time.monotonic()
         self.time_limit = time_limit
+        self.notes = notes
         self.deadline = self.created + time_limit
         self.cancelled = threading.Event()
         self.end: Finished | Failed | None = None

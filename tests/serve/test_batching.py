@@ -291,6 +291,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back(generating):
         ({"loras": {"../../etc/passwd": 1.0}}, "loras", "there is no LoRA"),
         ({"image": Image.new("RGB", (8, 8))}, "image", "is not used by the mode generate"),
         ({"items": ("a",)}, "items", "not used"),
+        ({"prompt": "a" * 10_001}, "prompt", "10001 characters; at most are 10000"),
         ({"prompt": "\ud800"}, "prompt", "half of a surrogate pair"),
         ({"torch_noise": True, "num_images": 2}, "num_images", "one picture at a time"),
     ],
@@ -315,6 +316,14 @@ def test_another_size_is_compiled_when_it_is_asked_for(generating):
         assert wide.result(120)[0].picture.size == (128, 64)
     finally:
         service.stop()
+
+
+def test_a_long_prompt_is_noted_and_its_words_are_not_logged(generating, recwarn):
+    ticket = generating.service.submit(ImageRequest(prompt="secret " * 90, num_inference_steps=2))
+    assert ticket.notes == ("prompt has 272 tokens, of which CLIP reads 77: its end is not used",)
+    assert ticket.result(30)
+    assert not [warning for warning in recwarn if "secret" in str(warning.message)]
+    assert generating.service.submit(ImageRequest(prompt="heart", num_inference_steps=2)).notes == ()
 
 
 def test_a_request_that_takes_too_long_ends(generating):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kandinsky_jax.diffusion.inpainting import latent_repaint_mask
 from kandinsky_jax.pipelines.decoder import DecoderRequest
 from kandinsky_jax.pipelines.emb2emb import Emb2EmbOptions
 from kandinsky_jax.pipelines.inpaint import KandinskyV22InpaintPipeline
@@ -14,7 +15,7 @@ from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.pipelines.options import PriorOptions
 from kandinsky_jax.pipelines.prior import PriorPipeline, PriorRequest, TextEncoding
 from kandinsky_jax.serve.batching.rows import schedule_rows
-from kandinsky_jax.serve.requests import MIX, VARY, ImageRequest
+from kandinsky_jax.serve.requests import MIX, VARY, ImageRequest, RequestError
 from kandinsky_jax.serve.served_model import ServedModel
 
 
@@ -73,6 +74,8 @@ class RequestPlan:
         if isinstance(self.decoder, KandinskyV22InpaintPipeline):
             kept = self.decoder._levels(self.decoder_request)
         own = self.decoder_request
+        _check_mask(own)
+        self.notes = self._notes()
         self.decoder_rows = schedule_rows(own.schedule, own.guidance.scale, kept)
 
     @property
@@ -90,6 +93,19 @@ class RequestPlan:
         """Evaluations of the prior and of the decoder for one image."""
         batches = [(plan.request.batches, plan.rows) for plan in self.priors if plan.request is not None]
         return sum(count * len(rows) for count, rows in batches if rows is not None), len(self.decoder_rows)
+
+    def _notes(self) -> tuple[str, ...]:
+        """Return what the client should know: which prompts CLIP does not read whole."""
+        request, prior = self.request, self.pipe.prior_pipe
+        most = prior.text_encoder.config.max_position_embeddings
+        texts = [("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")]
+        texts += [(f"items[{i}]", item) for i, item in enumerate(request.items) if isinstance(item, str)]
+        counts = [(name, len(prior.tokenizer(text, verbose=False).input_ids)) for name, text in texts]
+        return tuple(
+            f"{name} has {count} tokens, of which CLIP reads {most}: its end is not used"
+            for name, count in counts
+            if count > most
+        )
 
     def _priors(self) -> list[PriorPlan]:
         """Return the terms of the embedding, and at last the negative prompt of a mix, if it has one."""
@@ -133,6 +149,15 @@ class RequestPlan:
             given |= {"strength": request.strength} if mode.takes_strength else {}
             given |= {"paste_back": request.paste_back} if "mask_image" in mode.pictures else {}
         return self.decoder._request(self.pipe.OPTIONS(request.prompt, **given), 1)
+
+
+def _check_mask(request: DecoderRequest) -> None:
+    """Raise RequestError for a mask of which nothing is repainted."""
+    mask = request.repaint_mask
+    if mask is not None and not latent_repaint_mask(mask, request.h, request.w).any():
+        raise RequestError(
+            "mask_image repaints nothing: white is repainted, and parts smaller than a latent are lost", "mask_image"
+        )
 
 
 def _prior_plan(pipe: PriorPipeline, options: Any) -> PriorPlan:
