@@ -369,9 +369,13 @@ class PriorPipeline(Pipeline):
 
     # Text ---------------------------------------------------------------------------------------------------------
 
-    def _encode_cond(self, request: PriorRequest) -> TextEncoding:
-        """Encode the prompts and then the negative prompts, each repeated for its images, `[batches * images, ...]`."""
-        parts = [self._encode(texts) for texts in (request.prompts, request.negatives) if texts is not None]
+    def _encode_cond(self, request: PriorRequest, warn: bool = True) -> TextEncoding:
+        """Encode the prompts and then the negative prompts, each repeated for its images, `[batches * images, ...]`.
+
+        Args:
+            warn: whether to warn of prompts that are cut.
+        """
+        parts = [self._encode(texts, warn) for texts in (request.prompts, request.negatives) if texts is not None]
         return TextEncoding(
             *(np.repeat(np.concatenate(arrays), request.repeats, axis=0) for arrays in zip(*parts, strict=True))
         )
@@ -383,15 +387,15 @@ class PriorPipeline(Pipeline):
         empty = self._constant("empty", lambda: self._encode([""]), self.text_encoder)
         return TextEncoding(*(np.repeat(x, request.images, axis=0) for x in empty))
 
-    def _encode(self, texts: list[str]) -> TextEncoding:
-        ids, mask = self._tokenize(texts)
+    def _encode(self, texts: list[str], warn: bool = True) -> TextEncoding:
+        ids, mask = self._tokenize(texts, warn)
         output = call(*Network.split(self.text_encoder), jnp.asarray(ids))
         return TextEncoding(np.asarray(output.text_embeds), np.asarray(output.last_hidden_state), mask)
 
-    def _tokenize(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize(self, texts: list[str], warn: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids, int32 `[B, T]`, and a mask of those that are not padding, bool `[B, T]`."""
         length = self.text_encoder.config.max_position_embeddings
-        for text in texts:
+        for text in texts if warn else ():
             full = self.tokenizer(text, verbose=False).input_ids
             if len(full) > length:
                 dropped = self.tokenizer.decode(full[length - 1 : -1])

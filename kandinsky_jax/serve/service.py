@@ -6,7 +6,6 @@ import dataclasses
 import threading
 import time
 import traceback
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +84,6 @@ class Service:
 
     def start(self) -> None:
         """Start compiling, and the thread that generates."""
-        # Tickets have notes of it; what clients ask for is not written into logs.
-        warnings.filterwarnings("ignore", message="CLIP reads at most", module=r"kandinsky_jax\.serve")
         self.warmup.start()
         self._thread.start()
 

@@ -318,11 +318,10 @@ def test_another_size_is_compiled_when_it_is_asked_for(generating):
         service.stop()
 
 
-def test_a_long_prompt_is_noted_and_its_words_are_not_logged(generating, recwarn):
+def test_a_long_prompt_is_noted_and_its_words_are_not_logged(generating):
     ticket = generating.service.submit(ImageRequest(prompt="secret " * 90, num_inference_steps=2))
     assert ticket.notes == ("prompt has 272 tokens, of which CLIP reads 77: its end is not used",)
-    assert ticket.result(30)
-    assert not [warning for warning in recwarn if "secret" in str(warning.message)]
+    assert ticket.result(30), "a warning would be an error here"
     assert generating.service.submit(ImageRequest(prompt="heart", num_inference_steps=2)).notes == ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from kandinsky_jax.common.errors import quote
+from kandinsky_jax.common.malloc import return_freed_memory
 from kandinsky_jax.serve.api.bodies import Budget, read_body, read_multipart
 from kandinsky_jax.serve.api.errors import ApiError, too_busy
 from kandinsky_jax.serve.api.fields import (
@@ -38,6 +40,7 @@ class ImageRoutes:
 
     def __init__(self, service: Service):
         self.service, self.workers = service, Workers()
+        self._freed = 0  # pixels, since memory was last returned
         self.pixels = Budget(CONCURRENT_PICTURES * service.settings.max_upload_pixels, "the pictures")
 
     def router(self) -> APIRouter:
@@ -104,15 +107,23 @@ class ImageRoutes:
             return StreamingResponse(events, media_type="text/event-stream", headers=NO_STORE)
         finally:
             if not streams:
-                reader.release()
+                self._release(reader)
 
     async def _events(self, running: Running, form: Form, reader: PictureReader) -> AsyncIterator[bytes]:
         try:
             async for part in stream(running, form, self.workers):
                 yield part
         finally:
-            reader.release()
+            self._release(reader)
             await running.__aexit__(None, None, None)
+
+    def _release(self, reader: PictureReader) -> None:
+        """Return the pictures' pixels to the budget and, after many, their memory to the system."""
+        self._freed += reader.pixels
+        reader.release()
+        if self._freed > self.service.settings.max_upload_pixels // 4:  # else glibc keeps what decoding took
+            self._freed = 0
+            asyncio.get_running_loop().run_in_executor(None, return_freed_memory)
 
     def _check_model(self, name: str | None) -> None:
         own = model_id(self.service)

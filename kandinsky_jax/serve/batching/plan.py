@@ -39,10 +39,10 @@ class PriorPlan:
     embed: np.ndarray | None = None  # of the picture, [1, D], once computed
 
     def encoded(self) -> tuple[TextEncoding, TextEncoding | None]:
-        """Return the encoded prompts, computed once for all images."""
+        """Return the encoded prompts, computed once for all images; warnings would put them into the server's log."""
         if self.encodings is None:
             assert self.request is not None
-            cond = self.pipe._encode_cond(self.request)
+            cond = self.pipe._encode_cond(self.request, warn=False)
             uncond = self.pipe._encode_uncond(self.request, cond) if self.request.guidance.uses_uncond else None
             self.encodings = cond, uncond
         return self.encodings
