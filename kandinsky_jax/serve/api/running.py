@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
@@ -33,9 +35,36 @@ class Workers:
 
     async def run(self, function: Callable[[], T]) -> T:
         """Run a function in a thread."""
+        outcome = await self.attempt(function)
+        if isinstance(outcome, Refused):
+            raise outcome.error
+        return outcome
+
+    async def attempt(self, function: Callable[[], T]) -> T | Refused:
+        """Run a function in a thread; errors of requests are returned, without frames, which hold pictures."""
         if self._limiter is None:  # needs a running loop
             self._limiter = anyio.CapacityLimiter(THREADS)
-        return await anyio.to_thread.run_sync(function, limiter=self._limiter)
+        return await anyio.to_thread.run_sync(lambda: _outcome(function), limiter=self._limiter)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A function's error, as a result: an exception of a future is in a cycle with its frames.
+
+    Args:
+        error: without traceback.
+    """
+
+    error: Exception
+
+
+def _outcome(function: Callable[[], T]) -> T | Refused:
+    try:
+        return function()
+    except (ApiError, RequestError, QueueFull) as error:
+        traceback.clear_frames(error.__traceback__)
+        error.__context__ = None
+        return Refused(error.with_traceback(None))
 
 
 class Running:
@@ -59,17 +88,17 @@ class Running:
 
     async def __aenter__(self) -> Running:
         """Submit the request; ApiError where the service does not take it."""
+        submitted = asyncio.ensure_future(
+            self._workers.attempt(lambda: self._service.submit(self._request, self._previews))
+        )
         try:
-            submitted = asyncio.ensure_future(
-                self._workers.run(lambda: self._service.submit(self._request, self._previews))
-            )
-            try:
-                self.ticket = await asyncio.shield(submitted)
-            except asyncio.CancelledError:
-                submitted.add_done_callback(_cancel_submitted)
-                raise
-        except (RequestError, QueueFull) as error:
-            raise from_failure(error) from None
+            outcome = await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(_cancel_submitted)
+            raise
+        if isinstance(outcome, Refused):
+            raise from_failure(outcome.error)
+        self.ticket = outcome
         self._facts.request = self.ticket.request
         loop = asyncio.get_running_loop()
 
@@ -135,7 +164,9 @@ class Running:
         self._inbox.put_nowait(None)
 
 
-def _cancel_submitted(submitted: asyncio.Future[Ticket]) -> None:
+def _cancel_submitted(submitted: asyncio.Future[Ticket | Refused]) -> None:
     """Cancel a request whose client left while it was submitted."""
     if not submitted.cancelled() and submitted.exception() is None:
-        submitted.result().cancel()
+        outcome = submitted.result()
+        if not isinstance(outcome, Refused):
+            outcome.cancel()
