@@ -20,7 +20,7 @@ from kandinsky_jax.serve.page.context import Job, PageContext
 from kandinsky_jax.serve.page.runs import Done, failure_view, run, run_of
 from kandinsky_jax.serve.page.sessions import Session
 from kandinsky_jax.serve.requests import RequestError
-from kandinsky_jax.serve.tickets import QueueFull
+from kandinsky_jax.serve.tickets import Cancelled, QueueFull
 
 MAX_CELLS = 36
 SEPARATOR = ","
@@ -140,18 +140,19 @@ def plan_grid(base: Job, values: dict[str, Any], context: PageContext) -> GridPl
 
 
 async def shown_grid(plan: Callable[[], GridPlan], session: Session, context: PageContext) -> AsyncIterator[str | Done]:
-    """Generate a grid, one cell after another; a cancelled one leaves the cells that are done in the gallery."""
+    """Generate a grid; a cancelled one leaves the cells that are done in the gallery."""
     began = time.monotonic()
     try:
         with run_of(session):
             yield views.working("Starting")
             planned = await asyncio.to_thread(plan)
-            cells: list[Image.Image] = []
-            for number, job in enumerate(planned.jobs, 1):
-                async for event in _patient(job, session, context, f"picture {number} of {len(planned.jobs)}"):
+            done: dict[int, Done] = {}
+            async for number, event in _cells(planned.jobs, session, context):
+                if isinstance(event, Done):
+                    done[number] = event
+                if isinstance(event, Done) or number == _first_running(planned, done):
                     yield event
-                    if isinstance(event, Done):
-                        cells += [kept.picture() for kept in event.kept]
+            cells = [kept.picture() for number in sorted(done) for kept in done[number].kept]
             picture = await asyncio.to_thread(label_grid, cells, planned.columns, planned.rows)
             about = f"Grid. Across: {', '.join(planned.columns)}. Down: {', '.join(planned.rows)}."
             kept = session.add(picture, _png(picture), None, about, about)
@@ -160,6 +161,46 @@ async def shown_grid(plan: Callable[[], GridPlan], session: Session, context: Pa
     except Exception as error:
         if view := failure_view(error):
             yield view
+
+
+def _first_running(planned: GridPlan, done: dict[int, Done]) -> int:
+    """Return the number of the first cell that is not done, whose progress is shown."""
+    return next((number for number in range(len(planned.jobs)) if number not in done), 0)
+
+
+async def _cells(jobs: Sequence[Job], session: Session, context: PageContext) -> AsyncIterator[tuple[int, str | Done]]:
+    """Run cells, as many at once as share a step; yield their numbers and views, and what became of them.
+
+    Raises:
+        Exception: of the first cell that fails; the others are cancelled.
+    """
+    inbox: asyncio.Queue[tuple[int, str | Done | Exception | None]] = asyncio.Queue()
+    places = asyncio.Semaphore(max(context.settings.batch_sizes))
+
+    async def one(number: int, job: Job) -> None:
+        try:
+            async with places:
+                async for event in _patient(job, session, context, f"picture {number + 1} of {len(jobs)}"):
+                    inbox.put_nowait((number, event))
+            inbox.put_nowait((number, None))
+        except Exception as error:
+            inbox.put_nowait((number, error))
+
+    tasks = [asyncio.create_task(one(number, job)) for number, job in enumerate(jobs)]
+    try:
+        left = len(tasks)
+        while left:
+            number, event = await inbox.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                left -= 1
+            else:
+                yield number, event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _patient(job: Job, session: Session, context: PageContext, of: str) -> AsyncIterator[str | Done]:
@@ -171,8 +212,7 @@ async def _patient(job: Job, session: Session, context: PageContext, of: str) ->
             return
         except QueueFull:
             if session.cancelled:
-                yield views.stopped("Cancelled")
-                return
+                raise Cancelled("the grid was cancelled") from None
             yield views.working("Waiting for a place in the queue")
             await asyncio.sleep(RETRY)
 
