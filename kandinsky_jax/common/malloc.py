@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 # Of glibc's <malloc.h>.
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
 PAD = 256 * 2**20
 
 
@@ -37,6 +37,16 @@ def return_freed_memory() -> bool:
         return False
     malloc_trim(ctypes.c_size_t(0))
     return True
+
+
+def share_arenas(arenas: int = 2) -> bool:
+    """Make threads allocate from a few arenas; return whether that is possible here.
+
+    For servers. By default each of up to eight threads a core gets an arena of its own, and each keeps what was freed
+    in it: many threads that decode a large picture once in a while hold the memory of many.
+    """
+    mallopt = _function("mallopt")
+    return mallopt is not None and bool(mallopt(ARENA_MAX, arenas))
 
 
 @functools.cache

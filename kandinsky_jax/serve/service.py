@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from kandinsky_jax.common.errors import shorten
+from kandinsky_jax.common.malloc import return_freed_memory, share_arenas
 from kandinsky_jax.serve.batching.engine import Engine, ImageRun, RequestWork, Stage
 from kandinsky_jax.serve.batching.plan import RequestPlan
 from kandinsky_jax.serve.batching.warmup import BatchSizes, Warmup
@@ -34,6 +35,7 @@ from kandinsky_jax.serve.tickets import (
 PROGRESS_SECONDS = 0.1  # between two events of a request's progress
 PREVIEW_SECONDS = 0.3  # between two with previews
 BUSY_SECONDS = 0.01  # between two looks whether what a request waits for is there
+TRIM_SECONDS = 2.0  # of an idle engine, after which freed memory goes back to the kernel
 IDLE_SECONDS = 1.0  # after which an idle engine looks whether a request is too old
 
 
@@ -84,6 +86,7 @@ class Service:
 
     def start(self) -> None:
         """Start compiling, and the thread that generates."""
+        share_arenas()
         self.warmup.start()
         self._thread.start()
 
@@ -162,7 +165,7 @@ class Service:
             self._changed.notify_all()
 
     def _loop(self) -> None:
-        engine = self._engine
+        engine, trimmed, active = self._engine, 0, time.monotonic()
         while True:
             with self._changed:
                 engine.waiting.extend(self._incoming)
@@ -182,6 +185,11 @@ class Service:
                 engine.batches.clear()
             for work in engine.active:
                 self._show_progress(work)
+            if not engine.is_idle:
+                active = time.monotonic()
+            elif engine.evaluations > trimmed and time.monotonic() - active > TRIM_SECONDS:
+                trimmed = engine.evaluations
+                return_freed_memory()
             with self._changed:
                 if not ran and not self._incoming and not (self._stopping and engine.is_idle):
                     self._changed.wait(IDLE_SECONDS if engine.is_idle else BUSY_SECONDS)
