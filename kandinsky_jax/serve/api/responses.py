@@ -96,12 +96,13 @@ async def answer_at_once(running: Running, form: Form, workers: Workers) -> Resp
             if isinstance(event, Finished):
                 done = event.images
         assert running.ticket is not None
-        request = running.ticket.request
+        request, notes = running.ticket.request, running.ticket.notes
 
     def encoded() -> bytes:
         shared = form.shared(request)
         del shared["quality"]  # in whole responses, the client's type has no "auto"
         body = {"created": int(time.time()), **shared, "data": [form.item(image) for image in done]}
+        body |= {"notes": notes} if notes else {}
         return json.dumps(body).encode()
 
     return Response(await workers.run(encoded), media_type="application/json", headers=NO_STORE)
@@ -110,7 +111,7 @@ async def answer_at_once(running: Running, form: Form, workers: Workers) -> Resp
 async def stream(running: Running, form: Form, workers: Workers) -> AsyncIterator[bytes]:
     """Yield a response's server-sent events; the request has been submitted."""
     assert running.ticket is not None
-    request, created = running.ticket.request, int(time.time())
+    request, notes, created = running.ticket.request, running.ticket.notes, int(time.time())
     shown = [0] * request.num_images
 
     def event_text(kind: str, facts: dict[str, Any], picture: Callable[[], str]) -> bytes:
@@ -136,6 +137,7 @@ async def stream(running: Running, form: Form, workers: Workers) -> AsyncIterato
                 image = event.image
                 facts: dict[str, Any] = {"usage": _USAGE, "image_index": event.index}
                 facts |= {"seed": image.record.get("seed"), "settings": image.record}
+                facts |= {"notes": notes} if notes else {}
                 yield await workers.run(
                     lambda facts=facts, image=image: event_text(  # type: ignore[misc]
                         "completed", facts, lambda: form.encode(image.picture, image.record)

@@ -47,10 +47,12 @@ class Done:
     Args:
         kept: in the session's gallery.
         request: as it was run.
+        note: about the request.
     """
 
     kept: tuple[KeptPicture, ...]
     request: ImageRequest
+    note: str = ""
 
 
 @contextmanager
@@ -109,20 +111,21 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
     if session.cancelled:
         ticket.cancel()
     previews: tuple[Image.Image | None, ...] = ()
+    note = ". ".join(one for one in (job.note, *ticket.notes) if one)
     try:
         async for event in events(ticket):
             if isinstance(event, Waiting):
                 ahead = f", {event.ahead} before it" if event.ahead else ""
-                yield views.working(f"Waiting{ahead}", job.note)
+                yield views.working(f"Waiting{ahead}", note)
             elif isinstance(event, Progress):
                 previews = latest(previews, event.previews)
                 event = dataclasses.replace(event, previews=previews)
-                yield views.progress(event, alt_text(ticket.request), job.note, of)
+                yield views.progress(event, alt_text(ticket.request), note, of)
             elif isinstance(event, Failed):
                 raise event.error
             elif isinstance(event, Finished):
                 kept = [await asyncio.to_thread(keep, image, job, session) for image in event.images]
-                yield Done(tuple(kept), ticket.request)
+                yield Done(tuple(kept), ticket.request, note)
     finally:
         session.tickets.discard(ticket)
         if ticket.end is None:
@@ -145,8 +148,7 @@ async def shown(job: Callable[[], Job], session: Session, context: PageContext) 
             made = await asyncio.to_thread(job)
             async for event in run(made, session, context):
                 if isinstance(event, Done):
-                    note = made.note
-                    yield views.finished(event.kept, session.key, note, time.monotonic() - began)
+                    yield views.finished(event.kept, session.key, event.note, time.monotonic() - began)
                 yield event
     except Exception as error:
         if view := failure_view(error):
