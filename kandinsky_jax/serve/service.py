@@ -17,7 +17,7 @@ from kandinsky_jax.common.malloc import return_freed_memory, share_arenas
 from kandinsky_jax.serve.batching.engine import Engine, ImageRun, RequestWork, Stage
 from kandinsky_jax.serve.batching.plan import RequestPlan
 from kandinsky_jax.serve.batching.warmup import BatchSizes, Warmup
-from kandinsky_jax.serve.batching.weights import AdapterWeights, key_of
+from kandinsky_jax.serve.batching.weights import PLAIN, AdapterWeights, key_of
 from kandinsky_jax.serve.requests import ImageRequest, RequestError
 from kandinsky_jax.serve.served_model import ServedModel
 from kandinsky_jax.serve.server_settings import ServerSettings
@@ -174,6 +174,7 @@ class Service:
                     for work in [work for work in engine.waiting if work.began is None]:
                         work.ticket.cancel()
                     if engine.is_idle:
+                        engine.weights.use(PLAIN)  # the pipelines may be a notebook's
                         return
             ran = False
             try:

@@ -72,6 +72,17 @@ def by_pipeline(request: ImageRequest, folder: Path) -> np.ndarray:
     return np.asarray(image, int)
 
 
+def test_a_server_that_stops_leaves_the_weights_as_it_found_them():
+    service = Service(ServedModel.load("tiny", modes=["generate"]), ServerSettings(batch_sizes=(2,)))
+    unet = service.model.pipe("generate").unet
+    before = {name: np.asarray(leaf) for name, leaf in flat_params(unet).items()}
+    service.start()
+    assert service.submit(ImageRequest(prompt="purple heart", fast=True)).result(120)
+    assert not all(np.array_equal(before[name], leaf) for name, leaf in flat_params(unet).items())
+    service.stop()
+    assert all(np.array_equal(before[name], leaf) for name, leaf in flat_params(unet).items())
+
+
 def test_a_folders_files_have_names_and_links_that_leave_it_do_not(folder):
     assert sorted(find_loras(folder)) == ["damaged", "other", "style"]
     with pytest.raises(ValueError, match="is not a folder"):
@@ -96,6 +107,7 @@ def test_each_request_gets_its_own_weights(service, folder):
     assert all(np.abs(a - b).mean() > 1 for i, a in enumerate(pictures[:5]) for b in pictures[:i])
     assert tickets[3].request.num_inference_steps == 4
     assert tickets[3].request.scheduler == "tcd"
+    assert service.submit(ImageRequest(prompt="purple heart", seed=1, **STEPS)).result(60)
     after = flat_params(service.model.pipe("generate").unet)
     assert all(np.array_equal(before[name], leaf) for name, leaf in after.items())
 
