@@ -7,6 +7,7 @@ import io
 import json
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -252,3 +253,15 @@ def wait_until(condition, seconds: float = 60.0):
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)
+
+
+def test_the_example_of_the_docs_runs(running, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    example = text.partition("## The API")[2].partition("```python\n")[2].partition("```")[0]
+    own = example.replace("http://127.0.0.1:7860", running.url)
+    assert own != example
+    names: dict[str, object] = {}
+    exec(compile(own, "docs/serve.md", "exec"), names)
+    names["client"].close()
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert Image.open(io.BytesIO(names["picture"])).size == (64, 64)
