@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -30,6 +31,16 @@ def test_launch_serves_the_page_in_a_frame_until_it_is_closed():
     page.close()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{page.url}/ui/")
+
+
+def test_closing_ends_the_streams_of_open_pages_in_silence(caplog):
+    page = serve.launch(tiny().pipe("generate"), batch_sizes=(1,), grace=1.0)
+    with httpx.stream("GET", f"{page.url}/ui/gradio_api/heartbeat/tab") as stream:
+        assert stream.status_code == 200
+        began = time.monotonic()
+        page.close()
+        assert time.monotonic() - began < 3
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_importing_serve_imports_no_server():

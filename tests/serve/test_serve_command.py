@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -86,3 +89,33 @@ def test_sigterm_finishes_what_runs(tmp_path):
         finally:
             process.kill()
             client.close()
+
+
+@pytest.mark.slow
+def test_stopping_ends_the_streams_of_open_pages_in_silence():
+    command = [part for part in COMMAND if part != "--no-page"]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+        contextlib.ExitStack() as connections,
+    ):
+        assert process.stdout is not None
+        try:
+            address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
+            assert address is not None
+            assert process.stdout.readline().startswith("ready: ")
+            for i in range(3):
+                connection = connections.enter_context(socket.create_connection(("127.0.0.1", int(address[1])), 30))
+                path = f"/ui/gradio_api/heartbeat/tab{i}"
+                connection.sendall(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            said, faults = process.communicate(timeout=30)
+            assert time.monotonic() - began < 3
+            assert process.returncode == 0
+            assert said == "stopped\n"
+            assert "Traceback" not in faults
+            assert "Error" not in faults
+            assert "graceful" not in faults
+        finally:
+            process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import secrets
@@ -67,6 +68,9 @@ class Guard:
                 await refused(scope, receive, answer)
             else:
                 await self.app(scope, body, answer)
+        except asyncio.CancelledError:
+            if not self.stopping.is_set():  # else the loop ends, and the connection is closed
+                raise
         except Exception as error:
             await self._failed(error, scope, body, answer)
         finally:

@@ -27,6 +27,7 @@ STALLED_SECONDS = 60.0  # after which a client that does not read its response i
 MAX_HEADERS = 32 * 2**10  # bytes
 MAX_CONNECTIONS = 1000
 CLOSING_SECONDS = 5  # for responses that are being sent when the server ends
+ABORT_SECONDS = 2  # for requests to notice that their connections are closed
 logger = logging.getLogger("kandinsky_jax.serve")
 
 
@@ -91,7 +92,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 limit_concurrency=MAX_CONNECTIONS,
-                timeout_graceful_shutdown=CLOSING_SECONDS,
+                timeout_graceful_shutdown=CLOSING_SECONDS + ABORT_SECONDS,
                 h11_max_incomplete_event_size=MAX_HEADERS,
             )
         )
@@ -115,6 +116,27 @@ class Server(uvicorn.Server):
         if self._stopping.is_set() and number == signal.SIGINT:
             self.should_exit = self.force_exit = True
         self.begin_stop()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the page's event streams, which do not end by themselves, and send the answers of the API."""
+        for connection in self._busy():
+            if self.force_exit or not connection.scope["path"].startswith("/v1/"):
+                connection.transport.close()
+        late = asyncio.get_running_loop().call_later(CLOSING_SECONDS, self._abort)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            late.cancel()
+
+    def _busy(self) -> list[H11Protocol]:
+        """Return the connections on which an answer is being sent."""
+        found = [one for one in self.server_state.connections if isinstance(one, H11Protocol)]
+        return [one for one in found if one.cycle is not None and not one.cycle.response_complete]
+
+    def _abort(self) -> None:
+        """Close the connections of clients that do not read their answers."""
+        for connection in self._busy():
+            connection.transport.abort()
 
     def begin_stop(self) -> None:
         """Refuse new requests, and end once those that run are done."""
