@@ -89,6 +89,7 @@ def test_a_folders_files_have_names_and_links_that_leave_it_do_not(folder):
         find_loras(folder / "none")
 
 
+@pytest.mark.slow
 def test_each_request_gets_its_own_weights(service, folder):
     before = {name: np.asarray(leaf) for name, leaf in flat_params(service.model.pipe("generate").unet).items()}
     requests = [
