@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 
 import httpx
@@ -11,11 +13,14 @@ from PIL import Image
 
 from kandinsky_jax.serve.page.gate import event_fault
 from kandinsky_jax.serve.page.grids import label_grid, read_values
+from kandinsky_jax.serve.page.runs import events, waiting
 from kandinsky_jax.serve.page.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
 from kandinsky_jax.serve.page.settings_panel import read_number, read_seed, read_size, split_scheduler
 from kandinsky_jax.serve.page.tabs.outpainting import fitting_canvas, lay_out
 from kandinsky_jax.serve.page.widgets import decode, encode_value
-from kandinsky_jax.serve.requests import RequestError
+from kandinsky_jax.serve.requests import ImageRequest, RequestError
+from kandinsky_jax.serve.service import ServiceState
+from kandinsky_jax.serve.tickets import Cancelled, Failed, Ticket, Waiting
 from tests.serve.browsers import site
 
 PLAIN = Image.new("RGB", (64, 64), "red")
@@ -175,6 +180,36 @@ def test_a_grid_has_its_cells_in_place():
     labels = np.asarray(sheet.convert("L"))
     assert (labels[:top, left:] < 128).any()
     assert (labels[top:, :left] < 128).any()
+
+
+# Progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_why_a_request_waits():
+    state = ServiceState(
+        ready=False, compiled=13, programs=32, waiting=1, running=0, images=0, evaluations=0, stopping=False
+    )
+    ready = dataclasses.replace(state, ready=True, compiled=32)
+    assert waiting(state, 0, new=True) == "Compiling, 13 of 32"
+    assert waiting(ready, 0, new=True) == "Waiting"
+    assert waiting(ready, 0, new=False) == "Compiling the programs of this request"
+    assert waiting(dataclasses.replace(ready, running=1), 1, new=False) == "Waiting, 1 before it"
+
+
+def test_a_request_that_waits_is_looked_at_again():
+    async def looked() -> list[object]:
+        ticket = Ticket(ImageRequest(prompt="x"))
+        ticket.send(Waiting(0))
+        found: list[object] = []
+        async for event in events(ticket):
+            found.append(event)
+            if event is None:
+                ticket.send(Failed(Cancelled("x")))
+        return found
+
+    first, between, last = asyncio.run(looked())
+    assert (first, between) == (Waiting(0), None)
+    assert isinstance(last, Failed)
 
 
 # Outpainting ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from kandinsky_jax.serve.page.encoding import duration
 from kandinsky_jax.serve.page.sessions import KeptPicture, Session
 from kandinsky_jax.serve.records import encode_image, parameters_text
 from kandinsky_jax.serve.requests import MIX, ImageRequest, RequestError
+from kandinsky_jax.serve.service import ServiceState
 from kandinsky_jax.serve.tickets import (
     Cancelled,
     Event,
@@ -33,6 +34,7 @@ from kandinsky_jax.serve.tickets import (
 )
 
 BETWEEN_VIEWS = 0.15  # seconds
+BETWEEN_LOOKS = 1.0  # seconds, at why a request waits
 log = logging.getLogger(__name__)
 
 
@@ -74,8 +76,8 @@ def run_of(session: Session) -> Iterator[None]:
         session.tickets.clear()
 
 
-async def events(ticket: Ticket) -> AsyncIterator[Event]:
-    """Yield a ticket's events until the last one; of progress, the newest."""
+async def events(ticket: Ticket) -> AsyncIterator[Event | None]:
+    """Yield a ticket's events until the last one; of progress, the newest. Before it, None each second without one."""
     loop = asyncio.get_running_loop()
     inbox: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -84,14 +86,20 @@ async def events(ticket: Ticket) -> AsyncIterator[Event]:
             loop.call_soon_threadsafe(inbox.put_nowait, event)
 
     ticket.listen(pass_on)
+    begun = False
     while True:
-        event = await inbox.get()
+        try:
+            event = await asyncio.wait_for(inbox.get(), None if begun else BETWEEN_LOOKS)
+        except TimeoutError:
+            yield None
+            continue
         while isinstance(event, Progress) and not inbox.empty():
             event = inbox.get_nowait()
         yield event
         if isinstance(event, Finished | Failed):
             return
         if isinstance(event, Progress):
+            begun = True
             await asyncio.sleep(BETWEEN_VIEWS)
 
 
@@ -111,12 +119,17 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
     if session.cancelled:
         ticket.cancel()
     previews: tuple[Image.Image | None, ...] = ()
+    ahead, said = 0, ""
     note = ". ".join(one for one in (job.note, *ticket.notes) if one)
     try:
         async for event in events(ticket):
-            if isinstance(event, Waiting):
-                ahead = f", {event.ahead} before it" if event.ahead else ""
-                yield views.working(f"Waiting{ahead}", note)
+            if isinstance(event, Waiting | None):
+                state = context.service.state
+                ahead = event.ahead if event else min(ahead, max(0, state.waiting + state.running - 1))
+                status = waiting(state, ahead, new=event is not None)
+                if status != said:
+                    yield views.working(status, note)
+                said = status
             elif isinstance(event, Progress):
                 previews = latest(previews, event.previews)
                 event = dataclasses.replace(event, previews=previews)
@@ -130,6 +143,21 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
         session.tickets.discard(ticket)
         if ticket.end is None:
             ticket.cancel()
+
+
+def waiting(state: ServiceState, ahead: int, new: bool) -> str:
+    """Say why a request has not begun.
+
+    Args:
+        state: of the service.
+        ahead: requests before it.
+        new: whether it has just come, so that an idle service has not yet looked at it.
+    """
+    if not state.ready:
+        return f"Compiling, {state.compiled} of {state.programs}"
+    if not (new or state.running or ahead):
+        return "Compiling the programs of this request"
+    return f"Waiting, {ahead} before it" if ahead else "Waiting"
 
 
 def latest(
