@@ -20,13 +20,14 @@ from kandinsky_jax.diffusion import Network, Params
 from kandinsky_jax.parallel.mesh import Mesh
 from kandinsky_jax.pipelines import CombinedPipeline, KandinskyV22PriorEmb2EmbPipeline, checks
 from kandinsky_jax.pipelines.base import check_pipelines
-from kandinsky_jax.pipelines.modes import MODES, modes_of
+from kandinsky_jax.pipelines.modes import MODES, modes_of, repository_of
 from kandinsky_jax.schedulers import NAMES, SchedulerError, scheduler_named
 from kandinsky_jax.schedulers.names import SUFFIXES
 from kandinsky_jax.serve.requests import MIX, VARY, ImageRequest, RequestError
 from kandinsky_jax.serve.server_settings import ServerSettings, Size
 
 DEFAULT_STRENGTH = 0.3
+INDEX = "model_index.json"
 LORA_FILES = (".safetensors", ".bin")
 MOST_CHARACTERS = 10_000  # of a prompt, of which CLIP reads 77 tokens
 MOST_DECODERS = 64  # that are kept, one for each mode and scheduler
@@ -39,9 +40,18 @@ class ServedModel:
         pipes: combined pipelines, one for each UNet; the first one is the default.
         name: of the model, as requests and records call it.
         lora_folder: whose files requests may use by their names; None for none.
+        modes: to be served; None for all that the pipelines have.
+    Attributes:
+        modes: that are served.
     """
 
-    def __init__(self, pipes: Sequence[CombinedPipeline], name: str, lora_folder: Path | None = None):
+    def __init__(
+        self,
+        pipes: Sequence[CombinedPipeline],
+        name: str,
+        lora_folder: Path | None = None,
+        modes: Sequence[str] | None = None,
+    ):
         check_pipelines("serve", pipes)
         if not pipes:
             raise ValueError("there is no pipeline to serve; give one such as KandinskyV22CombinedPipeline")
@@ -63,6 +73,11 @@ class ServedModel:
                     f"the pipelines must share one prior, but that of {repository} is another network than the first "
                     "pipeline's: make the others by from_pipe"
                 )
+        own = [mode.name for repository in self.by_repository for mode in modes_of(repository)]
+        own += [MIX, VARY] if hub.DECODER in self.by_repository else []
+        if lacking := [mode for mode in modes or () if mode not in own]:
+            raise ValueError(f"there is no pipeline for {', '.join(lacking)}; those given are for {', '.join(own)}")
+        self.modes = tuple(mode for mode in own if modes is None or mode in modes)
         self.lora_files = find_loras(lora_folder)
         self._pipes: dict[str, CombinedPipeline] = {}
         self._decoders: dict[tuple[str, str], Any] = {}
@@ -85,44 +100,32 @@ class ServedModel:
         Args:
             model: "tiny", a folder of a model or a family of them, a Hub repository; None is the official one.
             prior: folder or repository of the prior, None for the one that the model names.
-            modes: to be served; None is all whose UNet the model has, and for official weights those of the decoder.
+            modes: to be served, and no others; None is all whose UNet the model has, and for official weights those of
+                the decoder.
             dtype, mesh: see `Pipeline.from_pretrained`.
             lora_folder: see the class.
         Raises:
-            CheckpointError: where the model, or the UNet of a mode, is not there.
+            CheckpointError: where the model, or the UNet of a mode, is not there or damaged.
             ValueError: for an unknown mode.
         """
         use_compilation_cache()
         name = "kandinsky-2-2" if model is None else str(model)
-        if model is not None and Path(model).is_dir():
+        if model is not None and os.path.isdir(model):
             name = Path(model).resolve().name  # clients need not know where it is
-        wanted = _repositories(modes)
+        repositories = _repositories(modes)
+        if repositories is None:
+            repositories = [hub.DECODER] if model is None else _members(model)  # the official ones are 5 GB each
         found: list[CombinedPipeline] = []
-        for repository in wanted or dict.fromkeys(mode.repository for mode in MODES.values()):
-            optional = wanted is None and (found or model is not None)
-            if model is None and wanted is None and found:
-                continue  # others are 5 GB each
+        for repository in repositories:
             source = model if model is not None else f"{hub.OFFICIAL}/{repository}"
+            shared = _shared_components(found[0]) if found else {"prior": prior}
             cls_ = modes_of(repository)[0].combined_class
-            try:
-                shared = {"prior": prior} if not found else _shared_components(found[0])
-                found.append(cls_.from_pretrained(source, dtype=dtype, mesh=mesh, **shared))
-            except CheckpointError:
-                if not optional:
-                    raise
-        if not found:
-            raise CheckpointError(f"{shorten(name, 240)} has no decoder that this release can serve")
+            found.append(cls_.from_pretrained(source, dtype=dtype, mesh=mesh, **shared))
         for pipe in found:
             pipe.set_progress_bar_config(disable=True)
-        return cls(found, name, lora_folder)
+        return cls(found, name, lora_folder, modes)
 
     # What there is ------------------------------------------------------------------------------------------------
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """The modes that can be served."""
-        own = [mode.name for repository in self.by_repository for mode in modes_of(repository)]
-        return (*own, *((MIX, VARY) if hub.DECODER in self.by_repository else ()))
 
     @property
     def schedulers(self) -> tuple[str, ...]:
@@ -321,6 +324,25 @@ def _repositories(modes: Sequence[str] | None) -> list[str] | None:
     if unknown := [mode for mode in modes if mode not in known]:
         raise ValueError(f"there is no mode {', '.join(map(quote, unknown))}; there are {', '.join(known)}")
     return list(dict.fromkeys(MODES.get(mode, MODES["generate"]).repository for mode in modes))
+
+
+def _members(model: str | os.PathLike[str]) -> list[str]:
+    """Return the official names of the decoders that a model has: one, or those of a family in a folder.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    known = list(dict.fromkeys(mode.repository for mode in MODES.values()))
+    root = model if os.path.exists(model) else hub.EMBEDDED.get(str(model), model)
+    if not os.path.isfile(os.path.join(root, INDEX)):
+        family = [repository for repository in known if os.path.isfile(os.path.join(root, repository, INDEX))]
+        if family:
+            return family
+    kind = hub.pipeline_class(hub.resolve(model, hub.DECODER))
+    own = repository_of(kind)
+    if own is None or own not in known:
+        raise CheckpointError(f"{shorten(str(model), 240)} holds a {shorten(kind, 80)}, which is no decoder to serve")
+    return [own]
 
 
 def _shared_components(pipe: CombinedPipeline) -> dict[str, Any]:
