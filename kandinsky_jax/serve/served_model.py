@@ -13,7 +13,7 @@ from flax import nnx
 
 from kandinsky_jax import images
 from kandinsky_jax.checkpoint import CheckpointError, hub
-from kandinsky_jax.checkpoint.recommended_settings import FALLBACK, NO_SETTINGS, RecommendedSettings
+from kandinsky_jax.checkpoint.recommended_settings import FALLBACK, MAX_SCALE, NO_SETTINGS, RecommendedSettings
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.compilation import use_compilation_cache
 from kandinsky_jax.diffusion import Network, Params
@@ -260,13 +260,15 @@ class ServedModel:
             ratio = picture.height / picture.width
             return min(sizes, key=lambda size: (max(size[0] / size[1] / ratio, ratio * size[1] / size[0]), size))
         side = self.pipe(request.mode).movq.config.scale_factor ** 2
-        height, width = (
-            -(-_field(name, checks.side, value, name) // side) * side if value is not None else usual
-            for name, value, usual in zip(("height", "width"), given, native, strict=True)
-        )
+        for name, value in zip(("height", "width"), given, strict=True):
+            if value is not None:
+                _field(name, checks.side, value, name)
+        height, width = (_first(value, usual) for value, usual in zip(given, native, strict=True))
         if sizes is not None and (height, width) not in sizes:
-            there = ", ".join(f"{h} x {w}" for h, w in sizes)
-            raise RequestError(f"height x width is {height} x {width}; this server generates {there}", "size")
+            there = ", ".join(f"{w}x{h}" for h, w in sizes)
+            raise RequestError(f"size {width}x{height} is not served; there are {there}", "size")
+        if height % side or width % side:
+            raise RequestError(f"size {width}x{height} is not served; needed are multiples of {side}", "size")
         return height, width
 
     def _check(self, request: ImageRequest) -> None:
@@ -288,7 +290,9 @@ class ServedModel:
         if request.torch_noise and request.num_images > 1:
             raise RequestError("torch_noise is for one picture at a time; ask for each by itself", "num_images")
         for name in ("guidance_scale", "prior_guidance_scale"):
-            _field(name, checks.guidance, getattr(request, name), name)
+            scale = _field(name, checks.guidance, getattr(request, name), name)
+            if not 0 <= scale <= MAX_SCALE:
+                raise RequestError(f"{name} is {scale:g}; needed is a number from 0 to {MAX_SCALE:g}", name)
         scheduler = _field("scheduler", self.decoder, request).scheduler
         prior = self.pipe(request.mode).prior_scheduler
         for name, one, strength in (

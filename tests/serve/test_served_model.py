@@ -7,7 +7,10 @@ import shutil
 import pytest
 
 from kandinsky_jax.checkpoint import CheckpointError, hub
+from kandinsky_jax.serve.requests import ImageRequest, RequestError
 from kandinsky_jax.serve.served_model import ServedModel
+from kandinsky_jax.serve.server_settings import ServerSettings
+from tests.serve.servers import tiny
 
 TINY = hub.EMBEDDED["tiny"]
 
@@ -45,3 +48,23 @@ def test_a_family_may_lack_modes_but_none_may_be_damaged(tmp_path):
     (tmp_path / hub.INPAINT / "model_index.json").write_text("{damaged")
     with pytest.raises(CheckpointError, match=hub.INPAINT):
         ServedModel.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"height": 100, "width": 100}, "size", "size 100x100 is not served; needed are multiples of 64"),
+        ({"height": 64, "width": 65}, "size", "size 65x64 is not served; needed are multiples of"),
+        ({"guidance_scale": -5.0}, "guidance_scale", "guidance_scale is -5; needed is a number from 0 to 100"),
+        ({"prior_guidance_scale": 101.0}, "prior_guidance_scale", "needed is a number from 0 to 100"),
+    ],
+)
+def test_values_that_are_refused(fields, param, message):
+    with pytest.raises(RequestError, match=message) as raised:
+        tiny().complete(ImageRequest(prompt="heart", **fields), ServerSettings(any_size=True))
+    assert raised.value.param == param
+
+
+def test_a_size_that_is_not_served_is_as_the_client_wrote_it():
+    with pytest.raises(RequestError, match=r"^size 100x128 is not served; there are 64x64$"):
+        tiny().complete(ImageRequest(prompt="heart", width=100, height=128), ServerSettings())
