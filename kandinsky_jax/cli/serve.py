@@ -193,7 +193,9 @@ def _check_installed(page: bool) -> None:
             os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
             import gradio  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"serve needs {error.name}; install it by pip install 'kandinsky-jax[serve]'") from None
+        raise ValueError(
+            f"serve needs {error.name}; install it by pip install -e '.[serve]' in a clone of the repository"
+        ) from None
 
 
 def _page() -> Callable[[FastAPI, Service, ServerSettings], object]:
