@@ -106,7 +106,14 @@ class _Rehearsal:
             else:
                 self.jobs.append(self._pool.submit(lowered.compile))
             self._results[key] = traced.out_info
-        return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), call.place), self._results[key])
+        return jax.tree.map(lambda x: jax.device_put(_zeros(x), call.place), self._results[key])
+
+
+def _zeros(like: Any) -> np.ndarray | jax.Array:
+    """Return zeros in the shape of a result; for random keys, one key."""
+    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), like.shape)
+    return np.zeros(like.shape, like.dtype)
 
 
 def _compile_first(good: GoodPrograms, key: Hashable, lowered: jax.stages.Lowered, quick: jax.stages.Lowered) -> object:

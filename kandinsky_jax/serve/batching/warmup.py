@@ -1,6 +1,7 @@
 """Compiling a server's programs before they are needed: the usual request first, then everything that may be asked for.
 
-A thread sends a small request of each kind through the same functions that serve them, beside the engine.
+A thread sends a small request of each kind through the same functions that serve them, beside the engine. Their
+programs are compiled instead of run, see `kandinsky_jax.compilation.compiling_ahead`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint import CheckpointError
+from kandinsky_jax.compilation import compiling_ahead
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.serve.batching.image_task import ImageTask
@@ -74,6 +76,8 @@ class Warmup:
 
     def __init__(self, model: ServedModel, settings: ServerSettings, sizes: BatchSizes, changed: Callable[[], None]):
         self.model, self.settings, self.changed = model, settings, changed
+        # Pipelines keep results, which are zeros while compiling: those of others, with the same networks.
+        self._twin = ServedModel([type(pipe).from_pipe(pipe) for pipe in model.by_repository.values()], model.name)
         self.kinds = kinds(model, settings, sizes)
         self.compiled = 0
         self._failed: set[Kind] = set()
@@ -126,7 +130,7 @@ class Warmup:
                     return
                 kind = self._left.popleft()
             try:
-                self._ready |= run_kind(self.model, kind)
+                self._ready |= compile_kind(self._twin, kind)
             except Exception as error:  # a request of this kind would say the same
                 self._failed.add(kind)
                 warnings.warn(f"{kind} cannot be compiled: {error}", stacklevel=2)
@@ -166,8 +170,16 @@ def _pairs(sizes: BatchSizes) -> list[tuple[int, int]]:
     return list(zip(decoder, prior, strict=True))
 
 
-def run_kind(model: ServedModel, kind: Kind) -> set[Hashable]:
-    """Run a small request of a kind, and return the names of the programs that are compiled then."""
+def compile_kind(model: ServedModel, kind: Kind) -> set[Hashable]:
+    """Compile what a request of a kind runs, and return the names of these programs."""
+    found: set[Hashable] = set()
+    with compiling_ahead(lambda: found.update(_run_kind(model, kind))):
+        pass
+    return found
+
+
+def _run_kind(model: ServedModel, kind: Kind) -> set[Hashable]:
+    """Send a small request of a kind through prior, decoder and MoVQ."""
     plan = RequestPlan(model, model.complete(_request(model, kind), ServerSettings(any_size=True)))
     task = ImageTask(plan, 0)
     _run_jobs(task.start_prior(), plan.pipe.prior_prior, plan.prior_guided, kind.prior_batch_size)
