@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from flax import nnx
 
 from kandinsky_jax import images
-from kandinsky_jax.checkpoint import CheckpointError, hub
+from kandinsky_jax.checkpoint import CheckpointError, hub, lora_files
 from kandinsky_jax.checkpoint.recommended_settings import FALLBACK, MAX_SCALE, NO_SETTINGS, RecommendedSettings
 from kandinsky_jax.common.errors import quote, shorten
 from kandinsky_jax.compilation import use_compilation_cache
@@ -310,14 +311,27 @@ class ServedModel:
 
 
 def find_loras(folder: Path | None) -> dict[str, Path]:
-    """Return the LoRA files in a folder by the names that requests use; links that leave the folder are left out."""
+    """Return the LoRA files in a folder by the names that requests use; links that leave it are left out.
+
+    Files that cannot be read are left out with a warning.
+    """
     if folder is None:
         return {}
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; needed is one with LoRA files")
     root = folder.resolve()
     files = [path for path in sorted(root.iterdir()) if path.suffix in LORA_FILES and path.is_file()]
-    return {path.stem: path for path in files if path.resolve().parent == root}
+    return {path.stem: path for path in files if path.resolve().parent == root and _can_be_read(path)}
+
+
+def _can_be_read(path: Path) -> bool:
+    """Return whether a LoRA file can be opened; warn where it cannot."""
+    try:
+        lora_files.open_file(path)
+    except CheckpointError as error:
+        warnings.warn(f"a LoRA file is left out: {error}", stacklevel=4)
+        return False
+    return True
 
 
 def _repositories(modes: Sequence[str] | None) -> list[str] | None:

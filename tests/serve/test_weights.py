@@ -20,18 +20,19 @@ from kandinsky_jax.serve.tickets import Failed
 from tests.pipelines.test_adapters import random_changes
 
 STEPS = {"num_inference_steps": 8, "prior_num_inference_steps": 5}
+DAMAGED = b"\x08" + bytes(7) + b"{nothing"
 TOLERANCE = 1  # level: pictures are rounded
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with two LoRA files, one that is damaged, and a link that leaves it."""
+    """A folder with three LoRA files, and a link that leaves it."""
     root = tmp_path_factory.mktemp("loras")
     pipe = kj.KandinskyV22CombinedPipeline.from_pretrained("tiny")
     for i, name in enumerate(("style", "other")):
         parts = {"unet": random_changes(pipe.unet, i), "prior": random_changes(pipe.prior_prior, i + 5)}
         lora_files.write(root, parts, f"{name}.safetensors")
-    (root / "damaged.safetensors").write_bytes(b"\x08" + bytes(7) + b"{nothing")
+    shutil.copy(root / "style.safetensors", root / "damaged.safetensors")  # once the server has started
     (root / "notes.txt").write_text("no LoRA")
     outside = tmp_path_factory.mktemp("outside")
     shutil.copy(root / "style.safetensors", outside / "linked.safetensors")
@@ -89,6 +90,12 @@ def test_a_folders_files_have_names_and_links_that_leave_it_do_not(folder):
         find_loras(folder / "none")
 
 
+def test_a_file_that_is_damaged_at_the_start_is_left_out(tmp_path):
+    (tmp_path / "damaged.safetensors").write_bytes(DAMAGED)
+    with pytest.warns(UserWarning, match=r"a LoRA file is left out: .*damaged\.safetensors"):
+        assert find_loras(tmp_path) == {}
+
+
 @pytest.mark.slow
 def test_each_request_gets_its_own_weights(service, folder):
     before = {name: np.asarray(leaf) for name, leaf in flat_params(service.model.pipe("generate").unet).items()}
@@ -114,7 +121,8 @@ def test_each_request_gets_its_own_weights(service, folder):
 
 
 @pytest.mark.filterwarnings("ignore:LoRA of a request cannot be used:UserWarning")
-def test_a_damaged_file_fails_its_request_alone(service):
+def test_a_damaged_file_fails_its_request_alone(service, folder):
+    (folder / "damaged.safetensors").write_bytes(DAMAGED)
     bad = service.submit(ImageRequest(prompt="purple heart", loras={"damaged": 1.0}, **STEPS))
     good = service.submit(ImageRequest(prompt="purple heart", seed=2, **STEPS))
     assert good.result(60)
