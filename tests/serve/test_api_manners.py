@@ -232,7 +232,12 @@ def wait_until(condition, seconds: float = 20.0):
 
 def test_errors_of_routes(plain):
     assert error_of(plain.send("GET", "/nowhere"))["message"].startswith("there is no /nowhere")
-    assert plain.send("GET", GENERATE).status_code == 405
+    refused = plain.send("GET", GENERATE)
+    assert refused.status_code == 405
+    assert error_of(refused)["code"] == "method_not_allowed"
+    for path, status in (("/", 307), ("/health", 503), ("/docs", 200), ("/manifest.json", 200), ("/nowhere", 404)):
+        head = plain.send("HEAD", path)
+        assert (head.status_code, head.content) == (status, b"")
     with pytest.raises(openai.NotFoundError):
         plain.client().models.retrieve("another/model")
     assert plain.client().models.retrieve("tiny").id == "tiny"
@@ -241,7 +246,7 @@ def test_errors_of_routes(plain):
 def test_metrics_and_pages_are_whole(plain):
     plain.send("GET", "/nowhere")
     text = plain.send("GET", "/metrics").text
-    assert 'kandinsky_jax_requests_total{method="GET",route="page",status="404"}' in text
+    assert 'kandinsky_jax_requests_total{method="GET",route="unknown",status="404"}' in text
     assert "kandinsky_jax_requests_waiting 0.0" in text
     page = plain.send("GET", "/docs").text
     assert "negative_prompt" in page
@@ -259,6 +264,18 @@ def test_one_log_line_without_the_prompt(plain, caplog):
     [record] = caplog.records
     assert record.getMessage().startswith(f"POST {GENERATE} 400 ")
     assert "secret" not in caplog.text
+
+
+def test_log_lines_of_other_paths(plain, locked, caplog):
+    with caplog.at_level(logging.INFO, "kandinsky_jax.serve"):
+        plain.send("GET", "/nowhere%0aGET%20/x" + "y" * 200)
+        locked.send("POST", "/login", data={"key": KEY})
+        wait_until(lambda: len(caplog.records) == 2)
+    unknown, login = (record.getMessage() for record in caplog.records)
+    assert unknown.startswith("GET '/nowhere\\nGET /x")
+    assert "\n" not in unknown
+    assert len(unknown) < 200
+    assert login.startswith("POST /login 303 ")
 
 
 def test_a_port_in_use_is_one_sentence():

@@ -83,6 +83,11 @@ def _add_operation(app: FastAPI, service: Service, metrics: Metrics) -> None:
         """Return metrics for Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=1.0.0")
 
+    @app.get("/manifest.json", include_in_schema=False)
+    def manifest() -> dict[str, str]:
+        """Answer browsers, which ask for it because of Gradio's page."""
+        return {"name": "kandinsky-jax", "start_url": "/"}
+
     @app.get("/docs", include_in_schema=False)
     def docs() -> HTMLResponse:
         policy = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'self'"}

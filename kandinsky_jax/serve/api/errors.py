@@ -128,4 +128,5 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
         404: f"there is no {path}; see /docs",
         405: f"{path} does not take {request.method}; see /docs",
     }.get(error.status_code, shorten(str(error.detail), 200))
-    return ApiError(error.status_code, message, code="not_found", headers=error.headers).response()
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return ApiError(error.status_code, message, code=code, headers=error.headers).response()

@@ -27,6 +27,7 @@ from kandinsky_jax.serve.server_settings import ServerSettings
 
 OPEN_PATHS = ("/health",)  # without the key, and while the server stops
 OWN_PATHS = (*OPEN_PATHS, "/metrics", "/docs", "/openapi.json")
+PAGE_PATHS = ("/ui/", "/ui", "/", "/favicon.ico", "/manifest.json")
 CONCURRENT_BODIES = 8  # of the largest size
 logger = logging.getLogger("kandinsky_jax.serve")
 
@@ -56,7 +57,9 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        facts = Facts(scope["method"], f"req_{secrets.token_hex(8)}")
+        facts = Facts(scope["method"], f"req_{secrets.token_hex(8)}", path=scope["path"])
+        if scope["method"] == "HEAD" and not scope["path"].startswith(PAGE_PATHS[0]):
+            scope = {**scope, "method": "GET"}  # the server sends no body
         scope.setdefault("state", {})["facts"] = facts
         body = LimitedBody(receive, self.settings.max_body, self.settings.body_time, self.bodies)
         scope["state"]["body"] = body
@@ -97,11 +100,16 @@ class Guard:
             await known.response()(scope, body, answer)
 
     def _route(self, scope: Scope) -> str:
-        """Return the path of an API's route, "page" for any other, and "refused" for what got to none."""
+        """Return the path of an API's route, or "page", "unknown", and "refused" for what got to no route."""
         path = str(getattr(scope.get("route"), "path", ""))
         if path in OWN_PATHS or path.startswith("/v1/"):
             return path
-        return "page" if "router" in scope else "refused"
+        if scope["path"] == self.keys.LOGIN and self.keys.needed:
+            return self.keys.LOGIN
+        if "router" not in scope:
+            return "refused"
+        of_page = scope["path"] in PAGE_PATHS or scope["path"].startswith(PAGE_PATHS[0])
+        return "page" if of_page else "unknown"
 
     # What is refused ------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ class Facts:
     Args:
         method: of HTTP.
         id: of the request, which the response has too.
-        route: its path, as the API names it.
+        route: its path, as the API names it; "page", "unknown" or "refused" for others.
+        path: that was asked for.
         status: of the response.
         request: for pictures, complete.
         images: that were generated.
@@ -30,6 +31,7 @@ class Facts:
     method: str
     id: str
     route: str = ""
+    path: str = ""
     status: int = 0
     request: ImageRequest | None = None
     images: int = 0
@@ -44,8 +46,9 @@ def log_request(facts: Facts, seconds: float, prompts: bool) -> None:
         seconds: that it took.
         prompts: whether the line has the prompt.
     """
+    route = quote(facts.path, 80) if facts.route == "unknown" else facts.route
     parts = [
-        f"{facts.method} {facts.route} {facts.status} {seconds * 1000:.0f} ms id={facts.id}",
+        f"{facts.method} {route} {facts.status} {seconds * 1000:.0f} ms id={facts.id}",
     ]
     if (request := facts.request) is not None:
         parts.append(
