@@ -7,6 +7,7 @@ import html
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,8 +74,8 @@ class LaunchedPage:
 
 
 def launch(
-    *pipes: CombinedPipeline,
-    name: str = "notebook",
+    *pipes: CombinedPipeline | Sequence[CombinedPipeline],
+    name: str | None = None,
     port: int = 0,
     share: bool = False,
     show: bool | None = None,
@@ -88,8 +89,8 @@ def launch(
         page.close()
 
     Args:
-        pipes: combined pipelines, one for each UNet; the others by `from_pipe` of the first.
-        name: of the model, in records.
+        pipes: combined pipelines or a list of them, one for each UNet; the others by `from_pipe` of the first.
+        name: of the model, in records; None is what the first one was loaded from, without its folders.
         port: to listen at, 0 for any that is free.
         share: not possible: a tunnel would lead requests and pictures through machines of others.
         show: whether to show the page; None is where this is a notebook.
@@ -113,7 +114,10 @@ def launch(
     from kandinsky_jax.serve.served_model import ServedModel
     from kandinsky_jax.serve.service import Service
 
-    model = ServedModel(pipes, name, Path(lora_folder) if lora_folder is not None else None)
+    listed: list[CombinedPipeline] = []
+    for given in pipes:
+        listed.extend(given if isinstance(given, Sequence) else [given])
+    model = ServedModel(listed, name or _name_of(listed), Path(lora_folder) if lora_folder is not None else None)
     own = server_settings(port, settings)
     service = Service(model, own)
     server = api.ServerThread(service, own, api.make_app(service, own, mount_page))
@@ -138,6 +142,13 @@ def server_settings(port: int, given: dict[str, Any]) -> ServerSettings:
     if _in_colab():  # its proxy has names of its own, and nobody else reaches the machine's loopback
         usual = {"origins": COLAB_FRAMES, "hosts": ("*",)}
     return ServerSettings(**{**usual, **given, "port": port})
+
+
+def _name_of(pipes: Sequence[CombinedPipeline]) -> str:
+    """Return the last part of what the first pipeline was loaded from: a folder or a Hub repository."""
+    parts = Path(getattr(pipes[0], "_name_or_path", None) or "notebook").parts if pipes else ("notebook",)
+    cached = [part for part in parts if part.startswith("models--")]  # the Hub's cache, whose folders are hashes
+    return cached[-1].rpartition("--")[2] if cached else parts[-1]
 
 
 def _in_colab() -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 
-from kandinsky_jax import serve
+from kandinsky_jax import KandinskyV22CombinedPipeline, serve
+from kandinsky_jax.serve.notebook import _name_of
 from tests.serve.servers import tiny
 
 
@@ -23,7 +25,9 @@ def test_settings_that_launch_refuses():
 
 
 def test_launch_serves_the_page_in_a_frame_until_it_is_closed():
-    with serve.launch(tiny().pipe("generate"), batch_sizes=(1,), grace=1.0) as page:
+    with serve.launch([tiny().pipe("generate"), tiny().pipe("inpaint")], batch_sizes=(1,), grace=1.0) as page:
+        assert page.service.model.name == Path(tiny().pipe("generate")._name_or_path).name
+        assert "inpaint" in page.service.model.modes
         assert f'src="{page.url}/ui/"' in page._repr_html_()
         answer = httpx.get(f"{page.url}/ui/")
         assert answer.status_code == 200
@@ -35,12 +39,28 @@ def test_launch_serves_the_page_in_a_frame_until_it_is_closed():
 
 def test_closing_ends_the_streams_of_open_pages_in_silence(caplog):
     page = serve.launch(tiny().pipe("generate"), batch_sizes=(1,), grace=1.0)
+    while not page.service.state.ready:  # a program that is being compiled is waited for
+        time.sleep(0.05)
     with httpx.stream("GET", f"{page.url}/ui/gradio_api/heartbeat/tab") as stream:
         assert stream.status_code == 200
         began = time.monotonic()
         page.close()
         assert time.monotonic() - began < 3
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize(
+    ("loaded_from", "name"),
+    [
+        ("/home/me/hearts", "hearts"),
+        ("/cache/models--owner--hearts-2/snapshots/0a1b2c", "hearts-2"),
+        (None, "notebook"),
+    ],
+)
+def test_the_model_is_named_by_what_it_was_loaded_from(loaded_from, name):
+    pipe = KandinskyV22CombinedPipeline.from_pipe(tiny().pipe("generate"))
+    pipe._name_or_path = loaded_from
+    assert _name_of([pipe]) == name
 
 
 def test_importing_serve_imports_no_server():
