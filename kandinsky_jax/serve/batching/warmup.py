@@ -171,7 +171,12 @@ def _pairs(sizes: BatchSizes) -> list[tuple[int, int]]:
 
 
 def compile_kind(model: ServedModel, kind: Kind) -> set[Hashable]:
-    """Compile what a request of a kind runs, and return the names of these programs."""
+    """Compile what a request of a kind runs, and return the names of these programs.
+
+    On a mesh they are run, since a slot's arrays are sharded along several axes, of which a rehearsal knows one.
+    """
+    if model.network(model.pipe(kind.mode).unet)[0].mesh is not None:
+        return _run_kind(model, kind)
     found: set[Hashable] = set()
     with compiling_ahead(lambda: found.update(_run_kind(model, kind))):
         pass
