@@ -253,5 +253,9 @@ def test_galleries_are_bounded():
         sessions.get(str(number))
     assert len(list(sessions)) <= MAX_SESSIONS
     assert sessions.with_key(first.key) is None
+    assert sessions.resume("new", first.key) is not first
     newest = sessions.get(str(3 * MAX_SESSIONS - 1))
     assert sessions.with_key(newest.key) is newest
+    assert sessions.resume("reloaded", newest.key) is newest
+    sessions.leave(str(3 * MAX_SESSIONS - 1))  # the page before the reload
+    assert newest.left is None

@@ -435,3 +435,9 @@ def test_two_tabs_have_galleries_of_their_own(browser, server):
         assert second.page.locator(".kj-thumb").count() == 0
         key = made.split("/")[1]
         assert second.page.request.get(f"{server.url}/ui/session/{key[:-1]}x/1.png").status == 404
+        first.page.reload()
+        first.page.locator(".kj-generate").first.wait_for()
+        first.page.keyboard.press("Control+Enter")  # Gradio may not listen yet
+        first.page.locator(".kj-thumb[data-number='1']").wait_for()
+        first.page.get_by_text("Prompt is empty").wait_for()
+        assert first.fetch(f"session/{key}/1.png").startswith(b"\x89PNG")

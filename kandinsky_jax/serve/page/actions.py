@@ -25,6 +25,17 @@ Updates = dict[Any, Any]  # new values by component
 # Of all events: no second public interface, and no queue besides the service's.
 EVENT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
 
+# `page.js` puts the key of the session there when the page is left, so that a tab that is duplicated has none.
+TAKE_KEY = """() => {
+  try {
+    const key = sessionStorage.getItem("kandinsky-session") ?? "";
+    sessionStorage.removeItem("kandinsky-session");
+    return key;
+  } catch {
+    return ""; // a frame that may not store anything
+  }
+}"""
+
 
 class Actions:
     """Connects the page's components.
@@ -143,8 +154,15 @@ class Actions:
         def on_unload(request: gr.Request) -> None:
             self.context.sessions.leave(request.session_hash)
 
+        def on_load(key: str, request: gr.Request) -> Updates:
+            key = key if isinstance(key, str) and key.isascii() else ""
+            return self.gallery(self.context.sessions.resume(request.session_hash, key))
+
+        outputs = [self.parts["gallery"], self.parts["selected"]]
+        loaded = page.load(on_load, [self.parts["key"]], outputs, js=TAKE_KEY, **EVENT)
+        loaded.then(None, None, None, js="() => { kandinskyPage.wired(); }", **EVENT)
         self.parts["cancel"].click(on_cancel, None, None, **EVENT)
-        self.parts["gallery"].select(on_pick, None, [self.parts["gallery"], self.parts["selected"]], **EVENT)
+        self.parts["gallery"].select(on_pick, None, outputs, **EVENT)
         page.unload(on_unload)
 
     def _connect_source(self, button: gr.Button, tab: PageTab, container: gr.Tabs) -> None:

@@ -37,7 +37,7 @@ def build_page(context: PageContext) -> gr.Blocks:
             apply_default_css=False,
             padding=False,
         )
-        parts: dict[str, Any] = {"mode": gr.State(tabs[0].mode)}
+        parts: dict[str, Any] = {"mode": gr.State(tabs[0].mode), "key": gr.Textbox(visible=False)}
         with gr.Row(elem_classes="kj-columns"):
             with gr.Column(elem_id="kj-inputs"):
                 panel.build_prompt()

@@ -17,6 +17,7 @@ from kandinsky_jax.serve.page.gate import PageGate
 from kandinsky_jax.serve.page.layout import build_page
 from kandinsky_jax.serve.page.sessions import Sessions
 from kandinsky_jax.serve.page.theme import page_theme
+from kandinsky_jax.serve.page.widgets import SCRIPT
 from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
 
@@ -62,6 +63,7 @@ def _mount(app: FastAPI, page: gr.Blocks, settings: ServerSettings) -> None:
         mcp_server=False,
         theme=page_theme(),
         css=_file("page.css").decode(),
+        head=SCRIPT,
     )
 
 

@@ -291,16 +291,25 @@
   // Keys and theme --------------------------------------------------------------------------------------------------
 
   const shown = (element) => element && element.offsetParent !== null;
+  let isWired = false; // whether Gradio listens to the buttons
+  let pressed = false; // before that
+  function wired() {
+    isWired = true;
+    if (pressed) Array.from(document.querySelectorAll(".kj-generate")).find(shown)?.click();
+    pressed = false;
+  }
+
   const running = () => document.querySelector("#kj-result [data-running=true]") !== null;
 
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       const button = Array.from(document.querySelectorAll(".kj-generate")).find(shown);
-      if (!button) return;
+      if (!button && isWired) return;
       event.preventDefault();
       event.stopPropagation();
       document.activeElement?.dispatchEvent(new Event("change", { bubbles: true }));
-      setTimeout(() => button.click(), 0);
+      if (isWired) setTimeout(() => button.click(), 0);
+      else pressed = true;
     } else if (event.key === "Escape" && running()) {
       document.querySelector("#kj-cancel")?.click();
     }
@@ -330,5 +339,17 @@
     label();
   }
 
-  window.kandinskyPage = { picture, restore, gallery, header };
+  // The session's key is kept over a reload, and only then: a tab that is duplicated has a gallery of its own.
+  const KEY = "kandinsky-session";
+  addEventListener("pagehide", () => {
+    const key = document.querySelector("#kj-gallery [data-key]")?.dataset.key;
+    try {
+      if (key) sessionStorage.setItem(KEY, key);
+    } catch {} // a frame that may not store anything
+  });
+  addEventListener("pageshow", (event) => {
+    if (event.persisted) sessionStorage.removeItem(KEY);
+  });
+
+  window.kandinskyPage = { picture, restore, gallery, header, wired };
 })();

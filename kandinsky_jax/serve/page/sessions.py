@@ -136,6 +136,22 @@ class Sessions:
         for name in gone + idle[: max(0, min(surplus, len(idle) - 1))]:
             del self._by_name[name]
 
+    def resume(self, name: str | None, key: str) -> Session:
+        """Return the session of a tab that was loaded again, under its new name; what it had running is cancelled.
+
+        Args:
+            name: of the tab now.
+            key: of the session that it had; where there is none, it gets a new one.
+        """
+        with self._lock:
+            old = next((own for own, one in self._by_name.items() if secrets.compare_digest(one.key, key)), None)
+            session = self._by_name.pop(old) if old is not None else None
+            if session is not None:
+                self._by_name[name or ""] = session
+        if session is not None:
+            session.cancel()
+        return self.get(name)
+
     def with_key(self, key: str) -> Session | None:
         """Return the session with a secret key."""
         with self._lock:

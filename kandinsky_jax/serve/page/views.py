@@ -94,7 +94,8 @@ def gallery(session: Session) -> str:
         for one in reversed(session.pictures.values())
     ]
     every = f'<a class="kj-link" href="session/{session.key}/all.zip" download="kandinsky.zip">Download all</a>'
-    return f'<div class="kj-thumbs" role="group" aria-label="Gallery">{"".join(thumbs)}</div><p>{every}</p>'
+    group = f'<div class="kj-thumbs" data-key="{session.key}" role="group" aria-label="Gallery">'
+    return f"{group}{''.join(thumbs)}</div><p>{every}</p>"
 
 
 def selected(session: Session) -> str:
