@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kandinsky_jax.serve.page.context import Job
 from kandinsky_jax.serve.page.gate import event_fault
-from kandinsky_jax.serve.page.grids import label_grid, read_values
+from kandinsky_jax.serve.page.grids import label_grid, plan_grid, read_values
 from kandinsky_jax.serve.page.runs import events, waiting
 from kandinsky_jax.serve.page.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
 from kandinsky_jax.serve.page.settings_panel import read_number, read_seed, read_size, split_scheduler
@@ -168,6 +169,20 @@ def test_values_of_a_grid():
     for setting, text in (("Steps", ""), ("Steps", "two"), ("Colour", "1")):
         with pytest.raises(RequestError):
             read_values(setting, text, "X")
+
+
+def test_an_axis_alone_is_one_row_or_column(server):
+    base = Job(ImageRequest(prompt="a red circle"))
+    axes = {"x_setting": "Guidance scale", "y_setting": "Guidance scale", "x_values": "1, 2.5", "y_values": " "}
+    plan = plan_grid(base, axes, server.context)
+    assert (plan.columns, plan.rows) == (("Guidance scale: 1", "Guidance scale: 2.5"), ("",))
+    assert [job.request.guidance_scale for job in plan.jobs] == [1.0, 2.5]
+    assert label_grid([PLAIN, PLAIN], plan.columns, plan.rows).width == 128
+    plan = plan_grid(base, axes | {"x_values": "", "y_values": "1,3"}, server.context)
+    assert (plan.columns, plan.rows) == (("",), ("Guidance scale: 1", "Guidance scale: 3"))
+    for wrong in ({"x_values": ""}, {"y_values": "1"}, {"x_values": ",".join(["1"] * 37)}):
+        with pytest.raises(RequestError):
+            plan_grid(base, axes | wrong, server.context)
 
 
 def test_a_grid_has_its_cells_in_place():

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.components import Component
@@ -60,7 +60,10 @@ AXES = {
 def build_axes() -> dict[str, Component]:
     """Create the inputs of a grid."""
     inputs: dict[str, Component] = {}
-    hint = "Values with commas between them; prompts with | between them. Grid, below the tab's inputs, generates it."
+    hint = (
+        "Values with commas between them; prompts with | between them. X or Y alone is one row or column. "
+        "Grid, below the tab's inputs, generates it."
+    )
     gr.Markdown(hint, elem_classes="kj-small")
     for axis, usual in (("x", "Steps"), ("y", "Guidance scale")):
         with gr.Row():
@@ -95,13 +98,25 @@ def read_values(setting: str, text: str | None, axis: str) -> list[Any]:
         raise RequestError(f"{axis} of the grid, {setting}, has a value that is no number: {text!r}") from None
 
 
+class Change(NamedTuple):
+    """A value of a setting that a grid varies."""
+
+    setting: str
+    value: Any
+
+    @property
+    def label(self) -> str:
+        """Its words on the grid."""
+        return f"{self.setting}: {f'{self.value:g}' if isinstance(self.value, float) else self.value}"
+
+
 @dataclass(frozen=True)
 class GridPlan:
     """A grid that is to be generated.
 
     Args:
         jobs: row by row.
-        columns, rows: labels of X and Y.
+        columns, rows: labels of X and Y; one empty label where an axis is not used.
     """
 
     jobs: tuple[Job, ...]
@@ -119,10 +134,14 @@ def plan_grid(base: Job, values: dict[str, Any], context: PageContext) -> GridPl
     Raises:
         RequestError: naming the cell that cannot be generated.
     """
-    x, y = values["x_setting"], values["y_setting"]
-    if x == y:
-        raise RequestError(f"X and Y of the grid are both {x}; choose two settings")
-    across, down = read_values(x, values["x_values"], "X"), read_values(y, values["y_values"], "Y")
+    axes = {axis: (values[f"{axis.lower()}_setting"], values[f"{axis.lower()}_values"]) for axis in ("X", "Y")}
+    given = {axis: pair for axis, pair in axes.items() if (pair[1] or "").strip()} or axes
+    if len({setting for setting, _ in given.values()}) < len(given):
+        raise RequestError(f"X and Y of the grid are both {axes['X'][0]}; choose two settings")
+    read = {axis: read_values(setting, text, axis) for axis, (setting, text) in given.items()}
+    across, down = (
+        [Change(axes[axis][0], value) for value in read[axis]] if axis in read else [None] for axis in ("X", "Y")
+    )
     if len(across) * len(down) > MAX_CELLS:
         raise RequestError(f"the grid has {len(across)} x {len(down)} cells; there may be {MAX_CELLS}")
     seed = secrets.randbits(32) if base.request.seed is None else base.request.seed
@@ -130,13 +149,16 @@ def plan_grid(base: Job, values: dict[str, Any], context: PageContext) -> GridPl
     jobs = []
     for below in down:
         for beside in across:
-            request = dataclasses.replace(common, **{AXES[x].name: beside, AXES[y].name: below})
+            changes = [change for change in (beside, below) if change is not None]
+            request = dataclasses.replace(common, **{AXES[one.setting].name: one.value for one in changes})
             try:
                 context.model.complete(request, context.settings)
             except RequestError as error:
-                raise RequestError(f"the cell {x} {beside}, {y} {below}: {error}", error.param) from None
+                where = ", ".join(one.label for one in changes)
+                raise RequestError(f"the cell {where}: {error}", error.param) from None
             jobs.append(dataclasses.replace(base, request=request))
-    return GridPlan(tuple(jobs), tuple(f"{x}: {value}" for value in across), tuple(f"{y}: {value}" for value in down))
+    columns, rows = (tuple(one.label if one else "" for one in changes) for changes in (across, down))
+    return GridPlan(tuple(jobs), columns, rows)
 
 
 async def shown_grid(plan: Callable[[], GridPlan], session: Session, context: PageContext) -> AsyncIterator[str | Done]:
@@ -154,9 +176,11 @@ async def shown_grid(plan: Callable[[], GridPlan], session: Session, context: Pa
                     yield event
             cells = [kept.picture() for number in sorted(done) for kept in done[number].kept]
             picture = await asyncio.to_thread(label_grid, cells, planned.columns, planned.rows)
-            about = f"Grid. Across: {', '.join(planned.columns)}. Down: {', '.join(planned.rows)}."
+            sides = (("Across", planned.columns), ("Down", planned.rows))
+            about = " ".join(["Grid.", *(f"{name}: {', '.join(labels)}." for name, labels in sides if any(labels))])
             kept = session.add(picture, _png(picture), None, about, about)
-            yield views.finished([kept], session.key, planned.jobs[0].note, time.monotonic() - began)
+            made = f"1 grid of {len(cells)} pictures"
+            yield views.finished([kept], session.key, planned.jobs[0].note, time.monotonic() - began, made)
             yield Done((kept,), planned.jobs[0].request)
     except Exception as error:
         if view := failure_view(error):
@@ -227,17 +251,25 @@ def label_grid(cells: Sequence[Image.Image], columns: Sequence[str], rows: Seque
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     size = max(11, min(20, width // 14))
     font = ImageFont.load_default(size=size)
-    side = min(max(round(max(font.getlength(row) for row in rows)) + 2 * PAD, 32), max(width, 96))
-    top = round(size * 1.4) + 2 * PAD
+    side, top = _label_width(rows, width, font), round(size * 1.4) + 2 * PAD
+    side, top = side if any(rows) else 0, top if any(columns) else 0
     sheet = Image.new("RGB", (side + len(columns) * width, top + len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, label in enumerate(columns):
+    for column, label in enumerate(columns if top else ()):
         pen.text((side + column * width + width / 2, top / 2), _fitted(label, width, font), "black", font, anchor="mm")
-    for row, label in enumerate(rows):
-        pen.text((side / 2, top + row * height + height / 2), _fitted(label, side, font), "black", font, anchor="mm")
+    for row, label in enumerate(rows if side else ()):
+        text = "\n".join(_fitted(line, side, font) for line in label.split(": ", 1))
+        middle = (side / 2, top + row * height + height / 2)
+        pen.multiline_text(middle, text, "black", font, anchor="mm", align="center")
     for index, cell in enumerate(cells):
         sheet.paste(cell, (side + index % len(columns) * width, top + index // len(columns) * height))
     return sheet
+
+
+def _label_width(rows: Sequence[str], width: int, font: Any) -> int:
+    """Return the width of the rows' labels: the setting's name above its value."""
+    longest = max(font.getlength(line) for row in rows for line in row.split(": ", 1))
+    return min(max(round(longest) + 2 * PAD, 32), max(width, 160))
 
 
 def _fitted(label: str, width: int, font: Any) -> str:

@@ -38,7 +38,9 @@ def progress(event: Progress, alt: str, note: str = "", of: str = "") -> str:
         of: which of several requests it is.
     """
     parts = [of] if of else []
-    parts += [f"step {event.step} of {event.steps}"] if event.step else ["reading the prompt"]
+    parts += (
+        [f"step {event.step} of {event.steps}"] if event.step else ["reading the prompt"] * (not any(event.previews))
+    )
     parts += [f"{duration(event.seconds_left)} left"] if event.seconds_left is not None else []
     percent = round(100 * event.done)
     bar = (
@@ -51,18 +53,21 @@ def progress(event: Progress, alt: str, note: str = "", of: str = "") -> str:
     ]
     spoken = int(event.done / SPOKEN) * round(100 * SPOKEN)
     return _result(
-        f"Generating, {spoken} % done" if spoken else "Generating", bar + _frames(frames) + _note(note), running=True
+        "Generating",
+        bar + _frames(frames) + _note(note),
+        running=True,
+        spoken=f", {spoken} % done" if spoken else "",
     )
 
 
-def finished(kept: Sequence[KeptPicture], key: str, note: str, seconds: float) -> str:
-    """Return the view of finished pictures."""
+def finished(kept: Sequence[KeptPicture], key: str, note: str, seconds: float, made: str = "") -> str:
+    """Return the view of finished pictures; `made` says what they are, where that is not their number."""
     frames = []
     for one in kept:
         address = _address(key, one)
         image = f'<img src="{address}" alt="{_quoted(one.alt)}">'
         frames.append(_frame(f'<a href="{address}" target="_blank">{image}</a>'))
-    what = "1 picture" if len(kept) == 1 else f"{len(kept)} pictures"
+    what = made or ("1 picture" if len(kept) == 1 else f"{len(kept)} pictures")
     return _result(f"{what} in {duration(seconds)}", _frames(frames) + _note(note), running=False)
 
 
@@ -113,10 +118,12 @@ def selected(session: Session) -> str:
     )
 
 
-def _result(status: str, content: str, running: bool) -> str:
+def _result(status: str, content: str, running: bool, spoken: str = "") -> str:
+    """Return the result's place; `spoken` is a part of the status for screen readers only."""
+    unseen = f'<span class="kj-unseen">{html.escape(spoken)}</span>' if spoken else ""
     return (
         f'<div data-running="{str(running).lower()}"><p class="kj-status" role="status" aria-live="polite">'
-        f"{html.escape(status)}</p><div>{content}</div></div>"
+        f"{html.escape(status)}{unseen}</p><div>{content}</div></div>"
     )
 
 
