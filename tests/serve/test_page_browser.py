@@ -168,12 +168,14 @@ def test_a_preview_forms_and_escape_stops_the_loop(opened, long_run):
     opened.few_steps()
     opened.page.locator("input[type=number][aria-label*='Pictures']").fill("1")
     opened.generate()
+    assert not opened.page.get_by_text("Settings restored").count()
 
 
 def test_a_second_click_does_not_disturb_what_runs_and_the_button_stops_it(opened, long_run):
     opened.page.locator(".kj-generate:visible").click()
     opened.page.get_by_role("button", name="Cancel").click()
     opened.page.get_by_text("Cancelled").wait_for()
+    opened.page.get_by_role("button", name="Cancel").wait_for(state="hidden")
     wait_until(lambda: long_run.end is not None, 5)
     assert isinstance(long_run.end.error, Cancelled)
 
@@ -236,6 +238,8 @@ def test_a_picture_of_another_tool_dropped_anywhere_restores_its_settings(opened
 def test_a_picture_without_settings_is_refused_in_words(opened):
     opened.drop(".kj-restore", encoded(picture()))
     opened.page.get_by_text("Not restored: this picture has no settings").wait_for()
+    opened.drop("h1", encoded(picture())[:40])
+    opened.page.get_by_text("Not restored: this file is no picture of PNG").wait_for()
 
 
 def test_a_picture_of_the_gallery_is_the_source_of_the_next(opened):
@@ -330,6 +334,9 @@ def test_errors_are_words(opened):
     opened.page.get_by_label("Seed", exact=True).fill("-1")
     opened.page.locator(".kj-generate:visible").click()
     opened.page.get_by_text("The seed is '-1'; needed is a whole number").wait_for()
+    opened.settings(Seed="1", Steps="0")
+    opened.page.locator(".kj-generate:visible").click()
+    opened.page.get_by_role("alert").get_by_text("Steps ").wait_for()
 
 
 def test_fast_mode_changes_what_is_recommended(opened):

@@ -17,8 +17,7 @@ from kandinsky_jax.serve.page.runs import Done, shown
 from kandinsky_jax.serve.page.sessions import Session
 from kandinsky_jax.serve.page.settings_panel import NEXT, SettingsPanel
 from kandinsky_jax.serve.page.tabs import PageTab
-from kandinsky_jax.serve.page.widgets import encode_value
-from kandinsky_jax.serve.records import read_settings
+from kandinsky_jax.serve.page.widgets import decode_bytes, encode_value
 from kandinsky_jax.serve.requests import RequestError
 
 Updates = dict[Any, Any]  # new values by component
@@ -63,7 +62,9 @@ class Actions:
     def connect_tab(self, tab: PageTab, item: gr.Tab, generate: gr.Button, grid: gr.Button) -> None:
         """Connect a tab's buttons, and what it shows when it is selected."""
         inputs: set[Block] = {*self.panel.inputs.values(), *tab.inputs.values()}
-        outputs = [self.parts[name] for name in ("result", "gallery", "selected")] + [self.panel.inputs["seed"]]
+        outputs = [self.parts[name] for name in ("message", "result", "gallery", "selected")] + [
+            self.panel.inputs["seed"]
+        ]
 
         async def on_generate(values: Updates, request: gr.Request) -> AsyncIterator[Updates]:
             session = self.session(request)
@@ -103,7 +104,7 @@ class Actions:
     def updates(self, event: str | Done, session: Session, next_seed: bool) -> Updates:
         """Return what an event of a run changes on the page."""
         if isinstance(event, str):
-            return {self.parts["result"]: event}
+            return {self.parts["message"]: "", self.parts["result"]: event}
         session.selected = event.kept[-1 if event.kept[-1].record is None else 0].number
         changed = self.gallery(session)
         if next_seed and event.request.seed is not None:
@@ -192,7 +193,7 @@ class Actions:
             return {area: "", message: views.notice(text), mode: tab.mode, **updates}
 
         def on_drop(text: str) -> Updates:
-            return restore(lambda: read_record(text))
+            return restore(lambda: read_record(decode_bytes(text, "the picture")))
 
         def on_settings(request: gr.Request) -> Updates:
             return restore(lambda: self.record(self.session(request)))
@@ -211,4 +212,4 @@ class Actions:
             raise RequestError(
                 "choose a picture of the gallery" if chosen is None else "a grid has no settings of its own"
             )
-        return read_settings(chosen.png)
+        return read_record(chosen.png)

@@ -17,7 +17,7 @@ from kandinsky_jax.serve.page.widgets import SCRIPT, html_output, restore_input
 
 TITLE = "kandinsky-jax"
 _HEADER = """<header class="kj-header"><h1>{title}</h1><span class="kj-model">{model}</span>
-<button type="button" class="kj-theme" aria-pressed="false">Dark</button></header>"""
+<button type="button" class="kj-theme">Dark</button></header>"""
 STATES = 64  # of Gradio's own memory of sessions
 
 
@@ -40,6 +40,7 @@ def build_page(context: PageContext) -> gr.Blocks:
         parts: dict[str, Any] = {"mode": gr.State(tabs[0].mode), "key": gr.Textbox(visible=False)}
         with gr.Row(elem_classes="kj-columns"):
             with gr.Column(elem_id="kj-inputs"):
+                parts["message"] = html_output("message")
                 panel.build_prompt()
                 with gr.Tabs(selected=tabs[0].name, overflow_behavior="wrap", elem_id="kj-tabs") as container:
                     built = [_build_tab(tab) for tab in tabs]
@@ -50,7 +51,6 @@ def build_page(context: PageContext) -> gr.Blocks:
                 with gr.Accordion("X/Y grid", open=False):
                     axes = build_axes()
                 parts["restore"] = restore_input(context.settings.max_body // 2)
-                parts["message"] = html_output("message")
         actions = Actions(context, panel, tabs, parts, axes)
         for tab, (item, generate, grid) in zip(tabs, built, strict=True):
             actions.connect_tab(tab, item, generate, grid)

@@ -270,6 +270,7 @@
       announce(element, "");
       props.value = await readAsText(file);
       trigger("upload");
+      scrollTo("#kj-inputs"); // where the answer is shown
     }
     takeFiles(element, take);
     // What is dropped elsewhere on the page is restored too.
@@ -278,6 +279,10 @@
       event.preventDefault();
       const file = firstImage(event.dataTransfer);
       if (file) take(file);
+      else if (event.dataTransfer?.files.length) {
+        announce(element, "That is not a picture.");
+        scrollTo("#kj-restore");
+      }
     });
   }
 
@@ -324,19 +329,38 @@
     document.querySelector(selector)?.scrollIntoView({ behavior: calm() ? "auto" : "smooth", block: "start" });
   document.addEventListener("click", (event) => {
     const on = (selector) => event.target.closest?.(selector);
-    if (on(".kj-generate, .kj-grid-button") && matchMedia("(max-width: 760px)").matches) scrollTo("#kj-result");
+    if (on(".kj-generate, .kj-grid-button")) {
+      const box = document.querySelector("#kj-result").getBoundingClientRect();
+      if (box.top < 0 || box.top + 160 > innerHeight) scrollTo("#kj-result");
+    }
+    if (on("#kj-cancel") && on("#kj-cancel").contains(document.activeElement)) {
+      Array.from(document.querySelectorAll(".kj-generate")).find(shown)?.focus({ preventScroll: true });
+    }
     if (on("#kj-use, #kj-repaint, #kj-reuse")) scrollTo("#kj-inputs");
   });
 
   function header(element) {
     document.documentElement.lang = "en";
     const button = element.querySelector(".kj-theme");
-    const label = () => button.setAttribute("aria-pressed", String(document.body.classList.contains("dark")));
+    const isDark = () => document.body.classList.contains("dark");
+    let chosen = null;
+    try {
+      chosen = localStorage.getItem("kandinsky-theme");
+    } catch {} // a frame that may not store anything
+    function dress() {
+      if (chosen) document.body.classList.toggle("dark", chosen === "dark"); // Gradio follows the system
+      document.documentElement.classList.toggle("kj-dark", isDark());
+      button.textContent = isDark() ? "Light" : "Dark"; // what a click gives
+    }
     button.addEventListener("click", () => {
-      document.body.classList.toggle("dark");
-      label();
+      chosen = isDark() ? "light" : "dark";
+      dress();
+      try {
+        localStorage.setItem("kandinsky-theme", chosen);
+      } catch {}
     });
-    label();
+    new MutationObserver(dress).observe(document.body, { attributeFilter: ["class"] });
+    dress();
   }
 
   // The session's key is kept over a reload, and only then: a tab that is duplicated has a gallery of its own.

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from PIL import Image
 
+from kandinsky_jax.picture_records import flat_record, read_texts
 from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.serve.page.settings_panel import SettingsPanel
 from kandinsky_jax.serve.page.tabs import PageTab
-from kandinsky_jax.serve.page.widgets import decode_bytes
-from kandinsky_jax.serve.records import SettingsError, read_settings
+from kandinsky_jax.serve.records import PICTURE_FORMATS, SettingsError, read_settings
 from kandinsky_jax.serve.requests import RequestError
 
 
-def read_record(text: str) -> dict[str, Any]:
-    """Return the settings in a file that the restore area has sent.
+def read_record(data: bytes) -> dict[str, Any]:
+    """Return the settings in a file, and as `index` which picture of its request it is, where that is known.
 
     Raises:
         RequestError: where it is no picture, or has no settings.
     """
     try:
-        record = read_settings(decode_bytes(text, "the picture"))
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as opened:
+            own, _ = read_texts(opened)
+        record = read_settings(data)
     except SettingsError as error:
         raise RequestError(str(error)) from None
+    except Exception:  # Pillow's readers raise many kinds for damaged data
+        raise RequestError("this file is no picture of PNG, JPEG or WebP that can be read") from None
     if not record:
         raise RequestError("this picture has no settings: it has neither this server's record nor a parameters text")
-    return record
+    index = flat_record(own or {}).get("image")
+    return record | ({"index": index} if isinstance(index, int) else {})
 
 
 def tab_of(record: Mapping[str, Any], tabs: Sequence[PageTab]) -> PageTab | None:
@@ -58,6 +65,9 @@ def restored_updates(
         updates[tab.inputs[name]] = gr.update(value=value)
     updates[container] = gr.Tabs(selected=tab.name)
     message = f"Settings restored into {tab.title}."
+    made, index = record.get("num_images", 1), record.get("index")
+    if made > 1 and index is not None and index < made:
+        message += f" It is picture {index + 1} of {made}; Generate makes all {made} again."
     if pictures := needed_pictures(record):
         message += f" Choose the {' and the '.join(pictures)} again: a picture's settings do not hold others."
     if missing:

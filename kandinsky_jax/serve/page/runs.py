@@ -17,6 +17,7 @@ from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job, PageContext
 from kandinsky_jax.serve.page.encoding import duration
 from kandinsky_jax.serve.page.sessions import KeptPicture, Session
+from kandinsky_jax.serve.page.settings_panel import NUMBERS
 from kandinsky_jax.serve.records import encode_image, parameters_text
 from kandinsky_jax.serve.requests import MIX, ImageRequest, RequestError
 from kandinsky_jax.serve.service import ServiceState
@@ -35,6 +36,11 @@ from kandinsky_jax.serve.tickets import (
 
 BETWEEN_VIEWS = 0.15  # seconds
 BETWEEN_LOOKS = 1.0  # seconds, at why a request waits
+FIELD_LABELS = NUMBERS | {
+    "negative_prompt": "Negative prompt",
+    "num_images": "Pictures",
+    "mask_image": "the mask",
+}
 log = logging.getLogger(__name__)
 
 
@@ -192,10 +198,16 @@ def failure_view(error: Exception) -> str:
     if isinstance(error, QueueFull):
         return views.failed(f"The server is busy: {error}. Try again in {duration(error.retry_after)}.")
     if isinstance(error, RequestError | TimedOut):
-        message = str(error)
+        message = in_words(error)
         return views.failed(message[:1].upper() + message[1:] + ".")
     log.error("a request of the page failed", exc_info=error)
     return views.failed("The server failed; its log says why.")
+
+
+def in_words(error: RequestError | TimedOut) -> str:
+    """Return an error's message with the label of the page's field instead of the request's name of it."""
+    name = error.param if isinstance(error, RequestError) else None
+    return str(error).replace(name, FIELD_LABELS[name], 1) if name in FIELD_LABELS else str(error)
 
 
 def keep(image: GeneratedImage, job: Job, session: Session) -> KeptPicture:
