@@ -21,6 +21,9 @@ _HEADER = """<header class="kj-header"><h1>{title}</h1><span class="kj-model">{m
 STATES = 64  # of Gradio's own memory of sessions
 
 
+UNNAMED = "notebook"  # what `launch` calls a model that has no name
+
+
 def build_page(context: PageContext) -> gr.Blocks:
     """Build the page.
 
@@ -29,9 +32,10 @@ def build_page(context: PageContext) -> gr.Blocks:
     """
     tabs = tabs_of(context)
     panel = SettingsPanel(context, tabs[0].mode)
+    name = context.model.name
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as page:
         gr.HTML(
-            html_template=_HEADER.format(title=TITLE, model=html.escape(context.model.name)),
+            html_template=_HEADER.format(title=TITLE, model="" if name == UNNAMED else html.escape(name)),
             js_on_load="kandinskyPage.header(element);",
             head=SCRIPT,
             apply_default_css=False,

@@ -57,6 +57,7 @@ class SettingsPanel:
                 label="Size, width x height",
                 value="",
                 allow_custom_value=self.context.settings.any_size,
+                info="Or type another, such as 192x128." if self.context.settings.any_size else None,
                 min_width=170,
                 **shown["size"],
             )
@@ -123,8 +124,8 @@ class SettingsPanel:
             name: {"placeholder": f"{getattr(own, name):g} (recommended)"} for name in NUMBERS
         }
         shown["size"] = {"choices": [(first, ""), *((f"{w} x {h}", f"{w}x{h}") for h, w in sizes)]}
-        scheduler = own.scheduler or "the model's own"
-        shown["scheduler"] = {"choices": choices(model.schedulers, f"recommended ({scheduler})")}
+        scheduler = f"recommended ({own.scheduler})" if own.scheduler else "the model's own"
+        shown["scheduler"] = {"choices": choices(model.schedulers, scheduler)}
         shown["fast"] = {"visible": model.has_fast(mode)}
         return shown
 
