@@ -270,7 +270,7 @@
       announce(element, "");
       props.value = await readAsText(file);
       trigger("upload");
-      scrollTo("#kj-inputs"); // where the answer is shown
+      scrollTo(".kj-header"); // where the answer is shown
     }
     takeFiles(element, take);
     // What is dropped elsewhere on the page is restored too.
@@ -336,7 +336,7 @@
     if (on("#kj-cancel") && on("#kj-cancel").contains(document.activeElement)) {
       Array.from(document.querySelectorAll(".kj-generate")).find(shown)?.focus({ preventScroll: true });
     }
-    if (on("#kj-use, #kj-repaint, #kj-reuse")) scrollTo("#kj-inputs");
+    if (on("#kj-use, #kj-repaint, #kj-reuse")) scrollTo(".kj-header");
   });
 
   function header(element) {
