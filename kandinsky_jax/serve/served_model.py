@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ class ServedModel:
         self._pipes: dict[str, CombinedPipeline] = {}
         self._decoders: dict[tuple[str, str], Any] = {}
         self._networks: dict[int, tuple[Network, Params]] = {}
+        self.lock = threading.RLock()  # of the networks' weights
         self._vary_prior: KandinskyV22PriorEmb2EmbPipeline | None = None
 
     @classmethod
@@ -158,14 +160,16 @@ class ServedModel:
 
     def network(self, module: nnx.Module) -> tuple[Network, Params]:
         """Split a network of a pipeline, as `Network.split`; kept until `weights_changed`."""
-        found = self._networks.get(id(module))
-        if found is None:
-            found = self._networks[id(module)] = Network.split(module)
+        with self.lock:
+            found = self._networks.get(id(module))
+            if found is None:
+                found = self._networks[id(module)] = Network.split(module)
         return found
 
     def weights_changed(self) -> None:
         """Look at the networks anew, since their weights have changed."""
-        self._networks = {}
+        with self.lock:
+            self._networks = {}
 
     @property
     def vary_prior(self) -> KandinskyV22PriorEmb2EmbPipeline:

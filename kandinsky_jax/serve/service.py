@@ -240,7 +240,8 @@ class Service:
         except Exception as error:
             self._fail(work, error)
             return
-        self._engine.delivered(run)
+        finally:
+            self._engine.delivered(run)
         with self._changed:
             work.images[run.task.index] = image
             complete = len(work.images) == len(work.runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,22 @@ def test_a_server_that_stops_leaves_the_weights_as_it_found_them():
     assert not all(np.array_equal(before[name], leaf) for name, leaf in flat_params(unet).items())
     service.stop()
     assert all(np.array_equal(before[name], leaf) for name, leaf in flat_params(unet).items())
+
+
+def test_requests_with_other_weights_do_not_wait_for_each_other():
+    """One that is not compiled yet, before one of which only a part has begun."""
+    service = Service(ServedModel.load("tiny", modes=["generate"]), ServerSettings(batch_sizes=(1,)))
+    compiled: set[str] = {"plain"}
+    service._engine.is_compiled = lambda plan, *_: ("fast" if plan.request.fast else "plain") in compiled
+    service._thread.start()
+    fast = service.submit(ImageRequest(prompt="purple heart", fast=True))
+    plain = service.submit(ImageRequest(prompt="purple heart", num_images=6, **STEPS))
+    while service.state.running == 0:
+        time.sleep(0.01)
+    compiled.add("fast")
+    assert len(plain.result(120)) == 6
+    assert fast.result(120)
+    service.stop()
 
 
 def test_a_folders_files_have_names_and_links_that_leave_it_do_not(folder):

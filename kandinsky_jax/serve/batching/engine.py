@@ -177,6 +177,7 @@ class Engine:
             self.waiting.remove(work)
         if work in self.active:
             self.active.remove(work)
+        self._decoding.difference_update(work.runs)
         for queue in self._queues.values():
             for entry in [entry for entry in queue if entry[0].work is work]:
                 queue.remove(entry)
@@ -190,7 +191,8 @@ class Engine:
     def _admit(self) -> None:
         """Start images of waiting requests, in their order, as far as there is room."""
         room = 2 * self.sizes.decoder[-1] - self.images
-        for work in list(self.waiting):
+        # Those that have begun come first: others may wait for them, for other weights.
+        for work in sorted(self.waiting, key=lambda work: work not in self.active):
             if room <= 0:
                 return
             if not self._ready(work.plan):

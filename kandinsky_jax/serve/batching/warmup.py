@@ -79,6 +79,7 @@ class Warmup:
         # Pipelines keep results, which are zeros while compiling: those of others, with the same networks.
         self._twin = ServedModel([type(pipe).from_pipe(pipe) for pipe in model.by_repository.values()], model.name)
         self.kinds = kinds(model, settings, sizes)
+        self._sizes = sizes
         self.compiled = 0
         self._failed: set[Kind] = set()
         self.preview: LatentPreview | None = None  # once it is read, or fitted
@@ -113,7 +114,7 @@ class Warmup:
         size = own.h * factor, own.w * factor
         kind = Kind(request.mode, size, plan.guided, plan.prior_guided, batch_size, batch_size)
         if kind in self._failed:
-            return True  # so that the request says why
+            return batch_size == self._sizes.decoder[0]  # at the smallest, the request says why
         with self._work:
             if kind not in self._known:
                 self._known.add(kind)

@@ -51,6 +51,10 @@ class AdapterWeights:
         Raises:
             RequestError: for a file that cannot be used; the networks are as they were loaded then.
         """
+        with self.model.lock:  # nobody looks at networks that are half changed
+            self._use(key)
+
+    def _use(self, key: WeightsKey) -> None:
         if key == self.current:
             return
         self._reset()
