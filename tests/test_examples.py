@@ -17,7 +17,8 @@ from kandinsky_jax import KandinskyV22CombinedPipeline, diffusion
 
 FOLDER = Path(__file__).parents[1] / "examples"
 ENGINES = sorted(FOLDER.glob("batch_on_*.py"))  # run by batch/test_engine_examples.py
-LABORATORY = sorted({*FOLDER.glob("*/*.py")} - {*FOLDER.glob("space/*.py")})  # run here, or by the tests of the folder's name
+# Run here, or by the tests of the folder's name; the app of a Hub Space is a program of another kind.
+LABORATORY = sorted({*FOLDER.glob("*/*.py")} - {*FOLDER.glob("space/*.py")})
 EXAMPLES = [*sorted(set(FOLDER.glob("*.py")) - set(ENGINES)), *FOLDER.glob("guiders/*.py")]
 MAX_LINES = dict.fromkeys(EXAMPLES, 20) | dict.fromkeys(ENGINES, 50) | dict.fromkeys(LABORATORY, 60)
 NAMES = ["snowman", "red apple", "red heart", "rocket", "penguin", "slice of pizza", "christmas tree", "skull", "tulip"]

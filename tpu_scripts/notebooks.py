@@ -59,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="TOPIC/NAME", help="default: all")
     names = parser.parse_args().names
-    paths = [EXAMPLES / f"{name}.py" for name in names] or sorted({*EXAMPLES.glob("*/*.py")} - {*EXAMPLES.glob("space/*.py")})
+    paths = [EXAMPLES / f"{name}.py" for name in names] or sorted(
+        {*EXAMPLES.glob("*/*.py")} - {*EXAMPLES.glob("space/*.py")}
+    )
     for path in tqdm(paths, desc="notebooks"):
         target = NOTEBOOKS / path.relative_to(EXAMPLES).with_suffix(".ipynb")
         target.parent.mkdir(parents=True, exist_ok=True)
