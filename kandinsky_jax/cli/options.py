@@ -45,6 +45,19 @@ PRIOR_INTERVAL_HELP = "Guidance only in this part of the prior's steps; default:
 CACHE_INTERVAL_HELP = "Run the decoder's deep blocks in one of so many steps, and keep their output; default: in each."
 
 
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help='"tiny" (embedded, offline), a folder, or a Hub repository; default: the official one.',
+    ),
+]
+PriorName = Annotated[
+    str | None, typer.Option(help="Folder or Hub repository of the prior; default: the one the model names.")
+]
+
+
 class Dtype(StrEnum):
     """Dtype of the networks."""
 
@@ -57,17 +70,8 @@ class Dtype(StrEnum):
 class Options:
     """Options of every command that generates pictures."""
 
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help='"tiny" (embedded, offline), a folder, or a Hub repository; default: the official one.',
-        ),
-    ] = None
-    prior: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository of the prior; default: the one the model names.")
-    ] = None
+    model: ModelName = None
+    prior: PriorName = None
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "-n", help="What to avoid.")] = None
     height: Annotated[
         int | None, typer.Option(help="Pixels; default: that of the given picture, else the model's.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kandinsky_jax.cli.options import Dtype, mesh_of_option
+from kandinsky_jax.cli.options import Dtype, ModelName, PriorName, mesh_of_option
 from kandinsky_jax.common.errors import counted, quote
 from kandinsky_jax.compilation import CACHE, OFF, set_compilation_cache
 
@@ -31,17 +31,8 @@ _LIMITS, _ACCESS = "Limits", "Access"
 
 
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help='"tiny" (embedded, offline), a folder, or a Hub repository; default: the official one.',
-        ),
-    ] = None,
-    prior: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository of the prior; default: the one the model names.")
-    ] = None,
+    model: ModelName = None,
+    prior: PriorName = None,
     mode: Annotated[
         list[str] | None,
         typer.Option(

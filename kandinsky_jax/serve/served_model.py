@@ -23,12 +23,13 @@ from kandinsky_jax.parallel.mesh import Mesh
 from kandinsky_jax.pipelines import CombinedPipeline, KandinskyV22PriorEmb2EmbPipeline, checks
 from kandinsky_jax.pipelines.base import check_pipelines
 from kandinsky_jax.pipelines.modes import MODES, modes_of, repository_of
+from kandinsky_jax.pipelines.options import StrengthOption
 from kandinsky_jax.schedulers import NAMES, SchedulerError, scheduler_named
 from kandinsky_jax.schedulers.names import SUFFIXES
 from kandinsky_jax.serve.requests import MIX, VARY, ImageRequest, RequestError
 from kandinsky_jax.serve.server_settings import ServerSettings, Size
 
-DEFAULT_STRENGTH = 0.3
+DEFAULT_STRENGTH = StrengthOption.strength  # the pipelines'
 INDEX = "model_index.json"
 LORA_FILES = (".safetensors", ".bin")
 MOST_CHARACTERS = 10_000  # of a prompt, of which CLIP reads 77 tokens

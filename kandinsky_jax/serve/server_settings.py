@@ -29,7 +29,7 @@ class ServerSettings:
         time_limit: seconds of a request, waiting included.
         log_prompts: whether log lines have the prompt.
         body_time: seconds in which the body of a request has to arrive.
-        grace: seconds in which a server that is told to stop finishes what runs.
+        grace: seconds in which a server that stops finishes what runs.
         hosts: further names under which it is reached; "*" for any.
         origins: of other sites, such as https://example.org, whose pages may use it.
     """

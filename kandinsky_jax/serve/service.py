@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 import traceback
@@ -262,8 +261,3 @@ class Service:
         with self._changed:
             self._tickets.discard(ticket)
             self._changed.notify_all()
-
-
-def summary(state: ServiceState) -> dict[str, Any]:
-    """Return a state as JSON."""
-    return dataclasses.asdict(state)

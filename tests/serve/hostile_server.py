@@ -23,7 +23,7 @@ MAX_QUEUE = 4
 
 
 class Watch:
-    """Notes what the process does, once it is told to."""
+    """Notes what the process does, once it is switched on."""
 
     def __init__(self) -> None:
         self.on = False
@@ -35,14 +35,7 @@ class Watch:
     def see(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.on:
             return
-        if event in (
-            "socket.connect",
-            "socket.getaddrinfo",
-            "subprocess.Popen",
-            "os.system",
-            "os.exec",
-            "urllib.Request",
-        ):
+        if event in WATCHED:
             self.note(event, arguments)
         if event == "open" and isinstance(arguments[0], str | bytes):
             path = os.path.realpath(os.fsdecode(arguments[0]))

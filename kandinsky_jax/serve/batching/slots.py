@@ -351,6 +351,3 @@ def _without_levels(inputs: LoopInputs, guided: bool) -> LoopInputs:
     """Return an image's inputs as slots keep them: what is not evaluated is left out, and so are the blend's levels."""
     blend = None if inputs.blend is None else inputs.blend._replace(levels=None)  # type: ignore[arg-type]
     return inputs._replace(uncond=inputs.uncond if guided else None, blend=blend)
-
-
-__all__ = ["MOST_STEPS", "SlotBatch", "SlotJob", "advance", "insert"]

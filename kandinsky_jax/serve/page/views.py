@@ -12,7 +12,7 @@ from kandinsky_jax.serve.page.sessions import KeptPicture, Session
 from kandinsky_jax.serve.tickets import Progress
 
 NO_PICTURES = '<p class="kj-empty">Pictures that you generate are kept here until you close the tab.</p>'
-SPOKEN = 0.25  # share of the work after which a screen reader is told again
+SPOKEN = 0.25  # share of the work after which a screen reader hears of it again
 
 
 def empty() -> str:
