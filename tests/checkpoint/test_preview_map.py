@@ -79,7 +79,7 @@ def test_least_squares_find_a_linear_decoder():
     pixels = truth(latents).repeat(4, axis=1).repeat(4, axis=2)
     found = fit_to(latents, pixels)
     np.testing.assert_allclose(found.weights, truth.weights, atol=1e-3)
-    np.testing.assert_allclose(found(latents), truth(latents), atol=1e-2)
+    np.testing.assert_allclose(found(latents), truth(latents), atol=5e-3)
 
 
 def test_a_map_is_a_sum_over_neighbours():
