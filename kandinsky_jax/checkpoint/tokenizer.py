@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+
+_IN_USE = threading.Lock()  # transformers sets padding and truncation on the tokenizer, where other threads find them
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -53,7 +56,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         _check_length(tokenizer)
-        tokenizer.decode(tokenizer("a b " * 8, verbose=False).input_ids)
+        tokenizer.decode(whole_text(tokenizer, "a b " * 8))
         ids, mask = tokenize(tokenizer, ["a", "a b"], 8)
         if not ids.shape == mask.shape == (2, 8):
             raise ValueError(f"it encodes two texts as {ids.shape} with a mask {mask.shape}, not (2, 8)")
@@ -72,17 +75,27 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids, int32 `[B, length]`, and a mask, bool `[B, length]`, false for padding; long texts are cut."""
-    tokens = tokenizer(
-        texts,
-        padding="max_length",
-        max_length=length,
-        truncation=True,
-        return_tensors="np",
-        return_attention_mask=True,  # which a tokenizer_config.json can switch off (model_input_names)
-        verbose=False,
-    )
+    """Return token ids, int32 `[B, length]`, and a mask, bool `[B, length]`, false for padding; long texts are cut.
+
+    Any number of threads may tokenize at once.
+    """
+    with _IN_USE:
+        tokens = tokenizer(
+            texts,
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="np",
+            return_attention_mask=True,  # which a tokenizer_config.json can switch off (model_input_names)
+            verbose=False,
+        )
     return tokens.input_ids.astype(np.int32), tokens.attention_mask.astype(bool)
+
+
+def whole_text(tokenizer: CLIPTokenizer, text: str) -> list[int]:
+    """Return the token ids of a text of any length, with the start and the end token; from any thread."""
+    with _IN_USE:
+        return tokenizer(text, verbose=False).input_ids
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, tower: CLIPTextConfig) -> None:

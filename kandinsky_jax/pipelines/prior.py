@@ -17,7 +17,7 @@ from PIL import Image
 
 from kandinsky_jax import images
 from kandinsky_jax.checkpoint import LazyNetwork, flat_params, hub, zero_embed
-from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, tokenize
+from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, tokenize, whole_text
 from kandinsky_jax.common.arrays import to_numpy
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.common.types import PyTree
@@ -396,7 +396,7 @@ class PriorPipeline(Pipeline):
         """Return token ids, int32 `[B, T]`, and a mask of those that are not padding, bool `[B, T]`."""
         length = self.text_encoder.config.max_position_embeddings
         for text in texts if warn else ():
-            full = self.tokenizer(text, verbose=False).input_ids
+            full = whole_text(self.tokenizer, text)
             if len(full) > length:
                 dropped = self.tokenizer.decode(full[length - 1 : -1])
                 warnings.warn(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from kandinsky_jax import CheckpointError, KandinskyV22PriorPipeline
 from kandinsky_jax.checkpoint import hub
-from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer
+from kandinsky_jax.checkpoint.tokenizer import check_tokenizer, load_tokenizer, tokenize, whole_text
 from kandinsky_jax.models.clip import CLIPTextConfig
 from kandinsky_jax.training.data.items import Captioned
 from kandinsky_jax.training.data.reader import Reader
@@ -151,3 +153,19 @@ def test_a_pipeline_with_a_tokenizer_of_another_model(shapes_pipe, tmp_path):
         KandinskyV22PriorPipeline.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="do not belong together"):
         KandinskyV22PriorPipeline.from_pipe(shapes_pipe, tokenizer=load_tokenizer(other))
+
+
+def test_threads_do_not_change_each_others_padding_and_truncation():
+    tokenizer, long = load_tokenizer(TOKENIZER), "red circle " * 60
+
+    def lengths(i: int) -> tuple[int, int]:
+        return len(whole_text(tokenizer, long)), tokenize(tokenizer, [long if i % 2 else PROMPT], 77)[0].shape[1]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = set(pool.map(lengths, range(1000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == {(len(whole_text(tokenizer, long)), 77)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kandinsky_jax.checkpoint.tokenizer import whole_text
 from kandinsky_jax.diffusion.inpainting import latent_repaint_mask
 from kandinsky_jax.pipelines.decoder import DecoderRequest
 from kandinsky_jax.pipelines.emb2emb import Emb2EmbOptions
@@ -100,7 +101,7 @@ class RequestPlan:
         most = prior.text_encoder.config.max_position_embeddings
         texts = [("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")]
         texts += [(f"items[{i}]", item) for i, item in enumerate(request.items) if isinstance(item, str)]
-        counts = [(name, len(prior.tokenizer(text, verbose=False).input_ids)) for name, text in texts]
+        counts = [(name, len(whole_text(prior.tokenizer, text))) for name, text in texts]
         return tuple(
             f"{name} has {count} tokens, of which CLIP reads {most}: its end is not used"
             for name, count in counts
