@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import time
 
 import httpx
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from kandinsky_jax.serve.page.context import Job
 from kandinsky_jax.serve.page.gate import event_fault
-from kandinsky_jax.serve.page.grids import label_grid, plan_grid, read_values
+from kandinsky_jax.serve.page.grids import NO_GRID, GridPlan, label_grid, plan_grid, read_values, shown_grid
 from kandinsky_jax.serve.page.runs import events, waiting
 from kandinsky_jax.serve.page.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
 from kandinsky_jax.serve.page.settings_panel import read_number, read_seed, read_size, split_scheduler
@@ -21,7 +22,7 @@ from kandinsky_jax.serve.page.tabs.outpainting import fitting_canvas, lay_out
 from kandinsky_jax.serve.page.widgets import decode, encode_value
 from kandinsky_jax.serve.requests import ImageRequest, RequestError
 from kandinsky_jax.serve.service import ServiceState
-from kandinsky_jax.serve.tickets import Cancelled, Failed, Ticket, Waiting
+from kandinsky_jax.serve.tickets import Cancelled, Failed, Finished, GeneratedImage, Ticket, Waiting
 from tests.serve.browsers import site
 
 PLAIN = Image.new("RGB", (64, 64), "red")
@@ -195,6 +196,55 @@ def test_a_grid_has_its_cells_in_place():
     labels = np.asarray(sheet.convert("L"))
     assert (labels[:top, left:] < 128).any()
     assert (labels[top:, :left] < 128).any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two\nlines",
+        "a\ttab",
+        "nul\x00",
+        "\u202eturned",
+        "\ud800",
+        "שלום עולם",
+        "漢字",
+        "🦊👩\u200d👧",
+        "\n",
+        "e\u0301" * 5000,
+    ],
+)
+def test_any_text_is_a_label_of_a_grid(text):
+    sheet = label_grid([PLAIN], [f"Prompt: {text}"], [f"Negative prompt: {text}"])
+    assert sheet.getpixel((sheet.width - 32, sheet.height - 32)) == (255, 0, 0)
+    beside = label_grid([PLAIN], ["Prompt: a b"], ["Seed: 1"])
+    assert np.array_equal(np.asarray(label_grid([PLAIN], ["Prompt: a\n\u202eb"], ["Seed: 1"])), np.asarray(beside))
+
+
+def test_labels_of_any_length_are_cut_at_once():
+    began = time.process_time()
+    sheet = label_grid([PLAIN] * 4, ["Prompt: " + "a" * 100_000] * 2, ["Prompt: " + "a b " * 100_000] * 2)
+    assert time.process_time() - began < 2
+    assert sheet.width < 400
+
+
+def test_a_grid_that_cannot_be_labelled_does_not_lose_its_cells(server):
+    job = Job(ImageRequest(prompt="a red circle", height=64, width=64, seed=1))
+    plan = GridPlan((job, job), columns=(), rows=("x",))  # no place for the cells
+    session = Session()
+
+    async def generated() -> list[object]:
+        found: list[object] = []
+        async for event in shown_grid(lambda: plan, session, server.context):
+            found.append(event)
+            for ticket in session.tickets:
+                ticket.send(Finished((GeneratedImage(PLAIN, {"seed": 1}),)))
+        return found
+
+    *_, last = asyncio.run(generated())
+    assert len(session.pictures) == 2
+    assert isinstance(last, str)
+    assert NO_GRID.replace("'", "&#x27;") in last
+    assert all(f"session/{session.key}/{number}.png" in last for number in session.pictures)
 
 
 # Progress ---------------------------------------------------------------------------------------------------------

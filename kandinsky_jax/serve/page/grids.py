@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import dataclasses
 import io
+import logging
 import secrets
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,15 +21,18 @@ from PIL import Image, ImageDraw, ImageFont
 from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job, PageContext
 from kandinsky_jax.serve.page.runs import Done, failure_view, run, run_of
-from kandinsky_jax.serve.page.sessions import Session
+from kandinsky_jax.serve.page.sessions import KeptPicture, Session
 from kandinsky_jax.serve.requests import RequestError
 from kandinsky_jax.serve.tickets import Cancelled, QueueFull
 
 MAX_CELLS = 36
 SEPARATOR = ","
 TEXT_SEPARATOR = "|"  # of prompts, which have commas
+NO_GRID = "The labelled picture could not be made; the server's log says why. Its cells are in the gallery"
 RETRY = 1.0  # seconds until a cell is offered again to a full queue
 PAD = 6  # pixels around a label
+MAX_LABEL = 1000  # characters that are looked at, more than there is room for
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -174,17 +180,29 @@ async def shown_grid(plan: Callable[[], GridPlan], session: Session, context: Pa
                     done[number] = event
                 if isinstance(event, Done) or number == _first_running(planned, done):
                     yield event
-            cells = [kept.picture() for number in sorted(done) for kept in done[number].kept]
-            picture = await asyncio.to_thread(label_grid, cells, planned.columns, planned.rows)
-            sides = (("Across", planned.columns), ("Down", planned.rows))
-            about = " ".join(["Grid.", *(f"{name}: {', '.join(labels)}." for name, labels in sides if any(labels))])
-            kept = session.add(picture, _png(picture), None, about, about)
-            made = f"1 grid of {len(cells)} pictures"
-            yield views.finished([kept], session.key, planned.jobs[0].note, time.monotonic() - began, made)
-            yield Done((kept,), planned.jobs[0].request)
+            cells = [kept for number in sorted(done) for kept in done[number].kept]
+            note = planned.jobs[0].note
+            try:
+                grid = await asyncio.to_thread(_keep_grid, cells, planned, session)
+            except Exception as error:  # what was generated is shown all the same
+                log.error("a grid was not made of its %d pictures", len(cells), exc_info=error)
+                note = ". ".join(filter(None, (NO_GRID, note)))
+                yield views.finished(cells, session.key, note, time.monotonic() - began)
+            else:
+                made = f"1 grid of {len(cells)} pictures"
+                yield views.finished([grid], session.key, note, time.monotonic() - began, made)
+                yield Done((grid,), planned.jobs[0].request)
     except Exception as error:
         if view := failure_view(error):
             yield view
+
+
+def _keep_grid(cells: Sequence[KeptPicture], planned: GridPlan, session: Session) -> KeptPicture:
+    """Make the labelled picture, and put it into the gallery."""
+    picture = label_grid([cell.picture() for cell in cells], planned.columns, planned.rows)
+    sides = (("Across", planned.columns), ("Down", planned.rows))
+    about = " ".join(["Grid.", *(f"{name}: {', '.join(labels)}." for name, labels in sides if any(labels))])
+    return session.add(picture, _png(picture), None, about, about)
 
 
 def _first_running(planned: GridPlan, done: dict[int, Done]) -> int:
@@ -248,6 +266,7 @@ def label_grid(cells: Sequence[Image.Image], columns: Sequence[str], rows: Seque
         cells: row by row, of one size or smaller than the largest.
         columns, rows: labels.
     """
+    columns, rows = [_one_line(label) for label in columns], [_one_line(label) for label in rows]
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     size = max(11, min(20, width // 14))
     font = ImageFont.load_default(size=size)
@@ -272,14 +291,22 @@ def _label_width(rows: Sequence[str], width: int, font: Any) -> int:
     return min(max(round(longest) + 2 * PAD, 32), max(width, 160))
 
 
+def _one_line(label: str) -> str:
+    """Return the beginning of a label without line breaks, and other characters that are not drawn but steer."""
+    shown = (" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in label[:MAX_LABEL])
+    return " ".join("".join(shown).split())
+
+
 def _fitted(label: str, width: int, font: Any) -> str:
     """Return a label that is no wider than its place; its value, where the setting's name has none."""
     if font.getlength(label) <= width - PAD:
         return label
     label = label.partition(": ")[2] or label
-    while len(label) > 1 and font.getlength(label + "…") > width - PAD:
-        label = label[:-1]
-    return label if font.getlength(label) <= width - PAD else label + "…"
+    if font.getlength(label) <= width - PAD:
+        return label
+    lengths = range(1, len(label))
+    fitting = bisect.bisect_right(lengths, width - PAD, key=lambda length: font.getlength(label[:length] + "…"))
+    return label[: max(1, fitting)] + "…"
 
 
 def _png(picture: Image.Image) -> bytes:
