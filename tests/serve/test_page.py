@@ -6,16 +6,18 @@ import asyncio
 import dataclasses
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
+from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job
 from kandinsky_jax.serve.page.gate import event_fault
 from kandinsky_jax.serve.page.grids import NO_GRID, GridPlan, label_grid, plan_grid, read_values, shown_grid
-from kandinsky_jax.serve.page.runs import events, waiting
+from kandinsky_jax.serve.page.runs import Done, events, waiting
 from kandinsky_jax.serve.page.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
 from kandinsky_jax.serve.page.settings_panel import read_number, read_seed, read_size, split_scheduler
 from kandinsky_jax.serve.page.tabs.outpainting import fitting_canvas, lay_out
@@ -231,20 +233,39 @@ def test_a_grid_that_cannot_be_labelled_does_not_lose_its_cells(server):
     job = Job(ImageRequest(prompt="a red circle", height=64, width=64, seed=1))
     plan = GridPlan((job, job), columns=(), rows=("x",))  # no place for the cells
     session = Session()
-
-    async def generated() -> list[object]:
-        found: list[object] = []
-        async for event in shown_grid(lambda: plan, session, server.context):
-            found.append(event)
-            for ticket in session.tickets:
-                ticket.send(Finished((GeneratedImage(PLAIN, {"seed": 1}),)))
-        return found
-
-    *_, last = asyncio.run(generated())
+    *_, last = asyncio.run(generated(plan, session, server.context, PLAIN))
     assert len(session.pictures) == 2
     assert isinstance(last, str)
     assert NO_GRID.replace("'", "&#x27;") in last
     assert all(f"session/{session.key}/{number}.png" in last for number in session.pictures)
+
+
+def test_others_are_served_while_a_large_grid_is_made(server):
+    job = Job(ImageRequest(prompt="a red circle", height=64, width=64, seed=1))
+    plan = GridPlan((job,) * 2, columns=("a", "b"), rows=("c",))
+    noise = Image.effect_noise((1536, 1536), 60).convert("RGB")
+
+    async def longest_pause() -> float:
+        run = asyncio.create_task(generated(plan, Session(), server.context, noise))
+        pauses, before = [0.0], time.monotonic()
+        while not run.done():
+            await asyncio.sleep(0.01)
+            pauses.append(time.monotonic() - before)
+            before = time.monotonic()
+        assert isinstance((await run)[-1], Done)
+        return max(pauses)
+
+    assert asyncio.run(longest_pause()) < 0.3  # the PNG takes a second
+
+
+async def generated(plan, session, context, picture) -> list[object]:
+    """Run a grid on a server that does not generate, with one picture for each of its cells."""
+    found: list[object] = []
+    async for event in shown_grid(lambda: plan, session, context):
+        found.append(event)
+        for ticket in session.tickets:
+            ticket.send(Finished((GeneratedImage(picture, {"seed": 1}),)))
+    return found
 
 
 # Progress ---------------------------------------------------------------------------------------------------------
@@ -303,6 +324,16 @@ def test_the_canvas_of_a_picture():
 
 
 # Sessions ---------------------------------------------------------------------------------------------------------
+
+
+def test_threads_add_pictures_while_the_gallery_is_shown():
+    session = Session()
+    with ThreadPoolExecutor(4) as pool:
+        added = [pool.submit(session.add, PLAIN, b"x", {"seed": 1}, "red " * 1000, "red") for _ in range(400)]
+        while not all(one.done() for one in added):
+            assert len(views.gallery(session)) < 100_000
+    assert len({one.result().number for one in added}) == 400
+    assert len(session.pictures) == MAX_PICTURES
 
 
 def test_galleries_are_bounded():

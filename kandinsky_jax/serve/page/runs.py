@@ -139,7 +139,7 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
             elif isinstance(event, Progress):
                 previews = latest(previews, event.previews)
                 event = dataclasses.replace(event, previews=previews)
-                yield views.progress(event, alt_text(ticket.request), note, of)
+                yield await asyncio.to_thread(views.progress, event, alt_text(ticket.request), note, of)
             elif isinstance(event, Failed):
                 raise event.error
             elif isinstance(event, Finished):

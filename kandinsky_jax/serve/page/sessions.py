@@ -19,6 +19,7 @@ from kandinsky_jax.serve.tickets import Ticket
 MAX_PICTURES = 100  # of a session
 MAX_BYTES = 2**26  # of a session's pictures
 MAX_SESSIONS = 32
+MAX_ALT = 300  # characters of what a picture shows: the gallery has it of each
 KEPT_SECONDS = 900.0  # after its tab was closed: a phone that sleeps closes it for a while
 THUMBNAIL = 192  # pixels
 
@@ -58,7 +59,7 @@ class KeptPicture:
 
 @dataclass
 class Session:
-    """A browser tab.
+    """A browser tab; several threads add pictures.
 
     Args:
         key: a secret part of the addresses of its pictures.
@@ -72,6 +73,7 @@ class Session:
     cancelled: bool = False
     left: float | None = None  # when its tab was closed
     _made: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, picture: Image.Image, png: bytes, record: dict[str, Any] | None, alt: str, about: str) -> KeptPicture:
         """Keep a picture; the oldest ones are dropped where there are too many."""
@@ -79,22 +81,27 @@ class Session:
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         thumbnail = io.BytesIO()
         small.save(thumbnail, "WEBP", quality=80)
-        self._made += 1
-        kept = KeptPicture(self._made, png, thumbnail.getvalue(), record, alt, about, picture.size)
-        self.pictures[kept.number] = kept
-        while len(self.pictures) > 1 and (
-            len(self.pictures) > MAX_PICTURES or sum(len(one.png) for one in self.pictures.values()) > MAX_BYTES
-        ):
-            dropped, _ = self.pictures.popitem(last=False)
-            self.selected = None if self.selected == dropped else self.selected
+        with self._lock:
+            self._made += 1
+            kept = KeptPicture(self._made, png, thumbnail.getvalue(), record, alt[:MAX_ALT], about, picture.size)
+            self.pictures[kept.number] = kept
+            while len(self.pictures) > 1 and (
+                len(self.pictures) > MAX_PICTURES or sum(len(one.png) for one in self.pictures.values()) > MAX_BYTES
+            ):
+                dropped, _ = self.pictures.popitem(last=False)
+                self.selected = None if self.selected == dropped else self.selected
         return kept
+
+    def listed(self) -> list[KeptPicture]:
+        """The pictures now, the oldest first."""
+        with self._lock:
+            return list(self.pictures.values())
 
     @property
     def selection(self) -> KeptPicture | None:
         """The selected picture, else the newest."""
-        if self.selected is not None and self.selected in self.pictures:
-            return self.pictures[self.selected]
-        return next(reversed(self.pictures.values()), None)
+        pictures, selected = self.listed(), self.selected
+        return next((one for one in pictures if one.number == selected), pictures[-1] if pictures else None)
 
     def cancel(self) -> bool:
         """Stop what runs; return whether anything did."""
@@ -107,7 +114,7 @@ class Session:
         """Return all pictures as a ZIP file."""
         target = io.BytesIO()
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-            for kept in list(self.pictures.values()):
+            for kept in self.listed():
                 archive.writestr(kept.name, kept.png)
         return target.getvalue()
 

@@ -89,14 +89,15 @@ def notice(message: str, wrong: bool = False) -> str:
 
 def gallery(session: Session) -> str:
     """Return the session's pictures as buttons, the newest first."""
-    if not session.pictures:
+    pictures = session.listed()
+    if not pictures:
         return NO_PICTURES
     chosen = session.selection
     thumbs = [
         f'<button type="button" class="kj-thumb" data-number="{one.number}" '
         f'aria-pressed="{str(one is chosen).lower()}" aria-label="Picture {one.number}: {_quoted(one.alt)}">'
         f'<img src="session/{session.key}/{one.number}.webp" alt="" loading="lazy"></button>'
-        for one in reversed(session.pictures.values())
+        for one in reversed(pictures)
     ]
     every = f'<a class="kj-link" href="session/{session.key}/all.zip" download="kandinsky.zip">Download all</a>'
     group = f'<div class="kj-thumbs" data-key="{session.key}" role="group" aria-label="Gallery">'
