@@ -20,6 +20,9 @@ LOCAL_FRAMES = ("http://localhost:*", "http://127.0.0.1:*")
 COLAB_FRAMES = ("https://colab.research.google.com", "https://*.googleusercontent.com")
 
 
+_open: list[LaunchedPage] = []  # pages that have not been closed
+
+
 class LaunchedPage:
     """A server in a thread of this process; a context that ends it.
 
@@ -43,6 +46,8 @@ class LaunchedPage:
         """Finish what runs, and end; a second call does nothing."""
         if not self._closed:
             self._closed = True
+            if self in _open:
+                _open.remove(self)
             self._server.stop()
 
     def show(self) -> None:
@@ -85,6 +90,8 @@ def launch(
 ) -> LaunchedPage:
     """Serve the page and the API from this process, and show the page where this is a notebook.
 
+    An earlier page of the same pipelines is closed, so a cell may be run again.
+
         page = kandinsky_jax.serve.launch(pipe)
         page.close()
 
@@ -120,10 +127,13 @@ def launch(
     model = ServedModel(listed, name or _name_of(listed), Path(lora_folder) if lora_folder is not None else None)
     own = server_settings(port, settings)
     service = Service(model, own)
+    for earlier in [page for page in _open if page.service.shares_networks(service)]:
+        earlier.close()
     server = api.ServerThread(service, own, api.make_app(service, own, mount_page))
     service.start()
     server.start()
     page = LaunchedPage(server, service, height)
+    _open.append(page)
     if _in_notebook() if show is None else show:
         page.show()
     return page

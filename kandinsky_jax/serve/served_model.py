@@ -283,6 +283,8 @@ class ServedModel:
             _field("items", checks.interpolation, list(request.items), list(request.weights))
             if (most := 16) < len(request.items):
                 raise RequestError(f"items has {len(request.items)} items, at most are {most}", "items")
+            for weight in request.weights:
+                _check_weight(weight, "weights", "a weight of the mix")
         elif not request.prompt.strip() and request.mode != VARY:
             raise RequestError("prompt is empty; say what to generate", "prompt")
         texts = [("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")]
@@ -312,7 +314,8 @@ class ServedModel:
                 raise RequestError(
                     f"there is no LoRA {quote(name, 60)}; there are {shorten(list(self.lora_files), 200)}", "loras"
                 )
-            _field("loras", checks.guidance, weight, f"the weight of {quote(name, 60)}")
+            words = f"the weight of {quote(name, 60)}"
+            _check_weight(_field("loras", checks.guidance, weight, words), "loras", words)
 
 
 def find_loras(folder: Path | None) -> dict[str, Path]:
@@ -387,6 +390,12 @@ def _check_pictures(request: ImageRequest) -> None:
             raise RequestError(f"{name} {what} the mode {request.mode}", name)
     if (request.items or request.weights) and request.mode != MIX:
         raise RequestError(f"items and weights are not used by the mode {request.mode}", "items")
+
+
+def _check_weight(weight: float, field: str, name: str) -> None:
+    """Raise RequestError for a weight by which numbers could overflow."""
+    if abs(weight) > MAX_SCALE:
+        raise RequestError(f"{name} is {weight:g}; needed is a number from {-MAX_SCALE:g} to {MAX_SCALE:g}", field)
 
 
 def _first(given: Any, usual: Any) -> Any:

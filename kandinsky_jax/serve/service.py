@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import traceback
@@ -35,6 +36,7 @@ PROGRESS_SECONDS = 0.1  # between two events of a request's progress
 PREVIEW_SECONDS = 0.3  # between two with previews
 BUSY_SECONDS = 0.01  # between two looks whether what a request waits for is there
 TRIM_SECONDS = 2.0  # of an idle engine, after which freed memory goes back to the kernel
+STEP_SECONDS = 10.0  # that a cancelled request's step may take
 IDLE_SECONDS = 1.0  # after which an idle engine looks whether a request is too old
 
 
@@ -43,8 +45,9 @@ class ServiceState:
     """What a service is doing.
 
     Args:
-        ready: whether all programs are compiled.
+        ready: whether all programs are compiled, but for those that cannot be.
         compiled, programs: kinds of requests whose programs are compiled, and all.
+        failures: of kinds whose programs cannot be compiled.
         waiting, running: requests.
         images: that are generated now.
         evaluations: of a network for an image, since the start.
@@ -54,6 +57,7 @@ class ServiceState:
     ready: bool
     compiled: int
     programs: int
+    failures: tuple[str, ...]
     waiting: int
     running: int
     images: int
@@ -67,10 +71,13 @@ class Service:
     Args:
         model: what is served.
         settings: limits.
+    Raises:
+        ValueError: for a mesh or a size that cannot be served.
     """
 
     def __init__(self, model: ServedModel, settings: ServerSettings):
         self.model, self.settings = model, settings
+        _check_sizes(model, settings)
         weights = AdapterWeights(model)
         sizes = BatchSizes.of(settings, weights.devices)
         self._changed = threading.Condition()
@@ -84,7 +91,9 @@ class Service:
         self._seconds_per_image = 0.0
 
     def start(self) -> None:
-        """Start compiling, and the thread that generates."""
+        """Start compiling, and the thread that generates; ValueError where another service has the networks."""
+        self._engine.weights.claim()
+        atexit.register(self._end_with_process)
         share_arenas()
         self.warmup.start()
         self._thread.start()
@@ -105,8 +114,18 @@ class Service:
         for ticket in list(self._tickets):
             ticket.cancel()
         self._wake()
-        self._thread.join(grace)
+        self._thread.join(max(grace, STEP_SECONDS))
         self._deliverers.shutdown(wait=True)
+        atexit.unregister(self._end_with_process)
+
+    def _end_with_process(self) -> None:
+        """Stop at once, but not before a program is compiled: Python aborts where XLA returns to one that is ending."""
+        self.stop(grace=0)
+        self.warmup.wait()
+
+    def shares_networks(self, other: Service) -> bool:
+        """Whether another service has networks of this one, so that only one of them can run."""
+        return self._engine.weights.shares_networks(other._engine.weights)
 
     @property
     def state(self) -> ServiceState:
@@ -117,7 +136,8 @@ class Service:
                 ready=self.warmup.is_ready,
                 compiled=self.warmup.compiled,
                 programs=len(self.warmup.kinds),
-                waiting=len(self._tickets) - running,
+                failures=tuple(f"{kind}: {error}" for kind, error in list(self.warmup.failures.items())),
+                waiting=max(0, len(self._tickets) - running),  # one that is done leaves both, one after the other
                 running=running,
                 images=self._engine.images,
                 evaluations=self._engine.evaluations,
@@ -174,6 +194,7 @@ class Service:
                         work.ticket.cancel()
                     if engine.is_idle:
                         engine.weights.use(PLAIN)  # the pipelines may be a notebook's
+                        engine.weights.release()
                         return
             ran = False
             try:
@@ -261,3 +282,14 @@ class Service:
         with self._changed:
             self._tickets.discard(ticket)
             self._changed.notify_all()
+
+
+def _check_sizes(model: ServedModel, settings: ServerSettings) -> None:
+    """Raise ValueError for sizes that are announced but exceed the limit of pixels."""
+    for mode in model.modes:
+        for height, width in settings.sizes or (model.native_size(mode),):
+            if height * width > settings.max_pixels:
+                raise ValueError(
+                    f"pictures of {width}x{height} have {height * width:,} pixels, and max_pixels is "
+                    f"{settings.max_pixels:,}; give a larger limit (--max-pixels) or another size (--size)"
+                )

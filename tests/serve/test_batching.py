@@ -306,9 +306,8 @@ def test_a_request_that_cannot_be_served_names_the_field(generating, fields, par
 
 @pytest.mark.slow
 def test_another_size_is_compiled_when_it_is_asked_for(generating):
-    service = Service(generating.service.model, ServerSettings(batch_sizes=(2,), any_size=True))
-    service.warmup._ready = generating.service.warmup._ready
-    service.warmup._left.clear()
+    service = Service(ServedModel.load("tiny", modes=["generate"]), ServerSettings(batch_sizes=(2,), any_size=True))
+    service.warmup._ready |= generating.service.warmup._ready
     service.start()
     try:
         wide = service.submit(ImageRequest(prompt="dog face", height=64, width=128, num_inference_steps=4, seed=1))

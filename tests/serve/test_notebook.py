@@ -11,7 +11,9 @@ import httpx
 import pytest
 
 from kandinsky_jax import KandinskyV22CombinedPipeline, serve
+from kandinsky_jax.serve import notebook
 from kandinsky_jax.serve.notebook import _name_of
+from kandinsky_jax.serve.requests import ImageRequest
 from tests.serve.servers import tiny
 
 
@@ -35,6 +37,15 @@ def test_launch_serves_the_page_in_a_frame_until_it_is_closed():
     page.close()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{page.url}/ui/")
+
+
+def test_a_cell_may_be_run_again():
+    pipe = tiny().pipe("generate")
+    first = serve.launch(pipe, batch_sizes=(1,), grace=1.0)
+    with serve.launch(KandinskyV22CombinedPipeline.from_pipe(pipe), batch_sizes=(1,), grace=1.0) as second:
+        assert "closed" in repr(first)
+        assert second.service.submit(ImageRequest(prompt="purple heart")).result(60)
+    assert not notebook._open
 
 
 def test_closing_ends_the_streams_of_open_pages_in_silence(caplog):

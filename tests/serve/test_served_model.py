@@ -65,6 +65,14 @@ def test_values_that_are_refused(fields, param, message):
     assert raised.value.param == param
 
 
+@pytest.mark.parametrize("weight", [1e300, -101.0])
+def test_weights_that_would_overflow_are_refused(weight):
+    mix = ImageRequest(mode="mix", items=("a", "b"), weights=(0.5, weight))
+    with pytest.raises(RequestError, match=r"a weight of the mix is .*; needed is a number from -100 to 100") as raised:
+        tiny().complete(mix, ServerSettings())
+    assert raised.value.param == "weights"
+
+
 def test_a_size_that_is_not_served_is_as_the_client_wrote_it():
     with pytest.raises(RequestError, match=r"^size 100x128 is not served; there are 64x64$"):
         tiny().complete(ImageRequest(prompt="heart", width=100, height=128), ServerSettings())

@@ -7,6 +7,7 @@ programs are compiled instead of run, see `kandinsky_jax.compilation.compiling_a
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -17,6 +18,7 @@ from flax import nnx
 from PIL import Image
 
 from kandinsky_jax.checkpoint import CheckpointError
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.compilation import compiling_ahead
 from kandinsky_jax.diffusion import Network
 from kandinsky_jax.pipelines.modes import MODES
@@ -29,6 +31,7 @@ from kandinsky_jax.serve.served_model import ServedModel
 from kandinsky_jax.serve.server_settings import ServerSettings, Size
 
 OFF = 1.0  # a guidance scale
+ASKED_SECONDS = 10.0  # after which nobody waits any more for what was asked for; an engine asks again at each turn
 
 
 class BatchSizes(NamedTuple):
@@ -56,17 +59,31 @@ class Kind(NamedTuple):
     batch_size: int  # of the decoder, padded, over all devices
     prior_batch_size: int
 
+    @property
+    def prior_programs(self) -> Hashable:
+        """A name of the programs of the prior."""
+        return "prior", self.prior_guided, self.prior_batch_size
 
-def programs_of(plan: RequestPlan, stage: str, batch_size: int) -> Hashable:
-    """Return a name of the programs that a stage of a plan needs."""
-    if stage == "prior":
-        return "prior", plan.prior_guided, batch_size
-    own = plan.decoder_request
-    return plan.request.mode, own.h, own.w, plan.guided, batch_size
+    @property
+    def decoder_programs(self) -> Hashable:
+        """A name of the programs of the decoder, and of what the mode needs besides."""
+        return self.mode, self.size, self.guided, self.batch_size
+
+    def programs(self) -> set[Hashable]:
+        """Names of all programs."""
+        return {self.prior_programs, self.decoder_programs}
+
+    def __str__(self) -> str:
+        """Words for an operator."""
+        height, width = self.size
+        guidance = "with" if self.guided else "without"
+        return f"{self.mode} at {width}x{height} {guidance} guidance, {self.batch_size} at once"
 
 
 class Warmup:
     """Compiles the programs of a server in a thread.
+
+    What a request waits for comes first, in the order of asking, and then what was planned.
 
     Args:
         model, settings: what is served.
@@ -80,12 +97,12 @@ class Warmup:
         self._twin = ServedModel([type(pipe).from_pipe(pipe) for pipe in model.by_repository.values()], model.name)
         self.kinds = kinds(model, settings, sizes)
         self._sizes = sizes
-        self.compiled = 0
-        self._failed: set[Kind] = set()
+        self.failures: dict[Kind, str] = {}  # why what was planned cannot be compiled
         self.preview: LatentPreview | None = None  # once it is read, or fitted
-        self._left: deque[Kind] = deque(self.kinds)
-        self._known: set[Kind] = set(self.kinds)
+        self._planned: deque[Kind] = deque(self.kinds)
+        self._asked: dict[Kind, float] = {}  # when somebody last waited for it
         self._ready: set[Hashable] = set()
+        self._failed: set[Hashable] = set()
         self._work = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._loop, name="kandinsky-jax compile", daemon=True)
@@ -95,51 +112,78 @@ class Warmup:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the program that it compiles now."""
+        """End the thread after the programs that it compiles now."""
         with self._work:
             self._stopped = True
             self._work.notify_all()
 
+    def wait(self) -> None:
+        """Wait for the end of the thread; call `stop` before."""
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def compiled(self) -> int:
+        """Number of the planned kinds that can be served."""
+        return sum(kind.programs() <= self._ready for kind in self.kinds)
+
     @property
     def is_ready(self) -> bool:
-        """Whether all programs that were planned are compiled."""
-        return self.compiled >= len(self.kinds)
+        """Whether all programs that were planned are compiled, but for those that cannot be."""
+        return self.compiled > 0 and self.compiled + len(self.failures) >= len(self.kinds)
 
     def is_compiled(self, plan: RequestPlan, stage: str, batch_size: int) -> bool:
-        """Whether the programs of a stage are ready; where they were not planned, they are compiled next."""
-        if programs_of(plan, stage, batch_size) in self._ready:
-            return True
-        own, request = plan.decoder_request, plan.request
-        factor = plan.decoder.movq.config.scale_factor
+        """Whether the programs of a stage are ready; where they are not, they are compiled soon."""
+        own, factor = plan.decoder_request, plan.decoder.movq.config.scale_factor
+        smallest = getattr(self._sizes, stage)[0]
+        pair = (self._sizes.decoder[0], batch_size) if stage == "prior" else (batch_size, self._sizes.prior[0])
         size = own.h * factor, own.w * factor
-        kind = Kind(request.mode, size, plan.guided, plan.prior_guided, batch_size, batch_size)
-        if kind in self._failed:
-            return batch_size == self._sizes.decoder[0]  # at the smallest, the request says why
+        kind = Kind(plan.request.mode, size, plan.guided, plan.prior_guided, *pair)
+        programs = kind.prior_programs if stage == "prior" else kind.decoder_programs
+        if programs in self._ready:
+            return True
+        if programs in self._failed:
+            return bool(batch_size == smallest)  # where the request says why
         with self._work:
-            if kind not in self._known:
-                self._known.add(kind)
-                self._left.appendleft(kind)
-                self._work.notify_all()
+            self._asked[kind] = time.monotonic()
+            self._work.notify_all()
         return False
 
     def _loop(self) -> None:
-        while True:
-            with self._work:
-                while not self._left and not self._stopped:
-                    self._work.wait()
-                if self._stopped:
-                    return
-                kind = self._left.popleft()
+        while (kind := self._next()) is not None:
             try:
                 self._ready |= compile_kind(self._twin, kind)
             except Exception as error:  # a request of this kind would say the same
-                self._failed.add(kind)
-                warnings.warn(f"{kind} cannot be compiled: {error}", stacklevel=2)
-            if kind in self.kinds:
-                self.compiled += 1
+                if not threading.main_thread().is_alive():
+                    return  # the process ends, and no thread can be started
+                self._failed |= kind.programs() - self._ready
+                if kind in self.kinds:
+                    self.failures[kind] = shorten(str(error), 300)
+                warnings.warn(f"{kind}, cannot be compiled: {error}", stacklevel=2)
             self.changed()
             if self.preview is None:
                 self.preview = self._fit_preview(kind.mode)
+
+    def _next(self) -> Kind | None:
+        """Wait for something to compile, and return it; None at the end."""
+        with self._work:
+            while not self._stopped:
+                if (kind := self._waited_for()) is not None:
+                    return kind
+                while self._planned:
+                    kind = self._planned.popleft()
+                    if not kind.programs() <= self._ready:
+                        return kind
+                self._work.wait()
+        return None
+
+    def _waited_for(self) -> Kind | None:
+        """Return what somebody has waited for longest, and forget what nobody waits for any more."""
+        known, since = self._ready | self._failed, time.monotonic() - ASKED_SECONDS
+        self._asked = {
+            kind: last for kind, last in self._asked.items() if last > since and not kind.programs() <= known
+        }
+        return next(iter(self._asked), None)
 
     def _fit_preview(self, mode: str) -> LatentPreview | None:
         try:
@@ -192,7 +236,7 @@ def _run_kind(model: ServedModel, kind: Kind) -> set[Hashable]:
     job = task.start_decoder()
     _run_jobs([job], plan.decoder.unet, plan.guided, kind.batch_size)
     np.asarray(task.decode(job).array)
-    return {programs_of(plan, "prior", kind.prior_batch_size), programs_of(plan, "decoder", kind.batch_size)}
+    return kind.programs()
 
 
 def _run_jobs(jobs: Sequence[SlotJob], module: nnx.Module, guided: bool, batch_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import TypeAlias
 
@@ -18,6 +19,9 @@ from kandinsky_jax.serve.served_model import ServedModel
 # Mode, whether it is fast, and names and weights of LoRA files; () for the networks as they were loaded.
 WeightsKey: TypeAlias = tuple[()] | tuple[str, bool, tuple[tuple[str, float], ...]]
 PLAIN: WeightsKey = ()
+
+_owners: dict[int, AdapterWeights] = {}  # of networks by their ids, while a server runs
+_owning = threading.Lock()
 
 
 def key_of(request: ImageRequest) -> WeightsKey:
@@ -44,6 +48,27 @@ class AdapterWeights:
         network = Network.split(networks[0])[0]
         check_mesh(network.mesh)
         self.devices = network.devices
+
+    def claim(self) -> None:
+        """Make the networks this server's, which changes their weights; ValueError where another one has them."""
+        with _owning:
+            if any(_owners.get(id(network), self) is not self for network, _ in self._as_loaded):
+                raise ValueError(
+                    "these networks are served already, and LoRA of one server's requests would change the other's "
+                    "pictures; stop that one first, or load the model again"
+                )
+            _owners.update({id(network): self for network, _ in self._as_loaded})
+
+    def release(self) -> None:
+        """Let another server have the networks."""
+        with _owning:
+            for key in [key for key, owner in _owners.items() if owner is self]:
+                del _owners[key]
+
+    def shares_networks(self, other: AdapterWeights) -> bool:
+        """Whether another server's networks are among these."""
+        own = {id(network) for network, _ in self._as_loaded}
+        return any(id(network) in own for network, _ in other._as_loaded)
 
     def use(self, key: WeightsKey) -> None:
         """Change the networks' weights in place.

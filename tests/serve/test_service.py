@@ -1,0 +1,102 @@
+"""What a service makes of its settings, of programs that cannot be compiled, and of the end of the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kandinsky_jax.serve.batching import warmup
+from kandinsky_jax.serve.batching.plan import RequestPlan
+from kandinsky_jax.serve.requests import ImageRequest
+from kandinsky_jax.serve.served_model import ServedModel
+from kandinsky_jax.serve.server_settings import ServerSettings
+from kandinsky_jax.serve.service import Service
+from tests.serve.servers import tiny
+
+TOO_MANY = 2**32  # images at once, for any memory
+
+
+def test_networks_are_served_once_at_a_time():
+    model = ServedModel.load("tiny", modes=["generate"])
+    twin = ServedModel([type(pipe).from_pipe(pipe) for pipe in model.by_repository.values()], "twin")
+    first, second = (Service(one, ServerSettings(batch_sizes=(1,))) for one in (model, twin))
+    first.start()
+    try:
+        assert first.shares_networks(second)
+        assert not first.shares_networks(Service(tiny(), ServerSettings()))
+        with pytest.raises(ValueError, match=r"served already.*stop that one first"):
+            second.start()
+    finally:
+        first.stop()
+    second.start()
+    second.stop()
+
+
+def test_announced_sizes_are_within_the_limit_of_pixels():
+    with pytest.raises(
+        ValueError, match=r"2048x1024 have 2,097,152 pixels, and max_pixels is 2,000,000; .*--max-pixels"
+    ):
+        Service(tiny(), ServerSettings(sizes=((64, 64), (1024, 2048)), max_pixels=2_000_000))
+    with pytest.raises(ValueError, match="64x64 have 4,096 pixels"):  # the model's own
+        Service(tiny(), ServerSettings(max_pixels=4_000))
+
+
+def _wait_until_ready(service: Service) -> None:
+    service.start()
+    while not service.state.ready:
+        time.sleep(0.05)
+
+
+def test_what_cannot_be_compiled_is_named_and_the_rest_is_served():
+    model = ServedModel.load("tiny", modes=["generate"])
+    service = Service(model, ServerSettings(batch_sizes=(1, TOO_MANY), prior_batch_sizes=(1,)))
+    with pytest.warns(UserWarning, match=f"64x64 with.* guidance, {TOO_MANY} at once, cannot be compiled: "):
+        _wait_until_ready(service)
+    try:
+        state = service.state
+        assert len(state.failures) == 2
+        assert state.compiled == state.programs - 2
+        assert all(f"{TOO_MANY} at once: " in failure for failure in state.failures)
+        assert service.submit(ImageRequest(prompt="purple heart", num_images=3)).result(60)
+    finally:
+        service.stop()
+
+
+def plan_of(side: int) -> RequestPlan:
+    request = ImageRequest(prompt="a", height=side, width=64, num_inference_steps=2)
+    return RequestPlan(tiny(), tiny().complete(request, ServerSettings(any_size=True)))
+
+
+def test_what_is_waited_for_is_compiled_first_and_in_its_order(monkeypatch):
+    settings = ServerSettings(batch_sizes=(1, 8), any_size=True)
+    service = Service(tiny(), settings)
+    one, sizes = service.warmup, service._engine.sizes
+    sides = (128, 192, 256)
+    for side in sides:
+        assert not one.is_compiled(plan_of(side), "decoder", 1)
+    for _ in sides:
+        assert not one.is_compiled(plan_of(128), "prior", 4)
+    for side in sides:
+        kind = one._next()
+        assert (kind.size, kind.batch_size, kind.prior_batch_size) == ((side, 64), 1, 1)
+        one._ready |= kind.programs()
+    kind = one._next()
+    assert (kind.size, kind.batch_size, kind.prior_batch_size) == ((128, 64), sizes.decoder[0], 4)
+    one._ready |= kind.programs()
+    assert not one.is_compiled(plan_of(320), "decoder", 1)
+    monkeypatch.setattr(warmup, "ASKED_SECONDS", 0.0)  # the clients of 320 have left
+    assert one._next() == one.kinds[0]
+    assert not one._asked
+
+
+def test_a_program_may_end_while_its_server_compiles():
+    program = """
+import kandinsky_jax as kj
+from kandinsky_jax.serve import launch
+page = launch(kj.KandinskyV22CombinedPipeline.from_pretrained("tiny"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
