@@ -114,13 +114,16 @@ class LimitedBody:
             dropped += len(message.get("body", b""))
 
 
-async def read_body(request: Request, kind: str) -> bytes:
-    """Read a body of a content type; ApiError for another one."""
+async def read_body(request: Request, kind: str) -> bytearray:
+    """Read a body of a content type, which is held by nobody else; ApiError for another one."""
     check_kind(request, kind)
+    body = bytearray()
     try:
-        return await request.body()
+        async for part in request.stream():
+            body += part
     except ClientDisconnect:
         raise ClientLeft from None
+    return body
 
 
 def check_kind(request: Request, kind: str) -> None:

@@ -99,6 +99,11 @@ class CommonFields(BaseModel):
         None, description="Use PyTorch's noise: the picture that diffusers generates with this seed."
     )
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there are pictures to decode."""
+        return True
+
 
 class GenerationFields(CommonFields):
     """Fields of /v1/images/generations."""
@@ -112,6 +117,11 @@ class GenerationFields(CommonFields):
     weights: Annotated[list[Number], Field(max_length=MAX_ITEMS)] | None = Field(
         None, description="A number for each item; default: equal ones with the sum 1."
     )
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there are pictures to decode."""
+        return self.hint is not None or any(isinstance(item, PictureItem) for item in self.items or ())
 
 
 Files = Annotated[list[bytes], BeforeValidator(_listed), Field(min_length=1, max_length=MAX_ITEMS)]
@@ -145,7 +155,7 @@ class VariationFields(CommonFields):
 Fields = TypeVar("Fields", bound=CommonFields)
 
 
-def from_json_body(kind: type[Fields], body: bytes) -> Fields:
+def from_json_body(kind: type[Fields], body: bytes | bytearray) -> Fields:
     """Read the fields of a JSON body; ApiError where they are wrong."""
     try:
         given = from_json(body, allow_inf_nan=False)

@@ -26,9 +26,12 @@ from kandinsky_jax.serve.api.pictures import PictureReader
 from kandinsky_jax.serve.api.requests_of import RequestOf, of_edit, of_generation, of_variation
 from kandinsky_jax.serve.api.responses import NO_STORE, Form, answer_at_once, stream
 from kandinsky_jax.serve.api.running import Running, Workers
+from kandinsky_jax.serve.requests import ImageRequest
 from kandinsky_jax.serve.service import Service
 
 CONCURRENT_PICTURES = 8  # times the most pixels that a request may bring
+THREADS = 4  # that read requests, submit them, and encode pictures
+DECODING_THREADS = 2  # that decode those of requests, so that the other threads wait for none of them
 
 
 class ImageRoutes:
@@ -39,7 +42,7 @@ class ImageRoutes:
     """
 
     def __init__(self, service: Service):
-        self.service, self.workers = service, Workers()
+        self.service, self.workers, self.decoders = service, Workers(THREADS), Workers(DECODING_THREADS)
         self._freed = 0  # pixels, since memory was last returned
         self.pixels = Budget(CONCURRENT_PICTURES * service.settings.max_upload_pixels, "the pictures")
 
@@ -60,21 +63,19 @@ class ImageRoutes:
         """Generate pictures from a prompt, a prompt and a depth map, or a mix of prompts and pictures."""
         self._check_room()
         body = await read_body(request, "application/json")
-        return await self._answer(
-            request, lambda: from_json_body(GenerationFields, body), of_generation, "image_generation"
-        )
+        return await self._answer(request, body, lambda: from_json_body(GenerationFields, body), of_generation)
 
     async def edit(self, request: Request) -> Response:
         """Change a picture as a whole, repaint a part of it, or mix several with a prompt."""
         self._check_room()
         form = await read_multipart(request)
-        return await self._answer(request, lambda: from_form(EditFields, form), of_edit, "image_edit")
+        return await self._answer(request, form, lambda: from_form(EditFields, form), of_edit, "image_edit")
 
     async def vary(self, request: Request) -> Response:
         """Generate variations of a picture."""
         self._check_room()
         form = await read_multipart(request)
-        return await self._answer(request, lambda: from_form(VariationFields, form), of_variation, "image_generation")
+        return await self._answer(request, form, lambda: from_form(VariationFields, form), of_variation)
 
     def _check_room(self) -> None:
         """Raise ApiError where the queue is full, before a body is read."""
@@ -83,23 +84,22 @@ class ImageRoutes:
             raise too_busy(f"{self.service.settings.max_queue} requests are waiting or running already", 5)
 
     async def _answer(
-        self, request: Request, read: Callable[[], CommonFields], request_of: RequestOf, event: str
+        self,
+        request: Request,
+        body: bytearray | dict[str, Any],
+        read: Callable[[], CommonFields],
+        request_of: RequestOf,
+        event: str = "image_generation",
     ) -> Response:
-        """Read the fields and pictures, run the request, and return its pictures."""
+        """Read the fields and pictures, run the request, and return its pictures; `body` is emptied once it is read."""
         reader = PictureReader(self.service.settings.max_upload_pixels, self.pixels)
         streams = False
-
-        def image_request() -> tuple[CommonFields, Form, Any]:
-            fields = read()
-            self._check_model(fields.model)
-            form = Form.of(fields, event)
-            return fields, form, request_of(fields, reader)
-
         try:
-            fields, form, wanted = await self.workers.run(image_request)
+            wanted, form, streamed = await self._read(read, request_of, event, reader)
+            body.clear()  # the callers hold it while the request waits
             request.state.body.release()
             running = Running(self.service, wanted, form.previews > 0, request, self.workers)
-            if not fields.stream:
+            if not streamed:
                 return await answer_at_once(running, form, self.workers)
             await running.__aenter__()  # its errors are answers with a status; later ones are events
             streams = True
@@ -108,6 +108,20 @@ class ImageRoutes:
         finally:
             if not streams:
                 self._release(reader)
+
+    async def _read(
+        self, read: Callable[[], CommonFields], request_of: RequestOf, event: str, reader: PictureReader
+    ) -> tuple[ImageRequest, Form, bool]:
+        """Return the request, the form of its answer, and whether it is a stream."""
+
+        def checked() -> tuple[CommonFields, Form]:
+            fields = read()
+            self._check_model(fields.model)
+            return fields, Form.of(fields, event)
+
+        fields, form = await self.workers.run(checked)
+        threads = self.decoders if fields.has_pictures else self.workers
+        return await threads.run(lambda: request_of(fields, reader)), form, bool(fields.stream)
 
     async def _events(self, running: Running, form: Form, reader: PictureReader) -> AsyncIterator[bytes]:
         try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import re
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -14,6 +16,7 @@ from kandinsky_jax import images
 from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.serve.api.bodies import Budget
 from kandinsky_jax.serve.api.errors import ApiError
+from kandinsky_jax.serve.api.picture_files import FileFault, essential_file, essential_info
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 OPAQUE = 128  # least alpha, of 255, of what is kept
@@ -36,21 +39,22 @@ class PictureReader:
         """Decode a PNG, JPEG or WebP; its size is checked before its pixels are decoded."""
         if not data:
             raise _refused(name, "is empty; needed is a PNG, JPEG or WebP")
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                width, height = header.size
-        except Image.UnidentifiedImageError:
-            raise _refused(name, "cannot be read as a PNG, JPEG or WebP") from None
-        except Exception as error:  # Pillow's readers raise many kinds for damaged data
-            raise _refused(name, f"cannot be read as a picture: {shorten(str(error), 100)}") from None
-        if self.pixels + width * height > self.most:
-            raise _refused(name, f"has {width} x {height} pixels; a request's pictures may have {self.most:,} together")
-        self.budget.take(width * height)
-        self.pixels += width * height
-        try:
-            return images.read(io.BytesIO(data), name)
-        except ValueError as error:
-            raise ApiError(400, str(error), name, "invalid_image") from None
+        with _faults(name):
+            opened = Image.open(io.BytesIO(essential_file(data)), formats=FORMATS)
+        with opened:
+            width, height = opened.size
+            if self.pixels + width * height > self.most:
+                raise _refused(
+                    name, f"has {width} x {height} pixels; a request's pictures may have {self.most:,} together"
+                )
+            self.budget.take(width * height)
+            self.pixels += width * height
+            with _faults(name):
+                opened.load()
+                opened.info = essential_info(opened.info)
+                picture = images.read(opened, name)
+        picture.info = {key: value for key, value in picture.info.items() if key == "transparency"}
+        return picture
 
     def decode_text(self, text: str, name: str) -> Image.Image:
         """Decode base64, or a data: URL with it."""
@@ -66,6 +70,20 @@ class PictureReader:
         """Return the pixels to the budget, once they are no longer held."""
         self.budget.give(self.pixels)
         self.pixels = 0
+
+
+@contextlib.contextmanager
+def _faults(name: str) -> Iterator[None]:
+    """Convert errors of reading a picture."""
+    try:
+        yield
+    except Image.UnidentifiedImageError:
+        raise _refused(name, "cannot be read as a PNG, JPEG or WebP") from None
+    except FileFault as error:
+        raise _refused(name, str(error)) from None
+    except Exception as error:  # Pillow's readers raise many kinds for damaged data
+        fault = shorten(str(error), 100) or type(error).__name__
+        raise _refused(name, f"cannot be read as a picture: {fault}") from None
 
 
 def has_holes(picture: Image.Image) -> bool:

@@ -23,14 +23,18 @@ from kandinsky_jax.serve.tickets import Cancelled, Event, Failed, Finished, Prog
 
 T = TypeVar("T")
 MARGIN = 2.0  # seconds that the service has to notice its own time limit
-THREADS = 4  # that decode and encode pictures
 logger = logging.getLogger("kandinsky_jax.serve")
 
 
 class Workers:
-    """Threads for what takes long: decoding and encoding pictures."""
+    """Threads for what takes long: decoding and encoding pictures.
 
-    def __init__(self) -> None:
+    Args:
+        threads: that run at once; others wait for them.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
         self._limiter: anyio.CapacityLimiter | None = None
 
     async def run(self, function: Callable[[], T]) -> T:
@@ -43,7 +47,7 @@ class Workers:
     async def attempt(self, function: Callable[[], T]) -> T | Refused:
         """Run a function in a thread; errors of requests are returned, without frames, which hold pictures."""
         if self._limiter is None:  # needs a running loop
-            self._limiter = anyio.CapacityLimiter(THREADS)
+            self._limiter = anyio.CapacityLimiter(self.threads)
         return await anyio.to_thread.run_sync(lambda: _outcome(function), limiter=self._limiter)
 
 
