@@ -6,12 +6,13 @@ import contextlib
 import functools
 import io
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import openai
+from fastapi import FastAPI
 from PIL import Image
 
 from kandinsky_jax.serve.api import ServerThread, make_app
@@ -50,18 +51,21 @@ class Running:
 
 
 @contextlib.contextmanager
-def server(generates: bool = True, **given: Any) -> Iterator[Running]:
+def server(
+    generates: bool = True, add: Callable[[FastAPI, Service, ServerSettings], object] | None = None, **given: Any
+) -> Iterator[Running]:
     """Run a server.
 
     Args:
         generates: False for one whose requests wait for ever; it need not compile.
+        add: adds further routes, in the place of the page.
         given: settings.
     """
     settings = ServerSettings(**({"port": 0, "batch_sizes": (1,), "grace": 5.0} | given))
     service = Service(tiny(), settings)
     if generates:
         service.start()
-    with ServerThread(service, settings, make_app(service, settings)) as thread, contextlib.ExitStack() as clients:
+    with ServerThread(service, settings, make_app(service, settings, add)) as thread, contextlib.ExitStack() as clients:
         yield Running(thread.url, service, clients)
 
 

@@ -23,7 +23,8 @@ from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
 
 HEADER_SECONDS = 15.0  # in which the headers of a request have to arrive
-STALLED_SECONDS = 60.0  # after which a client that does not read its response is dropped
+STALLED_SECONDS = 60.0  # in which a client has to read some of its response, else it is dropped
+LEAST_READ = 2**16  # bytes in that time; the kernel takes them in steps of up to a megabyte
 MAX_HEADERS = 32 * 2**10  # bytes
 MAX_CONNECTIONS = 1000
 CLOSING_SECONDS = 5  # for responses that are being sent when the server ends
@@ -35,14 +36,16 @@ class Protocol(H11Protocol):
     """uvicorn's protocol, which also drops clients that send headers or read responses too slowly."""
 
     _late: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
+    _unread = 0  # bytes of a response at the last look
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._await_headers()
+        self._reading = self.loop.call_later(STALLED_SECONDS, self._check_reading)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._late, self._stalled):
+        for timer in (self._late, self._reading):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -59,15 +62,19 @@ class Protocol(H11Protocol):
         if self._late is None:
             self._late = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+    def _check_reading(self) -> None:
+        """Drop a client that has read nothing for a while, or next to nothing."""
+        grows = not (self.flow.write_paused or self.transport.is_closing())
+        unread = 0 if grows else self.transport.get_write_buffer_size()
+        if self._unread and unread > self._unread - LEAST_READ:
+            self.transport.abort()
+            return
+        self._unread = unread
+        self._reading = self.loop.call_later(STALLED_SECONDS, self._check_reading)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+        self._unread = 0
 
 
 class Server(uvicorn.Server):

@@ -1,0 +1,59 @@
+"""What is between the socket and the routes: slow readers, large headers, proxies, faults of what is mounted."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+from starlette.responses import Response
+
+from kandinsky_jax.serve.api import server as server_module
+from tests.serve.servers import server
+
+LARGE = 40_000_000  # bytes of a response
+
+
+@pytest.fixture(scope="module")
+def plain():
+    with server(generates=False, add=add_routes) as running:
+        yield running
+
+
+def add_routes(app, service, settings):
+    @app.get("/large")
+    def large():
+        return Response(bytes(LARGE))
+
+
+def received(connection, size: int, pause: float) -> int:
+    """Read a response in parts, until it ends; return its bytes."""
+    connection.sendall(b"GET /large HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    found = 0
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(size):
+            found += len(part)
+            time.sleep(pause)
+    return found
+
+
+# Slow readers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_steady_reader_has_the_time_that_it_needs(plain, monkeypatch):
+    monkeypatch.setattr(server_module, "STALLED_SECONDS", 0.5)
+    with plain.connect() as connection:
+        began = time.monotonic()
+        assert received(connection, 2**17, 0.007) > LARGE
+        assert time.monotonic() - began > 1.5
+
+
+def test_a_reader_of_next_to_nothing_is_dropped(plain, monkeypatch):
+    monkeypatch.setattr(server_module, "STALLED_SECONDS", 0.3)
+    with plain.connect() as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            assert connection.recv(1)
+            time.sleep(0.05)
+        assert received(connection, 2**17, 0) < LARGE
