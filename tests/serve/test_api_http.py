@@ -26,9 +26,11 @@ def add_routes(app, service, settings):
         return Response(bytes(LARGE))
 
 
-def received(connection, size: int, pause: float) -> int:
+ASK = b"GET /large HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+
+
+def received(connection, size: int = 2**17, pause: float = 0.0) -> int:
     """Read a response in parts, until it ends; return its bytes."""
-    connection.sendall(b"GET /large HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
     found = 0
     with contextlib.suppress(ConnectionResetError):
         while part := connection.recv(size):
@@ -43,17 +45,18 @@ def received(connection, size: int, pause: float) -> int:
 def test_a_steady_reader_has_the_time_that_it_needs(plain, monkeypatch):
     monkeypatch.setattr(server_module, "STALLED_SECONDS", 0.5)
     with plain.connect() as connection:
+        connection.sendall(ASK)
         began = time.monotonic()
-        assert received(connection, 2**17, 0.007) > LARGE
+        assert received(connection, pause=0.007) > LARGE
         assert time.monotonic() - began > 1.5
 
 
 def test_a_reader_of_next_to_nothing_is_dropped(plain, monkeypatch):
     monkeypatch.setattr(server_module, "STALLED_SECONDS", 0.3)
     with plain.connect() as connection:
-        connection.sendall(b"GET /large HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        connection.sendall(ASK)
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
             assert connection.recv(1)
             time.sleep(0.05)
-        assert received(connection, 2**17, 0) < LARGE
+        assert received(connection) < LARGE
