@@ -53,6 +53,13 @@ class ServerSettings:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that no server can have."""
+        for name in ("time_limit", "body_time", "grace"):
+            seconds = getattr(self, name)
+            if not seconds >= 0:  # nan is neither less nor more
+                raise ValueError(f"{name} is {seconds}; needed are seconds, 0 or more")
+
     @property
     def max_upload_pixels(self) -> int:
         """Pixels of the pictures of a request."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 import time
 
 import pytest
 from starlette.responses import Response
 
+from kandinsky_jax.serve.api import make_app
 from kandinsky_jax.serve.api import server as server_module
-from tests.serve.servers import server
+from kandinsky_jax.serve.server_settings import ServerSettings
+from kandinsky_jax.serve.service import Service
+from tests.serve.servers import server, tiny
 
 LARGE = 40_000_000  # bytes of a response
 
@@ -60,3 +65,23 @@ def test_a_reader_of_next_to_nothing_is_dropped(plain, monkeypatch):
             assert connection.recv(1)
             time.sleep(0.05)
         assert received(connection) < LARGE
+
+
+# Starting and stopping ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grace", [math.inf, 1e10])
+def test_a_server_may_wait_for_requests_without_end(grace):
+    settings = ServerSettings(grace=grace)
+    service = Service(tiny(), settings)
+    http = server_module.Server(service, settings, make_app(service, settings))
+    ended = threading.Thread(target=int)
+    ended.start()
+    ended.join(http.grace)  # more is an OverflowError
+
+
+@pytest.mark.parametrize("given", [{"grace": math.nan}, {"grace": -1.0}, {"time_limit": math.nan}, {"body_time": -1}])
+def test_settings_need_seconds(given):
+    [(name, value)] = given.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}; needed are seconds"):
+        ServerSettings(**given)

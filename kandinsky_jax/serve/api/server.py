@@ -104,7 +104,8 @@ class Server(uvicorn.Server):
             )
         )
         logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of what clients send
-        self._service, self._grace, self._stopping = service, settings.grace, app.state.stopping
+        self._service, self._stopping = service, app.state.stopping
+        self.grace = min(settings.grace, threading.TIMEOUT_MAX)  # given may be infinity
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -153,7 +154,7 @@ class Server(uvicorn.Server):
 
     def _stop(self) -> None:
         try:
-            self._service.stop(self._grace)
+            self._service.stop(self.grace)
         finally:
             self.should_exit = True
 
