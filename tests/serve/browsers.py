@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import gradio as gr
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -30,6 +31,7 @@ class Site:
     url: str
     service: Service
     context: PageContext
+    blocks: gr.Blocks
 
 
 @contextlib.contextmanager
@@ -42,7 +44,7 @@ def site(generates: bool = True, **given: Any) -> Iterator[Site]:
     if generates:
         service.start()
     with api.ServerThread(service, settings, app) as thread:
-        yield Site(thread.url, service, app.state.page)
+        yield Site(thread.url, service, app.state.page, app.state.blocks)
 
 
 @contextlib.contextmanager

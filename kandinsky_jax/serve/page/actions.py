@@ -17,12 +17,20 @@ from kandinsky_jax.serve.page.runs import Done, shown
 from kandinsky_jax.serve.page.sessions import Session
 from kandinsky_jax.serve.page.settings_panel import NEXT, SettingsPanel
 from kandinsky_jax.serve.page.tabs import PageTab
-from kandinsky_jax.serve.page.widgets import decode_bytes, encode_value
+from kandinsky_jax.serve.page.visitors import unread
+from kandinsky_jax.serve.page.widgets import check_slider, decode_bytes, encode_value
 from kandinsky_jax.serve.requests import RequestError
 
 Updates = dict[Any, Any]  # new values by component
-# Of all events: no second public interface, and no queue besides the service's.
-EVENT: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
+# Of all events: no second public interface, no queue besides the service's, and no checks by Gradio, whose words would
+# be beside the page's, and in the log with a traceback.
+EVENT: dict[str, Any] = {
+    "api_visibility": "private",
+    "concurrency_limit": None,
+    "show_progress": "hidden",
+    "preprocess": False,
+}
+MAX_UNREAD = 32  # messages of progress for a client that does not fetch them
 
 # `page.js` puts the key of the session there when the page is left, so that a tab that is duplicated has none.
 TAKE_KEY = """() => {
@@ -45,6 +53,7 @@ class Actions:
         tabs: that are shown.
         parts: other components by their names, see `layout.build_page`.
         axes: inputs of a grid.
+        page: that they are on.
     """
 
     def __init__(
@@ -54,8 +63,10 @@ class Actions:
         tabs: Sequence[PageTab],
         parts: dict[str, Any],
         axes: dict[str, Component],
+        page: gr.Blocks,
     ):
         self.context, self.panel, self.tabs, self.parts, self.axes = context, panel, tabs, parts, axes
+        self.page = page
 
     # Generating ---------------------------------------------------------------------------------------------------
 
@@ -68,15 +79,15 @@ class Actions:
 
         async def on_generate(values: Updates, request: gr.Request) -> AsyncIterator[Updates]:
             session = self.session(request)
-            async for event in shown(lambda: self.job(tab, values), session, self.context):
+            events = shown(lambda: self.job(tab, values), session, self.context)
+            async for event in self.fetched(events, request):
                 yield self.updates(event, session, values[self.panel.inputs["after"]] == NEXT)
 
         async def on_grid(values: Updates, request: gr.Request) -> AsyncIterator[Updates]:
             session = self.session(request)
             axes = {name: values[component] for name, component in self.axes.items()}
-            async for event in shown_grid(
-                lambda: plan_grid(self.job(tab, values), axes, self.context), session, self.context
-            ):
+            events = shown_grid(lambda: plan_grid(self.job(tab, values), axes, self.context), session, self.context)
+            async for event in self.fetched(events, request):
                 yield self.updates(event, session, False)
 
         generate.click(on_generate, inputs, outputs, **EVENT)
@@ -96,8 +107,29 @@ class Actions:
         outputs = [prompt, mode, *(self.panel.inputs[name] for name in self.panel.recommended(tab.mode, False))]
         item.select(on_select, [fast], outputs, **EVENT)
 
+    async def fetched(self, events: AsyncIterator[str | Done], request: gr.Request) -> AsyncIterator[str | Done]:
+        """Yield events of a run; while the client does not fetch them, only the newest view, with what comes of it."""
+        view: str | None = None
+        async for event in events:
+            if isinstance(event, str) and unread(self.page, request.session_hash) > MAX_UNREAD:
+                view = event
+                continue
+            if view is not None and not isinstance(event, str):
+                yield view
+            view = None
+            yield event
+        if view is not None:
+            yield view
+
     def job(self, tab: PageTab, values: Updates) -> Job:
-        """Return the job of a tab's inputs."""
+        """Return the job of a tab's inputs.
+
+        Raises:
+            RequestError: for a value that is none.
+        """
+        for component in (*self.panel.inputs.values(), *tab.inputs.values()):
+            if isinstance(component, gr.Slider):
+                check_slider(component, values[component])
         shared = self.panel.fields({name: values[component] for name, component in self.panel.inputs.items()})
         return tab.job({name: values[component] for name, component in tab.inputs.items()}, shared)
 
@@ -121,9 +153,9 @@ class Actions:
 
     # Other buttons ------------------------------------------------------------------------------------------------
 
-    def connect(self, page: gr.Blocks, container: gr.Tabs) -> None:
+    def connect(self, container: gr.Tabs) -> None:
         """Connect what is not a tab's own."""
-        self._connect_session(page)
+        self._connect_session()
         self._connect_restore(container)
         for name, target in (("use", "img2img"), ("repaint", "inpaint")):
             tab = next((tab for tab in self.tabs if tab.name == target), None)
@@ -142,7 +174,7 @@ class Actions:
         assert isinstance(fast, gr.Checkbox)
         fast.change(on_fast, [fast, mode], [self.panel.inputs[name] for name in names], **EVENT)
 
-    def _connect_session(self, page: gr.Blocks) -> None:
+    def _connect_session(self) -> None:
         def on_cancel(request: gr.Request) -> None:
             self.session(request).cancel()
 
@@ -160,23 +192,23 @@ class Actions:
             return self.gallery(self.context.sessions.resume(request.session_hash, key))
 
         outputs = [self.parts["gallery"], self.parts["selected"]]
-        loaded = page.load(on_load, [self.parts["key"]], outputs, js=TAKE_KEY, **EVENT)
+        loaded = self.page.load(on_load, [self.parts["key"]], outputs, js=TAKE_KEY, **EVENT)
         loaded.then(None, None, None, js="() => { kandinskyPage.wired(); }", **EVENT)
         self.parts["cancel"].click(on_cancel, None, None, **EVENT)
         self.parts["gallery"].select(on_pick, None, outputs, **EVENT)
-        page.unload(on_unload)
+        self.page.unload(on_unload)
 
     def _connect_source(self, button: gr.Button, tab: PageTab, container: gr.Tabs) -> None:
         assert tab.source is not None
-        source = tab.inputs[tab.source]
+        source, message = tab.inputs[tab.source], self.parts["message"]
 
         def on_use(request: gr.Request) -> Updates:
             chosen = self.session(request).selection
             if chosen is None:
-                return {}
-            return {source: encode_value(chosen.picture()), container: gr.Tabs(selected=tab.name)}
+                return {message: views.notice("Choose a picture of the gallery.", wrong=True)}
+            return {message: "", source: encode_value(chosen.picture()), container: gr.Tabs(selected=tab.name)}
 
-        button.click(on_use, None, [source, container], **EVENT)
+        button.click(on_use, None, [message, source, container], **EVENT)
 
     def _connect_restore(self, container: gr.Tabs) -> None:
         area, message, mode = self.parts["restore"], self.parts["message"], self.parts["mode"]
@@ -192,8 +224,8 @@ class Actions:
             updates[prompt] = gr.update(**{**updates[prompt], "visible": tab.uses_prompt})
             return {area: "", message: views.notice(text), mode: tab.mode, **updates}
 
-        def on_drop(text: str) -> Updates:
-            return restore(lambda: read_record(decode_bytes(text, "the picture")))
+        def on_drop(text: str | None) -> Updates:
+            return restore(lambda: read_record(decode_bytes(text or "", "the picture")))
 
         def on_settings(request: gr.Request) -> Updates:
             return restore(lambda: self.record(self.session(request)))

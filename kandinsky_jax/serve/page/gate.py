@@ -1,13 +1,11 @@
 """Which of Gradio's routes are open, and what may be sent to them.
 
-The page passes pictures as text, so it needs none of the routes that take, give or fetch files. An event's data may
-hold texts, numbers, truth values and lists of them; Gradio takes an object for a file, and would open its path or
-address.
+The page passes pictures as text, so it needs none of the routes that take, give or fetch files. An event's data holds
+texts, numbers and truth values; Gradio takes an object for a file, and would open its path or address.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import MutableMapping
 from typing import Any
@@ -16,29 +14,34 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_SESSION = r"[A-Za-z0-9_-]{1,64}"
+from kandinsky_jax.serve.page.event_rules import SESSION, EventError, EventRules, is_session
+from kandinsky_jax.serve.page.visitors import Visitors
+
 _NAME = r"[A-Za-z0-9_.-]+"
 OPEN_ROUTES = {
     "GET": re.compile(
-        rf"/?|/config/?|/theme\.css|/favicon\.ico|/(assets|static)(/{_NAME}){{1,4}}|/session/{_SESSION}/{_NAME}"
-        rf"|/own/{_NAME}|/gradio_api/(heartbeat/{_SESSION}|queue/data|startup-events|app_id/?|theme\.css)"
+        rf"/?|/config/?|/theme\.css|/favicon\.ico|/(assets|static)(/{_NAME}){{1,4}}|/session/{SESSION}/{_NAME}"
+        rf"|/own/{_NAME}|/gradio_api/(heartbeat/{SESSION}|queue/data|startup-events|app_id/?|theme\.css)"
     ),
     "POST": re.compile(r"/gradio_api/(queue/join|reset/?)"),
 }
-MAX_LISTED = 1000  # values of an event, lists within lists included
+JOIN, STREAM = "/gradio_api/queue/join", "/gradio_api/queue/data"
+HEARTBEAT = "/gradio_api/heartbeat/"
 
 
 class PageGate:
-    """ASGI middleware that answers 404 for all routes of the page that it does not need.
+    """ASGI middleware: 404 for all routes of the page that it does not need, 400 for events that it does not have.
 
     Args:
         app: what is behind it.
         prefix: path of the page.
         max_body: bytes of a request.
+        rules: of events.
+        visitors: bounds what Gradio keeps of browser tabs.
     """
 
-    def __init__(self, app: ASGIApp, prefix: str, max_body: int):
-        self.app, self.prefix, self.max_body = app, prefix, max_body
+    def __init__(self, app: ASGIApp, prefix: str, max_body: int, rules: EventRules, visitors: Visitors):
+        self.app, self.prefix, self.max_body, self.rules, self.visitors = app, prefix, max_body, rules, visitors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         inside = scope["path"].startswith(self.prefix + "/") if scope["type"] in ("http", "websocket") else False
@@ -48,16 +51,41 @@ class PageGate:
         if scope["type"] == "websocket" or not self._is_open(scope):
             await _refuse(404, "there is no such page")(scope, receive, send)
             return
+        path = scope["path"][len(self.prefix) :]
         if scope["method"] == "POST":
             body = await _read(receive, self.max_body)
             if body is None:
                 await _refuse(413, f"the request has more than {self.max_body:,} bytes")(scope, receive, send)
                 return
-            if not scope["path"].rstrip("/").endswith("reset") and (fault := event_fault(body)):
-                await _refuse(400, fault)(scope, receive, send)
-                return
             receive = _replay(body, receive)
-        await self.app(scope, receive, send)
+            refused = await self._refused_event(body) if path.rstrip("/") == JOIN else None
+            await (refused or self.app)(scope, receive, send)
+        elif path == STREAM or path.startswith(HEARTBEAT):
+            await self._connect(path, scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _refused_event(self, body: bytes) -> ASGIApp | None:
+        """Return the answer to an event that goes no further, None for others."""
+        try:
+            name = self.rules.session_of(body)
+        except EventError as error:
+            return _refuse(400, str(error))
+        if not await self.visitors.has_room(name):
+            return _refuse(429, "this tab has not fetched the results of its last events")
+        await self.visitors.enter(name)
+        return None
+
+    async def _connect(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request that stays open, of a tab that is named in its path or its query."""
+        query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        names = query.get("session_hash", []) if path == STREAM else [path.removeprefix(HEARTBEAT)]
+        if len(names) != 1 or not is_session(names[0]):
+            await _refuse(400, "session_hash is missing, or not 1 to 64 letters, digits, - and _")(scope, receive, send)
+            return
+        with self.visitors.connected(names[0]):
+            await self.visitors.enter(names[0])
+            await self.app(scope, receive, send)
 
     def _is_open(self, scope: MutableMapping[str, Any]) -> bool:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
@@ -65,27 +93,6 @@ class PageGate:
         if known is None or not known.fullmatch(path) or ".." in path:
             return False
         return "deep_link" not in parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-
-
-def event_fault(body: bytes) -> str | None:
-    """Return what is wrong with an event's JSON, None for nothing."""
-    try:
-        event = json.loads(body)
-    except (ValueError, RecursionError):
-        return "the request is not JSON"
-    if not isinstance(event, dict) or not isinstance(event.get("data"), list):
-        return "needed is an object with a list in data"
-    left, pending = MAX_LISTED, [event["data"]]
-    while pending:
-        for value in pending.pop():
-            left -= 1
-            if isinstance(value, list):
-                pending.append(value)
-            elif isinstance(value, dict):
-                return "data holds an object; needed are texts, numbers and lists of them"
-            if left < 0:
-                return f"data has more than {MAX_LISTED} values"
-    return None
 
 
 async def _read(receive: Receive, most: int) -> bytes | None:
@@ -118,4 +125,4 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _refuse(status: int, message: str) -> ASGIApp:
-    return JSONResponse({"error": message}, status)
+    return JSONResponse({"error": message}, status)  # which Gradio's script shows

@@ -18,6 +18,7 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image, ImageDraw, ImageFont
 
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job, PageContext
 from kandinsky_jax.serve.page.runs import Done, failure_view, run, run_of
@@ -101,7 +102,7 @@ def read_values(setting: str, text: str | None, axis: str) -> list[Any]:
     try:
         return [one.read(part) for part in parts]
     except ValueError:
-        raise RequestError(f"{axis} of the grid, {setting}, has a value that is no number: {text!r}") from None
+        raise RequestError(f"{axis} of the grid, {setting}, has a value that is no number: {quote(text, 80)}") from None
 
 
 class Change(NamedTuple):

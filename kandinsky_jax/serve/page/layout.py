@@ -55,10 +55,10 @@ def build_page(context: PageContext) -> gr.Blocks:
                 with gr.Accordion("X/Y grid", open=False):
                     axes = build_axes()
                 parts["restore"] = restore_input(context.settings.max_body // 2)
-        actions = Actions(context, panel, tabs, parts, axes)
+        actions = Actions(context, panel, tabs, parts, axes, page)
         for tab, (item, generate, grid) in zip(tabs, built, strict=True):
             actions.connect_tab(tab, item, generate, grid)
-        actions.connect(page, container)
+        actions.connect(container)
     page.state_session_capacity = STATES
     page.queue(api_open=False, max_size=8 * context.settings.max_queue, default_concurrency_limit=None)
     return page

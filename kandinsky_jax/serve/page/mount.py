@@ -7,20 +7,24 @@ import os
 import tempfile
 from collections.abc import Callable
 from importlib import resources
+from typing import TypeVar
 
 import gradio as gr
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import RedirectResponse, Response
 
 from kandinsky_jax.serve.page.context import PageContext
+from kandinsky_jax.serve.page.event_rules import EventRules
 from kandinsky_jax.serve.page.gate import PageGate
 from kandinsky_jax.serve.page.layout import build_page
 from kandinsky_jax.serve.page.sessions import Sessions
 from kandinsky_jax.serve.page.theme import page_theme
+from kandinsky_jax.serve.page.visitors import Visitors
 from kandinsky_jax.serve.page.widgets import SCRIPT
 from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
 
+T = TypeVar("T")
 PREFIX = "/ui"
 FILES = {"page.js": "text/javascript; charset=utf-8", "page.css": "text/css; charset=utf-8"}
 _PRIVATE = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
@@ -39,13 +43,15 @@ def mount_page(app: FastAPI, service: Service, settings: ServerSettings) -> Fast
     context = PageContext(service)
     _add_routes(app, context.sessions)
     _use_private_folder()
-    _within_loop(lambda: _mount(app, build_page(context), settings))
-    app.add_middleware(PageGate, prefix=PREFIX, max_body=settings.max_body)
-    app.state.page = context
+    page = _within_loop(lambda: _mount(app, build_page(context), settings))
+    app.add_middleware(
+        PageGate, prefix=PREFIX, max_body=settings.max_body, rules=EventRules(page), visitors=Visitors(page)
+    )
+    app.state.page, app.state.blocks = context, page
     return app
 
 
-def _mount(app: FastAPI, page: gr.Blocks, settings: ServerSettings) -> None:
+def _mount(app: FastAPI, page: gr.Blocks, settings: ServerSettings) -> gr.Blocks:
     gr.mount_gradio_app(
         app,
         page,
@@ -65,20 +71,20 @@ def _mount(app: FastAPI, page: gr.Blocks, settings: ServerSettings) -> None:
         css=_file("page.css").decode(),
         head=SCRIPT,
     )
+    return page
 
 
-def _within_loop(make: Callable[[], None]) -> None:
+def _within_loop(make: Callable[[], T]) -> T:
     """Run a function within an event loop: without one, Gradio makes one for each of its locks and leaves it open."""
 
-    async def made() -> None:
-        make()
+    async def made() -> T:
+        return make()
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        asyncio.run(made())
-    else:
-        make()
+        return asyncio.run(made())
+    return make()
 
 
 def _use_private_folder() -> None:

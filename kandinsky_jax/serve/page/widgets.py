@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import gradio as gr
 from PIL import Image
 
+from kandinsky_jax.common.errors import quote
 from kandinsky_jax.serve.api.bodies import Budget
 from kandinsky_jax.serve.api.errors import ApiError
 from kandinsky_jax.serve.api.pictures import PictureReader
@@ -184,6 +185,15 @@ def decode_bytes(text: str, label: str) -> bytes:
 def encode_value(picture: Image.Image) -> str:
     """Return the value of a picture input that shows a picture."""
     return json.dumps({"picture": data_url(picture), "mask": ""})
+
+
+def check_slider(slider: gr.Slider, value: float | None) -> None:
+    """Raise RequestError for a number beside a slider that was cleared, or is beyond its ends."""
+    if value is None or not slider.minimum <= value <= slider.maximum:
+        given = "empty" if value is None else quote(value, 40)
+        raise RequestError(
+            f"{slider.label} is {given}; needed is a number from {slider.minimum:g} to {slider.maximum:g}"
+        )
 
 
 def choices(names: Sequence[str], first: str) -> list[tuple[str, str]]:

@@ -61,6 +61,8 @@ class OutpaintingTab(PageTab):
         shares = {side: float(values[side] or 0) / 100 for side in SIDES}
         if not any(shares.values()):
             raise RequestError("all sides are 0 %; give at least one a share of the picture to add", "image")
+        if values["fill"] not in (fills := [value for _, value in FILLS]):
+            raise RequestError(f"the new part has no start; there are {', '.join(fills)}", "image")
         size = self._canvas_size(picture, shares, shared)
         layout = lay_out(picture.size, shares, size)
         scaled = picture.convert("RGB").resize((layout.width, layout.height), Image.Resampling.LANCZOS)
