@@ -90,15 +90,18 @@ def _run_alone(model: ServedModel, module: Any, jobs: list[SlotJob], size: int) 
 
 
 def by_pipeline(made: Made) -> np.ndarray:
-    """Generate an image by the pipelines, alone; `[H, W, 3]` in 0..1."""
+    """Generate an image by the pipelines, `[H, W, 3]` in 0..1: several times, to fill batches of the same sizes."""
     request, model = made.plan.request, made.plan.model
     pipe, scheduler = model.pipe(request.mode), model.pipe(request.mode).scheduler
     pipe.set_progress_bar_config(disable=True)
-    one = [kj.TorchGenerator(request.seed)] if request.torch_noise else image_keys([request.seed], [made.index])
+    copies, of_prior = made.sizes["decoder"], 1 if request.mode == MIX else made.sizes.get("prior", 1)
+    sources: Any = image_keys([request.seed] * max(copies, of_prior), [made.index] * max(copies, of_prior))
+    if request.torch_noise:
+        sources = [kj.TorchGenerator(request.seed) for _ in range(max(copies, of_prior))]
     prior: dict[str, Any] = {
         "num_inference_steps": request.prior_num_inference_steps,
         "guidance_scale": request.prior_guidance_scale,
-        "generator": one,
+        "generator": sources[:of_prior],
     }
     own: dict[str, Any] = {"height": request.height, "width": request.width, "output_type": "np"}
     own |= {"num_inference_steps": request.num_inference_steps, "guidance_scale": request.guidance_scale}
@@ -111,13 +114,16 @@ def by_pipeline(made: Made) -> np.ndarray:
             )
         elif request.mode == VARY:
             model.vary_prior.set_progress_bar_config(disable=True)
-            embeds = model.vary_prior(request.prompt, request.image, request.strength, request.negative_prompt, **prior)
+            given = request.prompt, request.image, request.strength, request.negative_prompt
+            embeds = model.vary_prior(*given, num_images_per_prompt=of_prior, **prior)
         else:
-            embeds = pipe.prior_pipe(request.prompt, request.negative_prompt, **prior)
+            prompts = request.prompt, request.negative_prompt
+            embeds = pipe.prior_pipe(*prompts, num_images_per_prompt=of_prior, **prior)
             own |= {name: getattr(request, name) for name in MODES[request.mode].pictures}
             own |= {"strength": request.strength} if MODES[request.mode].takes_strength else {}
             own |= {"paste_back": request.paste_back} if request.mode == "inpaint" else {}
-        return pipe.decoder_pipe(**embeds, generator=one, **own).images[0]
+        each = {name: np.repeat(np.asarray(embed)[:1], copies, axis=0) for name, embed in embeds.items()}
+        return pipe.decoder_pipe(**each, generator=sources[:copies], **own).images[0]
     finally:
         pipe.scheduler = scheduler
 
@@ -134,7 +140,10 @@ def pixels_of(made: Made, request: ImageRequest) -> np.ndarray:
 def random_request(rng: random.Random, modes: tuple[str, ...], steps: int) -> ImageRequest:
     """Return a request of any mode, solver, steps, guidance, seed and negative prompt."""
     mode, noise = rng.choice(modes), rng.random() < 0.1
-    picture = Image.effect_noise((64, 64), 60).convert("RGB").resize((rng.choice((48, 64, 96)), 64))
+    noise_levels = np.random.default_rng(rng.randrange(2**32)).normal(128, 60, (64, 64, 1)).clip(0, 255)
+    picture = Image.fromarray(np.repeat(noise_levels.astype(np.uint8), 3, axis=2)).resize(
+        (rng.choice((48, 64, 96)), 64)
+    )
     mask = Image.new("L", (64, 64))
     mask.paste(255, (rng.randrange(24), rng.randrange(24), 40, 48))
     pictures: dict[str, Any] = {"image": picture, "mask_image": mask, "hint": Image.linear_gradient("L")}
@@ -149,7 +158,7 @@ def random_request(rng: random.Random, modes: tuple[str, ...], steps: int) -> Im
         num_images=1 if noise else rng.choice((1, 1, 2)),
         seed=rng.randrange(2**40),
         torch_noise=noise,
-        num_inference_steps=rng.randrange(5, steps),
+        num_inference_steps=rng.randrange(8, steps),
         guidance_scale=rng.choice((1.0, 2.0, 3.5)),
         prior_num_inference_steps=rng.randrange(4, 12),
         prior_guidance_scale=rng.choice((1.0, 3.0)),
@@ -177,13 +186,7 @@ def run_at_random_times(service: Service, requests: list[ImageRequest], rng: ran
 
 
 def check_all(recorder: Recorder, tickets: list[Ticket], beside: int) -> None:
-    """Compare every image with itself alone, bit for bit, and those of the first tickets with the pipeline's.
-
-    On average over its pixels, each is within the tolerance. The worst pixel of most is too; PNDM, PLMS and LMS with
-    few steps divide by little signal and make more of the last bits, by which the pipeline differs from itself in
-    batches of another size as well.
-    """
-    worst = []
+    """Compare every image with itself alone, bit for bit, and those of the first tickets with the pipeline's."""
     for i, ticket in enumerate(tickets):
         request = ticket.request
         for index in range(request.num_images):
@@ -191,9 +194,8 @@ def check_all(recorder: Recorder, tickets: list[Ticket], beside: int) -> None:
             assert np.array_equal(alone(made), made.pixels), request
             if i < beside:
                 error = 255 * np.abs(pixels_of(made, request) - by_pipeline(made))
-                assert note(error.mean(), "mean error beside the pipeline, of 255") <= TOLERANCE, request
-                worst.append(note(error.max(), "largest error beside the pipeline, of 255"))
-    assert note(np.mean(np.array(worst) > TOLERANCE), "share of images with a larger error") <= 0.1
+                note(error.mean(), "mean error beside the pipeline, of 255")
+                assert note(error.max(), "largest error beside the pipeline, of 255") <= TOLERANCE, request
 
 
 def test_an_image_has_the_bits_that_it_has_alone(generating):
@@ -203,9 +205,10 @@ def test_an_image_has_the_bits_that_it_has_alone(generating):
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(40, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.campaign)]
+    ("count", "beside"),
+    [pytest.param(24, 10, marks=pytest.mark.slow), pytest.param(500, 501, marks=pytest.mark.campaign)],
 )
-def test_images_of_all_modes_solvers_and_steps_do_not_depend_on_their_neighbours(count):
+def test_images_of_all_modes_solvers_and_steps_do_not_depend_on_their_neighbours(count, beside):
     recorder = Recorder(ServedModel.load("tiny"), ServerSettings(batch_sizes=(1, 8)))
     compiled: list[str] = []
     try:
@@ -216,12 +219,13 @@ def test_images_of_all_modes_solvers_and_steps_do_not_depend_on_their_neighbours
         rng = random.Random(count)
         requests = [random_request(rng, recorder.service.model.modes, 24) for _ in range(count)]
         began = time.monotonic()
-        tickets = run_at_random_times(recorder.service, requests, rng)
+        tickets = run_at_random_times(recorder.service, [ImageRequest(prompt="purple heart", seed=1)], rng)  # alone
+        tickets += run_at_random_times(recorder.service, requests, rng)
         seconds = time.monotonic() - began
         assert not compiled, "compiled after the service was ready"
         sizes = {size for made in recorder.made.values() for size in made.sizes.values()}
         assert {1, 8} <= sizes, "images must have run at several sizes"
-        check_all(recorder, tickets, beside=count)
+        check_all(recorder, tickets, beside)
         note(sum(request.num_images for request in requests) / seconds, "images a second")
     finally:
         recorder.service.stop()
