@@ -283,6 +283,8 @@ def test_a_port_in_use_is_one_sentence():
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 is in use"):
             bind(ServerSettings(port=port))
+    with bind(ServerSettings(port=0)) as first, pytest.raises(ValueError, match="is in use"):
+        bind(ServerSettings(port=first.getsockname()[1]))  # while the first one loads its model
     with pytest.raises(ValueError, match="is no address of this machine"):
         bind(ServerSettings(host="203.0.113.1", port=0))
 

@@ -160,7 +160,10 @@ class Server(uvicorn.Server):
 
 
 def bind(settings: ServerSettings) -> socket.socket:
-    """Return a socket at the address of the settings; ValueError where it cannot be had."""
+    """Return a socket that listens at the address of the settings; ValueError where it cannot be had.
+
+    Connections wait until a server takes them. A socket that is bound alone does not keep others from the port.
+    """
     host, port = settings.host, settings.port
     try:
         [family, kind, protocol, _, address] = socket.getaddrinfo(
@@ -170,6 +173,7 @@ def bind(settings: ServerSettings) -> socket.socket:
             found = stack.enter_context(socket.socket(family, kind, protocol))
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(address)
+            found.listen(MAX_CONNECTIONS)
             stack.pop_all()
         return found
     except (OSError, OverflowError, UnicodeError) as error:
