@@ -212,12 +212,13 @@ def _check_access(settings: ServerSettings, without_key: bool) -> None:
 def _key(key: str | None, file: Path | None) -> str | None:
     """Return the key of the options or the environment, None for none."""
     if file is not None:
-        key = file.read_text().strip()
-    if key is None:
-        return None
-    if not key.strip():
-        raise ValueError("the API key is empty; give one, or none")
-    return key.strip()
+        try:
+            key = file.read_text("utf-8-sig")  # an editor may have put a byte order mark there
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"--api-key-file {file} is no text in UTF-8; needed is a file with the key alone"
+            ) from None
+    return None if key is None else key.strip()
 
 
 def _size(text: str) -> tuple[int, int]:

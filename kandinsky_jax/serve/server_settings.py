@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kandinsky_jax.serve.requests import ImageRequest, RequestError
 
 Size = tuple[int, int]  # height, width in pixels
+LEAST_KEY = 16  # characters, so that nobody finds it by trying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class ServerSettings:
 
     Args:
         host, port: where it listens; only this machine unless told otherwise.
-        api_key: what clients of API and page have to know; None for none.
+        api_key: what clients of API and page have to know, of at least 16 printable ASCII characters; None for none.
         sizes: (height, width) of the pictures that are served, compiled before the server is ready; empty for the
             model's own.
         any_size: whether other sizes are served too, and compiled when first asked for.
@@ -59,6 +60,8 @@ class ServerSettings:
             seconds = getattr(self, name)
             if not seconds >= 0:  # nan is neither less nor more
                 raise ValueError(f"{name} is {seconds}; needed are seconds, 0 or more")
+        if self.api_key is not None:
+            _check_key(self.api_key)
 
     @property
     def max_upload_pixels(self) -> int:
@@ -83,3 +86,17 @@ class ServerSettings:
                 "pixels",
                 "size",
             )
+
+
+def _check_key(key: str) -> None:
+    """Raise ValueError for a key that no client can send, or that is too short."""
+    needed = "; such as openssl rand -hex 16 makes"
+    if not key.strip():
+        raise ValueError("the API key is empty; give one, or none")
+    if not (key.isascii() and key.isprintable()) or key != key.strip():
+        raise ValueError(
+            "the API key has a character that no client can send in a header; needed are printable ASCII characters in "
+            f"one line{needed}"
+        )
+    if len(key) < LEAST_KEY:
+        raise ValueError(f"the API key has {len(key)} characters; needed are {LEAST_KEY} or more{needed}")

@@ -97,10 +97,10 @@ def test_the_page_is_there_and_names_no_other_host(server):
 
 
 def test_the_page_needs_the_servers_key():
-    with site(generates=False, api_key="secret") as running:
+    with site(generates=False, api_key="a key of the tests") as running:
         for path in ("ui/", "ui/own/page.js", "ui/config", "ui/session/a/1.png"):
             assert httpx.get(f"{running.url}/{path}").status_code == 401, path
-        assert httpx.get(f"{running.url}/ui/config", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert httpx.get(f"{running.url}/ui/config", headers={"authorization": "Bearer a key of the tests"}).status_code == 200
 
 
 # Values -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kandinsky_jax.cli.main import app
-from kandinsky_jax.cli.serve import EXAMPLE, KEY
+from kandinsky_jax.cli.serve import EXAMPLE, KEY, _key
 
 COMMAND = [
     sys.executable,
@@ -44,6 +44,8 @@ def test_help_has_an_example_and_the_keys_variable():
     [
         (["--host", "0.0.0.0"], "is reached from other machines"),
         (["--api-key", " "], "the API key is empty"),
+        (["--api-key", "a key of 15 ch."], "the API key has 15 characters; needed are 16 or more"),
+        (["--api-key", "a k\u00e9y of 16 chars."], "the API key has a character that no client can send"),
         (["--size", "64"], "needed is WIDTHxHEIGHT"),
         (["--size", "65x64"], "needed are multiples of 64"),
         (["--host", "203.0.113.1"], "is reached from other machines"),
@@ -59,16 +61,45 @@ def test_wrong_options_are_refused_before_a_model_is_loaded(arguments, says):
     assert says in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xff\xd8 a key of the tests", "is no text in UTF-8"),
+        ("a key of the tests".encode("utf-16"), "is no text in UTF-8"),
+        ("a k\u00e9y of the tests".encode(), "no client can send in a header"),
+        (b"a key of\nthe tests", "printable ASCII characters in one line"),
+        (b"\0" * 20, "no client can send in a header"),
+        (b"\r\n", "the API key is empty"),
+        (b"a key of the tests\r\n", None),
+        (b"\xef\xbb\xbfa key of the tests\n", None),
+        (b"a key of the tests", None),
+    ],
+    ids=str,
+)
+def test_key_files(tmp_path, content, says):
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    if says is None:
+        assert _key(None, file) == "a key of the tests"
+        return
+    line = ["serve", "--model", "/nowhere", "--no-page", "--port", "0", "--api-key-file", str(file)]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 1
+    assert says in str(done.exception)
+
+
 @pytest.mark.slow
 def test_sigterm_finishes_what_runs(tmp_path):
     key = tmp_path / "key"
-    key.write_text("from a file\n")
+    key.write_text("a key from a file\n")
     with subprocess.Popen([*COMMAND, "--api-key-file", str(key)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
             assert address is not None
-            client = httpx.Client(base_url=address[0], headers={"authorization": "Bearer from a file"}, timeout=120)
+            client = httpx.Client(
+                base_url=address[0], headers={"authorization": "Bearer a key from a file"}, timeout=120
+            )
             assert process.stdout.readline().startswith("ready: ")
             assert client.get("/health").json()["status"] == "ready"
             assert httpx.get(f"{address[0]}/v1/models").status_code == 401
