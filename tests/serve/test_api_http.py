@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import threading
 import time
@@ -65,6 +66,64 @@ def test_a_reader_of_next_to_nothing_is_dropped(plain, monkeypatch):
             assert connection.recv(1)
             time.sleep(0.05)
         assert received(connection) < LARGE
+
+
+# Headers -----------------------------------------------------------------------------------------------------------
+
+
+def answer_to(running, *parts: bytes) -> tuple[int, dict]:
+    """Send bytes, and return status and JSON of the last answer."""
+    with running.connect() as connection:
+        for part in parts:
+            connection.sendall(part)
+            time.sleep(0.05)
+        found = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(2**16):
+                found += part
+    head, _, body = found[found.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body or b"{}")
+
+
+HEAD = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [HEAD + b"a: b\r\n" * 20_000 + b"\r\n"],  # at once, so that they are never incomplete
+        [HEAD, b"x: " + b"y" * 40_000, b"y\r\n\r\n"],
+        [HEAD + b"cookie: " + b"y" * 120_000 + b"\r\n\r\n"],
+        [HEAD.replace(b"models", b"models?" + b"y" * 40_000) + b"\r\n"],
+    ],
+    ids=["many", "in parts", "one", "path"],
+)
+def test_large_headers_are_refused(plain, parts):
+    status, body = answer_to(plain, *parts)
+    assert status == 431
+    assert body["error"]["message"] == "the headers have more than 32,768 bytes"
+    assert body["error"]["type"] == "invalid_request_error"
+
+
+def test_headers_below_the_limit_are_taken(plain):
+    assert answer_to(plain, HEAD + b"cookie: " + b"y" * 30_000 + b"\r\n\r\n")[0] == 200
+
+
+@pytest.mark.parametrize("sent", [b"\0\r\n\r\n", b"GET / HTTP/1.1\r\na b\r\n\r\n", b"x" * 70_000])
+def test_what_is_no_http_is_an_error_of_the_usual_form(plain, sent):
+    status, body = answer_to(plain, sent)
+    assert status == (431 if len(sent) > 1000 else 400)
+    assert body["error"]["code"] == "invalid_http"
+
+
+def test_a_broken_body_after_the_answer_has_begun_is_no_fault_of_the_server(plain, caplog):
+    head = b"GET /large HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    with plain.connect() as connection:
+        connection.sendall(head + b"1\r\nx\r\n")
+        connection.recv(100)  # it has begun
+        connection.sendall(b"no chunk\r\n" * 10)
+        received(connection)
+    assert not caplog.records
 
 
 # Starting and stopping ---------------------------------------------------------------------------------------------

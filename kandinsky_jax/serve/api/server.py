@@ -9,16 +9,19 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
+from typing import Any
 
 import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from kandinsky_jax.serve.api.errors import ApiError
 from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
 
@@ -32,8 +35,24 @@ ABORT_SECONDS = 2  # for requests to notice that their connections are closed
 logger = logging.getLogger("kandinsky_jax.serve")
 
 
+class _Connection(h11.Connection):
+    """h11's connection, which limits headers that are incomplete; here, those that arrive at once too."""
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
+            if size > MAX_HEADERS:
+                raise h11.RemoteProtocolError("too large", error_status_hint=431)
+        return event
+
+
 class Protocol(H11Protocol):
     """uvicorn's protocol, which also drops clients that send headers or read responses too slowly."""
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self.conn = _Connection(h11.SERVER, MAX_HEADERS)
 
     _late: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
@@ -61,6 +80,25 @@ class Protocol(H11Protocol):
     def _await_headers(self) -> None:
         if self._late is None:
             self._late = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, in the form of the API's errors; uvicorn calls it where it handles h11's error."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # the response to a request whose body is none
+            self.transport.close()
+            return
+        error = sys.exc_info()[1]
+        status = getattr(error, "error_status_hint", 400)
+        fault = f"the headers have more than {MAX_HEADERS:,} bytes" if status == 431 else "the request is not HTTP/1.1"
+        response = ApiError(status, fault, code="invalid_http").response()
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        reason = STATUS_PHRASES.get(status, b"")
+        for event in (
+            h11.Response(status_code=status, headers=headers, reason=reason),
+            h11.Data(data=bytes(response.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def _check_reading(self) -> None:
         """Drop a client that has read nothing for a while, or next to nothing."""
