@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -9,7 +10,7 @@ import threading
 import time
 
 import pytest
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from kandinsky_jax.serve.api import make_app
 from kandinsky_jax.serve.api import server as server_module
@@ -30,6 +31,15 @@ def add_routes(app, service, settings):
     @app.get("/large")
     def large():
         return Response(bytes(LARGE))
+
+    @app.get("/slow")
+    async def slow():
+        async def parts():
+            for _ in range(10):
+                yield b"x"
+                await asyncio.sleep(0.1)
+
+        return StreamingResponse(parts())
 
 
 ASK = b"GET /large HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
@@ -117,7 +127,7 @@ def test_what_is_no_http_is_an_error_of_the_usual_form(plain, sent):
 
 
 def test_a_broken_body_after_the_answer_has_begun_is_no_fault_of_the_server(plain, caplog):
-    head = b"GET /large HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"GET /slow HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
     with plain.connect() as connection:
         connection.sendall(head + b"1\r\nx\r\n")
         connection.recv(100)  # it has begun
