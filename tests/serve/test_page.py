@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,14 +17,14 @@ from PIL import Image
 from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job
 from kandinsky_jax.serve.page.grids import NO_GRID, GridPlan, label_grid, plan_grid, read_values, shown_grid
-from kandinsky_jax.serve.page.runs import Done, events, waiting
+from kandinsky_jax.serve.page.runs import Done, events, shown, waiting
 from kandinsky_jax.serve.page.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
 from kandinsky_jax.serve.page.settings_panel import read_number, read_seed, read_size, split_scheduler
 from kandinsky_jax.serve.page.tabs.outpainting import fitting_canvas, lay_out
 from kandinsky_jax.serve.page.widgets import decode, encode_value
 from kandinsky_jax.serve.requests import ImageRequest, RequestError
 from kandinsky_jax.serve.service import ServiceState
-from kandinsky_jax.serve.tickets import Cancelled, Failed, Finished, GeneratedImage, Ticket, Waiting
+from kandinsky_jax.serve.tickets import Cancelled, Failed, Finished, GeneratedImage, Ticket, TimedOut, Waiting
 from tests.serve.browsers import site
 
 PLAIN = Image.new("RGB", (64, 64), "red")
@@ -100,7 +101,10 @@ def test_the_page_needs_the_servers_key():
     with site(generates=False, api_key="a key of the tests") as running:
         for path in ("ui/", "ui/own/page.js", "ui/config", "ui/session/a/1.png"):
             assert httpx.get(f"{running.url}/{path}").status_code == 401, path
-        assert httpx.get(f"{running.url}/ui/config", headers={"authorization": "Bearer a key of the tests"}).status_code == 200
+        assert (
+            httpx.get(f"{running.url}/ui/config", headers={"authorization": "Bearer a key of the tests"}).status_code
+            == 200
+        )
 
 
 # Values -----------------------------------------------------------------------------------------------------------
@@ -244,7 +248,15 @@ async def generated(plan, session, context, picture) -> list[object]:
 
 def test_the_page_says_why_a_request_waits():
     state = ServiceState(
-        ready=False, compiled=13, programs=32, waiting=1, running=0, images=0, evaluations=0, stopping=False
+        ready=False,
+        compiled=13,
+        programs=32,
+        waiting=1,
+        running=0,
+        images=0,
+        evaluations=0,
+        stopping=False,
+        failures=(),
     )
     ready = dataclasses.replace(state, ready=True, compiled=32)
     assert waiting(state, 0, new=True) == "Compiling, 13 of 32"
@@ -267,6 +279,34 @@ def test_a_request_that_waits_is_looked_at_again():
     first, between, last = asyncio.run(looked())
     assert (first, between) == (Waiting(0), None)
     assert isinstance(last, Failed)
+
+
+@pytest.mark.parametrize(
+    ("last", "status"),
+    [
+        (Finished((GeneratedImage(PLAIN, {"seed": 1}),)), 200),
+        (Failed(TimedOut("x")), 504),
+        (Failed(Cancelled("x")), 499),
+        (Failed(OSError("x")), 500),
+    ],
+    ids=["finished", "timed out", "cancelled", "failed"],
+)
+def test_a_generation_is_one_line_of_the_log_without_its_prompt(server, caplog, last, status):
+    job = Job(ImageRequest(prompt="a secret", height=64, width=64, seed=5, num_inference_steps=2))
+
+    async def generated() -> None:
+        session = Session()
+        async for _ in shown(lambda: job, session, server.context):
+            for ticket in session.tickets:
+                ticket.send(last)
+
+    with caplog.at_level("INFO", "kandinsky_jax.serve"):
+        asyncio.run(generated())
+    [line] = [one.getMessage() for one in caplog.records if one.name == "kandinsky_jax.serve"]
+    assert re.fullmatch(
+        rf"POST page/generation {status} \d+ ms id=req-\d+ mode=generate size=64x64 steps=2 n=1 seed=5( queue=\d+ ms)?",
+        line,
+    )
 
 
 # Outpainting ------------------------------------------------------------------------------------------------------

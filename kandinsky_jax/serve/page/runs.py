@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from kandinsky_jax.serve.api.errors import CLIENT_LEFT, from_failure
+from kandinsky_jax.serve.api.log_lines import Facts, log_request
 from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job, PageContext
 from kandinsky_jax.serve.page.encoding import duration
@@ -36,6 +38,7 @@ from kandinsky_jax.serve.tickets import (
 
 BETWEEN_VIEWS = 0.15  # seconds
 BETWEEN_LOOKS = 1.0  # seconds, at why a request waits
+ROUTE = "page/generation"  # of a run in the log
 FIELD_LABELS = NUMBERS | {
     "negative_prompt": "Negative prompt",
     "num_images": "Pictures",
@@ -127,8 +130,10 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
     previews: tuple[Image.Image | None, ...] = ()
     ahead, said = 0, ""
     note = ". ".join(one for one in (job.note, *ticket.notes) if one)
+    facts = Facts("POST", ticket.id, ROUTE, status=CLIENT_LEFT, request=ticket.request)
     try:
         async for event in events(ticket):
+            note_event(facts, event, ticket)
             if isinstance(event, Waiting | None):
                 state = context.service.state
                 ahead = event.ahead if event else min(ahead, max(0, state.waiting + state.running - 1))
@@ -149,6 +154,17 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
         session.tickets.discard(ticket)
         if ticket.end is None:
             ticket.cancel()
+        log_request(facts, time.monotonic() - ticket.created, context.settings.log_prompts)
+
+
+def note_event(facts: Facts, event: Event | None, ticket: Ticket) -> None:
+    """Note what the log line of a run says of an event."""
+    if isinstance(event, Progress | Finished) and facts.queue_seconds is None:
+        facts.queue_seconds = time.monotonic() - ticket.created
+    if isinstance(event, Finished):
+        facts.status, facts.images = 200, len(event.images)
+    elif isinstance(event, Failed) and not isinstance(event.error, Cancelled):
+        facts.status = from_failure(event.error).status
 
 
 def waiting(state: ServiceState, ahead: int, new: bool) -> str:
