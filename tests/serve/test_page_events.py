@@ -224,6 +224,7 @@ def test_names_that_are_made_up_are_forgotten(server):
         assert len(queue.pending_messages_per_session) <= MAX_NAMES + 1
         assert len(queue.pending_event_ids_session) <= MAX_NAMES + 1
         assert len(holder.session_data) <= MAX_NAMES
+        assert len(queue.event_analytics) <= MAX_NAMES
         assert "open" in queue.pending_event_ids_session
 
 

@@ -42,7 +42,7 @@ def mount_page(app: FastAPI, service: Service, settings: ServerSettings) -> Fast
     """
     context = PageContext(service)
     _add_routes(app, context.sessions)
-    _use_private_folder()
+    _set_environment()
     page = _within_loop(lambda: _mount(app, build_page(context), settings))
     app.add_middleware(
         PageGate, prefix=PREFIX, max_body=settings.max_body, rules=EventRules(page), visitors=Visitors(page)
@@ -87,10 +87,14 @@ def _within_loop(make: Callable[[], T]) -> T:
     return make()
 
 
-def _use_private_folder() -> None:
-    """Give Gradio a folder that only this user can read, though the page sends it no files."""
+def _set_environment() -> None:
+    """Give Gradio a folder that only this user can read, though the page sends it no files, and few events to count.
+
+    With each event it computes statistics of all those that it has counted, which nobody asks for.
+    """
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="kandinsky-jax-page-")
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "16")
 
 
 def _add_routes(app: FastAPI, sessions: Sessions) -> None:
