@@ -11,8 +11,8 @@ def command(environment: dict[str, str]) -> list[str]:
     line = ["kandinsky-jax", "serve", "--host", "0.0.0.0", "--port", "7860"]
     line += [] if model == "official" else ["--model", model]
     line += ["--allow-host", host] if host else []
-    # The Hub shows Spaces in a frame of its own page.
-    line += ["--allow-origin", "https://huggingface.co"] if "SPACE_HOST" in environment else []
+    # The Hub shows Spaces in a frame of its own page, and leads requests to them through its proxy.
+    line += ["--allow-origin", "https://huggingface.co", "--behind-proxy"] if "SPACE_HOST" in environment else []
     return line + ([] if environment.get("KANDINSKY_JAX_API_KEY") else ["--without-key"])
 
 

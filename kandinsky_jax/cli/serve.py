@@ -92,6 +92,14 @@ def serve(
             rich_help_panel=_ACCESS,
         ),
     ] = None,
+    behind_proxy: Annotated[
+        bool,
+        typer.Option(
+            "--behind-proxy",
+            help="Heed X-Forwarded-Host and -Proto, which a proxy in front sets.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = False,
     max_body: Annotated[int, typer.Option(min=1, help="MiB of a request.", rich_help_panel=_LIMITS)] = 32,
     max_pixels: Annotated[
         int,
@@ -146,6 +154,7 @@ def serve(
         grace=grace,
         hosts=tuple(name.lower() for name in allow_host or ()),
         origins=tuple(origin.rstrip("/") for origin in allow_origin or ()),
+        behind_proxy=behind_proxy,
     )
     _check_access(settings, without_key)
     devices = mesh_of_option(mesh)

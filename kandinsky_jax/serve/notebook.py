@@ -150,7 +150,7 @@ def server_settings(port: int, given: dict[str, Any]) -> ServerSettings:
         raise ValueError(f"launch has no setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     usual: dict[str, Any] = {"origins": LOCAL_FRAMES}
     if _in_colab():  # its proxy has names of its own, and nobody else reaches the machine's loopback
-        usual = {"origins": COLAB_FRAMES, "hosts": ("*",)}
+        usual = {"origins": COLAB_FRAMES, "hosts": ("*",), "behind_proxy": True}
     return ServerSettings(**{**usual, **given, "port": port})
 
 

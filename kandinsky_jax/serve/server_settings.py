@@ -33,6 +33,8 @@ class ServerSettings:
         grace: seconds in which a server that stops finishes what runs.
         hosts: further names under which it is reached; "*" for any.
         origins: of other sites, such as https://example.org, whose pages may use it.
+        behind_proxy: whether a proxy in front says in X-Forwarded-Host and -Proto how clients reach it; these headers
+            are ignored otherwise.
     """
 
     host: str = "127.0.0.1"
@@ -53,6 +55,7 @@ class ServerSettings:
     grace: float = 30.0
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    behind_proxy: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no server can have."""

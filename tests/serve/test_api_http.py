@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from kandinsky_jax.serve.api import make_app
 from kandinsky_jax.serve.api import server as server_module
+from kandinsky_jax.serve.page import mount_page
 from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
 from tests.serve.servers import server, tiny
@@ -134,6 +135,40 @@ def test_a_broken_body_after_the_answer_has_begun_is_no_fault_of_the_server(plai
         connection.sendall(b"no chunk\r\n" * 10)
         received(connection)
     assert not caplog.records
+
+
+# Proxies -----------------------------------------------------------------------------------------------------------
+
+FORWARDED = {
+    "x-forwarded-host": "pictures.example",
+    "x-forwarded-proto": "https",
+    "x-forwarded-for": "192.0.2.1",
+    "x-gradio-server": "http://pictures.example",
+}
+
+
+def root_of_page(running, headers) -> str:
+    """The address that the page gives for its own files and events."""
+    response = running.send("GET", "/ui/config", headers=headers)
+    assert response.status_code == 200
+    return response.json()["root"]
+
+
+def test_headers_of_proxies_are_ignored():
+    with server(generates=False, add=mount_page) as running:
+        assert root_of_page(running, {}) == f"{running.url}/ui"
+        for name, value in [*FORWARDED.items(), ("forwarded", "host=pictures.example;proto=https")]:
+            assert root_of_page(running, {name: value}) == f"{running.url}/ui"
+
+
+def test_headers_of_a_proxy_in_front_are_heeded():
+    with server(generates=False, add=mount_page, behind_proxy=True, hosts=("pictures.example",)) as running:
+        assert root_of_page(running, {}) == f"{running.url}/ui"
+        assert root_of_page(running, {"x-gradio-server": "http://evil.example"}) == f"{running.url}/ui"
+        assert root_of_page(running, FORWARDED) == "https://pictures.example/ui"
+        assert root_of_page(running, FORWARDED | {"origin": "https://pictures.example"})
+        other = running.send("GET", "/ui/config", headers={"x-forwarded-host": "evil.example"})
+        assert other.status_code == 403
 
 
 # Starting and stopping ---------------------------------------------------------------------------------------------

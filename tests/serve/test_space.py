@@ -61,4 +61,5 @@ def test_the_command_line_has_options_that_there_are(environment):
     assert line[:2] == ["kandinsky-jax", "serve"]
     help_text = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
     assert {option for option in line if option.startswith("--")} <= set(re.findall(r"--[a-z-]+", help_text))
+    assert ("--behind-proxy" in line) == ("SPACE_HOST" in environment)
     assert ("--without-key" in line) == ("KANDINSKY_JAX_API_KEY" not in environment)

@@ -9,6 +9,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -60,6 +61,7 @@ class Guard:
         facts = Facts(scope["method"], f"req_{secrets.token_hex(8)}", path=scope["path"])
         if scope["method"] == "HEAD" and not scope["path"].startswith(PAGE_PATHS[0]):
             scope = {**scope, "method": "GET"}  # the server sends no body
+        scope["headers"] = own_headers(scope["headers"], self.settings.behind_proxy)
         scope.setdefault("state", {})["facts"] = facts
         body = LimitedBody(receive, self.settings.max_body, self.settings.body_time, self.bodies)
         scope["state"]["body"] = body
@@ -210,6 +212,23 @@ class _Answer:
         headers = self._with_headers(response.raw_headers)
         await self._send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": bytes(response.body)})
+
+
+def own_headers(headers: Iterable[tuple[bytes, bytes]], behind_proxy: bool) -> list[tuple[bytes, bytes]]:
+    """Drop headers of which Gradio makes the page's addresses; behind a proxy, its name of the host is the host.
+
+    Args:
+        headers: of a request.
+        behind_proxy: whether a proxy sets `X-Forwarded-...`, rather than anybody.
+    """
+    found = [pair for pair in headers if pair[0] != b"x-gradio-server"]
+    if not behind_proxy:
+        return [pair for pair in found if pair[0] != b"forwarded" and not pair[0].startswith(b"x-forwarded-")]
+    for name, value in found:
+        if name == b"x-forwarded-host":
+            host = value.partition(b",")[0].strip()
+            return [(b"host", host), *(pair for pair in found if pair[0] not in (b"host", b"x-forwarded-host"))]
+    return found
 
 
 def host_name(host: str) -> str | None:

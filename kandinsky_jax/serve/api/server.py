@@ -132,6 +132,8 @@ class Server(uvicorn.Server):
                 ws="none",
                 loop="asyncio",
                 lifespan="on",
+                proxy_headers=settings.behind_proxy,
+                forwarded_allow_ips="*",
                 log_config=None,
                 log_level="error",
                 access_log=False,
