@@ -9,10 +9,12 @@ import math
 import threading
 import time
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from starlette.responses import Response, StreamingResponse
 
-from kandinsky_jax.serve.api import make_app
+from kandinsky_jax.serve.api import log_lines, make_app
 from kandinsky_jax.serve.api import server as server_module
 from kandinsky_jax.serve.page import mount_page
 from kandinsky_jax.serve.server_settings import ServerSettings
@@ -41,6 +43,17 @@ def add_routes(app, service, settings):
                 await asyncio.sleep(0.1)
 
         return StreamingResponse(parts())
+
+    mounted = FastAPI()
+    app.mount("/ui", mounted)
+
+    @mounted.get("/fault")
+    def fault(kind: str):
+        raise {"key": KeyError, "value": ValueError}[kind]("of what is mounted")
+
+    @mounted.get("/answer")
+    def answer():
+        return Response("a page of its own", 500)
 
 
 ASK = b"GET /large HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
@@ -169,6 +182,24 @@ def test_headers_of_a_proxy_in_front_are_heeded():
         assert root_of_page(running, FORWARDED | {"origin": "https://pictures.example"})
         other = running.send("GET", "/ui/config", headers={"x-forwarded-host": "evil.example"})
         assert other.status_code == 403
+
+
+# Faults ------------------------------------------------------------------------------------------------------------
+
+
+def test_faults_of_what_is_mounted_are_answered_alike_and_logged_once(plain, caplog, monkeypatch):
+    monkeypatch.setattr(log_lines, "FAULT_SECONDS", 2.0)
+    with httpx.Client(base_url=plain.url) as client:
+        for path in ["/ui/fault?kind=key"] * 20 + ["/ui/fault?kind=value"] * 20 + ["/ui/answer"]:
+            response = client.get(path)
+            assert response.status_code == 500
+            assert response.json()["error"]["code"] == "internal_error"
+        time.sleep(2.0)
+        client.get("/ui/fault?kind=key")
+    failed = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.exc_info[0] for record in failed] == [KeyError, ValueError, KeyError]
+    assert failed[0].getMessage().endswith(" failed")
+    assert failed[-1].getMessage().endswith(" failed, as 19 requests before it")
 
 
 # Starting and stopping ---------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
 import secrets
 import socket
 import threading
@@ -22,7 +21,7 @@ from kandinsky_jax.common.errors import quote
 from kandinsky_jax.serve.api.bodies import Budget, LimitedBody
 from kandinsky_jax.serve.api.errors import CLIENT_LEFT, ApiError, ClientLeft, internal, stopping
 from kandinsky_jax.serve.api.keys import Keys
-from kandinsky_jax.serve.api.log_lines import Facts, log_request
+from kandinsky_jax.serve.api.log_lines import Facts, FaultLog, log_request
 from kandinsky_jax.serve.api.metrics import Metrics
 from kandinsky_jax.serve.server_settings import ServerSettings
 
@@ -30,7 +29,6 @@ OPEN_PATHS = ("/health",)  # without the key, and while the server stops
 OWN_PATHS = (*OPEN_PATHS, "/metrics", "/docs", "/openapi.json")
 PAGE_PATHS = ("/ui/", "/ui", "/", "/favicon.ico", "/manifest.json")
 CONCURRENT_BODIES = 8  # of the largest size
-logger = logging.getLogger("kandinsky_jax.serve")
 
 
 class Guard:
@@ -45,7 +43,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics, stopping: threading.Event):
         self.app, self.settings, self.metrics, self.stopping = app, settings, metrics, stopping
-        self.keys = Keys(settings)
+        self.keys, self.faults = Keys(settings), FaultLog()
         self.bodies = Budget(CONCURRENT_BODIES * settings.max_body, "the bodies")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +94,7 @@ class Guard:
             return
         known = body.error or (error if isinstance(error, ApiError) else None)
         if known is None:
-            logger.error("%s failed", answer.facts.id, exc_info=error)
+            self.faults.log(answer.facts.id, error)
             known = internal()
         if not answer.started:
             await known.response()(scope, body, answer)
@@ -180,6 +178,7 @@ class _Answer:
 
     def __init__(self, send: Send, body: LimitedBody, facts: Facts, headers: list[tuple[bytes, bytes]]):
         self._send, self._body, self.facts, self._headers = send, body, facts, headers
+        self._of_page = facts.path.startswith(PAGE_PATHS[0])  # its faults have Gradio's form
         self.started = False
         self._dropped = False
 
@@ -191,6 +190,9 @@ class _Answer:
                 await self._body.drain()  # a client reads the answer once it has sent everything
             if self._body.error is not None and message["status"] >= 500:  # what the page makes of it
                 await self._replace(self._body.error)
+                return
+            if self._of_page and message["status"] == 500:
+                await self._replace(internal())
                 return
             self.started, self.facts.status = True, message["status"]
             message = {**message, "headers": self._with_headers(message.get("headers", ()))}

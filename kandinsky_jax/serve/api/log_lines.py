@@ -1,8 +1,11 @@
-"""One log line for each request; the prompt is in it only if asked for."""
+"""One log line for each request, where the prompt is only if asked for, and one for the server's faults."""
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
+import traceback
 from dataclasses import dataclass
 
 from kandinsky_jax.common.errors import quote
@@ -10,6 +13,37 @@ from kandinsky_jax.serve.requests import ImageRequest
 
 logger = logging.getLogger("kandinsky_jax.serve")
 _QUIET = ("page", "/health", "/metrics")  # logged at DEBUG where they succeed
+FAULT_SECONDS = 10.0  # in which a fault is logged once
+MAX_FAULTS = 1000  # that are told apart
+
+
+class FaultLog:
+    """Logs faults of the server; one that comes again soon is counted, and the next line says how often."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[tuple[object, ...], tuple[float, int]] = {}  # until when, and how many since
+
+    def log(self, id: str, error: Exception) -> None:
+        """Log what a request failed with.
+
+        Args:
+            id: of the request.
+            error: faults of one kind that are raised at one place are the same.
+        """
+        frames = traceback.extract_tb(error.__traceback__)
+        which = (type(error), *((frames[-1].filename, frames[-1].lineno) if frames else ()))
+        now = time.monotonic()
+        with self._lock:
+            until, more = self._seen.get(which, (0.0, 0))
+            if now < until:
+                self._seen[which] = (until, more + 1)
+                return
+            if len(self._seen) >= MAX_FAULTS:
+                self._seen.clear()
+            self._seen[which] = (now + FAULT_SECONDS, 0)
+        again = f", as {more} requests before it" if more else ""
+        logger.error("%s failed%s", id, again, exc_info=error)
 
 
 @dataclass
