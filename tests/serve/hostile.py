@@ -10,7 +10,9 @@ import io
 import json
 import random
 import socket
+import struct
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -262,6 +264,8 @@ class Made:
             mode, kind = "1", "PNG"  # many pixels in few bytes
         found = file_of(mode, kind, size, r.choice((0, 1)))
         choice = r.random()
+        if choice < 0.1:
+            return r.choice(bombs())
         if choice < 0.3:
             return self.damaged(found)
         if choice < 0.4:
@@ -305,6 +309,32 @@ def file_of(mode: str, kind: str, size: tuple[int, int], colour: int) -> bytes:
         data = io.BytesIO()
         image.convert("RGB").resize((64, 64)).save(data, "PNG")
     return data.getvalue()
+
+
+@functools.cache
+def bombs() -> tuple[bytes, ...]:
+    """Files of few bytes that ask for much work or memory: scans, segments, chunks, texts and EXIF."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def segment(data: bytes) -> bytes:
+        return struct.pack(">BBH", 0xFF, 0xE1, len(data) + 2) + data
+
+    entries = b"".join(struct.pack("<HHII", i, 7, 60_000, 0) for i in range(4000))
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 4000) + entries.ljust(60_000, b"\0")
+    image, data = Image.new("L", (2000, 2000), 90), io.BytesIO()
+    image.save(data, "JPEG", progressive=True)
+    jpeg, png = data.getvalue(), file_of("RGB", "PNG", (64, 64), 1)
+    scan, at = jpeg[jpeg.rindex(b"\xff\xda") : -2], png.index(b"IDAT") - 4
+    text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20 - 1)))
+    return (
+        *(jpeg[:-2] + scan * count + b"\xff\xd9" for count in (50, 10_000)),
+        jpeg[:2] + segment(b"Exif\0\0ab") * 100_000 + jpeg[2:],
+        jpeg[:2] + segment(b"Exif\0\0" + exif) + jpeg[2:],
+        jpeg[:2] + b"\xff" * 2**20 + jpeg[2:],
+        *(png[:at] + part + png[at:] for part in (text * 60, chunk(b"IDAT", b"") * 100_000, chunk(b"eXIf", exif))),
+    )
 
 
 def send(attack: Attack, port: int) -> int | None:

@@ -16,6 +16,8 @@ from PIL import Image
 
 from kandinsky_jax.serve.api import bind
 from kandinsky_jax.serve.api import server as server_module
+from kandinsky_jax.serve.api.errors import ApiError
+from kandinsky_jax.serve.api.fields import GenerationFields, from_json_body
 from kandinsky_jax.serve.server_settings import ServerSettings
 from tests.serve.servers import encoded, server
 
@@ -143,6 +145,14 @@ def test_large_bodies_are_refused(plain):
     assert response.status_code == 413
     response = plain.send("POST", "/v1/images/edits", files={"image": large.encode()}, data={"prompt": "x"})
     assert response.status_code == 413
+
+
+@pytest.mark.parametrize("body", [b'{"items":[' + b"[]," * 2**21 + b"1]}", b'{"' + b'":1,"' * 2**20 + b'":1}'])
+def test_json_of_many_values_is_refused_at_once(body):
+    began = time.monotonic()
+    with pytest.raises(ApiError, match="more than 200,000 values"):
+        from_json_body(GenerationFields, body)
+    assert time.monotonic() - began < 0.5
 
 
 def test_slow_bodies_are_refused(plain):

@@ -13,6 +13,7 @@ from kandinsky_jax.serve.api.errors import ApiError
 
 MAX_TEXT = 32_000  # characters of a prompt, as OpenAI has it
 MAX_ITEMS = 16
+MAX_VALUES = 200_000  # of a JSON body, commas and brackets in texts included
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _NONE = {"none", "null", ""}
 
@@ -157,6 +158,8 @@ Fields = TypeVar("Fields", bound=CommonFields)
 
 def from_json_body(kind: type[Fields], body: bytes | bytearray) -> Fields:
     """Read the fields of a JSON body; ApiError where they are wrong."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:  # each may take a hundred times its bytes
+        raise ApiError(400, f"the body has more than {MAX_VALUES:,} values", code="invalid_body")
     try:
         given = from_json(body, allow_inf_nan=False)
     except (ValueError, RecursionError) as error:
