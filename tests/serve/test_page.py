@@ -286,10 +286,11 @@ def test_a_request_that_waits_is_looked_at_again():
     [
         (Finished((GeneratedImage(PLAIN, {"seed": 1}),)), 200),
         (Failed(TimedOut("x")), 504),
-        (Failed(Cancelled("x")), 499),
+        (Failed(Cancelled("the server stops")), 503),
+        (None, 499),
         (Failed(OSError("x")), 500),
     ],
-    ids=["finished", "timed out", "cancelled", "failed"],
+    ids=["finished", "timed out", "stopped", "cancelled", "failed"],
 )
 def test_a_generation_is_one_line_of_the_log_without_its_prompt(server, caplog, last, status):
     job = Job(ImageRequest(prompt="a secret", height=64, width=64, seed=5, num_inference_steps=2))
@@ -297,8 +298,10 @@ def test_a_generation_is_one_line_of_the_log_without_its_prompt(server, caplog, 
     async def generated() -> None:
         session = Session()
         async for _ in shown(lambda: job, session, server.context):
+            if last is None:
+                session.cancel()
             for ticket in session.tickets:
-                ticket.send(last)
+                ticket.send(last or Failed(Cancelled("its client has cancelled")))
 
     with caplog.at_level("INFO", "kandinsky_jax.serve"):
         asyncio.run(generated())

@@ -133,7 +133,7 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
     facts = Facts("POST", ticket.id, ROUTE, status=CLIENT_LEFT, request=ticket.request)
     try:
         async for event in events(ticket):
-            note_event(facts, event, ticket)
+            note_event(facts, event, ticket, session)
             if isinstance(event, Waiting | None):
                 state = context.service.state
                 ahead = event.ahead if event else min(ahead, max(0, state.waiting + state.running - 1))
@@ -157,14 +157,14 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
         log_request(facts, time.monotonic() - ticket.created, context.settings.log_prompts)
 
 
-def note_event(facts: Facts, event: Event | None, ticket: Ticket) -> None:
+def note_event(facts: Facts, event: Event | None, ticket: Ticket, session: Session) -> None:
     """Note what the log line of a run says of an event."""
     if isinstance(event, Progress | Finished) and facts.queue_seconds is None:
         facts.queue_seconds = time.monotonic() - ticket.created
     if isinstance(event, Finished):
         facts.status, facts.images = 200, len(event.images)
-    elif isinstance(event, Failed) and not isinstance(event.error, Cancelled):
-        facts.status = from_failure(event.error).status
+    elif isinstance(event, Failed):
+        facts.status = CLIENT_LEFT if session.cancelled else from_failure(event.error).status
 
 
 def waiting(state: ServiceState, ahead: int, new: bool) -> str:
