@@ -150,3 +150,61 @@ def test_stopping_ends_the_streams_of_open_pages_in_silence():
             assert "graceful" not in faults
         finally:
             process.kill()
+
+
+@pytest.mark.slow
+def test_what_runs_for_page_and_api_is_cancelled_after_the_grace():
+    command = [part for part in COMMAND if part != "--no-page"] + ["--grace", "3", "--max-steps", "1000"]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        assert process.stdout is not None
+        try:
+            address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+            assert address is not None
+            assert process.stdout.readline().startswith("ready: ")
+            with httpx.Client(base_url=address[0], timeout=60) as client:
+                stream = f"{address[0]}/ui/gradio_api/queue/data?session_hash="
+                event = page_event(client, "on_cancel", "idle")
+                assert client.post("/ui/gradio_api/queue/join", json=event).status_code == 200
+                assert "close_stream" in last_line("GET", f"{stream}idle")
+                idle = pool.submit(last_line, "GET", f"{stream}idle")  # has nothing to say any more
+                event = page_event(client, "on_generate", "tab", Prompt="x", Steps="900", Pictures=10)
+                assert client.post("/ui/gradio_api/queue/join", json=event).status_code == 200
+                page = pool.submit(last_line, "GET", f"{stream}tab")
+                while client.get("/health").json()["running"] == 0:
+                    assert not page.done()
+                body = {"prompt": "x", "steps": 900, "n": 10, "stream": True}
+                api = pool.submit(last_line, "POST", f"{address[0]}/v1/images/generations", json=body)
+                while client.get("/health").json()["waiting"] == 0:
+                    assert not api.done()
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            said, faults = process.communicate(timeout=30)
+            assert time.monotonic() - began < 3 + 4
+            assert process.returncode == 0
+            assert said == "stopped\n"
+            assert "Traceback" not in faults
+            assert re.search(r" page/generation (499|503) ", faults)
+            assert "cancelled" in api.result(10)
+            for one in (idle, page):
+                with contextlib.suppress(httpx.RemoteProtocolError):  # the page's streams have no end of their own
+                    one.result(10)
+        finally:
+            process.kill()
+
+
+def page_event(client: httpx.Client, name: str, tab: str, **values: object) -> dict[str, object]:
+    """An event of the page, by its function's name, with values by the labels of its inputs."""
+    config = client.get("/ui/config").json()
+    [function] = [one for one in config["dependencies"] if one["api_name"] == name]
+    inputs = [one["props"] for number in function["inputs"] for one in config["components"] if one["id"] == number]
+    data = [values.get(one.get("label"), one.get("value")) for one in inputs]
+    return {"data": data, "fn_index": function["id"], "session_hash": tab}
+
+
+def last_line(method: str, url: str, **given: object) -> str:
+    """The last line of a stream."""
+    with httpx.stream(method, url, timeout=60, **given) as answer:
+        return [line for line in answer.iter_lines() if line][-1]
