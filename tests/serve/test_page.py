@@ -20,7 +20,7 @@ from kandinsky_jax.serve.page.grids import NO_GRID, GridPlan, label_grid, plan_g
 from kandinsky_jax.serve.page.runs import Done, events, shown, waiting
 from kandinsky_jax.serve.page.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
 from kandinsky_jax.serve.page.settings_panel import read_number, read_seed, read_size, split_scheduler
-from kandinsky_jax.serve.page.tabs.outpainting import fitting_canvas, lay_out
+from kandinsky_jax.serve.page.tabs.outpainting import OutpaintingTab, fitting_canvas, lay_out
 from kandinsky_jax.serve.page.widgets import decode, encode_value
 from kandinsky_jax.serve.requests import ImageRequest, RequestError
 from kandinsky_jax.serve.service import ServiceState
@@ -335,6 +335,14 @@ def test_the_canvas_of_a_picture():
     height, width = fitting_canvas(200, 100, None, 512 * 512)
     assert (height % 64, width % 64) == (0, 0)
     assert 1.8 < width / height < 2.2
+
+
+@pytest.mark.parametrize("shared", [{"height": 8192, "width": 8192}, {"height": 64, "width": 64, "prompt": ""}])
+def test_a_canvas_that_is_not_served_is_not_made(server, shared):
+    tab = OutpaintingTab(server.context)
+    values = {"image": encode_value(PLAIN), "left": 25, "right": 25, "top": 0, "bottom": 0, "fill": "edge"}
+    with pytest.raises(RequestError):
+        tab.job(values | {"paste_back": True}, {"prompt": "x"} | shared)
 
 
 # Sessions ---------------------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class OutpaintingTab(PageTab):
         if values["fill"] not in (fills := [value for _, value in FILLS]):
             raise RequestError(f"the new part has no start; there are {', '.join(fills)}", "image")
         size = self._canvas_size(picture, shares, shared)
+        self._check(picture, size, shared)
         layout = lay_out(picture.size, shares, size)
         scaled = picture.convert("RGB").resize((layout.width, layout.height), Image.Resampling.LANCZOS)
         canvas = outpaint_canvas(scaled, **layout.margins, fill=values["fill"], seed=0)
@@ -82,6 +83,12 @@ class OutpaintingTab(PageTab):
         if not values["paste_back"]:
             return Job(request, note=note)
         return Job(request, lambda generated: paste_original(generated, scaled, canvas.box, FEATHER), note)
+
+    def _check(self, picture: Image.Image, size: Size, shared: Mapping[str, Any]) -> None:
+        """Raise RequestError for a request that is not served, before its canvas is made: a client chooses its size."""
+        pictures = {"image": picture, "mask_image": Image.new("L", picture.size)}
+        request = ImageRequest(**{**shared, **pictures, "mode": self.mode, "height": size[0], "width": size[1]})
+        self.context.model.complete(request, self.context.settings)
 
     def _canvas_size(self, picture: Image.Image, shares: Mapping[str, float], shared: Mapping[str, Any]) -> Size:
         """Return the height and width of the canvas: those that were chosen, else the served ones that fit best."""
