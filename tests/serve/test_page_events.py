@@ -201,6 +201,11 @@ def test_buttons_of_an_empty_gallery_say_what_is_missing(server, quiet):
         assert "hoose a picture of the gallery" in json.dumps(last["output"]["data"])
 
 
+def test_a_picture_that_is_picked_may_be_gone(server, quiet):
+    for data in (None, True, {}, {"number": 10**30}, {"number": "1"}, {"number": 1.5}):
+        assert outcome(server, event(server, "on_pick") | {"event_data": data})["success"]
+
+
 def test_what_is_dropped_and_is_no_picture_is_told(server, quiet):
     for text in (None, "", "x", "data:image/png;base64,AAAA"):
         given = event(server, "on_drop") | {"data": [text]}

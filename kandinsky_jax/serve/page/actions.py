@@ -179,7 +179,9 @@ class Actions:
             self.session(request).cancel()
 
         def on_pick(event: gr.EventData, request: gr.Request) -> Updates:
-            session, number = self.session(request), event._data.get("number") if event._data else None
+            session, number = self.session(request), None
+            if isinstance(event._data, dict):
+                number = event._data.get("number")
             if isinstance(number, int) and number in session.pictures:
                 session.selected = number
             return self.gallery(session)
