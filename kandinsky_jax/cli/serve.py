@@ -254,5 +254,8 @@ def _log_to_stderr(quiet: bool) -> None:
 def _say_when_ready(service: Service) -> None:
     began = time.monotonic()
     while not (state := service.state).ready:
+        if len(state.failures) == state.programs:  # each of which is a warning
+            print("nothing can be generated: no program can be compiled", flush=True)
+            return
         time.sleep(0.2)
-    print(f"ready: {counted(state.programs, 'program')} in {time.monotonic() - began:.1f} s", flush=True)
+    print(f"ready: {counted(state.compiled, 'program')} in {time.monotonic() - began:.1f} s", flush=True)

@@ -104,6 +104,7 @@ class Service:
         Args:
             grace: seconds for the requests that run; then they are cancelled.
         """
+        grace = min(grace, threading.TIMEOUT_MAX)
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
