@@ -339,6 +339,16 @@ def test_errors_are_words(opened):
     opened.page.get_by_role("alert").get_by_text("Steps ").wait_for()
 
 
+def test_a_number_beside_a_slider_that_is_cleared_or_too_large_is_told_in_words(opened):
+    opened.prompt("a red circle")
+    number = opened.page.locator("input[type=number][aria-label*='Pictures']")
+    for given, says in (("99", "Pictures is 99; needed is a number from 1 to"), ("", "Pictures is empty")):
+        number.fill(given)
+        opened.page.keyboard.press("Control+Enter")
+        opened.page.locator("#kj-result").get_by_text(says).wait_for()
+    assert not opened.page.locator(".toast-body").count()
+
+
 def test_fast_mode_changes_what_is_recommended(opened):
     opened.settings()
     steps = opened.page.get_by_label("Steps", exact=True)
