@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: kandinsky-jax serve --model tiny, and open http://127.0.0.1:7860"
 KEY = "KANDINSKY_JAX_API_KEY"
+SAID_SECONDS = 10.0  # between two lines while programs compile
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _LIMITS, _ACCESS = "Limits", "Access"
 
@@ -252,10 +253,13 @@ def _log_to_stderr(quiet: bool) -> None:
 
 
 def _say_when_ready(service: Service) -> None:
-    began = time.monotonic()
+    began = said = time.monotonic()
     while not (state := service.state).ready:
         if len(state.failures) == state.programs:  # each of which is a warning
             print("nothing can be generated: no program can be compiled", flush=True)
             return
+        if time.monotonic() - said > SAID_SECONDS:
+            said = time.monotonic()
+            print(f"compiling: {state.compiled} of {counted(state.programs, 'program')}", flush=True)
         time.sleep(0.2)
     print(f"ready: {counted(state.compiled, 'program')} in {time.monotonic() - began:.1f} s", flush=True)

@@ -50,6 +50,13 @@ class LaunchedPage:
                 _open.remove(self)
             self._server.stop()
 
+    def wait(self) -> None:
+        """Stay open until Ctrl-C, in a program that would end."""
+        try:
+            self._server.wait()
+        except KeyboardInterrupt:
+            self.close()
+
     def show(self) -> None:
         """Show the page below the notebook's cell; in Colab, through its proxy (which has not been tried)."""
         if _in_colab():

@@ -203,6 +203,11 @@ class ServedModel:
         own, native = self.settings(mode), self.pipe(mode).decoder_pipe.native_side
         return own.height or native, own.width or native
 
+    def usual_size(self, mode: str, settings: ServerSettings) -> Size:
+        """Return the size of requests that say nothing: the recommended one, where that is served."""
+        native = self.native_size(mode)
+        return settings.sizes[0] if settings.sizes and native not in settings.sizes else native
+
     def decoder(self, request: ImageRequest) -> Any:
         """Return the decoder pipeline of a complete request, with the scheduler that it asks for."""
         own = self.pipe(request.mode).decoder_pipe
@@ -233,7 +238,7 @@ class ServedModel:
             raise RequestError(f"mode {quote(request.mode)} is not served; there are {', '.join(self.modes)}", "mode")
         _check_pictures(request)
         own = self.settings(request.mode, request.fast)
-        size = self._size(request, self.sizes(request.mode, settings))
+        size = self._size(request, self.sizes(request.mode, settings), self.usual_size(request.mode, settings))
         from_picture = request.mode == VARY or (request.mode in MODES and MODES[request.mode].takes_strength)
         filled = dataclasses.replace(
             request,
@@ -256,9 +261,14 @@ class ServedModel:
         """Return the sizes that a server generates in a mode; None for any."""
         return None if settings.any_size else settings.sizes or (self.native_size(mode),)
 
-    def _size(self, request: ImageRequest, sizes: Sequence[Size] | None) -> Size:
-        """Return the size of a request's pictures."""
-        native, picture = self.native_size(request.mode), request.image or request.hint
+    def _size(self, request: ImageRequest, sizes: Sequence[Size] | None, native: Size) -> Size:
+        """Return the size of a request's pictures.
+
+        Args:
+            sizes: that are served, None for any.
+            native: where the request says nothing.
+        """
+        picture = request.image or request.hint
         given = request.height, request.width
         if request.mode != VARY and picture is not None and given == (None, None):
             if sizes is None:
@@ -272,7 +282,7 @@ class ServedModel:
         height, width = (_first(value, usual) for value, usual in zip(given, native, strict=True))
         if sizes is not None and (height, width) not in sizes:
             there = ", ".join(f"{w}x{h}" for h, w in sizes)
-            raise RequestError(f"size {width}x{height} is not served; there are {there}", "size")
+            raise RequestError(f"size {width}x{height} is not served; there are {there} (the server's --size)", "size")
         if height % side or width % side:
             raise RequestError(f"size {width}x{height} is not served; needed are multiples of {side}", "size")
         return height, width
@@ -311,9 +321,10 @@ class ServedModel:
             _field(name, one.schedule, getattr(request, name), _field("strength", checks.skipped, strength, steps))
         for name, weight in request.loras.items():
             if name not in self.lora_files:
-                raise RequestError(
-                    f"there is no LoRA {quote(name, 60)}; there are {shorten(list(self.lora_files), 200)}", "loras"
-                )
+                there = f"there are {shorten(', '.join(self.lora_files), 200)}"
+                if not self.lora_files:
+                    there = "this server has none (its --lora-folder)"
+                raise RequestError(f"there is no LoRA {quote(name, 60)}; {there}", "loras")
             words = f"the weight of {quote(name, 60)}"
             _check_weight(_field("loras", checks.guidance, weight, words), "loras", words)
 

@@ -224,7 +224,8 @@ class Service:
             return
         previews: tuple[Image.Image | None, ...] = (None,) * len(work.runs)
         if ticket.previews and now - previewed >= PREVIEW_SECONDS:
-            previews, previewed = self._previews(work), now
+            previews = self._previews(work)
+            previewed = now if any(previews) else previewed
         work.shown = now, previewed
         prior, decoder = work.plan.evaluations
         done = [self._evaluations_done(run, prior, decoder) for run in work.runs]

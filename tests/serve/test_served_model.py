@@ -73,6 +73,19 @@ def test_weights_that_would_overflow_are_refused(weight):
     assert raised.value.param == "weights"
 
 
+def test_a_request_without_a_size_has_one_that_is_served():
+    wide = ServerSettings(sizes=((64, 128), (128, 64)))
+    request = tiny().complete(ImageRequest(prompt="heart"), wide)
+    assert (request.height, request.width) == (64, 128) == tiny().usual_size("generate", wide)
+    own = ServerSettings(sizes=((64, 128), (64, 64)))
+    assert tiny().usual_size("generate", own) == tiny().usual_size("generate", ServerSettings()) == (64, 64)
+
+
+def test_a_server_without_lora_files_says_how_to_have_some():
+    with pytest.raises(RequestError, match=r"there is no LoRA 'x'; this server has none \(its --lora-folder\)"):
+        tiny().complete(ImageRequest(prompt="heart", loras={"x": 1.0}), ServerSettings())
+
+
 def test_a_size_that_is_not_served_is_as_the_client_wrote_it():
-    with pytest.raises(RequestError, match=r"^size 100x128 is not served; there are 64x64$"):
+    with pytest.raises(RequestError, match=r"^size 100x128 is not served; there are 64x64 \(the server's --size\)$"):
         tiny().complete(ImageRequest(prompt="heart", width=100, height=128), ServerSettings())

@@ -86,7 +86,7 @@ class Keys:
         except ClientDisconnect:
             raise ClientLeft from None
         try:
-            given = parse_qs(data.decode(), max_num_fields=4).get("key", [""])[0]
+            given = parse_qs(data.decode(), max_num_fields=4).get("key", [""])[0].strip()
         except ValueError:
             given = ""
         if not self._is_key(given):

@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from kandinsky_jax.common.errors import counted
 from kandinsky_jax.serve.api.errors import ApiError
 from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
@@ -167,6 +168,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the page's event streams, which do not end by themselves, and send the answers of the API."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it has words of its own for clients that stay
         for connection in self._busy():
             if self.force_exit or not connection.scope["path"].startswith("/v1/"):
                 connection.transport.close()
@@ -193,6 +195,9 @@ class Server(uvicorn.Server):
             threading.Thread(target=self._stop, name="kandinsky-jax stop", daemon=True).start()
 
     def _stop(self) -> None:
+        if running := self._service.state.running:
+            words = f"{self.grace:g} seconds at most; Ctrl-C again ends at once"
+            logger.info("stopping: finishing %s, %s", counted(running, "request"), words)
         try:
             self._service.stop(self.grace)
         finally:
@@ -272,6 +277,10 @@ class ServerThread:
                 raise RuntimeError("the server ended before it listened")
             time.sleep(0.01)
         return self
+
+    def wait(self) -> None:
+        """Wait until the server has been stopped."""
+        self._thread.join()
 
     def stop(self) -> None:
         """Finish what runs, and end."""
