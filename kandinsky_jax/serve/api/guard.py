@@ -28,6 +28,7 @@ from kandinsky_jax.serve.server_settings import ServerSettings
 OPEN_PATHS = ("/health",)  # without the key, and while the server stops
 OWN_PATHS = (*OPEN_PATHS, "/metrics", "/docs", "/openapi.json")
 PAGE_PATHS = ("/ui/", "/ui", "/", "/favicon.ico", "/manifest.json")
+NEW_PAGE = "/ui/config"  # what a page that is opened asks for
 CONCURRENT_BODIES = 8  # of the largest size
 
 
@@ -119,7 +120,7 @@ class Guard:
         headers, path = request.headers, scope["path"]
         try:
             self._check_host(headers)
-            if self.stopping.is_set() and path not in (*OPEN_PATHS, "/metrics"):
+            if self.stopping.is_set() and path not in (*OPEN_PATHS, "/metrics") and not _of_open_page(path):
                 return stopping().response()
             self._check_origin(request)
             if path == self.keys.LOGIN and self.keys.needed:
@@ -254,6 +255,11 @@ def is_own_name(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _of_open_page(path: str) -> bool:
+    """Whether a request is one of a page that is open: it shows its last pictures, and says what is refused."""
+    return path.startswith(PAGE_PATHS[0]) and path not in (PAGE_PATHS[0], NEW_PAGE)
 
 
 def is_loopback(host: str) -> bool:
