@@ -30,7 +30,7 @@ from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.schedulers import SchedulerError, scheduler_named
 from kandinsky_jax.serve.requests import MIX, VARY
 
-__all__ = ["SettingsError", "encode_image", "parameters_text", "read_settings"]
+__all__ = ["SettingsError", "encode_image", "parameters_text", "read_settings", "unused_parameters"]
 
 MAX_ITEMS = 16  # of a mix
 MAX_LORAS = 32
@@ -209,6 +209,12 @@ def _loras(value: object) -> dict[str, float]:
 # Parameters of any tool -------------------------------------------------------------------------------------------
 
 
+USED = (  # names of their fields
+    *("Mode", "Steps", "CFG scale", "Prior steps", "Prior CFG scale", "Seed", "Size", "Denoising strength"),
+    *("Sampler", "Schedule type"),
+)
+
+
 def _of_parameters(parameters: Parameters) -> dict[str, Any]:
     fields = parameters.fields
     size = _SIZE.fullmatch(fields.get("Size", ""))
@@ -228,6 +234,13 @@ def _of_parameters(parameters: Parameters) -> dict[str, Any]:
         "scheduler": _sampler(fields.get("Sampler", ""), fields.get("Schedule type", "")),
     }
     return {name: value for name, given in told.items() if (value := CHECKS[name](given)) is not None}
+
+
+def unused_parameters(text: str) -> list[str]:
+    """Return the names of the settings in a `parameters` text that `read_settings` takes nothing from."""
+    fields = parse_parameters(text).fields
+    upscaled = any(name.startswith("Hires") for name in fields)
+    return [name for name in fields if name not in USED or (upscaled and name == "Denoising strength")]
 
 
 def _integer(text: str) -> int | None:

@@ -6,6 +6,7 @@ import asyncio
 import bisect
 import dataclasses
 import io
+import json
 import logging
 import secrets
 import time
@@ -17,14 +18,16 @@ from typing import Any, NamedTuple
 import gradio as gr
 from gradio.components import Component
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from kandinsky_jax.common.errors import quote
 from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job, PageContext
-from kandinsky_jax.serve.page.runs import Done, failure_view, run, run_of
+from kandinsky_jax.serve.page.restore import GRID
+from kandinsky_jax.serve.page.runs import Done, Step, failure_view, run, run_of
 from kandinsky_jax.serve.page.sessions import KeptPicture, Session
 from kandinsky_jax.serve.requests import RequestError
-from kandinsky_jax.serve.tickets import Cancelled, QueueFull
+from kandinsky_jax.serve.tickets import Cancelled, Progress, QueueFull
 
 MAX_CELLS = 36
 SEPARATOR = ","
@@ -43,24 +46,26 @@ class Axis:
     Args:
         name: of the field of `ImageRequest`.
         read: converts one value.
-        separator: between values.
+        example: of its values.
+        separator: between them.
     """
 
     name: str
     read: Callable[[str], Any]
+    example: str
     separator: str = SEPARATOR
 
 
 AXES = {
-    "Steps": Axis("num_inference_steps", int),
-    "Guidance scale": Axis("guidance_scale", float),
-    "Prior steps": Axis("prior_num_inference_steps", int),
-    "Prior guidance scale": Axis("prior_guidance_scale", float),
-    "Seed": Axis("seed", int),
-    "Scheduler": Axis("scheduler", str),
-    "Strength": Axis("strength", float),
-    "Prompt": Axis("prompt", str, TEXT_SEPARATOR),
-    "Negative prompt": Axis("negative_prompt", str, TEXT_SEPARATOR),
+    "Steps": Axis("num_inference_steps", int, "10, 20, 50"),
+    "Guidance scale": Axis("guidance_scale", float, "1, 2.5, 4"),
+    "Prior steps": Axis("prior_num_inference_steps", int, "5, 10, 25"),
+    "Prior guidance scale": Axis("prior_guidance_scale", float, "1, 2.5, 4"),
+    "Seed": Axis("seed", int, "1, 2, 3"),
+    "Scheduler": Axis("scheduler", str, "ddim, euler"),
+    "Strength": Axis("strength", float, "0.2, 0.5, 0.8"),
+    "Prompt": Axis("prompt", str, "a red fox | a blue owl", TEXT_SEPARATOR),
+    "Negative prompt": Axis("negative_prompt", str, "blurred | dark", TEXT_SEPARATOR),
 }
 
 
@@ -77,7 +82,12 @@ def build_axes() -> dict[str, Component]:
             inputs[f"{axis}_setting"] = gr.Dropdown(
                 list(AXES), value=usual, label=f"{axis.upper()}: setting", min_width=140
             )
-            inputs[f"{axis}_values"] = gr.Textbox(label=f"{axis.upper()}: values", max_lines=1, min_width=160)
+            inputs[f"{axis}_values"] = gr.Textbox(
+                label=f"{axis.upper()}: values",
+                placeholder=f"such as {AXES[usual].example}",
+                max_lines=1,
+                min_width=160,
+            )
     return inputs
 
 
@@ -97,12 +107,13 @@ def read_values(setting: str, text: str | None, axis: str) -> list[Any]:
     parts = [part.strip() for part in (text or "").split(one.separator) if part.strip()]
     if not parts:
         raise RequestError(
-            f"{axis} of the grid, {setting}, has no values; give some under X/Y grid, such as 10, 20, 50"
+            f"{axis} of the grid, {setting}, has no values; give some under X/Y grid, such as {one.example}"
         )
     try:
         return [one.read(part) for part in parts]
     except ValueError:
-        raise RequestError(f"{axis} of the grid, {setting}, has a value that is no number: {quote(text, 80)}") from None
+        wrong = f"{axis} of the grid, {setting}, is {quote(text, 80)}"
+        raise RequestError(f"{wrong}; needed are numbers with commas between them, such as {one.example}") from None
 
 
 class Change(NamedTuple):
@@ -168,33 +179,89 @@ def plan_grid(base: Job, values: dict[str, Any], context: PageContext) -> GridPl
     return GridPlan(tuple(jobs), columns, rows)
 
 
+class GridRun:
+    """What is known of a grid that runs: its cells, and the share of all their work that is done.
+
+    Args:
+        planned: what is generated.
+        session: keeps the pictures.
+    """
+
+    def __init__(self, planned: GridPlan, session: Session):
+        self.planned, self.session = planned, session
+        self.first = session.reserve(len(planned.jobs))  # number of the first cell in the gallery, row by row
+        self.done: dict[int, Done] = {}
+        self._shares: dict[int, float] = {}
+        self._steps: dict[int, Step] = {}
+        self._began: float | None = None
+        self._share = 0.0
+
+    @property
+    def cells(self) -> list[KeptPicture]:
+        """The pictures that are there, row by row."""
+        return [kept for number in sorted(self.done) for kept in self.done[number].kept]
+
+    @property
+    def kept(self) -> str:
+        """Words for the pictures of a grid that has ended early; "" where there are none."""
+        count = len(self.done)
+        return f"{count} of {len(self.planned.jobs)} pictures, in the gallery." if count else ""
+
+    def note(self, number: int, event: str | Step | Done) -> None:
+        """Note an event of a cell."""
+        if isinstance(event, Step):
+            self._began = time.monotonic() if self._began is None else self._began
+            self._shares[number], self._steps[number] = event.progress.done, event
+        elif isinstance(event, Done):
+            self.done[number], self._shares[number] = event, 1.0
+
+    def view(self, number: int, event: str | Step | Done) -> str:
+        """Return the view after an event of a cell; "" for none: that of the first cell that is not done is shown."""
+        if self._began is None:
+            first = next((one for one in range(len(self.planned.jobs)) if one not in self.done), 0)
+            return event if isinstance(event, str) and number == first else ""
+        running = [one for one in sorted(self._steps) if one not in self.done]
+        if not running or number != running[0] or not isinstance(event, Step):
+            return ""
+        of = f"picture {number + 1} of {len(self.planned.jobs)}"
+        return views.progress(self._whole(event.progress), event.alt, event.note, of)
+
+    def _whole(self, progress: Progress) -> Progress:
+        """Return a cell's progress with the share and the time of the whole grid, which never falls back."""
+        self._share = max(self._share, sum(self._shares.values()) / len(self.planned.jobs))
+        elapsed = time.monotonic() - (self._began or 0.0)
+        left = elapsed / self._share * (1 - self._share) if self._share else None
+        return dataclasses.replace(progress, done=self._share, seconds_left=left)
+
+
 async def shown_grid(plan: Callable[[], GridPlan], session: Session, context: PageContext) -> AsyncIterator[str | Done]:
     """Generate a grid; a cancelled one leaves the cells that are done in the gallery."""
     began = time.monotonic()
+    grid: GridRun | None = None
     try:
         with run_of(session):
             yield views.working("Starting")
             planned = await asyncio.to_thread(plan)
-            done: dict[int, Done] = {}
-            async for number, event in _cells(planned.jobs, session, context):
+            grid = GridRun(planned, session)
+            async for number, event in _cells(grid, session, context):
+                grid.note(number, event)
                 if isinstance(event, Done):
-                    done[number] = event
-                if isinstance(event, Done) or number == _first_running(planned, done):
                     yield event
-            cells = [kept for number in sorted(done) for kept in done[number].kept]
+                elif view := await asyncio.to_thread(grid.view, number, event):
+                    yield view
             note = planned.jobs[0].note
             try:
-                grid = await asyncio.to_thread(_keep_grid, cells, planned, session)
+                sheet = await asyncio.to_thread(_keep_grid, grid.cells, planned, session)
             except Exception as error:  # what was generated is shown all the same
-                log.error("a grid was not made of its %d pictures", len(cells), exc_info=error)
+                log.error("a grid was not made of its %d pictures", len(grid.cells), exc_info=error)
                 note = ". ".join(filter(None, (NO_GRID, note)))
-                yield views.finished(cells, session.key, note, time.monotonic() - began)
+                yield views.finished(grid.cells, session.key, note, time.monotonic() - began)
             else:
-                made = f"1 grid of {len(cells)} pictures"
-                yield views.finished([grid], session.key, note, time.monotonic() - began, made)
-                yield Done((grid,), planned.jobs[0].request)
+                made = f"1 grid of {len(grid.cells)} pictures"
+                yield views.finished([sheet], session.key, note, time.monotonic() - began, made)
+                yield Done((sheet,), planned.jobs[0].request)
     except Exception as error:
-        if view := failure_view(error):
+        if view := failure_view(error, session, context, grid.kept if grid else ""):
             yield view
 
 
@@ -203,27 +270,24 @@ def _keep_grid(cells: Sequence[KeptPicture], planned: GridPlan, session: Session
     picture = label_grid([cell.picture() for cell in cells], planned.columns, planned.rows)
     sides = (("Across", planned.columns), ("Down", planned.rows))
     about = " ".join(["Grid.", *(f"{name}: {', '.join(labels)}." for name, labels in sides if any(labels))])
-    return session.add(picture, _png(picture), None, about, about)
+    return session.add(picture, _png(picture, planned), None, about, about)
 
 
-def _first_running(planned: GridPlan, done: dict[int, Done]) -> int:
-    """Return the number of the first cell that is not done, whose progress is shown."""
-    return next((number for number in range(len(planned.jobs)) if number not in done), 0)
-
-
-async def _cells(jobs: Sequence[Job], session: Session, context: PageContext) -> AsyncIterator[tuple[int, str | Done]]:
-    """Run cells, as many at once as share a step; yield their numbers and views, and what became of them.
+async def _cells(grid: GridRun, session: Session, context: PageContext) -> AsyncIterator[tuple[int, str | Step | Done]]:
+    """Run cells, as many at once as share a step; yield their numbers and events, and what became of them.
 
     Raises:
-        Exception: of the first cell that fails; the others are cancelled.
+        Exception: of the first cell that fails; the others are cancelled. `Cancelled` only once all have ended: a
+            server that stops finishes those that run.
     """
-    inbox: asyncio.Queue[tuple[int, str | Done | Exception | None]] = asyncio.Queue()
+    jobs = grid.planned.jobs
+    inbox: asyncio.Queue[tuple[int, str | Step | Done | Exception | None]] = asyncio.Queue()
     places = asyncio.Semaphore(max(context.settings.batch_sizes))
 
     async def one(number: int, job: Job) -> None:
         try:
             async with places:
-                async for event in _patient(job, session, context, f"picture {number + 1} of {len(jobs)}"):
+                async for event in _patient(job, session, context, grid.first + number):
                     inbox.put_nowait((number, event))
             inbox.put_nowait((number, None))
         except Exception as error:
@@ -231,33 +295,38 @@ async def _cells(jobs: Sequence[Job], session: Session, context: PageContext) ->
 
     tasks = [asyncio.create_task(one(number, job)) for number, job in enumerate(jobs)]
     try:
-        left = len(tasks)
+        left, cancelled = len(tasks), None
         while left:
             number, event = await inbox.get()
-            if isinstance(event, Exception):
+            if isinstance(event, Cancelled):
+                cancelled, left = event, left - 1
+            elif isinstance(event, Exception):
                 raise event
-            if event is None:
+            elif event is None:
                 left -= 1
             else:
                 yield number, event
+        if cancelled is not None:
+            raise cancelled
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _patient(job: Job, session: Session, context: PageContext, of: str) -> AsyncIterator[str | Done]:
+async def _patient(job: Job, session: Session, context: PageContext, number: int) -> AsyncIterator[str | Step | Done]:
     """Run a cell; where the queue is full, wait for a place."""
-    while True:
+    while not session.cancelled:
         try:
-            async for event in run(job, session, context, of):
+            async for event in run(job, session, context, number):
                 yield event
             return
         except QueueFull:
-            if session.cancelled:
-                raise Cancelled("the grid was cancelled") from None
+            if context.service.state.stopping:
+                raise Cancelled("the server is stopping") from None
             yield views.working("Waiting for a place in the queue")
             await asyncio.sleep(RETRY)
+    raise Cancelled("the grid was cancelled")
 
 
 def label_grid(cells: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
@@ -310,7 +379,10 @@ def _fitted(label: str, width: int, font: Any) -> str:
     return label[: max(1, fitting)] + "…"
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(picture: Image.Image, planned: GridPlan) -> bytes:
+    """Encode a grid, with a text that says so."""
+    facts = PngInfo()
+    facts.add_itxt(GRID, json.dumps({"x": planned.columns, "y": planned.rows}))
     target = io.BytesIO()
-    picture.save(target, "PNG")
+    picture.save(target, "PNG", pnginfo=facts)
     return target.getvalue()

@@ -10,32 +10,42 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
+from kandinsky_jax.common.errors import shorten
 from kandinsky_jax.picture_records import flat_record, read_texts
 from kandinsky_jax.pipelines.modes import MODES
 from kandinsky_jax.serve.page.settings_panel import SettingsPanel
 from kandinsky_jax.serve.page.tabs import PageTab
-from kandinsky_jax.serve.records import PICTURE_FORMATS, SettingsError, read_settings
+from kandinsky_jax.serve.records import PICTURE_FORMATS, SettingsError, read_settings, unused_parameters
 from kandinsky_jax.serve.requests import RequestError
+
+GRID = "kandinsky_jax_grid"  # name of a PNG's text, the labels of a grid
 
 
 def read_record(data: bytes) -> dict[str, Any]:
-    """Return the settings in a file, and as `index` which picture of its request it is, where that is known.
+    """Return the settings in a file.
+
+    Besides, `index` is which picture of its request it is, where that is known, and `unused` has the names of settings
+    of another tool that are not used here.
 
     Raises:
         RequestError: where it is no picture, or has no settings.
     """
     try:
         with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as opened:
-            own, _ = read_texts(opened)
+            own, parameters = read_texts(opened)
+            is_grid = GRID in opened.info
         record = read_settings(data)
     except SettingsError as error:
         raise RequestError(str(error)) from None
     except Exception:  # Pillow's readers raise many kinds for damaged data
         raise RequestError("this file is no picture of PNG, JPEG or WebP that can be read") from None
+    if is_grid:
+        raise RequestError("a grid has no settings of its own; drop one of its pictures")
     if not record:
         raise RequestError("this picture has no settings: it has neither this server's record nor a parameters text")
     index = flat_record(own or {}).get("image")
-    return record | ({"index": index} if isinstance(index, int) else {})
+    unused = unused_parameters(parameters) if own is None and parameters is not None else []
+    return record | ({"index": index} if isinstance(index, int) else {}) | ({"unused": unused} if unused else {})
 
 
 def tab_of(record: Mapping[str, Any], tabs: Sequence[PageTab]) -> PageTab | None:
@@ -72,6 +82,8 @@ def restored_updates(
         message += f" Choose the {' and the '.join(pictures)} again: a picture's settings do not hold others."
     if missing:
         message += f" Not restored, as this server does not have it: {', '.join(missing)}."
+    if unused := record.get("unused"):
+        message += f" Not used, of another tool: {shorten(', '.join(unused), 160)}."
     return updates, tab, message
 
 

@@ -66,6 +66,21 @@ class Done:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What is known of a job that runs.
+
+    Args:
+        progress: with the newest previews.
+        alt: what the pictures show.
+        note: about the request.
+    """
+
+    progress: Progress
+    alt: str
+    note: str
+
+
 @contextmanager
 def run_of(session: Session) -> Iterator[None]:
     """Mark a session as busy; what still runs at the end is cancelled.
@@ -75,7 +90,7 @@ def run_of(session: Session) -> Iterator[None]:
     """
     if session.busy:
         raise AlreadyRunning
-    session.busy, session.cancelled = True, False
+    session.busy, session.cancelled, session.failed = True, False, False
     try:
         yield
     finally:
@@ -112,14 +127,16 @@ async def events(ticket: Ticket) -> AsyncIterator[Event | None]:
             await asyncio.sleep(BETWEEN_VIEWS)
 
 
-async def run(job: Job, session: Session, context: PageContext, of: str = "") -> AsyncIterator[str | Done]:
-    """Run a job; yield views of its progress, and what became of it.
+async def run(
+    job: Job, session: Session, context: PageContext, number: int | None = None
+) -> AsyncIterator[str | Step | Done]:
+    """Run a job; yield views of its waiting, its steps, and what became of it.
 
     Args:
         job: what to generate.
         session: keeps its pictures.
         context: of the page.
-        of: which of several it is, for the view.
+        number: of its picture in the gallery, that was reserved; None gives its pictures the next ones.
     Raises:
         Exception: that of the service, or of the ticket.
     """
@@ -143,12 +160,11 @@ async def run(job: Job, session: Session, context: PageContext, of: str = "") ->
                 said = status
             elif isinstance(event, Progress):
                 previews = latest(previews, event.previews)
-                event = dataclasses.replace(event, previews=previews)
-                yield await asyncio.to_thread(views.progress, event, alt_text(ticket.request), note, of)
+                yield Step(dataclasses.replace(event, previews=previews), alt_text(ticket.request), note)
             elif isinstance(event, Failed):
                 raise event.error
             elif isinstance(event, Finished):
-                kept = [await asyncio.to_thread(keep, image, job, session) for image in event.images]
+                kept = [await asyncio.to_thread(keep, image, job, session, number) for image in event.images]
                 yield Done(tuple(kept), ticket.request, note)
     finally:
         session.tickets.discard(ticket)
@@ -197,20 +213,32 @@ async def shown(job: Callable[[], Job], session: Session, context: PageContext) 
             yield views.working("Starting")
             made = await asyncio.to_thread(job)
             async for event in run(made, session, context):
+                if isinstance(event, Step):
+                    yield await asyncio.to_thread(views.progress, event.progress, event.alt, event.note)
+                    continue
                 if isinstance(event, Done):
                     yield views.finished(event.kept, session.key, event.note, time.monotonic() - began)
                 yield event
     except Exception as error:
-        if view := failure_view(error):
+        if view := failure_view(error, session, context):
             yield view
 
 
-def failure_view(error: Exception) -> str:
-    """Return the view of an error; "" where the view of what already runs is to stay."""
+def failure_view(error: Exception, session: Session, context: PageContext, kept: str = "") -> str:
+    """Return the view of an error; "" where the view of what already runs is to stay.
+
+    Args:
+        error: that a run ended with.
+        session, context: of the run.
+        kept: what there is of a run that was cancelled.
+    """
     if isinstance(error, AlreadyRunning):
         return ""
+    if isinstance(error, Cancelled | QueueFull) and context.service.state.stopping and not session.cancelled:
+        return views.stopped("The server is stopping.", kept)
     if isinstance(error, Cancelled):
-        return views.stopped("Cancelled")
+        return views.stopped("Cancelled", kept)
+    session.failed = True
     if isinstance(error, QueueFull):
         return views.failed(f"The server is busy: {error}. Try again in {duration(error.retry_after)}.")
     if isinstance(error, RequestError | TimedOut):
@@ -226,11 +254,12 @@ def in_words(error: RequestError | TimedOut) -> str:
     return str(error).replace(name, FIELD_LABELS[name], 1) if name in FIELD_LABELS else str(error)
 
 
-def keep(image: GeneratedImage, job: Job, session: Session) -> KeptPicture:
-    """Put a picture into the session's gallery."""
+def keep(image: GeneratedImage, job: Job, session: Session, number: int | None = None) -> KeptPicture:
+    """Put a picture into the session's gallery, under a number that was reserved or the next one."""
     picture = job.finish(image.picture)
     about = parameters_text(image.record) or ", ".join(f"{name}: {value}" for name, value in image.record.items())
-    return session.add(picture, encode_image(picture, image.record, "png"), image.record, alt_text(job.request), about)
+    png = encode_image(picture, image.record, "png")
+    return session.add(picture, png, image.record, alt_text(job.request), about, number)
 
 
 def alt_text(request: ImageRequest) -> str:

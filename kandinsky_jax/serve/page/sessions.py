@@ -66,36 +66,60 @@ class Session:
     """
 
     key: str = field(default_factory=lambda: secrets.token_urlsafe(18))
-    pictures: OrderedDict[int, KeptPicture] = field(default_factory=OrderedDict)
+    pictures: dict[int, KeptPicture] = field(default_factory=dict)
     selected: int | None = None
     tickets: set[Ticket] = field(default_factory=set)
     busy: bool = False
     cancelled: bool = False
+    failed: bool = False  # whether the last run's error is shown
     left: float | None = None  # when its tab was closed
     _made: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, picture: Image.Image, png: bytes, record: dict[str, Any] | None, alt: str, about: str) -> KeptPicture:
-        """Keep a picture; the oldest ones are dropped where there are too many."""
+    def reserve(self, count: int) -> int:
+        """Return the first of some numbers for pictures that come in any order."""
+        with self._lock:
+            first = self._made + 1
+            self._made += count
+        return first
+
+    def add(
+        self,
+        picture: Image.Image,
+        png: bytes,
+        record: dict[str, Any] | None,
+        alt: str,
+        about: str,
+        number: int | None = None,
+    ) -> KeptPicture:
+        """Keep a picture; the oldest ones are dropped where there are too many.
+
+        Args:
+            picture: to be shown.
+            png, record, alt, about: see `KeptPicture`.
+            number: that was reserved; None is the next one.
+        """
         small = picture.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         thumbnail = io.BytesIO()
         small.save(thumbnail, "WEBP", quality=80)
         with self._lock:
-            self._made += 1
-            kept = KeptPicture(self._made, png, thumbnail.getvalue(), record, alt[:MAX_ALT], about, picture.size)
+            if number is None:
+                number = self._made = self._made + 1
+            kept = KeptPicture(number, png, thumbnail.getvalue(), record, alt[:MAX_ALT], about, picture.size)
             self.pictures[kept.number] = kept
             while len(self.pictures) > 1 and (
                 len(self.pictures) > MAX_PICTURES or sum(len(one.png) for one in self.pictures.values()) > MAX_BYTES
             ):
-                dropped, _ = self.pictures.popitem(last=False)
+                dropped = min(self.pictures)
+                del self.pictures[dropped]
                 self.selected = None if self.selected == dropped else self.selected
         return kept
 
     def listed(self) -> list[KeptPicture]:
-        """The pictures now, the oldest first."""
+        """The pictures now, by their numbers."""
         with self._lock:
-            return list(self.pictures.values())
+            return [self.pictures[number] for number in sorted(self.pictures)]
 
     @property
     def selection(self) -> KeptPicture | None:

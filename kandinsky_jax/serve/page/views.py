@@ -71,9 +71,10 @@ def finished(kept: Sequence[KeptPicture], key: str, note: str, seconds: float, m
     return _result(f"{what} in {duration(seconds)}", _frames(frames) + _note(note), running=False)
 
 
-def stopped(message: str) -> str:
-    """Return the view of a request that was cancelled."""
-    return _result(message, '<p class="kj-empty">Nothing was generated.</p>', running=False)
+def stopped(message: str, kept: str = "") -> str:
+    """Return the view of a request that was cancelled; `kept` says what there is of it."""
+    content = kept or "Nothing was generated."
+    return _result(message, f'<p class="kj-empty">{html.escape(content)}</p>', running=False)
 
 
 def failed(message: str) -> str:
