@@ -254,6 +254,17 @@ def test_a_picture_of_the_gallery_is_the_source_of_the_next(opened):
     assert opened.page.get_by_role("tab", name="Image to image").get_attribute("aria-selected") == "true"
     opened.settings(Steps="4")
     opened.generate(2)
+    for title, place in (
+        ("Outpainting", "outpaint-image"),
+        ("Variations", "vary-image"),
+        ("Depth hint", "depth-image"),
+        ("Mix", "mix-picture-1"),
+    ):
+        opened.tab(title)
+        opened.page.get_by_role("button", name="Use as source").click()
+        opened.page.locator(f"#kj-{place} .kj-filled").wait_for()
+        opened.page.locator(f"#kj-{place} canvas.kj-image").wait_for()
+        assert opened.page.get_by_role("tab", name=title).get_attribute("aria-selected") == "true"
 
 
 def test_a_grid_is_one_labelled_picture_and_its_cells_are_in_the_gallery(opened):
@@ -321,7 +332,7 @@ def test_the_next_seed(opened):
     opened.few_steps()
     opened.prompt("a red circle")
     opened.page.get_by_label("Seed", exact=True).fill(str(2**60))
-    opened.page.get_by_label("next seed").check()
+    opened.page.get_by_label("next", exact=True).check()
     [made] = opened.generate()
     assert read_settings(opened.fetch(made))["seed"] == 2**60
     wait_until(lambda: opened.page.get_by_label("Seed", exact=True).input_value() == str(2**60 + 1))
@@ -455,6 +466,6 @@ def test_two_tabs_have_galleries_of_their_own(browser, server):
         first.page.reload()
         first.page.locator(".kj-generate").first.wait_for()
         first.page.keyboard.press("Control+Enter")  # Gradio may not listen yet
-        first.page.locator(".kj-thumb[data-number='1']").wait_for()
-        first.page.get_by_text("Prompt is empty").wait_for()
+        first.page.locator(".kj-thumb[data-number='2']").wait_for()  # of the prompt that was kept
+        assert first.page.get_by_label("Prompt", exact=True).input_value() == "a red circle"
         assert first.fetch(f"session/{key}/1.png").startswith(b"\x89PNG")

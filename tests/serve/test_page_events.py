@@ -129,7 +129,7 @@ def test_events_without_what_they_need_are_refused(server, missing):
         *(("Pictures", value) for value in ("1", True, [1], {}, "x" * 10**6)),
         *(("Scheduler", value) for value in (1, ["euler"], FILE)),
         *(("Fast mode", value) for value in ("true", 1, [], "x")),
-        *(("After generating", value) for value in (1, [])),
+        *(("Seed after generating", value) for value in (1, [])),
     ],
     ids=lambda value: str(value)[:20],
 )

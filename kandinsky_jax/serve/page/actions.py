@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -95,16 +95,16 @@ class Actions:
         self._connect_recommended(tab, item)
 
     def _connect_recommended(self, tab: PageTab, item: gr.Tab) -> None:
-        prompt, fast, mode = self.panel.inputs["prompt"], self.panel.inputs["fast"], self.parts["mode"]
+        prompt, fast, opened = self.panel.inputs["prompt"], self.panel.inputs["fast"], self.parts["tab"]
 
         def on_select(fast: bool) -> Updates:
             return {
                 prompt: gr.update(visible=tab.uses_prompt),
-                mode: tab.mode,
+                opened: tab.name,
                 **self.panel.show_recommended(tab.mode, fast),
             }
 
-        outputs = [prompt, mode, *(self.panel.inputs[name] for name in self.panel.recommended(tab.mode, False))]
+        outputs = [prompt, opened, *(self.panel.inputs[name] for name in self.panel.recommended(tab.mode, False))]
         item.select(on_select, [fast], outputs, **EVENT)
 
     async def fetched(self, events: AsyncIterator[str | Done], request: gr.Request) -> AsyncIterator[str | Done]:
@@ -157,22 +157,22 @@ class Actions:
         """Connect what is not a tab's own."""
         self._connect_session()
         self._connect_restore(container)
-        for name, target in (("use", "img2img"), ("repaint", "inpaint")):
-            tab = next((tab for tab in self.tabs if tab.name == target), None)
-            if tab is None:
-                self.parts[name].visible = False
-            else:
-                self._connect_source(self.parts[name], tab, container)
+        self._connect_memory()
+        takers = {tab.name: tab for tab in self.tabs if tab.source is not None}
+        usual = takers.get("img2img", next(iter(takers.values()), None))
+        self._connect_source(self.parts["use"], usual, takers, container)
+        self._connect_source(self.parts["repaint"], takers.get("inpaint"), {}, container)
+        modes = {tab.name: tab.mode for tab in self.tabs}
 
-        fast, mode = self.panel.inputs["fast"], self.parts["mode"]
+        fast, opened = self.panel.inputs["fast"], self.parts["tab"]
         names = [name for name in self.panel.recommended(self.tabs[0].mode, False) if name != "fast"]
 
-        def on_fast(fast: bool, mode: str) -> Updates:
-            shown = self.panel.show_recommended(mode, fast)
+        def on_fast(fast: bool, opened: str) -> Updates:
+            shown = self.panel.show_recommended(modes[opened], fast)
             return {self.panel.inputs[name]: shown[self.panel.inputs[name]] for name in names}
 
         assert isinstance(fast, gr.Checkbox)
-        fast.change(on_fast, [fast, mode], [self.panel.inputs[name] for name in names], **EVENT)
+        fast.change(on_fast, [fast, opened], [self.panel.inputs[name] for name in names], **EVENT)
 
     def _connect_session(self) -> None:
         def on_cancel(request: gr.Request) -> None:
@@ -200,37 +200,64 @@ class Actions:
         self.parts["gallery"].select(on_pick, None, outputs, **EVENT)
         self.page.unload(on_unload)
 
-    def _connect_source(self, button: gr.Button, tab: PageTab, container: gr.Tabs) -> None:
-        assert tab.source is not None
-        source, message = tab.inputs[tab.source], self.parts["message"]
+    def _connect_memory(self) -> None:
+        """Have the browser keep the settings while its tab is open, for a server that is started anew."""
+        kept = [*self.panel.inputs.values(), *self.axes.values()]
+        changes = [one.change for one in kept]  # type: ignore[attr-defined]
+        gr.on(changes, None, kept, None, js="(...values) => { kandinskyPage.remember(values); }", **EVENT)
+        self.page.load(None, kept, kept, js="(...values) => kandinskyPage.recalled(values)", **EVENT)
 
-        def on_use(request: gr.Request) -> Updates:
+    def _connect_source(
+        self, button: gr.Button, usual: PageTab | None, takers: Mapping[str, PageTab], container: gr.Tabs
+    ) -> None:
+        """Connect a button that fills the selected picture into the open tab if `takers` has it, else into `usual`."""
+        if usual is None:
+            button.visible = False
+            return
+        targets = list({tab.name: tab for tab in (usual, *takers.values())}.values())
+        message, opened = self.parts["message"], self.parts["tab"]
+
+        def on_use(opened_name: str, request: gr.Request) -> Updates:
             chosen = self.session(request).selection
             if chosen is None:
                 return {message: views.notice("Choose a picture of the gallery.", wrong=True)}
-            return {message: "", source: encode_value(chosen.picture()), container: gr.Tabs(selected=tab.name)}
+            tab = takers.get(opened_name, usual)
+            return {
+                message: "",
+                tab.inputs[tab.source or ""]: encode_value(chosen.picture()),
+                container: gr.Tabs(selected=tab.name),
+                opened: tab.name,
+                **({} if tab.source_area is None else {tab.source_area: gr.update(open=True)}),
+            }
 
-        button.click(on_use, None, [message, source, container], **EVENT)
+        sources = [tab.inputs[tab.source or ""] for tab in targets]
+        areas = [tab.source_area for tab in targets if tab.source_area is not None]
+        button.click(on_use, [opened], [message, container, opened, *sources, *areas], **EVENT)
 
     def _connect_restore(self, container: gr.Tabs) -> None:
-        area, message, mode = self.parts["restore"], self.parts["message"], self.parts["mode"]
+        area, message, opened = self.parts["restore"], self.parts["message"], self.parts["tab"]
+        result = self.parts["result"]
         inputs = [component for tab in self.tabs for component in tab.inputs.values()]
-        outputs = [area, message, mode, container, *self.panel.inputs.values(), *inputs]
+        outputs = [area, message, result, opened, container, *self.panel.inputs.values(), *inputs]
 
-        def restore(read: Callable[[], dict[str, Any]]) -> Updates:
+        def restore(session: Session, read: Callable[[], dict[str, Any]]) -> Updates:
             try:
                 updates, tab, text = restored_updates(read(), self.tabs, self.panel, container)
             except RequestError as error:
                 return {area: "", message: views.notice(f"Not restored: {error}.", wrong=True)}
             prompt = self.panel.inputs["prompt"]
             updates[prompt] = gr.update(**{**updates[prompt], "visible": tab.uses_prompt})
-            return {area: "", message: views.notice(text), mode: tab.mode, **updates}
+            if session.failed:  # an error of what the settings were before
+                session.failed = False
+                updates[result] = views.empty()
+            return {area: "", message: views.notice(text), opened: tab.name, **updates}
 
-        def on_drop(text: str | None) -> Updates:
-            return restore(lambda: read_record(decode_bytes(text or "", "the picture")))
+        def on_drop(text: str | None, request: gr.Request) -> Updates:
+            return restore(self.session(request), lambda: read_record(decode_bytes(text or "", "the picture")))
 
         def on_settings(request: gr.Request) -> Updates:
-            return restore(lambda: self.record(self.session(request)))
+            session = self.session(request)
+            return restore(session, lambda: self.record(session))
 
         area.upload(on_drop, [area], outputs, **EVENT)
         self.parts["settings"].click(on_settings, None, outputs, **EVENT)

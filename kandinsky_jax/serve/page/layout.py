@@ -41,7 +41,7 @@ def build_page(context: PageContext) -> gr.Blocks:
             apply_default_css=False,
             padding=False,
         )
-        parts: dict[str, Any] = {"mode": gr.State(tabs[0].mode), "key": gr.Textbox(visible=False)}
+        parts: dict[str, Any] = {"tab": gr.State(tabs[0].name), "key": gr.Textbox(visible=False)}
         with gr.Row(elem_classes="kj-columns"):
             with gr.Column(elem_id="kj-inputs"):
                 parts["message"] = html_output("message")

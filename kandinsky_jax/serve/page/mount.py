@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from importlib import resources
@@ -11,13 +12,12 @@ from typing import TypeVar
 
 import gradio as gr
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from kandinsky_jax.serve.page.context import PageContext
 from kandinsky_jax.serve.page.event_rules import EventRules
 from kandinsky_jax.serve.page.gate import PageGate
 from kandinsky_jax.serve.page.layout import build_page
-from kandinsky_jax.serve.page.sessions import Sessions
 from kandinsky_jax.serve.page.theme import page_theme
 from kandinsky_jax.serve.page.visitors import Visitors
 from kandinsky_jax.serve.page.widgets import SCRIPT
@@ -41,7 +41,7 @@ def mount_page(app: FastAPI, service: Service, settings: ServerSettings) -> Fast
         the same app.
     """
     context = PageContext(service)
-    _add_routes(app, context.sessions)
+    _add_routes(app, context)
     _set_environment()
     page = _within_loop(lambda: _mount(app, build_page(context), settings))
     app.add_middleware(
@@ -97,8 +97,9 @@ def _set_environment() -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "16")
 
 
-def _add_routes(app: FastAPI, sessions: Sessions) -> None:
-    """Add the routes of the page's own files, and of the pictures of its sessions, all in memory."""
+def _add_routes(app: FastAPI, context: PageContext) -> None:
+    """Add the routes of the page's own files, of the server's state, and of the sessions' pictures, all in memory."""
+    sessions, started = context.sessions, secrets.token_urlsafe(8)
 
     @app.get("/", include_in_schema=False)
     def to_page() -> Response:
@@ -107,6 +108,12 @@ def _add_routes(app: FastAPI, sessions: Sessions) -> None:
     @app.get("/favicon.ico", include_in_schema=False)
     def icon() -> Response:
         return Response(_file("icon.svg"), media_type="image/svg+xml")
+
+    @app.get(PREFIX + "/own/state", include_in_schema=False)
+    def state() -> JSONResponse:
+        """Say which server this is, and whether it stops; an open page asks again and again."""
+        facts = {"started": started, "stopping": context.service.state.stopping}
+        return JSONResponse(facts, headers={"Cache-Control": "no-store"})
 
     @app.get(PREFIX + "/own/{name}", include_in_schema=False)
     def own_file(name: str) -> Response:

@@ -322,6 +322,11 @@
 
   document.addEventListener("focusin", (event) => {
     if (event.target.closest?.(".kj-number")) event.target.inputMode = "decimal"; // a phone's keyboard
+    if (event.target.matches?.("#kj-size input")) { // what is typed replaces what is there
+      const all = () => event.target.select();
+      setTimeout(all, 0);
+      event.target.addEventListener("pointerup", () => setTimeout(all, 0), { once: true });
+    }
   });
 
   const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -361,6 +366,111 @@
     });
     new MutationObserver(dress).observe(document.body, { attributeFilter: ["class"] });
     dress();
+    watchServer(element);
+  }
+
+  // The server ------------------------------------------------------------------------------------------------------
+
+  const LOOK = 2000; // ms between two looks whether it is there
+  const MISSES = 2; // one after the other, until it is lost
+  const NEWS = "kandinsky-news"; // what a page says that was loaded again, as Gradio does once a lost server is back
+  const AWAY = "The connection to the server was lost. What ran then is lost, and so is the gallery if the server was " +
+    "started anew. Settings are kept; source pictures have to be chosen again.";
+  let lost = false;
+
+  const stored = {
+    get(name) {
+      try {
+        return sessionStorage.getItem(name);
+      } catch {
+        return null; // a frame that may not store anything
+      }
+    },
+    set(name, text) {
+      try {
+        if (text === null) sessionStorage.removeItem(name);
+        else sessionStorage.setItem(name, text);
+      } catch {}
+    },
+  };
+
+  function watchServer(element) {
+    const line = document.createElement("p");
+    line.setAttribute("role", "alert");
+    line.className = "kj-news";
+    element.append(line);
+    const say = (text, wrong) => {
+      if (line.textContent === text) return;
+      line.className = `kj-news ${wrong ? "kj-error" : "kj-notice"}`;
+      line.textContent = text;
+    };
+    if (stored.get(NEWS)) say(stored.get(NEWS), false);
+    stored.set(NEWS, null);
+    let started = null;
+    let misses = 0;
+
+    function lose() {
+      lost = true;
+      say("The connection to the server is lost; it may have been stopped. This page looks for it again and again.", true);
+      stored.set(NEWS, AWAY);
+      if (line.getBoundingClientRect().bottom < 0) scrollTo(".kj-header");
+      const result = document.querySelector("#kj-result [data-running=true]");
+      if (!result) return;
+      result.dataset.running = "false";
+      result.querySelector(".kj-status").textContent = "The connection was lost.";
+      result.querySelector(".kj-bar")?.remove();
+    }
+
+    function found(state) {
+      if (lost) {
+        const anew = started !== null && state.started !== started;
+        say(anew ? "The server was started anew; the gallery is lost, settings are kept." : "The server is there again.", false);
+        stored.set(NEWS, anew ? AWAY : null);
+      } else if (state.stopping) {
+        say("The server is stopping. It finishes what runs, and takes nothing new.", false);
+        for (const image of document.querySelectorAll(".kj-thumb img")) image.loading = "eager"; // while it is there
+      }
+      lost = false;
+      started = state.started;
+    }
+
+    setInterval(async () => {
+      if (document.hidden) return;
+      let state = null;
+      try {
+        const answer = await fetch("own/state", { cache: "no-store", signal: AbortSignal.timeout(5000) });
+        if (answer.ok) state = await answer.json();
+      } catch {} // nobody answers
+      misses = state === null ? misses + 1 : 0;
+      if (state !== null) found(state);
+      else if (misses >= MISSES && !lost) lose();
+    }, LOOK);
+  }
+
+  // Gradio has words of its own for an event that nobody takes, over the page's parts.
+  document.addEventListener("click", (event) => {
+    if (!lost || !event.target.closest?.(".kj-generate, .kj-grid-button, .kj-thumb, .kj-row button")) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    scrollTo(".kj-header");
+  }, true);
+
+  // Settings are kept while the tab is open, over a reload.
+  const SETTINGS = "kandinsky-settings";
+  const served = () => document.querySelector(".kj-model")?.textContent ?? "";
+  let isRecalled = false;
+  function remember(values) {
+    if (isRecalled) stored.set(SETTINGS, JSON.stringify({ served: served(), values }));
+  }
+  function recalled(values) {
+    isRecalled = true;
+    try {
+      const kept = JSON.parse(stored.get(SETTINGS) ?? "null");
+      const fits = kept && kept.served === served() && kept.values.length === values.length;
+      return fits && !values[0] ? kept.values : values; // the first is the prompt, which may have been typed meanwhile
+    } catch {
+      return values;
+    }
   }
 
   // The session's key is kept over a reload, and only then: a tab that is duplicated has a gallery of its own.
@@ -375,5 +485,5 @@
     if (event.persisted) sessionStorage.removeItem(KEY);
   });
 
-  window.kandinskyPage = { picture, restore, gallery, header, wired };
+  window.kandinskyPage = { picture, restore, gallery, header, wired, remember, recalled };
 })();

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 from PIL import Image
 
 from kandinsky_jax.common.errors import shorten
@@ -56,7 +55,7 @@ def tab_of(record: Mapping[str, Any], tabs: Sequence[PageTab]) -> PageTab | None
 
 def restored_updates(
     record: Mapping[str, Any], tabs: Sequence[PageTab], panel: SettingsPanel, container: gr.Tabs
-) -> tuple[dict[Component | gr.Tabs, Any], PageTab, str]:
+) -> tuple[dict[Any, Any], PageTab, str]:
     """Return the updates of the page's components, the tab, and what to tell the user.
 
     Raises:
@@ -66,7 +65,7 @@ def restored_updates(
     if tab is None:
         raise RequestError(f"this picture is of the mode {record.get('mode')}, which this server does not have")
     shared, missing = panel.restored(record, tab.mode)
-    updates: dict[Component | gr.Tabs, Any] = {
+    updates: dict[Any, Any] = {
         component: gr.update(value=shared[name]) for name, component in panel.inputs.items() if name in shared
     }
     for component, update in panel.show_recommended(tab.mode, bool(shared["fast"])).items():

@@ -14,7 +14,7 @@ from kandinsky_jax.serve.requests import RequestError
 
 LORA_ROWS = 3
 MAX_SEED = 2**63 - 1
-KEEP, NEXT = "keep it", "next seed"
+KEEP, NEXT = "keep", "next"
 NUMBERS = {  # setting -> label
     "num_inference_steps": "Steps",
     "guidance_scale": "Guidance scale",
@@ -59,17 +59,18 @@ class SettingsPanel:
                 allow_custom_value=self.context.settings.any_size,
                 info="Or type another, such as 192x128." if self.context.settings.any_size else None,
                 min_width=170,
+                elem_id="kj-size",
                 **shown["size"],
             )
         with gr.Row():
             self.inputs["seed"] = gr.Textbox(
                 label="Seed",
-                placeholder="empty: a new one each time",
+                placeholder="new each time",
                 max_lines=1,
                 min_width=160,
                 elem_classes="kj-number",
             )
-            self.inputs["after"] = gr.Radio([KEEP, NEXT], value=KEEP, label="After generating", min_width=160)
+            self.inputs["after"] = gr.Radio([KEEP, NEXT], value=KEEP, label="Seed after generating", min_width=160)
         self.inputs["fast"] = gr.Checkbox(
             False,
             label="Fast mode",
@@ -114,11 +115,10 @@ class SettingsPanel:
 
     def recommended(self, mode: str, fast: bool) -> dict[str, dict[str, Any]]:
         """Return what the components show where nothing is set, as their properties by name."""
-        model = self.context.model
+        model, settings = self.context.model, self.context.settings
         own = model.settings(mode, fast and model.has_fast(mode))
-        height, width = model.native_size(mode)
-        sizes = model.sizes(mode, self.context.settings)
-        sizes = [(height, width)] if sizes is None else sizes
+        height, width = model.usual_size(mode, settings)
+        sizes = model.sizes(mode, settings) or list(dict.fromkeys([(height, width), *settings.sizes]))
         first = f"recommended ({width} x {height})"
         shown: dict[str, dict[str, Any]] = {
             name: {"placeholder": f"{getattr(own, name):g} (recommended)"} for name in NUMBERS

@@ -17,7 +17,7 @@ SPOKEN = 0.25  # share of the work after which a screen reader hears of it again
 
 def empty() -> str:
     """Return the result's place before there is one."""
-    hint = "Describe a picture and press Generate, or Ctrl + Enter."
+    hint = 'Describe a picture and press Generate<span class="kj-keys">, or Ctrl + Enter</span>.'
     return _result("", f'<p class="kj-empty">{hint}</p>', running=False)
 
 

@@ -32,6 +32,7 @@ class PageTab:
     def __init__(self, context: PageContext):
         self.context = context
         self.inputs: dict[str, Component] = {}
+        self.source_area: gr.Accordion | None = None  # opened where `source` is filled
 
     def build(self) -> None:
         """Create the inputs, `self.inputs`, within the tab."""

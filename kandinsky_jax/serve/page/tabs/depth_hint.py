@@ -22,7 +22,7 @@ class DepthHintTab(PageTab):
     def build(self) -> None:
         self.inputs["hint"] = picture_input("Depth map", "depth-hint")
         gr.Markdown("Light is near, dark is far.", elem_classes="kj-small")
-        with gr.Accordion("Start from a picture", open=False):
+        with gr.Accordion("Start from a picture", open=False) as self.source_area:
             self.inputs["image"] = picture_input("Source picture, if any", "depth-image")
             self.inputs["strength"] = strength_slider("Strength", "How much of the source picture changes.")
 
