@@ -255,7 +255,7 @@ def _log_to_stderr(quiet: bool) -> None:
 def _say_when_ready(service: Service) -> None:
     began = said = time.monotonic()
     while not (state := service.state).ready:
-        if len(state.failures) == state.programs:  # each of which is a warning
+        if service.warmup.is_useless:  # each failure has been a warning
             print("nothing can be generated: no program can be compiled", flush=True)
             return
         if time.monotonic() - said > SAID_SECONDS:

@@ -134,9 +134,12 @@ def launch(
     model = ServedModel(listed, name or _name_of(listed), Path(lora_folder) if lora_folder is not None else None)
     own = server_settings(port, settings)
     service = Service(model, own)
-    for earlier in [page for page in _open if page.service.shares_networks(service)]:
-        earlier.close()
+    earlier = [page for page in _open if page.service.shares_networks(service)]
+    for page in [page for page in earlier if own.port and page.url.endswith(f":{own.port}")]:
+        page.close()
     server = api.ServerThread(service, own, api.make_app(service, own, mount_page))
+    for page in earlier:
+        page.close()
     service.start()
     server.start()
     page = LaunchedPage(server, service, height)

@@ -120,9 +120,7 @@ class Service:
         atexit.unregister(self._end_with_process)
 
     def _end_with_process(self) -> None:
-        """Stop at once, but not before a program is compiled: Python aborts where XLA returns to one that is ending."""
         self.stop(grace=0)
-        self.warmup.wait()
 
     def shares_networks(self, other: Service) -> bool:
         """Whether another service has networks of this one, so that only one of them can run."""
@@ -137,7 +135,7 @@ class Service:
                 ready=self.warmup.is_ready,
                 compiled=self.warmup.compiled,
                 programs=len(self.warmup.kinds),
-                failures=tuple(f"{kind}: {error}" for kind, error in list(self.warmup.failures.items())),
+                failures=self.warmup.failures,
                 waiting=max(0, len(self._tickets) - running),  # one that is done leaves both, one after the other
                 running=running,
                 images=self._engine.images,
@@ -266,13 +264,14 @@ class Service:
             self._engine.delivered(run)
         with self._changed:
             work.images[run.task.index] = image
-            complete = len(work.images) == len(work.runs)
+            complete = len(work.images) == ticket.request.num_images
         ticket.send(ImageDone(run.task.index, image))
         if complete:
             self._forget(ticket)
-            ticket.send(Finished(tuple(work.images[i] for i in range(len(work.runs)))))
+            work.runs = []  # see `Engine.end`
+            ticket.send(Finished(tuple(work.images[i] for i in range(len(work.images)))))
             if work.began is not None:
-                seconds = (time.monotonic() - work.began) / len(work.runs)
+                seconds = (time.monotonic() - work.began) / len(work.images)
                 self._seconds_per_image = 0.8 * self._seconds_per_image + 0.2 * seconds
 
     def _fail(self, work: RequestWork, error: Exception) -> None:

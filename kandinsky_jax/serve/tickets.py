@@ -199,4 +199,5 @@ class Ticket:
             else:
                 self._kept.append(event)
         if self.end is not None:
+            self._listener = None  # which holds this, and its pictures would wait for Python's cyclic collector
             self._ended.set()

@@ -6,6 +6,7 @@ import asyncio
 import re
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
@@ -55,13 +56,17 @@ class LimitedBody:
         most: bytes.
         seconds: in which the whole body has to arrive.
         budget: bytes that all requests hold together.
+        headers: of the request, which say whether it has a body.
     """
 
-    def __init__(self, receive: Receive, most: int, seconds: float, budget: Budget):
+    def __init__(
+        self, receive: Receive, most: int, seconds: float, budget: Budget, headers: Iterable[tuple[bytes, bytes]]
+    ):
         self._receive, self.most, self.budget = receive, most, budget
         self._deadline, self._seconds = time.monotonic() + seconds, seconds
         self.bytes = 0
-        self.complete = False
+        told = dict(headers)
+        self.complete = b"transfer-encoding" not in told and told.get(b"content-length", b"0") == b"0"
         self.left = False
         self.error: ApiError | None = None
 

@@ -62,7 +62,7 @@ class Guard:
             scope = {**scope, "method": "GET"}  # the server sends no body
         scope["headers"] = own_headers(scope["headers"], self.settings.behind_proxy)
         scope.setdefault("state", {})["facts"] = facts
-        body = LimitedBody(receive, self.settings.max_body, self.settings.body_time, self.bodies)
+        body = LimitedBody(receive, self.settings.max_body, self.settings.body_time, self.bodies, scope["headers"])
         scope["state"]["body"] = body
         answer = _Answer(send, body, facts, self._security_headers())
         began = time.monotonic()

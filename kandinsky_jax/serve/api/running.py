@@ -123,6 +123,7 @@ class Running:
             self.ticket.cancel()
         if self._watch is not None:
             self._watch.cancel()
+            self._watch = None  # its frame holds this, see `Ticket.send`
 
     async def events(self, every: float | None = None) -> AsyncIterator[Event | None]:
         """Yield events until `Finished`; ApiError for a request that fails, ClientLeft where nobody waits.

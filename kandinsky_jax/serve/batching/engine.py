@@ -186,6 +186,7 @@ class Engine:
                 if self._of_job[id(job)].work is work:
                     batch.remove(job)
                     del self._of_job[id(job)]
+        work.runs = []  # which have this as their work: arrays and pictures would wait for Python's cyclic collector
         self.fail(work, error)
 
     def _admit(self) -> None:
@@ -200,12 +201,12 @@ class Engine:
             if work.key != self.weights.current:
                 if self.active:
                     return  # others run with other weights
+                self.batches.clear()
                 try:
                     self.weights.use(work.key)
                 except Exception as error:
                     self.end(work, error)
                     continue
-                self.batches.clear()
             if work not in self.active:
                 self.active.append(work)
                 work.began = time.monotonic()

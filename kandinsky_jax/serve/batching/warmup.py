@@ -6,6 +6,7 @@ programs are compiled instead of run, see `kandinsky_jax.compilation.compiling_a
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import warnings
@@ -97,7 +98,7 @@ class Warmup:
         self._twin = ServedModel([type(pipe).from_pipe(pipe) for pipe in model.by_repository.values()], model.name)
         self.kinds = kinds(model, settings, sizes)
         self._sizes = sizes
-        self.failures: dict[Kind, str] = {}  # why what was planned cannot be compiled
+        self._failures: dict[Kind, str] = {}  # why what was planned could not be compiled
         self.preview: LatentPreview | None = None  # once it is read, or fitted
         self._planned: deque[Kind] = deque(self.kinds)
         self._asked: dict[Kind, float] = {}  # when somebody last waited for it
@@ -109,6 +110,7 @@ class Warmup:
 
     def start(self) -> None:
         """Start the thread."""
+        atexit.register(self._end_with_process)
         self._thread.start()
 
     def stop(self) -> None:
@@ -117,10 +119,10 @@ class Warmup:
             self._stopped = True
             self._work.notify_all()
 
-    def wait(self) -> None:
-        """Wait for the end of the thread; call `stop` before."""
-        if self._thread.is_alive():
-            self._thread.join()
+    def _end_with_process(self) -> None:
+        """Wait for programs that are being compiled: Python aborts where XLA returns to one that is ending."""
+        self.stop()
+        self._thread.join()
 
     @property
     def compiled(self) -> int:
@@ -130,7 +132,19 @@ class Warmup:
     @property
     def is_ready(self) -> bool:
         """Whether all programs that were planned are compiled, but for those that cannot be."""
-        return self.compiled > 0 and self.compiled + len(self.failures) >= len(self.kinds)
+        tried = (kind in self._failures or kind.programs() <= self._ready for kind in self.kinds)
+        return self.compiled > 0 and all(tried)
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether nothing of what was planned can be compiled."""
+        return len(self._failures) >= len(self.kinds)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What was planned and cannot be compiled, with the reason."""
+        failed = [pair for pair in list(self._failures.items()) if not pair[0].programs() <= self._ready]
+        return tuple(dict.fromkeys(f"{kind}: {error}" for kind, error in failed))
 
     def is_compiled(self, plan: RequestPlan, stage: str, batch_size: int) -> bool:
         """Whether the programs of a stage are ready; where they are not, they are compiled soon."""
@@ -150,6 +164,12 @@ class Warmup:
         return False
 
     def _loop(self) -> None:
+        try:
+            self._compile_all()
+        finally:
+            atexit.unregister(self._end_with_process)
+
+    def _compile_all(self) -> None:
         while (kind := self._next()) is not None:
             try:
                 self._ready |= compile_kind(self._twin, kind)
@@ -158,7 +178,7 @@ class Warmup:
                     return  # the process ends, and no thread can be started
                 self._failed |= kind.programs() - self._ready
                 if kind in self.kinds:
-                    self.failures[kind] = shorten(str(error), 300)
+                    self._failures[kind] = shorten(str(error), 300)
                 warnings.warn(f"{kind}, cannot be compiled: {error}", stacklevel=2)
             self.changed()
             if self.preview is None:
