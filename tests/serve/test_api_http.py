@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import math
 import threading
@@ -223,3 +224,14 @@ def test_settings_need_seconds(given):
     [(name, value)] = given.items()
     with pytest.raises(ValueError, match=f"{name} is {value}; needed are seconds"):
         ServerSettings(**given)
+
+
+def test_a_connection_is_kept_for_the_next_request(plain):
+    connection = http.client.HTTPConnection(plain.url.removeprefix("http://"))
+    with contextlib.closing(connection):
+        connection.connect()
+        kept = connection.sock
+        for _ in range(3):
+            connection.request("GET", "/health")
+            assert connection.getresponse().read()
+            assert connection.sock is kept

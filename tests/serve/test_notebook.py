@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -45,6 +46,13 @@ def test_a_cell_may_be_run_again():
     with serve.launch(KandinskyV22CombinedPipeline.from_pipe(pipe), batch_sizes=(1,), grace=1.0) as second:
         assert "closed" in repr(first)
         assert second.service.submit(ImageRequest(prompt="purple heart")).result(60)
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            with pytest.raises(ValueError, match="in use"):
+                serve.launch(pipe, port=other.getsockname()[1])
+        assert "closed" not in repr(second), "what cannot be opened closes nothing"
+        with serve.launch(pipe, port=int(second.url.rpartition(":")[2]), batch_sizes=(1,), grace=1.0) as third:
+            assert (third.url, "closed" in repr(second)) == (second.url, True)
     assert not notebook._open
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
+from PIL import Image
 
 from kandinsky_jax.serve.batching import warmup
 from kandinsky_jax.serve.batching.plan import RequestPlan
@@ -14,6 +17,7 @@ from kandinsky_jax.serve.requests import ImageRequest
 from kandinsky_jax.serve.served_model import ServedModel
 from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
+from kandinsky_jax.serve.tickets import Failed, ImageDone
 from tests.serve.servers import tiny
 
 TOO_MANY = 2**32  # images at once, for any memory
@@ -92,11 +96,34 @@ def test_what_is_waited_for_is_compiled_first_and_in_its_order(monkeypatch):
     assert not one._asked
 
 
-def test_a_program_may_end_while_its_server_compiles():
-    program = """
+def test_an_ended_request_frees_its_memory_without_the_cyclic_collector():
+    service = Service(ServedModel.load("tiny", modes=["img2img"]), ServerSettings(batch_sizes=(1,)))
+    service.start()
+    picture = Image.new("RGB", (64, 64))
+    gc.collect()
+    gc.disable()
+    try:
+        ticket = service.submit(ImageRequest(mode="img2img", prompt="purple heart", image=picture, num_images=2))
+        held = weakref.ref(ticket)
+        assert len([event for event in ticket.events() if isinstance(event, ImageDone)]) == 2
+        cancelled = service.submit(ImageRequest(mode="img2img", prompt="purple heart", image=picture))
+        also_held = weakref.ref(cancelled)
+        cancelled.cancel()
+        assert any(isinstance(event, Failed) for event in cancelled.events())
+        service.stop()
+        del ticket, cancelled
+        assert (held(), also_held()) == (None, None)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("end", ["", "page.close()"], ids=["as it is", "after close"])
+def test_a_program_may_end_while_its_server_compiles(end):
+    program = f"""
 import kandinsky_jax as kj
 from kandinsky_jax.serve import launch
 page = launch(kj.KandinskyV22CombinedPipeline.from_pretrained("tiny"))
+{end}
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

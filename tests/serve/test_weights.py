@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -147,3 +148,16 @@ def test_a_damaged_file_fails_its_request_alone(service, folder):
     with pytest.raises(RequestError, match="the LoRA 'damaged' cannot be used") as raised:
         bad.result(1)
     assert "/" not in str(raised.value), "no path of the server"
+
+
+@pytest.mark.slow
+def test_a_file_that_fails_leaves_nothing_of_the_one_before(service, folder):
+    plain = ImageRequest(prompt="purple heart", seed=2, **STEPS)
+    before = np.asarray(service.submit(plain).result(120)[0].picture)
+    styled = service.submit(dataclasses.replace(plain, loras={"style": 1.0})).result(120)[0].picture
+    assert not np.array_equal(before, styled)
+    (folder / "damaged.safetensors").write_bytes(DAMAGED)
+    bad = service.submit(dataclasses.replace(plain, loras={"damaged": 1.0}))
+    with pytest.raises(RequestError, match="cannot be used"):
+        bad.result(60)
+    assert np.array_equal(before, service.submit(plain).result(120)[0].picture)
