@@ -151,6 +151,7 @@ def test_a_damaged_file_fails_its_request_alone(service, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LoRA of a request cannot be used:UserWarning")
 def test_a_file_that_fails_leaves_nothing_of_the_one_before(service, folder):
     plain = ImageRequest(prompt="purple heart", seed=2, **STEPS)
     before = np.asarray(service.submit(plain).result(120)[0].picture)
