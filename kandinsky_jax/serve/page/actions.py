@@ -11,7 +11,7 @@ from gradio.components import Component
 
 from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job, PageContext
-from kandinsky_jax.serve.page.grids import plan_grid, shown_grid
+from kandinsky_jax.serve.page.grids import example, plan_grid, shown_grid
 from kandinsky_jax.serve.page.restore import read_record, restored_updates
 from kandinsky_jax.serve.page.runs import Done, shown
 from kandinsky_jax.serve.page.sessions import Session
@@ -158,6 +158,7 @@ class Actions:
         self._connect_session()
         self._connect_restore(container)
         self._connect_memory()
+        self._connect_axes()
         takers = {tab.name: tab for tab in self.tabs if tab.source is not None}
         usual = takers.get("img2img", next(iter(takers.values()), None))
         self._connect_source(self.parts["use"], usual, takers, container)
@@ -173,6 +174,17 @@ class Actions:
 
         assert isinstance(fast, gr.Checkbox)
         fast.change(on_fast, [fast, opened], [self.panel.inputs[name] for name in names], **EVENT)
+
+    def _connect_axes(self) -> None:
+        """Have the values of a grid's axis show an example of the setting that is chosen."""
+
+        def on_axis(setting: str | None) -> Updates:
+            return gr.update(placeholder=example(setting))
+
+        for axis in ("x", "y"):
+            setting = self.axes[f"{axis}_setting"]
+            assert isinstance(setting, gr.Dropdown)
+            setting.change(on_axis, [setting], [self.axes[f"{axis}_values"]], **EVENT)
 
     def _connect_session(self) -> None:
         def on_cancel(request: gr.Request) -> None:

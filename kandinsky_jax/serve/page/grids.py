@@ -84,11 +84,16 @@ def build_axes() -> dict[str, Component]:
             )
             inputs[f"{axis}_values"] = gr.Textbox(
                 label=f"{axis.upper()}: values",
-                placeholder=f"such as {AXES[usual].example}",
+                placeholder=example(usual),
                 max_lines=1,
                 min_width=160,
             )
     return inputs
+
+
+def example(setting: str | None) -> str:
+    """Return words with an example of a setting's values; "" for one that there is not."""
+    return f"such as {AXES[setting].example}" if setting in AXES else ""
 
 
 def read_values(setting: str, text: str | None, axis: str) -> list[Any]:
