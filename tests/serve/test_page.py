@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import json
 import re
 import time
@@ -13,13 +14,15 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from kandinsky_jax.serve.page import views
 from kandinsky_jax.serve.page.context import Job
 from kandinsky_jax.serve.page.grids import NO_GRID, GridPlan, label_grid, plan_grid, read_values, shown_grid
+from kandinsky_jax.serve.page.restore import read_record
 from kandinsky_jax.serve.page.runs import Done, events, shown, waiting
 from kandinsky_jax.serve.page.sessions import MAX_PICTURES, MAX_SESSIONS, Session, Sessions
-from kandinsky_jax.serve.page.settings_panel import read_number, read_seed, read_size, split_scheduler
+from kandinsky_jax.serve.page.settings_panel import SettingsPanel, read_number, read_seed, read_size, split_scheduler
 from kandinsky_jax.serve.page.tabs.outpainting import OutpaintingTab, fitting_canvas, lay_out
 from kandinsky_jax.serve.page.widgets import decode, encode_value
 from kandinsky_jax.serve.requests import ImageRequest, RequestError
@@ -377,3 +380,31 @@ def test_galleries_are_bounded():
     assert sessions.resume("reloaded", newest.key) is newest
     sessions.leave(str(3 * MAX_SESSIONS - 1))  # the page before the reload
     assert newest.left is None
+
+
+# Settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "choices"),
+    [
+        ({"sizes": ((128, 64),)}, [("recommended (64 x 128)", ""), ("64 x 128", "64x128")]),
+        (
+            {"sizes": ((128, 64),), "any_size": True},
+            [("recommended (64 x 128)", ""), ("64 x 128", "64x128")],
+        ),
+        ({"any_size": True}, [("recommended (64 x 64)", ""), ("64 x 64", "64x64")]),
+    ],
+    ids=str,
+)
+def test_the_page_offers_sizes_that_are_served(given, choices):
+    with site(generates=False, **given) as running:
+        assert SettingsPanel(running.context, "generate").recommended("generate", False)["size"]["choices"] == choices
+
+
+def test_settings_of_another_tool_that_are_not_used_are_named(server):
+    facts = PngInfo()
+    facts.add_text("parameters", "a cat\nSteps: 9, CFG scale: 5, Seed: 4, Model: other, Hires upscale: 2")
+    data = io.BytesIO()
+    PLAIN.save(data, "PNG", pnginfo=facts)
+    assert read_record(data.getvalue())["unused"] == ["Model", "Hires upscale"]
