@@ -32,6 +32,7 @@ LEAST_READ = 2**16  # bytes in that time; the kernel takes them in steps of up t
 MAX_HEADERS = 32 * 2**10  # bytes
 MAX_CONNECTIONS = 1000
 CLOSING_SECONDS = 5  # for responses that are being sent when the server ends
+PAGE_SECONDS = 1.0  # in which pages that are open show and fetch what was finished last
 ABORT_SECONDS = 2  # for requests to notice that their connections are closed
 logger = logging.getLogger("kandinsky_jax.serve")
 
@@ -180,7 +181,7 @@ class Server(uvicorn.Server):
 
     def _busy(self) -> list[H11Protocol]:
         """Return the connections on which an answer is being sent."""
-        found = [one for one in self.server_state.connections if isinstance(one, H11Protocol)]
+        found = [one for one in list(self.server_state.connections) if isinstance(one, H11Protocol)]
         return [one for one in found if one.cycle is not None and not one.cycle.response_complete]
 
     def _abort(self) -> None:
@@ -200,6 +201,8 @@ class Server(uvicorn.Server):
             logger.info("stopping: finishing %s, %s", counted(running, "request"), words)
         try:
             self._service.stop(self.grace)
+            if running and any(one.scope["path"].startswith("/ui/") for one in self._busy()):
+                time.sleep(PAGE_SECONDS)
         finally:
             self.should_exit = True
 

@@ -79,6 +79,7 @@ class RequestWork:
     runs: list[ImageRun] = field(default_factory=list)
     began: float | None = None
     shown: tuple[float, float] = (0.0, 0.0)  # when progress and previews were last sent
+    first_step: tuple[float, float] | None = None  # when the decoder's first step was seen, and the share then
     images: dict[int, GeneratedImage] = field(default_factory=dict)  # those that are done
 
     def __post_init__(self) -> None:
