@@ -14,12 +14,14 @@ import pytest
 from PIL import Image
 
 from kandinsky_jax import KandinskyV22CombinedPipeline, diffusion
+from tests.conftest import slow_and_campaign
 
 FOLDER = Path(__file__).parents[1] / "examples"
 ENGINES = sorted(FOLDER.glob("batch_on_*.py"))  # run by batch/test_engine_examples.py
 # Run here, or by the tests of the folder's name; the app of a Hub Space is a program of another kind.
 LABORATORY = sorted({*FOLDER.glob("*/*.py")} - {*FOLDER.glob("space/*.py")})
 EXAMPLES = [*sorted(set(FOLDER.glob("*.py")) - set(ENGINES)), *FOLDER.glob("guiders/*.py")]
+QUICKER = [path for path in EXAMPLES if path.stem not in ("gradient_to_noise",)]  # the others run in the campaign
 MAX_LINES = dict.fromkeys(EXAMPLES, 20) | dict.fromkeys(ENGINES, 50) | dict.fromkeys(LABORATORY, 60)
 NAMES = ["snowman", "red apple", "red heart", "rocket", "penguin", "slice of pizza", "christmas tree", "skull", "tulip"]
 
@@ -111,8 +113,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", slow_and_campaign(EXAMPLES, *QUICKER), ids=lambda path: path.stem)
 def test_an_example_shows_what_it_says(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     made = runpy.run_path(str(path))

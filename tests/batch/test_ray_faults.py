@@ -19,7 +19,6 @@ from tests.batch.test_ray_engine import AS_COMMANDED, OPTIONS, ROWS
 from tpu_scripts.batch.ray_cluster import RayCluster
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.slow
 SECONDS = 100  # that a job may take
 SHARDS = ["--rows-per-shard", "1"]  # eight
 
@@ -63,6 +62,7 @@ def cluster_of(nodes: int, **faults) -> RayCluster:
     return RayCluster(nodes, {"KANDINSKY_FAULTS": json.dumps(faults)})
 
 
+@pytest.mark.campaign
 def test_shards_that_always_fail_are_left_out_and_all_others_are_generated(tmp_path, whole):
     """They take neither hosts nor their neighbours with them."""
     with cluster_of(2, generate={"2": "value", "6": "unprintable"}) as cluster:
@@ -74,6 +74,7 @@ def test_shards_that_always_fail_are_left_out_and_all_others_are_generated(tmp_p
     assert found == {name: data for name, data in whole.items() if name not in ("000002.tar", "000006.tar")}
 
 
+@pytest.mark.campaign
 def test_a_host_that_cannot_load_is_given_up_with_the_reason(tmp_path):
     with cluster_of(1, load="value") as cluster:
         _, err = end(start(tmp_path, cluster), 1)
@@ -82,6 +83,7 @@ def test_a_host_that_cannot_load_is_given_up_with_the_reason(tmp_path):
     assert last.endswith(": poison")
 
 
+@pytest.mark.campaign
 def test_a_host_where_the_output_is_another_folder_generates_nothing(tmp_path, whole):
     homes = [tmp_path / "home-0", tmp_path / "home-1"]
     with RayCluster() as cluster:
@@ -94,6 +96,7 @@ def test_a_host_where_the_output_is_another_folder_generates_nothing(tmp_path, w
     assert not (homes[1] / "out").exists()
 
 
+@pytest.mark.campaign
 def test_the_only_shard_of_a_host_that_hangs_goes_to_another_one(tmp_path):
     with cluster_of(2, delay=4) as cluster:
         process = start(tmp_path, cluster, "--rows-per-shard", "8", patience=5, delay=4)
@@ -105,6 +108,7 @@ def test_the_only_shard_of_a_host_that_hangs_goes_to_another_one(tmp_path):
     assert "8 images in 1 shard" in out
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_shards_in_hand_and_no_others(tmp_path, whole):
     with cluster_of(2, delay=2) as cluster:
         process = start(tmp_path, cluster)
@@ -132,6 +136,7 @@ def alone(folder: Path, *options: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_sigterm_while_ray_starts(tmp_path):
     process = alone(tmp_path)
     deadline = time.monotonic() + SECONDS
@@ -146,6 +151,7 @@ def test_sigterm_while_ray_starts(tmp_path):
     assert not psutil.wait_procs(started, timeout=10)[1]  # none of Ray's outlives the job
 
 
+@pytest.mark.slow
 def test_sigterm_while_an_address_does_not_answer_as_ray(tmp_path):
     """Ray itself tries for minutes."""
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -159,6 +165,7 @@ def test_sigterm_while_an_address_does_not_answer_as_ray(tmp_path):
     assert "stopped; start it again to continue" in out
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_removed_midway_ends_the_job(tmp_path):
     with cluster_of(2, delay=1) as cluster:
         process = start(tmp_path, cluster)
@@ -172,6 +179,7 @@ def test_a_folder_that_is_removed_midway_ends_the_job(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_cluster_of_this_machine_alone_listens_on_loopback(tmp_path):
     process = alone(tmp_path)
     seen: set[str] = set()

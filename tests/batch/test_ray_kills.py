@@ -18,7 +18,7 @@ def job(tmp_path_factory):
     return ray_kill.open_job(tmp_path_factory.mktemp("ray"), 200, OPTIONS)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_killed_driver_that_is_started_again(job):
     assert ray_scenes.driver_killed(job, 1, random.Random(2))["kills"] == 1
 

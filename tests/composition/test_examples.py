@@ -14,11 +14,14 @@ from PIL import Image
 
 from kandinsky_jax import composition
 from tests import shapes
-from tests.conftest import SHAPES_MODEL, run_program
+from tests.conftest import SHAPES_MODEL, run_program, slow_and_campaign
 
 GUIDE = Path(__file__).parents[2] / "docs" / "composition.md"
 LONG = ("posterior_sampling",)  # runs far longer than it compiles: in a process without the suite's XLA flags
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "composition").glob("*.py"))
+QUICKER = [
+    path for path in EXAMPLES if path.stem not in ("posterior_sampling", "interpolation")
+]  # the others run in the campaign
 
 
 def cells(name: str, columns: int, rows: int = 1) -> list[np.ndarray]:
@@ -81,8 +84,7 @@ def check_outpainting(made: dict, printed: str) -> None:
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", slow_and_campaign(EXAMPLES, *QUICKER), ids=lambda path: path.stem)
 def test_an_example_shows_what_it_says(path, tmp_path, monkeypatch, capsys):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "shapes_model").symlink_to(SHAPES_MODEL)

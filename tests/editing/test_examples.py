@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 
 from kandinsky_jax import KandinskyV22CombinedPipeline
+from tests.conftest import slow_and_campaign
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "editing"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
+QUICKER = [path for path in EXAMPLES if path.stem not in ("null_embeds",)]  # the others run in the campaign
 
 
 def parts(name: str, count: int) -> list[np.ndarray]:
@@ -77,8 +79,7 @@ def check_null_embeds(made: dict, printed: str) -> None:
 CHECKS = {path.stem: globals()[f"check_{path.stem}"] for path in EXAMPLES}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", slow_and_campaign(EXAMPLES, *QUICKER), ids=lambda path: path.stem)
 def test_examples_show_what_they_say(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     CHECKS[path.stem](runpy.run_path(str(path)), capsys.readouterr().out)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 
 # The decoders for inpainting and with a hint are that for text with more channels in their first convolution; the image
 # tower has the layers of the text tower, and as many parameters again.
-SLOW = ("unet_decoder", "prior", "movq", "text_encoder")
-CAMPAIGN = ("unet_inpaint", "unet_controlnet_depth", "image_encoder")
+SLOW = ("unet_decoder", "movq")
+CAMPAIGN = ("prior", "text_encoder", "unet_inpaint", "unet_controlnet_depth", "image_encoder")
 
 
 @pytest.mark.parametrize("network", slow_and_campaign((*SLOW, *CAMPAIGN), *SLOW))

@@ -70,7 +70,7 @@ def test_cached_features(tmp_path):
     assert np.abs(found["cached batch"] - found["not cached"]).mean() * 255 > 1
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_guiders(tmp_path):
     """On each mesh: the pictures of one device, to rounding."""
     found = generated_by(tmp_path, "guiders")

@@ -169,7 +169,7 @@ def test_settings_that_are_not_valid():
         rewards.DDPOConfig(epochs=0, clip_range=0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_reward_of_the_host_rises(sampler, tmp_path):
     """A reward that JAX cannot differentiate; it sees NumPy's arrays and the prompts' numbers. With the same noise."""
     seen = []

@@ -369,7 +369,7 @@ def bash_blocks(heading: str) -> list[str]:
     return re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_first_step_of_the_guide_for_training_runs_as_printed(tmp_path):
     installing, trying, stopping = bash_blocks("1. Try it here")
     assert installing == 'pip install -e ".[train]"\n'

@@ -164,7 +164,7 @@ def test_no_example_is_missing_or_there_twice_in_an_epoch(hosts):
     assert len({tuple(order) for order in orders}) == epochs
 
 
-@pytest.mark.parametrize("kind", slow_and_campaign([Kind.LORA_PRIOR, Kind.DECODER], Kind.LORA_PRIOR))
+@pytest.mark.parametrize("kind", slow_and_campaign([Kind.LORA_PRIOR, Kind.DECODER]))
 def test_hosts_encode_each_item_once_and_go_on_after_a_kill(folder, kind):
     """Parts of four items by two processes, one of which is killed; then by four: what was encoded stays."""
     config = train_hosts.write_config(folder / "c.toml", folder / "data", folder / "out", 2, 2, precompute=True)

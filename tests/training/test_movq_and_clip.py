@@ -310,8 +310,7 @@ def scratch(tmp_path_factory, shapes_pipe) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [Kind.MOVQ, Kind.CLIP])
+@pytest.mark.parametrize("kind", slow_and_campaign([Kind.MOVQ, Kind.CLIP], Kind.CLIP))
 def test_foundations_learn(folder, scratch, tmp_path, kind):
     """From random weights the loss falls by a third, and diffusers loads the result."""
     optimizer = {"max_train_steps": 40, "learning_rate": 1e-3, "lr_warmup_steps": 10}

@@ -30,7 +30,7 @@ MESHES = ("alone", "data=8", "fsdp=8", "data=2,fsdp=4")
         pytest.param(Kind.LORA_DECODER, MESHES, marks=pytest.mark.campaign, id="lora-decoder"),
         pytest.param(Kind.MOVQ, MESHES, marks=pytest.mark.campaign, id="movq"),
         pytest.param(Kind.CLIP, ("alone", "data=2,fsdp=4"), marks=pytest.mark.campaign, id="clip"),
-        pytest.param(Kind.DISTILL_PRIOR, ("alone", "data=2,fsdp=4"), marks=pytest.mark.slow, id="distill-prior"),
+        pytest.param(Kind.DISTILL_PRIOR, ("alone", "data=2,fsdp=4"), marks=pytest.mark.campaign, id="distill-prior"),
         pytest.param(
             Kind.DISTILL_DECODER, ("alone", "data=2,fsdp=4"), marks=pytest.mark.campaign, id="distill-decoder"
         ),
