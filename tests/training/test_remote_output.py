@@ -40,7 +40,7 @@ def download(url: str, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("processes", slow_and_campaign([1, 2]))
+@pytest.mark.parametrize("processes", slow_and_campaign([1, 2], 1))
 def test_a_run_in_a_bucket_is_a_run_in_a_folder(store, tmp_path, processes):
     """Stopped after some steps and continued by new machines: losses, weights and files of one run on a disk."""
     layout = Layout(processes, 2 // processes)

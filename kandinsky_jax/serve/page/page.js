@@ -423,9 +423,12 @@
 
     function found(state) {
       if (lost) {
-        const anew = started !== null && state.started !== started;
-        say(anew ? "The server was started anew; the gallery is lost, settings are kept." : "The server is there again.", false);
-        stored.set(NEWS, anew ? AWAY : null);
+        if (started !== null && state.started !== started) {
+          location.reload(); // which says what was lost; the old page knows nothing of the new server
+          return;
+        }
+        say("The server is there again.", false);
+        stored.set(NEWS, null);
       } else if (state.stopping) {
         say("The server is stopping. It finishes what runs, and takes nothing new.", false);
         for (const image of document.querySelectorAll(".kj-thumb img")) image.loading = "eager"; // while it is there
