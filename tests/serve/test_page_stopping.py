@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page
 
 from tests.serve.browsers import PATIENCE, chromium
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 LOADED = "() => Array.from(document.querySelectorAll('#kj-result .kj-frame img')).every((one) => one.naturalWidth > 8)"
 
 
