@@ -229,7 +229,9 @@ class Service:
         done = [self._evaluations_done(run, prior, decoder) for run in runs]
         share = sum(done) / (len(done) * (prior + decoder))
         left = self._seconds_left(work, [max(0, one - prior) / decoder for one in done], now)
-        ticket.send(Progress(share, max(0, min(done) - prior), decoder, left, previews))
+        steps = [one - prior for one in done if one > prior]  # of the images that have begun; shown is one that runs
+        step = min((one for one in steps if one < decoder), default=decoder if len(steps) == len(done) else 0)
+        ticket.send(Progress(share, step, decoder, left, previews))
 
     def _seconds_left(self, work: RequestWork, shares: list[float], now: float) -> float | None:
         """Estimate a request's time from its decoder's steps; None before the second look at them.

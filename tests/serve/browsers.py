@@ -135,6 +135,7 @@ def visit(browser: Browser, server: Site, **given: Any) -> Iterator[Visit]:
     """Open the page; at the end nothing is in its console, and no request has left for elsewhere."""
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | given))
     page = context.new_page()
+    page.set_default_timeout(120_000)  # beside other tests, programs may still be compiled
     found = Visit(page, server)
     page.on("console", lambda message: found.faults.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: found.faults.append(str(error)))

@@ -145,11 +145,13 @@ def test_outpainting_scales_the_picture_to_the_served_canvas_and_keeps_it(opened
 def long_run(opened):
     """A run of many steps, that has begun."""
     opened.settings(Steps="200")
-    opened.page.locator("input[type=number][aria-label*='Pictures']").fill("10")
+    opened.page.locator("input[type=number][aria-label*='Pictures']").fill("2")
     opened.prompt("a red circle")
     opened.page.locator(".kj-generate:visible").click()
+    found = lambda: [ticket for one in list(opened.site.context.sessions) for ticket in list(one.tickets)]  # noqa: E731
+    wait_until(lambda: bool(found()), 60)
+    [ticket] = found()
     opened.page.get_by_text("of 200").first.wait_for()
-    [ticket] = [ticket for one in opened.site.context.sessions for ticket in one.tickets]
     return ticket
 
 
@@ -245,7 +247,7 @@ def test_a_picture_without_settings_is_refused_in_words(opened):
 def test_a_picture_of_the_gallery_is_the_source_of_the_next(opened):
     opened.few_steps()
     opened.prompt("a red circle")
-    opened.page.locator("input[type=number][aria-label*='Pictures']").fill("10")
+    opened.page.locator("input[type=number][aria-label*='Pictures']").fill("2")
     opened.generate(2)
     opened.page.get_by_role("button", name="Picture 2: a red circle").click()
     opened.page.locator(".kj-selected img[src$='/2.png']").wait_for()
@@ -289,7 +291,7 @@ def test_a_grid_is_one_labelled_picture_and_its_cells_are_in_the_gallery(opened)
 def test_downloads_of_one_and_of_all(opened):
     opened.few_steps()
     opened.prompt("a red circle")
-    opened.page.locator("input[type=number][aria-label*='Pictures']").fill("10")
+    opened.page.locator("input[type=number][aria-label*='Pictures']").fill("2")
     opened.generate(2)
     with opened.page.expect_download() as started:
         opened.page.get_by_role("link", name="Download", exact=True).click()
