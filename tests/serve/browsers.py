@@ -144,6 +144,8 @@ def visit(browser: Browser, server: Site, **given: Any) -> Iterator[Visit]:
     page.wait_for_function("() => window.kandinskyPage !== undefined", timeout=PATIENCE)
     page.locator(".kj-generate:visible").wait_for(timeout=PATIENCE)
     page.locator(".kj-restore").wait_for(timeout=PATIENCE)
+    page.locator("html[data-settings=recalled]").wait_for(timeout=PATIENCE)
+    page.wait_for_timeout(500)  # kept settings are filled in, over what is typed before
     try:
         yield found
         assert found.faults == []

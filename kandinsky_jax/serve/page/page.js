@@ -467,6 +467,7 @@
   }
   function recalled(values) {
     isRecalled = true;
+    document.documentElement.dataset.settings = "recalled";
     try {
       const kept = JSON.parse(stored.get(SETTINGS) ?? "null");
       const fits = kept && kept.served === served() && kept.values.length === values.length;
