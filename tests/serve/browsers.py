@@ -135,7 +135,7 @@ def visit(browser: Browser, server: Site, **given: Any) -> Iterator[Visit]:
     """Open the page; at the end nothing is in its console, and no request has left for elsewhere."""
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | given))
     page = context.new_page()
-    page.set_default_timeout(120_000)  # beside other tests, programs may still be compiled
+    page.set_default_timeout(40_000)  # beside other tests, programs may still be compiled
     found = Visit(page, server)
     page.on("console", lambda message: found.faults.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: found.faults.append(str(error)))
@@ -144,8 +144,6 @@ def visit(browser: Browser, server: Site, **given: Any) -> Iterator[Visit]:
     page.wait_for_function("() => window.kandinskyPage !== undefined", timeout=PATIENCE)
     page.locator(".kj-generate:visible").wait_for(timeout=PATIENCE)
     page.locator(".kj-restore").wait_for(timeout=PATIENCE)
-    page.locator("html[data-settings=recalled]").wait_for(timeout=PATIENCE)
-    page.wait_for_timeout(500)  # kept settings are filled in, over what is typed before
     try:
         yield found
         assert found.faults == []

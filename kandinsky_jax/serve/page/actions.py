@@ -157,7 +157,6 @@ class Actions:
         """Connect what is not a tab's own."""
         self._connect_session()
         self._connect_restore(container)
-        self._connect_memory()
         self._connect_axes()
         takers = {tab.name: tab for tab in self.tabs if tab.source is not None}
         usual = takers.get("img2img", next(iter(takers.values()), None))
@@ -211,13 +210,6 @@ class Actions:
         self.parts["cancel"].click(on_cancel, None, None, **EVENT)
         self.parts["gallery"].select(on_pick, None, outputs, **EVENT)
         self.page.unload(on_unload)
-
-    def _connect_memory(self) -> None:
-        """Have the browser keep the settings while its tab is open, for a server that is started anew."""
-        kept = [*self.panel.inputs.values(), *self.axes.values()]
-        changes = [one.change for one in kept]  # type: ignore[attr-defined]
-        gr.on(changes, None, kept, None, js="(...values) => { kandinskyPage.remember(values); }", **EVENT)
-        self.page.load(None, kept, kept, js="(...values) => kandinskyPage.recalled(values)", **EVENT)
 
     def _connect_source(
         self, button: gr.Button, usual: PageTab | None, takers: Mapping[str, PageTab], container: gr.Tabs

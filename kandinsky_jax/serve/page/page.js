@@ -375,7 +375,7 @@
   const MISSES = 2; // one after the other, until it is lost
   const NEWS = "kandinsky-news"; // what a page says that was loaded again, as Gradio does once a lost server is back
   const AWAY = "The connection to the server was lost. What ran then is lost, and so is the gallery if the server was " +
-    "started anew. Settings are kept; source pictures have to be chosen again.";
+    "started anew. Settings and source pictures have to be given again.";
   let lost = false;
 
   const stored = {
@@ -458,25 +458,6 @@
     scrollTo(".kj-header");
   }, true);
 
-  // Settings are kept while the tab is open, over a reload.
-  const SETTINGS = "kandinsky-settings";
-  const served = () => document.querySelector(".kj-model")?.textContent ?? "";
-  let isRecalled = false;
-  function remember(values) {
-    if (isRecalled) stored.set(SETTINGS, JSON.stringify({ served: served(), values }));
-  }
-  function recalled(values) {
-    isRecalled = true;
-    document.documentElement.dataset.settings = "recalled";
-    try {
-      const kept = JSON.parse(stored.get(SETTINGS) ?? "null");
-      const fits = kept && kept.served === served() && kept.values.length === values.length;
-      return fits && !values[0] ? kept.values : values; // the first is the prompt, which may have been typed meanwhile
-    } catch {
-      return values;
-    }
-  }
-
   // The session's key is kept over a reload, and only then: a tab that is duplicated has a gallery of its own.
   const KEY = "kandinsky-session";
   addEventListener("pagehide", () => {
@@ -489,5 +470,5 @@
     if (event.persisted) sessionStorage.removeItem(KEY);
   });
 
-  window.kandinskyPage = { picture, restore, gallery, header, wired, remember, recalled };
+  window.kandinskyPage = { picture, restore, gallery, header, wired };
 })();
