@@ -137,12 +137,22 @@ _REHEARSAL: contextvars.ContextVar[_Rehearsal | None] = contextvars.ContextVar("
 
 
 @contextlib.contextmanager
-def compiling_ahead(call: Callable[[], object]) -> Iterator[None]:
+def _unheard() -> Iterator[None]:
+    """Hide warnings, but for those that will not be said again."""
+    with warnings.catch_warnings(action="ignore"):
+        warnings.filterwarnings("always", category=CacheWarning)
+        yield
+
+
+@contextlib.contextmanager
+def compiling_ahead(call: Callable[[], object], quiet: bool = True) -> Iterator[None]:
     """Compile the programs of `call` while the block runs.
 
     Args:
         call: runs here and now, but its programs are compiled in threads and give zeros; their parameters may be
-            `jax.ShapeDtypeStruct`s. What it warns of, the real call will say.
+            `jax.ShapeDtypeStruct`s.
+        quiet: hide what it warns of, since the real call will say it. False beside other threads: they share the
+            filters of warnings, and would lose theirs.
 
     The end of the block waits for the threads, unless the block raises. Within another `call`, the
     programs join that one's.
@@ -156,8 +166,7 @@ def compiling_ahead(call: Callable[[], object]) -> Iterator[None]:
     try:
         token = _REHEARSAL.set(rehearsal)
         try:
-            with warnings.catch_warnings(action="ignore"):
-                warnings.filterwarnings("always", category=CacheWarning)  # the real call will not say it again
+            with _unheard() if quiet else contextlib.nullcontext():
                 call()
         finally:
             _REHEARSAL.reset(token)

@@ -93,7 +93,7 @@ class Service:
     def start(self) -> None:
         """Start compiling, and the thread that generates; ValueError where another service has the networks."""
         self._engine.weights.claim()
-        atexit.register(self._end_with_process)
+        atexit.register(self.stop, grace=0)
         share_arenas()
         self.warmup.start()
         self._thread.start()
@@ -117,10 +117,7 @@ class Service:
         self._wake()
         self._thread.join(max(grace, STEP_SECONDS))
         self._deliverers.shutdown(wait=True)
-        atexit.unregister(self._end_with_process)
-
-    def _end_with_process(self) -> None:
-        self.stop(grace=0)
+        atexit.unregister(self.stop)
 
     def shares_networks(self, other: Service) -> bool:
         """Whether another service has networks of this one, so that only one of them can run."""

@@ -66,7 +66,7 @@ class Progress:
 
     Args:
         done: share of all evaluations that are done, 0..1.
-        step, steps: of the picture that is least far, in the decoder's loop (0 before it begins).
+        step, steps: in the decoder's loop, of the picture that is least far among those begun and not done; 0 before.
         seconds_left: estimate, None where there is none yet.
         previews: of each picture: a small RGB picture of what is predicted now, None before the decoder's first step.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +55,17 @@ def test_a_cell_may_be_run_again():
         with serve.launch(pipe, port=int(second.url.rpartition(":")[2]), batch_sizes=(1,), grace=1.0) as third:
             assert (third.url, "closed" in repr(second)) == (second.url, True)
     assert not notebook._open
+
+
+def test_a_program_waits_until_its_page_is_closed():
+    page = serve.launch(tiny().pipe("generate"), batch_sizes=(1,), grace=1.0)
+    waiting = threading.Thread(target=page.wait)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    page.close()
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_closing_ends_the_streams_of_open_pages_in_silence(caplog):

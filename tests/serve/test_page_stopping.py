@@ -84,7 +84,7 @@ def test_a_server_that_stops_finishes_what_a_page_has_running_and_shows_it(brows
         page.wait_for_function(LOADED.replace("#kj-result .kj-frame", ".kj-thumb"))
 
 
-def test_a_server_that_is_gone_is_told(browser):
+def test_the_page_says_that_its_server_is_gone(browser):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with contextlib.ExitStack() as servers:

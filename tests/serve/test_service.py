@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 
 import pytest
@@ -67,6 +68,21 @@ def test_what_cannot_be_compiled_is_named_and_the_rest_is_served():
         assert service.submit(ImageRequest(prompt="purple heart", num_images=3)).result(60)
     finally:
         service.stop()
+
+
+def test_compiling_leaves_the_filters_of_warnings_to_other_threads():
+    """A thread that changes them for a while, as tests and notebooks do, gets its own back."""
+    service = Service(ServedModel.load("tiny"), ServerSettings(batch_sizes=(1,)))
+    filters, changed = list(warnings.filters), 0
+    service.start()
+    try:
+        while not service.state.ready:
+            changed += warnings.filters != filters
+            time.sleep(0.0005)
+    finally:
+        service.stop()
+    assert not changed
+    assert not service.state.failures  # where warnings are errors: the rehearsals warn of nothing
 
 
 def plan_of(side: int) -> RequestPlan:

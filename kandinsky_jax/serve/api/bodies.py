@@ -65,8 +65,8 @@ class LimitedBody:
         self._receive, self.most, self.budget = receive, most, budget
         self._deadline, self._seconds = time.monotonic() + seconds, seconds
         self.bytes = 0
-        told = dict(headers)
-        self.complete = b"transfer-encoding" not in told and told.get(b"content-length", b"0") == b"0"
+        given = dict(headers)
+        self.complete = b"transfer-encoding" not in given and given.get(b"content-length", b"0") == b"0"
         self.left = False
         self.error: ApiError | None = None
 

@@ -243,7 +243,7 @@ def compile_kind(model: ServedModel, kind: Kind) -> set[Hashable]:
     if model.network(model.pipe(kind.mode).unet)[0].mesh is not None:
         return _run_kind(model, kind)
     found: set[Hashable] = set()
-    with compiling_ahead(lambda: found.update(_run_kind(model, kind))):
+    with compiling_ahead(lambda: found.update(_run_kind(model, kind)), quiet=False):
         pass
     return found
 

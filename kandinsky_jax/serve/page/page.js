@@ -462,12 +462,10 @@
   const KEY = "kandinsky-session";
   addEventListener("pagehide", () => {
     const key = document.querySelector("#kj-gallery [data-key]")?.dataset.key;
-    try {
-      if (key) sessionStorage.setItem(KEY, key);
-    } catch {} // a frame that may not store anything
+    if (key) stored.set(KEY, key);
   });
   addEventListener("pageshow", (event) => {
-    if (event.persisted) sessionStorage.removeItem(KEY);
+    if (event.persisted) stored.set(KEY, null);
   });
 
   window.kandinskyPage = { picture, restore, gallery, header, wired };
