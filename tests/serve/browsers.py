@@ -146,7 +146,7 @@ def visit(browser: Browser, server: Site, **given: Any) -> Iterator[Visit]:
     page.locator(".kj-restore").wait_for(timeout=PATIENCE)
     try:
         yield found
-        assert found.faults == []
+        assert not found.faults, found.faults
         own = (f"{server.url}/", "data:", f"blob:{server.url}/")
         assert [url for url in found.requests if not url.startswith(own)] == []
     finally:

@@ -22,6 +22,7 @@ from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
 from tests.serve.servers import server, tiny
 
+KEY = "a-key-of-many-letters"
 LARGE = 40_000_000  # bytes of a response
 
 
@@ -171,6 +172,7 @@ def root_of_page(running, headers) -> str:
 def test_headers_of_proxies_are_ignored():
     with server(generates=False, add=mount_page) as running:
         assert root_of_page(running, {}) == f"{running.url}/ui"
+        assert running.send("HEAD", "/ui/own/page.js").status_code == 200
         for name, value in [*FORWARDED.items(), ("forwarded", "host=pictures.example;proto=https")]:
             assert root_of_page(running, {name: value}) == f"{running.url}/ui"
 
@@ -183,6 +185,13 @@ def test_headers_of_a_proxy_in_front_are_heeded():
         assert root_of_page(running, FORWARDED | {"origin": "https://pictures.example"})
         other = running.send("GET", "/ui/config", headers={"x-forwarded-host": "evil.example"})
         assert other.status_code == 403
+
+
+def test_the_cookie_is_secure_where_the_client_comes_by_https():
+    with server(generates=False, behind_proxy=True, api_key=KEY) as running:
+        for protocols, secure in (("https", True), ("https, http", True), ("http, https", False), ("http", False)):
+            answer = running.send("POST", "/login", content=f"key={KEY}", headers={"x-forwarded-proto": protocols})
+            assert ("secure" in answer.headers["set-cookie"].lower()) == secure
 
 
 # Faults ------------------------------------------------------------------------------------------------------------

@@ -464,10 +464,16 @@ def test_two_tabs_have_galleries_of_their_own(browser, server):
         [made] = first.generate()
         assert second.page.locator(".kj-thumb").count() == 0
         key = made.split("/")[1]
-        assert second.page.request.get(f"{server.url}/ui/session/{key[:-1]}x/1.png").status == 404
+        assert second.page.request.get(f"{server.url}/ui/session/{key[::-1]}/1.png").status == 404
         first.page.reload()
         first.page.locator(".kj-generate").first.wait_for()
         first.prompt("a red circle")
         first.page.keyboard.press("Control+Enter")  # Gradio may not listen yet
         first.page.locator(".kj-thumb[data-number='2']").wait_for()
         assert first.fetch(f"session/{key}/1.png").startswith(b"\x89PNG")
+        assert not first.faults
+        with first.page.expect_request("**/queue/join*"):  # the gallery is asked for
+            first.page.reload(wait_until="commit")
+        first.page.reload()
+        first.faults.clear()  # of the page that was left before it had its scripts
+        first.page.locator(".kj-thumb[data-number='2']").wait_for()

@@ -72,7 +72,7 @@ def test_what_cannot_be_compiled_is_named_and_the_rest_is_served():
 
 def test_compiling_leaves_the_filters_of_warnings_to_other_threads():
     """A thread that changes them for a while, as tests and notebooks do, gets its own back."""
-    service = Service(ServedModel.load("tiny"), ServerSettings(batch_sizes=(1,)))
+    service = Service(ServedModel.load("tiny", modes=["generate"]), ServerSettings(batch_sizes=(1,)))
     filters, changed = list(warnings.filters), 0
     service.start()
     try:

@@ -28,6 +28,7 @@ from kandinsky_jax.serve.server_settings import ServerSettings
 OPEN_PATHS = ("/health",)  # without the key, and while the server stops
 OWN_PATHS = (*OPEN_PATHS, "/metrics", "/docs", "/openapi.json")
 PAGE_PATHS = ("/ui/", "/ui", "/", "/favicon.ico", "/manifest.json")
+PAGE_EVENTS = "/ui/gradio_api/"
 NEW_PAGE = "/ui/config"  # what a page that is opened asks for
 CONCURRENT_BODIES = 8  # of the largest size
 
@@ -58,9 +59,11 @@ class Guard:
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         facts = Facts(scope["method"], f"req_{secrets.token_hex(8)}", path=scope["path"])
-        if scope["method"] == "HEAD" and not scope["path"].startswith(PAGE_PATHS[0]):
+        if scope["method"] == "HEAD" and not scope["path"].startswith(PAGE_EVENTS):
             scope = {**scope, "method": "GET"}  # the server sends no body
         scope["headers"] = own_headers(scope["headers"], self.settings.behind_proxy)
+        if _first(scope["headers"], b"x-forwarded-proto") == b"https":
+            scope["scheme"] = "https"  # uvicorn takes no list
         scope.setdefault("state", {})["facts"] = facts
         body = LimitedBody(receive, self.settings.max_body, self.settings.body_time, self.bodies, scope["headers"])
         scope["state"]["body"] = body
@@ -227,11 +230,16 @@ def own_headers(headers: Iterable[tuple[bytes, bytes]], behind_proxy: bool) -> l
     found = [pair for pair in headers if pair[0] != b"x-gradio-server"]
     if not behind_proxy:
         return [pair for pair in found if pair[0] != b"forwarded" and not pair[0].startswith(b"x-forwarded-")]
-    for name, value in found:
-        if name == b"x-forwarded-host":
-            host = value.partition(b",")[0].strip()
-            return [(b"host", host), *(pair for pair in found if pair[0] not in (b"host", b"x-forwarded-host"))]
-    return found
+    host = _first(found, b"x-forwarded-host")
+    if host is None:
+        return found
+    return [(b"host", host), *(pair for pair in found if pair[0] not in (b"host", b"x-forwarded-host"))]
+
+
+def _first(headers: Iterable[tuple[bytes, bytes]], wanted: bytes) -> bytes | None:
+    """Return what the proxy next to the client says, of several in a row; None without the header."""
+    values = (value.partition(b",")[0].strip() for name, value in headers if name == wanted)
+    return next(values, None)
 
 
 def host_name(host: str) -> str | None:

@@ -32,12 +32,10 @@ EVENT: dict[str, Any] = {
 }
 MAX_UNREAD = 32  # messages of progress for a client that does not fetch them
 
-# `page.js` puts the key of the session there when the page is left, so that a tab that is duplicated has none.
-TAKE_KEY = """() => {
+# `page.js`, which may not be there yet, keeps the key of the session while the page is left and loaded again.
+READ_KEY = """() => {
   try {
-    const key = sessionStorage.getItem("kandinsky-session") ?? "";
-    sessionStorage.removeItem("kandinsky-session");
-    return key;
+    return sessionStorage.getItem("kandinsky-session") ?? "";
   } catch {
     return ""; // a frame that may not store anything
   }
@@ -205,7 +203,7 @@ class Actions:
             return self.gallery(self.context.sessions.resume(request.session_hash, key))
 
         outputs = [self.parts["gallery"], self.parts["selected"]]
-        loaded = self.page.load(on_load, [self.parts["key"]], outputs, js=TAKE_KEY, **EVENT)
+        loaded = self.page.load(on_load, [self.parts["key"]], outputs, js=READ_KEY, **EVENT)
         loaded.then(None, None, None, js="() => { kandinskyPage.wired(); }", **EVENT)
         self.parts["cancel"].click(on_cancel, None, None, **EVENT)
         self.parts["gallery"].select(on_pick, None, outputs, **EVENT)

@@ -300,6 +300,7 @@
   let pressed = false; // before that
   function wired() {
     isWired = true;
+    stored.set(KEY, null);
     if (pressed) Array.from(document.querySelectorAll(".kj-generate")).find(shown)?.click();
     pressed = false;
   }
