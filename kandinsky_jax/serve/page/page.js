@@ -438,8 +438,7 @@
       started = state.started;
     }
 
-    setInterval(async () => {
-      if (document.hidden) return;
+    async function look() {
       let state = null;
       try {
         const answer = await fetch("own/state", { cache: "no-store", signal: AbortSignal.timeout(5000) });
@@ -448,7 +447,9 @@
       misses = state === null ? misses + 1 : 0;
       if (state !== null) found(state);
       else if (misses >= MISSES && !lost) lose();
-    }, LOOK);
+    }
+    look(); // at once: a server that ends soon after is known by then
+    setInterval(() => document.hidden || look(), LOOK);
   }
 
   // Gradio has words of its own for an event that nobody takes, over the page's parts.
