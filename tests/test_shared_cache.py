@@ -155,6 +155,7 @@ def plant(url: str, files: dict[str, bytes]) -> None:
         fs.pipe_file(f"{root}/{name}", data)
 
 
+@pytest.mark.slow
 def test_all_claims_of_a_dead_holder_are_waited_for_once(hosts, url):
     keys = [f"jit_f-{number}" for number in range(20)]
     token = "0123456789abcdef" * 2

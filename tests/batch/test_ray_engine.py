@@ -189,6 +189,7 @@ def command(folder: Path, *options: str, without_ray: bool = False) -> subproces
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_job_on_ray_has_the_bytes_of_one_without(tmp_path, whole):
     job_of(tmp_path, ROWS, **AS_COMMANDED)
     shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("000001.tar"))
@@ -222,6 +223,7 @@ def test_which_cluster_is_meant(monkeypatch, address, variable, alone):
     assert ray_connection.is_alone(address) == alone
 
 
+@pytest.mark.slow
 def test_a_machine_without_the_resources_is_not_waited_for(tmp_path):
     job_of(tmp_path, ROWS, **AS_COMMANDED)
     done = command(tmp_path, "--quiet", "--resources", "TPU=4")

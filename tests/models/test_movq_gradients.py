@@ -31,7 +31,8 @@ def relative(found, expected: torch.Tensor) -> float:
     return float(np.linalg.norm(nchw(found) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
 def test_decoders_gradient_to_the_latents(shapes_pipe, reference, quantized):
     """diffusers passes gradients straight through its codebook; ours does on request."""
     latents, weights = normal(0, 1, 8, 8, 4), normal(1, 1, 64, 64, 3)

@@ -295,6 +295,7 @@ def test_a_model_that_is_saved_fast_is_a_fast_model(pipe, expected, tmp_path):
         saved.load_fast()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disabled", ["never", "before", "after"])
 def test_a_model_whose_adapter_is_fused_and_unloaded_stays_fast(pipe, expected, disabled, tmp_path):
     pipe.load_fast()

@@ -104,6 +104,7 @@ def test_fast_pictures_show_what_guided_ones_do(fast):
     assert note(plain, "the same in 1 step without the adapter") < one
 
 
+@pytest.mark.slow
 def test_calls_while_the_adapter_is_off_use_the_scheduler_before(fast):
     """And the adapter's own again with the adapter, in pipelines that share the networks too."""
     short = {"height": 64, "width": 64, "output_type": "latent", "generator": 0}

@@ -142,6 +142,7 @@ def test_adapters_are_fused_first(tmp_path):
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures_are_almost_the_same(shapes_pipe, quantized):
     # With generator=0 the second one is on an edge between two shapes, and the last bits decide.
     ours, full = (pipe(PROMPTS[:2], generator=1, **CALL).images for pipe in (quantized, shapes_pipe))

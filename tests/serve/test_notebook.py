@@ -41,6 +41,7 @@ def test_launch_serves_the_page_in_a_frame_until_it_is_closed():
         httpx.get(f"{page.url}/ui/")
 
 
+@pytest.mark.slow
 def test_a_cell_may_be_run_again():
     pipe = tiny().pipe("generate")
     first = serve.launch(pipe, batch_sizes=(1,), grace=1.0)

@@ -55,6 +55,7 @@ def _wait_until_ready(service: Service) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compiled_is_named_and_the_rest_is_served():
     model = ServedModel.load("tiny", modes=["generate"])
     service = Service(model, ServerSettings(batch_sizes=(1, TOO_MANY), prior_batch_sizes=(1,)))
@@ -133,6 +134,7 @@ def test_an_ended_request_frees_its_memory_without_the_cyclic_collector():
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "page.close()"], ids=["as it is", "after close"])
 def test_a_program_may_end_while_its_server_compiles(end):
     program = f"""

@@ -181,6 +181,7 @@ def test_loops_of_known_length_are_multiplied_out():
     assert aot_cost.repeated_bytes(text) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("name", aot_compile.PROGRAMS + aot_compile.CACHED)
 def test_sampling_programs(name, guided):
@@ -201,6 +202,7 @@ def test_sampling_programs(name, guided):
         assert outputs
 
 
+@pytest.mark.slow
 def test_integer_products_are_counted():
     """Of MoVQ's decoder most are of integers; of kept steps, the last layer's alone."""
     mesh = make_mesh(devices=jax.devices("cpu")[:1])
@@ -375,6 +377,7 @@ def test_bytes_of_a_gpu_program_are_those_counted_in_its_text():
     assert found["seconds"] == pytest.approx(touched / chip.bandwidth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "of", "frozen"),
     [

@@ -11,7 +11,7 @@ import pytest
 
 from kandinsky_jax.training.data import Batches
 from kandinsky_jax.training.kinds import Kind
-from tests.conftest import note, slow_and_campaign
+from tests.conftest import note, quick_and_slow, slow_and_campaign
 from tpu_scripts.hosts import train_hosts
 from tpu_scripts.hosts.train_hosts import Layout
 
@@ -127,7 +127,7 @@ class Numbers:
         return None if item == 4 else {"item": np.asarray(item), "random": rng.random()}
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", quick_and_slow(range(8), 0, 1))
 def test_every_host_reads_its_part_of_one_order(seed):
     """Whatever the number of hosts, and where it changes, also with examples that are no neighbours."""
     rng = np.random.default_rng(seed)

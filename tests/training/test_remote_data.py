@@ -178,6 +178,7 @@ def test_a_random_tree_in_memory_is_read_as_on_a_disk(tmp_path, memory, seed):
     assert_equal(random_tree(seed, tmp_path / "data"), upload(tmp_path / "data", memory))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_random_tree_in_an_object_store_is_read_as_on_a_disk(healthy, tmp_path, seed):
     local = random_tree(100 + seed, tmp_path / "data")
