@@ -66,9 +66,8 @@ def test_right_pictures_at_25_evaluations(guide, modes, mode, names):
     assert {name: rate for name, rate in rates.items() if rate < 0.9 * baseline} == {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["euler-a", "unipc"])
-@pytest.mark.parametrize("mode", ["img2img", "inpaint"])
+@pytest.mark.parametrize("mode", ["img2img", pytest.param("inpaint", marks=pytest.mark.slow)])
 def test_what_is_given_counts(modes, mode, name):
     """Few steps and few pictures, in the quick suite: the picture that comes in is seen, and then changed."""
     pipeline, _, settings = modes.calls[mode]
