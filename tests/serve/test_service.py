@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import time
@@ -136,12 +137,14 @@ def test_an_ended_request_frees_its_memory_without_the_cyclic_collector():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "page.close()"], ids=["as it is", "after close"])
-def test_a_program_may_end_while_its_server_compiles(end):
+def test_a_program_may_end_while_its_server_compiles(tmp_path, end):
     program = f"""
 import kandinsky_jax as kj
 from kandinsky_jax.serve import launch
 page = launch(kj.KandinskyV22CombinedPipeline.from_pretrained("tiny"))
 {end}
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    line, environment = [sys.executable, "-c", program], os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+    assert not list(tmp_path.glob("kandinsky-jax-*"))  # what the page gives Gradio

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable
 from importlib import resources
@@ -93,7 +95,8 @@ def _set_environment() -> None:
     With each event it computes statistics of all those that it has counted, which nobody asks for.
     """
     if "GRADIO_TEMP_DIR" not in os.environ:
-        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="kandinsky-jax-page-")
+        folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="kandinsky-jax-page-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "16")
 
 
