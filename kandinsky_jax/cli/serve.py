@@ -177,6 +177,10 @@ def serve(
     print(f"listening at {url}{'' if page else '/v1'}; about the API: {url}/docs", flush=True)
     threading.Thread(target=_say_when_ready, args=(service,), daemon=True).start()
     api.run_server(service, settings, app, listening)
+    if page:
+        from kandinsky_jax.serve.page import remove_folders
+
+        remove_folders()
     print("stopped", flush=True)
     sys.stderr.flush()
     os._exit(0)  # without waiting for programs that are still being compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -123,10 +124,13 @@ def test_sigterm_finishes_what_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_stopping_ends_the_streams_of_open_pages_in_silence():
+def test_stopping_ends_the_streams_of_open_pages_in_silence(tmp_path):
     command = [part for part in COMMAND if part != "--no-page"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process,
         contextlib.ExitStack() as connections,
     ):
         assert process.stdout is not None
@@ -134,6 +138,7 @@ def test_stopping_ends_the_streams_of_open_pages_in_silence():
             address = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())
             assert address is not None
             assert any(line.startswith("ready: ") for line in process.stdout)  # before it, what is compiled
+            assert list(tmp_path.glob("kandinsky-jax-*"))
             for i in range(3):
                 connection = connections.enter_context(socket.create_connection(("127.0.0.1", int(address[1])), 30))
                 path = f"/ui/gradio_api/heartbeat/tab{i}"
@@ -148,6 +153,7 @@ def test_stopping_ends_the_streams_of_open_pages_in_silence():
             assert "Traceback" not in faults
             assert "Error" not in faults
             assert "graceful" not in faults
+            assert not list(tmp_path.glob("kandinsky-jax-*"))  # what the page gives Gradio
         finally:
             process.kill()
 

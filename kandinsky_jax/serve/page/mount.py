@@ -29,6 +29,7 @@ from kandinsky_jax.serve.service import Service
 T = TypeVar("T")
 PREFIX = "/ui"
 FILES = {"page.js": "text/javascript; charset=utf-8", "page.css": "text/css; charset=utf-8"}
+_folders: list[str] = []
 _PRIVATE = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
 
 
@@ -89,6 +90,12 @@ def _within_loop(make: Callable[[], T]) -> T:
     return make()
 
 
+def remove_folders() -> None:
+    """Remove what was made for Gradio: at a program's exit by itself, but not where it ends by `os._exit`."""
+    while _folders:
+        shutil.rmtree(_folders.pop(), ignore_errors=True)
+
+
 def _set_environment() -> None:
     """Give Gradio a folder that only this user can read, though the page sends it no files, and few events to count.
 
@@ -96,7 +103,8 @@ def _set_environment() -> None:
     """
     if "GRADIO_TEMP_DIR" not in os.environ:
         folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="kandinsky-jax-page-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _folders.append(folder)
+        atexit.register(remove_folders)
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "16")
 
 
