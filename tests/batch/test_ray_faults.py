@@ -165,7 +165,7 @@ def test_sigterm_while_an_address_does_not_answer_as_ray(tmp_path):
     assert "stopped; start it again to continue" in out
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_folder_that_is_removed_midway_ends_the_job(tmp_path):
     with cluster_of(2, delay=1) as cluster:
         process = start(tmp_path, cluster)

@@ -13,7 +13,7 @@ import pytest
 import kandinsky_jax as kj
 from kandinsky_jax import diffusion, editing, images
 from tests import shapes
-from tests.conftest import SHAPES_MODEL, note
+from tests.conftest import SHAPES_MODEL, note, slow_and_campaign
 
 NAMES = ["snowman", "red apple", "red heart", "rocket"]
 EXACT = {"clip_sample": False, "thresholding": False}
@@ -57,8 +57,7 @@ def away(given: Pictures, latents: jax.Array) -> float:
     return float(np.abs(ours - round_trip).mean() * 127.5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "shapes"])
+@pytest.mark.parametrize("name", slow_and_campaign(["tiny", "shapes"], "shapes"))
 def test_ddim_inversion_and_back_is_within_a_level_of_movqs_round_trip(name):
     given = of_model(name)
     unet, rows = given.pipe.unet, diffusion.solver_coefficients(given.schedule(**EXACT))
@@ -74,8 +73,7 @@ def test_ddim_inversion_and_back_is_within_a_level_of_movqs_round_trip(name):
     assert note(plain, f"{name}: of 255, the usual inversion") > 2 * iterated
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "shapes"])
+@pytest.mark.parametrize("name", slow_and_campaign(["tiny", "shapes"], "shapes"))
 def test_edit_friendly_inversion_is_exact(name):
     """By the model's own scheduler, DDPM; that of shapes has thresholding and a learned variance."""
     given = of_model(name)

@@ -41,7 +41,7 @@ from kandinsky_jax.training.config import Config
 from kandinsky_jax.training.kinds import Kind
 from kandinsky_jax.training.loop import Run
 from tests.batch.test_jobs import PROMPTS, job_of, members, run_job
-from tests.conftest import SHAPES_MODEL, note
+from tests.conftest import SHAPES_MODEL, note, slow_and_campaign
 from tests.pipelines.test_adapters import random_changes, weights_of
 
 app = importlib.import_module("convert_weights.__main__").app
@@ -336,22 +336,22 @@ def test_a_batch_job_generates_what_a_call_does(folder, tmp_path):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(image))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cls", "repository", "arguments"),
-    [
-        (KandinskyV22InpaintCombinedPipeline, hub.INPAINT, {"image": Image.new("RGB", (64, 64), "red")}),
-        (KandinskyV22ControlnetCombinedPipeline, hub.CONTROLNET, {"hint": Image.new("L", (64, 64), 90)}),
-    ],
-    ids=["inpaint", "controlnet"],
+    ("cls", "repository"),
+    slow_and_campaign(
+        [(KandinskyV22InpaintCombinedPipeline, hub.INPAINT), (KandinskyV22ControlnetCombinedPipeline, hub.CONTROLNET)],
+        (KandinskyV22InpaintCombinedPipeline, hub.INPAINT),
+    ),
 )
-def test_other_unets_are_calibrated_too(cls, repository, arguments, tmp_path):
+def test_other_unets_are_calibrated_too(cls, repository, tmp_path):
     full = cls.from_pretrained(SHAPES_MODEL, dtype="float32")
     full.set_progress_bar_config(disable=True)
     pipe = again(full)
     pipe.quantize(prompts=PROMPTS[:2])
+    arguments: dict[str, object] = {"hint": Image.new("L", (64, 64), 90)}
     if repository == hub.INPAINT:
-        arguments = arguments | {"mask_image": np.arange(64)[:, None] + np.zeros(64) > 30}
+        mask = np.arange(64)[:, None] + np.zeros(64) > 30
+        arguments = {"image": Image.new("RGB", (64, 64), "red"), "mask_image": mask}
     ours, theirs = (p(PROMPTS[0], generator=0, **CALL, **arguments).images for p in (pipe, full))
     assert note(np.abs(ours - theirs).mean() * 255, f"{repository}, mean |d| of 255") < 8
     pipe.save_pretrained(tmp_path / "model")

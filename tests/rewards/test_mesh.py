@@ -14,7 +14,7 @@ from kandinsky_jax.rewards.training import check_divides
 from tests.conftest import note
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_mesh_trains_as_one_device(tmp_path):
     out = tmp_path / "out.json"
     subprocess.run([sys.executable, "-m", "tests.rewards.mesh_worker", str(out)], check=True, timeout=600)

@@ -215,7 +215,7 @@ def test_an_image_has_the_bits_that_it_has_alone(generating):
 @pytest.mark.parametrize(
     ("count", "beside"),
     [
-        pytest.param(24, 4, marks=pytest.mark.slow, id="24"),
+        pytest.param(12, 3, marks=pytest.mark.slow, id="12"),
         pytest.param(500, 501, marks=pytest.mark.campaign, id="500"),
     ],
 )

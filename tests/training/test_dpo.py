@@ -28,7 +28,7 @@ from kandinsky_jax.training.kinds import DPO, Kind
 from kandinsky_jax.training.loop import Run
 from kandinsky_jax.training.tasks import make_task
 from tests import shapes
-from tests.conftest import note
+from tests.conftest import note, slow_and_campaign
 from tests.training.test_training_loop import config_of
 
 PAIRS = 6
@@ -190,8 +190,10 @@ def test_settings_that_are_of_no_use(pipe, data, tmp_path):
 # Runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "with_lora"), [(Kind.DPO_DECODER, True), (Kind.DPO_PRIOR, False)])
+@pytest.mark.parametrize(
+    ("kind", "with_lora"),
+    slow_and_campaign([(Kind.DPO_DECODER, True), (Kind.DPO_PRIOR, False)], (Kind.DPO_DECODER, True)),
+)
 def test_a_run(pipe, data, tmp_path, kind, with_lora):
     """The first loss is log(2), since the network is the reference; later ones are less for pairs that are alike."""
     optimizer = {"learning_rate": 3e-3 if with_lora else 1e-3, "max_train_steps": 6}

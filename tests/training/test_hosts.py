@@ -191,7 +191,7 @@ def test_hosts_encode_each_item_once_and_go_on_after_a_kill(folder, kind):
 # Wrong starts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_hosts_that_do_not_train_the_same_are_named(folder):
     """Another seed, mesh and output folder, each in the second process: both end with one sentence."""
     configs = [folder / f"{name}.toml" for name in ("first", "seed", "mesh", "output")]
