@@ -126,7 +126,9 @@ def test_sigterm_finishes_what_runs(tmp_path):
 @pytest.mark.slow
 def test_stopping_ends_the_streams_of_open_pages_in_silence(tmp_path):
     command = [part for part in COMMAND if part != "--no-page"]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    # Pages of this process have set Gradio's folder.
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    environment["TMPDIR"] = str(tmp_path)
     with (
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

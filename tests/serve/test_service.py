@@ -144,7 +144,10 @@ from kandinsky_jax.serve import launch
 page = launch(kj.KandinskyV22CombinedPipeline.from_pretrained("tiny"))
 {end}
 """
-    line, environment = [sys.executable, "-c", program], os.environ | {"TMPDIR": str(tmp_path)}
+    line = [sys.executable, "-c", program]
+    # Pages of this process have set Gradio's folder.
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    environment["TMPDIR"] = str(tmp_path)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert not list(tmp_path.glob("kandinsky-jax-*"))  # what the page gives Gradio
