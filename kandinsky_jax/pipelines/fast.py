@@ -158,21 +158,25 @@ class FastLoader(LoraLoader):
             return self._load_fast()
 
     def _load_fast(self) -> dict[str, Any]:
-        networks = {stage: stage._own_network() for stage in self._stages()}
         adapters = self._own_adapters()
-        if not adapters:
-            raise self._no_adapter(list(networks.values()))
-        updates = [_with_adapter(networks[stage], adapter) for stage, adapter in adapters.items()]
         modes = {stage: stage._fast or stage._fast_mode(adapter.settings) for stage, adapter in adapters.items()}
-        try:
-            apply_adapters([(network, changed) for network, changed in updates if changed != adapters_of(network)])
-        except NotFiniteError as error:
-            raise CheckpointError(f"the fast adapter {error}") from None
+        self._apply_fast()
         for stage, mode in modes.items():
             if stage._fast is None and mode.scheduler is not None:
                 stage.scheduler = mode.scheduler
             stage._fast = mode
         return self._call_defaults()
+
+    def _apply_fast(self) -> None:
+        """Add the fast adapter to the weights, and change nothing else: neither schedulers nor defaults of calls."""
+        adapters = self._own_adapters()
+        if not adapters:
+            raise self._no_adapter([stage._own_network() for stage in self._stages()])
+        updates = [_with_adapter(stage._own_network(), adapter) for stage, adapter in adapters.items()]
+        try:
+            apply_adapters([(network, changed) for network, changed in updates if changed != adapters_of(network)])
+        except NotFiniteError as error:
+            raise CheckpointError(f"the fast adapter {error}") from None
 
     def unload_fast(self) -> None:
         """Undo `load_fast`: the adapter is unloaded, and the scheduler and the defaults of calls are those before.

@@ -195,6 +195,7 @@ def test_a_stream_has_partial_images(client, picture):
         ({"extra_body": {"scheduler": "fastest"}}, "scheduler"),
         ({"extra_body": {"loras": {"../../x": 1.0}}}, "loras"),
         ({"extra_body": {"guidance_scale": "high"}}, "guidance_scale"),
+        ({"extra_body": {"steps": 0}}, "steps"),
         ({"extra_body": {"stepz": 3}}, "stepz"),
         ({"partial_images": 1}, "partial_images"),
         ({"output_compression": 50}, "output_compression"),
@@ -206,6 +207,13 @@ def test_bad_requests_name_the_field(client, given, param):
         client.images.generate(**({"prompt": "x"} | given))
     assert caught.value.param == param
     assert caught.value.type == "invalid_request_error"
+
+
+def test_a_field_of_another_route_is_named_with_the_route(client):
+    with pytest.raises(
+        openai.BadRequestError, match="'strength' is no field of /v1/images/generations; its fields are"
+    ):
+        client.images.generate(prompt="x", extra_body={"strength": 0.5})
 
 
 def test_errors_of_models_and_masks(client, picture):

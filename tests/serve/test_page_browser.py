@@ -366,8 +366,10 @@ def test_fast_mode_changes_what_is_recommended(opened):
     opened.settings()
     steps = opened.page.get_by_label("Steps", exact=True)
     assert steps.get_attribute("placeholder") == "50 (recommended)"
+    steps.fill("30")
     opened.page.get_by_label("Fast mode").check()
     wait_until(lambda: steps.get_attribute("placeholder") == "4 (recommended)")
+    wait_until(lambda: steps.input_value() == "")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

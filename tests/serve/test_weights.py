@@ -131,6 +131,9 @@ def test_each_request_gets_its_own_weights(service, folder):
     for ticket, picture in zip(tickets[:-1], pictures, strict=False):
         assert np.abs(picture - by_pipeline(ticket.request, folder)).max() <= TOLERANCE, ticket.request
     assert all(np.abs(a - b).mean() > 1 for i, a in enumerate(pictures[:5]) for b in pictures[:i])
+    # One that is submitted while the weights of a fast one are still there.
+    assert service.submit(tickets[3].request).result(60)
+    assert np.array_equal(pictures[0], np.asarray(service.submit(requests[0]).result(60)[0].picture))
     assert tickets[3].request.num_inference_steps == 4
     assert tickets[3].request.scheduler == "tcd"
     assert service.submit(ImageRequest(prompt="purple heart", seed=1, **STEPS)).result(60)

@@ -38,6 +38,7 @@ Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(max_length=200)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 Ignored = "Accepted and without effect."
 
 
@@ -61,7 +62,7 @@ class CommonFields(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: Name | None = Field(None, description="The served model's name, see /v1/models; may be left out.")
-    n: Whole | None = Field(None, description="Pictures; default 1.")
+    n: Count | None = Field(None, description="Pictures; default 1.")
     size: Name | None = Field(
         None, description='"WIDTHxHEIGHT" or "auto": the model\'s own, or the one nearest to a given picture.'
     )
@@ -70,7 +71,7 @@ class CommonFields(BaseModel):
     )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description='Default "png".')
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
-        None, description="Quality of JPEG and WebP, 0 to 100; default 100."
+        None, description="Quality of JPEG and WebP, 0 to 100; default 95."
     )
     background: Literal["auto", "opaque", "transparent"] | None = Field(
         None, description='"transparent" is refused: pictures are opaque.'
@@ -87,9 +88,9 @@ class CommonFields(BaseModel):
     )
     negative_prompt: Text | None = Field(None, description="What to avoid.")
     seed: Whole | None = Field(None, description="0 to 2**63 - 1; default: a fresh one, which the response has.")
-    steps: Whole | None = Field(None, description="Denoising steps of the decoder; default: the model's.")
+    steps: Count | None = Field(None, description="Denoising steps of the decoder; default: the model's.")
     guidance_scale: Number | None = Field(None, description="Of the decoder; default: the model's.")
-    prior_steps: Whole | None = Field(None, description="Denoising steps of the prior; default: the model's.")
+    prior_steps: Count | None = Field(None, description="Denoising steps of the prior; default: the model's.")
     prior_guidance_scale: Number | None = Field(None, description="Of the prior; default: the model's.")
     scheduler: Name | None = Field(None, description="Short name of the decoder's solver, such as dpm++2m-karras.")
     loras: Annotated[dict[Name, Number], BeforeValidator(_json_text)] | None = Field(
@@ -153,6 +154,11 @@ class VariationFields(CommonFields):
     strength: Number | None = Field(None, description="How far to depart from the picture, above 0, at most 1.")
 
 
+ROUTES: dict[type[CommonFields], str] = {
+    GenerationFields: "/v1/images/generations",
+    EditFields: "/v1/images/edits",
+    VariationFields: "/v1/images/variations",
+}
 Fields = TypeVar("Fields", bound=CommonFields)
 
 
@@ -196,7 +202,8 @@ def _as_api_error(error: ValidationError, kind: type[CommonFields]) -> ApiError:
     top = shorten(place[0], 60) if place else None
     if fault["type"] == "extra_forbidden" and len(place) == 1:
         names = ", ".join(kind.model_fields)
-        return ApiError(400, f"there is no field {quote(place[0], 60)}; there are {names}", top, "unknown_parameter")
+        here = f"is no field of {ROUTES[kind]}; its fields are {names}"
+        return ApiError(400, f"{quote(place[0], 60)} {here}", top, "unknown_parameter")
     if fault["type"] == "missing":
         return ApiError(400, f"{top} is missing", top, "missing_required_parameter")
     value = fault["input"]

@@ -93,7 +93,7 @@ class AdapterWeights:
             if loras:
                 pipe.set_adapters([name for name, _ in loras], [weight for _, weight in loras])
             if fast:
-                pipe.load_fast()
+                pipe._apply_fast()  # requests name their schedulers and settings
         except Exception as error:
             self._reset()
             named = ", ".join(name for name, _ in loras) or "fast adapter"
@@ -107,8 +107,6 @@ class AdapterWeights:
 
     def _reset(self) -> None:
         """Give the networks back the weights that they were loaded with, bit for bit."""
-        if self.current and self.current[1]:
-            self.model.pipe(self.current[0]).unload_fast()
         apply_adapters(self._as_loaded)
         self.model.weights_changed()
         self.current = PLAIN

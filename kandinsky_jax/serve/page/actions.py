@@ -15,7 +15,7 @@ from kandinsky_jax.serve.page.grids import example, plan_grid, shown_grid
 from kandinsky_jax.serve.page.restore import read_record, restored_updates
 from kandinsky_jax.serve.page.runs import Done, shown
 from kandinsky_jax.serve.page.sessions import Session
-from kandinsky_jax.serve.page.settings_panel import NEXT, SettingsPanel
+from kandinsky_jax.serve.page.settings_panel import NEXT, NUMBERS, SettingsPanel
 from kandinsky_jax.serve.page.tabs import PageTab
 from kandinsky_jax.serve.page.visitors import unread
 from kandinsky_jax.serve.page.widgets import check_slider, decode_bytes, encode_value
@@ -163,14 +163,16 @@ class Actions:
         modes = {tab.name: tab.mode for tab in self.tabs}
 
         fast, opened = self.panel.inputs["fast"], self.parts["tab"]
-        names = [name for name in self.panel.recommended(self.tabs[0].mode, False) if name != "fast"]
+        names = [name for name in self.panel.recommended(self.tabs[0].mode, False) if name != "fast"] + ["suffix"]
 
         def on_fast(fast: bool, opened: str) -> Updates:
-            shown = self.panel.show_recommended(modes[opened], fast)
-            return {self.panel.inputs[name]: shown[self.panel.inputs[name]] for name in names}
+            shown = self.panel.recommended(modes[opened], fast)
+            # Values that were for the other mode: 50 steps of fast mode are nobody's wish.
+            empty: dict[str, dict[str, Any]] = {name: {"value": ""} for name in (*NUMBERS, "scheduler", "suffix")}
+            return {self.panel.inputs[name]: gr.update(**shown.get(name, {}), **empty.get(name, {})) for name in names}
 
         assert isinstance(fast, gr.Checkbox)
-        fast.change(on_fast, [fast, opened], [self.panel.inputs[name] for name in names], **EVENT)
+        fast.input(on_fast, [fast, opened], [self.panel.inputs[name] for name in names], **EVENT)
 
     def _connect_axes(self) -> None:
         """Have the values of a grid's axis show an example of the setting that is chosen."""

@@ -6,9 +6,11 @@
 
   // Pictures --------------------------------------------------------------------------------------------------------
 
-  const announce = (element, text) => {
+  const announce = (element, text, isFault = false) => {
     const line = element.querySelector(".kj-note");
-    if (line) line.textContent = text;
+    if (!line) return;
+    line.textContent = text;
+    line.classList.toggle("kj-fault", isFault);
   };
 
   const readAsText = (file) =>
@@ -48,7 +50,7 @@
       over(false);
       const file = firstImage(event.dataTransfer);
       if (file) take(file);
-      else announce(element, "That is not a picture.");
+      else announce(element, "That is not a picture.", true);
     });
     element.addEventListener("paste", (event) => {
       const file = firstImage(event.clipboardData);
@@ -73,7 +75,8 @@
       try {
         bitmap = await bitmapOf(source);
       } catch {
-        announce(element, "This file cannot be read as a picture.");
+        const kept = url ? " The one above is kept." : "";
+        announce(element, `This file cannot be read as a picture.${kept}`, true);
         return false;
       }
       const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
@@ -266,7 +269,7 @@
   function restore(element, props, trigger) {
     const limit = Number(element.firstElementChild.dataset.limit);
     async function take(file) {
-      if (file.size > limit) return announce(element, `This file is larger than ${Math.floor(limit / 2 ** 20)} MiB.`);
+      if (file.size > limit) return announce(element, `This file is larger than ${Math.floor(limit / 2 ** 20)} MiB.`, true);
       announce(element, "");
       props.value = await readAsText(file);
       trigger("upload");
@@ -280,7 +283,7 @@
       const file = firstImage(event.dataTransfer);
       if (file) take(file);
       else if (event.dataTransfer?.files.length) {
-        announce(element, "That is not a picture.");
+        announce(element, "That is not a picture.", true);
         scrollTo("#kj-restore");
       }
     });

@@ -74,7 +74,7 @@ class SettingsPanel:
         self.inputs["fast"] = gr.Checkbox(
             False,
             label="Fast mode",
-            info="Few steps, with the model's adapter for them.",
+            info="Few steps, with the model's adapter for them and the settings that go with it.",
             visible=shown["fast"]["visible"],
         )
         with gr.Accordion("More settings", open=False):
