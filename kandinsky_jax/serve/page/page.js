@@ -33,10 +33,12 @@
 
   function takeFiles(element, take) {
     const input = element.querySelector("input[type=file]");
-    input.addEventListener("change", () => {
+    const takeChosen = () => {
       if (input.files[0]) take(input.files[0]);
       input.value = "";
-    });
+    };
+    input.addEventListener("change", takeChosen);
+    takeChosen(); // what was chosen before this ran
     const over = (on) => element.firstElementChild.classList.toggle("kj-over", on);
     element.addEventListener("dragover", (event) => {
       event.preventDefault();
