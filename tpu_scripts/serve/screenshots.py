@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="red apple")
     parser.add_argument("--repaint", default="purple heart")
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     api.no_telemetry()
     settings = ServerSettings(port=0, batch_sizes=(1,))
     service = Service(ServedModel.load(given.model), settings)
