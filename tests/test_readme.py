@@ -1,8 +1,9 @@
-"""Code in the README runs as printed, and generates what the README says."""
+"""The README is short, and the code of every mode generates what the page says."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[1] / "tpu_scripts" / "readme_pictures.py"
+README = Path(__file__).parents[1] / "README.md"
+SCRIPT = README.parent / "tpu_scripts" / "readme_pictures.py"
 # What each picture may be taken for.
 SHOWS = {
     "face": ("grinning face",),
@@ -41,11 +43,22 @@ def taken_for(pipe, picture: Image.Image, names: list[str]) -> str:
     return names[int(np.argmax(said @ seen / np.linalg.norm(said, axis=1)))]
 
 
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert len(README.read_text().splitlines()) <= 150
+    docs, found, new = README.parent / "docs", set(), [README]
+    while new:
+        page = new.pop()
+        found.add(page)
+        targets = re.findall(r"\]\((?!https?:)([^)#]+\.md)", page.read_text())
+        new += {(page.parent / target).resolve() for target in targets} - found
+    assert set(docs.glob("*.md")) <= found
+
+
 @pytest.mark.slow
 def test_one_line_for_every_mode(script):
     """The block for every mode, as it is printed."""
     made: dict = {}
-    exec(compile(script.modes_block(), "README.md", "exec"), made)
+    exec(compile(script.modes_block(), "modes.md", "exec"), made)
     assert set(script.MODES) == set(SHOWS)
     names = sorted({name for expected in SHOWS.values() for name in expected} | set(OTHERS))
     for name, expected in SHOWS.items():

@@ -1,4 +1,4 @@
-"""Generates the README's pictures with the embedded model: `python tpu_scripts/readme_pictures.py`."""
+"""Generates the README's picture and that of every mode: `python tpu_scripts/readme_pictures.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kandinsky_jax import KandinskyV22CombinedPipeline
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PROMPTS = ["purple heart", "cat face", "christmas tree", "soccer ball", "crown", "extraterrestrial alien"]
-# name in the README's block -> mode, and what it was given
+# name in the block -> mode, and what it was given
 MODES = {
     "face": ("text to image", []),
     "panda": ("image to image", ["face"]),
@@ -29,9 +29,8 @@ SIDE, GAP, CAPTION = 128, 8, 30
 
 
 def modes_block() -> str:
-    """The README's code for every mode."""
-    readme = (ROOT / "README.md").read_text()
-    [block] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "img2img" in code]
+    """The code of docs/modes.md."""
+    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "modes.md").read_text(), re.DOTALL)
     return block
 
 
@@ -57,9 +56,9 @@ def draw_prompts() -> Image.Image:
 
 
 def draw_modes() -> Image.Image:
-    """The results of the README's block, each mode's picture below its inputs."""
+    """The results of the block, each mode's picture below its inputs."""
     made: dict[str, Any] = {}
-    exec(compile(modes_block(), "README.md", "exec"), made)
+    exec(compile(modes_block(), "modes.md", "exec"), made)
     half = SIDE // 2
     sheet = Image.new("RGB", (len(MODES) * (SIDE + GAP) + GAP, half + SIDE + CAPTION + 3 * GAP), (236, 236, 236))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)

@@ -171,7 +171,7 @@ def test_skypilot_restarts_after_a_checkpoint_and_hands_signals_on():
 
 def test_the_commands_of_the_guides_and_the_files_exist():
     texts = [path.read_text() for path in sorted(PODS.iterdir()) if path.suffix in (".md", ".sh", ".yaml")]
-    texts.append((ROOT / "README.md").read_text())
+    texts += [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
     pattern = r"kandinsky-jax (batch status|batch|train) ([^`\n]*(?:\\\n[^`\n]*)*)"
     calls = [call for text in texts for call in re.findall(pattern, text)]
     for command, least in (("batch", 4), ("batch status", 2), ("train", 8)):
@@ -180,7 +180,7 @@ def test_the_commands_of_the_guides_and_the_files_exist():
         for words in found:
             assert set(re.findall(r"(?<!\S)--[a-z-]+", words)) <= options_of(command) | {"--help"}, words
     kinds = [words.split()[0] for name, words in calls if name == "train"]
-    assert set(kinds) <= {*Kind, '"$KIND"', "--distributed"}, kinds
+    assert set(kinds) <= {*Kind, '"$KIND"', "KIND", "--distributed"}, kinds
 
 
 def test_links_of_the_guides_lead_somewhere():
