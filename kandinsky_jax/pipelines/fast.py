@@ -169,14 +169,15 @@ class FastLoader(LoraLoader):
 
     def _apply_fast(self) -> None:
         """Add the fast adapter to the weights, and change nothing else: neither schedulers nor defaults of calls."""
-        adapters = self._own_adapters()
-        if not adapters:
-            raise self._no_adapter([stage._own_network() for stage in self._stages()])
-        updates = [_with_adapter(stage._own_network(), adapter) for stage, adapter in adapters.items()]
-        try:
-            apply_adapters([(network, changed) for network, changed in updates if changed != adapters_of(network)])
-        except NotFiniteError as error:
-            raise CheckpointError(f"the fast adapter {error}") from None
+        with _LOCK:
+            adapters = self._own_adapters()
+            if not adapters:
+                raise self._no_adapter([stage._own_network() for stage in self._stages()])
+            updates = [_with_adapter(stage._own_network(), adapter) for stage, adapter in adapters.items()]
+            try:
+                apply_adapters([(network, changed) for network, changed in updates if changed != adapters_of(network)])
+            except NotFiniteError as error:
+                raise CheckpointError(f"the fast adapter {error}") from None
 
     def unload_fast(self) -> None:
         """Undo `load_fast`: the adapter is unloaded, and the scheduler and the defaults of calls are those before.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +21,12 @@ from kandinsky_jax.serve.api import ServerThread, make_app
 from kandinsky_jax.serve.served_model import ServedModel
 from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
+
+
+def environment_with_temporary_folder(folder: Path) -> dict[str, str]:
+    """The environment of a process with its temporary files in a folder, without what pages of this one have set."""
+    inherited = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    return inherited | {"TMPDIR": str(folder)}
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import zipfile
 
@@ -360,6 +361,27 @@ def test_a_number_beside_a_slider_that_is_cleared_or_too_large_is_told_in_words(
         opened.page.keyboard.press("Control+Enter")
         opened.page.locator("#kj-result").get_by_text(says).wait_for()
     assert not opened.page.locator(".toast-body").count()
+
+
+def test_a_file_that_was_chosen_before_the_script_ran_is_taken(opened):
+    """A tab's input can be used a moment before `kandinskyPage.picture` has it."""
+    opened.tab("Image to image")
+    opened.page.locator("#kj-img2img-image .kj-picture").wait_for()
+    data = base64.b64encode(encoded(picture())).decode()
+    opened.page.evaluate(
+        """(data) => {
+            const element = document.createElement("div");
+            element.innerHTML = document.querySelector("#kj-img2img-image .kj-picture").outerHTML;
+            const chosen = new DataTransfer();
+            const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
+            chosen.items.add(new File([bytes], "picture.png", { type: "image/png" }));
+            element.querySelector("input[type=file]").files = chosen.files;
+            window.late = { value: "" };
+            kandinskyPage.picture(element, window.late, () => {}, false, 512);
+        }""",
+        data,
+    )
+    opened.page.wait_for_function("window.late.value.includes('data:image/png')")
 
 
 def test_fast_mode_changes_what_is_recommended(opened):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -18,6 +17,7 @@ from typer.testing import CliRunner
 
 from kandinsky_jax.cli.main import app
 from kandinsky_jax.cli.serve import EXAMPLE, KEY, _key
+from tests.serve.servers import environment_with_temporary_folder
 
 COMMAND = [
     sys.executable,
@@ -126,9 +126,7 @@ def test_sigterm_finishes_what_runs(tmp_path):
 @pytest.mark.slow
 def test_stopping_ends_the_streams_of_open_pages_in_silence(tmp_path):
     command = [part for part in COMMAND if part != "--no-page"]
-    # Pages of this process have set Gradio's folder.
-    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
-    environment["TMPDIR"] = str(tmp_path)
+    environment = environment_with_temporary_folder(tmp_path)
     with (
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from kandinsky_jax.serve.served_model import ServedModel
 from kandinsky_jax.serve.server_settings import ServerSettings
 from kandinsky_jax.serve.service import Service
 from kandinsky_jax.serve.tickets import Failed, ImageDone
-from tests.serve.servers import tiny
+from tests.serve.servers import environment_with_temporary_folder, tiny
 
 TOO_MANY = 2**32  # images at once, for any memory
 
@@ -145,9 +144,7 @@ page = launch(kj.KandinskyV22CombinedPipeline.from_pretrained("tiny"))
 {end}
 """
     line = [sys.executable, "-c", program]
-    # Pages of this process have set Gradio's folder.
-    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
-    environment["TMPDIR"] = str(tmp_path)
+    environment = environment_with_temporary_folder(tmp_path)
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert not list(tmp_path.glob("kandinsky-jax-*"))  # what the page gives Gradio

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
@@ -57,9 +57,10 @@ class TextItem(BaseModel):
 
 
 class CommonFields(BaseModel):
-    """Fields of all three routes."""
+    """Fields of all three routes, each of which has its `PATH`."""
 
     model_config = ConfigDict(extra="forbid")
+    PATH: ClassVar[str]
 
     model: Name | None = Field(None, description="The served model's name, see /v1/models; may be left out.")
     n: Count | None = Field(None, description="Pictures; default 1.")
@@ -110,6 +111,7 @@ class CommonFields(BaseModel):
 class GenerationFields(CommonFields):
     """Fields of /v1/images/generations."""
 
+    PATH = "/v1/images/generations"
     prompt: Text = Field("", description="What to generate; may be left out where items are given.")
     style: Literal["vivid", "natural"] | None = Field(None, description=Ignored)
     hint: str | None = Field(None, description="Depth map, bright where near: base64 or a data: URL.")
@@ -132,6 +134,7 @@ Files = Annotated[list[bytes], BeforeValidator(_listed), Field(min_length=1, max
 class EditFields(CommonFields):
     """Fields of /v1/images/edits."""
 
+    PATH = "/v1/images/edits"
     image: Files = Field(description="A picture to change; several are mixed with the prompt.")
     prompt: Text = Field("", description="What to generate.")
     mask: bytes | None = Field(
@@ -149,16 +152,12 @@ class EditFields(CommonFields):
 class VariationFields(CommonFields):
     """Fields of /v1/images/variations."""
 
+    PATH = "/v1/images/variations"
     image: bytes = Field(description="The picture to vary.")
     prompt: Text = Field("", description="What to move the picture towards.")
     strength: Number | None = Field(None, description="How far to depart from the picture, above 0, at most 1.")
 
 
-ROUTES: dict[type[CommonFields], str] = {
-    GenerationFields: "/v1/images/generations",
-    EditFields: "/v1/images/edits",
-    VariationFields: "/v1/images/variations",
-}
 Fields = TypeVar("Fields", bound=CommonFields)
 
 
@@ -202,8 +201,8 @@ def _as_api_error(error: ValidationError, kind: type[CommonFields]) -> ApiError:
     top = shorten(place[0], 60) if place else None
     if fault["type"] == "extra_forbidden" and len(place) == 1:
         names = ", ".join(kind.model_fields)
-        here = f"is no field of {ROUTES[kind]}; its fields are {names}"
-        return ApiError(400, f"{quote(place[0], 60)} {here}", top, "unknown_parameter")
+        text = f"{quote(place[0], 60)} is no field of {kind.PATH}; its fields are {names}"
+        return ApiError(400, text, top, "unknown_parameter")
     if fault["type"] == "missing":
         return ApiError(400, f"{top} is missing", top, "missing_required_parameter")
     value = fault["input"]

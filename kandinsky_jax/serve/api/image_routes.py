@@ -48,14 +48,14 @@ class ImageRoutes:
 
     def router(self) -> APIRouter:
         """Return the routes."""
-        router = APIRouter(prefix="/v1/images", tags=["images"])
-        for path, handler, kind, media in (
-            ("/generations", self.generate, GenerationFields, "application/json"),
-            ("/edits", self.edit, EditFields, "multipart/form-data"),
-            ("/variations", self.vary, VariationFields, "multipart/form-data"),
+        router = APIRouter(tags=["images"])
+        for handler, kind, media in (
+            (self.generate, GenerationFields, "application/json"),
+            (self.edit, EditFields, "multipart/form-data"),
+            (self.vary, VariationFields, "multipart/form-data"),
         ):
             router.add_api_route(
-                path, handler, methods=["POST"], response_class=Response, openapi_extra=_body(kind, media)
+                kind.PATH, handler, methods=["POST"], response_class=Response, openapi_extra=_body(kind, media)
             )
         return router
 

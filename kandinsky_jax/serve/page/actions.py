@@ -167,7 +167,7 @@ class Actions:
 
         def on_fast(fast: bool, opened: str) -> Updates:
             shown = self.panel.recommended(modes[opened], fast)
-            # Values that were for the other mode: 50 steps of fast mode are nobody's wish.
+            # What was set is for the other mode, such as 50 steps.
             empty: dict[str, dict[str, Any]] = {name: {"value": ""} for name in (*NUMBERS, "scheduler", "suffix")}
             return {self.panel.inputs[name]: gr.update(**shown.get(name, {}), **empty.get(name, {})) for name in names}
 
